@@ -1,0 +1,33 @@
+"""fastsd: images from text with Stable Diffusion.
+
+>>> import fastsd
+>>> pipe = fastsd.Pipeline.from_pretrained("folder with a model")  # no argument: the bundled digits model
+>>> pipe("a handwritten eight", seed=7).images[0].save("eight.png")
+
+Importing this module is light: torch and the models are imported when `Pipeline` is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastsd.errors import FastsdError
+
+if TYPE_CHECKING:
+    from fastsd.pipeline import Pipeline
+
+__version__ = "0.1.0"
+__all__ = ["FastsdError", "Pipeline", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Pipeline":
+        raise AttributeError(f"module 'fastsd' has no attribute {name!r}")
+    from fastsd.pipeline import Pipeline
+
+    globals()["Pipeline"] = Pipeline  # found directly the next time
+    return Pipeline
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
