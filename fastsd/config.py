@@ -1,0 +1,140 @@
+"""Every model family as values: frozen dataclasses, and presets made from one another by `replace`.
+
+Field names are those of the diffusers and transformers configs where such a field exists. Families differ by
+these values and never by classes, so the code of `fastsd.model` reads the same for all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """A CLIP text encoder (Radford et al. 2021, section 2.4; OpenCLIP for the H and bigG sizes)."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"  # or "gelu"
+    layer_norm_eps: float = 1e-5
+    projection_dim: int = 0  # 0: the folder holds no text projection
+    eos_token_id: int = 49407
+    # transformers configs older than 4.31 store eos_token_id = 2; then the end is the largest id of the row.
+    eos_is_largest_id: bool = False
+
+
+CLIP_L = CLIPConfig()
+OPENCLIP_H = replace(  # as SD2 ships it: the 24th layer is dropped, so "last" means penultimate
+    CLIP_L,
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=23,
+    num_attention_heads=16,
+    hidden_act="gelu",
+)
+OPENCLIP_BIGG = replace(
+    CLIP_L,
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_hidden_layers=32,
+    num_attention_heads=20,
+    hidden_act="gelu",
+    projection_dim=1280,
+)
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The denoising UNet of latent diffusion (Rombach et al. 2022, appendix E; SDXL: Podell et al. 2023, table 1)."""
+
+    in_channels: int = 4  # 9 for inpainting checkpoints: latent 4, mask 1, masked latent 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    transformer_layers_per_block: tuple[int, ...] = (1, 1, 1, 0)  # by level; 0: the level has no attention
+    mid_transformer_layers: int = 1
+    num_attention_heads: tuple[int, ...] = (8, 8, 8, 8)  # by level
+    cross_attention_dim: int = 768
+    use_linear_projection: bool = False  # how proj_in and proj_out are stored; they compute the same
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    addition_time_embed_dim: int = 0  # 0: no added conditioning (SDXL: 256)
+    projection_class_embeddings_input_dim: int = 0  # width of the added conditioning vector
+    skip: str = "concat"  # what an up block does with a skip connection: "concat" or "add"
+
+    @property
+    def time_embed_dim(self) -> int:
+        return 4 * self.block_out_channels[0]
+
+
+SD15_UNET = UNetConfig()
+SD21_UNET = replace(
+    SD15_UNET, num_attention_heads=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True
+)
+SDXL_UNET = replace(
+    SD21_UNET,
+    block_out_channels=(320, 640, 1280),
+    transformer_layers_per_block=(0, 2, 10),
+    mid_transformer_layers=10,
+    num_attention_heads=(5, 10, 20),
+    cross_attention_dim=2048,
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+SDXL_REFINER_UNET = replace(
+    SDXL_UNET,
+    block_out_channels=(384, 768, 1536, 1536),
+    transformer_layers_per_block=(0, 4, 4, 0),
+    mid_transformer_layers=4,
+    num_attention_heads=(6, 12, 24, 24),
+    cross_attention_dim=1280,
+    projection_class_embeddings_input_dim=2560,
+)
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The KL-regularised autoencoder of latent diffusion (Rombach et al. 2022, section 3.1 and appendix G)."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-6
+    mid_block_attention: bool = True
+    scaling_factor: float = 0.18215  # the diffusion model sees scaling_factor * latent
+    force_upcast: bool = False  # the checkpoint says that its activations do not fit fp16 (SDXL's do not)
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent pixel, along one side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+SD_VAE = VAEConfig()
+SDXL_VAE = replace(SD_VAE, scaling_factor=0.13025, force_upcast=True)
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """The training noise schedule, what the network predicts, and how timesteps are spaced at inference."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"  # "linear", "scaled_linear" or "squaredcos_cap_v2" (cosine)
+    prediction_type: str = "epsilon"  # "epsilon", "v_prediction" or "sample"
+    timestep_spacing: str = "leading"  # "leading", "trailing" or "linspace"
+    steps_offset: int = 1
+    set_alpha_to_one: bool = False
+    rescale_betas_zero_snr: bool = False
+    sampler: str = "pndm"  # the checkpoint's own choice
+    schedule: str = "default"

@@ -1,0 +1,54 @@
+"""Convolutions over channels-last maps, with their epilogue: bias and residual."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from fastsd.kernels import dispatch
+
+Padding = tuple[int, int, int, int]  # left, right, top, bottom
+
+
+def conv2d_ref(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    stride: int = 1,
+    padding: Padding = (0, 0, 0, 0),
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The specification of `conv2d`: fp32, zero padding made explicit."""
+    padded = F.pad(dispatch.widen(x).permute(0, 3, 1, 2), padding)
+    y = F.conv2d(padded, dispatch.widen(weight), dispatch.widen(bias), stride).permute(0, 2, 3, 1)
+    return (y if residual is None else y + residual).to(x.dtype)
+
+
+def conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    stride: int = 1,
+    padding: Padding = (0, 0, 0, 0),
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Cross-correlate `x` with `weight`, add `bias` and `residual`.
+
+    Args:
+        x: `[B, H, W, Cin]`.
+        weight: `[Cout, Cin, kh, kw]`, best in `torch.channels_last` memory; bias: `[Cout]`.
+        stride: of both directions.
+        padding: zeros added at (left, right, top, bottom).
+        residual: `[B, H', W', Cout]`.
+
+    Returns:
+        `[B, H', W', Cout]` in the dtype of `x`.
+    """
+    if dispatch.backend(x) == "reference":
+        return conv2d_ref(x, weight, bias, stride, padding, residual)
+    left, right, top, bottom = padding
+    x = x.permute(0, 3, 1, 2)
+    if (left, top) != (right, bottom):
+        x, left, top = F.pad(x, padding), 0, 0
+    y = F.conv2d(x, weight, bias, stride, (top, left)).permute(0, 2, 3, 1)
+    return y if residual is None else y + residual
