@@ -1,0 +1,140 @@
+"""The CLIP text encoder (Radford et al. 2021, section 2.4): a causal pre-norm transformer over BPE tokens."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from fastsd.config import CLIPConfig
+from fastsd.kernels.flash_attn import flash_attn
+from fastsd.model.layers import LayerNorm, Linear
+
+
+class TextOutput(NamedTuple):
+    """What the encoder gives: token features `[B, L, hidden]`, and the whole text as one vector `[B, P or hidden]`."""
+
+    hidden: torch.Tensor
+    pooled: torch.Tensor
+
+
+class Embeddings(nn.Module):
+    """Token plus position embeddings."""
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.token_embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.token_embedding.weight[input_ids] + self.position_embedding.weight[: input_ids.shape[1]]
+
+
+class Embedding(nn.Module):
+    """A table of vectors, initialised as in CLIP (normal, 0.02)."""
+
+    def __init__(self, count: int, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, channels))
+        if not self.weight.is_meta:
+            nn.init.normal_(self.weight, std=0.02)
+
+
+class CausalAttention(nn.Module):
+    """Multi-head attention in which a token sees itself and what came before."""
+
+    def __init__(self, channels: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv_proj = Linear(channels, 3 * channels, parts=("q_proj", "k_proj", "v_proj"))
+        self.out_proj = Linear(channels, channels)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        return self.out_proj(flash_attn(q, k, v, causal=True), residual=residual)
+
+
+class MLP(nn.Module):
+    """The feed-forward of a layer."""
+
+    def __init__(self, channels: int, inner: int, activation: str):
+        super().__init__()
+        self.activation = activation
+        self.fc1 = Linear(channels, inner)
+        self.fc2 = Linear(inner, channels)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.fc1(x, activation=self.activation), residual=residual)
+
+
+class EncoderLayer(nn.Module):
+    """Attention and feed-forward, each normalised before and added after."""
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.self_attn = CausalAttention(config.hidden_size, config.num_attention_heads)
+        self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_act)
+        self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.self_attn(self.layer_norm1(x), residual=x)
+        return self.mlp(self.layer_norm2(x), residual=x)
+
+
+class Encoder(nn.Module):
+    """The stack of layers."""
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.layers = nn.ModuleList([EncoderLayer(config) for _ in range(config.num_hidden_layers)])
+
+
+class TextModel(nn.Module):
+    """Embeddings, layers and the final norm, under the name that checkpoints give them."""
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.final_layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+
+class TextEncoder(nn.Module):
+    """Token ids to text features; CLIP-L, OpenCLIP-H and OpenCLIP-bigG by `CLIPConfig`."""
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.config = config
+        self.text_model = TextModel(config)
+        self.text_projection = (
+            Linear(config.hidden_size, config.projection_dim, bias=False) if config.projection_dim else None
+        )
+
+    def forward(self, input_ids: torch.Tensor, hidden_layer: int = -1) -> TextOutput:
+        """Encode texts.
+
+        Args:
+            input_ids: `[B, L]`, L at most `max_position_embeddings`; the text ends at the first end token.
+            hidden_layer: which hidden state to return: -1 the last, through the final norm (SD1, SD2); -2 the one
+                before it, not normed (SDXL); and so on.
+
+        Returns:
+            `hidden` `[B, L, hidden_size]`; `pooled` `[B, projection_dim]`: the normed last state at the end token,
+            projected where the checkpoint has a projection.
+        """
+        model = self.text_model
+        states = [model.embeddings(input_ids)]
+        for layer in model.encoder.layers:
+            states.append(layer(states[-1]))
+        last = model.final_layer_norm(states[-1])
+
+        if self.config.eos_is_largest_id:
+            end = input_ids.argmax(dim=-1)
+        else:
+            end = (input_ids == self.config.eos_token_id).int().argmax(dim=-1)
+        pooled = last[torch.arange(len(last), device=last.device), end]
+        if self.text_projection is not None:
+            pooled = self.text_projection(pooled)
+        return TextOutput(last if hidden_layer == -1 else states[hidden_layer], pooled)

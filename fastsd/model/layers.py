@@ -1,0 +1,266 @@
+"""The layers that UNet, VAE and CLIP are built from: parameters here, computation in `fastsd.kernels`.
+
+Maps are channels-last, `[B, H, W, C]`; the same bytes read as `[B, S, C]`, S = H * W, are the transformer's tokens.
+Parameters have the names and shapes of a diffusers folder, with two exceptions that `fastsd.weights` bridges: a
+`Linear` with `parts` holds several of the checkpoint's matrices stacked (one product instead of three), and 1 x 1
+convolutions are `Linear` here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from fastsd.kernels.conv2d import Padding, conv2d
+from fastsd.kernels.flash_attn import flash_attn
+from fastsd.kernels.geglu import geglu
+from fastsd.kernels.groupnorm_silu import groupnorm_silu
+from fastsd.kernels.layernorm import layernorm
+from fastsd.kernels.linear import linear
+from fastsd.kernels.upsample2x import upsample2x
+
+SAME: Padding = (1, 1, 1, 1)
+
+
+class Linear(nn.Module):
+    """`activation(x W^T + b) + residual`.
+
+    Args:
+        in_features, out_features: K and N.
+        bias: whether there is one.
+        parts: names, beside this layer's own, of the checkpoint's matrices that are stacked in this one, in order.
+        part_sizes: their numbers of rows; equal shares by default.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        parts: tuple[str, ...] = (),
+        part_sizes: tuple[int, ...] = (),
+    ):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.parts = parts
+        self.part_sizes = part_sizes or (out_features // max(len(parts), 1),) * len(parts)
+        init_uniform(self.weight, self.bias)
+
+    def forward(self, x: torch.Tensor, activation: str = "none", residual: torch.Tensor | None = None) -> torch.Tensor:
+        return linear(x, self.weight, self.bias, activation, residual)
+
+
+class Conv2d(nn.Module):
+    """A k x k convolution of `[B, H, W, Cin]` with explicit (left, right, top, bottom) zero padding."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, padding: Padding = SAME
+    ):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.empty(out_channels))
+        self.stride, self.padding = stride, padding
+        init_uniform(self.weight, self.bias)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        return conv2d(x, self.weight, self.bias, self.stride, self.padding, residual)
+
+
+def init_uniform(weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """PyTorch's default for linear and convolution layers: uniform within 1 / sqrt(fan in)."""
+    bound = weight[0].numel() ** -0.5
+    for parameter in (weight, bias):
+        if parameter is not None and not parameter.is_meta:
+            nn.init.uniform_(parameter, -bound, bound)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation of `[B, H, W, C]`, followed by SiLU where asked."""
+
+    def __init__(self, groups: int, channels: int, eps: float, silu: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.groups, self.eps, self.silu = groups, eps, silu
+
+    def forward(self, x: torch.Tensor, add: torch.Tensor | None = None) -> torch.Tensor:
+        return groupnorm_silu(x, self.weight, self.bias, self.groups, self.eps, self.silu, add)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation of the last dimension."""
+
+    def __init__(self, channels: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return layernorm(x, self.weight, self.bias, self.eps)
+
+
+class ResBlock(nn.Module):
+    """GroupNorm, SiLU, conv, twice, with a shortcut (Ho et al. 2020, appendix B).
+
+    The time embedding arrives projected to this block's width: `UNet` projects for all its blocks in one product.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int, eps: float):
+        super().__init__()
+        self.out_channels = out_channels
+        self.norm1 = GroupNorm(groups, in_channels, eps, silu=True)
+        self.conv1 = Conv2d(in_channels, out_channels)
+        self.norm2 = GroupNorm(groups, out_channels, eps, silu=True)
+        self.conv2 = Conv2d(out_channels, out_channels)
+        self.conv_shortcut = Linear(in_channels, out_channels) if in_channels != out_channels else None
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor | None = None) -> torch.Tensor:
+        """`x` `[B, H, W, Cin]`, `time` `[B, Cout]` or None (VAE). Returns `[B, H, W, Cout]`."""
+        h = self.conv1(self.norm1(x))
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return self.conv2(self.norm2(h, add=time), residual=shortcut)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention of tokens to one another; q, k and v come from one product."""
+
+    def __init__(self, channels: int, heads: int, qkv_bias: bool = False):
+        super().__init__()
+        self.heads = heads
+        self.to_qkv = Linear(channels, 3 * channels, bias=qkv_bias, parts=("to_q", "to_k", "to_v"))
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """`x` and `residual` `[B, S, C]`. Returns attention(x) + residual."""
+        q, k, v = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # [B, S, heads, D] each
+        return self.to_out[0](flash_attn(q, k, v), residual=residual)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of tokens to the text; k and v depend on the text alone and are computed once per prompt."""
+
+    def __init__(self, channels: int, context_channels: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = Linear(channels, channels, bias=False)
+        self.to_kv = Linear(context_channels, 2 * channels, bias=False, parts=("to_k", "to_v"))
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
+
+    def project_context(self, context: torch.Tensor) -> torch.Tensor:
+        """`[B, L, context_channels]` to keys and values, `[B, L, 2, heads, D]`."""
+        return self.to_kv(context).unflatten(-1, (2, self.heads, -1))
+
+    def forward(self, x: torch.Tensor, key_value: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """`x` and `residual` `[B, S, C]`, `key_value` from `project_context`. Returns attention(x) + residual."""
+        q = self.to_q(x).unflatten(-1, (self.heads, -1))
+        k, v = key_value.unbind(2)
+        return self.to_out[0](flash_attn(q, k, v), residual=residual)
+
+
+class GEGLU(nn.Module):
+    """A projection to twice the width whose second half gates the first."""
+
+    def __init__(self, channels: int, inner: int):
+        super().__init__()
+        self.proj = Linear(channels, 2 * inner)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return geglu(self.proj(x))
+
+
+class FeedForward(nn.Module):
+    """The transformer's gated feed-forward, four times as wide inside."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.net = nn.ModuleDict({"0": GEGLU(channels, 4 * channels), "2": Linear(4 * channels, channels)})
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.net["2"](self.net["0"](x), residual=residual)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward; each normalised before and added after."""
+
+    def __init__(self, channels: int, context_channels: int, heads: int):
+        super().__init__()
+        self.norm1 = LayerNorm(channels)
+        self.attn1 = SelfAttention(channels, heads)
+        self.norm2 = LayerNorm(channels)
+        self.attn2 = CrossAttention(channels, context_channels, heads)
+        self.norm3 = LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: torch.Tensor, key_value: torch.Tensor) -> torch.Tensor:
+        x = self.attn1(self.norm1(x), residual=x)
+        x = self.attn2(self.norm2(x), key_value, residual=x)
+        return self.ff(self.norm3(x), residual=x)
+
+
+class SpatialTransformer(nn.Module):
+    """A stack of transformer blocks over the pixels of a map (Rombach et al. 2022, appendix E.2.1)."""
+
+    def __init__(self, channels: int, context_channels: int, heads: int, depth: int, groups: int):
+        super().__init__()
+        self.norm = GroupNorm(groups, channels, eps=1e-6, silu=False)
+        self.proj_in = Linear(channels, channels)
+        self.transformer_blocks = nn.ModuleList(
+            [TransformerBlock(channels, context_channels, heads) for _ in range(depth)]
+        )
+        self.proj_out = Linear(channels, channels)
+
+    def forward(self, x: torch.Tensor, key_values: Iterator[torch.Tensor]) -> torch.Tensor:
+        """`x` `[B, H, W, C]`; takes one entry of `key_values` for each of its blocks."""
+        tokens = self.proj_in(self.norm(x).flatten(1, 2))  # [B, S, C]
+        for block in self.transformer_blocks:
+            tokens = block(tokens, next(key_values))
+        return self.proj_out(tokens, residual=x.flatten(1, 2)).view(x.shape)
+
+
+class Downsample(nn.Module):
+    """Halve a map by a strided 3 x 3 convolution. The UNet pads all sides, the VAE right and bottom only."""
+
+    def __init__(self, channels: int, padding: Padding = SAME):
+        super().__init__()
+        self.conv = Conv2d(channels, channels, stride=2, padding=padding)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Double a map: nearest neighbour, then a 3 x 3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = Conv2d(channels, channels)
+
+    def forward(self, x: torch.Tensor, size: torch.Size | None = None) -> torch.Tensor:
+        """`size` (H, W) crops the last row or column where the level below was made from an odd size."""
+        x = upsample2x(x)
+        return self.conv(x if size is None else x[:, : size[0], : size[1]])
+
+
+def timestep_embedding(timestep: torch.Tensor, channels: int, flip_sin_to_cos: bool, freq_shift: int) -> torch.Tensor:
+    """Sinusoids of geometrically spaced frequencies (Vaswani et al. 2017, section 3.5).
+
+    Args:
+        timestep: `[N]`, any real numbers.
+        channels: width of the result; even.
+        flip_sin_to_cos: cosines first.
+        freq_shift: the lowest frequency is 10000^(-(half - 1) / (half - freq_shift)), half = channels / 2.
+
+    Returns:
+        `[N, channels]`, fp32 (float64 where `timestep` is).
+    """
+    half = channels // 2
+    t = timestep if timestep.dtype == torch.float64 else timestep.float()
+    exponent = torch.arange(half, device=t.device, dtype=t.dtype) / (half - freq_shift)
+    angle = t[:, None] * torch.exp(-math.log(10000) * exponent)
+    waves = (angle.cos(), angle.sin()) if flip_sin_to_cos else (angle.sin(), angle.cos())
+    return torch.cat(waves, dim=-1)

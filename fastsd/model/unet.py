@@ -1,0 +1,222 @@
+"""The denoising UNet (Rombach et al. 2022; SDXL: Podell et al. 2023).
+
+What depends on neither the latent nor the step's result is computed outside the denoising loop: `project_context`
+once per prompt, `embed_time` once per run for all steps. `denoise` is what remains of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastsd.config import UNetConfig
+from fastsd.kernels.linear import activate
+from fastsd.model.layers import (
+    Conv2d,
+    CrossAttention,
+    Downsample,
+    GroupNorm,
+    Linear,
+    ResBlock,
+    SpatialTransformer,
+    Upsample,
+    timestep_embedding,
+)
+
+
+@dataclass(frozen=True)
+class AddedConditioning:
+    """What SDXL is told beside the prompt: pooled text `[B, P]` and size numbers `[B, K]` (original size, crop, ...)."""
+
+    pooled: torch.Tensor
+    sizes: torch.Tensor
+
+
+class MLP(nn.Module):
+    """Two linear layers with SiLU between them; embeds the timestep and SDXL's added conditioning."""
+
+    def __init__(self, in_features: int, features: int):
+        super().__init__()
+        self.linear_1 = Linear(in_features, features)
+        self.linear_2 = Linear(features, features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(self.linear_1(x, activation="silu"))
+
+
+class Level(nn.Module):
+    """One resolution of the UNet: residual blocks, a transformer after each where the level has attention."""
+
+    def __init__(self, config: UNetConfig, inputs: list[int], channels: int, heads: int, depth: int, attentions: int):
+        """`inputs`: the residual blocks' input widths; `depth`: blocks in each of the `attentions` transformers."""
+        super().__init__()
+        groups = config.norm_num_groups
+        self.resnets = nn.ModuleList([ResBlock(width, channels, groups, config.norm_eps) for width in inputs])
+        self.attentions = nn.ModuleList(
+            [
+                SpatialTransformer(channels, config.cross_attention_dim, heads, depth, groups)
+                for _ in range(attentions if depth else 0)
+            ]
+        )
+        self.downsamplers: nn.ModuleList | None = None
+        self.upsamplers: nn.ModuleList | None = None
+
+    def attend(self, x: torch.Tensor, index: int, key_values: Iterator[torch.Tensor]) -> torch.Tensor:
+        return self.attentions[index](x, key_values) if len(self.attentions) else x
+
+
+class UNet(nn.Module):
+    """Predicts what `SchedulerConfig.prediction_type` says from a noisy latent, a timestep and the text.
+
+    Submodules are named as in a diffusers folder. In the papers' terms: `down_blocks` and `mid_block` are the
+    contracting path, `up_blocks` the expanding path that reads the skip connections in reverse order.
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        widths = config.block_out_channels
+        self.conv_in = Conv2d(config.in_channels, widths[0])
+        self.time_embedding = MLP(widths[0], config.time_embed_dim)
+        self.add_embedding = (
+            MLP(config.projection_class_embeddings_input_dim, config.time_embed_dim)
+            if config.addition_time_embed_dim
+            else None
+        )
+        skips = self._build_down(widths)
+        self.mid_block = Level(
+            config,
+            inputs=[widths[-1]] * 2,
+            channels=widths[-1],
+            heads=config.num_attention_heads[-1],
+            depth=config.mid_transformer_layers,
+            attentions=1,
+        )
+        self._build_up(widths, skips)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], config.norm_eps, silu=True)
+        self.conv_out = Conv2d(widths[0], config.out_channels)
+
+        blocks = {name: m for name, m in self.named_modules() if isinstance(m, ResBlock)}
+        self.time_sizes = tuple(block.out_channels for block in blocks.values())
+        self.time_projections = Linear(
+            config.time_embed_dim,
+            sum(self.time_sizes),
+            parts=tuple(f"{name}.time_emb_proj" for name in blocks),
+            part_sizes=self.time_sizes,
+        )
+
+    def _build_down(self, widths: tuple[int, ...]) -> list[int]:
+        """Make `down_blocks`; returns the channel counts of the skip connections, in the order they are made."""
+        config = self.config
+        self.down_blocks = nn.ModuleList()
+        skips = [widths[0]]
+        for i, width in enumerate(widths):
+            inputs = [skips[-1]] + [width] * (config.layers_per_block - 1)
+            level = self._level(i, inputs)
+            skips += [width] * config.layers_per_block
+            if i < len(widths) - 1:
+                level.downsamplers = nn.ModuleList([Downsample(width)])
+                skips.append(width)
+            self.down_blocks.append(level)
+        return skips
+
+    def _build_up(self, widths: tuple[int, ...], skips: list[int]) -> None:
+        config = self.config
+        self.up_blocks = nn.ModuleList()
+        below = widths[-1]
+        for i in reversed(range(len(widths))):
+            inputs = []
+            for _ in range(config.layers_per_block + 1):
+                skip = skips.pop()
+                inputs.append(below + skip if config.skip == "concat" else below)
+                below = widths[i]
+            level = self._level(i, inputs)
+            if i > 0:
+                level.upsamplers = nn.ModuleList([Upsample(widths[i])])
+            self.up_blocks.append(level)
+
+    def _level(self, i: int, inputs: list[int]) -> Level:
+        config = self.config
+        depth, heads = config.transformer_layers_per_block[i], config.num_attention_heads[i]
+        return Level(config, inputs, config.block_out_channels[i], heads, depth, attentions=len(inputs))
+
+    def embed_time(self, timestep: torch.Tensor, added: AddedConditioning | None = None) -> torch.Tensor:
+        """Time embeddings, projected for every residual block, by one product.
+
+        Args:
+            timestep: `[N]`.
+            added: SDXL's added conditioning, with a first dimension of N (or 1).
+
+        Returns:
+            `[N, sum of the blocks' channels]`.
+        """
+        config, dtype = self.config, self.conv_in.weight.dtype
+        waves = timestep_embedding(timestep, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift)
+        embedding = self.time_embedding(waves.to(dtype))
+        if self.add_embedding is not None:
+            if added is None:
+                raise ValueError("this UNet needs added conditioning (pooled text and sizes)")
+            sizes = timestep_embedding(
+                added.sizes.flatten(), config.addition_time_embed_dim, config.flip_sin_to_cos, config.freq_shift
+            ).view(len(added.sizes), -1)
+            embedding = embedding + self.add_embedding(torch.cat([added.pooled.to(dtype), sizes.to(dtype)], dim=-1))
+        return self.time_projections(activate(embedding, "silu"))
+
+    def project_context(self, context: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Keys and values of every cross-attention for the text `[B, L, cross_attention_dim]`, in order of use."""
+        return tuple(m.project_context(context) for m in self.modules() if isinstance(m, CrossAttention))
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        context: torch.Tensor,
+        added: AddedConditioning | None = None,
+    ) -> torch.Tensor:
+        """The network in one call.
+
+        Args:
+            x: noisy latent `[B, H, W, in_channels]`, any H and W.
+            timestep: `[B]`, in training steps.
+            context: text features `[B, L, cross_attention_dim]`.
+            added: SDXL's added conditioning.
+
+        Returns:
+            `[B, H, W, out_channels]`.
+        """
+        return self.denoise(x, self.embed_time(timestep, added), self.project_context(context))
+
+    def denoise(self, x: torch.Tensor, time: torch.Tensor, key_values: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """The part of `forward` that depends on `x`; `time` `[B or 1, ...]` and `key_values` were computed before."""
+        times = iter(time.split(self.time_sizes, dim=-1))
+        texts = iter(key_values)
+        x = self.conv_in(x)
+        skips = [x]
+        for level in self.down_blocks:
+            for i, resnet in enumerate(level.resnets):
+                x = level.attend(resnet(x, next(times)), i, texts)
+                skips.append(x)
+            if level.downsamplers is not None:
+                x = level.downsamplers[0](x)
+                skips.append(x)
+
+        x = self.mid_block.resnets[0](x, next(times))
+        x = self.mid_block.attend(x, 0, texts)
+        x = self.mid_block.resnets[1](x, next(times))
+
+        for level in self.up_blocks:
+            for i, resnet in enumerate(level.resnets):
+                x = level.attend(resnet(self.merge_skip(x, skips.pop()), next(times)), i, texts)
+            if level.upsamplers is not None:
+                x = level.upsamplers[0](x, skips[-1].shape[1:3])
+        return self.conv_out(self.conv_norm_out(x))
+
+    def merge_skip(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        """Concatenate the skip connection along channels, or add it to the first channels of `x`."""
+        if self.config.skip == "concat":
+            return torch.cat([x, skip], dim=-1)
+        return x + F.pad(skip, (0, x.shape[-1] - skip.shape[-1]))
