@@ -1,0 +1,284 @@
+"""The JSON configs of a diffusers folder, to and from the dataclasses of `fastsd.config`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from fastsd.config import CLIPConfig, SchedulerConfig, UNetConfig, VAEConfig
+from fastsd.errors import FastsdError
+
+MAX_JSON = 32 * 2**20  # bytes; a real config has a few thousand, an index of shards a few hundred thousand
+
+# Scheduler classes of a folder and the samplers they stand for.
+SAMPLER_OF_CLASS = {
+    "DDPMScheduler": "ddpm",
+    "DDIMScheduler": "ddim",
+    "PNDMScheduler": "pndm",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_a",
+    "HeunDiscreteScheduler": "heun",
+    "DPMSolverMultistepScheduler": "dpm++2m",
+    "DPMSolverSDEScheduler": "dpm++sde",
+    "DPMSolverSinglestepScheduler": "dpm++2s",
+    "UniPCMultistepScheduler": "unipc",
+    "LMSDiscreteScheduler": "lms",
+    "LCMScheduler": "lcm",
+}
+CLASS_OF_SAMPLER = {sampler: name for name, sampler in SAMPLER_OF_CLASS.items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        FastsdError: missing, unreadable, too large or not a JSON object.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise FastsdError(f"{path}: larger than any config ({MAX_JSON // 2**20} MiB)")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FastsdError(f"{path}: cannot be read ({error.strerror})") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise FastsdError(f"{path}: not JSON ({error.__class__.__name__})") from error
+    if not isinstance(data, dict):
+        raise FastsdError(f"{path}: not a JSON object")
+    return data
+
+
+class _Reader:
+    """Typed access to one JSON config; every complaint names the file and the key."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.data = read_json(path)
+
+    def error(self, key: str, wanted: str) -> FastsdError:
+        return FastsdError(f"{self.path}: {key} is {self.data.get(key)!r}; {wanted}")
+
+    def get(self, key: str, kind: type, default: Any) -> Any:
+        value = self.data.get(key)
+        if value is None:
+            value = default
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise self.error(key, f"it should be of type {kind.__name__}")
+        if kind is int and not 0 <= value < 2**31:
+            raise self.error(key, "it should be a whole number from 0 to 2^31")
+        return value
+
+    def one_of(self, key: str, allowed: tuple[Any, ...], default: Any) -> Any:
+        value = self.data.get(key)
+        value = default if value is None else value
+        if value not in allowed:
+            raise self.error(key, f"fastsd knows {', '.join(map(repr, allowed))}")
+        return value
+
+    def per_level(self, key: str, levels: int, default: Any) -> tuple[int, ...]:
+        """A number for all levels or a list with one for each."""
+        value = self.data.get(key)
+        value = default if value is None else value
+        numbers = tuple(value) if isinstance(value, list | tuple) else (value,) * levels
+        if len(numbers) != levels or not all(type(n) is int and 0 < n < 2**20 for n in numbers):
+            raise self.error(key, f"it should be a positive number, or a list of {levels}")
+        return numbers
+
+
+def read_unet(path: Path) -> tuple[UNetConfig, int]:
+    """The UNet's config, and the latent size (pixels of a side) that it was trained at."""
+    r = _Reader(path)
+    channels = r.data.get("block_out_channels")
+    if not isinstance(channels, list) or not 1 <= len(channels) <= 8:
+        raise r.error("block_out_channels", "it should be a list of channel counts")
+    levels = len(channels)
+    attention = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
+    down = r.data.get("down_block_types", [])
+    if not isinstance(down, list) or len(down) != levels or not all(d in attention for d in down):
+        raise r.error("down_block_types", f"fastsd knows {levels} of DownBlock2D and CrossAttnDownBlock2D")
+    mirrored = [name.replace("Down", "Up") for name in reversed(down)]
+    if r.data.get("up_block_types") != mirrored:
+        raise r.error("up_block_types", f"it should mirror down_block_types: {mirrored}")
+    for key, value in _UNET_FIXED.items():
+        r.one_of(key, (value,), value)
+
+    depth = r.per_level("transformer_layers_per_block", levels, 1)
+    heads = r.data.get("num_attention_heads")
+    added = r.one_of("addition_embed_type", (None, "text_time"), None)
+    config = UNetConfig(
+        in_channels=r.get("in_channels", int, 4),
+        out_channels=r.get("out_channels", int, 4),
+        block_out_channels=r.per_level("block_out_channels", levels, None),
+        layers_per_block=r.get("layers_per_block", int, 2),
+        transformer_layers_per_block=tuple(n if attention[d] else 0 for n, d in zip(depth, down, strict=True)),
+        mid_transformer_layers=depth[-1],
+        # In these configs "attention_head_dim" is the number of heads (a misnomer kept for old files).
+        num_attention_heads=r.per_level("num_attention_heads" if heads else "attention_head_dim", levels, 8),
+        cross_attention_dim=r.get("cross_attention_dim", int, 1280),
+        use_linear_projection=r.get("use_linear_projection", bool, False),
+        norm_num_groups=r.get("norm_num_groups", int, 32),
+        norm_eps=r.get("norm_eps", float, 1e-5),
+        flip_sin_to_cos=r.get("flip_sin_to_cos", bool, True),
+        freq_shift=r.get("freq_shift", int, 0),
+        addition_time_embed_dim=r.get("addition_time_embed_dim", int, 0) if added else 0,
+        projection_class_embeddings_input_dim=r.get("projection_class_embeddings_input_dim", int, 0) if added else 0,
+        skip=r.one_of("fastsd_skip", ("concat", "add"), "concat"),
+    )
+    for heads_here, width in zip(config.num_attention_heads, config.block_out_channels, strict=True):
+        if width % heads_here or width % config.norm_num_groups:
+            raise r.error("block_out_channels", "each should be a multiple of its heads and of norm_num_groups")
+    return config, r.get("sample_size", int, 64)
+
+
+# Values of keys that no Stable Diffusion checkpoint changes and that the models here take for granted.
+_UNET_FIXED = {
+    "act_fn": "silu",
+    "class_embed_type": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "only_cross_attention": False,
+    "resnet_time_scale_shift": "default",
+    "time_cond_proj_dim": None,
+    "time_embedding_type": "positional",
+}
+
+
+def write_unet(config: UNetConfig, sample_size: int) -> dict[str, Any]:
+    """The JSON that `read_unet`, and diffusers, read back."""
+    down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in config.transformer_layers_per_block]
+    depths = [depth or config.mid_transformer_layers for depth in config.transformer_layers_per_block]
+    depths[-1] = config.mid_transformer_layers
+    added = bool(config.addition_time_embed_dim)
+    result: dict[str, Any] = {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": sample_size,
+        "down_block_types": down,
+        "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
+        "transformer_layers_per_block": depths,
+        "attention_head_dim": list(config.num_attention_heads),
+        "addition_embed_type": "text_time" if added else None,
+        "addition_time_embed_dim": config.addition_time_embed_dim if added else None,
+        "projection_class_embeddings_input_dim": config.projection_class_embeddings_input_dim if added else None,
+        "block_out_channels": list(config.block_out_channels),
+        **{key: value for key, value in _UNET_FIXED.items() if value is not None},
+    }
+    for name in ("in_channels", "out_channels", "layers_per_block", "cross_attention_dim", "use_linear_projection"):
+        result[name] = getattr(config, name)
+    for name in ("norm_num_groups", "norm_eps", "flip_sin_to_cos", "freq_shift"):
+        result[name] = getattr(config, name)
+    if config.skip != "concat":
+        result["fastsd_skip"] = config.skip  # diffusers has no such model
+    return result
+
+
+def read_vae(path: Path) -> VAEConfig:
+    """The autoencoder's config."""
+    r = _Reader(path)
+    channels = r.data.get("block_out_channels")
+    if not isinstance(channels, list) or not 1 <= len(channels) <= 8:
+        raise r.error("block_out_channels", "it should be a list of channel counts")
+    for key, value in {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True}.items():
+        r.one_of(key, (value,), value)
+    r.one_of("shift_factor", (None,), None)
+    return VAEConfig(
+        in_channels=r.get("in_channels", int, 3),
+        out_channels=r.get("out_channels", int, 3),
+        latent_channels=r.get("latent_channels", int, 4),
+        block_out_channels=r.per_level("block_out_channels", len(channels), None),
+        layers_per_block=r.get("layers_per_block", int, 1),
+        norm_num_groups=r.get("norm_num_groups", int, 32),
+        mid_block_attention=r.get("mid_block_add_attention", bool, True),
+        scaling_factor=r.get("scaling_factor", float, 0.18215),
+        force_upcast=r.get("force_upcast", bool, False),
+    )
+
+
+def write_vae(config: VAEConfig, sample_size: int) -> dict[str, Any]:
+    """The JSON that `read_vae`, and diffusers, read back."""
+    levels = len(config.block_out_channels)
+    result = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "norm_eps"}
+    result["mid_block_add_attention"] = result.pop("mid_block_attention")
+    return result | {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": list(config.block_out_channels),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "sample_size": sample_size,
+    }
+
+
+def read_clip(path: Path) -> CLIPConfig:
+    """A text encoder's config."""
+    r = _Reader(path)
+    base = CLIPConfig()
+    numbers = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    architectures = r.data.get("architectures") or [""]
+    end = r.get("eos_token_id", int, base.eos_token_id)
+    config = CLIPConfig(
+        **{name: r.get(name, int, getattr(base, name)) for name in (*numbers, "max_position_embeddings")},
+        hidden_act=r.one_of("hidden_act", ("quick_gelu", "gelu"), base.hidden_act),
+        layer_norm_eps=r.get("layer_norm_eps", float, base.layer_norm_eps),
+        projection_dim=r.get("projection_dim", int, 512) if "WithProjection" in str(architectures[0]) else 0,
+        eos_token_id=end,
+        eos_is_largest_id=end == 2,
+    )
+    if config.num_attention_heads == 0 or config.hidden_size % config.num_attention_heads:
+        raise r.error("num_attention_heads", f"it should divide hidden_size = {config.hidden_size}")
+    return config
+
+
+def write_clip(config: CLIPConfig) -> dict[str, Any]:
+    """The JSON that `read_clip`, and transformers, read back."""
+    result = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "eos_is_largest_id"}
+    name = "CLIPTextModelWithProjection" if config.projection_dim else "CLIPTextModel"
+    result["projection_dim"] = config.projection_dim or config.hidden_size
+    return result | {"architectures": [name], "model_type": "clip_text_model"}
+
+
+def read_scheduler(path: Path) -> SchedulerConfig:
+    """The noise schedule, and the sampler that the folder's scheduler class stands for."""
+    r = _Reader(path)
+    base = SchedulerConfig()
+    name = r.data.get("_class_name")
+    if name not in SAMPLER_OF_CLASS:
+        raise r.error("_class_name", f"fastsd knows {', '.join(SAMPLER_OF_CLASS)}")
+    sampler = SAMPLER_OF_CLASS[name]
+    if sampler == "dpm++2m" and str(r.data.get("algorithm_type", "")).startswith("sde"):
+        sampler = "dpm++2m_sde"
+    karras, exponential = (r.get(key, bool, False) for key in ("use_karras_sigmas", "use_exponential_sigmas"))
+    if r.data.get("trained_betas") is not None:
+        raise r.error("trained_betas", "only schedules given by beta_start and beta_end are known")
+    return SchedulerConfig(
+        num_train_timesteps=r.get("num_train_timesteps", int, base.num_train_timesteps),
+        beta_start=r.get("beta_start", float, base.beta_start),
+        beta_end=r.get("beta_end", float, base.beta_end),
+        beta_schedule=r.one_of("beta_schedule", ("linear", "scaled_linear", "squaredcos_cap_v2"), "linear"),
+        prediction_type=r.one_of("prediction_type", ("epsilon", "v_prediction", "sample"), "epsilon"),
+        timestep_spacing=r.one_of("timestep_spacing", ("leading", "trailing", "linspace"), base.timestep_spacing),
+        steps_offset=r.get("steps_offset", int, 0),
+        set_alpha_to_one=r.get("set_alpha_to_one", bool, sampler == "ddim"),
+        rescale_betas_zero_snr=r.get("rescale_betas_zero_snr", bool, False),
+        sampler=sampler,
+        schedule="karras" if karras else "exponential" if exponential else "default",
+    )
+
+
+def write_scheduler(config: SchedulerConfig) -> dict[str, Any]:
+    """The JSON that `read_scheduler`, and diffusers, read back."""
+    result = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("sampler", "schedule")}
+    result["_class_name"] = CLASS_OF_SAMPLER.get(config.sampler, "DDIMScheduler")
+    if config.sampler in ("ddim", "ddpm", "lcm"):
+        result["clip_sample"] = False  # clipping belongs to pixels, not to latents
+    if config.sampler == "pndm":
+        result["skip_prk_steps"] = True
+    if config.schedule == "karras":
+        result["use_karras_sigmas"] = True
+    return result

@@ -1,0 +1,116 @@
+"""Filling a model with weights from safetensors files: strictly, each tensor read once, nothing held twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from fastsd.errors import FastsdError
+from fastsd.weights.configs import read_json
+from fastsd.weights.names import Source, canonical, is_ignored, same_matrix, sources
+from fastsd.weights.safetensors_file import Entry, read_header
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def find_files(folder: Path, stem: str, half: bool) -> list[Path]:
+    """The weight files of one component.
+
+    Args:
+        folder: for example `.../unet`.
+        stem: `diffusion_pytorch_model` or `model`.
+        half: prefer the fp16 variant where both are there.
+
+    Raises:
+        FastsdError: there are none.
+    """
+    for variant in (".fp16", "") if half else ("", ".fp16"):
+        single = folder / f"{stem}{variant}.safetensors"
+        if single.is_file():
+            return [single]
+        for index in (
+            folder / f"{stem}.safetensors.index{variant}.json",
+            folder / f"{stem}{variant}.safetensors.index.json",
+        ):
+            if index.is_file():
+                return _shards(index)
+    raise FastsdError(
+        f"{folder}: no weights; expected {stem}.safetensors (or .fp16.safetensors, or shards with an index)"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+        raise FastsdError(f"{index}: weight_map is missing; it should map each tensor to its file")
+    files = sorted(set(names.values()))
+    for name in files:
+        if Path(name).name != name:
+            raise FastsdError(f"{index}: {name!r} is not the name of a file beside it")
+        if not (index.parent / name).is_file():
+            raise FastsdError(f"{index.parent / name}: missing; {index.name} names it")
+    return [index.parent / name for name in files]
+
+
+def load_module(build: Callable[[], M], files: list[Path], dtype: torch.dtype, device: torch.device) -> M:
+    """Build a model on the meta device and give it the weights in `files`.
+
+    Peak memory is the weights in `dtype` plus the largest single tensor of the files.
+
+    Args:
+        build: makes the model; it is called under `torch.device("meta")`.
+        files: safetensors files that together hold every parameter, and nothing else.
+        dtype, device: of the result.
+
+    Raises:
+        FastsdError: a key is missing, extra or of another shape; the message names file, key and both shapes.
+    """
+    with torch.device("meta"):
+        module = build()
+    entries = _read_headers(files)
+    state = {}
+    for name, parameter, parts in sources(module):
+        layout = torch.channels_last if parameter.ndim == 4 else torch.contiguous_format
+        target = torch.empty(parameter.shape, dtype=dtype, device=device, memory_format=layout)
+        for part in parts:
+            entry = _take(entries, part, files)
+            target[part.rows].copy_(entry.read().reshape(part.shape))
+        state[name] = target
+    if entries:
+        key, entry = min(entries.items())
+        more = f" (and {len(entries) - 1} more)" if len(entries) > 1 else ""
+        raise FastsdError(
+            f"{entry.path}: the key {key} {list(entry.shape)} belongs to no parameter of this model{more}"
+        )
+    module.load_state_dict(state, strict=True, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def _read_headers(files: list[Path]) -> dict[str, Entry]:
+    entries: dict[str, Entry] = {}
+    for path in files:
+        for key, entry in read_header(path)[0].items():
+            name = canonical(key)
+            if name in entries:
+                raise FastsdError(f"{path}: the key {key} stands twice (also in {entries[name].path.name})")
+            if not is_ignored(key):
+                entries[name] = entry
+    return entries
+
+
+def _take(entries: dict[str, Entry], part: Source, files: list[Path]) -> Entry:
+    where = files[0] if len(files) == 1 else files[0].parent
+    entry = entries.pop(part.key, None)
+    if entry is None:
+        raise FastsdError(f"{where}: the key {part.key} {list(part.shape)} is missing")
+    if not same_matrix(entry.shape, part.shape):
+        raise FastsdError(
+            f"{entry.path}: the key {part.key} is {list(entry.shape)}; the config wants {list(part.shape)}"
+        )
+    if not entry.dtype.is_floating_point:
+        raise FastsdError(f"{entry.path}: the key {part.key} is {entry.dtype}; it should be a floating-point tensor")
+    return entry
