@@ -62,9 +62,9 @@ class Tokenizer:
         self._backend = _build(self._vocab, self._merges, special["unk_token"].content, where)
         for wanted, token in sorted(added.items()):
             self._backend.add_tokens([token])
-            if self._backend.token_to_id(token.content) != wanted:
-                got = self._backend.token_to_id(token.content)
-                raise FastsdError(f"{where}: added token {token.content!r} has id {wanted}, the vocabulary gives it {got}")
+            got = self._backend.token_to_id(token.content)
+            if got != wanted:
+                raise FastsdError(f"{where}: added token {token.content!r:.60} has id {wanted}, its place is {got}")
         self._backend.add_tokens([special[name] for name in _NAMES if special[name].content not in _contents(added)])
         self.bos_id, self.eos_id, self.pad_id = (self._id(name) for name in ("bos_token", "eos_token", "pad_token"))
 
@@ -187,8 +187,14 @@ def _read_vocabulary(folder: Path) -> tuple[Vocab, Merges, dict[int, AddedToken]
         vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
         for file in (vocab_file, merges_file):
             if not file.is_file():
-                raise FastsdError(f"{file}: missing; a tokenizer folder has vocab.json and merges.txt, or tokenizer.json")
-        return _check_vocab(_read_json(vocab_file), vocab_file), _parse_merges(_read_text(merges_file), merges_file), None
+                raise FastsdError(
+                    f"{file}: missing; a tokenizer folder has vocab.json and merges.txt, or tokenizer.json"
+                )
+        return (
+            _check_vocab(_read_json(vocab_file), vocab_file),
+            _parse_merges(_read_text(merges_file), merges_file),
+            None,
+        )
 
     content = _read_json(single)
     model = content.get("model")
@@ -203,7 +209,9 @@ def _read_vocabulary(folder: Path) -> tuple[Vocab, Merges, dict[int, AddedToken]
     listed: dict[int, AddedToken] = {}
     for entry in content.get("added_tokens") or []:
         if not isinstance(entry, dict) or not isinstance(entry.get("id"), int):
-            raise FastsdError(f"{single}: added_tokens: each entry must be an object with an integer id, not {entry!r:.60}")
+            raise FastsdError(
+                f"{single}: added_tokens: each entry must be an object with an integer id, not {entry!r:.60}"
+            )
         listed[entry["id"]] = _added_token(entry, "added_tokens", single)
     return _check_vocab(model.get("vocab"), single), _parse_merges("\n".join(lines), single), listed
 

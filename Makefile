@@ -1,0 +1,74 @@
+# Everything starts here: `make demo` draws a picture, `make test` checks the project. Nothing else has to be set up.
+#
+#   make demo            a handwritten eight from the bundled model; prints the path of the picture
+#   make test            lint, then the fast tests
+#   make lint            ruff (lint, format) and mypy
+#   make parity          full-size models against diffusers (up to 24 GiB of memory; minutes)
+#   make digits-report   the full check of the bundled model (DATA=folder with the MNIST files)
+#
+# The environment is in .venv. It is made once, and brought up to date when pyproject.toml or constraints.txt change.
+# PYTHON=python3.12 chooses the interpreter; PYTHON=python3 NOVENV=1 uses that interpreter's own packages, installing nothing.
+
+PYTHON ?= python3
+NOVENV ?=
+PROMPT ?= a handwritten eight
+DATA ?= data/mnist
+
+ifeq ($(NOVENV),)
+  PY := .venv/bin/python
+  RUNTIME := .venv/.runtime
+  DEV := .venv/.dev
+else
+  PY := $(PYTHON)
+  RUNTIME :=
+  DEV :=
+endif
+
+PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+
+.PHONY: help demo test lint lint-run parity digits-report
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+# torch comes first and by its exact pin, so that pip takes the build that the index in use prefers.
+.venv/.runtime: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: $(PYTHON) must be Python 3.10 or later; choose another with PYTHON=..." >&2; exit 1; }
+	@.venv/bin/python -m pip --version >/dev/null 2>&1 || { echo "making .venv"; $(PYTHON) -m venv .venv; }
+	@echo "installing fastsd and its dependencies into .venv (the first time takes minutes)"
+	@$(PIP) $(TORCH)
+	@$(PIP) -e .
+	@touch $@
+
+.venv/.dev: .venv/.runtime
+	@echo "installing the tools for development into .venv"
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+demo: $(RUNTIME)
+	@$(PY) -m fastsd --prompt "$(PROMPT)"
+
+test: lint
+	$(PY) -m pytest
+
+lint: $(DEV)
+ifneq ($(NOVENV),)
+	@if $(PY) -c 'import mypy, ruff' 2>/dev/null; then $(MAKE) --no-print-directory lint-run; \
+	  else echo "lint skipped: $(PY) has no ruff or no mypy"; fi
+else
+	@$(MAKE) --no-print-directory lint-run
+endif
+
+lint-run:
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+parity: $(DEV)
+	$(PY) -m pytest -m parity -s
+
+digits-report: $(RUNTIME)
+	$(PY) -m fastsd evaluate --model digits --data $(DATA)
