@@ -46,8 +46,10 @@ class Tokenizer:
     def __init__(self, vocab: Path | str | None = None) -> None:
         if vocab is None:
             self._vocab, self._merges = _bundled()
-            # As the published Stable Diffusion 1 configs have it: found in lower-cased text.
-            bos, eos = (AddedToken(text, normalized=True, special=True) for text in (BOS, EOS))
+            # As transformers reads the published Stable Diffusion 1 folders: of the two, only the start token is found
+            # in any case; the end token's entry gives way to the padding's, which is a plain string.
+            bos = AddedToken(BOS, normalized=True, special=True)
+            eos = AddedToken(EOS, normalized=False, special=True)
             special: dict[str, AddedToken] = {"bos_token": bos, "eos_token": eos, "unk_token": eos, "pad_token": eos}
             added: dict[int, AddedToken] = {}
             self.max_length = MAX_LENGTH
@@ -187,14 +189,9 @@ def _read_vocabulary(folder: Path) -> tuple[Vocab, Merges, dict[int, AddedToken]
         vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
         for file in (vocab_file, merges_file):
             if not file.is_file():
-                raise FastsdError(
-                    f"{file}: missing; a tokenizer folder has vocab.json and merges.txt, or tokenizer.json"
-                )
-        return (
-            _check_vocab(_read_json(vocab_file), vocab_file),
-            _parse_merges(_read_text(merges_file), merges_file),
-            None,
-        )
+                raise FastsdError(f"{file}: missing; a tokenizer is vocab.json and merges.txt, or tokenizer.json")
+        vocab = _check_vocab(_read_json(vocab_file), vocab_file)
+        return vocab, _parse_merges(_read_text(merges_file), merges_file), None
 
     content = _read_json(single)
     model = content.get("model")
@@ -202,16 +199,14 @@ def _read_vocabulary(folder: Path) -> tuple[Vocab, Merges, dict[int, AddedToken]
     if kind != "BPE":
         raise FastsdError(f"{single}: model type is {kind!r}; a CLIP tokenizer has 'BPE'")
     model = cast(dict[str, Any], model)
-    merges = model.get("merges")
-    if not isinstance(merges, list):
-        raise FastsdError(f"{single}: model.merges must be a list")
-    lines = [merge if isinstance(merge, str) else " ".join(map(str, merge)) for merge in merges]
+    merges, entries = model.get("merges"), content.get("added_tokens") or []
+    if not isinstance(merges, list) or not isinstance(entries, list):
+        raise FastsdError(f"{single}: model.merges and added_tokens must be lists")
+    lines = [" ".join(map(str, merge)) if isinstance(merge, list) else str(merge) for merge in merges]
     listed: dict[int, AddedToken] = {}
-    for entry in content.get("added_tokens") or []:
-        if not isinstance(entry, dict) or not isinstance(entry.get("id"), int):
-            raise FastsdError(
-                f"{single}: added_tokens: each entry must be an object with an integer id, not {entry!r:.60}"
-            )
+    for entry in entries:
+        if not isinstance(entry, dict) or type(entry.get("id")) is not int:
+            raise FastsdError(f"{single}: added_tokens: an entry must have an integer id, unlike {entry!r:.60}")
         listed[entry["id"]] = _added_token(entry, "added_tokens", single)
     return _check_vocab(model.get("vocab"), single), _parse_merges("\n".join(lines), single), listed
 
@@ -254,7 +249,7 @@ def _read_settings(
         special[key] = known.get(token.content, token)
 
     length = config.get("model_max_length", MAX_LENGTH)
-    if not isinstance(length, (int, float)) or isinstance(length, bool) or length < 3:
+    if not isinstance(length, (int, float)) or isinstance(length, bool) or not length >= 3:
         raise FastsdError(f"{config_file}: model_max_length must be a number from 3, not {length!r}")
     return special, added, int(length) if length <= _LONGEST else MAX_LENGTH
 

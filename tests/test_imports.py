@@ -1,0 +1,177 @@
+"""Imports run one way: errors, config -> kernels -> model, sampling, graph -> weights -> pipeline -> what uses it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "fastsd"
+
+# The statement of the order: a room imports only rooms of a lower rank, and itself. A new room needs a line here.
+RANKS = {
+    "errors": 0,
+    "config": 0,
+    "devices": 1,
+    "memory": 1,
+    "kernels": 1,
+    "model": 2,
+    "sampling": 2,
+    "graph": 2,
+    "images": 2,
+    "weights": 3,
+    "latents": 4,  # these three are the pipeline's own parts
+    "conditioning": 4,
+    "request": 5,
+    "pipeline": 6,
+    "train": 7,
+    "evaluate": 7,
+    "server": 7,
+    "cli": 8,
+    "__main__": 9,
+}
+# Rooms of one rank that may know each other all the same.
+ALLOWED = {("config", "errors"), ("evaluate", "train")}
+# `fastsd` itself hands these out, on demand; only the rooms that use the pipeline may import `fastsd` itself.
+FACE = {"errors", "pipeline"}
+
+
+def imported_modules(source: str, module: str, is_package: bool) -> list[str]:
+    """Absolute names of everything under fastsd that `source` imports, inside functions too.
+
+    `module` is the dotted name of the source, which relative imports start from. `from a import b` gives `a.b`, since
+    b may be a module. What stands under `if TYPE_CHECKING:` counts too: it is an edge in the design.
+    """
+    found: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                drop = node.level - 1 if is_package else node.level
+                parents = module.split(".")[: len(module.split(".")) - drop]
+                base = ".".join([*parents, *([node.module] if node.module else [])])
+            found += [f"{base}.{alias.name}" for alias in node.names]
+    return [name for name in found if name == "fastsd" or name.startswith("fastsd.")]
+
+
+def room(module: str) -> str:
+    """The room of a dotted name: "model" for fastsd.model.clip, "" for fastsd itself and for names in it."""
+    second = (module.split(".") + [""])[1]
+    return second if second in RANKS else ""
+
+
+def bad_edges(source: str, module: str, is_package: bool = False) -> list[str]:
+    """The imports of one source that run against the order, each as one line."""
+    here, bad = room(module), []
+    for target in imported_modules(source, module, is_package):
+        there = room(target)
+        if here == "":
+            right = there in FACE or there == ""
+        elif there == "":
+            right = RANKS[here] > RANKS["pipeline"]
+        else:
+            right = there == here or RANKS[there] < RANKS[here] or (here, there) in ALLOWED
+        if not right:
+            bad.append(f"{module} imports {target}")
+    return bad
+
+
+def sources() -> list[tuple[str, Path]]:
+    files = []
+    for file in sorted(PACKAGE.rglob("*.py")):
+        parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+        files.append((".".join(part for part in parts if part != "__init__"), file))
+    return files
+
+
+def test_every_room_has_a_rank() -> None:
+    rooms = {module.split(".")[1] for module, _ in sources() if "." in module}
+    assert rooms <= set(RANKS), f"rooms without a rank in this test: {sorted(rooms - set(RANKS))}"
+
+
+@pytest.mark.parametrize(("module", "file"), sources(), ids=[module for module, _ in sources()])
+def test_imports_run_one_way(module: str, file: Path) -> None:
+    edges = bad_edges(file.read_text(encoding="utf-8"), module, is_package=file.name == "__init__.py")
+    assert not edges, "against the order of the rooms: " + "; ".join(edges)
+
+
+@pytest.mark.parametrize(
+    ("source", "module", "is_package"),
+    [
+        ("import fastsd.weights", "fastsd.model.unet", False),
+        ("from fastsd import weights", "fastsd.model.unet", False),
+        ("from ..weights import load_folder", "fastsd.model.unet", False),
+        ("from .. import weights", "fastsd.model.unet", False),
+        ("from .. import weights", "fastsd.model", True),  # one level up from a package is its parent
+        ("def f():\n    from fastsd.pipeline import Pipeline", "fastsd.sampling.tables", False),
+        ("from fastsd.model.unet import UNet", "fastsd.sampling.advance", False),  # leaves do not know each other
+        ("import fastsd", "fastsd.graph", False),
+        ("from fastsd.cli import main", "fastsd.train.loop", False),
+        ("if TYPE_CHECKING:\n    import fastsd.pipeline", "fastsd.kernels.linear", False),
+        ("from fastsd.train import loop", "fastsd", True),
+    ],
+)
+def test_the_check_finds_a_bad_edge(source: str, module: str, is_package: bool) -> None:
+    assert bad_edges(source, module, is_package)
+
+
+@pytest.mark.parametrize(
+    ("source", "module", "is_package"),
+    [
+        ("from fastsd.kernels.linear import linear", "fastsd.model.unet", False),
+        ("from . import layers", "fastsd.model.unet", False),
+        ("from .layers import Attention", "fastsd.model", True),
+        ("from ..errors import FastsdError", "fastsd.sampling.tables", False),
+        ("def f():\n    import fastsd.train.loop", "fastsd.cli", False),
+        ("import fastsd\nfrom fastsd import __version__", "fastsd.cli", False),
+        ("from fastsd import errors", "fastsd.model.unet", False),
+        ("from fastsd.pipeline import Pipeline", "fastsd", True),
+        ("import torch, fastsdlike", "fastsd.config", False),
+    ],
+)
+def test_the_check_allows_a_good_edge(source: str, module: str, is_package: bool) -> None:
+    assert bad_edges(source, module, is_package) == []
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_the_package_is_light() -> None:
+    """Nothing heavy comes with `import fastsd`: not torch, and not what only tests use."""
+    loaded = set(run("import fastsd, sys; print(*sys.modules, sep='\\n')").split())
+    assert "fastsd" in loaded
+    assert not loaded & {"torch", "triton", "diffusers", "transformers", "scipy", "numpy", "tokenizers", "PIL"}
+
+
+def test_the_pipeline_loads_nothing_that_it_does_not_use() -> None:
+    """The pipeline needs torch, but still neither what only tests use, nor the compiler, nor the training code."""
+    pytest.importorskip("fastsd.pipeline")
+    loaded = set(run("import fastsd, sys; fastsd.Pipeline; print(*sys.modules, sep='\\n')").split())
+    assert "torch" in loaded
+    assert not loaded & {
+        "triton",
+        "diffusers",
+        "transformers",
+        "scipy",
+        "fastsd.train",
+        "fastsd.evaluate",
+        "torch._dynamo",
+    }
+
+
+def test_import_time() -> None:
+    """fastsd with its pipeline takes at most 0.3 s of processor time beyond `import torch` (the least of three)."""
+    pytest.importorskip("fastsd.pipeline")
+    code = (
+        "import time, torch; start = time.process_time(); import fastsd; fastsd.Pipeline; "
+        "print(time.process_time() - start)"
+    )
+    assert min(float(run(code)) for _ in range(3)) < 0.3
