@@ -37,7 +37,8 @@ def save_folder(components: Components, path: str | Path, dtype: torch.dtype = t
         "vae": ["diffusers", "AutoencoderKL"],
     }
     for i, (encoder, tokenizer) in enumerate(zip(components.text_encoders, components.tokenizers, strict=True)):
-        suffix = "_2" if i else ""
+        alone_and_second = len(components.text_encoders) == 1 and unet.add_embedding is not None  # SDXL's refiner
+        suffix = "_2" if i or alone_and_second else ""
         text_json = configs.write_clip(encoder.config)
         _save_module(encoder, root / f"text_encoder{suffix}", "model", text_json, dtype, linear)
         tokenizer.save(root / f"tokenizer{suffix}")

@@ -1,0 +1,63 @@
+"""Where and in which precision to run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fastsd.errors import FastsdError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """ "auto" or a device's name as a device that is there.
+
+    Raises:
+        FastsdError: it is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise FastsdError(f"device is {device!r}; it should be auto, cpu, cuda or cuda:N") from error
+    if place.type not in ("cpu", "cuda"):
+        raise FastsdError(f"device is {str(place)!r}; fastsd runs on cpu and cuda")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise FastsdError(f"device is {str(place)!r}; this machine has {torch.cuda.device_count()} CUDA devices")
+    return place
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """ "auto", "fp32", "fp16" or "bf16" as a torch dtype; see `Pipeline.from_pretrained`.
+
+    Raises:
+        FastsdError: another name.
+    """
+    if isinstance(dtype, torch.dtype):
+        if dtype not in DTYPES.values():
+            raise FastsdError(f"dtype is {dtype}; it should be float32, float16 or bfloat16")
+        return dtype
+    if dtype == "auto":
+        if device.type == "cuda":
+            return torch.float16
+        return torch.bfloat16 if cpu_has_bf16() else torch.float32
+    if dtype not in DTYPES:
+        raise FastsdError(f"dtype is {dtype!r}; it should be auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bf16 in hardware (avx512_bf16 or amx_bf16)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The short name of a dtype, as `resolve_dtype` takes it."""
+    return next(name for name, known in DTYPES.items() if known == dtype)

@@ -1,0 +1,331 @@
+"""Text to image, image to image, inpainting: one loop.
+
+The loop is a generator: progress, preview and cancelling are what the caller does between its items.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastsd import memory
+from fastsd.conditioning import TextFeatures, added_conditioning, encode_text
+from fastsd.devices import dtype_name, resolve_device, resolve_dtype
+from fastsd.latents import InpaintMask, Noise, encode_image, image_tensor, to_channels_last
+from fastsd.model.tiling import decode_tiled
+from fastsd.request import Request, make_request
+from fastsd.sampling import advance
+from fastsd.sampling.tables import Table, build
+from fastsd.weights import Components, load_folder
+
+BUNDLED = Path(__file__).parent / "assets" / "digits"
+
+
+@dataclass
+class Result:
+    """What a call returns.
+
+    Attributes:
+        images: a list of PIL images; or an array `[N, H, W, 3]` in [0, 1] ("np"), a tensor `[N, 3, H, W]` in [0, 1]
+            ("pt"), or scaled latents `[N, C, h, w]` ("latent").
+        seeds: one for each image.
+        timings: seconds for "text", "encode", "steps", "decode", "total"; "steps_per_second".
+        notes: what the user should know, a line each.
+        parameters: every setting that the images depend on, as used.
+    """
+
+    images: Any
+    seeds: list[int]
+    timings: dict[str, float]
+    notes: list[str]
+    parameters: dict[str, Any]
+
+
+@dataclass
+class Step:
+    """One finished step of the loop. `result` is set on the last.
+
+    Attributes:
+        index: how many steps are done, over all batches; `total`: how many there will be.
+        latents: `[n, h, w, C]` fp32, the batch's state after the step.
+    """
+
+    index: int
+    total: int
+    latents: torch.Tensor
+    _pipeline: Pipeline = field(repr=False)
+    result: Result | None = None
+
+    def preview(self) -> Image.Image:
+        """The batch's first picture as it stands, decoded (noisy until the end)."""
+        return self._pipeline.decode(self.latents[:1], tiled=False)[0]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What stays the same over the steps of one batch."""
+
+    table: Table
+    time: torch.Tensor  # [rows, 1 or 2n, sum of channels]
+    key_values: tuple[torch.Tensor, ...]
+    noise: Noise
+    start_noise: torch.Tensor  # [n, h, w, C]
+    image: torch.Tensor | None  # [n, h, w, C]
+    mask: torch.Tensor | None  # [1, h, w, 1]: latents outside it follow the picture
+    extra_channels: torch.Tensor | None  # [n, h, w, 5]: mask and masked picture of an inpainting UNet
+
+
+class Pipeline:
+    """A checkpoint, ready to draw."""
+
+    def __init__(self, components: Components, device: torch.device, dtype: torch.dtype):
+        self.components, self.device, self.dtype = components, device, dtype
+        size = components.sample_size * components.vae.config.downscale
+        self.defaults: dict[str, Any] = {
+            "num_inference_steps": 30,
+            "guidance_scale": 7.5,
+            "width": size,
+            "height": size,
+            "sampler": components.scheduler.sampler,
+            "schedule": components.scheduler.schedule,
+        } | components.defaults
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path | None = None, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+    ) -> Pipeline:
+        """Load a checkpoint.
+
+        Args:
+            path: a folder in the diffusers layout; None or "digits" is the bundled model.
+            device: "auto" (CUDA where there is a GPU), "cpu", "cuda", "cuda:1".
+            dtype: "auto" (CUDA: fp16; a CPU with avx512_bf16 or amx_bf16: bf16; else fp32), "fp32", "fp16", "bf16".
+
+        Raises:
+            FastsdError: no such model, damaged files, unknown device or dtype, too little memory.
+        """
+        place = resolve_device(device)
+        precision = resolve_dtype(dtype, place)
+        folder = BUNDLED if path in (None, "digits") else Path(path)
+        if folder.is_dir():
+            memory.check_weights(folder, place)
+        components = load_folder(folder, precision, place)
+        if precision == torch.float16 and components.vae.config.force_upcast:
+            components.vae.float()  # its activations overflow fp16
+        return cls(components, place, precision)
+
+    def __call__(self, prompt: str | list[str], **arguments: Any) -> Result:
+        """Draw pictures.
+
+        Args:
+            prompt: a text, or a list of texts.
+            negative_prompt: what to stay away from; a text, or one for each prompt.
+            num_inference_steps: denoising steps. None here and below: the checkpoint's own default.
+            guidance_scale: how strongly to follow the prompt (Ho and Salimans 2022); 1 skips the unconditional half.
+            guidance_rescale: 0 to 1, pulls the guided prediction back to its old spread (Lin et al. 2024, section 3.4).
+            width, height: pixels; multiples of the model's factor (8 for Stable Diffusion).
+            seed: of the first image; the k-th image has seed + k. None: a random one, reported in the result.
+            sampler, schedule: names in `fastsd.sampling.tables.SAMPLERS`; "default", "karras", ...
+            eta: DDIM's share of fresh noise, 0 to 1.
+            num_images_per_prompt: images for each prompt.
+            batch_size: how many run together; changes speed and memory, not the pictures.
+            image: a PIL image to start from; `strength` 0 to 1 says how much of it to redo.
+            mask_image: a PIL image; white is painted anew, black comes back exactly as it was.
+            clip_skip: last layers of the text encoder to leave out, 1 meaning none.
+            latents: starting noise `[N, C, h, w]`, unit variance.
+            output_type: "pil", "np", "pt" or "latent".
+            vae_tiling: run the autoencoder in tiles; None: only for very large pictures.
+
+        Raises:
+            FastsdError: an argument is missing, unknown or out of range; one line that names it.
+        """
+        last = deque(self.stream(prompt, **arguments), maxlen=1).pop()
+        assert last.result is not None
+        return last.result
+
+    def stream(self, prompt: str | list[str], **arguments: Any) -> Iterator[Step]:
+        """The same work as `__call__`, step by step; arguments are checked before the first step is asked for."""
+        return self._run(make_request(self.components, self.defaults, prompt, **arguments))
+
+    def _run(self, request: Request) -> Iterator[Step]:
+        """All batches of a request; the loop over steps is here."""
+        started = time.perf_counter()
+        clock = {"text": 0.0, "encode": 0.0, "steps": 0.0, "decode": 0.0}
+        table = self._table(request)
+        ends = [i for i in range(len(table)) if i + 1 == len(table) or table.step[i + 1] != table.step[i]]
+        count = len(request.prompts)
+        batches = [slice(i, min(i + request.batch_size, count)) for i in range(0, count, request.batch_size)]
+        total, done = len(batches) * len(ends), 0
+        finished: list[Any] = []
+        for which in batches:
+            batch, state = self._begin(request, which, table, clock)
+            for i in range(len(table)):
+                tick = time.perf_counter()
+                self._advance(request, batch, state, i)
+                clock["steps"] += time.perf_counter() - tick
+                if i in ends and (done := done + 1) < total:
+                    yield Step(done, total, state.x, self)
+            tick = time.perf_counter()
+            finished.append(self._finish(request, state.x))
+            clock["decode"] += time.perf_counter() - tick
+        clock["total"] = time.perf_counter() - started
+        clock["steps_per_second"] = total / clock["steps"] if clock["steps"] else 0.0
+        yield Step(total, total, state.x, self, self._result(request, finished, clock))
+
+    def _table(self, request: Request) -> Table:
+        """The sampler's coefficients for the steps that this request runs."""
+        steps, start = request.num_inference_steps, 0
+        if request.image is not None:
+            start = steps - min(int(steps * request.strength), steps)
+        return build(
+            request.sampler,
+            steps,
+            self.components.scheduler,
+            schedule=request.schedule,
+            start=start,
+            eta=request.eta,
+        )
+
+    @torch.inference_mode()
+    def _begin(
+        self, request: Request, which: slice, table: Table, clock: dict[str, float]
+    ) -> tuple[_Batch, advance.State]:
+        """Everything that does not depend on the loop: text, time, picture, noise."""
+        config = self.components.vae.config
+        seeds = request.seeds[which]
+        height, width = request.height // config.downscale, request.width // config.downscale
+        noise = Noise(seeds, config.latent_channels, height, width, self.device)
+        tick = time.perf_counter()
+        timed, key_values = self._condition(request, which, table)
+        clock["text"] += time.perf_counter() - tick
+
+        tick = time.perf_counter()
+        image = mask = extra = None
+        inpaints = self.components.unet.config.in_channels == 9
+        if request.image is not None and not (inpaints and request.strength == 1.0):
+            image = encode_image(self.components.vae, image_tensor(request.image), noise, request.vae_tiling)
+        given = request.latents
+        start_noise = noise.draw() if given is None else to_channels_last(given[which]).to(self.device)
+        if request.image is not None and request.mask is not None:
+            regions = InpaintMask.from_image(request.mask, config.downscale)
+            if inpaints:
+                kept = image_tensor(request.image) * (regions.pixels < 0.5)
+                masked = encode_image(self.components.vae, kept, noise, request.vae_tiling)
+                extra = torch.cat([regions.latents.to(self.device).expand(len(seeds), -1, -1, -1), masked], dim=-1)
+            else:
+                mask = regions.latents.to(self.device)
+        clock["encode"] += time.perf_counter() - tick
+        pure_noise = request.mask is not None and request.strength == 1.0
+        state = advance.begin(table, start_noise, None if pure_noise else image)
+        return _Batch(table, timed, key_values, noise, start_noise, image, mask, extra), state
+
+    def _condition(self, request: Request, which: slice, table: Table) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Time embeddings for all rows and keys and values of the text, for the batch's (guided) UNet samples.
+
+        Each distinct text is encoded and projected once and by itself, so that an image does not depend on its
+        neighbours in the batch.
+        """
+        components, unet = self.components, self.components.unet
+        guided = request.guidance_scale != 1.0
+        wanted = [(text, False) for text in request.prompts[which]]
+        if guided:
+            wanted = [(text, True) for text in request.negative_prompts[which]] + wanted
+        features: dict[tuple[str, bool], TextFeatures] = {}
+        projected: dict[tuple[str, bool], tuple[torch.Tensor, ...]] = {}
+        for text, negative in dict.fromkeys(wanted):
+            zeros = negative and not text and components.zeros_for_empty_prompt
+            features[text, negative] = encode_text(components, text, request.clip_skip, zeros)
+            projected[text, negative] = unet.project_context(features[text, negative].context)
+        key_values = tuple(torch.cat(layer) for layer in zip(*(projected[key] for key in wanted), strict=True))
+
+        timesteps = torch.as_tensor(table.rows[:, 0], dtype=torch.float32, device=self.device)
+        pooled = torch.cat([features[key].pooled for key in wanted])
+        added = added_conditioning(
+            components, pooled, [negative for _, negative in wanted], request.width, request.height
+        )
+        if added is None or not len(table):
+            return unet.embed_time(timesteps)[:, None] if added is None else pooled, key_values
+        rows = [unet.embed_time(t.expand(len(wanted)), added) for t in timesteps]
+        return torch.stack(rows), key_values
+
+    @torch.inference_mode()
+    def _advance(self, request: Request, batch: _Batch, state: advance.State, i: int) -> None:
+        """Row `i` of the table: one call of the UNet, one update of the state."""
+        x = advance.model_input(state)
+        if batch.extra_channels is not None:
+            x = torch.cat([x, batch.extra_channels], dim=-1)
+        if request.guidance_scale != 1.0:
+            x = torch.cat([x, x])
+        out = self.components.unet.denoise(x.to(self.dtype), batch.time[i], batch.key_values)
+        fresh = batch.noise.draw() if batch.table.draw[i] else None
+        advance.step(state, out, request.guidance_scale, request.guidance_rescale, fresh)
+        if batch.mask is not None and batch.image is not None:
+            of_image, of_noise = batch.table.keep[i]
+            known = float(of_image) * batch.image + float(of_noise) * batch.start_noise
+            state.x = batch.mask * state.x + (1.0 - batch.mask) * known
+
+    def _finish(self, request: Request, x: torch.Tensor) -> Any:
+        """A batch's pictures from its last state, in the form asked for."""
+        if request.output_type == "latent":
+            return x.permute(0, 3, 1, 2)
+        images = self.decode(x, request.vae_tiling)
+        if request.image is not None and request.mask is not None:
+            regions = InpaintMask.from_image(request.mask, self.components.vae.config.downscale)
+            images = [regions.compose(request.image, image) for image in images]
+        if request.output_type == "pil":
+            return images
+        array = np.stack([np.asarray(image, dtype=np.float32) / 255.0 for image in images])
+        return array if request.output_type == "np" else torch.from_numpy(array).permute(0, 3, 1, 2)
+
+    @torch.inference_mode()
+    def decode(self, latents: torch.Tensor, tiled: bool = False) -> list[Image.Image]:
+        """Scaled latents `[n, h, w, C]` to pictures, one at a time (the decoder's maps are the largest of all)."""
+        return [Image.fromarray(self._pixels(latent[None], tiled)[0]) for latent in latents]
+
+    def _pixels(self, latent: torch.Tensor, tiled: bool) -> np.ndarray:
+        """`[1, h, w, C]` to `[1, H, W, 3]` uint8. A non-finite value anywhere is retried in fp32."""
+        vae = self.components.vae
+        z = latent / vae.config.scaling_factor
+        decode = (lambda y: decode_tiled(vae, y)) if tiled else vae.decode
+        image = decode(z.to(vae.post_quant_conv.weight.dtype))
+        if not bool(torch.isfinite(image).all()):
+            vae.float()
+            image = decode(z.float())
+        return (image.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+
+    def _result(self, request: Request, finished: list[Any], clock: dict[str, float]) -> Result:
+        if request.output_type == "pil":
+            images: Any = [image for part in finished for image in part]
+        elif request.output_type == "np":
+            images = np.concatenate(finished)
+        else:
+            images = torch.cat(finished)
+        names = (
+            "num_inference_steps",
+            "guidance_scale",
+            "guidance_rescale",
+            "width",
+            "height",
+            "sampler",
+            "schedule",
+            "eta",
+            "clip_skip",
+        )
+        parameters = {name: getattr(request, name) for name in names}
+        parameters |= {
+            "model": self.components.name,
+            "device": self.device.type,
+            "dtype": dtype_name(self.dtype),
+            "prompts": list(request.prompts),
+            "negative_prompts": list(request.negative_prompts),
+            "strength": request.strength if request.image is not None else None,
+        }
+        return Result(images, list(request.seeds), clock, list(request.notes), parameters)

@@ -1,0 +1,221 @@
+"""What a caller asks of the pipeline, checked before any work is done."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastsd import memory
+from fastsd.conditioning import notes_on
+from fastsd.errors import FastsdError
+from fastsd.sampling.tables import canonical_name
+from fastsd.weights import Components
+
+MAX_IMAGES = 1000
+MAX_STEPS = 1000
+MAX_GUIDANCE = 100.0
+MAX_SIDE = 8192
+MAX_SEED = 2**63 - 1
+TILED_FROM = 2048 * 2048  # pixels above which the autoencoder works in tiles by itself
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of one call, complete and in range. `Pipeline.__call__` documents the fields."""
+
+    prompts: tuple[str, ...]  # one for each image
+    negative_prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_rescale: float
+    width: int
+    height: int
+    sampler: str
+    schedule: str
+    eta: float
+    clip_skip: int
+    strength: float
+    batch_size: int
+    output_type: str
+    vae_tiling: bool
+    image: Image.Image | None = None  # RGB, width x height
+    mask: Image.Image | None = None  # L, width x height
+    latents: torch.Tensor | None = None  # [N, C, h, w]
+    notes: tuple[str, ...] = ()
+
+
+def make_request(
+    components: Components,
+    defaults: dict[str, Any],
+    prompt: str | list[str],
+    negative_prompt: str | list[str] = "",
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    seed: int | None = None,
+    sampler: str | None = None,
+    schedule: str | None = None,
+    num_images_per_prompt: int = 1,
+    batch_size: int | None = None,
+    image: Image.Image | None = None,
+    mask_image: Image.Image | None = None,
+    strength: float = 0.8,
+    guidance_rescale: float = 0.0,
+    eta: float = 0.0,
+    clip_skip: int = 1,
+    latents: torch.Tensor | None = None,
+    output_type: str = "pil",
+    vae_tiling: bool | None = None,
+) -> Request:
+    """Check the arguments of a call and fill in the checkpoint's defaults; `Pipeline.__call__` says what they mean."""
+    factor = components.vae.config.downscale
+
+    def chosen(name: str, value: Any) -> Any:
+        return defaults[name] if value is None else value
+
+    prompts, negatives = texts("prompt", prompt), texts("negative_prompt", negative_prompt)
+    if not all(text.strip() for text in prompts):
+        raise FastsdError("prompt is empty; say what to draw")
+    if len(negatives) not in (1, len(prompts)):
+        raise FastsdError(f"negative_prompt holds {len(negatives)} texts for {len(prompts)} prompts; give 1 or as many")
+    each = number("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES, whole=True)
+    count = number("the number of images", len(prompts) * each, 1, MAX_IMAGES, whole=True)
+    first = secrets.randbelow(2**32) if seed is None else number("seed", seed, 0, MAX_SEED - count, whole=True)
+
+    notes: list[str] = []
+    mask = None
+    if image is not None:
+        image, more = fit_image(image, width, height, factor)
+        notes += more
+        width, height = image.size
+    if mask_image is not None:
+        mask, more = fit_mask(mask_image, image)
+        notes += more
+    if components.unet.config.in_channels == 9 and mask is None:
+        raise FastsdError("this is an inpainting checkpoint: give image and mask_image")
+    width, height = side("width", chosen("width", width), factor), side("height", chosen("height", height), factor)
+    if output_type not in OUTPUT_TYPES:
+        raise FastsdError(f"output_type is {output_type!r}; it should be one of {', '.join(OUTPUT_TYPES)}")
+    downscale, channels = components.vae.config.downscale, components.vae.config.latent_channels
+    for text in dict.fromkeys([*prompts, *negatives]):
+        notes += [note for note in notes_on(components, text) if note not in notes]
+    if latents is not None:
+        latents = fit_latents(latents, (count, channels, height // downscale, width // downscale))
+    size = number("batch_size", min(count, 8) if batch_size is None else batch_size, 1, MAX_IMAGES, whole=True)
+    weight = components.unet.conv_in.weight
+    tiled = width * height > TILED_FROM if vae_tiling is None else bool(vae_tiling)
+    memory.check_picture(
+        components.unet.config, components.vae.config, width, height, min(size, count), weight.dtype, weight.device
+    )
+    return Request(
+        prompts=tuple(text for text in prompts for _ in range(each)),
+        negative_prompts=tuple((negatives * len(prompts))[i] for i in range(len(prompts)) for _ in range(each)),
+        seeds=tuple(first + i for i in range(count)),
+        num_inference_steps=number(
+            "num_inference_steps", chosen("num_inference_steps", num_inference_steps), 1, MAX_STEPS, whole=True
+        ),
+        guidance_scale=number("guidance_scale", chosen("guidance_scale", guidance_scale), 0, MAX_GUIDANCE),
+        guidance_rescale=number("guidance_rescale", guidance_rescale, 0, 1),
+        width=width,
+        height=height,
+        sampler=canonical_name(chosen("sampler", sampler)),
+        schedule=chosen("schedule", schedule),
+        eta=number("eta", eta, 0, 1),
+        clip_skip=number(
+            "clip_skip", clip_skip, 1, min(e.config.num_hidden_layers for e in components.text_encoders), whole=True
+        ),
+        strength=number("strength", strength, 0, 1),
+        batch_size=size,
+        output_type=output_type,
+        vae_tiling=tiled,
+        image=image,
+        mask=mask,
+        latents=latents,
+        notes=tuple(notes),
+    )
+
+
+def number(name: str, value: Any, low: float, high: float, whole: bool = False) -> Any:
+    """`value` if it is a number (a whole one) from `low` to `high`.
+
+    Raises:
+        FastsdError: it is not; the message names the argument and the range.
+    """
+    kind = "a whole number" if whole else "a number"
+    good = isinstance(value, int) or (isinstance(value, float | np.floating) and not whole)
+    if isinstance(value, np.integer):
+        good, value = True, int(value)
+    if isinstance(value, bool) or not good or not math.isfinite(value) or not low <= value <= high:
+        raise FastsdError(f"{name} is {value!r}; it should be {kind} from {low:g} to {high:g}")
+    return int(value) if whole else float(value)
+
+
+def texts(name: str, value: Any) -> list[str]:
+    """One prompt or a list of them, as a list."""
+    prompts = [value] if isinstance(value, str) else value
+    if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(p, str) for p in prompts):
+        raise FastsdError(f"{name} should be a text or a list of texts, not {str(value)[:60]!r}")
+    return list(prompts)
+
+
+def side(name: str, value: Any, factor: int) -> int:
+    """A width or height: a multiple of `factor` in range; otherwise the nearest right ones are named."""
+    value = number(name, value, factor, MAX_SIDE, whole=True)
+    if value % factor:
+        below = max(value // factor * factor, factor)
+        raise FastsdError(f"{name} is {value}; it should be a multiple of {factor}: {below} or {below + factor}")
+    return value
+
+
+def fit_image(image: Any, width: int | None, height: int | None, factor: int) -> tuple[Image.Image, list[str]]:
+    """The starting picture as RGB at the size of the result.
+
+    Without a width and height the size is the picture's own, rounded down to multiples of `factor`.
+
+    Returns:
+        The picture, and notes on what was done to it.
+    """
+    if not isinstance(image, Image.Image):
+        raise FastsdError(f"image should be a PIL image, not {type(image).__name__}")
+    own = tuple(max(n // factor * factor, factor) for n in image.size)
+    size = (
+        side("width", own[0] if width is None else width, factor),
+        side("height", own[1] if height is None else height, factor),
+    )
+    image = image.convert("RGB")
+    if image.size == size:
+        return image, []
+    note = f"the image was resized from {image.width}x{image.height} to {size[0]}x{size[1]}"
+    return image.resize(size, Image.Resampling.LANCZOS), [note]
+
+
+def fit_mask(mask: Any, image: Image.Image | None) -> tuple[Image.Image, list[str]]:
+    """The mask as one channel at the image's size: white is painted anew, black is kept."""
+    if image is None:
+        raise FastsdError("mask_image is given without image; a mask says which part of an image to paint anew")
+    if not isinstance(mask, Image.Image):
+        raise FastsdError(f"mask_image should be a PIL image, not {type(mask).__name__}")
+    mask = mask.convert("L")
+    if mask.size == image.size:
+        return mask, []
+    note = f"the mask was resized from {mask.width}x{mask.height} to {image.width}x{image.height}"
+    return mask.resize(image.size, Image.Resampling.NEAREST), [note]
+
+
+def fit_latents(latents: Any, shape: tuple[int, int, int, int]) -> torch.Tensor:
+    """Starting noise of the right shape `[N, C, h, w]`, as fp32 on the CPU."""
+    if not isinstance(latents, torch.Tensor) or tuple(latents.shape) != shape:
+        found = list(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
+        raise FastsdError(f"latents is {found}; it should be a tensor of shape {list(shape)}")
+    if not bool(torch.isfinite(latents).all()):
+        raise FastsdError("latents holds NaN or infinite values")
+    return latents.float().cpu()
