@@ -1,0 +1,111 @@
+"""One step of any sampler: guidance, prediction, update of the latent, next model input.
+
+The coefficients come from a device table by a row index on the device, so one captured graph serves every step. Row
+format (`fastsd.sampling.rows` explains the columns), 16 floats: t, c_in, p, q, a, s, b0, b1, b2, b3, n, m, save,
+push, 0, 0. A last row stands behind the sampler's: its c_in scales what the caller sees after the end.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastsd.kernels import dispatch
+
+WIDTH = 16  # floats in a row: one 64-byte line
+
+
+def guided(out: torch.Tensor, batch: int, guidance: float | torch.Tensor, rescale: torch.Tensor | None) -> torch.Tensor:
+    """Classifier-free guidance (Ho and Salimans 2022, equation 6): `uncond + g * (cond - uncond)`, times `rescale`.
+
+    out: `[2N, ...]`, unconditional first, or `[N, ...]`, which is taken as it is. rescale: `[N]` or None.
+    Returns `[N, ...]` in fp32 (float64 stays).
+    """
+    out = dispatch.widen(out)
+    if out.shape[0] == batch:
+        return out
+    uncond, cond = out.chunk(2)
+    result = uncond + guidance * (cond - uncond)
+    return result if rescale is None else result * rescale.view(-1, *(1,) * (out.ndim - 1))
+
+
+def guidance_rescale(out: torch.Tensor, guidance: float | torch.Tensor, phi: float) -> torch.Tensor:
+    """The factor `[N]` that takes the guided output back to the conditional one's spread.
+
+    phi * std(cond) / std(guided) + 1 - phi, standard deviations over all of one sample (Lin et al. 2024, equations
+    14-16). out: `[2N, ...]`, unconditional first. Returns fp32 (float64 stays). A guided output without spread keeps
+    factor 1.
+    """
+    _, cond = dispatch.widen(out).chunk(2)
+    mixed = guided(out, cond.shape[0], guidance, None)
+    # Sample by sample: the order of a sum over a batch may depend on how many samples it holds.
+    factors = [
+        torch.where(m.std() > 0, phi * c.std() / m.std() + (1 - phi), torch.ones_like(m.std()))
+        for c, m in zip(cond, mixed)
+    ]
+    return torch.stack(factors)
+
+
+def advance_ref(
+    x: torch.Tensor,
+    x_in: torch.Tensor,
+    out: torch.Tensor,
+    table: torch.Tensor,
+    row: torch.Tensor,
+    saved: torch.Tensor,
+    history: torch.Tensor,
+    noise: torch.Tensor,
+    guidance: float | torch.Tensor,
+    rescale: torch.Tensor | None,
+) -> None:
+    """The specification of `advance`, in the dtype of `x`."""
+    coefficients = table.index_select(0, row)[0].to(x.dtype)
+    _, _, p, q, a, s, b0, b1, b2, b3, n, m, save, push, _, _ = coefficients.unbind()
+    denoised = p * x + q * guided(out, x.shape[0], guidance, rescale).to(x.dtype)
+    saved.copy_(torch.where(save > 0, x, saved))
+    x.copy_(
+        a * x
+        + s * saved
+        + (b0 * denoised + b1 * history[0] + b2 * history[1] + b3 * history[2])
+        + (n * noise[0] + m * noise[1])
+    )
+    history.copy_(torch.where(push > 0, torch.stack([denoised, history[0], history[1]]), history))
+    noise[1].copy_(noise[0])
+    x_in.copy_(table.index_select(0, row + 1)[0, 1].to(x.dtype) * x)
+
+
+def advance(
+    x: torch.Tensor,
+    x_in: torch.Tensor,
+    out: torch.Tensor,
+    table: torch.Tensor,
+    row: torch.Tensor,
+    saved: torch.Tensor,
+    history: torch.Tensor,
+    noise: torch.Tensor,
+    guidance: float | torch.Tensor,
+    rescale: torch.Tensor | None = None,
+) -> None:
+    """Do row `row` of `table` in place; the row index itself is left to the caller.
+
+        saved = x where the row saves;  D = p x + q guided(out)
+        x = a x + s saved + b0 D + b1 history[0] + b2 history[1] + b3 history[2] + n noise[0] + m noise[1]
+        history = (D, history[0], history[1]) where the row pushes;  noise[1] = noise[0];  x_in = c_in of the next row
+        * x
+
+    x, saved: `[N, h, w, C]` fp32 (float64 in tests). x_in: the same shape, any floating dtype. out: `[N, h, w, C]`,
+    or `[2N, h, w, C]` unconditional first, any floating dtype. table: `[R + 1, 16]` fp32. row: `[1]` int64, 0 .. R -
+    1. history: `[3, N, h, w, C]`, zero before the first row. noise: `[2, N, h, w, C]`, this row's and the last row's.
+    guidance: a number or a one-element tensor, unused for `[N, ...]`. rescale: `[N]` of `guidance_rescale`, or None.
+
+    Raises:
+        ValueError: buffers whose shapes or dtypes do not fit `x`.
+    """
+    if out.shape[1:] != x.shape[1:] or out.shape[0] not in (len(x), 2 * len(x)):
+        raise ValueError(f"out is {list(out.shape)}; x is {list(x.shape)}, so out needs that or twice the batch")
+    if x_in.shape != x.shape or saved.shape != x.shape or saved.dtype != x.dtype:
+        raise ValueError("x_in and saved need the shape of x, and saved its dtype")
+    if history.shape != (3, *x.shape) or noise.shape != (2, *x.shape) or {history.dtype, noise.dtype} != {x.dtype}:
+        raise ValueError("history needs shape [3, *x] and noise [2, *x], in the dtype of x")
+    if table.ndim != 2 or table.shape[1] != WIDTH or row.shape != (1,):
+        raise ValueError(f"table needs shape [R + 1, {WIDTH}] and row [1]")
+    advance_ref(x, x_in, out, table, row, saved, history, noise, guidance, rescale)

@@ -1,0 +1,155 @@
+"""Samplers in the notation of Karras et al. 2022: x = image + sigma z. Euler, Euler ancestral, Heun, LMS, DPM++ SDE.
+
+Notation: S is sigma at the row, S_next at the end of the step. The probability-flow ODE is dx/dsigma = (x - D) /
+sigma.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from fastsd.sampling.rows import Row, Table, TableBuilder, karras_c_in, karras_prediction
+from fastsd.sampling.schedule import Float64, Schedule
+
+
+def euler(schedule: Schedule) -> Table:
+    """Euler's method on the probability-flow ODE (Karras et al. 2022, algorithm 1 without its second call)."""
+    times, sigmas = schedule.karras_levels()
+    builder = _builder(schedule, sigmas)
+    for i in range(schedule.start, len(times)):
+        ratio = sigmas[i + 1] / sigmas[i]
+        builder.add(_row(schedule, times[i], sigmas[i], i, sigmas[i + 1], a=ratio, b=[1 - ratio]))
+    return builder.table()
+
+
+def euler_a(schedule: Schedule) -> Table:
+    """Euler's method to sigma_down, then noise up to S_next (k-diffusion, `sample_euler_ancestral`, eta = 1).
+
+    sigma_up and sigma_down are the standard deviation and the level of DDPM's posterior (Ho et al. 2020, equation 7):
+    sigma_down = S_next^2 / S. The last row draws noise as diffusers does, with weight 0.
+    """
+    times, sigmas = schedule.karras_levels()
+    builder = _builder(schedule, sigmas)
+    for i in range(schedule.start, len(times)):
+        ratio = (sigmas[i + 1] / sigmas[i]) ** 2
+        sigma_up = sigmas[i + 1] * math.sqrt(1 - ratio)
+        builder.add(
+            _row(schedule, times[i], sigmas[i], i, sigmas[i + 1], a=ratio, b=[1 - ratio], n=sigma_up, draw=True)
+        )
+    return builder.table()
+
+
+def heun(schedule: Schedule) -> Table:
+    """Heun's second-order method, two calls a step but one in the last (Karras et al. 2022, algorithm 1)."""
+    times, sigmas = schedule.karras_levels()
+    builder = _builder(schedule, sigmas)
+    for i in range(schedule.start, len(times)):
+        S, S_next = sigmas[i], sigmas[i + 1]
+        builder.add(_row(schedule, times[i], S, i, S_next, a=S_next / S, b=[1 - S_next / S], save=True))
+        if S_next > 0:  # x' = saved + (S_next - S) (slope at S + slope at S_next) / 2
+            half = (S_next - S) / 2
+            b = [-half / S_next, -half / S]
+            builder.add(_row(schedule, times[i + 1], S_next, i, S_next, a=half / S_next, s=1 + half / S, b=b))
+    return builder.table()
+
+
+def lms(schedule: Schedule) -> Table:
+    """Linear multistep (Adams-Bashforth) of order 4 on the uneven grid of sigmas (k-diffusion, `sample_lms`).
+
+    The history is of slopes; its weights are integrals of Lagrange's polynomials over the step. The order is 4 or the
+    number of slopes there are; diffusers takes weights of the full order in image-to-image while slopes are missing.
+    """
+    times, sigmas = schedule.karras_levels()
+    builder = _builder(schedule, sigmas)
+    for i in range(schedule.start, len(times)):
+        S = sigmas[i]
+        p, q = karras_prediction(schedule.config.prediction_type, S)
+        order = min(i - schedule.start + 1, 4)
+        builder.add(
+            Row(
+                t=times[i],
+                prediction=((1 - p) / S, -q / S),  # slope (x - D) / S
+                c_in=karras_c_in(S),
+                a=1.0,
+                b=_adams_weights(sigmas[i - order + 1 : i + 2]),
+                step=i,
+                keep=(1.0, sigmas[i + 1]),
+            )
+        )
+    return builder.table()
+
+
+def _adams_weights(nodes: Float64) -> list[float]:
+    """Weights, newest first, of slopes at `nodes[:-1]` in the integral from `nodes[-2]` to `nodes[-1]`."""
+    points, weights = np.polynomial.legendre.leggauss(2)  # exact up to degree 3
+    start, end = nodes[-2], nodes[-1]
+    tau = (start + end) / 2 + (end - start) / 2 * points
+    known = nodes[:-1][::-1]
+    result = []
+    for j, node in enumerate(known):
+        others = np.delete(known, j)
+        lagrange = np.prod([(tau - other) / (node - other) for other in others], axis=0)
+        result.append(float((end - start) / 2 * np.sum(weights * lagrange)))
+    return result
+
+
+def dpmpp_sde(schedule: Schedule) -> Table:
+    """DPM-Solver++ singlestep SDE with the midpoint at r = 1/2 (k-diffusion, `sample_dpmpp_sde`, eta = 1).
+
+    Row A goes to the geometric mean M of S and S_next, row B from S to S_next with D at M. Brownian motion on (S, M)
+    is part of that on (S, S_next): row B's noise is sqrt(r) z_(i-1) + sqrt(1 - r) z_i with r = (S - M) / (S -
+    S_next).
+    """
+    times, sigmas = schedule.karras_levels()
+    builder = _builder(schedule, sigmas)
+    for i in range(schedule.start, len(times)):
+        S, S_next = sigmas[i], sigmas[i + 1]
+        if S_next == 0:
+            builder.add(_row(schedule, times[i], S, i, S_next, b=[1.0]))
+            continue
+        M = math.sqrt(S * S_next)
+        down, up = _ancestral(S, M)
+        # Outside an inpainting mask diffusers goes to S_next already here; `keep` follows it.
+        builder.add(_row(schedule, times[i], S, i, S_next, a=down / S, b=[1 - down / S], n=up, save=True, draw=True))
+        down, up = _ancestral(S, S_next)
+        r = (S - M) / (S - S_next)
+        t_mid = float(schedule.timestep_of(np.array([M]))[0])
+        noise = {"n": up * math.sqrt(1 - r), "m": up * math.sqrt(r)}
+        builder.add(_row(schedule, t_mid, M, i, S_next, s=down / S, b=[1 - down / S], draw=True, **noise))
+    return builder.table()
+
+
+def _ancestral(sigma_from: float, sigma_to: float) -> tuple[float, float]:
+    """(sigma_down, sigma_up) of an ancestral step: down^2 + up^2 = to^2, up^2 = to^2 (from^2 - to^2) / from^2."""
+    up = min(sigma_to, sigma_to * math.sqrt(1 - (sigma_to / sigma_from) ** 2))
+    return math.sqrt(sigma_to**2 - up**2), up
+
+
+def _builder(schedule: Schedule, sigmas: Float64) -> TableBuilder:
+    # In "leading" spacing the run starts below the last timestep; there diffusers scales the noise to the deviation
+    # of a noisy image with unit variance, elsewhere to that of pure noise.
+    leading = schedule.config.timestep_spacing == "leading" and schedule.schedule != "sgm_uniform"
+    init = math.sqrt(sigmas[0] ** 2 + 1) if leading else sigmas[0]
+    return TableBuilder(mix=(1.0, float(sigmas[schedule.start])), init=init)
+
+
+def _row(
+    schedule: Schedule,
+    t: float,
+    sigma: float,
+    step: int,
+    sigma_after: float,
+    *,
+    a: float = 0.0,
+    s: float = 0.0,
+    b: list[float],
+    n: float = 0.0,
+    m: float = 0.0,
+    save: bool = False,
+    draw: bool = False,
+) -> Row:
+    """A row whose network call is at (t, sigma) and whose D is the clean image."""
+    prediction = karras_prediction(schedule.config.prediction_type, sigma)
+    return Row(t, prediction, step, (1.0, sigma_after), karras_c_in(sigma), a, s, b, n, m, save, True, draw)

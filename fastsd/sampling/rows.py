@@ -1,0 +1,151 @@
+"""The row format: one row of coefficients for each call of the network.
+
+    if save: saved = x
+    D  = p x + q F(c_in x, t)                       F: the network's output after guidance
+    x' = a x + s saved + b0 D + b1 H1 + b2 H2 + b3 H3 + n z_i + m z_(i-1)
+    if push: (H1, H2, H3) = (D, H1, H2)
+
+z_i is the fresh noise that row i draws, z_(i-1) what the row before it drew. The saved latent and the histories are 0
+at the start.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastsd.errors import FastsdError
+from fastsd.sampling.schedule import Float64
+
+COLUMNS = ("t", "c_in", "p", "q", "a", "s", "b0", "b1", "b2", "b3", "n", "m")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One call of the network and the update after it. `b`: the weights of D, H1, H2, H3, as many as are not 0."""
+
+    t: float
+    prediction: tuple[float, float]  # (p, q)
+    step: int  # which of the user's steps
+    keep: tuple[float, float]  # level after this row, see Table.keep
+    c_in: float = 1.0
+    a: float = 0.0
+    s: float = 0.0
+    b: Sequence[float] = ()
+    n: float = 0.0
+    m: float = 0.0
+    save: bool = False
+    push: bool = True
+    draw: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A sampler with its schedule worked out: everything that does not depend on the latent. All arrays on the host.
+
+    rows: `[R, 12]` float64, columns `COLUMNS`. save, push, draw: `[R]` bool (draw: row i takes fresh noise).
+    step: `[R]` int, the user's step (0 .. N - 1) that a row belongs to. keep: `[R, 2]` float64, what diffusers'
+    inpainting pipeline puts outside the mask after row i: `keep[i, 0] * image + keep[i, 1] * noise`; (1, 0) in the
+    last row. init: the run starts from `init * noise`. mix: or, with an image, from `mix[0] * image + mix[1] *
+    noise`.
+    """
+
+    rows: Float64
+    save: NDArray[np.bool_]
+    push: NDArray[np.bool_]
+    draw: NDArray[np.bool_]
+    keep: Float64
+    step: NDArray[np.int64]
+    init: float
+    mix: tuple[float, float]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def timesteps(self) -> Float64:
+        """The timestep at which each row calls the network, `[R]`."""
+        return self.rows[:, 0]
+
+
+@dataclass
+class TableBuilder:
+    """Collects rows and checks them. init, mix: as in `Table`."""
+
+    mix: tuple[float, float]
+    init: float = 1.0
+    rows: list[Row] = field(default_factory=list)
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+
+    def table(self) -> Table:
+        """The finished table; its last row leaves a clean image, so its `keep` is (1, 0).
+
+        Raises:
+            FastsdError: a coefficient is not finite, which happens where a prediction type cannot be used at the
+                schedule's noise level, or where two steps coincide.
+        """
+        flat = [(r.t, r.c_in, *r.prediction, r.a, r.s, *r.b, *(0.0,) * (4 - len(r.b)), r.n, r.m) for r in self.rows]
+        keep = [r.keep for r in self.rows[:-1]] + [(1.0, 0.0)]
+        table = Table(
+            rows=np.array(flat, dtype=np.float64),
+            save=np.array([r.save for r in self.rows]),
+            push=np.array([r.push for r in self.rows]),
+            draw=np.array([r.draw for r in self.rows]),
+            keep=np.array(keep, dtype=np.float64),
+            step=np.array([r.step for r in self.rows]),
+            init=float(self.init),
+            mix=self.mix,
+        )
+        if not (np.isfinite(table.rows).all() and np.isfinite(table.keep).all() and math.isfinite(table.init)):
+            raise FastsdError(
+                "num_inference_steps: the schedule has no finite coefficients for this many steps; take fewer"
+            )
+        return table
+
+
+def vp_level(alpha_bar: float) -> tuple[float, float]:
+    """Variance-preserving: (signal, noise) = (sqrt(alpha_bar), sqrt(1 - alpha_bar))."""
+    return math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+
+
+def vp_level_of_sigma(sigma: float) -> tuple[float, float]:
+    """Variance-preserving (signal, noise) where noise / signal is `sigma`."""
+    signal = 1 / math.sqrt(1 + sigma * sigma)
+    return signal, sigma * signal
+
+
+def vp_prediction(prediction_type: str, signal: float, noise: float) -> tuple[float, float]:
+    """(p, q) with D = p x + q F the clean image, for a latent x = signal * image + noise * z.
+
+    epsilon: Ho et al. 2020, equation 15. v: Salimans and Ho 2022, appendix D. sample: F is the image.
+    """
+    if prediction_type == "epsilon":
+        if signal == 0:
+            raise FastsdError(
+                "prediction_type: epsilon cannot start from zero terminal SNR, where the input is all noise; "
+                "use timestep_spacing leading, or a model with v_prediction"
+            )
+        return 1 / signal, -noise / signal
+    if prediction_type == "v_prediction":
+        return signal, -noise
+    if prediction_type == "sample":
+        return 0.0, 1.0
+    raise FastsdError(f"prediction_type: {prediction_type!r} is unknown; use epsilon, v_prediction or sample")
+
+
+def karras_prediction(prediction_type: str, sigma: float) -> tuple[float, float]:
+    """(p, q) with D = p x + q F the clean image, for a latent x = image + sigma * z (Karras et al. 2022, table 1)."""
+    signal = 1 / math.sqrt(1 + sigma * sigma)
+    p, q = vp_prediction(prediction_type, signal, sigma * signal)
+    return p * signal, q  # the variance-preserving latent is signal * x
+
+
+def karras_c_in(sigma: float) -> float:
+    """What scales x = image + sigma * z to the variance-preserving latent that the network knows."""
+    return 1 / math.sqrt(1 + sigma * sigma)

@@ -1,0 +1,110 @@
+"""UniPC: a predictor and a corrector that share one call of the network (Zhao et al. 2023, "UniPC").
+
+Notation as in `dpm_solver`. An interval from sigma to sigma' has h, and B(h) = e^-h - 1 (their bh2) weighs the
+differences of older D from the one at its start, m0. Predictor and corrector are the same sum
+
+    x' = (sigma' / sigma) x + alpha' (1 - e^-h) m0 - alpha' B sum_k rho_k (m_k - m0) / r_k
+
+over the older points, and for the corrector also the D found at the interval's end (r = 1). So the corrected latent
+is the predicted one plus terms in D and the history only, and the saved latent cancels: one row does both.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from fastsd.sampling.rows import Row, Table, TableBuilder, vp_level_of_sigma, vp_prediction
+from fastsd.sampling.schedule import Float64, Schedule
+
+ORDER = 2
+
+
+def unipc(schedule: Schedule) -> Table:
+    """UniPC-2 with B2(h) and prediction of the image (Zhao et al. 2023, algorithms 1 and 2).
+
+    Each row first corrects the latent that it was called with, over the interval before, then predicts over the next.
+    """
+    times, sigmas = schedule.solver_levels()
+    builder = TableBuilder(mix=vp_level_of_sigma(sigmas[schedule.start]))
+    previous = 0  # order of the interval before this row; 0: none, and nothing to correct
+    for i in range(schedule.start, len(times)):
+        correction = _correction(sigmas, i - 1, previous) if previous else np.zeros(4)
+        order = min(ORDER, len(times) - i, i - schedule.start + 1)
+        alpha_next, noise_next = vp_level_of_sigma(sigmas[i + 1])
+        x_weight = noise_next / vp_level_of_sigma(sigmas[i])[1]
+        h = _lambda(sigmas[i + 1]) - _lambda(sigmas[i])
+        b = x_weight * correction
+        b[0] -= alpha_next * math.expm1(-h)
+        if order > 1:
+            b += _differences(sigmas, i, _predictor_weights(order, sigmas, i))
+        builder.add(
+            Row(
+                t=times[i],
+                prediction=vp_prediction(schedule.config.prediction_type, *vp_level_of_sigma(sigmas[i])),
+                a=x_weight,
+                b=[float(w) for w in b],
+                step=i,
+                keep=vp_level_of_sigma(sigmas[i + 1]),
+            )
+        )
+        previous = order
+    return builder.table()
+
+
+def _lambda(sigma: float) -> float:
+    return -math.log(sigma) if sigma > 0 else math.inf
+
+
+def _ratios(sigmas: Float64, i: int, order: int) -> Float64:
+    """r_k = (lambda_(i-k) - lambda_i) / h of the older points k = 1 .. order - 1 of interval i, which is i to i +
+    1."""
+    h = _lambda(sigmas[i + 1]) - _lambda(sigmas[i])
+    return np.array([(_lambda(sigmas[i - k]) - _lambda(sigmas[i])) / h for k in range(1, order)])
+
+
+def _system(sigmas: Float64, i: int, order: int) -> tuple[Float64, Float64]:
+    """R and b of R rho = b (Zhao et al. 2023, theorem 3.1): rows are powers of r_1 .. r_(order-1), 1."""
+    hh = _lambda(sigmas[i]) - _lambda(sigmas[i + 1])  # -h, as the image is predicted
+    nodes = np.append(_ratios(sigmas, i, order), 1.0)
+    R = np.stack([nodes**j for j in range(order)])
+    phi, b = math.expm1(hh) / hh - 1, []
+    for j in range(1, order + 1):
+        b.append(phi * math.factorial(j) / math.expm1(hh))
+        phi = phi / hh - 1 / math.factorial(j + 1)
+    return R, np.array(b)
+
+
+def _predictor_weights(order: int, sigmas: Float64, i: int) -> Float64:
+    """rho / r of the older points. Order 2 takes 1/2 for the system's root, as the authors' code does."""
+    if order == 2:
+        rho = np.array([0.5])
+    else:
+        R, b = _system(sigmas, i, order)
+        rho = np.linalg.solve(R[:-1, :-1], b[:-1])
+    return rho / _ratios(sigmas, i, order)
+
+
+def _differences(sigmas: Float64, i: int, weights: Float64) -> Float64:
+    """Weights of D, H1, H2, H3 in -alpha' B sum_k weights_k (m_k - m0), where m0 is D and m_k is H_k."""
+    scale = vp_level_of_sigma(sigmas[i + 1])[0] * math.expm1(_lambda(sigmas[i]) - _lambda(sigmas[i + 1]))
+    result = np.zeros(4)
+    result[1 : 1 + len(weights)] = -scale * weights
+    result[0] = scale * weights.sum()
+    return result
+
+
+def _correction(sigmas: Float64, i: int, order: int) -> Float64:
+    """Weights of D, H1, H2, H3 in the corrected minus the predicted latent at the end of interval i.
+
+    Seen from the row that follows it, the interval's m0 is H1, its m_k is H_(k+1) and its end is D. Order 1 takes 1/2 for the point at the end, as the authors' code does.
+    """
+    R, b = _system(sigmas, i, order)
+    rho = np.array([0.5]) if order == 1 else np.linalg.solve(R, b)
+    older = rho[:-1] / _ratios(sigmas, i, order)
+    if order > 1:
+        older = older - _predictor_weights(order, sigmas, i)
+    at_start = _differences(sigmas, i, np.append(older, rho[-1]))
+    # _differences orders points as m0, older, end; in this row the end is D, m0 is H1 and the older are H2, ...
+    return np.array([at_start[order], at_start[0], *at_start[1:order], *np.zeros(3 - order)])

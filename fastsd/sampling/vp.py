@@ -1,0 +1,203 @@
+"""Samplers of the discrete variance-preserving process: DDPM, DDIM, PNDM, LCM, Euler-Maruyama.
+
+Notation: A is alpha_bar at the row's timestep, P at the level that the row goes to.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from fastsd.errors import FastsdError
+from fastsd.sampling.rows import Row, Table, TableBuilder, vp_level, vp_prediction
+from fastsd.sampling.schedule import Float64, Schedule
+
+
+def ddpm(schedule: Schedule) -> Table:
+    """Ancestral sampling with the posterior q(x_prev | x, x0) (Ho et al. 2020, equations 6 and 7, variance "small").
+
+    Steps may skip timesteps: then beta = 1 - A / P (Nichol and Dhariwal 2021, section 4).
+    """
+    alpha_bar, times = schedule.alphas_cumprod, schedule.timesteps().astype(int)
+    builder = TableBuilder(mix=vp_level(alpha_bar[times[schedule.start]]))
+    for i in range(schedule.start, len(times)):
+        A = alpha_bar[times[i]]
+        P = alpha_bar[times[i + 1]] if i + 1 < len(times) else 1.0
+        beta = 1 - A / P
+        # diffusers floors the variance at 1e-20, which shows in the last row, where it is 0.
+        variance = max(beta * (1 - P) / (1 - A), 1e-20) if times[i] > 0 else 0.0
+        builder.add(
+            Row(
+                t=times[i],
+                prediction=vp_prediction(schedule.config.prediction_type, *vp_level(A)),
+                a=math.sqrt(A / P) * (1 - P) / (1 - A),
+                b=[math.sqrt(P) * beta / (1 - A)],
+                n=math.sqrt(variance),
+                draw=bool(times[i] > 0),
+                step=i,
+                keep=vp_level(P),
+            )
+        )
+    return builder.table()
+
+
+def ddim(schedule: Schedule) -> Table:
+    """Deterministic for eta = 0, as noisy as DDPM for eta = 1 (Song, Meng and Ermon 2021, equations 12 and 16).
+
+    A row goes to t - T // N, which in "leading" spacing is the next timestep and elsewhere nearly so.
+    """
+    config, alpha_bar, times = schedule.config, schedule.alphas_cumprod, schedule.timesteps().astype(int)
+    stride = config.num_train_timesteps // schedule.num_inference_steps
+    final = 1.0 if config.set_alpha_to_one else alpha_bar[0]
+    builder = TableBuilder(mix=vp_level(alpha_bar[times[schedule.start]]))
+    for i in range(schedule.start, len(times)):
+        A = alpha_bar[times[i]]
+        P = alpha_bar[times[i] - stride] if times[i] >= stride else final
+        n = schedule.eta * math.sqrt((1 - P) / (1 - A) * (1 - A / P))
+        a = math.sqrt(max(1 - P - n * n, 0.0) / (1 - A))  # rounding takes 1 - P - n^2 below 0 where eta is 1
+        builder.add(
+            Row(
+                t=times[i],
+                prediction=vp_prediction(config.prediction_type, *vp_level(A)),
+                a=a,
+                b=[math.sqrt(P) - a * math.sqrt(A)],
+                n=n,
+                draw=schedule.eta > 0,
+                step=i,
+                keep=_level_of_next(alpha_bar, times, i),
+            )
+        )
+    return builder.table()
+
+
+# Weights of the newest and older outputs (Liu et al. 2022, equation 12); the second row averages two calls one step
+# apart, as in the improved Euler method.
+_PLMS = ((1.0,), (1 / 2, 1 / 2), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+
+def pndm(schedule: Schedule) -> Table:
+    """Pseudo linear multistep without its Runge-Kutta start, known as PLMS (Liu et al. 2022, algorithm 2).
+
+    The second timestep is visited twice: the first row's result is only used to improve the first step. The history
+    is of noise (or v) predictions; a prediction of the sample is turned into noise first. `start` counts in the list
+    with the repeated timestep, as diffusers slices it, so that an image-to-image run has N + 1 - start rows.
+    """
+    config, alpha_bar = schedule.config, schedule.alphas_cumprod
+    if config.rescale_betas_zero_snr:
+        raise FastsdError("sampler: pndm cannot start from zero terminal SNR; use ddim, euler or dpm++2m")
+    base = schedule.timesteps().astype(int)
+    times = np.concatenate([base[:2], base[1:2], base[2:]])[schedule.start :]
+    stride = config.num_train_timesteps // schedule.num_inference_steps
+    final = 1.0 if config.set_alpha_to_one else alpha_bar[0]
+    v = config.prediction_type == "v_prediction"
+    builder = TableBuilder(mix=vp_level(alpha_bar[times[0]]))
+    for i, t in enumerate(times):
+        second = i == 1  # the first step again, with the average of its two ends
+        level, target = (t + stride, t) if second else (t, t - stride)
+        A = alpha_bar[min(level, len(alpha_bar) - 1)]
+        P = alpha_bar[target] if target >= 0 else final
+        # Equation 9: x' = sqrt(P / A) x - noise_weight eps, where v gives eps = sqrt(A) v + sqrt(1 - A) x.
+        noise_weight = (P - A) / (A * math.sqrt(1 - P) + math.sqrt(A * (1 - A) * P))
+        x_weight = math.sqrt(P / A) - (noise_weight * math.sqrt(1 - A) if v else 0.0)
+        output_weight = -noise_weight * (math.sqrt(A) if v else 1.0)
+        builder.add(
+            Row(
+                t=t,
+                prediction=_noise_or_v(config.prediction_type, alpha_bar[t]),
+                a=0.0 if second else x_weight,
+                s=x_weight if second else 0.0,
+                b=[output_weight * w for w in _PLMS[min(i, 4)]],
+                save=i == 0,
+                push=not second,
+                step=schedule.start + max(i - 1, 0),
+                keep=_level_of_next(alpha_bar, times, i),
+            )
+        )
+    return builder.table()
+
+
+def lcm(schedule: Schedule) -> Table:
+    """Consistency sampling: jump to the clean image, add fresh noise, repeat (Luo et al. 2023, algorithm 3).
+
+    Timesteps are every N-th of the 50 that distillation used. The boundary condition is c_skip and c_out of Song et
+    al. 2023, appendix C, at 10 t with sigma_data = 1/2.
+
+    Raises:
+        FastsdError: more than 50 steps.
+    """
+    distilled, scale, sigma_data = 50, 10.0, 0.5
+    steps, total = schedule.num_inference_steps, schedule.config.num_train_timesteps
+    distilled = min(distilled, total)
+    if steps > distilled:
+        raise FastsdError(f"num_inference_steps: lcm takes 1 to {distilled}, not {steps}")
+    distilled_times = (np.arange(1, distilled + 1) * (total // distilled) - 1)[::-1]
+    times = distilled_times[np.floor(np.linspace(0, distilled, steps, endpoint=False)).astype(int)]
+    alpha_bar = schedule.alphas_cumprod
+    builder = TableBuilder(mix=vp_level(alpha_bar[times[schedule.start]]))
+    for i in range(schedule.start, steps):
+        signal, noise = _level_of_next(alpha_bar, times, i)
+        u = times[i] * scale
+        c_skip, c_out = sigma_data**2 / (u * u + sigma_data**2), u / math.sqrt(u * u + sigma_data**2)
+        builder.add(
+            Row(
+                t=times[i],
+                prediction=vp_prediction(schedule.config.prediction_type, *vp_level(alpha_bar[times[i]])),
+                a=signal * c_skip,
+                b=[signal * c_out],
+                n=noise,
+                draw=i + 1 < steps,
+                step=i,
+                keep=(signal, noise),
+            )
+        )
+    return builder.table()
+
+
+def euler_maruyama(schedule: Schedule) -> Table:
+    """Euler-Maruyama on the reverse of the variance-preserving SDE (Song et al. 2021, equations 6 and 11).
+
+    In the clock B = integral of beta dt, in which alpha_bar = exp(-B), the reverse SDE is
+    dx = (x / 2 + score) dB + dw, with score = (sqrt(A) D - x) / (1 - A). Between two timesteps B grows by log(P / A),
+    so levels match the training betas exactly. The last row adds no noise: nothing after it would take that out
+    again.
+
+    Raises:
+        FastsdError: zero terminal SNR, which is infinitely far away in B.
+    """
+    if schedule.config.rescale_betas_zero_snr:
+        raise FastsdError("sampler: euler_maruyama cannot start from zero terminal SNR; use ddim, euler or dpm++2m")
+    alpha_bar, times = schedule.alphas_cumprod, schedule.timesteps().astype(int)
+    builder = TableBuilder(mix=vp_level(alpha_bar[times[schedule.start]]))
+    for i in range(schedule.start, len(times)):
+        A = alpha_bar[times[i]]
+        keep = _level_of_next(alpha_bar, times, i)
+        dB = math.log(keep[0] ** 2 / A)
+        last = i + 1 == len(times)
+        builder.add(
+            Row(
+                t=times[i],
+                prediction=vp_prediction(schedule.config.prediction_type, *vp_level(A)),
+                a=1 + dB / 2 - dB / (1 - A),
+                b=[dB * math.sqrt(A) / (1 - A)],
+                n=0.0 if last else math.sqrt(dB),
+                draw=not last,
+                step=i,
+                keep=keep,
+            )
+        )
+    return builder.table()
+
+
+def _level_of_next(alpha_bar: Float64, times: np.ndarray, i: int) -> tuple[float, float]:
+    """(signal, noise) at the timestep after the i-th; clean after the last."""
+    return vp_level(alpha_bar[times[i + 1]]) if i + 1 < len(times) else (1.0, 0.0)
+
+
+def _noise_or_v(prediction_type: str, alpha_bar: float) -> tuple[float, float]:
+    """(p, q) of PNDM's history: the network's own output, or noise where that is the sample."""
+    if prediction_type != "sample":
+        vp_prediction(prediction_type, 1.0, 0.0)  # refuses unknown types
+        return 0.0, 1.0
+    signal, noise = vp_level(alpha_bar)
+    return 1 / noise, -signal / noise
