@@ -57,13 +57,13 @@ def size_numbers(components: Components, width: int, height: int, negative: bool
 
 
 def added_conditioning(
-    components: Components, pooled: torch.Tensor, negatives: list[bool], width: int, height: int
+    components: Components, pooled: torch.Tensor, negative: bool, width: int, height: int
 ) -> AddedConditioning | None:
-    """The added conditioning for a batch: `pooled` `[B, P]`, and for each row whether it is a negative prompt's."""
+    """The added conditioning of one prompt with pooled text `[1, P]`; None where the UNet takes none."""
     if not is_xl(components):
         return None
-    sizes = [size_numbers(components, width, height, negative) for negative in negatives]
-    return AddedConditioning(pooled, torch.tensor(sizes, device=pooled.device))
+    sizes = size_numbers(components, width, height, negative)
+    return AddedConditioning(pooled, torch.tensor([sizes], device=pooled.device))
 
 
 def notes_on(components: Components, prompt: str) -> list[str]:

@@ -17,13 +17,13 @@ import torch
 from PIL import Image
 
 from fastsd import memory
-from fastsd.conditioning import TextFeatures, added_conditioning, encode_text
+from fastsd.conditioning import added_conditioning, encode_text
 from fastsd.devices import dtype_name, resolve_device, resolve_dtype
 from fastsd.latents import InpaintMask, Noise, encode_image, image_tensor, to_channels_last
 from fastsd.model.tiling import decode_tiled
 from fastsd.request import Request, make_request
 from fastsd.sampling import advance
-from fastsd.sampling.tables import Table, build
+from fastsd.sampling.schedule import alphas_cumprod
 from fastsd.weights import Components, load_folder
 
 BUNDLED = Path(__file__).parent / "assets" / "digits"
@@ -62,19 +62,19 @@ class Step:
     total: int
     latents: torch.Tensor
     _pipeline: Pipeline = field(repr=False)
+    _estimate: torch.Tensor = field(repr=False)
     result: Result | None = None
 
     def preview(self) -> Image.Image:
-        """The batch's first picture as it stands, decoded (noisy until the end)."""
-        return self._pipeline.decode(self.latents[:1], tiled=False)[0]
+        """The batch's first picture, as the network expects it to end."""
+        return self._pipeline.decode(self._estimate[:1])[0]
 
 
 @dataclass(frozen=True)
 class _Batch:
     """What stays the same over the steps of one batch."""
 
-    table: Table
-    time: torch.Tensor  # [rows, 1 or 2n, sum of channels]
+    time: torch.Tensor  # [rows, 1 or UNet samples, sum of channels]
     key_values: tuple[torch.Tensor, ...]
     noise: Noise
     start_noise: torch.Tensor  # [n, h, w, C]
@@ -159,52 +159,36 @@ class Pipeline:
         """All batches of a request; the loop over steps is here."""
         started = time.perf_counter()
         clock = {"text": 0.0, "encode": 0.0, "steps": 0.0, "decode": 0.0}
-        table = self._table(request)
-        ends = [i for i in range(len(table)) if i + 1 == len(table) or table.step[i + 1] != table.step[i]]
+        table = request.table
         count = len(request.prompts)
         batches = [slice(i, min(i + request.batch_size, count)) for i in range(0, count, request.batch_size)]
-        total, done = len(batches) * len(ends), 0
+        total, done = len(batches) * len(set(table.step)), 0
         finished: list[Any] = []
         for which in batches:
-            batch, state = self._begin(request, which, table, clock)
+            batch, state = self._begin(request, which, clock)
             for i in range(len(table)):
                 tick = time.perf_counter()
-                self._advance(request, batch, state, i)
+                estimate = self._advance(request, batch, state, i)
                 clock["steps"] += time.perf_counter() - tick
-                if i in ends and (done := done + 1) < total:
-                    yield Step(done, total, state.x, self)
+                step_ends = i + 1 == len(table) or table.step[i + 1] != table.step[i]
+                if step_ends and (done := done + 1) < total:
+                    yield Step(done, total, state.x.clone(), self, estimate)
             tick = time.perf_counter()
             finished.append(self._finish(request, state.x))
             clock["decode"] += time.perf_counter() - tick
         clock["total"] = time.perf_counter() - started
         clock["steps_per_second"] = total / clock["steps"] if clock["steps"] else 0.0
-        yield Step(total, total, state.x, self, self._result(request, finished, clock))
-
-    def _table(self, request: Request) -> Table:
-        """The sampler's coefficients for the steps that this request runs."""
-        steps, start = request.num_inference_steps, 0
-        if request.image is not None:
-            start = steps - min(int(steps * request.strength), steps)
-        return build(
-            request.sampler,
-            steps,
-            self.components.scheduler,
-            schedule=request.schedule,
-            start=start,
-            eta=request.eta,
-        )
+        yield Step(total, total, state.x, self, state.x, self._result(request, finished, clock))
 
     @torch.inference_mode()
-    def _begin(
-        self, request: Request, which: slice, table: Table, clock: dict[str, float]
-    ) -> tuple[_Batch, advance.State]:
+    def _begin(self, request: Request, which: slice, clock: dict[str, float]) -> tuple[_Batch, advance.State]:
         """Everything that does not depend on the loop: text, time, picture, noise."""
         config = self.components.vae.config
         seeds = request.seeds[which]
         height, width = request.height // config.downscale, request.width // config.downscale
         noise = Noise(seeds, config.latent_channels, height, width, self.device)
         tick = time.perf_counter()
-        timed, key_values = self._condition(request, which, table)
+        timed, key_values = self._condition(request, which)
         clock["text"] += time.perf_counter() - tick
 
         tick = time.perf_counter()
@@ -224,53 +208,62 @@ class Pipeline:
                 mask = regions.latents.to(self.device)
         clock["encode"] += time.perf_counter() - tick
         pure_noise = request.mask is not None and request.strength == 1.0
-        state = advance.begin(table, start_noise, None if pure_noise else image)
-        return _Batch(table, timed, key_values, noise, start_noise, image, mask, extra), state
+        state = advance.begin(request.table, start_noise, None if pure_noise else image)
+        return _Batch(timed, key_values, noise, start_noise, image, mask, extra), state
 
-    def _condition(self, request: Request, which: slice, table: Table) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    def _condition(self, request: Request, which: slice) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Time embeddings for all rows and keys and values of the text, for the batch's (guided) UNet samples.
 
         Each distinct text is encoded and projected once and by itself, so that an image does not depend on its
         neighbours in the batch.
         """
         components, unet = self.components, self.components.unet
-        guided = request.guidance_scale != 1.0
         wanted = [(text, False) for text in request.prompts[which]]
-        if guided:
+        if request.guidance_scale != 1.0:
             wanted = [(text, True) for text in request.negative_prompts[which]] + wanted
-        features: dict[tuple[str, bool], TextFeatures] = {}
-        projected: dict[tuple[str, bool], tuple[torch.Tensor, ...]] = {}
+        timesteps = torch.as_tensor(request.table.timesteps.copy(), dtype=torch.float32, device=self.device)
+        times: dict[tuple[str, bool], torch.Tensor] = {}
+        key_values: dict[tuple[str, bool], tuple[torch.Tensor, ...]] = {}
         for text, negative in dict.fromkeys(wanted):
             zeros = negative and not text and components.zeros_for_empty_prompt
-            features[text, negative] = encode_text(components, text, request.clip_skip, zeros)
-            projected[text, negative] = unet.project_context(features[text, negative].context)
-        key_values = tuple(torch.cat(layer) for layer in zip(*(projected[key] for key in wanted), strict=True))
-
-        timesteps = torch.as_tensor(table.rows[:, 0], dtype=torch.float32, device=self.device)
-        pooled = torch.cat([features[key].pooled for key in wanted])
-        added = added_conditioning(
-            components, pooled, [negative for _, negative in wanted], request.width, request.height
-        )
-        if added is None or not len(table):
-            return unet.embed_time(timesteps)[:, None] if added is None else pooled, key_values
-        rows = [unet.embed_time(t.expand(len(wanted)), added) for t in timesteps]
-        return torch.stack(rows), key_values
+            features = encode_text(components, text, request.clip_skip, zeros)
+            key_values[text, negative] = unet.project_context(features.context)
+            added = added_conditioning(components, features.pooled, negative, request.width, request.height)
+            if added is not None or not times:
+                times[text, negative] = unet.embed_time(timesteps, added)  # [rows, channels]
+        rows = [times[key] for key in wanted] if len(times) > 1 else list(times.values())
+        layers = zip(*(key_values[key] for key in wanted), strict=True)
+        return torch.stack(rows, dim=1), tuple(torch.cat(layer) for layer in layers)
 
     @torch.inference_mode()
-    def _advance(self, request: Request, batch: _Batch, state: advance.State, i: int) -> None:
-        """Row `i` of the table: one call of the UNet, one update of the state."""
-        x = advance.model_input(state)
-        if batch.extra_channels is not None:
-            x = torch.cat([x, batch.extra_channels], dim=-1)
+    def _advance(self, request: Request, batch: _Batch, state: advance.State, i: int) -> torch.Tensor:
+        """Row `i` of the table: one call of the UNet, one update of the state.
+
+        Returns the UNet's view of the first image's finished latent, `[1, h, w, C]`, for a preview.
+        """
+        x_in = advance.model_input(state)
+        x = x_in if batch.extra_channels is None else torch.cat([x_in, batch.extra_channels], dim=-1)
         if request.guidance_scale != 1.0:
             x = torch.cat([x, x])
         out = self.components.unet.denoise(x.to(self.dtype), batch.time[i], batch.key_values)
-        fresh = batch.noise.draw() if batch.table.draw[i] else None
+        estimate = self._estimate(x_in[:1], out[-len(x_in) :][:1], advance.timestep(state))
+        fresh = batch.noise.draw() if advance.draws(state) else None
         advance.step(state, out, request.guidance_scale, request.guidance_rescale, fresh)
         if batch.mask is not None and batch.image is not None:
-            of_image, of_noise = batch.table.keep[i]
-            known = float(of_image) * batch.image + float(of_noise) * batch.start_noise
-            state.x = batch.mask * state.x + (1.0 - batch.mask) * known
+            advance.hold(state, batch.image, batch.start_noise, batch.mask)
+        return estimate
+
+    def _estimate(self, x_in: torch.Tensor, out: torch.Tensor, timestep: float) -> torch.Tensor:
+        """The denoised latent that the network's (conditional) output speaks for, at unit-variance noise level."""
+        scheduler = self.components.scheduler
+        levels = alphas_cumprod(scheduler)
+        signal = float(levels[min(max(round(timestep), 0), len(levels) - 1)])
+        alpha, sigma = signal**0.5, (1.0 - signal) ** 0.5
+        if scheduler.prediction_type == "sample":
+            return out.float()
+        if scheduler.prediction_type == "v_prediction":
+            return alpha * x_in - sigma * out.float()
+        return (x_in - sigma * out.float()) / max(alpha, 1e-3)
 
     def _finish(self, request: Request, x: torch.Tensor) -> Any:
         """A batch's pictures from its last state, in the form asked for."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,14 @@ from PIL import Image
 
 from fastsd import memory
 from fastsd.conditioning import notes_on
+from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
-from fastsd.sampling.tables import canonical_name
+from fastsd.sampling.rows import Table
+from fastsd.sampling.tables import build, resolve
 from fastsd.weights import Components
 
 MAX_IMAGES = 1000
+DEFAULT_BATCH = 8
 MAX_STEPS = 1000
 MAX_GUIDANCE = 100.0
 MAX_SIDE = 8192
@@ -33,6 +36,7 @@ class Request:
     prompts: tuple[str, ...]  # one for each image
     negative_prompts: tuple[str, ...]
     seeds: tuple[int, ...]
+    table: Table  # the sampler, worked out for the steps that run
     num_inference_steps: int
     guidance_scale: float
     guidance_rescale: float
@@ -76,12 +80,16 @@ def make_request(
     output_type: str = "pil",
     vae_tiling: bool | None = None,
 ) -> Request:
-    """Check the arguments of a call and fill in the checkpoint's defaults; `Pipeline.__call__` says what they mean."""
-    factor = components.vae.config.downscale
+    """Check the arguments of a call and fill in the checkpoint's defaults; `Pipeline.__call__` says what they mean.
+
+    Raises:
+        FastsdError: something is missing, unknown or out of range; one line that names it.
+    """
 
     def chosen(name: str, value: Any) -> Any:
         return defaults[name] if value is None else value
 
+    config = components.vae.config
     prompts, negatives = texts("prompt", prompt), texts("negative_prompt", negative_prompt)
     if not all(text.strip() for text in prompts):
         raise FastsdError("prompt is empty; say what to draw")
@@ -90,58 +98,84 @@ def make_request(
     each = number("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES, whole=True)
     count = number("the number of images", len(prompts) * each, 1, MAX_IMAGES, whole=True)
     first = secrets.randbelow(2**32) if seed is None else number("seed", seed, 0, MAX_SEED - count, whole=True)
+    batch_size = number("batch_size", chosen_batch(batch_size, count), 1, MAX_IMAGES, whole=True)
+    layers = min(encoder.config.num_hidden_layers for encoder in components.text_encoders)
+    if output_type not in OUTPUT_TYPES:
+        raise FastsdError(f"output_type is {output_type!r}; it should be one of {', '.join(OUTPUT_TYPES)}")
 
-    notes: list[str] = []
+    notes: dict[str, None] = {}
+    for text in dict.fromkeys([*prompts, *negatives]):
+        notes |= dict.fromkeys(notes_on(components, text))
     mask = None
     if image is not None:
-        image, more = fit_image(image, width, height, factor)
-        notes += more
+        image, more = fit_image(image, width, height, config.downscale)
+        notes |= dict.fromkeys(more)
         width, height = image.size
     if mask_image is not None:
         mask, more = fit_mask(mask_image, image)
-        notes += more
+        notes |= dict.fromkeys(more)
     if components.unet.config.in_channels == 9 and mask is None:
         raise FastsdError("this is an inpainting checkpoint: give image and mask_image")
-    width, height = side("width", chosen("width", width), factor), side("height", chosen("height", height), factor)
-    if output_type not in OUTPUT_TYPES:
-        raise FastsdError(f"output_type is {output_type!r}; it should be one of {', '.join(OUTPUT_TYPES)}")
-    downscale, channels = components.vae.config.downscale, components.vae.config.latent_channels
-    for text in dict.fromkeys([*prompts, *negatives]):
-        notes += [note for note in notes_on(components, text) if note not in notes]
+    width = side("width", chosen("width", width), config.downscale)
+    height = side("height", chosen("height", height), config.downscale)
     if latents is not None:
-        latents = fit_latents(latents, (count, channels, height // downscale, width // downscale))
-    size = number("batch_size", min(count, 8) if batch_size is None else batch_size, 1, MAX_IMAGES, whole=True)
+        shape = (count, config.latent_channels, height // config.downscale, width // config.downscale)
+        latents = fit_latents(latents, shape)
     weight = components.unet.conv_in.weight
-    tiled = width * height > TILED_FROM if vae_tiling is None else bool(vae_tiling)
     memory.check_picture(
-        components.unet.config, components.vae.config, width, height, min(size, count), weight.dtype, weight.device
+        components.unet.config, config, width, height, min(batch_size, count), weight.dtype, weight.device
     )
+
+    steps = number("num_inference_steps", chosen("num_inference_steps", num_inference_steps), 1, MAX_STEPS, whole=True)
+    strength, eta = number("strength", strength, 0, 1), number("eta", eta, 0, 1)
+    if schedule is None and sampler is None:
+        schedule = defaults["schedule"]  # belongs to the checkpoint's own sampler
+    sampler, schedule = resolve(word("sampler", chosen("sampler", sampler)), word("schedule", schedule or "default"))
+    start = 0 if image is None else steps - min(int(steps * strength), steps)
     return Request(
         prompts=tuple(text for text in prompts for _ in range(each)),
-        negative_prompts=tuple((negatives * len(prompts))[i] for i in range(len(prompts)) for _ in range(each)),
+        negative_prompts=tuple(negatives[i % len(negatives)] for i in range(len(prompts)) for _ in range(each)),
         seeds=tuple(first + i for i in range(count)),
-        num_inference_steps=number(
-            "num_inference_steps", chosen("num_inference_steps", num_inference_steps), 1, MAX_STEPS, whole=True
-        ),
+        table=make_table(sampler, steps, components.scheduler, schedule, start, eta),
+        num_inference_steps=steps,
         guidance_scale=number("guidance_scale", chosen("guidance_scale", guidance_scale), 0, MAX_GUIDANCE),
         guidance_rescale=number("guidance_rescale", guidance_rescale, 0, 1),
         width=width,
         height=height,
-        sampler=canonical_name(chosen("sampler", sampler)),
-        schedule=chosen("schedule", schedule),
-        eta=number("eta", eta, 0, 1),
-        clip_skip=number(
-            "clip_skip", clip_skip, 1, min(e.config.num_hidden_layers for e in components.text_encoders), whole=True
-        ),
-        strength=number("strength", strength, 0, 1),
-        batch_size=size,
+        sampler=sampler,
+        schedule=schedule,
+        eta=eta,
+        clip_skip=number("clip_skip", clip_skip, 1, layers, whole=True),
+        strength=strength,
+        batch_size=batch_size,
         output_type=output_type,
-        vae_tiling=tiled,
+        vae_tiling=width * height > TILED_FROM if vae_tiling is None else bool(vae_tiling),
         image=image,
         mask=mask,
         latents=latents,
         notes=tuple(notes),
     )
+
+
+def chosen_batch(batch_size: int | None, count: int) -> int:
+    """The images that run together: as asked, else all up to `DEFAULT_BATCH`."""
+    return min(count, DEFAULT_BATCH) if batch_size is None else batch_size
+
+
+def make_table(sampler: str, steps: int, scheduler: SchedulerConfig, schedule: str, start: int, eta: float) -> Table:
+    """The sampler's table; one without rows where a low strength leaves no step, so that the picture stays."""
+    if start < steps:
+        return build(sampler, steps, scheduler, schedule=schedule, start=start, eta=eta)
+    table = build(sampler, steps, scheduler, schedule=schedule, start=steps - 1, eta=eta)
+    none = {name: getattr(table, name)[:0] for name in ("rows", "save", "push", "draw", "keep", "step")}
+    return replace(table, **none, mix=(1.0, 0.0))
+
+
+def word(name: str, value: Any) -> str:
+    """`value` if it is a text."""
+    if not isinstance(value, str):
+        raise FastsdError(f"{name} should be a name, not {value!r}")
+    return value
 
 
 def number(name: str, value: Any, low: float, high: float, whole: bool = False) -> Any:

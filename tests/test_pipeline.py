@@ -84,7 +84,9 @@ def test_a_random_seed_is_reported_and_repeats_the_picture(pipe: Pipeline) -> No
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_image_does_not_depend_on_its_batch(dtype: torch.dtype) -> None:
     pipe = tiny_pipeline(dtype=dtype)
-    alone = [pixels(pipe(text, seed=seed, sampler="euler_a"))[0] for text, seed in (("a cat", 3), ("a dog", 4), ("x", 5))]
+    alone = [
+        pixels(pipe(text, seed=seed, sampler="euler_a"))[0] for text, seed in (("a cat", 3), ("a dog", 4), ("x", 5))
+    ]
     together = pixels(pipe(["a cat", "a dog", "x"], seed=3, sampler="euler_a"))
     in_twos = pixels(pipe(["a cat", "a dog", "x"], seed=3, sampler="euler_a", batch_size=2))
     np.testing.assert_array_equal(np.stack(alone), together)
@@ -93,7 +95,12 @@ def test_an_image_does_not_depend_on_its_batch(dtype: torch.dtype) -> None:
 
 def test_prompt_negative_prompt_and_guidance_matter(pipe: Pipeline) -> None:
     base = pixels(pipe("a cat", seed=1))
-    for change in ({"prompt": "a dog"}, {"negative_prompt": "blue"}, {"guidance_scale": 3.0}, {"guidance_rescale": 0.7}):
+    for change in (
+        {"prompt": "a dog"},
+        {"negative_prompt": "blue"},
+        {"guidance_scale": 3.0},
+        {"guidance_rescale": 0.7},
+    ):
         assert (pixels(pipe(**{"prompt": "a cat", "seed": 1, **change})) != base).any(), change
 
 
@@ -122,7 +129,9 @@ def test_arguments_are_checked_before_the_first_step(pipe: Pipeline) -> None:
 
 
 def test_output_types_agree(pipe: Pipeline) -> None:
-    as_pil, as_np, as_pt, latent = (pipe("a cat", seed=1, output_type=kind).images for kind in ("pil", "np", "pt", "latent"))
+    as_pil, as_np, as_pt, latent = (
+        pipe("a cat", seed=1, output_type=kind).images for kind in ("pil", "np", "pt", "latent")
+    )
     np.testing.assert_array_equal(np.asarray(as_pil[0]), (as_np[0] * 255).round().astype(np.uint8))
     np.testing.assert_array_equal(as_np, as_pt.permute(0, 2, 3, 1).numpy())
     assert latent.shape == (1, 4, 8, 8)
