@@ -64,7 +64,7 @@ def begin(table: Table, noise: torch.Tensor, image: torch.Tensor | None = None) 
     return State(
         plan=table,
         x=x,
-        x_in=float(table.rows[0, 1]) * x,
+        x_in=coefficients[0, 1] * x,
         saved=torch.zeros_like(x),
         history=x.new_zeros(3, *x.shape),
         noise=x.new_zeros(2, *x.shape),

@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from fastsd.sampling.rows import Row, Table, TableBuilder, karras_c_in, karras_prediction
-from fastsd.sampling.schedule import Float64, Schedule
+from fastsd.sampling.schedule import Schedule
 
 
 def euler(schedule: Schedule) -> Table:
@@ -81,16 +81,18 @@ def lms(schedule: Schedule) -> Table:
     return builder.table()
 
 
-def _adams_weights(nodes: Float64) -> list[float]:
+def _adams_weights(nodes: list[float]) -> list[float]:
     """Weights, newest first, of slopes at `nodes[:-1]` in the integral from `nodes[-2]` to `nodes[-1]`."""
     points, weights = np.polynomial.legendre.leggauss(2)  # exact up to degree 3
     start, end = nodes[-2], nodes[-1]
     tau = (start + end) / 2 + (end - start) / 2 * points
-    known = nodes[:-1][::-1]
+    known = nodes[-2::-1]
     result = []
-    for j, node in enumerate(known):
-        others = np.delete(known, j)
-        lagrange = np.prod([(tau - other) / (node - other) for other in others], axis=0)
+    for node in known:
+        lagrange = np.ones_like(tau)
+        for other in known:
+            if other != node:
+                lagrange *= (tau - other) / (node - other)
         result.append(float((end - start) / 2 * np.sum(weights * lagrange)))
     return result
 
@@ -116,8 +118,8 @@ def dpmpp_sde(schedule: Schedule) -> Table:
         down, up = _ancestral(S, S_next)
         r = (S - M) / (S - S_next)
         t_mid = float(schedule.timestep_of(np.array([M]))[0])
-        noise = {"n": up * math.sqrt(1 - r), "m": up * math.sqrt(r)}
-        builder.add(_row(schedule, t_mid, M, i, S_next, s=down / S, b=[1 - down / S], draw=True, **noise))
+        n, m = up * math.sqrt(1 - r), up * math.sqrt(r)
+        builder.add(_row(schedule, t_mid, M, i, S_next, s=down / S, b=[1 - down / S], n=n, m=m, draw=True))
     return builder.table()
 
 
@@ -127,12 +129,12 @@ def _ancestral(sigma_from: float, sigma_to: float) -> tuple[float, float]:
     return math.sqrt(sigma_to**2 - up**2), up
 
 
-def _builder(schedule: Schedule, sigmas: Float64) -> TableBuilder:
+def _builder(schedule: Schedule, sigmas: list[float]) -> TableBuilder:
     # In "leading" spacing the run starts below the last timestep; there diffusers scales the noise to the deviation
     # of a noisy image with unit variance, elsewhere to that of pure noise.
     leading = schedule.config.timestep_spacing == "leading" and schedule.schedule != "sgm_uniform"
     init = math.sqrt(sigmas[0] ** 2 + 1) if leading else sigmas[0]
-    return TableBuilder(mix=(1.0, float(sigmas[schedule.start])), init=init)
+    return TableBuilder(mix=(1.0, sigmas[schedule.start]), init=init)
 
 
 def _row(

@@ -32,7 +32,7 @@ def betas(config: SchedulerConfig) -> Float64:
     if config.beta_schedule == "linear":
         return np.linspace(config.beta_start, config.beta_end, steps)
     if config.beta_schedule == "scaled_linear":
-        return np.linspace(config.beta_start**0.5, config.beta_end**0.5, steps) ** 2
+        return np.square(np.linspace(config.beta_start**0.5, config.beta_end**0.5, steps))
     if config.beta_schedule == "squaredcos_cap_v2":
         alpha_bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
         return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
@@ -48,7 +48,7 @@ def alphas_cumprod(config: SchedulerConfig) -> Float64:
     With `rescale_betas_zero_snr` the last is exactly 0 and the first is kept: sqrt(alpha_bar) is shifted and scaled
     (Lin et al. 2024, "Common diffusion noise schedules and sample steps are flawed", algorithm 1).
     """
-    alpha_bar = np.cumprod(1 - betas(config))
+    alpha_bar = np.cumprod(1 - betas(config), dtype=np.float64)
     if config.rescale_betas_zero_snr:
         root = np.sqrt(alpha_bar)
         alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
@@ -96,7 +96,7 @@ class Schedule:
             times = np.linspace(0, total - 1, points)[::-1]
             times = np.round(times) if integers else times
         elif config.timestep_spacing == "leading":
-            times = (np.arange(points) * (total // points))[::-1] + config.steps_offset
+            times = (np.arange(points, dtype=np.float64) * (total // points))[::-1] + config.steps_offset
         elif config.timestep_spacing == "trailing":
             # arange yields N + 1 points for some N (61, 103, ...): the cut below drops the one at t = -1.
             times = np.arange(total, 0, -total / steps).round() - 1
@@ -104,9 +104,9 @@ class Schedule:
             raise FastsdError(
                 f"timestep_spacing: {config.timestep_spacing!r} is unknown; use leading, trailing or linspace"
             )
-        return np.clip(times[:steps].astype(np.float64), 0, total - 1)
+        return np.clip(times[:steps], 0, total - 1)
 
-    def karras_levels(self) -> tuple[Float64, Float64]:
+    def karras_levels(self) -> tuple[list[float], list[float]]:
         """Timesteps `[N]` and sigmas `[N + 1]`, the last 0, for samplers in the notation of Karras et al. 2022.
 
         Timesteps are floats; "karras" and "exponential" span the sigmas that the spacing selects.
@@ -116,9 +116,9 @@ class Schedule:
         if self.schedule in ("karras", "exponential"):
             sigmas = self._ramp(sigmas[0], sigmas[-1])
             times = self.timestep_of(sigmas)
-        return times, np.append(sigmas, 0.0)
+        return times.tolist(), [*sigmas.tolist(), 0.0]
 
-    def solver_levels(self, *, linspace: bool = False) -> tuple[Float64, Float64]:
+    def solver_levels(self, *, linspace: bool = False) -> tuple[list[float], list[float]]:
         """Timesteps `[N]` and sigmas `[N + 1]`, the last 0, for DPM-Solver++ and UniPC.
 
         Timesteps are whole; "karras" and "exponential" span all the sigmas of training. linspace: whatever the
@@ -135,7 +135,7 @@ class Schedule:
             uniform = linspace or self.schedule == "sgm_uniform"
             times = np.round(self._sgm_uniform()) if uniform else self.timesteps(extra_point=True)
             sigmas = self._interpolate(times)
-        return times, np.append(sigmas, 0.0)
+        return times.tolist(), [*sigmas.tolist(), 0.0]
 
     def timestep_of(self, sigmas: Float64) -> Float64:
         """Timesteps whose training sigmas are `sigmas`, interpolated in log sigma and clamped to the ends."""

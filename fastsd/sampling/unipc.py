@@ -57,14 +57,14 @@ def _lambda(sigma: float) -> float:
     return -math.log(sigma) if sigma > 0 else math.inf
 
 
-def _ratios(sigmas: Float64, i: int, order: int) -> Float64:
+def _ratios(sigmas: list[float], i: int, order: int) -> Float64:
     """r_k = (lambda_(i-k) - lambda_i) / h of the older points k = 1 .. order - 1 of interval i, which is i to i +
     1."""
     h = _lambda(sigmas[i + 1]) - _lambda(sigmas[i])
     return np.array([(_lambda(sigmas[i - k]) - _lambda(sigmas[i])) / h for k in range(1, order)])
 
 
-def _system(sigmas: Float64, i: int, order: int) -> tuple[Float64, Float64]:
+def _system(sigmas: list[float], i: int, order: int) -> tuple[Float64, Float64]:
     """R and b of R rho = b (Zhao et al. 2023, theorem 3.1): rows are powers of r_1 .. r_(order-1), 1."""
     hh = _lambda(sigmas[i]) - _lambda(sigmas[i + 1])  # -h, as the image is predicted
     nodes = np.append(_ratios(sigmas, i, order), 1.0)
@@ -76,7 +76,7 @@ def _system(sigmas: Float64, i: int, order: int) -> tuple[Float64, Float64]:
     return R, np.array(b)
 
 
-def _predictor_weights(order: int, sigmas: Float64, i: int) -> Float64:
+def _predictor_weights(order: int, sigmas: list[float], i: int) -> Float64:
     """rho / r of the older points. Order 2 takes 1/2 for the system's root, as the authors' code does."""
     if order == 2:
         rho = np.array([0.5])
@@ -86,7 +86,7 @@ def _predictor_weights(order: int, sigmas: Float64, i: int) -> Float64:
     return rho / _ratios(sigmas, i, order)
 
 
-def _differences(sigmas: Float64, i: int, weights: Float64) -> Float64:
+def _differences(sigmas: list[float], i: int, weights: Float64) -> Float64:
     """Weights of D, H1, H2, H3 in -alpha' B sum_k weights_k (m_k - m0), where m0 is D and m_k is H_k."""
     scale = vp_level_of_sigma(sigmas[i + 1])[0] * math.expm1(_lambda(sigmas[i]) - _lambda(sigmas[i + 1]))
     result = np.zeros(4)
@@ -95,10 +95,11 @@ def _differences(sigmas: Float64, i: int, weights: Float64) -> Float64:
     return result
 
 
-def _correction(sigmas: Float64, i: int, order: int) -> Float64:
+def _correction(sigmas: list[float], i: int, order: int) -> Float64:
     """Weights of D, H1, H2, H3 in the corrected minus the predicted latent at the end of interval i.
 
-    Seen from the row that follows it, the interval's m0 is H1, its m_k is H_(k+1) and its end is D. Order 1 takes 1/2 for the point at the end, as the authors' code does.
+    Seen from the row that follows it, the interval's m0 is H1, its m_k is H_(k+1) and its end is D.
+    Order 1 takes 1/2 for the point at the end, as the authors' code does.
     """
     R, b = _system(sigmas, i, order)
     rho = np.array([0.5]) if order == 1 else np.linalg.solve(R, b)

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from fastsd.errors import FastsdError
 from fastsd.sampling.rows import Row, Table, TableBuilder, vp_level, vp_prediction
-from fastsd.sampling.schedule import Float64, Schedule
+from fastsd.sampling.schedule import Schedule
 
 
 def ddpm(schedule: Schedule) -> Table:
@@ -19,7 +17,7 @@ def ddpm(schedule: Schedule) -> Table:
 
     Steps may skip timesteps: then beta = 1 - A / P (Nichol and Dhariwal 2021, section 4).
     """
-    alpha_bar, times = schedule.alphas_cumprod, schedule.timesteps().astype(int)
+    alpha_bar, times = _grid(schedule)
     builder = TableBuilder(mix=vp_level(alpha_bar[times[schedule.start]]))
     for i in range(schedule.start, len(times)):
         A = alpha_bar[times[i]]
@@ -34,7 +32,7 @@ def ddpm(schedule: Schedule) -> Table:
                 a=math.sqrt(A / P) * (1 - P) / (1 - A),
                 b=[math.sqrt(P) * beta / (1 - A)],
                 n=math.sqrt(variance),
-                draw=bool(times[i] > 0),
+                draw=times[i] > 0,
                 step=i,
                 keep=vp_level(P),
             )
@@ -47,7 +45,7 @@ def ddim(schedule: Schedule) -> Table:
 
     A row goes to t - T // N, which in "leading" spacing is the next timestep and elsewhere nearly so.
     """
-    config, alpha_bar, times = schedule.config, schedule.alphas_cumprod, schedule.timesteps().astype(int)
+    config, (alpha_bar, times) = schedule.config, _grid(schedule)
     stride = config.num_train_timesteps // schedule.num_inference_steps
     final = 1.0 if config.set_alpha_to_one else alpha_bar[0]
     builder = TableBuilder(mix=vp_level(alpha_bar[times[schedule.start]]))
@@ -83,11 +81,10 @@ def pndm(schedule: Schedule) -> Table:
     is of noise (or v) predictions; a prediction of the sample is turned into noise first. `start` counts in the list
     with the repeated timestep, as diffusers slices it, so that an image-to-image run has N + 1 - start rows.
     """
-    config, alpha_bar = schedule.config, schedule.alphas_cumprod
+    config, (alpha_bar, base) = schedule.config, _grid(schedule)
     if config.rescale_betas_zero_snr:
         raise FastsdError("sampler: pndm cannot start from zero terminal SNR; use ddim, euler or dpm++2m")
-    base = schedule.timesteps().astype(int)
-    times = np.concatenate([base[:2], base[1:2], base[2:]])[schedule.start :]
+    times = (base[:2] + base[1:])[schedule.start :]
     stride = config.num_train_timesteps // schedule.num_inference_steps
     final = 1.0 if config.set_alpha_to_one else alpha_bar[0]
     v = config.prediction_type == "v_prediction"
@@ -131,9 +128,9 @@ def lcm(schedule: Schedule) -> Table:
     distilled = min(distilled, total)
     if steps > distilled:
         raise FastsdError(f"num_inference_steps: lcm takes 1 to {distilled}, not {steps}")
-    distilled_times = (np.arange(1, distilled + 1) * (total // distilled) - 1)[::-1]
-    times = distilled_times[np.floor(np.linspace(0, distilled, steps, endpoint=False)).astype(int)]
-    alpha_bar = schedule.alphas_cumprod
+    distilled_times = [i * (total // distilled) - 1 for i in range(distilled, 0, -1)]
+    times = [distilled_times[i * distilled // steps] for i in range(steps)]
+    alpha_bar = schedule.alphas_cumprod.tolist()
     builder = TableBuilder(mix=vp_level(alpha_bar[times[schedule.start]]))
     for i in range(schedule.start, steps):
         signal, noise = _level_of_next(alpha_bar, times, i)
@@ -167,7 +164,7 @@ def euler_maruyama(schedule: Schedule) -> Table:
     """
     if schedule.config.rescale_betas_zero_snr:
         raise FastsdError("sampler: euler_maruyama cannot start from zero terminal SNR; use ddim, euler or dpm++2m")
-    alpha_bar, times = schedule.alphas_cumprod, schedule.timesteps().astype(int)
+    alpha_bar, times = _grid(schedule)
     builder = TableBuilder(mix=vp_level(alpha_bar[times[schedule.start]]))
     for i in range(schedule.start, len(times)):
         A = alpha_bar[times[i]]
@@ -189,7 +186,12 @@ def euler_maruyama(schedule: Schedule) -> Table:
     return builder.table()
 
 
-def _level_of_next(alpha_bar: Float64, times: np.ndarray, i: int) -> tuple[float, float]:
+def _grid(schedule: Schedule) -> tuple[list[float], list[int]]:
+    """alpha_bar of every training timestep, and the timesteps of the run."""
+    return schedule.alphas_cumprod.tolist(), [int(t) for t in schedule.timesteps()]
+
+
+def _level_of_next(alpha_bar: list[float], times: list[int], i: int) -> tuple[float, float]:
     """(signal, noise) at the timestep after the i-th; clean after the last."""
     return vp_level(alpha_bar[times[i + 1]]) if i + 1 < len(times) else (1.0, 0.0)
 
