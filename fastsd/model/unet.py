@@ -27,10 +27,13 @@ from fastsd.model.layers import (
     timestep_embedding,
 )
 
+# What was computed outside the loop, in order of use: one entry for each block that takes one.
+Embeddings = Iterator[torch.Tensor]
+
 
 @dataclass(frozen=True)
 class AddedConditioning:
-    """What SDXL is told beside the prompt: pooled text `[B, P]` and size numbers `[B, K]` (original size, crop, ...)."""
+    """What SDXL is told beside the prompt: pooled text `[B, P]` and size numbers `[B, K]` (original size, crop)."""
 
     pooled: torch.Tensor
     sizes: torch.Tensor
@@ -65,8 +68,50 @@ class Level(nn.Module):
         self.downsamplers: nn.ModuleList | None = None
         self.upsamplers: nn.ModuleList | None = None
 
-    def attend(self, x: torch.Tensor, index: int, key_values: Iterator[torch.Tensor]) -> torch.Tensor:
-        return self.attentions[index](x, key_values) if len(self.attentions) else x
+    def block(self, i: int, x: torch.Tensor, times: Embeddings, texts: Embeddings) -> torch.Tensor:
+        """Residual block `i` and, where the level has attention, the transformer after it."""
+        x = self.resnets[i](x, next(times))
+        return self.attentions[i](x, texts) if i < len(self.attentions) else x
+
+
+class DownLevel(Level):
+    """A level of the contracting path; all but the last halve the map at their end."""
+
+    def forward(self, x: torch.Tensor, times: Embeddings, texts: Embeddings) -> list[torch.Tensor]:
+        """Returns every map made, the last of which goes on downwards; all are skip connections."""
+        maps = []
+        for i in range(len(self.resnets)):
+            x = self.block(i, x, times, texts)
+            maps.append(x)
+        if self.downsamplers is not None:
+            maps.append(self.downsamplers[0](x))
+        return maps
+
+
+class MidLevel(Level):
+    """The lowest level: residual block, transformer, residual block."""
+
+    def forward(self, x: torch.Tensor, times: Embeddings, texts: Embeddings) -> torch.Tensor:
+        for i in range(len(self.resnets)):
+            x = self.block(i, x, times, texts)
+        return x
+
+
+class UpLevel(Level):
+    """A level of the expanding path, which reads the skip connections from the last made to the first."""
+
+    concatenates = True
+
+    def forward(self, x: torch.Tensor, skips: list[torch.Tensor], times: Embeddings, texts: Embeddings) -> torch.Tensor:
+        for i in range(len(self.resnets)):
+            x = self.block(i, self.merge(x, skips.pop()), times, texts)
+        return x if self.upsamplers is None else self.upsamplers[0](x, skips[-1].shape[1:3])
+
+    def merge(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        """Concatenate the skip connection along channels, or add it to the first channels of `x`."""
+        if self.concatenates:
+            return torch.cat([x, skip], dim=-1)
+        return x + F.pad(skip, (0, x.shape[-1] - skip.shape[-1]))
 
 
 class UNet(nn.Module):
@@ -88,7 +133,7 @@ class UNet(nn.Module):
             else None
         )
         skips = self._build_down(widths)
-        self.mid_block = Level(
+        self.mid_block = MidLevel(
             config,
             inputs=[widths[-1]] * 2,
             channels=widths[-1],
@@ -116,7 +161,7 @@ class UNet(nn.Module):
         skips = [widths[0]]
         for i, width in enumerate(widths):
             inputs = [skips[-1]] + [width] * (config.layers_per_block - 1)
-            level = self._level(i, inputs)
+            level = DownLevel(config, inputs, width, *self._attention(i, len(inputs)))
             skips += [width] * config.layers_per_block
             if i < len(widths) - 1:
                 level.downsamplers = nn.ModuleList([Downsample(width)])
@@ -134,15 +179,16 @@ class UNet(nn.Module):
                 skip = skips.pop()
                 inputs.append(below + skip if config.skip == "concat" else below)
                 below = widths[i]
-            level = self._level(i, inputs)
+            level = UpLevel(config, inputs, widths[i], *self._attention(i, len(inputs)))
+            level.concatenates = config.skip == "concat"
             if i > 0:
                 level.upsamplers = nn.ModuleList([Upsample(widths[i])])
             self.up_blocks.append(level)
 
-    def _level(self, i: int, inputs: list[int]) -> Level:
+    def _attention(self, i: int, count: int) -> tuple[int, int, int]:
+        """Heads, depth and number of the transformers of level `i`."""
         config = self.config
-        depth, heads = config.transformer_layers_per_block[i], config.num_attention_heads[i]
-        return Level(config, inputs, config.block_out_channels[i], heads, depth, attentions=len(inputs))
+        return config.num_attention_heads[i], config.transformer_layers_per_block[i], count
 
     def embed_time(self, timestep: torch.Tensor, added: AddedConditioning | None = None) -> torch.Tensor:
         """Time embeddings, projected for every residual block, by one product.
@@ -194,29 +240,10 @@ class UNet(nn.Module):
         """The part of `forward` that depends on `x`; `time` `[B or 1, ...]` and `key_values` were computed before."""
         times = iter(time.split(self.time_sizes, dim=-1))
         texts = iter(key_values)
-        x = self.conv_in(x)
-        skips = [x]
+        skips = [self.conv_in(x)]
         for level in self.down_blocks:
-            for i, resnet in enumerate(level.resnets):
-                x = level.attend(resnet(x, next(times)), i, texts)
-                skips.append(x)
-            if level.downsamplers is not None:
-                x = level.downsamplers[0](x)
-                skips.append(x)
-
-        x = self.mid_block.resnets[0](x, next(times))
-        x = self.mid_block.attend(x, 0, texts)
-        x = self.mid_block.resnets[1](x, next(times))
-
+            skips += level(skips[-1], times, texts)
+        x = self.mid_block(skips[-1], times, texts)
         for level in self.up_blocks:
-            for i, resnet in enumerate(level.resnets):
-                x = level.attend(resnet(self.merge_skip(x, skips.pop()), next(times)), i, texts)
-            if level.upsamplers is not None:
-                x = level.upsamplers[0](x, skips[-1].shape[1:3])
+            x = level(x, skips, times, texts)
         return self.conv_out(self.conv_norm_out(x))
-
-    def merge_skip(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        """Concatenate the skip connection along channels, or add it to the first channels of `x`."""
-        if self.config.skip == "concat":
-            return torch.cat([x, skip], dim=-1)
-        return x + F.pad(skip, (0, x.shape[-1] - skip.shape[-1]))
