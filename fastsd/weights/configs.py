@@ -60,14 +60,14 @@ class _Reader:
         return FastsdError(f"{self.path}: {key} is {self.data.get(key)!r}; {wanted}")
 
     def get(self, key: str, kind: type, default: Any) -> Any:
-        value = self.data.get(key)
+        value: Any = self.data.get(key)
         if value is None:
             value = default
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
             raise self.error(key, f"it should be of type {kind.__name__}")
-        if kind is int and not 0 <= value < 2**31:
+        if isinstance(value, int) and not 0 <= value < 2**31:
             raise self.error(key, "it should be a whole number from 0 to 2^31")
         return value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def load_folder(path: str | Path, dtype: torch.dtype, device: str | torch.device
         clip_config = configs.read_clip(root / f"text_encoder{suffix}" / "config.json")
         files = find_files(root / f"text_encoder{suffix}", "model", half)
         tokenizers.append(Tokenizer(root / f"tokenizer{suffix}"))
-        text_encoders.append(load_module(lambda c=clip_config: TextEncoder(c), files, dtype, device))
+        text_encoders.append(load_module(partial(TextEncoder, clip_config), files, dtype, device))
     if not text_encoders:
         raise FastsdError(f"{root}: no text_encoder folder; a Stable Diffusion checkpoint has one or two")
     width = sum(encoder.config.hidden_size for encoder in text_encoders)
@@ -86,8 +87,8 @@ def load_folder(path: str | Path, dtype: torch.dtype, device: str | torch.device
 
     weights = "diffusion_pytorch_model"
     return Components(
-        unet=load_module(lambda: UNet(unet_config), find_files(root / "unet", weights, half), dtype, device),
-        vae=load_module(lambda: AutoencoderKL(vae_config), find_files(root / "vae", weights, half), dtype, device),
+        unet=load_module(partial(UNet, unet_config), find_files(root / "unet", weights, half), dtype, device),
+        vae=load_module(partial(AutoencoderKL, vae_config), find_files(root / "vae", weights, half), dtype, device),
         text_encoders=tuple(text_encoders),
         tokenizers=tuple(tokenizers),
         scheduler=configs.read_scheduler(root / "scheduler" / "scheduler_config.json"),

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastsd.errors import FastsdError
+from fastsd.model.layers import pack
 from fastsd.weights.configs import read_json
 from fastsd.weights.names import Source, canonical, is_ignored, same_matrix, sources
 from fastsd.weights.safetensors_file import Entry, read_header
@@ -87,7 +88,10 @@ def load_module(build: Callable[[], M], files: list[Path], dtype: torch.dtype, d
             f"{entry.path}: the key {key} {list(entry.shape)} belongs to no parameter of this model{more}"
         )
     module.load_state_dict(state, strict=True, assign=True)
-    return module.eval().requires_grad_(False)
+    state.clear()  # so that packing a layer frees its plain weight
+    module.eval().requires_grad_(False)
+    pack(module)
+    return module
 
 
 def _read_headers(files: list[Path]) -> dict[str, Entry]:

@@ -48,7 +48,7 @@ class Entry:
         tensor = torch.empty(self.shape, dtype=self.dtype)
         if self.nbytes == 0:
             return tensor
-        buffer = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        buffer = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.start)
             done = 0

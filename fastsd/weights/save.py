@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from fastsd.kernels import onednn
 from fastsd.weights import configs
 from fastsd.weights.folder import OWN_FILE, Components
 from fastsd.weights.names import sources, stored_form
@@ -64,7 +65,7 @@ def _save_module(
     tensors = {}
     for _, parameter, parts in sources(module):
         for part in parts:
-            rows = parameter.detach()[part.rows].to("cpu", dtype)
+            rows = onednn.dense(parameter.detach())[part.rows].to("cpu", dtype)
             tensors[part.key] = stored_form(part.key, rows, use_linear_projection).contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
