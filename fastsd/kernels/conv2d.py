@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastsd.kernels import dispatch
+from fastsd.kernels import dispatch, onednn
 
 Padding = tuple[int, int, int, int]  # left, right, top, bottom
 
@@ -20,7 +20,7 @@ def conv2d_ref(
 ) -> torch.Tensor:
     """The specification of `conv2d`: fp32, zero padding made explicit."""
     padded = F.pad(dispatch.widen(x).permute(0, 3, 1, 2), padding)
-    y = F.conv2d(padded, dispatch.widen(weight), dispatch.widen(bias), stride).permute(0, 2, 3, 1)
+    y = F.conv2d(padded, dispatch.widen(onednn.dense(weight)), dispatch.widen(bias), stride).permute(0, 2, 3, 1)
     return (y if residual is None else y + residual).to(x.dtype)
 
 
@@ -36,7 +36,7 @@ def conv2d(
 
     Args:
         x: `[B, H, W, Cin]`.
-        weight: `[Cout, Cin, kh, kw]`, best in `torch.channels_last` memory; bias: `[Cout]`.
+        weight: `[Cout, Cin, kh, kw]`, best packed (`onednn.pack`) or in `torch.channels_last` memory; bias: `[Cout]`.
         stride: of both directions.
         padding: zeros added at (left, right, top, bottom).
         residual: `[B, H', W', Cout]`.
@@ -44,11 +44,17 @@ def conv2d(
     Returns:
         `[B, H', W', Cout]` in the dtype of `x`.
     """
-    if dispatch.backend(x) == "reference":
+    backend = dispatch.backend(x, weight, bias, residual)
+    if backend == "reference":
         return conv2d_ref(x, weight, bias, stride, padding, residual)
     left, right, top, bottom = padding
     x = x.permute(0, 3, 1, 2)
     if (left, top) != (right, bottom):
         x, left, top = F.pad(x, padding), 0, 0
-    y = F.conv2d(x, weight, bias, stride, (top, left)).permute(0, 2, 3, 1)
+    if backend == "onednn":
+        x = x.contiguous(memory_format=torch.channels_last)
+        if residual is not None:
+            residual = residual.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+        return onednn.convolve(x, weight, bias, stride, (top, left), residual).permute(0, 2, 3, 1)
+    y = F.conv2d(x, onednn.dense(weight), bias, stride, (top, left)).permute(0, 2, 3, 1)
     return y if residual is None else y + residual

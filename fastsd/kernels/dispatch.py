@@ -1,35 +1,63 @@
 """The only place where a backend is chosen.
 
-Three backends can exist for an op: `reference` (the specification: a few lines of PyTorch that compute in fp32),
-`torch` (PyTorch's own fused operations in the tensor's dtype: what the CPU runs, and what training differentiates)
-and `triton` (our kernels, on CUDA).
+Four backends can exist for an op: `reference` (the specification: a few lines of PyTorch that compute in fp32),
+`torch` (PyTorch's public operations in the tensor's dtype: runs everywhere, and is what training differentiates),
+`onednn` (the CPU's fast path, without gradients; see `fastsd.kernels.onednn`) and `triton` (our kernels, on CUDA).
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
 _forced = threading.local()
 
 
-def backend(x: torch.Tensor) -> str:
-    """Name of the backend for an op whose first input is `x`: "reference" or "torch"."""
-    return getattr(_forced, "name", None) or "torch"
+def backend(*inputs: torch.Tensor | None) -> str:
+    """Name of the backend for an op with these inputs: "reference", "torch" or "onednn".
+
+    A backend without gradients is taken only where none are asked for, of the activations or of the weights.
+    """
+    forced = getattr(_forced, "name", None)
+    if forced is not None:
+        return forced
+    x = inputs[0]
+    assert x is not None
+    if x.device.type != "cpu" or x.dtype not in _onednn_dtypes() or x.numel() == 0:
+        return "torch"
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return "torch"
+    return "onednn"
+
+
+@functools.cache
+def _onednn_dtypes() -> tuple[torch.dtype, ...]:
+    """The dtypes that PyTorch's oneDNN computes in by itself on this processor; none where this build lacks it."""
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return ()
+    if not all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_convolution_pointwise")):
+        return ()
+    return (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
 
 
 @contextmanager
-def reference_only() -> Iterator[None]:
-    """Inside this context every op of this thread runs its fp32 specification, whatever the device."""
+def forced(name: str) -> Iterator[None]:
+    """Inside this context every op of this thread runs on the backend `name`, whatever the device."""
     previous = getattr(_forced, "name", None)
-    _forced.name = "reference"
+    _forced.name = name
     try:
         yield
     finally:
         _forced.name = previous
+
+
+def reference_only() -> AbstractContextManager[None]:
+    """Inside this context every op of this thread runs its fp32 specification."""
+    return forced("reference")
 
 
 def widen(x: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastsd.kernels import dispatch
+from fastsd.kernels import dispatch, onednn
 
 
 def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
@@ -54,7 +54,24 @@ def linear(
     Returns:
         `[..., N]` in the dtype of `x`.
     """
-    if dispatch.backend(x) == "reference":
+    backend = dispatch.backend(x, weight, bias, residual)
+    if backend == "reference":
         return linear_ref(x, weight, bias, activation, residual)
+    if backend == "onednn":
+        return _linear_onednn(x, weight, bias, activation, residual)
     y = activate(F.linear(x, weight, bias), activation)
+    return y if residual is None else y + residual
+
+
+def _linear_onednn(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str, residual: torch.Tensor | None
+) -> torch.Tensor:
+    """`linear` with what oneDNN can fuse fused: an activation, or a residual where there is no activation."""
+    rows = x.reshape(-1, x.shape[-1])
+    shape = (*x.shape[:-1], len(weight))
+    if residual is not None and activation == "none":
+        return onednn.matmul_add(rows, weight, bias, residual.reshape(-1, len(weight))).view(shape)
+    fused = activation if activation in onednn.ACTIVATIONS else "none"
+    y = onednn.matmul(rows, weight, bias, fused).view(shape)
+    y = y if fused == activation else activate(y, activation)
     return y if residual is None else y + residual

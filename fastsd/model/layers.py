@@ -9,11 +9,13 @@ convolutions are `Linear` here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
+from fastsd.kernels import onednn
 from fastsd.kernels.conv2d import Padding, conv2d
 from fastsd.kernels.flash_attn import flash_attn
 from fastsd.kernels.geglu import geglu
@@ -55,7 +57,11 @@ class Linear(nn.Module):
 
 
 class Conv2d(nn.Module):
-    """A k x k convolution of `[B, H, W, Cin]` with explicit (left, right, top, bottom) zero padding."""
+    """A k x k convolution of `[B, H, W, Cin]` with explicit (left, right, top, bottom) zero padding.
+
+    For inference on the CPU the weight may be packed, and is then held in that form alone. Everything that reads or
+    changes a module as a whole (state_dict, load_state_dict, to, train, copies) sees or restores the plain weight.
+    """
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, padding: Padding = SAME
@@ -68,6 +74,48 @@ class Conv2d(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         return conv2d(x, self.weight, self.bias, self.stride, self.padding, residual)
+
+    def pack(self) -> None:
+        """Hold the weight as oneDNN wants it, where the CPU runs this layer by oneDNN; otherwise do nothing."""
+        left, right, top, bottom = self.padding
+        symmetric = (left, top) == (right, bottom)
+        packed = onednn.pack(self.weight, self.stride, (top, left) if symmetric else (0, 0))
+        if packed is not self.weight:
+            self.weight = nn.Parameter(packed, requires_grad=False)
+
+    def unpack(self) -> None:
+        """Hold the weight as an ordinary tensor again."""
+        if self.weight.is_mkldnn:
+            plain = onednn.dense(self.weight.detach()).contiguous(memory_format=torch.channels_last)
+            self.weight = nn.Parameter(plain, self.weight.requires_grad)
+
+    def train(self, mode: bool = True) -> Conv2d:
+        if mode:
+            self.unpack()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Conv2d:
+        self.unpack()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = onednn.dense(destination[prefix + "weight"])
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unpack()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        weight = nn.Parameter(onednn.dense(self.weight.detach()), self.weight.requires_grad)
+        return self.__dict__ | {"_parameters": self._parameters | {"weight": weight}}
+
+
+def pack(module: nn.Module) -> None:
+    """Make `module` ready for inference on its device: pack the convolutions in it, one after the other."""
+    for layer in module.modules():
+        if isinstance(layer, Conv2d):
+            layer.pack()
 
 
 def init_uniform(weight: torch.Tensor, bias: torch.Tensor | None) -> None:
