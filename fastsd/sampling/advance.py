@@ -91,6 +91,7 @@ def draws(state: State) -> bool:
     return bool(state.plan.draw[state.index])
 
 
+@torch.no_grad()
 def step(
     state: State,
     out: torch.Tensor,
@@ -132,6 +133,7 @@ def step(
     state.index += 1
 
 
+@torch.no_grad()
 def hold(state: State, image: torch.Tensor, noise: torch.Tensor, mask: torch.Tensor) -> None:
     """Put the known image, at the level the last row left, back outside the mask (inpainting with an ordinary model).
 
