@@ -131,6 +131,14 @@ def test_begin_mixes_an_image_in_and_broadcasts_it() -> None:
     torch.testing.assert_close(advance.model_input(state), state.x / (table.mix[1] ** 2 + 1) ** 0.5)
 
 
+def test_a_table_without_rows_is_done_at_once() -> None:
+    table = build("euler", 2, SchedulerConfig())
+    none = {name: getattr(table, name)[:0] for name in ("rows", "save", "push", "draw", "keep", "step")}
+    image = normal(*SHAPE, seed=0)
+    state = advance.begin(replace(table, **none, mix=(1.0, 0.0)), normal(*SHAPE, seed=1), image)
+    assert state.done and torch.equal(state.x, image)
+
+
 def test_hold_puts_the_image_back_outside_the_mask() -> None:
     table = build("euler", 3, SchedulerConfig())
     noise, image = normal(*SHAPE, seed=0), normal(*SHAPE, seed=1)
