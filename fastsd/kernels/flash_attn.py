@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
-from fastsd.kernels import dispatch
+from fastsd.kernels import dispatch, onednn
+
+# The CPU's own path.
+SMALLEST = 2**14  # scores; below that PyTorch's attention is as fast (measured)
+CHUNK = 2**21  # scores computed at a time: small enough for a cache of a few MB
+MARGIN = 7.0  # sigmoid(x) is exp(x) to a factor of 1 - exp(x); exp(-7) is half a rounding of bf16
+REACH = 67.0  # the largest weight of a row is at least exp(-67), and bf16 still holds exp(-17) of that
 
 
 def flash_attn_ref(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False) -> torch.Tensor:
@@ -35,7 +43,81 @@ def flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool =
     """
     if k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"flash_attn: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit")
-    if dispatch.backend(q) == "reference":
+    backend = dispatch.backend(q, k, v)
+    if backend == "reference":
         return flash_attn_ref(q, k, v, causal)
+    if backend == "onednn" and not causal and q.shape[1] * k.shape[1] >= SMALLEST:
+        run = _image_bf16 if q.dtype == torch.bfloat16 else _image_fp32
+        # Image by image, so that an image's result does not depend on what it is batched with.
+        return torch.stack([run(q[b], k[b], v[b]) for b in range(len(q))])
+    return _sdpa(q, k, v, causal)
+
+
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False) -> torch.Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
+
+
+def _image_fp32(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention of `q` `[S, heads, D]` to `k`, `v` `[T, heads, D]` by oneDNN's products. Returns `[S, heads * D]`."""
+    queries = (q * q.shape[-1] ** -0.5).transpose(0, 1).contiguous()
+    keys, values = k.transpose(0, 1).contiguous(), v.permute(1, 2, 0).contiguous()
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for h in range(q.shape[1]):
+        for rows in _chunks(len(q), len(k)):
+            scores = onednn.matmul(queries[h, rows], keys[h], None)
+            out[rows, h] = onednn.matmul(torch.softmax(scores, -1, out=scores), values[h], None)
+    return out.flatten(1)
+
+
+def _image_bf16(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention of `q` `[S, heads, D]` to `k`, `v` `[T, heads, D]` in bf16. Returns `[S, heads * D]`.
+
+    oneDNN's bf16 products are fast but round what they write, and logits in bf16 would be too coarse. So the
+    exponential is taken before the rounding, by the one epilogue that contains it: sigmoid(x) = exp(x) where x << 0,
+    and softmax does not change when a row is shifted by a constant c. One product gives the weights
+    w = sigmoid(q k^T / sqrt(D) - c), a second one w v and, by columns of ones beside v, the sums of w.
+
+    - c_i = q_i . mean(k) + |q_i| max_j |k_j - mean(k)| + a margin: at least every logit (Cauchy and Schwarz), and
+      above the largest, which the mean cannot exceed, by no more than REACH; a head where it could be takes PyTorch's.
+    - c and the scale ride along in the first product: its rows are (hi, lo, c) and its columns (k, k, -1), where
+      hi + lo = q / sqrt(D) to 16 bits. c may be rounded, being the same for the whole row.
+    - The sums are split over as many columns as the product has to spare, whose roundings average out.
+    """
+    heads, size = q.shape[1:]
+    scale = size**-0.5
+    queries, keys = q.transpose(0, 1), k.transpose(0, 1)  # [heads, S or T, D]
+    scaled, centre = queries.float() * scale, keys.float().mean(1, keepdim=True)
+    radius = torch.linalg.vector_norm(keys - centre, dim=-1).amax(-1)[:, None]
+    spread = torch.linalg.vector_norm(scaled, dim=-1) * radius
+    bound = torch.linalg.vecdot(scaled, centre) + spread
+    margin = MARGIN + bound.abs() / 128  # the second part is for the rounding of c
+    safe = ((spread + margin).amax(-1) <= REACH).tolist()
+
+    exact = math.frexp(scale)[0] == 0.5  # a power of two rounds nothing away: lo = 0
+    left = q.new_empty(heads, len(q), size + 1 if exact else 2 * size + 1)
+    left[..., :size] = scaled
+    left[..., -1] = bound + margin
+    if not exact:
+        left[..., size:-1] = scaled - left[..., :size].float()
+    right = torch.cat([keys] * (1 if exact else 2) + [-torch.ones_like(keys[..., :1])], -1)
+    parts = 16 - size % 16
+    sums = torch.arange(len(k)) % parts == torch.arange(parts)[:, None]
+    values = torch.cat([v.permute(1, 2, 0), sums.to(q.dtype).expand(heads, -1, -1)], 1)  # [heads, D + parts, T]
+
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for h in range(heads):
+        if not safe[h]:
+            out[:, h] = _sdpa(q[None, :, h, None], k[None, :, h, None], v[None, :, h, None])[0]
+            continue
+        for rows in _chunks(len(q), len(k)):
+            weights = onednn.matmul(left[h, rows], right[h], None, "sigmoid")
+            total = onednn.matmul(weights, values[h], None).float()
+            out[rows, h] = total[:, :size] / total[:, size:].sum(-1, keepdim=True)
+    return out.flatten(1)
+
+
+def _chunks(rows: int, columns: int) -> list[slice]:
+    """Runs of rows that hold about CHUNK scores."""
+    step = max(CHUNK // columns, 1)
+    return [slice(start, start + step) for start in range(0, rows, step)]

@@ -46,7 +46,7 @@ def groupnorm_silu(
         groups: number of groups; divides C.
         eps: added to the variance.
         silu: apply x * sigmoid(x) afterwards.
-        add: `[B, C]`, added to every pixel first (the time embedding of a residual block).
+        add: `[B or 1, C]`, added to every pixel first (the time embedding of a residual block).
 
     Returns:
         `[B, H, W, C]` in the dtype of `x`.
@@ -56,9 +56,38 @@ def groupnorm_silu(
     """
     if x.shape[-1] % groups:
         raise ValueError(f"groupnorm_silu: {groups} groups do not divide {x.shape[-1]} channels")
-    if dispatch.backend(x) == "reference":
+    backend = dispatch.backend(x, weight, bias, add)
+    if backend == "reference":
         return groupnorm_silu_ref(x, weight, bias, groups, eps, silu, add)
+    if backend == "onednn":
+        return _groupnorm_silu_by_image(x, weight, bias, groups, eps, silu, add)
     if add is not None:
         x = x + add[:, None, None, :]
     y = F.group_norm(x.permute(0, 3, 1, 2), groups, weight, bias, eps).permute(0, 2, 3, 1)
-    return F.silu(y, inplace=not y.requires_grad) if silu else y
+    return F.silu(y) if silu else y
+
+
+def _groupnorm_silu_by_image(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    add: torch.Tensor | None,
+) -> torch.Tensor:
+    """PyTorch's norm, which divides the pixels of a whole batch among threads and so sums them in an order that
+    depends on the batch; image by image it does not, and an image stays in the cache between the passes."""
+    images = []
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if len(x) > 1 else None
+    for b in range(len(x)):
+        image = x[b : b + 1]
+        if add is not None:
+            image = image + (add[b] if len(add) > 1 else add[0])
+        y = F.group_norm(image.permute(0, 3, 1, 2), groups, weight, bias, eps).permute(0, 2, 3, 1)
+        if silu:
+            y = torch.ops.aten.silu.out(y, out=y if out is None else out[b : b + 1])
+        images.append(y)
+    if out is None:
+        return images[0]
+    return out if silu else torch.cat(images, out=out)

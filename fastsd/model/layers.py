@@ -218,7 +218,8 @@ class GEGLU(nn.Module):
         self.proj = Linear(channels, 2 * inner)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return geglu(self.proj(x))
+        assert self.proj.bias is not None
+        return geglu(x, self.proj.weight, self.proj.bias)
 
 
 class FeedForward(nn.Module):
