@@ -1,0 +1,376 @@
+"""Pictures from and to files: untrusted ones are read with limits, ours are written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import re
+import secrets
+import unicodedata
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
+
+from fastsd.errors import FastsdError
+
+MAX_PIXELS = 2**27  # 134 million: 384 MiB as RGB
+MAX_BYTES = 2**29
+# Formats whose readers are plain decoders. Pillow's others stay shut: some start programs (EPS), few are ever needed.
+READABLE = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+WRITABLE = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+OTHER_PICTURES = (".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".jxl", ".ppm", ".svg")
+WHITE, BLACK = 255, 0
+
+
+def open_image(source: str | Path | bytes, name: str = "image") -> Image.Image:
+    """A picture from a file or its bytes as RGB, 8 bits a channel.
+
+    Of an animation it is the first frame. The camera's orientation (EXIF) is applied. What is transparent becomes
+    white, as in A1111. 16 bits are scaled to 8.
+
+    Args:
+        source: a path, or a file's bytes.
+        name: what the user calls it ("--image"), for messages.
+
+    Raises:
+        FastsdError: no such file, too large, damaged or no picture.
+    """
+    return _read(source, name, "RGB", WHITE)[0]
+
+
+def open_mask(source: str | Path | bytes, name: str = "mask") -> Image.Image:
+    """A mask as one channel, 8 bits: white is painted anew. What is transparent becomes black, that is, kept.
+
+    Raises:
+        FastsdError: as `open_image`.
+    """
+    return _read(source, name, "L", BLACK)[0]
+
+
+def read_text(source: str | Path | bytes, name: str = "image") -> dict[str, str]:
+    """The texts stored in a picture: a PNG's text chunks; "parameters" and "fastsd" from the EXIF of others.
+
+    Raises:
+        FastsdError: as `open_image`.
+    """
+    return _read(source, name, "RGB", WHITE)[1]
+
+
+def read_file(path: str | Path, name: str) -> bytes:
+    """All of a regular file, up to `MAX_BYTES`.
+
+    Raises:
+        FastsdError: it is missing, empty, too large or cannot be read.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise FastsdError(f"{name} {path}: a folder, not a picture")
+        if path.exists() and not path.is_file():
+            raise FastsdError(f"{name} {path}: not a regular file")
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise FastsdError(f"{name} {path}: {size / 2**20:.0f} MiB; at most {MAX_BYTES // 2**20} MiB are read")
+        data = path.read_bytes()
+    except OSError as error:
+        raise FastsdError(f"{name} {path}: {reason(error)}") from error
+    if not data:
+        raise FastsdError(f"{name} {path}: the file is empty")
+    return data
+
+
+def fingerprint(data: bytes) -> str:
+    """SHA-256 of a file, in hexadecimal, to recognise it again."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def reason(error: OSError) -> str:
+    """What the system says went wrong, in plain words."""
+    if error.errno == errno.ENOENT:
+        return "no such file or folder"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full"
+    return (error.strerror or str(error) or type(error).__name__).lower()
+
+
+def _read(source: str | Path | bytes, name: str, mode: str, background: int) -> tuple[Image.Image, dict[str, str]]:
+    """The picture in `mode`, flattened on `background`, and the texts in it."""
+    if isinstance(source, bytes):
+        data, where = source, name
+    else:
+        data, where = read_file(source, name), f"{name} {source}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's doubts about odd files; what matters is checked here
+            with Image.open(io.BytesIO(data), formats=READABLE) as opened:
+                _check_size(opened.size, where)
+                opened.load()
+                texts = _texts(opened)
+                return _flatten(_upright(opened), mode, background, where), texts
+    except FastsdError:
+        raise
+    except Image.DecompressionBombError:
+        raise FastsdError(f"{where}: too many pixels; at most {MAX_PIXELS // 10**6} million are read") from None
+    except Image.UnidentifiedImageError:
+        kinds = ", ".join(READABLE[:-1]) + " or " + READABLE[-1]
+        raise FastsdError(f"{where}: not a picture that can be read; use {kinds}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders meet junk with exceptions of every kind
+        cause = str(error) or type(error).__name__
+        raise FastsdError(f"{where}: the picture is damaged or cut short ({cause}); fetch or save it again") from error
+
+
+def _check_size(size: tuple[int, int], where: str) -> None:
+    """Refuse a decompression bomb by what its header says, before anything is decoded."""
+    width, height = size
+    if width * height > MAX_PIXELS:
+        raise FastsdError(f"{where}: {width}x{height} pixels; at most {MAX_PIXELS // 10**6} million are read")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """`image` turned as its camera says. A broken EXIF block is no reason to refuse the pixels."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image
+
+
+def _flatten(image: Image.Image, mode: str, background: int, where: str) -> Image.Image:
+    """`image` in `mode` ("RGB" or "L") without transparency."""
+    if image.mode == "F":
+        raise FastsdError(f"{where}: floating-point pixels are not read; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 bits; `convert` would clip at 255 instead of scaling
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise FastsdError(f"{where}: 32-bit pixels are not read; save it with 8 or 16 bits")
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        canvas = Image.new("RGBA", rgba.size, (background, background, background, 255))
+        image = Image.alpha_composite(canvas, rgba)
+    converted = image.convert(mode)
+    converted.info = {}
+    return converted if converted is not image else image.copy()
+
+
+def _texts(image: Image.Image) -> dict[str, str]:
+    """A PNG's text chunks, or what `encode` put into the EXIF of another format."""
+    texts = getattr(image, "text", None)
+    if isinstance(texts, dict):
+        return {str(key): str(value) for key, value in texts.items()}
+    try:
+        exif = image.getexif()
+        comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+        own = exif.get(ExifTags.Base.ImageDescription, "")
+    except Exception:  # a broken EXIF block holds no texts
+        return {}
+    found = {}
+    if isinstance(comment, bytes) and comment[:8] == b"UNICODE\0":
+        found["parameters"] = comment[8:].decode("utf-16-be", errors="replace")
+    elif isinstance(comment, bytes) and comment[:8] == b"ASCII\0\0\0":
+        found["parameters"] = comment[8:].decode("ascii", errors="replace")
+    if isinstance(own, str) and own.startswith("{"):
+        found["fastsd"] = own
+    return found
+
+
+def encode(image: Image.Image, suffix: str, texts: Mapping[str, str]) -> bytes:
+    """A picture file's bytes, with `texts` in it.
+
+    PNG: text chunks. JPEG (quality 95) and WebP (lossless): "parameters" as the EXIF comment, where A1111 has it, and
+    "fastsd" as the description.
+    """
+    buffer, kind = io.BytesIO(), WRITABLE[suffix.lower()]
+    if kind == "PNG":
+        chunks = PngInfo()
+        for key, text in texts.items():
+            chunks.add_text(key, text)
+        image.save(buffer, kind, pnginfo=chunks)
+        return buffer.getvalue()
+    exif = Image.Exif()
+    if "fastsd" in texts:
+        exif[ExifTags.Base.ImageDescription] = texts["fastsd"]
+    comment = b"UNICODE\0" + texts.get("parameters", "").encode("utf-16-be")
+    exif[ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: comment}
+    data = exif.tobytes()
+    if kind == "JPEG" and len(data) > 65000:  # one JPEG segment; the picture is worth more than its text
+        data = b""
+    image.save(buffer, kind, exif=data, **({"quality": 95} if kind == "JPEG" else {"lossless": True}))
+    return buffer.getvalue()
+
+
+def write_whole(path: Path, data: bytes, overwrite: bool = False) -> None:
+    """Write a file so that at no moment a part of it stands under its name.
+
+    The bytes go to a hidden file beside it, to the disk, and only then get the name.
+
+    Raises:
+        FileExistsError: the name is taken, and `overwrite` is not set.
+        OSError: it cannot be written; nothing is left behind.
+    """
+    temporary = path.with_name(f".fastsd-{secrets.token_hex(6)}.tmp")
+    # Not by `tempfile`, whose files nobody else may read.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    try:
+        with open(os.open(temporary, flags, 0o666), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if overwrite:
+            os.replace(temporary, path)
+        else:
+            _name_new(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if hasattr(os, "O_DIRECTORY"):  # the name itself survives a power cut only when its folder is written
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        except OSError:
+            pass  # some network file systems cannot
+        finally:
+            os.close(folder)
+
+
+def _name_new(temporary: Path, path: Path) -> None:
+    """Give `temporary` the name `path`, which nobody may hold yet. A link fails where the name is taken."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: take the name, then replace the empty file
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+
+class Output:
+    """Where the pictures of one run go. Made, and found writable, before any work.
+
+    `where` with a picture's suffix is a file; of several pictures it becomes name-0.png, name-1.png, ... Anything else
+    is a folder, whose files are called 00012-<seed>-<words of the prompt>.png, numbered on from what is there.
+
+    Args:
+        where: a file or a folder.
+        count: how many pictures will come.
+        overwrite: replace files that are there; only with a file name.
+
+    Raises:
+        FastsdError: it cannot be written, or a file is there already.
+    """
+
+    def __init__(self, where: str | Path, count: int, overwrite: bool = False):
+        path = Path(where)
+        self.overwrite = overwrite
+        self.files: list[Path] | None = None
+        self._made: list[Path] = []
+        self._saved = 0
+        try:
+            if self._is_file_name(str(where)):
+                names = [path.name] if count == 1 else [f"{path.stem}-{i}{path.suffix}" for i in range(count)]
+                self.folder, self.files = path.parent, [path.parent / name for name in names]
+                self._refuse_existing()
+            else:
+                self.folder = path
+            self._make_folder()
+            self._number = 0 if self.files else _next_number(self.folder)
+        except OSError as error:
+            self.give_up()
+            raise FastsdError(f"--output {where}: cannot write there: {reason(error)}") from error
+
+    def save(self, image: Image.Image, seed: int, prompt: str, texts: Mapping[str, str]) -> Path:
+        """Write the next picture.
+
+        Raises:
+            FastsdError: the disk is full, or somebody took the name meanwhile.
+        """
+        path = self.files[self._saved] if self.files else self.folder / _file_name(self._number, seed, prompt)
+        data = encode(image, path.suffix, texts)
+        try:
+            while True:
+                try:
+                    write_whole(path, data, self.overwrite and self.files is not None)
+                    break
+                except FileExistsError:
+                    if self.files:
+                        raise
+                    self._number += 1
+                    path = self.folder / _file_name(self._number, seed, prompt)
+        except OSError as error:
+            raise FastsdError(f"--output {path}: cannot write the picture: {reason(error)}") from error
+        self._saved += 1
+        self._number += 1
+        return path
+
+    def give_up(self) -> None:
+        """Remove the folders that were made for this run and stayed empty."""
+        for folder in reversed(self._made):
+            try:
+                folder.rmdir()
+            except OSError:
+                break
+
+    @staticmethod
+    def _is_file_name(where: str) -> bool:
+        """Whether the user means a file.
+
+        Raises:
+            FastsdError: a picture format that is not written, or a file that is no picture.
+        """
+        path = Path(where)
+        if where.endswith(("/", os.sep)) or path.is_dir():
+            return False
+        if path.suffix.lower() in OTHER_PICTURES:
+            raise FastsdError(f"--output {where}: {path.suffix} is not written; use {', '.join(WRITABLE)}")
+        if path.suffix.lower() in WRITABLE:
+            return True
+        if os.path.lexists(path):
+            raise FastsdError(f"--output {where}: neither a folder nor the name of a picture, such as name.png")
+        return False
+
+    def _refuse_existing(self) -> None:
+        """Find taken and impossible names before the work."""
+        for file in self.files or ():
+            try:
+                os.lstat(file)
+            except FileNotFoundError:
+                continue
+            if file.is_dir():
+                raise FastsdError(f"--output {file}: a folder of this name is there already")
+            if not self.overwrite:
+                raise FastsdError(f"--output {file}: the file is there already; --overwrite replaces it")
+
+    def _make_folder(self) -> None:
+        """Make the folder and those above it, and try to write in it: permissions alone do not tell."""
+        missing = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
+            self._made.append(folder)
+        trial = self.folder / f".fastsd-{secrets.token_hex(6)}.tmp"
+        os.close(os.open(trial, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        trial.unlink()
+
+
+def _next_number(folder: Path) -> int:
+    """One more than the highest number that a file name in `folder` starts with."""
+    numbers = [int(found[1]) for entry in os.scandir(folder) if (found := re.match(r"(\d{5,9})-", entry.name))]
+    return max(numbers, default=-1) + 1
+
+
+def _file_name(number: int, seed: int, prompt: str) -> str:
+    """00012-7-a-handwritten-eight.png: words of the prompt, up to 40 characters, in any script."""
+    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", prompt).lower())
+    slug = "-".join(words)[:40].strip("-")
+    while len(slug.encode()) > 120:  # names are limited in bytes
+        slug = slug[:-1]
+    return f"{number:05d}-{seed}{'-' * bool(slug)}{slug}.png"

@@ -1,0 +1,271 @@
+"""A picture's settings as text inside it: what A1111 writes and others read, and our own unambiguous copy.
+
+A1111's form, the PNG text chunk `parameters`:
+
+    a lighthouse at dusk
+    Negative prompt: fog
+    Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 1, Size: 512x512, Model: sd15, ...
+
+A prompt may itself hold such lines, so the form cannot always be read back. The second chunk, `fastsd`, is JSON and is
+preferred where it is there. Settings carry the names of `Pipeline.__call__`'s arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fastsd.errors import FastsdError
+
+# Our name of a sampler and A1111's. "DPM++ 2S", "DDPM" and "Euler Maruyama" are ours; A1111 has no such samplers.
+SAMPLERS = {
+    "ddpm": "DDPM",
+    "ddim": "DDIM",
+    "pndm": "PLMS",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "heun": "Heun",
+    "dpm++2m": "DPM++ 2M",
+    "dpm++2m_sde": "DPM++ 2M SDE",
+    "dpm++sde": "DPM++ SDE",
+    "dpm++2s": "DPM++ 2S",
+    "unipc": "UniPC",
+    "lms": "LMS",
+    "lcm": "LCM",
+    "euler_maruyama": "Euler Maruyama",
+}
+# "Uniform" is written out: A1111 takes a missing schedule for the sampler's favourite, Karras for DPM++ 2M.
+SCHEDULES = {"default": "Uniform", "karras": "Karras", "exponential": "Exponential", "sgm_uniform": "SGM Uniform"}
+WITHOUT_SCHEDULE = ("ddpm", "ddim", "pndm", "lcm", "euler_maruyama")
+
+# What the JSON copy may hold. `image` and `mask` are {"name": ..., "sha256": ...} of the files that were given.
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "prompt": str,
+    "negative_prompt": str,
+    "num_inference_steps": int,
+    "guidance_scale": (int, float),
+    "guidance_rescale": (int, float),
+    "width": int,
+    "height": int,
+    "seed": int,
+    "sampler": str,
+    "schedule": str,
+    "eta": (int, float),
+    "clip_skip": int,
+    "strength": (int, float),
+    "vae_tiling": bool,
+    "model": str,
+    "model_path": str,
+    "model_fingerprint": str,
+    "device": str,
+    "dtype": str,
+    "batch_size": int,
+    "version": str,
+    "image": dict,
+    "mask": dict,
+}
+
+# Keys of A1111 that change nothing here, or that say what is known anyway.
+HARMLESS = (
+    "Model hash",
+    "Version",
+    "RNG",
+    "Device",
+    "Dtype",
+    "Batch size",
+    "Batch pos",
+    "VAE hash",
+    "Face restoration",
+)
+
+
+def write_texts(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The two text chunks of a picture."""
+    kept = {key: value for key, value in settings.items() if key in FIELDS and value is not None}
+    return {"parameters": write_parameters(settings), "fastsd": json.dumps(kept)}
+
+
+def read_texts(texts: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings in a picture's text chunks.
+
+    Returns:
+        The settings, those that were found; and what else A1111's form says, which fastsd does not act on.
+
+    Raises:
+        FastsdError: there are none.
+    """
+    own = parse_json(texts.get("fastsd", ""))
+    if "prompt" in own:
+        return own, {}
+    settings, others = parse_parameters(texts.get("parameters", ""))
+    if not settings.get("prompt") and len(settings) < 3:
+        raise FastsdError("no settings are stored in this picture (a PNG text `parameters` or `fastsd`)")
+    return settings, others
+
+
+def parse_json(text: str) -> dict[str, Any]:
+    """Our own chunk; whatever is not of the right type is left out."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return {key: value for key, value in found.items() if _fits(key, value)} if isinstance(found, dict) else {}
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether `value` is what `FIELDS` says of `key`."""
+    kind = FIELDS.get(key)
+    if kind is None or not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        return False
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def write_parameters(settings: Mapping[str, Any]) -> str:
+    """A1111's text. Settings that are missing or None are left out."""
+
+    def value(key: str) -> str | None:
+        found = settings.get(key)
+        return None if found is None else _number(found) if isinstance(found, int | float) else str(found)
+
+    sampler = settings.get("sampler")
+    schedule = settings.get("schedule")
+    size = f"{settings['width']}x{settings['height']}" if settings.get("width") and settings.get("height") else None
+    pairs = {
+        "Steps": value("num_inference_steps"),
+        "Sampler": None if sampler is None else SAMPLERS.get(sampler, sampler),
+        "Schedule type": None if schedule is None or sampler in WITHOUT_SCHEDULE else SCHEDULES.get(schedule, schedule),
+        "CFG scale": value("guidance_scale"),
+        "Seed": value("seed"),
+        "Size": size,
+        "Model": value("model"),
+        "Denoising strength": value("strength"),
+        "Clip skip": value("clip_skip") if settings.get("clip_skip") != 1 else None,
+        "Eta DDIM": value("eta") if settings.get("eta") else None,
+        "Guidance rescale": value("guidance_rescale") if settings.get("guidance_rescale") else None,
+        "Device": value("device"),
+        "Dtype": value("dtype"),
+        "RNG": "CPU",
+        "Version": f"fastsd {settings['version']}" if settings.get("version") else None,
+    }
+    line = ", ".join(f"{key}: {quote(text)}" for key, text in pairs.items() if text is not None)
+    negative = settings.get("negative_prompt")
+    return f"{settings.get('prompt', '')}{f'{chr(10)}Negative prompt: {negative}' if negative else ''}\n{line}".strip()
+
+
+def parse_parameters(text: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """A1111's text, as it and its kin write it.
+
+    As A1111 has it, the last line holds the settings if at least three can be found in it. Failing that, the last line
+    that starts with "Steps:" does; extensions write more lines after it.
+
+    Returns:
+        The settings, and the pairs that are not understood.
+    """
+    lines = [line.strip() for line in text.strip().split("\n")]
+    pairs, end = split_pairs(lines[-1]), len(lines) - 1
+    if len(pairs) < 3:
+        steps = [i for i, line in enumerate(lines) if line.startswith("Steps:")]
+        pairs, end = (split_pairs(lines[steps[-1]]), steps[-1]) if steps else ({}, len(lines))
+    marker = "Negative prompt:"
+    start = next((i for i, line in enumerate(lines[:end]) if line.startswith(marker)), end)
+    negative = [line.removeprefix(marker).strip() for line in lines[start:end]]
+    settings: dict[str, Any] = {"prompt": "\n".join(lines[:start]), "negative_prompt": "\n".join(negative)}
+    others: dict[str, str] = {}
+    for key, value in pairs.items():
+        understood = _understand(key, value, pairs)
+        if understood is None and key not in HARMLESS:
+            others[key] = value
+        settings |= understood or {}
+    return settings, others
+
+
+def _understand(key: str, value: str, pairs: Mapping[str, str]) -> dict[str, Any] | None:
+    """One pair of A1111's line as settings, or None."""
+    try:
+        match key:
+            case "Steps":
+                return {"num_inference_steps": int(value)}
+            case "Sampler":
+                return {"sampler": _by_label(SAMPLERS, value)}
+            case "Schedule type":
+                return {"schedule": "default" if value == "Automatic" else _by_label(SCHEDULES, value)}
+            case "CFG scale":
+                return {"guidance_scale": _finite(value)}
+            case "Guidance rescale":
+                return {"guidance_rescale": _finite(value)}
+            case "Seed":
+                return {"seed": int(value)}
+            case "Size":
+                width, height = value.split("x")
+                return {"width": int(width), "height": int(height)}
+            case "Denoising strength":  # with "Hires ...", it belongs to an upscaling pass of text-to-image
+                return None if any(other.startswith("Hires") for other in pairs) else {"strength": _finite(value)}
+            case "Clip skip":
+                return {"clip_skip": int(value)}
+            case "Eta DDIM":
+                return {"eta": _finite(value)}
+            case "Model":
+                return {"model": value}
+            case "Device" | "Dtype" if pairs.get("Version", "").startswith("fastsd "):
+                return {key.lower(): value}
+    except ValueError:
+        pass
+    return None
+
+
+def split_pairs(line: str) -> dict[str, str]:
+    """The `Key: value` pairs of a line; values in double quotes are JSON strings, others run to the next comma."""
+    pairs, at = {}, 0
+    while at < len(line):
+        found = _PAIR.match(line, at)
+        if found:
+            pairs[found["key"]] = unquote(found["value"].strip())
+            at = found.end()
+        else:
+            comma = line.find(",", at)
+            at = len(line) if comma < 0 else comma + 1
+    return pairs
+
+
+# A key of up to 60 characters; then a quoted text that ends the pair, or everything up to a comma.
+_PAIR = re.compile(
+    r"""\s*(?P<key>\w[\w \-/]{0,59}):\s*"""
+    r"""(?P<value>"(?:\\.|[^\\"])*"(?=\s*(?:,|$))|[^,]*)(?:\s*,|\s*$)"""
+)
+
+
+def quote(text: str) -> str:
+    """`text` as A1111 writes a value: as a JSON string where it could not be told apart from what stands around it."""
+    if re.search(r'[,:\n"\\]', text) or text != text.strip():
+        return json.dumps(text, ensure_ascii=False)
+    return text
+
+
+def unquote(text: str) -> str:
+    """The opposite of `quote`; what is no JSON string stays as it is."""
+    if len(text) < 2 or text[0] != '"' or text[-1] != '"':
+        return text
+    try:
+        return str(json.loads(text))
+    except (ValueError, RecursionError):
+        return text
+
+
+def _by_label(labels: Mapping[str, str], label: str) -> str:
+    """Our name for A1111's label, in any case; another program's label stays as it is."""
+    return next((name for name, known in labels.items() if known.lower() == label.lower()), label)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not finite")
+    return value
+
+
+def _number(value: int | float) -> str:
+    """Without a needless ".0", and otherwise as many digits as give the same number back."""
+    return str(int(value)) if value == int(value) and abs(value) < 2**63 else repr(value)

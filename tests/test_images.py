@@ -1,0 +1,289 @@
+"""Pictures from files that nobody vouches for, and pictures written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastsd import images
+from fastsd.errors import FastsdError
+from fastsd.images import Output, encode, open_image, open_mask, read_text, write_whole
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that says it is this large, with hardly any data."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(b"0")) + b""
+
+
+def saved(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def gradient() -> Image.Image:
+    y, x = np.mgrid[0:24, 0:16]
+    return Image.fromarray(np.stack([10 * x, 10 * y, 5 * (x + y)], axis=-1).astype(np.uint8))
+
+
+def line(caught: pytest.ExceptionInfo[FastsdError]) -> str:
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 300
+    return message
+
+
+# Reading
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "WEBP", "GIF"])
+def test_formats_give_the_same_pixels(kind: str) -> None:
+    options = {"lossless": True} if kind == "WEBP" else {}
+    picture = gradient().quantize(256) if kind == "GIF" else gradient()
+    read = open_image(saved(picture, kind, **options))
+    assert read.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(read), np.asarray(picture.convert("RGB")))
+
+
+def test_every_depth_of_grey_spans_black_to_white() -> None:
+    ramp = np.linspace(0, 65535, 24 * 16).reshape(24, 16).astype(np.uint16)
+    read = np.asarray(open_image(saved(Image.fromarray(ramp))))
+    np.testing.assert_array_equal(read[..., 0], (ramp / 257.0).round().astype(np.uint8))
+    one_bit = np.asarray(open_image(saved(Image.fromarray(ramp > 30000))))
+    assert set(np.unique(one_bit)) == {0, 255}
+    assert open_image(saved(Image.new("CMYK", (4, 4), (0, 0, 0, 0)), "TIFF")).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_transparency_is_white_in_a_picture_and_kept_in_a_mask() -> None:
+    clear = Image.new("RGBA", (4, 4), (200, 0, 0, 0))
+    clear.putpixel((0, 0), (255, 255, 255, 255))
+    half = Image.new("LA", (4, 4), (0, 128))
+    palette = clear.quantize(8)
+    assert open_image(saved(clear)).getpixel((1, 1)) == (255, 255, 255)
+    assert open_mask(saved(clear)).getpixel((1, 1)) == 0 and open_mask(saved(clear)).getpixel((0, 0)) == 255
+    assert open_image(saved(half)).getpixel((0, 0)) == (127, 127, 127)
+    assert open_image(saved(palette)).getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_the_cameras_orientation_is_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    data = saved(gradient(), "PNG", exif=exif)
+    read = open_image(data)
+    assert read.size == (24, 16)
+    np.testing.assert_array_equal(np.asarray(read), np.rot90(np.asarray(gradient()), 3))
+    assert open_mask(data).size == (24, 16)
+
+
+def test_a_broken_exif_block_does_not_hide_the_picture() -> None:
+    data = saved(gradient(), "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
+    assert open_image(data).size == (16, 24)
+
+
+def test_the_first_frame_of_an_animation() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    for kind in ("GIF", "PNG"):
+        assert open_image(saved(frames[0], kind, save_all=True, append_images=frames[1:])).getpixel((0, 0)) == (
+            255,
+            0,
+            0,
+        )
+
+
+def test_what_is_no_picture(tmp_path: Path) -> None:
+    cases = {
+        "text.png": (b"not a picture at all", "not a picture"),
+        "empty.png": (b"", "empty"),
+        "cut.png": (saved(Image.effect_noise((64, 64), 90))[:-600], "damaged or cut short"),
+        "cut.jpg": (saved(gradient().resize((200, 200)), "JPEG")[:900], "damaged or cut short"),
+        "bomb.png": (png_header(60_000, 60_000), "million"),
+        "wide.png": (png_header(2**31 - 1, 1), "million"),
+        "program.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+        "script.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a picture"),
+        "float.tiff": (saved(Image.new("F", (4, 4)), "TIFF"), "8 or 16 bits"),
+        "deep.tiff": (saved(Image.new("I", (4, 4), 2**30), "TIFF"), "8 or 16 bits"),
+    }
+    for name, (data, said) in cases.items():
+        (tmp_path / name).write_bytes(data)
+        for read in (open_image, open_mask, read_text):
+            with pytest.raises(FastsdError, match=said) as caught:
+                read(tmp_path / name, "--image")
+            assert "--image" in line(caught) and name in line(caught)
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for ever
+    for path, said in ((tmp_path / "none.png", "no such file"), (tmp_path, "a folder"), (tmp_path / "pipe", "regular")):
+        with pytest.raises(FastsdError, match=said) as caught:
+            open_image(path, "--mask")
+        assert "--mask" in line(caught)
+
+
+def test_a_size_below_the_limit_is_no_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_PIXELS", 16 * 24)
+    assert open_image(saved(gradient())).size == (16, 24)
+    with pytest.raises(FastsdError, match="16x25 pixels"):
+        open_image(saved(gradient().resize((16, 25))))
+    monkeypatch.setattr(images, "MAX_BYTES", 10)
+    with pytest.raises(FastsdError, match="at most"):
+        open_image(Path(__file__))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF"])
+def test_flipped_bytes_are_an_error_line_at_worst(kind: str) -> None:
+    whole = saved(gradient(), kind)
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        data = np.frombuffer(whole, dtype=np.uint8).copy()
+        data[rng.integers(0, len(data), 4)] = rng.integers(0, 256, 4)
+        try:
+            assert open_image(data.tobytes()).mode == "RGB"
+        except FastsdError as error:
+            assert "\n" not in str(error)
+
+
+# Writing
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_texts_come_back(suffix: str) -> None:
+    texts = {"parameters": "a café, 猫\nNegative prompt: b\nSteps: 1", "fastsd": '{"prompt": "a \\u732b"}'}
+    data = encode(gradient(), suffix, texts)
+    assert read_text(data) == texts
+    if suffix != ".jpg":
+        np.testing.assert_array_equal(np.asarray(open_image(data)), np.asarray(gradient()))
+
+
+def test_a_jpeg_without_room_for_the_text_keeps_its_pixels() -> None:
+    data = encode(gradient(), ".jpg", {"parameters": "a" * 70_000})
+    assert read_text(data) == {} and open_image(data).size == (16, 24)
+
+
+def test_writing_never_replaces_unasked(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    write_whole(path, b"first")
+    with pytest.raises(FileExistsError):
+        write_whole(path, b"second")
+    assert path.read_bytes() == b"first"
+    write_whole(path, b"third", overwrite=True)
+    assert path.read_bytes() == b"third"
+    assert os.listdir(tmp_path) == ["a.png"]
+
+
+def test_a_new_file_is_readable_as_any_other(tmp_path: Path) -> None:
+    write_whole(tmp_path / "a.png", b"x")
+    (tmp_path / "b").touch()
+    assert (tmp_path / "a.png").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    path = tmp_path / "a.png"
+    write_whole(path, b"first")
+    with pytest.raises(FileExistsError):
+        write_whole(path, b"second")
+    assert path.read_bytes() == b"first" and os.listdir(tmp_path) == ["a.png"]
+
+
+@pytest.mark.parametrize("failing", ["fsync", "link", "replace"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_failed_write_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, error: BaseException
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(os, failing, fail)
+    if failing == "link":
+        monkeypatch.setattr(os, "replace", fail)  # what is tried where links do not work
+    with pytest.raises(type(error)):
+        write_whole(tmp_path / "a.png", b"x", overwrite=failing == "replace")
+    assert os.listdir(tmp_path) == []
+
+
+def test_names_in_a_folder_count_on(tmp_path: Path) -> None:
+    (tmp_path / "00007-1-old.png").touch()
+    (tmp_path / "notes.txt").touch()
+    output = Output(tmp_path, 3)
+    names = [output.save(gradient(), seed, prompt, {}).name for seed, prompt in ((5, "A cat, (a:1.2)/../x"), (6, "猫"))]
+    assert names == ["00008-5-a-cat-a-1-2-x.png", "00009-6-猫.png"]
+    (tmp_path / "00010-7.png").write_bytes(b"another program's")
+    assert output.save(gradient(), 7, "!?", {}).name == "00011-7.png"
+    assert (tmp_path / "00010-7.png").read_bytes() == b"another program's"
+    assert len(Output(tmp_path, 1).save(gradient(), 1, "\U0001d54f" * 300 + "猫" * 300, {}).name.encode()) < 200
+
+
+def test_several_pictures_to_one_file_name(tmp_path: Path) -> None:
+    output = Output(tmp_path / "new" / "a.webp", 2)
+    assert [output.save(gradient(), 1, "x", {}).name for _ in range(2)] == ["a-0.webp", "a-1.webp"]
+    with pytest.raises(FastsdError, match=r"a-1\.webp.*--overwrite"):
+        (tmp_path / "new" / "a-0.webp").unlink()
+        Output(tmp_path / "new" / "a.webp", 2)
+    Output(tmp_path / "new" / "a.webp", 2, overwrite=True)
+
+
+def test_an_output_that_cannot_be_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "taken-1.png").mkdir()
+    for where, said in {
+        "file": "neither a folder",
+        "file/a.png": "cannot write",
+        "a.gif": "not written; use .png",
+        "link.png": "there already",
+        "x" * 300 + ".png": "cannot write",
+        "new/" + "x" * 300: "cannot write",
+    }.items():
+        with pytest.raises(FastsdError, match=said) as caught:
+            Output(tmp_path / where, 1)
+        assert str(caught.value).startswith("--output") and "\n" not in str(caught.value)
+    with pytest.raises(FastsdError, match="a folder of this name"):
+        Output(tmp_path / "folder.png" / ".." / "taken.png", 2)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder.png", "link.png", "taken-1.png"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(FastsdError, match="permission denied"):
+        Output(tmp_path, 1)
+
+
+def test_giving_up_removes_only_what_was_made(tmp_path: Path) -> None:
+    output = Output(tmp_path / "a" / "b", 1)
+    assert (tmp_path / "a" / "b").is_dir()
+    output.give_up()
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "a").mkdir()
+    output = Output(tmp_path / "a" / "b", 1)
+    output.save(gradient(), 1, "x", {})
+    output.give_up()
+    assert len(os.listdir(tmp_path / "a" / "b")) == 1
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = Output(tmp_path / "a.png", 1)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(FastsdError, match="the disk is full") as caught:
+        output.save(gradient(), 1, "x", {})
+    assert "--output" in line(caught) and os.listdir(tmp_path) == []
