@@ -1,0 +1,169 @@
+"""What a training run is told: a TOML file as frozen dataclasses, checked key by key."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import MISSING, Field, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from fastsd.config import CLIPConfig, SchedulerConfig, UNetConfig, VAEConfig
+from fastsd.errors import FastsdError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Data:
+    """The pictures. `scales` and `shear`: see `digits.augment`; `style_share`: of the pictures at each end."""
+
+    mnist: str
+    scales: tuple[float, float] = (0.7, 1.15)
+    shear: float = 0.2
+    style_share: float = 0.27
+    passes: int = 3  # augmented versions of every picture in the cache of latents
+    limit: int = 0  # use only the first pictures of the set; 0: all
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a stage is optimised: AdamW, warm-up, cosine decay to `final_rate` of the rate, averaged weights.
+
+    A stage ends after `steps`, or after `max_minutes` of work where that comes first (0: no limit).
+    """
+
+    steps: int
+    max_minutes: float = 0.0
+    batch_size: int = 128
+    rate: float = 1e-3
+    final_rate: float = 0.02
+    warmup: int = 200
+    weight_decay: float = 1e-4
+    clip: float = 1.0  # largest norm of the gradient
+    average: float = 0.999  # decay of the exponential moving average
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """Stage 1. Loss: L1 + MSE + `edge_weight` * L1 of differences between neighbours + `kl_weight` * KL per pixel."""
+
+    model: VAEConfig
+    fit: Fit
+    kl_weight: float = 0.03
+    edge_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """Stage 2: UNet and text encoder together."""
+
+    unet: UNetConfig
+    text: CLIPConfig
+    scheduler: SchedulerConfig
+    fit: Fit
+    empty: float = 0.12
+    unknown: float = 0.06
+    style_word_share: float = 0.5
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What the pipeline does where the user does not say."""
+
+    num_inference_steps: int = 25
+    guidance_scale: float = 2.0
+    sampler: str = "ddim"
+    schedule: str = "default"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A whole run. `out`: the run's folder; `export`: where the finished model goes."""
+
+    out: str
+    export: str
+    data: Data
+    autoencoder: Autoencoder
+    diffusion: Diffusion
+    defaults: Defaults = Defaults()
+    seed: int = 0
+    threads: int = 0  # workers that share each batch; part of the result. 0: as many as cores
+    precision: str = "auto"  # of products in training: auto (bf16 where the processor has it), bf16 or fp32
+    checkpoint_minutes: float = 3.0
+
+
+def read_settings(path: str | Path) -> Settings:
+    """Read a TOML file.
+
+    Raises:
+        FastsdError: no such file, not TOML, an unknown or missing key, a value of the wrong type; the key is named.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FastsdError(f"--config {path}: no such file; configs/digits.toml trains the bundled model")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise FastsdError(f"{path}: not TOML: {error}") from None
+    settings = _build(Settings, table, str(path), "")
+    _check(settings, path)
+    return settings
+
+
+def _check(settings: Settings, path: Path) -> None:
+    if settings.precision not in ("auto", "bf16", "fp32"):
+        raise FastsdError(f"{path}: precision is {settings.precision!r}; it should be auto, bf16 or fp32")
+    for stage in ("autoencoder", "diffusion"):
+        fit: Fit = getattr(settings, stage).fit
+        for name in ("steps", "batch_size"):
+            if getattr(fit, name) < 1:
+                raise FastsdError(f"{path}: {stage}.fit.{name} is {getattr(fit, name)}; it should be at least 1")
+    text, unet = settings.diffusion.text, settings.diffusion.unet
+    if text.hidden_size != unet.cross_attention_dim:
+        raise FastsdError(
+            f"{path}: diffusion.text.hidden_size is {text.hidden_size}; it should be"
+            f" diffusion.unet.cross_attention_dim, {unet.cross_attention_dim}"
+        )
+    if settings.data.passes < 1:
+        raise FastsdError(f"{path}: data.passes is {settings.data.passes}; it should be at least 1")
+
+
+def _build(kind: type[T], table: dict[str, Any], file: str, prefix: str) -> T:
+    """`table` as a dataclass; every key must be a field, every field without a default must be there."""
+    known: dict[str, Field[Any]] = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    hints = get_type_hints(kind)
+    for key in table:
+        if key not in known:
+            raise FastsdError(f"{file}: unknown key {prefix}{key}; known here: {', '.join(known)}")
+    values = {}
+    for name, field in known.items():
+        if name in table:
+            values[name] = _value(hints[name], table[name], file, prefix + name)
+        elif field.default is MISSING and field.default_factory is MISSING:
+            raise FastsdError(f"{file}: the key {prefix}{name} is missing")
+    return kind(**values)
+
+
+def _value(kind: Any, value: Any, file: str, key: str) -> Any:
+    if hasattr(kind, "__dataclass_fields__"):
+        if not isinstance(value, dict):
+            raise FastsdError(f"{file}: {key} should be a table, [{key}]")
+        return _build(kind, value, file, key + ".")
+    if get_origin(kind) is tuple:
+        inner = get_args(kind)
+        if not isinstance(value, list) or (inner[-1] is not Ellipsis and len(value) != len(inner)):
+            raise FastsdError(f"{file}: {key} is {value!r}; it should be a list of {len(inner)} values")
+        return tuple(_value(inner[0], item, file, key) for item in value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise FastsdError(f"{file}: {key} is {value!r}; it should be {_NAMES.get(kind, kind)}")
+    return value
+
+
+_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
