@@ -1,0 +1,145 @@
+"""A small convolutional network that reads handwritten digits, to judge drawn ones.
+
+It is trained on MNIST's real training set only. Pictures of 64x64 and MNIST's own 28x28 come to it in one form, 32x32
+with the frame of 28x28 stretched over it, and it is trained over the range of sizes that the digits model draws, so that
+a small or large picture is read as fairly as one of MNIST's own size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fastsd.errors import FastsdError
+
+SIDE = 32
+SCALES = (0.65, 1.2)  # a little beyond 0.7 to 1.15, the sizes that the digits model is trained on
+EPOCHS = 5
+BATCH = 128
+
+
+class Reader(nn.Module):
+    """Three convolutions and a linear layer: `[N, 1, 32, 32]` in [0, 1] to logits `[N, 10]`."""
+
+    def __init__(self, widths: tuple[int, int, int] = (24, 48, 96)):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1, bias=False) for i, o in zip((1, *widths), widths))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths)
+        self.out = nn.Linear(widths[-1] * (SIDE // 8) ** 2, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for conv, norm in zip(self.convs, self.norms):
+            x = F.max_pool2d(F.relu(norm(conv(x))), 2)
+        return self.out(F.dropout(x.flatten(1), 0.3, self.training))
+
+
+def to_input(pictures: torch.Tensor) -> torch.Tensor:
+    """White-on-black pictures as the reader takes them.
+
+    Args:
+        pictures: `[N, H, W]` in [0, 1], square; the digit stands in the frame as in MNIST (side 28, digit 20).
+
+    Returns:
+        `[N, 1, 32, 32]` in [0, 1]: by the mean over areas where the side is a multiple of 32, else by interpolation.
+    """
+    side = pictures.shape[-1]
+    if side % SIDE == 0:
+        return F.avg_pool2d(pictures[:, None], side // SIDE)
+    return F.interpolate(pictures[:, None], size=(SIDE, SIDE), mode="bilinear", antialias=side > SIDE)
+
+
+@torch.inference_mode()
+def read(reader: Reader, pictures: torch.Tensor) -> torch.Tensor:
+    """The digits that `reader` sees in `pictures` `[N, H, W]` in [0, 1], as `[N]` int64."""
+    reader.eval()
+    return torch.cat([reader(to_input(part)).argmax(dim=1) for part in pictures.split(500)])
+
+
+def train_reader(
+    images: np.ndarray,
+    labels: np.ndarray,
+    epochs: int = EPOCHS,
+    seed: int = 0,
+    report: Callable[[str], None] | None = None,
+) -> Reader:
+    """Train a reader: AdamW, one cycle of the learning rate, labels smoothed by 0.05.
+
+    Args:
+        images: `[N, 28, 28]` uint8.
+        labels: `[N]`, 0 to 9.
+        report: is told of every epoch, a line each.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # the layers' own start values and dropout
+        torch.manual_seed(seed)
+        reader = Reader().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = torch.optim.AdamW(reader.parameters(), weight_decay=0.02)
+        x, y = torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))
+        steps = epochs * math.ceil(len(x) / BATCH)
+        step = 0
+        for epoch in range(epochs):
+            reader.train()
+            right = 0
+            for index in torch.randperm(len(x), generator=generator).split(BATCH):
+                progress = step / steps
+                for group in optimizer.param_groups:
+                    group["lr"] = 4e-3 * min(progress / 0.2, (1 - progress) / 0.8)
+                logits = reader(_vary(x[index].float() / 255, generator))
+                optimizer.zero_grad(set_to_none=True)
+                F.cross_entropy(logits, y[index], label_smoothing=0.05).backward()
+                optimizer.step()
+                right += int((logits.argmax(dim=1) == y[index]).sum())
+                step += 1
+            if report is not None:
+                report(f"reader: epoch {epoch + 1} of {epochs}, {right / len(x):.2%} of varied training pictures read")
+    return reader.eval()
+
+
+def _vary(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """`[N, 28, 28]` in [0, 1] as `[N, 1, 32, 32]` at other sizes, slightly turned, slanted, moved, blunter or sharper."""
+    n = len(images)
+
+    def uniform(low: float, high: float) -> torch.Tensor:
+        return torch.empty(n).uniform_(low, high, generator=generator)
+
+    scale, angle, shear = uniform(*SCALES), uniform(-0.12, 0.12), uniform(-0.15, 0.15)
+    matrix = torch.empty(n, 2, 3)
+    matrix[:, 0, 0], matrix[:, 0, 1] = angle.cos() / scale, (shear - angle.sin()) / scale
+    matrix[:, 1, 0], matrix[:, 1, 1] = angle.sin() / scale, angle.cos() / scale
+    matrix[:, :, 2] = torch.stack([uniform(-0.08, 0.08), uniform(-0.08, 0.08)], dim=1)
+    grid = F.affine_grid(matrix, [n, 1, SIDE, SIDE], align_corners=False)
+    varied = F.grid_sample(images[:, None], grid, mode="bilinear", align_corners=False)
+    contrast = uniform(0.9, 1.8)[:, None, None, None]  # the digits model's pictures have sharper edges than MNIST's
+    return ((varied - 0.5) * contrast + 0.5).clamp(0, 1)
+
+
+def save_reader(reader: Reader, path: Path) -> None:
+    """Write the weights in fp16: a rounding of 2^-11, far below what training itself leaves to chance."""
+    weights = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in reader.state_dict().items()}
+    save_file({k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}, path)
+
+
+def load_reader(path: Path) -> Reader:
+    """Read weights that `save_reader` wrote.
+
+    Raises:
+        FastsdError: the file cannot be read or is no reader's.
+    """
+    reader = Reader()
+    wanted = {k: v for k, v in reader.state_dict().items() if not k.endswith("num_batches_tracked")}
+    try:
+        weights = load_file(path)
+    except Exception as error:  # safetensors' own exception has no public base class; OSError for the file
+        raise FastsdError(f"--reader {path}: cannot be read ({error}); leave it out to train one") from error
+    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in wanted.items()}:
+        raise FastsdError(f"--reader {path}: not the weights of a digit reader; leave it out to train one")
+    counters = {k: v for k, v in reader.state_dict().items() if k not in wanted}
+    reader.load_state_dict({k: v.float() for k, v in weights.items()} | counters)
+    return reader.eval()
