@@ -54,8 +54,8 @@ def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
     except (OSError, EOFError, zlib.error) as error:
         raise FastsdError(f"{path}: damaged, it cannot be unpacked ({error})") from None
     start = 4 + 4 * dimensions
-    sizes = np.frombuffer(raw[4:start], dtype=">i4")
-    if raw[:4] != bytes([0, 0, 8, dimensions]) or len(raw) != start + math.prod(sizes.tolist()):
+    sizes = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, start, 4)]
+    if raw[:4] != bytes([0, 0, 8, dimensions]) or len(raw) != start + math.prod(sizes):
         raise FastsdError(f"{path}: not an IDX file of bytes in {dimensions} dimensions")
     return np.frombuffer(raw, dtype=np.uint8, offset=start).reshape(sizes)
 

@@ -1,0 +1,48 @@
+"""The vocabulary: one token for each known word, the same ids as transformers gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastsd.errors import FastsdError
+from fastsd.model.tokenizer import Tokenizer, _byte_alphabet
+from fastsd.train import vocabulary
+from fastsd.train.captions import KNOWN_WORDS, WORDS, caption
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    vocabulary.write(WORDS, folder, 32)
+    return folder
+
+
+def test_known_words_are_one_token_and_others_are_pieces(folder: Path) -> None:
+    tokenizer = Tokenizer(folder)
+    for word in KNOWN_WORDS:
+        assert tokenizer.tokens(word.upper()) == [word + "</w>"]
+    assert len(tokenizer.tokens("zebra")) > 1
+    assert tokenizer("eight").shape == (1, 32)
+
+
+def test_ids_are_those_of_transformers(folder: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs, ours = transformers.CLIPTokenizer.from_pretrained(str(folder)), Tokenizer(folder)
+    generator = np.random.default_rng(0)
+    prompts = [caption(i % 10, (1, -1, 1), generator, unknown=0.5) for i in range(300)]
+    prompts += ["", "An Eight!!", "naïve 東京 🙂", "8 8 8 " * 30, "eightandahandwrittenthin,3", "thickthin's"]
+    wanted = theirs(prompts, padding="max_length", max_length=32, truncation=True, return_tensors="pt").input_ids
+    assert ours(prompts).tolist() == wanted.tolist()
+
+
+def test_the_alphabet_is_the_tokenizers() -> None:
+    assert vocabulary.byte_alphabet() == _byte_alphabet()
+
+
+def test_words_that_break_each_other_are_refused(tmp_path: Path) -> None:
+    # The merge (a, b), which starts the one, takes the "ab" inside the other, whose own merge (c, a) comes later.
+    with pytest.raises(FastsdError, match="not one token"):
+        vocabulary.write(["abcab", "cabca"], tmp_path, 8)
