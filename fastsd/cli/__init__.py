@@ -1,0 +1,76 @@
+"""The command line: `fastsd --prompt "..."`, `fastsd train ...`, `fastsd evaluate ...`."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from fastsd.cli import flags
+from fastsd.cli.parser import Parser, nearest, one_line
+from fastsd.errors import FastsdError
+
+# A command is the module of that name; it has add_arguments(parser) and run(args). It is imported when it is called.
+COMMANDS = {
+    "train": "train a model from a config file",
+    "evaluate": "measure how good a model's pictures are",
+}
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the words after the program's name; None for the process's own.
+
+    Returns:
+        The exit code: 0, or 2 for bad input with one line on stderr (`FASTSD_DEBUG=1` shows the traceback too), or 130
+        after Ctrl-C. A mistake in fastsd itself is an exception, and stays one.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path may hold what the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except SystemExit as stop:  # --help and --version
+        return stop.code if isinstance(stop.code, int) else 0
+    except FastsdError as error:
+        return _complain(str(error))
+    except MemoryError:
+        return _complain("not enough memory; close other programs, or ask for smaller or fewer pictures")
+    except KeyboardInterrupt:
+        print("fastsd: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+        return 1
+
+
+def _run(words: list[str]) -> int:
+    """Hand over to the command that the first word names; without one, draw."""
+    if not words or words[0].startswith("-"):
+        from fastsd.cli.draw import draw
+
+        return draw(flags.make_parser(COMMANDS).parse(words))
+    if words[0] not in COMMANDS:
+        raise FastsdError(
+            f'{words[0]!r} is no command{nearest(words[0], COMMANDS)}; to draw a picture: fastsd --prompt "..."'
+        )
+    command = importlib.import_module(f"fastsd.{words[0]}")
+    parser = Parser(prog=f"fastsd {words[0]}", description=COMMANDS[words[0]])
+    command.add_arguments(parser)
+    return command.run(parser.parse(words[1:])) or 0
+
+
+def _complain(message: str) -> int:
+    """One line on stderr, after the traceback where that is asked for."""
+    if os.environ.get("FASTSD_DEBUG", "0") not in ("", "0"):
+        traceback.print_exc()
+    print(f"fastsd: error: {one_line(message)}", file=sys.stderr)
+    return BAD_INPUT

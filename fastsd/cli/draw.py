@@ -1,0 +1,229 @@
+"""Draw pictures: check what can be checked at once, then load, draw batch by batch, save each batch when it is done."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastsd import __version__
+from fastsd.cli import flags, repeat
+from fastsd.cli.parser import one_line
+from fastsd.cli.repeat import Given
+from fastsd.errors import FastsdError
+from fastsd.images import Output, open_image, open_mask
+from fastsd.metadata import write_texts
+
+if TYPE_CHECKING:
+    from fastsd.pipeline import Pipeline, Result
+
+PASSED_ON = (
+    "negative_prompt",
+    "num_inference_steps",
+    "guidance_scale",
+    "guidance_rescale",
+    "width",
+    "height",
+    "sampler",
+    "schedule",
+    "eta",
+    "clip_skip",
+    "strength",
+    "vae_tiling",
+)
+
+
+def draw(args: argparse.Namespace) -> int:
+    """Do what the flags ask.
+
+    Everything that needs no model is checked first, the output last of it, so that nothing is left behind by a mistake.
+
+    Raises:
+        FastsdError: bad input.
+    """
+    before, notes = repeat.fill_in(args) if args.from_image is not None else ({}, [])
+    check(args)
+    given = {
+        flag: Given.read(getattr(args, flag), f"--{flag}")
+        for flag in ("image", "mask")
+        if getattr(args, flag) is not None
+    }
+    arguments = {name: getattr(args, name) for name in PASSED_ON if getattr(args, name) is not None}
+    if "image" in given:
+        arguments["image"] = named(open_image, given["image"], f"--image {args.image}")
+    if "mask" in given:
+        arguments["mask_image"] = named(open_mask, given["mask"], f"--mask {args.mask}")
+        if not arguments["mask_image"].getbbox():
+            notes.append("the mask is black all over, so nothing is painted; white is what is painted anew")
+    count = args.count or 1
+    output = Output(args.output or flags.DEFAULT_OUTPUT, count, args.overwrite)
+    try:
+        pipe, fixed = load(args, before, notes)
+        fixed |= {name: found.as_setting() for name, found in given.items()}
+        fixed |= {"vae_tiling": args.vae_tiling, "version": __version__}
+        draw_batches(pipe, args, arguments, fixed, before, output, notes)
+    except BaseException:
+        output.give_up()
+        raise
+    return 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """What is wrong with the flags by themselves.
+
+    Raises:
+        FastsdError: the first thing that is.
+    """
+    if args.prompt is None or not args.prompt.strip():
+        raise FastsdError('--prompt: no prompt; say what to draw, as in fastsd --prompt "a handwritten eight"')
+    for flag in ("prompt", "negative_prompt"):
+        try:
+            (getattr(args, flag) or "").encode()
+        except UnicodeEncodeError:
+            raise FastsdError(f"--{flag.replace('_', '-')}: the text is not valid UTF-8") from None
+    if args.mask is not None and args.image is None:
+        raise FastsdError("--mask: given without --image; a mask says which part of a picture to paint anew")
+    if args.strength is not None and args.image is None:
+        raise FastsdError("--strength: given without --image; it says how much of a picture to redo")
+    if args.seed is not None and args.seed + (args.count or 1) > flags.MAX_SEED:
+        raise FastsdError(f"--seed: {args.seed} leaves no seeds for {args.count or 1} pictures below {flags.MAX_SEED}")
+    if args.sampler is not None or args.schedule is not None:
+        from fastsd.sampling.tables import resolve
+
+        with in_flags():
+            resolve(
+                "euler" if args.sampler is None else args.sampler, "default" if args.schedule is None else args.schedule
+            )
+
+
+def named(read: Any, given: Given, name: str) -> Any:
+    """A given file as a picture."""
+    return read(given.data, name)
+
+
+@contextmanager
+def in_flags() -> Iterator[None]:
+    """The pipeline's complaints in the words of the command line."""
+    try:
+        yield
+    except FastsdError as error:
+        raise FastsdError(flags.in_flags(str(error))) from error
+
+
+def load(args: argparse.Namespace, before: dict[str, Any], notes: list[str]) -> tuple[Pipeline, dict[str, Any]]:
+    """The pipeline, and what metadata says of its model. A repeated picture goes to the device that first drew it."""
+    import torch
+
+    from fastsd.pipeline import BUNDLED, Pipeline
+
+    bundled = args.model in (None, "digits")
+    device, dtype = args.device, args.dtype
+    if device is None and before.get("device") in ("cpu", "cuda"):
+        there = before["device"] == "cpu" or torch.cuda.is_available()
+        device = before["device"] if there else "auto"
+        if device == "cpu" and torch.cuda.is_available():
+            notes.append("drawn on the CPU, as the first time; --device cuda is faster")
+    if dtype is None and before.get("dtype") in ("fp32", "fp16", "bf16"):
+        dtype = before["dtype"]
+    try:
+        with in_flags():
+            pipe = Pipeline.from_pretrained(None if bundled else args.model, device or "auto", dtype or "auto")
+    except FastsdError as error:
+        path = str(Path(args.model)) if args.model else ""
+        raise FastsdError(f"--model {error}" if path and str(error).startswith(path) else str(error)) from error
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise FastsdError(
+            f"--model {args.model or 'digits'}: not enough memory for the model; {advice(dtype)}"
+        ) from error
+    root = BUNDLED if bundled else Path(args.model)
+    return pipe, {
+        "model_path": repeat.model_path(None if bundled else args.model),
+        "model_fingerprint": repeat.model_fingerprint(root) if root.exists() else None,
+    }
+
+
+def draw_batches(
+    pipe: Pipeline,
+    args: argparse.Namespace,
+    arguments: dict[str, Any],
+    fixed: dict[str, Any],
+    before: dict[str, Any],
+    output: Output,
+    notes: list[str],
+) -> None:
+    """Draw `args.count` pictures. Each batch is a call of its own, so that what is done is saved before the next."""
+    from tqdm import tqdm
+
+    count = args.count or 1
+    batch = min(args.batch_size or flags.DEFAULT_BATCH, count)
+    seed = secrets.randbelow(2**32) if args.seed in (None, -1) else args.seed
+    starts = range(0, count, batch)
+    wanted = sys.stderr.isatty() if args.progress is None else args.progress
+    said: set[str] = set()
+    with tqdm(file=sys.stderr, disable=not wanted, dynamic_ncols=True, unit="it") as bar:
+        for i, start in enumerate(starts):
+            size = min(batch, count - start)
+            result = draw_batch(pipe, args.prompt, arguments, seed + start, size, len(starts), bar)
+            shared = {**result.parameters, **fixed, "prompt": args.prompt, "batch_size": size}
+            shared["negative_prompt"] = args.negative_prompt or ""
+            if i + 1 == len(starts):
+                bar.close()
+            for note in (*notes, *repeat.differences(before, shared, args), *result.notes):
+                if note not in said:
+                    tqdm.write(f"note: {one_line(note)}", file=sys.stderr)
+                    said.add(note)
+            for image, own_seed in zip(result.images, result.seeds, strict=True):
+                path = output.save(image, own_seed, args.prompt, write_texts(shared | {"seed": own_seed}))
+                tqdm.write(str(path), file=sys.stdout)
+                sys.stdout.flush()
+
+
+def draw_batch(
+    pipe: Pipeline, prompt: str, arguments: dict[str, Any], seed: int, size: int, batches: int, bar: Any
+) -> Result:
+    """One batch, step by step on the progress bar."""
+    result = None
+    try:
+        with in_flags():
+            steps = pipe.stream(prompt, seed=seed, num_images_per_prompt=size, batch_size=size, **arguments)
+            for step in steps:
+                bar.total = step.total * batches
+                bar.update()
+                result = step.result
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise FastsdError(
+            f"not enough memory for {size} pictures at once; {advice_on(pipe, arguments, size)}"
+        ) from error
+    assert result is not None  # the last step has it
+    return result
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch or Python ran out of memory; on the CPU PyTorch has no exception of its own for it."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
+
+
+def advice(dtype: str | None) -> str:
+    """What to do when a model does not fit."""
+    half = "--dtype fp16 or bf16 takes half, " if dtype == "fp32" else ""
+    return f"{half}close other programs or take a smaller model"
+
+
+def advice_on(pipe: Pipeline, arguments: dict[str, Any], size: int) -> str:
+    """What to do when a batch does not fit: the next smaller thing to ask for."""
+    if size > 1:
+        return f"try --batch-size {size // 2}"
+    image = arguments.get("image")
+    default = image.size if image is not None else (pipe.defaults["width"], pipe.defaults["height"])
+    width, height = arguments.get("width", default[0]), arguments.get("height", default[1])
+    smaller = f"--width {max(width // 2 // 8 * 8, 8)} --height {max(height // 2 // 8 * 8, 8)} takes about a quarter"
+    return smaller if arguments.get("vae_tiling") else f"try --vae-tiling; {smaller}"

@@ -1,0 +1,139 @@
+"""The flags of `fastsd --prompt ...`. The limits are the pipeline's, stated here so that --help loads no torch."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping
+
+from fastsd import __version__
+from fastsd.cli.parser import Parser, real, whole
+
+MAX_IMAGES = 1000
+MAX_STEPS = 1000
+MAX_GUIDANCE = 100.0
+MIN_SIDE, MAX_SIDE = 8, 8192
+MAX_SEED = 2**63 - 1
+DEFAULT_BATCH = 8
+DEFAULT_OUTPUT = "outputs"
+
+# How a value is read, by the name of the pipeline's argument; --from-image checks what a picture says in the same way.
+NUMBERS = {
+    "num_inference_steps": whole(1, MAX_STEPS),
+    "guidance_scale": real(0, MAX_GUIDANCE),
+    "guidance_rescale": real(0, 1),
+    "width": whole(MIN_SIDE, MAX_SIDE),
+    "height": whole(MIN_SIDE, MAX_SIDE),
+    "seed": whole(-1, MAX_SEED),
+    "eta": real(0, 1),
+    "strength": real(0, 1),
+    "clip_skip": whole(1, 99),
+    "count": whole(1, MAX_IMAGES),
+    "batch_size": whole(1, MAX_IMAGES),
+}
+
+# What the pipeline's messages call an argument, and what the command line calls it.
+FLAGS = {
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "guidance_rescale": "--guidance-rescale",
+    "negative_prompt": "--negative-prompt",
+    "num_images_per_prompt": "--count",
+    "batch_size": "--batch-size",
+    "mask_image": "--mask",
+    "clip_skip": "--clip-skip",
+    "vae_tiling": "--vae-tiling",
+}
+_SHORT = "prompt|width|height|seed|sampler|schedule|eta|image|strength|device|dtype"
+
+EXAMPLES = """\
+examples:
+  fastsd --prompt "a handwritten eight"
+  fastsd -p "a lighthouse" -m sd15 --sampler dpm++2m --schedule karras --seed 7
+  fastsd -p "a lighthouse" -n "fog" -m sd15 --count 4 -o lighthouse.png
+  fastsd -p "in winter" -m sd15 --image lighthouse-0.png --strength 0.6
+  fastsd -p "a red door" -m sd15 --image house.png --mask door.png
+  fastsd --from-image outputs/00012-7-a-lighthouse.png --guidance 5
+"""
+
+
+def make_parser(commands: Mapping[str, str]) -> Parser:
+    """The parser of the command that draws. Every value is None until given."""
+    known = "".join(f"\n  fastsd {name} --help: {what}" for name, what in commands.items())
+    parser = Parser(
+        prog="fastsd",
+        usage='fastsd --prompt "what to draw" [flags]',
+        description="Draw pictures with Stable Diffusion.",
+        epilog=f"{EXAMPLES}\nother commands:{known}",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28),
+    )
+
+    def number(group: argparse._ArgumentGroup, *names: str, dest: str, help: str, metavar: str = "N") -> None:
+        group.add_argument(*names, dest=dest, type=NUMBERS[dest], metavar=metavar, help=help)
+
+    what = parser.add_argument_group("what to draw")
+    what.add_argument("-p", "--prompt", metavar="TEXT", help="what to draw")
+    what.add_argument("-n", "--negative-prompt", metavar="TEXT", help="what to stay away from")
+    what.add_argument(
+        "-m", "--model", metavar="PATH", help="a folder in the diffusers layout (default: the digits that come along)"
+    )
+    number(what, "-W", "--width", dest="width", help="pixels; a multiple of 8")
+    number(what, "-H", "--height", dest="height", help="pixels; a multiple of 8")
+    number(what, "-s", "--seed", dest="seed", help="of the first picture, the next has one more; -1: random")
+    number(what, "--count", dest="count", help=f"how many pictures, up to {MAX_IMAGES} (default: 1)")
+    what.add_argument("--from-image", metavar="FILE", help="repeat a picture by the settings in it; flags change them")
+
+    how = parser.add_argument_group("how to draw (defaults: the model's own)")
+    number(how, "--steps", dest="num_inference_steps", help=f"denoising steps, 1 to {MAX_STEPS}")
+    number(
+        how, "--guidance", "--cfg-scale", dest="guidance_scale", metavar="X", help="how closely to follow the prompt"
+    )
+    number(how, "--guidance-rescale", dest="guidance_rescale", metavar="X", help="0 to 1; against overexposed pictures")
+    how.add_argument(
+        "--sampler",
+        "--sampling-method",
+        metavar="NAME",
+        help="ddpm ddim pndm euler euler_a heun dpm++2m dpm++2m_sde dpm++sde dpm++2s unipc lms lcm euler_maruyama",
+    )
+    how.add_argument("--schedule", metavar="NAME", help="default karras exponential sgm_uniform")
+    number(how, "--eta", dest="eta", metavar="X", help="ddim's share of fresh noise, 0 to 1 (default: 0)")
+    number(how, "--clip-skip", dest="clip_skip", help="stop N layers before the text encoder's end; 1: at its end")
+
+    start = parser.add_argument_group("starting from a picture")
+    start.add_argument("--image", "--init-img", metavar="FILE", help="start from this picture; sets the size too")
+    number(start, "--strength", dest="strength", metavar="X", help="how much of it to redo, 0 to 1 (default: 0.8)")
+    start.add_argument("--mask", metavar="FILE", help="paint only where this picture is white")
+
+    where = parser.add_argument_group("where")
+    where.add_argument(
+        "-o",
+        "--output",
+        metavar="PATH",
+        help=f"a folder, or a file: .png, .jpg, .webp (default: {DEFAULT_OUTPUT}/00000-SEED-PROMPT.png)",
+    )
+    where.add_argument("--overwrite", action="store_true", help="replace a file of that name")
+    where.add_argument("--device", type=_device, metavar="NAME", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    where.add_argument("--dtype", choices=("auto", "fp32", "fp16", "bf16"), help="precision (default: auto)")
+    number(where, "-b", "--batch-size", dest="batch_size", help=f"pictures drawn together (default: {DEFAULT_BATCH})")
+    where.add_argument(
+        "--vae-tiling", action="store_true", default=None, help="decode in tiles: less memory for large pictures"
+    )
+    where.add_argument(
+        "--progress", action=argparse.BooleanOptionalAction, help="a progress bar (default: on a terminal)"
+    )
+    where.add_argument("--version", action="version", version=f"fastsd {__version__}")
+    return parser
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} should be auto, cpu, cuda or cuda:N")
+    return text
+
+
+def in_flags(message: str) -> str:
+    """A message of the pipeline, with its arguments called by their flags."""
+    message = message.replace("image and mask_image", "--image and --mask")
+    names = "|".join(FLAGS)
+    message = re.sub(rf"(?<![\w/\\.-])({names})(?![\w/\\.-])", lambda found: FLAGS[found[1]], message)
+    return re.sub(rf"^({_SHORT})(?=:| is\b)", r"--\1", message)

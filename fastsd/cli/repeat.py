@@ -1,0 +1,153 @@
+"""--from-image: the settings that a picture was drawn with, as flags that were not given."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastsd.cli import flags
+from fastsd.errors import FastsdError
+from fastsd.images import fingerprint, read_file, read_text
+from fastsd.metadata import read_texts
+
+BLOCK, BLOCKS = 4096, 16
+FOR_THE_RUN = ("count", "batch_size")  # no settings of one picture
+SETTINGS = (
+    *(name for name in flags.NUMBERS if name not in FOR_THE_RUN),
+    "prompt",
+    "negative_prompt",
+    "sampler",
+    "schedule",
+    "vae_tiling",
+)
+
+
+@dataclass(frozen=True)
+class Given:
+    """A picture that the user gave: its bytes, and how metadata tells it from others."""
+
+    data: bytes
+    name: str
+    sha256: str
+
+    @classmethod
+    def read(cls, path: str, flag: str) -> Given:
+        data = read_file(path, flag)
+        return cls(data, Path(path).name, fingerprint(data))
+
+    def as_setting(self) -> dict[str, str]:
+        return {"name": self.name, "sha256": self.sha256}
+
+
+def fill_in(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """Fill in what `args` leaves open from the picture `args.from_image`.
+
+    Returns:
+        The picture's settings, to compare with, and notes for the user.
+
+    Raises:
+        FastsdError: it holds no settings, or they are out of range, or its model or starting picture must be given.
+    """
+    where = f"--from-image {args.from_image}"
+    texts = read_text(args.from_image, "--from-image")
+    try:
+        settings, others = read_texts(texts)
+    except FastsdError as error:
+        raise FastsdError(f"{where}: {error}") from None
+    notes = []
+    if "version" not in settings and "device" not in settings:
+        ignored = f"; not repeated: {', '.join(others)}" if others else ""
+        notes.append(f"the settings are another program's; the picture will differ{ignored}")
+    for flag, name in (("--image", "image"), ("--mask", "mask")):
+        wanted = settings.get(name)
+        if wanted and getattr(args, name) is None:
+            raise FastsdError(f"{where}: it was drawn with {flag} {_named(wanted)}; give that file again")
+    if settings.get("strength") is not None and args.image is None:
+        raise FastsdError(f"{where}: it was drawn from another picture; give that with --image")
+    _fill_model(args, settings, where, notes)
+    for name in SETTINGS:
+        value = settings.get(name)
+        if value is None or getattr(args, name) is not None:
+            continue
+        if name == "schedule" and args.sampler != settings.get("sampler"):
+            continue  # it belongs to the sampler that was replaced
+        setattr(args, name, _checked(name, value, where))
+    return settings, notes
+
+
+def _named(wanted: dict[str, Any]) -> str:
+    return f"{str(wanted.get('name'))[:80]!r} (sha256 {str(wanted.get('sha256'))[:12]}...)"
+
+
+def _checked(name: str, value: Any, where: str) -> Any:
+    """A setting within the limits of its flag."""
+    if name not in flags.NUMBERS:
+        return value
+    try:
+        return flags.NUMBERS[name](str(value))
+    except argparse.ArgumentTypeError as error:
+        raise FastsdError(f"{where}: its {name} is {error}") from None
+
+
+def _fill_model(args: argparse.Namespace, settings: dict[str, Any], where: str, notes: list[str]) -> None:
+    """The model that drew the picture, if it is still where it was."""
+    if args.model is not None:
+        return
+    path, name = settings.get("model_path"), settings.get("model")
+    if "digits" in (path, name if path is None else None):
+        args.model = "digits"
+    elif path and not path.startswith(("//", "\\\\")) and Path(path).expanduser().exists():  # no foreign network paths
+        args.model = str(Path(path).expanduser())
+    elif name or path:
+        raise FastsdError(f"{where}: it was drawn with the model {str(name or path)[:80]!r}; give it with --model")
+    else:
+        notes.append("the picture does not say which model drew it; the digits model does now")
+
+
+def differences(settings: dict[str, Any], now: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    """Notes on what is not as it was the first time, and whose effect a user may not expect."""
+    notes = []
+    for name, said in (("image", "--image is another file"), ("mask", "--mask is another file")):
+        before, after = settings.get(name), now.get(name)
+        if before and after and before.get("sha256") != after["sha256"]:
+            notes.append(f"{said} than {_named(before)}, which drew the picture")
+    before = settings.get("model_fingerprint")
+    if before and now.get("model_fingerprint") != before:
+        notes.append(f"the model is not the one that drew the picture ({str(settings.get('model'))[:80]!r})")
+    if args.device is None and settings.get("device") not in (None, now.get("device")):
+        notes.append(f"drawn on {now.get('device')} instead of {settings['device'][:20]}; pixels may differ slightly")
+    elif now.get("device") == "cuda" and settings.get("batch_size", 1) != now.get("batch_size"):
+        notes.append(f"first drawn in a batch of {settings.get('batch_size')}; pixels may differ slightly")
+    return notes
+
+
+def model_path(path: str | None) -> str:
+    """How metadata names a model's place: as it was given, but without the user's name."""
+    if path is None:
+        return "digits"
+    home = os.path.expanduser("~")
+    return "~" + path[len(home) :] if home != "/" and path.startswith(home + os.sep) else path
+
+
+def model_fingerprint(root: Path) -> str:
+    """SHA-256 of a model folder's names, sizes, JSON files and samples of its weights, first 16 hexadecimal digits.
+
+    It tells models apart without reading gigabytes.
+    """
+    digest = hashlib.sha256()
+    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix in (".safetensors", ".json"))
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(root).as_posix()}\0{size}\0".encode("utf-8", "surrogateescape"))
+        with file.open("rb") as opened:
+            if file.suffix == ".json":
+                digest.update(opened.read())
+                continue
+            for i in range(BLOCKS):
+                opened.seek(max(0, (size - BLOCK) * i // (BLOCKS - 1)))
+                digest.update(opened.read(BLOCK))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,144 @@
+"""The flags: limits, help, unknown words."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+import fastsd
+from fastsd import request
+from fastsd.cli import COMMANDS, flags
+from fastsd.cli.parser import one_line
+from fastsd.sampling.tables import SAMPLERS, SCHEDULES
+
+
+def help_text(columns: int, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    return flags.make_parser(COMMANDS).format_help()
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_help_fits_two_screens(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = help_text(columns, monkeypatch).splitlines()
+    assert len(lines) <= 96 and max(map(len, lines)) <= columns
+
+
+def test_help_names_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = " ".join(help_text(100, monkeypatch).split())
+    assert all(f" {name} " in f"{text} " for name in (*SAMPLERS, *SCHEDULES))
+    assert "examples:" in text and all(f"fastsd {command}" in text for command in COMMANDS)
+
+
+def test_every_example_in_help_parses() -> None:
+    import shlex
+
+    for line in flags.EXAMPLES.splitlines()[1:]:
+        program, *words = shlex.split(line)
+        assert program == "fastsd" and flags.make_parser({}).parse(words)
+
+
+def test_limits_are_the_pipelines() -> None:
+    assert (flags.MAX_IMAGES, flags.MAX_STEPS, flags.MAX_GUIDANCE) == (1000, request.MAX_STEPS, request.MAX_GUIDANCE)
+    assert (flags.MAX_IMAGES, flags.MAX_SIDE, flags.MAX_SEED) == (
+        request.MAX_IMAGES,
+        request.MAX_SIDE,
+        request.MAX_SEED,
+    )
+    assert flags.DEFAULT_BATCH == request.DEFAULT_BATCH
+
+
+def test_aliases_mean_the_same() -> None:
+    parse = flags.make_parser({}).parse
+    for one, other in (
+        ("-p x", "--prompt x"),
+        ("-n x", "--negative-prompt x"),
+        ("-m x", "--model x"),
+        ("-W 64 -H 8", "--width 64 --height 8"),
+        ("-s 1", "--seed 1"),
+        ("-b 2", "--batch-size 2"),
+        ("-o x", "--output x"),
+        ("--cfg-scale 3", "--guidance 3"),
+        ("--sampling-method x", "--sampler x"),
+        ("--init-img x", "--image x"),
+    ):
+        assert parse(one.split()) == parse(other.split()) != parse([])
+
+
+BAD = [
+    *[("--steps", value) for value in ("0", "1001", "2.5", "many", "nan", "")],
+    *[("--guidance", value) for value in ("-1", "100.1", "nan", "inf", "x")],
+    *[("--cfg-scale", value) for value in ("-1", "1e400")],
+    *[("--guidance-rescale", value) for value in ("-0.1", "1.1", "nan")],
+    *[("--width", value) for value in ("0", "-64", "8200", "99999999999999999999", "64.5")],
+    *[("--height", value) for value in ("7", "1e3")],
+    *[("--seed", value) for value in ("-2", str(2**63), "x", "9" * 5000)],
+    *[("--count", value) for value in ("0", "1001", "-1")],
+    *[("--batch-size", value) for value in ("0", "1001")],
+    *[("--strength", value) for value in ("-0.1", "1.1", "nan", "half")],
+    *[("--eta", value) for value in ("2", "nan")],
+    *[("--clip-skip", value) for value in ("0", "x")],
+    *[("--device", value) for value in ("tpu", "cuda:", "cuda:-1")],
+    *[("--dtype", value) for value in ("fp8", "float")],
+    *[("--sampler", value) for value in ("eular", "")],
+    ("--schedule", "karas"),
+    ("--seed", str(2**63 - 1)),
+]
+
+
+@pytest.mark.parametrize(("flag", "value"), BAD, ids=[f"{flag} {value[:20]}" for flag, value in BAD])
+def test_a_bad_value_is_one_line_with_the_flag(cli: Callable, flag: str, value: str) -> None:
+    ran = cli("--prompt", "x", flag, value)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith("fastsd: error: ") and ran.err.count("\n") == 1 and len(ran.err) < 300
+    assert re.search(rf"{flag}\b", ran.err)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--prompt", "x", "--stpes", "20"], "--stpes: unknown flag; did you mean --steps?"),
+        (["--prompt", "x", "--zzzzzz=1"], "--zzzzzz: unknown flag"),
+        (["--prompt", "x", "--step", "3"], "--step: unknown flag; did you mean --steps?"),
+        (["--prompt", "a", "cat"], "'cat' belongs to no flag"),
+        (["--prompt"], "--prompt: takes a value; one that starts with a dash is written --prompt=VALUE"),
+        (["trian", "--config", "x"], "'trian' is no command; did you mean train?"),
+        (["a cat"], 'fastsd --prompt "..."'),
+        (["--prompt", "x", "--steps", "1\n2"], r"'1\n2' should be a whole number"),
+    ],
+)
+def test_what_is_unknown_is_said_with_the_nearest(cli: Callable, words: list[str], said: str) -> None:
+    ran = cli(*words)
+    assert ran.code == 2 and said in ran.err and ran.err.count("\n") == 1
+
+
+def test_an_unknown_sampler_names_the_nearest(cli: Callable) -> None:
+    assert "--sampler: 'eular' is unknown; did you mean euler" in cli("--prompt", "x", "--sampler", "eular").err
+
+
+def test_version_and_help(cli: Callable) -> None:
+    assert cli("--version").out == f"fastsd {fastsd.__version__}\n"
+    for words in (["--help"], ["train", "--help"]):
+        ran = cli(*words)
+        assert ran.code == 0 and ran.out.startswith("usage: fastsd") and ran.err == ""
+
+
+def test_help_loads_no_torch() -> None:
+    code = "import sys; from fastsd.cli import main; main(['--help']); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_pipelines_words_become_flags() -> None:
+    assert flags.in_flags("num_inference_steps is 0") == "--steps is 0"
+    assert flags.in_flags("width is 63; it should be 56 or 64") == "--width is 63; it should be 56 or 64"
+    assert flags.in_flags("9x9 does not fit; batch_size 4 would fit") == "9x9 does not fit; --batch-size 4 would fit"
+    assert flags.in_flags("give image and mask_image") == "give --image and --mask"
+    assert flags.in_flags("/a/batch_size/x: no such model") == "/a/batch_size/x: no such model"
+    assert flags.in_flags("the image was resized") == "the image was resized"
+
+
+def test_nothing_breaks_the_line() -> None:
+    assert one_line("a\nb\r\x1b[31m\u2028é猫\udc80") == r"a\nb\r\x1b[31m\u2028é猫\udc80"
