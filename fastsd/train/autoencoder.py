@@ -119,8 +119,8 @@ def centre(vae: AutoencoderKL, offset: torch.Tensor, spread: torch.Tensor) -> No
     channels = len(offset)
     last, first = vae.quant_conv, vae.post_quant_conv
     assert last.bias is not None and first.bias is not None
-    last.weight[:channels] /= spread[:, None]
+    last.weight[:channels].div_(spread[:, None])
     last.bias[:channels] = (last.bias[:channels] - offset) / spread
     last.bias[channels:] -= 2 * spread.log()
-    first.bias += first.weight @ offset
-    first.weight *= spread
+    first.bias.add_(first.weight @ offset)
+    first.weight.mul_(spread)

@@ -30,7 +30,7 @@ class Strokes:
     @property
     def thickness(self) -> Float32:
         """Stroke width per height: what "thick" and "thin" mean, so that a small digit is not thin by being small."""
-        return self.width / np.maximum(self.size, 1)
+        return (self.width / np.maximum(self.size, 1)).astype(np.float32)
 
 
 def measure(pictures: NDArray[np.generic]) -> Strokes:
