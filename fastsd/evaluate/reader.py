@@ -1,8 +1,8 @@
 """A small convolutional network that reads handwritten digits, to judge drawn ones.
 
 It is trained on MNIST's real training set only. Pictures of 64x64 and MNIST's own 28x28 come to it in one form, 32x32
-with the frame of 28x28 stretched over it, and it is trained over the range of sizes that the digits model draws, so that
-a small or large picture is read as fairly as one of MNIST's own size.
+with the frame of 28x28 stretched over it, and it is trained over the range of sizes that the digits model draws, so
+that a small or large picture is read as fairly as one of MNIST's own size.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def train_reader(
 
 
 def _vary(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """`[N, 28, 28]` in [0, 1] as `[N, 1, 32, 32]` at other sizes, slightly turned, slanted, moved, blunter or sharper."""
+    """`[N, 28, 28]` in [0, 1] as `[N, 1, 32, 32]`: resized, turned, slanted and moved a little, blunter or sharper."""
     n = len(images)
 
     def uniform(low: float, high: float) -> torch.Tensor:
