@@ -6,9 +6,7 @@ import errno
 import hashlib
 import io
 import os
-import re
 import secrets
-import unicodedata
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +22,6 @@ MAX_BYTES = 2**29
 # Formats whose readers are plain decoders. Pillow's others stay shut: some start programs (EPS), few are ever needed.
 READABLE = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 WRITABLE = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-OTHER_PICTURES = (".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".jxl", ".ppm", ".svg")
 WHITE, BLACK = 255, 0
 
 
@@ -94,7 +91,7 @@ def reason(error: OSError) -> str:
     """What the system says went wrong, in plain words."""
     if error.errno == errno.ENOENT:
         return "no such file or folder"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
         return "the disk is full"
     return (error.strerror or str(error) or type(error).__name__).lower()
 
@@ -252,125 +249,3 @@ def _name_new(temporary: Path, path: Path) -> None:
         except BaseException:
             path.unlink(missing_ok=True)
             raise
-
-
-class Output:
-    """Where the pictures of one run go. Made, and found writable, before any work.
-
-    `where` with a picture's suffix is a file; of several pictures it becomes name-0.png, name-1.png, ... Anything else
-    is a folder, whose files are called 00012-<seed>-<words of the prompt>.png, numbered on from what is there.
-
-    Args:
-        where: a file or a folder.
-        count: how many pictures will come.
-        overwrite: replace files that are there; only with a file name.
-
-    Raises:
-        FastsdError: it cannot be written, or a file is there already.
-    """
-
-    def __init__(self, where: str | Path, count: int, overwrite: bool = False):
-        path = Path(where)
-        self.overwrite = overwrite
-        self.files: list[Path] | None = None
-        self._made: list[Path] = []
-        self._saved = 0
-        try:
-            if self._is_file_name(str(where)):
-                names = [path.name] if count == 1 else [f"{path.stem}-{i}{path.suffix}" for i in range(count)]
-                self.folder, self.files = path.parent, [path.parent / name for name in names]
-                self._refuse_existing()
-            else:
-                self.folder = path
-            self._make_folder()
-            self._number = 0 if self.files else _next_number(self.folder)
-        except OSError as error:
-            self.give_up()
-            raise FastsdError(f"--output {where}: cannot write there: {reason(error)}") from error
-
-    def save(self, image: Image.Image, seed: int, prompt: str, texts: Mapping[str, str]) -> Path:
-        """Write the next picture.
-
-        Raises:
-            FastsdError: the disk is full, or somebody took the name meanwhile.
-        """
-        path = self.files[self._saved] if self.files else self.folder / _file_name(self._number, seed, prompt)
-        data = encode(image, path.suffix, texts)
-        try:
-            while True:
-                try:
-                    write_whole(path, data, self.overwrite and self.files is not None)
-                    break
-                except FileExistsError:
-                    if self.files:
-                        raise
-                    self._number += 1
-                    path = self.folder / _file_name(self._number, seed, prompt)
-        except OSError as error:
-            raise FastsdError(f"--output {path}: cannot write the picture: {reason(error)}") from error
-        self._saved += 1
-        self._number += 1
-        return path
-
-    def give_up(self) -> None:
-        """Remove the folders that were made for this run and stayed empty."""
-        for folder in reversed(self._made):
-            try:
-                folder.rmdir()
-            except OSError:
-                break
-
-    @staticmethod
-    def _is_file_name(where: str) -> bool:
-        """Whether the user means a file.
-
-        Raises:
-            FastsdError: a picture format that is not written, or a file that is no picture.
-        """
-        path = Path(where)
-        if where.endswith(("/", os.sep)) or path.is_dir():
-            return False
-        if path.suffix.lower() in OTHER_PICTURES:
-            raise FastsdError(f"--output {where}: {path.suffix} is not written; use {', '.join(WRITABLE)}")
-        if path.suffix.lower() in WRITABLE:
-            return True
-        if os.path.lexists(path):
-            raise FastsdError(f"--output {where}: neither a folder nor the name of a picture, such as name.png")
-        return False
-
-    def _refuse_existing(self) -> None:
-        """Find taken and impossible names before the work."""
-        for file in self.files or ():
-            try:
-                os.lstat(file)
-            except FileNotFoundError:
-                continue
-            if file.is_dir():
-                raise FastsdError(f"--output {file}: a folder of this name is there already")
-            if not self.overwrite:
-                raise FastsdError(f"--output {file}: the file is there already; --overwrite replaces it")
-
-    def _make_folder(self) -> None:
-        """Make the folder and those above it, and try to write in it: permissions alone do not tell."""
-        missing = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
-        for folder in reversed(missing):
-            folder.mkdir(exist_ok=True)
-            self._made.append(folder)
-        trial = self.folder / f".fastsd-{secrets.token_hex(6)}.tmp"
-        os.close(os.open(trial, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
-        trial.unlink()
-
-
-def _next_number(folder: Path) -> int:
-    """One more than the highest number that a file name in `folder` starts with."""
-    numbers = [int(found[1]) for entry in os.scandir(folder) if (found := re.match(r"(\d{5,9})-", entry.name))]
-    return max(numbers, default=-1) + 1
-
-
-def _file_name(number: int, seed: int, prompt: str) -> str:
-    """00012-7-a-handwritten-eight.png: words of the prompt, up to 40 characters, in any script."""
-    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", prompt).lower())
-    slug = "-".join(words)[:40].strip("-")
-    while len(slug.encode()) > 120:  # names are limited in bytes
-        slug = slug[:-1]
-    return f"{number:05d}-{seed}{'-' * bool(slug)}{slug}.png"

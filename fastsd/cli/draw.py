@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from fastsd import __version__
 from fastsd.cli import flags, repeat
+from fastsd.cli.output import Output
 from fastsd.cli.parser import one_line
 from fastsd.cli.repeat import Given
 from fastsd.errors import FastsdError
-from fastsd.images import Output, open_image, open_mask
+from fastsd.images import open_image, open_mask
 from fastsd.metadata import write_texts
 
 if TYPE_CHECKING:
