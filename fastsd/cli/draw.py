@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import secrets
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -167,7 +168,8 @@ def draw_batches(
     starts = range(0, count, batch)
     wanted = sys.stderr.isatty() if args.progress is None else args.progress
     said: set[str] = set()
-    with tqdm(file=sys.stderr, disable=not wanted, dynamic_ncols=True, unit="it") as bar:
+    columns, rows = shutil.get_terminal_size()  # tqdm by itself shows nothing on a terminal that tells no size
+    with tqdm(file=sys.stderr, disable=not wanted, ncols=min(columns, 100), nrows=rows, unit="it") as bar:
         for i, start in enumerate(starts):
             size = min(batch, count - start)
             result = draw_batch(pipe, args.prompt, arguments, seed + start, size, len(starts), bar)
