@@ -14,25 +14,33 @@ from fastsd.evaluate.report import as_drawn
 from fastsd.train.digits import Digits, enlarge, read_digits
 
 ROOT = Path(__file__).parent.parent.parent
-MNIST = ROOT / "data" / "mnist"
-READER = ROOT / "tests" / "data" / "digit_reader.safetensors"
 
 
 @pytest.fixture(scope="session")
-def held_out() -> Digits:
-    return read_digits(MNIST, "t10k")
+def mnist() -> Path:
+    return ROOT / "data" / "mnist"
 
 
 @pytest.fixture(scope="session")
-def some_training() -> Digits:
+def reader_file() -> Path:
+    return ROOT / "tests" / "data" / "digit_reader.safetensors"
+
+
+@pytest.fixture(scope="session")
+def held_out(mnist: Path) -> Digits:
+    return read_digits(mnist, "t10k")
+
+
+@pytest.fixture(scope="session")
+def some_training(mnist: Path) -> Digits:
     """The first 6,000 of the training set: enough for every measure here, in a tenth of the time."""
-    training = read_digits(MNIST)
+    training = read_digits(mnist)
     return Digits(training.images[:6000], training.labels[:6000])
 
 
 @pytest.fixture(scope="session")
-def reader() -> Reader:
-    return load_reader(READER)
+def reader(reader_file: Path) -> Reader:
+    return load_reader(reader_file)
 
 
 @pytest.fixture(scope="session")

@@ -49,10 +49,10 @@ def test_both_sizes_come_in_one_frame(held_out: Digits) -> None:
 
 
 def test_training_learns_and_repeats(some_training: Digits, held_out: Digits) -> None:
-    """Two epochs of 6,000 pictures read most others; the same seed gives the same weights, whatever came before."""
+    """One epoch of 6,000 pictures reads most others; the same seed gives the same weights, whatever came before."""
     pictures = torch.from_numpy(held_out.images[:500].copy()).float() / 255
-    trained = train_reader(some_training.images, some_training.labels, epochs=2)
-    assert share_read(trained, pictures, held_out.labels[:500]) > 0.85
+    trained = train_reader(some_training.images, some_training.labels, epochs=1)
+    assert share_read(trained, pictures, held_out.labels[:500]) > 0.8
     few = some_training.images[:500], some_training.labels[:500]
     first = train_reader(*few, epochs=1, seed=3)
     torch.rand(5)
