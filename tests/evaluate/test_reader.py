@@ -28,7 +28,7 @@ def test_committed_reader_reads_mnist(reader: Reader, held_out: Digits) -> None:
 @pytest.mark.parametrize("scale", [0.7, 1.0, 1.15], ids=["smallest", "nominal", "largest"])
 @pytest.mark.parametrize("shear", [-0.2, 0.2], ids=["left", "right"])
 def test_committed_reader_reads_drawn_sizes(reader: Reader, held_out: Digits, scale: float, shear: float) -> None:
-    """The ends of what the digits model draws. 98 %: of 500, 8 misread where 99.2 % are read on the whole."""
+    """The ends of what the digits model draws: at most 10 of 500 misread, where the model's own check allows it 15."""
     chosen = slice(4750, 5250)
     pictures = enlarge(held_out.images[chosen], scale, shear)
     assert share_read(reader, pictures, held_out.labels[chosen]) >= 0.98
