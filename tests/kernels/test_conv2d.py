@@ -1,0 +1,141 @@
+"""Convolutions against float64, plain and packed."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastsd.kernels import dispatch, onednn
+from fastsd.kernels.conv2d import Padding, conv2d
+from fastsd.model.layers import Conv2d
+from tests.kernels.precision import DTYPES, check, check_batch, rand
+
+SAME: Padding = (1, 1, 1, 1)
+needs_onednn = pytest.mark.skipif(not dispatch._onednn_dtypes(), reason="PyTorch has no oneDNN for this processor")
+SHAPES = [  # batch, height, width, in, out, kernel, stride, padding
+    (2, 8, 8, 64, 96, 3, 1, SAME),  # whole blocks of oneDNN's layouts
+    (1, 9, 7, 33, 17, 3, 1, SAME),  # nothing is a multiple of anything
+    (2, 16, 16, 4, 32, 3, 1, SAME),  # the UNet's first convolution
+    (1, 16, 16, 32, 3, 3, 1, SAME),  # the VAE's last one
+    (1, 8, 8, 32, 32, 3, 2, SAME),  # the UNet's downsampling
+    (1, 9, 8, 32, 32, 3, 2, (0, 1, 0, 1)),  # the VAE's downsampling, of an odd height
+    (1, 1, 1, 16, 16, 3, 1, SAME),  # one pixel, all else padding
+    (1, 4, 4, 8, 8, 1, 1, (0, 0, 0, 0)),  # a 1 x 1 kernel
+    (1, 8, 8, 640, 320, 3, 1, SAME),  # long sums, as in the UNet's deep levels
+]
+
+
+def plain(
+    stride: int, padding: Padding, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, r: torch.Tensor | None = None
+) -> torch.Tensor:
+    y = F.conv2d(F.pad(x.permute(0, 3, 1, 2), padding), w, b, stride).permute(0, 2, 3, 1)
+    return y if r is None else y + r
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "height", "width", "cin", "cout", "kernel", "stride", "padding"), SHAPES)
+@torch.no_grad()
+def test_conv2d(batch, height, width, cin, cout, kernel, stride, padding, dtype):
+    x = rand(batch, height, width, cin, dtype=dtype)
+    w = rand(cout, cin, kernel, kernel, dtype=dtype, scale=(cin * kernel**2) ** -0.5)
+    b = rand(cout, dtype=dtype)
+    r = rand(*plain(stride, padding, x, w, b).shape, dtype=dtype, seed=1)
+    packed = onednn.pack(w, stride, (padding[2], padding[0]))
+    for residual in (None, r):
+        for weight in (w, packed):
+            check(
+                lambda x, w, b, r, weight=weight: conv2d(x, weight, b, stride, padding, r),
+                lambda *t: plain(stride, padding, *t),
+                *(x, w, b, residual),
+            )
+    with dispatch.reference_only():
+        check(lambda x, w, b: conv2d(x, packed, b, stride, padding), lambda *t: plain(stride, padding, *t), x, w, b)
+
+
+@torch.no_grad()
+def test_conv2d_of_strided_views():
+    x, w, b = rand(1, 9, 20, 40, dtype=torch.float32), rand(24, 16, 3, 3, dtype=torch.float32), torch.zeros(24)
+    view = x[:, 1:, ::2, 3:19]
+    assert torch.equal(conv2d(view, w, b, 1, SAME), conv2d(view.contiguous(), w, b, 1, SAME))
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "cin", "cout"), [(8, 64, 64), (16, 4, 32), (8, 33, 17), (8, 320, 320), (1, 32, 64)])
+@torch.no_grad()
+def test_conv2d_does_not_depend_on_the_batch(size, cin, cout, dtype):
+    w, b = rand(cout, cin, 3, 3, dtype=dtype, scale=(9 * cin) ** -0.5), rand(cout, dtype=dtype)
+    x, r = rand(5, size, size, cin, dtype=dtype), rand(5, size, size, cout, dtype=dtype)
+    check_batch(lambda x, r: conv2d(x, onednn.pack(w, 1, (1, 1)), b, 1, SAME, r), x, r)
+
+
+@needs_onednn
+@torch.no_grad()
+def test_packing_changes_no_bit():
+    x, layer = rand(2, 8, 8, 32, dtype=torch.float32), Conv2d(32, 48)
+    layer.eval().requires_grad_(False)
+    before = layer(x)
+    weight = layer.weight.clone()
+    layer.pack()
+    assert layer.weight.is_mkldnn and layer.weight.shape == weight.shape
+    assert torch.equal(layer(x), before)
+    assert torch.equal(layer.state_dict()["weight"], weight)
+
+
+@needs_onednn
+@torch.no_grad()
+def test_a_packed_weight_is_never_changed_unnoticed():
+    x, layer = rand(1, 8, 8, 32, dtype=torch.float32), Conv2d(32, 48).eval()
+    layer.requires_grad_(False)
+    layer.pack()
+    before = layer(x)
+    for change in (layer.weight.add_, layer.weight.copy_, layer.weight.data.add_):
+        with pytest.raises(RuntimeError):
+            change(torch.ones(48, 32, 3, 3))
+    layer.weight.mul_(2)  # what the packed layout does know takes effect
+    torch.testing.assert_close(layer(x) - layer.bias, 2 * (before - layer.bias), rtol=0, atol=1e-5)
+    layer.unpack()
+    layer.weight.zero_()
+    layer.pack()
+    assert torch.equal(layer(x), layer.bias.expand(1, 8, 8, 48))
+
+
+@needs_onednn
+def test_a_packed_layer_is_loaded_moved_copied_pickled_and_trained_like_any_other():
+    layer = Conv2d(4, 8).eval().requires_grad_(False)
+    plain_weight = layer.weight.clone()
+    layer.pack()
+    assert torch.equal(copy.deepcopy(layer).state_dict()["weight"], plain_weight)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False).weight, plain_weight)
+    layer.load_state_dict({"weight": plain_weight * 2, "bias": layer.bias})
+    assert torch.equal(layer.weight, plain_weight * 2)
+    layer.pack()
+    assert layer.double().weight.dtype == torch.float64
+    layer.float().pack()
+    layer.train().requires_grad_(True)
+    layer(torch.ones(1, 4, 4, 4)).sum().backward()
+    assert layer.weight.grad is not None and layer.weight.grad.shape == plain_weight.shape
+
+
+def test_conv2d_gradients():
+    tensors = [rand(1, 3, 4, 2, dtype=torch.float64), rand(3, 2, 3, 3, dtype=torch.float64)]
+    tensors += [rand(3, dtype=torch.float64), rand(1, 3, 4, 3, dtype=torch.float64)]
+    for t in tensors:
+        t.requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda x, w, b, r: conv2d(x, w, b, 1, SAME, r), tensors, fast_mode=True)
+
+
+@needs_onednn
+def test_gradients_reach_the_input_of_a_packed_layer():
+    x, layer = rand(1, 8, 8, 16, dtype=torch.float32).requires_grad_(True), Conv2d(16, 8).requires_grad_(False)
+    (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
+    layer.pack()
+    (actual,) = torch.autograd.grad(layer(x).square().sum(), x)
+    torch.testing.assert_close(actual, expected)

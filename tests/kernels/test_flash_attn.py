@@ -1,0 +1,144 @@
+"""Attention against float64, above all where logits are large or alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastsd.kernels import dispatch
+from fastsd.kernels import flash_attn as module
+from fastsd.kernels.flash_attn import flash_attn
+from tests.kernels.precision import DTYPES, check, check_batch, rand
+
+SHAPES = [  # batch, S, T, heads, head size
+    (2, 256, 256, 2, 40),  # SD1's head size: scale is no power of two, columns to spare
+    (1, 1024, 77, 2, 64),  # a text's length; a scale that is a power of two
+    (1, 257, 131, 1, 33),  # primes and odd sizes
+    (1, 200, 4099, 1, 40),  # several chunks of rows, the last one short
+    (1, 256, 256, 1, 512),  # the autoencoder
+    (1, 200, 200, 1, 16),  # no column to spare for the sums: 16 are added
+    (2, 64, 64, 2, 160),  # small enough for PyTorch's
+    (1, 1, 7, 2, 8),  # one query
+    (1, 20000, 1, 1, 8),  # one key: the weights are all 1
+]
+
+
+def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False) -> torch.Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
+
+
+def inputs(batch: int, s: int, t: int, heads: int, size: int, dtype: torch.dtype, scale: float = 1.0):
+    q, k, v = ((batch, n, heads, size) for n in (s, t, t))
+    return rand(*q, dtype=dtype, scale=scale), rand(*k, dtype=dtype, scale=scale, seed=1), rand(*v, dtype=dtype, seed=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_flash_attn(shape, dtype):
+    tensors = inputs(*shape, dtype=dtype)
+    check(flash_attn, plain, *tensors)
+    with dispatch.reference_only():
+        check(flash_attn, plain, *tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1e-4, 0.3, 2.0, 4.0, 20.0])
+@torch.no_grad()
+def test_flash_attn_at_logits_of_all_sizes(scale, dtype):
+    """Standard deviations of the logits from 1e-8 to 400; beyond about 10 the bound is too far from some maximum."""
+    check(flash_attn, plain, *inputs(1, 256, 300, 2, 40, dtype=dtype, scale=scale))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_flash_attn_of_keys_with_a_large_common_part(dtype):
+    """It shifts all logits of a row by about +-300 and changes nothing else."""
+    q, k, v = inputs(1, 256, 256, 1, 40, dtype=dtype)
+    check(flash_attn, plain, q, k + rand(1, 1, 1, 40, dtype=dtype, scale=40), v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_flash_attn_between_two_nearly_equal_large_logits(dtype):
+    """Two keys far above all others and 0.03 apart: rounding the logits to bf16 would make that 0 or 0.12."""
+    q, k, v = (x.clone() for x in inputs(1, 256, 256, 1, 64, dtype=dtype, scale=0.1))
+    q[..., 0], k[..., 0] = 16.0, 0.0
+    k[:, :2, :, 0] = 8.0  # logits of 16 * 8 / 8 = 16
+    q[..., 1], k[:, 0, :, 1], k[:, 1, :, 1] = 0.25, 1.0, 0.0
+    check(flash_attn, plain, q, k, v)
+
+
+@torch.no_grad()
+def test_flash_attn_reads_views_of_a_fused_projection():
+    for dtype in DTYPES:
+        q, k, v = rand(2, 256, 3, 4, 16, dtype=dtype).unbind(2)
+        assert torch.equal(flash_attn(q, k, v), flash_attn(q.contiguous(), k.contiguous(), v.contiguous()))
+
+
+@torch.no_grad()
+def test_a_head_beyond_reach_leaves_the_others_alone():
+    q, k, v = inputs(1, 256, 256, 3, 16, dtype=torch.bfloat16)
+    k[:, :, 1] *= 300
+    result = flash_attn(q, k, v).unflatten(-1, (3, 16))
+    for h in range(3):
+        alone = flash_attn(q[:, :, h : h + 1], k[:, :, h : h + 1], v[:, :, h : h + 1])
+        assert torch.equal(result[:, :, h], alone)
+    check(flash_attn, plain, q, k, v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_flash_attn_hands_on_what_is_not_finite(dtype):
+    q, k, v = inputs(2, 256, 256, 1, 16, dtype=dtype)
+    k[0, 3] = torch.nan
+    result = flash_attn(q, k, v)
+    assert result[0].isnan().all() and result[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_causal(dtype):
+    check(
+        lambda q, k, v: flash_attn(q, k, v, True),
+        lambda q, k, v: plain(q, k, v, True),
+        *inputs(2, 77, 77, 2, 64, dtype),
+    )
+    check(
+        lambda q, k, v: flash_attn(q, k, v, True),
+        lambda q, k, v: plain(q, k, v, True),
+        *inputs(1, 200, 200, 1, 8, dtype),
+    )
+    with dispatch.reference_only():
+        check(
+            lambda q, k, v: flash_attn(q, k, v, True),
+            lambda q, k, v: plain(q, k, v, True),
+            *inputs(1, 7, 7, 1, 8, dtype),
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("s", "t", "heads", "size"), [(256, 256, 2, 40), (256, 77, 2, 64), (64, 8, 4, 16), (7, 5, 1, 8)]
+)
+@torch.no_grad()
+def test_flash_attn_does_not_depend_on_the_batch(s, t, heads, size, dtype):
+    check_batch(flash_attn, *inputs(3, s, t, heads, size, dtype))
+
+
+def test_flash_attn_gradients():
+    tensors = [x.requires_grad_(True) for x in inputs(1, 5, 4, 2, 3, torch.float64)]
+    assert torch.autograd.gradcheck(flash_attn, tensors, fast_mode=True)
+
+
+def test_flash_attn_says_which_shapes_do_not_fit():
+    q, k = torch.ones(1, 4, 2, 8), torch.ones(1, 4, 2, 16)
+    with pytest.raises(ValueError, match=r"q \(1, 4, 2, 8\)"):
+        flash_attn(q, k, k)
+
+
+def test_chunks_cover_every_row_once():
+    for rows, columns in [(1, 1), (5, module.CHUNK), (5, 2 * module.CHUNK), (4100, 4096)]:
+        assert [i for chunk in module._chunks(rows, columns) for i in range(rows)[chunk]] == list(range(rows))

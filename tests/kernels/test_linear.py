@@ -1,0 +1,105 @@
+"""Matrix products and their epilogues against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastsd.kernels import dispatch
+from fastsd.kernels.geglu import geglu
+from fastsd.kernels.linear import activate, linear
+from tests.kernels.precision import DTYPES, check, check_batch, rand
+
+SHAPES = [  # rows, in, out
+    ((2, 20), 320, 960),  # a fused query-key-value projection
+    ((1, 77), 768, 64),  # the text's keys and values: a row count of no blocking
+    ((1,), 320, 640),  # one row: oneDNN has another path for it
+    ((3, 5), 33, 17),  # primes and odd sizes
+    ((7,), 1, 1),  # sums of one product
+    ((2, 0), 8, 8),  # nothing
+]
+
+
+def plain(activation: str, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, r: torch.Tensor | None):
+    y = activate(F.linear(x, w, b), activation)
+    return y if r is None else y + r
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["none", "silu", "gelu", "quick_gelu"])
+@pytest.mark.parametrize(("rows", "k", "n"), SHAPES[:-1])
+@torch.no_grad()
+def test_linear(rows, k, n, activation, dtype):
+    x, w, b = rand(*rows, k, dtype=dtype), rand(n, k, dtype=dtype, scale=k**-0.5), rand(n, dtype=dtype)
+    for bias, residual in ((b, None), (None, rand(*rows, n, dtype=dtype, seed=1))):
+        inputs = (x, w, bias, residual)
+        check(lambda x, w, b, r: linear(x, w, b, activation, r), lambda *t: plain(activation, *t), *inputs)
+    with dispatch.reference_only():
+        check(lambda x, w, b, r: linear(x, w, b, activation, r), lambda *t: plain(activation, *t), x, w, b, None)
+
+
+@torch.no_grad()
+def test_linear_of_nothing_and_of_strided_views():
+    w, b = rand(8, 16, dtype=torch.float32), rand(8, dtype=torch.float32)
+    assert linear(torch.empty(2, 0, 16), w, b).shape == (2, 0, 8)
+    x = rand(6, 10, 40, dtype=torch.float32)[::2, 1:8, 5:21]
+    assert torch.equal(linear(x, w, b), linear(x.contiguous(), w, b))
+
+
+def test_linear_knows_its_activations():
+    with pytest.raises(ValueError, match="'relu7'.*quick_gelu"):
+        linear(torch.ones(2, 3), torch.ones(4, 3), activation="relu7")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("s", "k", "n"), [(64, 64, 192), (1, 320, 1280), (77, 64, 64), (5, 33, 17)])
+@torch.no_grad()
+def test_linear_does_not_depend_on_the_batch(s, k, n, dtype):
+    w, b = rand(n, k, dtype=dtype, scale=k**-0.5), rand(n, dtype=dtype)
+    check_batch(lambda x, r: linear(x, w, b, "none", r), rand(5, s, k, dtype=dtype), rand(5, s, n, dtype=dtype))
+    check_batch(lambda x: linear(x, w, b, "gelu"), rand(5, s, k, dtype=dtype))
+
+
+def plain_geglu(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    value, gate = F.linear(x, w, b).chunk(2, -1)
+    return value * F.gelu(gate)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "k", "n"), [((2, 64), 32, 128), ((3,), 33, 17), ((1,), 64, 256), ((1, 4100), 8, 600)])
+@torch.no_grad()
+def test_geglu(rows, k, n, dtype):
+    """The last shape needs more than one chunk."""
+    x, w, b = rand(*rows, k, dtype=dtype), rand(2 * n, k, dtype=dtype, scale=k**-0.5), rand(2 * n, dtype=dtype)
+    check(geglu, plain_geglu, x, w, b)
+    with dispatch.reference_only():
+        check(geglu, plain_geglu, x, w, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("s", "k"), [(64, 64), (49, 32), (1, 48)])
+@torch.no_grad()
+def test_geglu_does_not_depend_on_the_batch(s, k, dtype):
+    w, b = rand(8 * k, k, dtype=dtype, scale=k**-0.5), rand(8 * k, dtype=dtype)
+    check_batch(lambda x: geglu(x, w, b), rand(5, s, k, dtype=dtype))
+
+
+@pytest.mark.parametrize("activation", ["none", "silu", "gelu", "quick_gelu"])
+def test_linear_gradients(activation):
+    shapes = ((2, 3, 5), (4, 5), (4,), (2, 3, 4))
+    tensors = [rand(*shape, dtype=torch.float64).requires_grad_(True) for shape in shapes]
+    assert torch.autograd.gradcheck(lambda x, w, b, r: linear(x, w, b, activation, r), tensors)
+
+
+def test_geglu_gradients():
+    tensors = [rand(*shape, dtype=torch.float64).requires_grad_(True) for shape in ((2, 3), (8, 3), (8,))]
+    assert torch.autograd.gradcheck(geglu, tensors)
+
+
+@pytest.mark.parametrize("asks", [0, 1, 2, 3])
+def test_whatever_asks_for_gradients_gets_them_in_fp32(asks):
+    x, w, b, r = (rand(*shape, dtype=torch.float32) for shape in ((2, 3, 5), (4, 5), (4,), (2, 3, 4)))
+    asking = (x, w, b, r)[asks].requires_grad_(True)
+    linear(x, w, b, "none", r).sum().backward()
+    assert asking.grad is not None

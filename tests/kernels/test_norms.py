@@ -1,0 +1,108 @@
+"""Group and layer normalisation, and upsampling, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastsd.kernels import dispatch
+from fastsd.kernels.groupnorm_silu import groupnorm_silu
+from fastsd.kernels.layernorm import layernorm
+from fastsd.kernels.upsample2x import upsample2x
+from tests.kernels.precision import DTYPES, check, check_batch, rand
+
+SHAPES = [  # batch, height, width, channels, groups, mean, standard deviation
+    (2, 8, 8, 64, 32, 0.0, 1.0),  # two channels a group
+    (1, 5, 7, 33, 3, 0.0, 1.0),  # odd everything
+    (2, 48, 48, 32, 8, 0.0, 1.0),  # enough pixels for several threads
+    (1, 1, 1, 64, 32, 0.0, 1.0),  # a group of two numbers
+    (1, 16, 16, 32, 32, 30.0, 1e-3),  # E[x^2] - E[x]^2 would cancel
+    (1, 16, 16, 32, 8, 0.0, 1e-6),  # eps decides
+    (1, 110, 90, 16, 2, 1.0, 1.0),  # long sums, in several blocks of pixels, the last one short
+    (1, 16, 16, 32, 8, 0.0, 1e4),  # large activations of the autoencoder
+]
+
+
+def plain(groups: int, silu: bool, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, add: torch.Tensor | None):
+    """In contiguous memory: there, unlike in channels-last, PyTorch's norm does not cancel."""
+    x = (x if add is None else x + add[:, None, None, :]).permute(0, 3, 1, 2).contiguous()
+    y = F.group_norm(x, groups, w, b, 1e-5).permute(0, 2, 3, 1)
+    return F.silu(y) if silu else y
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize(("batch", "height", "width", "channels", "groups", "mean", "std"), SHAPES)
+@torch.no_grad()
+def test_groupnorm_silu(batch, height, width, channels, groups, mean, std, silu, dtype):
+    x = rand(batch, height, width, channels, dtype=dtype, scale=std, mean=mean)
+    w, b = rand(channels, dtype=dtype), rand(channels, dtype=dtype, seed=1)
+    for add in (None, rand(batch, channels, dtype=dtype, scale=std), rand(1, channels, dtype=dtype, scale=std)):
+        for name in ("onednn", "reference"):
+            with dispatch.forced(name):
+                check(
+                    lambda x, w, b, add: groupnorm_silu(x, w, b, groups, 1e-5, silu, add),
+                    lambda *t: plain(groups, silu, *t),
+                    *(x, w, b, add),
+                )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize(("size", "channels", "groups"), [(64, 64, 32), (8, 64, 8), (3, 33, 3), (1, 32, 32)])
+@torch.no_grad()
+def test_groupnorm_silu_does_not_depend_on_the_batch(size, channels, groups, silu, dtype):
+    w, b = rand(channels, dtype=dtype), rand(channels, dtype=dtype)
+    x, add = rand(5, size, size, channels, dtype=dtype), rand(5, channels, dtype=dtype)
+    check_batch(lambda x, add: groupnorm_silu(x, w, b, groups, 1e-5, silu, add), x, add)
+
+
+@torch.no_grad()
+def test_groupnorm_silu_leaves_its_input_alone():
+    x = rand(1, 4, 4, 8, dtype=torch.float32)
+    before = x.clone()
+    groupnorm_silu(x, torch.ones(8), torch.zeros(8), 2, 1e-5, True, rand(1, 8, dtype=torch.float32))
+    assert torch.equal(x, before)
+
+
+def test_groupnorm_silu_names_groups_that_do_not_divide():
+    with pytest.raises(ValueError, match="3 groups do not divide 8"):
+        groupnorm_silu(torch.ones(1, 2, 2, 8), torch.ones(8), torch.ones(8), 3, 1e-5)
+
+
+def test_groupnorm_silu_gradients():
+    tensors = [rand(*s, dtype=torch.float64).requires_grad_(True) for s in ((2, 3, 2, 4), (4,), (4,), (2, 4))]
+    assert torch.autograd.gradcheck(lambda x, w, b, add: groupnorm_silu(x, w, b, 2, 1e-5, True, add), tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "mean", "std"),
+    [((2, 64, 320), 0.0, 1.0), ((3, 33), 0.0, 1.0), ((1, 1), 0.0, 1.0), ((5, 768), 30.0, 1e-3), ((2, 7, 64), 0.0, 1e4)],
+)
+@torch.no_grad()
+def test_layernorm(shape, mean, std, dtype):
+    x = rand(*shape, dtype=dtype, scale=std, mean=mean)
+    w, b = rand(shape[-1], dtype=dtype), rand(shape[-1], dtype=dtype, seed=1)
+    for name in ("onednn", "reference"):
+        with dispatch.forced(name):
+            check(
+                lambda x, w, b: layernorm(x, w, b, 1e-5), lambda x, w, b: F.layer_norm(x, w.shape, w, b, 1e-5), x, w, b
+            )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_layernorm_and_upsample2x_do_not_depend_on_the_batch(dtype):
+    w, b = rand(320, dtype=dtype), rand(320, dtype=dtype)
+    check_batch(lambda x: layernorm(x, w, b, 1e-5), rand(5, 64, 320, dtype=dtype))
+    check_batch(upsample2x, rand(5, 5, 3, 33, dtype=dtype))
+
+
+def test_upsample2x_repeats_every_pixel():
+    x = torch.arange(12.0).view(1, 2, 3, 2)
+    expected = x.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    assert torch.equal(upsample2x(x), expected)
+    with dispatch.reference_only():
+        assert torch.equal(upsample2x(x), expected)
