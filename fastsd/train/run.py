@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from dataclasses import asdict, replace
@@ -33,7 +34,6 @@ class Run:
     def __init__(self, settings: Settings, out: Path):
         self.settings, self.out = settings, out
         out.mkdir(parents=True, exist_ok=True)
-        self.workers = Workers(settings.threads or torch.get_num_threads())
         text = settings.diffusion.text
         self.tokenizer: Tokenizer = vocabulary.write(WORDS, out / "tokenizer", text.max_position_embeddings)
         self.text: CLIPConfig = replace(text, vocab_size=len(self.tokenizer), eos_token_id=self.tokenizer.eos_id)
@@ -53,20 +53,21 @@ class Run:
     def train(self, digits: Digits) -> None:
         """Both stages, from wherever their checkpoints are."""
         settings = self.settings
-        common = (self.workers, self.report, settings.checkpoint_minutes, settings.precision)
         sizes = {name: sum(p.numel() for p in m.parameters()) for name, m in self._models().items()}
         self.report("parameters: " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
         first, second = self.first, self.second
         vae = first.model
         assert isinstance(vae, AutoencoderKL) and isinstance(second.model, Denoiser)
-        if not first.finished:
-            (self.out / "latents.pt").unlink(missing_ok=True)  # of an autoencoder that is not there any more
-            first.run(reconstruction_loss(vae, digits, settings.data, settings.autoencoder), *common)
-        latents = self.latents(digits)
-        loss = denoising_loss(second.model, latents, self.tokenizer, settings.diffusion)
-        second.run(loss, *common)
+        with Workers(settings.threads or torch.get_num_threads()) as workers:
+            common = (workers, self.report, settings.checkpoint_minutes, settings.precision)
+            if not first.finished:
+                (self.out / "latents.pt").unlink(missing_ok=True)  # of an autoencoder that is not there any more
+                first.run(reconstruction_loss(vae, digits, settings.data, settings.autoencoder), *common)
+            latents = self.latents(digits, workers)
+            loss = denoising_loss(second.model, latents, self.tokenizer, settings.diffusion)
+            second.run(loss, *common)
 
-    def latents(self, digits: Digits) -> Latents:
+    def latents(self, digits: Digits, workers: Workers) -> Latents:
         """The cache of latents, made on first use."""
         path = self.out / "latents.pt"
         if not path.is_file():
@@ -103,6 +104,7 @@ class Run:
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         save_folder(components, part, torch.float16)
+        _widen_on_load(part / "text_encoder" / "config.json")
         if folder.exists():
             if not (folder / "model_index.json").is_file():
                 raise FastsdError(f"--export {folder}: exists and is no model; choose another folder")
@@ -119,6 +121,16 @@ class Run:
         denoiser = self.second.model
         assert isinstance(denoiser, Denoiser)
         return {"autoencoder": self.first.model, "unet": denoiser.unet, "text encoder": denoiser.text_encoder}
+
+
+def _widen_on_load(config: Path) -> None:
+    """Say in a text encoder's config that it runs in fp32 unless told otherwise.
+
+    transformers 5 gives a text encoder the dtype of its file where the config is silent, diffusers gives the UNet fp32;
+    opened without a dtype, the fp16 file would then make a pipeline of two dtypes, which fails in its first product.
+    """
+    content = json.loads(config.read_text(encoding="utf-8")) | {"torch_dtype": "float32"}
+    config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def train(

@@ -158,6 +158,19 @@ def test_the_export_loads_with_its_words_and_defaults(straight: Path) -> None:
     torch.testing.assert_close(loaded, average, rtol=2**-11, atol=2**-24)
 
 
+def test_diffusers_opens_the_export_without_being_told_a_dtype(straight: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(str(straight / "model"), safety_checker=None)
+    assert {theirs.unet.dtype, theirs.vae.dtype, theirs.text_encoder.dtype} == {torch.float32}
+    assert theirs.tokenizer.model_max_length == 16 and theirs.scheduler.config.rescale_betas_zero_snr
+    components = load_folder(straight / "model", torch.float32)
+    ids = components.tokenizers[0](["a thick eight", "zebra"])
+    with torch.inference_mode():
+        ours = components.text_encoders[0](ids).hidden
+        wanted = theirs.text_encoder(ids)[0]
+    torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_export_only_writes_the_same_model(straight: Path, tmp_path: Path) -> None:
     train(make(straight), export=tmp_path / "again", export_only=True)
     for file in (straight / "model").rglob("*.safetensors"):
