@@ -74,9 +74,7 @@ class Run:
             vae = self.first.average
             assert isinstance(vae, AutoencoderKL)
             started = time.monotonic()
-            made = encode_all(
-                vae, digits, self.settings.data, self.settings.seed, self.settings.precision, self.workers
-            )
+            made = encode_all(vae, digits, self.settings.data, self.settings.seed, self.settings.precision, workers)
             save_latents(made, path)
             self.report(f"encoded {len(made.mean):,} pictures in {(time.monotonic() - started) / 60:.1f} min")
         return load_latents(path)
