@@ -22,7 +22,7 @@ from fastsd.kernels.geglu import geglu
 from fastsd.kernels.groupnorm_silu import groupnorm_silu
 from fastsd.kernels.layernorm import layernorm
 from fastsd.kernels.linear import linear
-from fastsd.kernels.upsample2x import upsample2x
+from fastsd.kernels.upsample2x import upsample2x, upsample2x_conv
 
 SAME: Padding = (1, 1, 1, 1)
 
@@ -291,8 +291,9 @@ class Upsample(nn.Module):
 
     def forward(self, x: torch.Tensor, size: torch.Size | None = None) -> torch.Tensor:
         """`size` (H, W) crops the last row or column where the level below was made from an odd size."""
-        x = upsample2x(x)
-        return self.conv(x if size is None else x[:, : size[0], : size[1]])
+        if size is None or tuple(size) == (2 * x.shape[1], 2 * x.shape[2]):
+            return upsample2x_conv(x, self.conv.weight, self.conv.bias)
+        return self.conv(upsample2x(x)[:, : size[0], : size[1]])
 
 
 def timestep_embedding(timestep: torch.Tensor, channels: int, flip_sin_to_cos: bool, freq_shift: int) -> torch.Tensor:

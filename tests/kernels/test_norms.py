@@ -1,4 +1,4 @@
-"""Group and layer normalisation, and upsampling, against float64."""
+"""Group and layer normalisation against float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from fastsd.kernels import dispatch
 from fastsd.kernels.groupnorm_silu import groupnorm_silu
 from fastsd.kernels.layernorm import layernorm
-from fastsd.kernels.upsample2x import upsample2x
 from tests.kernels.precision import DTYPES, check, check_batch, rand
 
 SHAPES = [  # batch, height, width, channels, groups, mean, standard deviation
@@ -50,11 +49,11 @@ def test_groupnorm_silu(batch, height, width, channels, groups, mean, std, silu,
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("silu", [True, False])
-@pytest.mark.parametrize(("size", "channels", "groups"), [(64, 64, 32), (8, 64, 8), (3, 33, 3), (1, 32, 32)])
+@pytest.mark.parametrize(("size", "channels", "groups"), [(48, 64, 32), (8, 64, 8), (3, 33, 3), (1, 32, 32)])
 @torch.no_grad()
 def test_groupnorm_silu_does_not_depend_on_the_batch(size, channels, groups, silu, dtype):
     w, b = rand(channels, dtype=dtype), rand(channels, dtype=dtype)
-    x, add = rand(5, size, size, channels, dtype=dtype), rand(5, channels, dtype=dtype)
+    x, add = rand(3, size, size, channels, dtype=dtype), rand(3, channels, dtype=dtype)
     check_batch(lambda x, add: groupnorm_silu(x, w, b, groups, 1e-5, silu, add), x, add)
 
 
@@ -94,15 +93,6 @@ def test_layernorm(shape, mean, std, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
-def test_layernorm_and_upsample2x_do_not_depend_on_the_batch(dtype):
+def test_layernorm_does_not_depend_on_the_batch(dtype):
     w, b = rand(320, dtype=dtype), rand(320, dtype=dtype)
     check_batch(lambda x: layernorm(x, w, b, 1e-5), rand(5, 64, 320, dtype=dtype))
-    check_batch(upsample2x, rand(5, 5, 3, 33, dtype=dtype))
-
-
-def test_upsample2x_repeats_every_pixel():
-    x = torch.arange(12.0).view(1, 2, 3, 2)
-    expected = x.repeat_interleave(2, 1).repeat_interleave(2, 2)
-    assert torch.equal(upsample2x(x), expected)
-    with dispatch.reference_only():
-        assert torch.equal(upsample2x(x), expected)
