@@ -13,7 +13,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", default="data/mnist", metavar="DIR", help="MNIST's four .gz files (default: %(default)s)"
     )
-    parser.add_argument("--seeds", type=int, default=None, metavar="N", help="drawings of each digit (default: 50)")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=None,
+        metavar="N",
+        help="drawings of each digit (default: 50; of each style at most 20)",
+    )
     parser.add_argument("--quick", action="store_true", help="8 seeds, a shorter trained reader, no search for copies")
     parser.add_argument("--reader", metavar="FILE", help="the digit reader's weights; trained and written if missing")
     parser.add_argument("--out", metavar="DIR", help="write a sheet of drawings, digits.png, into this folder")

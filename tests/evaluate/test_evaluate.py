@@ -29,7 +29,7 @@ class RealDigits:
         self.wrong = wrong
         self.prompts: list[str] = []
 
-    def __call__(self, prompt: str | list[str], seed: int, output_type: str = "pil") -> Any:
+    def __call__(self, prompt: str | list[str], seed: int, batch_size: int = 8, output_type: str = "pil") -> Any:
         prompts = [prompt] if isinstance(prompt, str) else prompt
         self.prompts += prompts
         found = np.stack([self.pictures[self.row(text, seed + k)].numpy() for k, text in enumerate(prompts)])
