@@ -42,7 +42,7 @@ class Contestant:
 
 
 def diffusers_unet(config: UNetConfig) -> Any:
-    from diffusers import UNet2DConditionModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     settings: dict[str, Any] = {
         "sample_size": 64,
@@ -54,7 +54,7 @@ def diffusers_unet(config: UNetConfig) -> Any:
 
 
 def diffusers_vae(config: VAEConfig) -> Any:
-    from diffusers import AutoencoderKL as Other
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as Other
 
     count = len(config.block_out_channels)
     settings: dict[str, Any] = {

@@ -75,11 +75,15 @@ class Conv2d(nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         return conv2d(x, self.weight, self.bias, self.stride, self.padding, residual)
 
-    def pack(self) -> None:
-        """Hold the weight as oneDNN wants it, where the CPU runs this layer by oneDNN; otherwise do nothing."""
+    def packed(self, weight: torch.Tensor) -> torch.Tensor:
+        """`weight` as oneDNN wants it for this layer, where the CPU runs the layer by oneDNN; otherwise as it is."""
         left, right, top, bottom = self.padding
         symmetric = (left, top) == (right, bottom)
-        packed = onednn.pack(self.weight, self.stride, (top, left) if symmetric else (0, 0))
+        return onednn.pack(weight, self.stride, (top, left) if symmetric else (0, 0))
+
+    def pack(self) -> None:
+        """Hold the weight packed, where that is of use."""
+        packed = self.packed(self.weight)
         if packed is not self.weight:
             self.weight = nn.Parameter(packed, requires_grad=False)
 

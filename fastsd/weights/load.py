@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastsd.errors import FastsdError
-from fastsd.model.layers import pack
+from fastsd.model.layers import Conv2d
 from fastsd.weights.configs import read_json
 from fastsd.weights.names import Source, canonical, is_ignored, same_matrix, sources
 from fastsd.weights.safetensors_file import Entry, read_header
@@ -60,7 +60,7 @@ def _shards(index: Path) -> list[Path]:
 def load_module(build: Callable[[], M], files: list[Path], dtype: torch.dtype, device: torch.device) -> M:
     """Build a model on the meta device and give it the weights in `files`.
 
-    Peak memory is the weights in `dtype` plus the largest single tensor of the files.
+    Peak memory is the weights in `dtype` plus a few copies of the largest single tensor.
 
     Args:
         build: makes the model; it is called under `torch.device("meta")`.
@@ -80,7 +80,9 @@ def load_module(build: Callable[[], M], files: list[Path], dtype: torch.dtype, d
         for part in parts:
             entry = _take(entries, part, files)
             target[part.rows].copy_(entry.read().reshape(part.shape))
-        state[name] = target
+        layer = module.get_submodule(name.rpartition(".")[0])
+        # Packed at once, so that the memory of the plain weight serves the next ones.
+        state[name] = layer.packed(target) if isinstance(layer, Conv2d) and target.ndim == 4 else target
     if entries:
         key, entry = min(entries.items())
         more = f" (and {len(entries) - 1} more)" if len(entries) > 1 else ""
@@ -88,10 +90,7 @@ def load_module(build: Callable[[], M], files: list[Path], dtype: torch.dtype, d
             f"{entry.path}: the key {key} {list(entry.shape)} belongs to no parameter of this model{more}"
         )
     module.load_state_dict(state, strict=True, assign=True)
-    state.clear()  # so that packing a layer frees its plain weight
-    module.eval().requires_grad_(False)
-    pack(module)
-    return module
+    return module.eval().requires_grad_(False)
 
 
 def _read_headers(files: list[Path]) -> dict[str, Entry]:
