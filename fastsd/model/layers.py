@@ -314,7 +314,8 @@ def timestep_embedding(timestep: torch.Tensor, channels: int, flip_sin_to_cos: b
     """
     half = channels // 2
     t = timestep if timestep.dtype == torch.float64 else timestep.float()
-    exponent = torch.arange(half, device=t.device, dtype=t.dtype) / (half - freq_shift)
-    angle = t[:, None] * torch.exp(-math.log(10000) * exponent)
+    # In the order in which checkpoints were trained: at t = 999 another rounding of the exponent is 3e-5 of the angle.
+    exponent = -math.log(10000) * torch.arange(half, device=t.device, dtype=t.dtype) / (half - freq_shift)
+    angle = t[:, None] * torch.exp(exponent)
     waves = (angle.cos(), angle.sin()) if flip_sin_to_cos else (angle.sin(), angle.cos())
     return torch.cat(waves, dim=-1)
