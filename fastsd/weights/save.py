@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,10 @@ def _save_module(
         for part in parts:
             rows = onednn.dense(parameter.detach())[part.rows].to("cpu", dtype)
             tensors[part.key] = stored_form(part.key, rows, use_linear_projection).contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
     _write_json(folder / "config.json", config)
+    file = folder / f"{stem}.safetensors"
+    save_file(tensors, file, metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", file)  # the library makes files that only their owner may read
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
