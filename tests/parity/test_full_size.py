@@ -1,0 +1,239 @@
+"""Stable Diffusion at its real sizes: what diffusers and transformers compute, from the same random weights, in fp32.
+
+`make parity` prints the table of docs/parity.md. diffusers makes and saves a model, computes, and is freed before
+fastsd loads what was saved, so the larger of the two is all the memory that it takes (16 GB for SDXL, as much disk).
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastsd.model.tokenizer import Tokenizer
+from fastsd.model.unet import AddedConditioning
+from fastsd.pipeline import Pipeline
+from fastsd.weights import Components, load_folder
+from tests.agreement.conftest import SCHEDULE
+
+Outputs = dict[str, torch.Tensor]
+MODULE, PICTURE = 1e-5, 1e-4  # relative, of the largest value
+PROMPT, NEGATIVE = "a lighthouse at dusk, oil on canvas", "fog"
+
+# The published unet/config.json, where it differs from diffusers' defaults, which are SD1.5's.
+SD15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+SD21: dict[str, Any] = {
+    "sample_size": 96,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
+}
+SDXL: dict[str, Any] = {
+    "sample_size": 128,
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+# The published text_encoder/config.json: width, feed-forward, layers, heads, activation, projection.
+CLIP_L = (768, 3072, 12, 12, "quick_gelu", 768)
+OPENCLIP_H = (1024, 4096, 23, 16, "gelu", 512)
+OPENCLIP_BIGG = (1280, 5120, 32, 20, "gelu", 1280)
+
+pytestmark = pytest.mark.parity
+ROWS: list[str] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def report() -> Any:
+    """The table, printed when all is done."""
+    yield
+    print("\n| model | what | relative error | allowed |\n|---|---|---|---|")
+    print("\n".join(ROWS))
+
+
+@pytest.mark.parametrize("family", ["SD1.5", "SD2.1", "SDXL"])
+@torch.no_grad()
+def test_full_size(family: str, tmp_path: Path) -> None:
+    """Every network at the model's own size, and two steps of a guided picture at 512 x 512."""
+    try:
+        wanted = outputs_of_diffusers(family, tmp_path)
+        gc.collect()
+        found = outputs_of_fastsd(tmp_path)
+    finally:
+        shutil.rmtree(tmp_path, ignore_errors=True)
+    assert found.keys() == wanted.keys()
+    wrong = []
+    for what, truth in wanted.items():
+        allowed = PICTURE if what.startswith("picture") else MODULE
+        error = float((found[what] - truth).abs().max() / truth.abs().max())
+        ROWS.append(f"| {family} | {what} | {error:.1e} | {allowed:.0e} |")
+        assert truth.isfinite().all() and float(truth.std()) > 1e-3, f"{what}: nothing to compare"
+        if not error < allowed:
+            wrong.append(ROWS[-1])
+    assert not wrong, "\n".join(wrong)
+
+
+def inputs(unet: Any, sample_size: int, pooled: int) -> Outputs:
+    """The same random inputs for both: one sample at the model's own size."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        "x": normal(1, 4, sample_size, sample_size),
+        "context": normal(1, 77, unet.config.cross_attention_dim),
+        "timestep": torch.tensor([701.0]),
+        "pooled": normal(1, pooled),
+        "sizes": torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]]),
+        "latent": normal(1, 4, 64, 64),
+        "image": normal(1, 3, 512, 512).clamp(-1, 1),
+        "noise": normal(1, 4, 64, 64),
+    }
+
+
+def picture_settings(noise: torch.Tensor) -> dict[str, Any]:
+    return {
+        "negative_prompt": NEGATIVE,
+        "num_inference_steps": 2,
+        "guidance_scale": 5.0,
+        "height": 512,
+        "width": 512,
+        "latents": noise.clone(),
+        "output_type": "latent",
+    }
+
+
+def outputs_of_diffusers(family: str, folder: Path) -> Outputs:
+    """Make a model with random weights, save it to `folder`, and run it."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipeline = make_pipeline(family, folder)
+        pipeline.save_pretrained(folder)
+    given = inputs(pipeline.unet, pipeline.unet.config.sample_size, pooled=1280)
+    added = {"text_embeds": given["pooled"], "time_ids": given["sizes"]} if family == "SDXL" else None
+    x, timestep, context = given["x"], given["timestep"], given["context"]
+    found = {"UNet": pipeline.unet(x, timestep, context, added_cond_kwargs=added).sample}
+    distribution = pipeline.vae.encode(given["image"]).latent_dist
+    found |= {"VAE encoder, mean": distribution.mean, "VAE encoder, log variance": distribution.logvar}
+    found["VAE decoder"] = pipeline.vae.decode(given["latent"]).sample
+    encoders = (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None))
+    for i, encoder in enumerate(encoder for encoder in encoders if encoder is not None):
+        text = encoder(Tokenizer()(PROMPT), output_hidden_states=True)
+        found[f"text encoder {i + 1}, penultimate layer"] = text.hidden_states[-2]
+        found[f"text encoder {i + 1}, last layer"] = text.last_hidden_state
+        found[f"text encoder {i + 1}, pooled"] = text.text_embeds if "text_embeds" in text else text.pooler_output
+    found["picture, 2 guided steps"] = pipeline(PROMPT, **picture_settings(given["noise"])).images
+    return found
+
+
+def outputs_of_fastsd(folder: Path) -> Outputs:
+    """Load what diffusers saved, and run that."""
+    components: Components = load_folder(folder, torch.float32)
+    unet, vae = components.unet, components.vae
+    given = inputs(unet, components.sample_size, pooled=1280)
+    added = AddedConditioning(given["pooled"], given["sizes"]) if unet.add_embedding is not None else None
+    out = unet(last(given["x"]), given["timestep"], given["context"], added)
+    found = {"UNet": first(out)}
+    distribution = vae.encode(last(given["image"]))
+    found |= {"VAE encoder, mean": first(distribution.mean)}
+    found |= {"VAE encoder, log variance": first(distribution.logvar)}
+    found["VAE decoder"] = first(vae.decode(last(given["latent"])))
+    for i, (encoder, tokenizer) in enumerate(zip(components.text_encoders, components.tokenizers, strict=True)):
+        ids = tokenizer(PROMPT)
+        found[f"text encoder {i + 1}, penultimate layer"] = encoder(ids, hidden_layer=-2).hidden
+        text = encoder(ids)
+        found[f"text encoder {i + 1}, last layer"] = text.hidden
+        found[f"text encoder {i + 1}, pooled"] = text.pooled
+    pipe = Pipeline(components, torch.device("cpu"), torch.float32)
+    found["picture, 2 guided steps"] = pipe(PROMPT, **picture_settings(given["noise"])).images
+    return found
+
+
+def last(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def first(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+def make_pipeline(family: str, folder: Path) -> Any:
+    """diffusers' pipeline of a family with its default random weights, norms and biases disturbed."""
+    import diffusers
+    import transformers
+
+    Tokenizer().save(folder / "vocabulary")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "vocabulary")
+    parts: dict[str, Any] = {
+        "unet": diffusers.UNet2DConditionModel(**{"SD1.5": SD15, "SD2.1": SD21, "SDXL": SDXL}[family]),
+        "vae": make_vae(0.13025 if family == "SDXL" else 0.18215),
+        "text_encoder": make_text(OPENCLIP_H if family == "SD2.1" else CLIP_L, transformers.CLIPTextModel),
+        "tokenizer": tokenizer,
+    }
+    schedule = SCHEDULE | {"prediction_type": "v_prediction" if family == "SD2.1" else "epsilon"}
+    parts["scheduler"] = diffusers.DDIMScheduler(**schedule)
+    if family == "SDXL":
+        parts["text_encoder_2"] = make_text(OPENCLIP_BIGG, transformers.CLIPTextModelWithProjection)
+        pipeline = diffusers.StableDiffusionXLPipeline(**parts, tokenizer_2=tokenizer, add_watermarker=False)
+    else:
+        none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipeline = diffusers.StableDiffusionPipeline(**parts, **none)
+    pipeline.set_progress_bar_config(disable=True)
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        if name in parts:
+            disturb(parts[name])
+    return pipeline
+
+
+def make_vae(scaling_factor: float) -> Any:
+    import diffusers
+
+    return diffusers.AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        sample_size=512,
+        scaling_factor=scaling_factor,
+    )
+
+
+def make_text(sizes: tuple[int, int, int, int, str, int], kind: Callable[[Any], Any]) -> Any:
+    import transformers
+
+    width, inner, layers, heads, activation, projection = sizes
+    return kind(
+        transformers.CLIPTextConfig(
+            hidden_size=width,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            hidden_act=activation,
+            projection_dim=projection,
+            bos_token_id=49406,
+            eos_token_id=49407,
+        )
+    )
+
+
+def disturb(module: Any) -> None:
+    """No weight of a norm is 1 and no bias 0, so that none can be left out or mixed up unnoticed."""
+    module.eval()
+    for parameter in module.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
