@@ -1,0 +1,152 @@
+"""What an adapter adds to a weight: LoRA, LoCon, LoHa, LoKr, plain differences, and DoRA's decomposition."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def adapted(base: torch.Tensor, parts: Tensors, scale: float | None) -> torch.Tensor:
+    """The weight that a layer has at strength 1.
+
+    Args:
+        base: fp32, `[out, in]`, `[out, in, k, k]`, or `[channels]` of a norm or a bias.
+        parts: an adapter's tensors for this layer, by role (`adapter_file.ROLES`).
+        scale: alpha / rank; None: from `parts`.
+
+    Returns:
+        fp32, the shape of `base`.
+
+    Raises:
+        ValueError: the tensors make no change of that shape. That is seen before memory is taken for it.
+    """
+    form = next((form for form in _FORMS if form.needs <= parts.keys()), None)
+    if form is None:
+        raise ValueError("no known form of change")
+    rows, columns = form.size(parts)
+    if (rows, columns) != (len(base), base.numel() // len(base)):
+        raise ValueError(f"makes a change of {rows} x {columns}")
+    weight = base + form.change(parts).reshape(base.shape) * form.scale(parts, scale)
+    magnitude = parts.get("magnitude", parts.get("magnitude_of_outputs"))
+    return weight if magnitude is None else _with_magnitude(weight, magnitude, "magnitude_of_outputs" in parts)
+
+
+class _Difference:
+    """The change itself; LyCORIS's "full" and "norm"."""
+
+    needs = {"difference"}
+
+    def size(self, parts: Tensors) -> tuple[int, int]:
+        return _matrix(parts["difference"])
+
+    def change(self, parts: Tensors) -> torch.Tensor:
+        return parts["difference"]
+
+    def scale(self, parts: Tensors, given: float | None) -> float:
+        return 1.0
+
+
+class _LowRank(_Difference):
+    """LoRA (Hu et al. 2021, equation 3): up down. The kernel of a convolution is in down, or in a Tucker core, mid."""
+
+    needs = {"up", "down"}
+
+    def size(self, parts: Tensors) -> tuple[int, int]:
+        kernel = parts["mid"].shape[2:].numel() if "mid" in parts else 1
+        return len(parts["up"]), _matrix(parts["down"])[1] * kernel
+
+    def change(self, parts: Tensors) -> torch.Tensor:
+        up, down = parts["up"].flatten(1), parts["down"].flatten(1)
+        return up @ down if "mid" not in parts else torch.einsum("ijkl,oi,jc->ockl", parts["mid"], up, down)
+
+    def scale(self, parts: Tensors, given: float | None) -> float:
+        return _alpha_over(parts, len(parts["down"]), given)
+
+
+class _Hadamard(_Difference):
+    """LoHa (Hyeon-Woo et al. 2022, "FedPara", proposition 2): the product, entry by entry, of two low ranks."""
+
+    needs = {"w1_a", "w1_b", "w2_a", "w2_b"}
+
+    def size(self, parts: Tensors) -> tuple[int, int]:
+        a, b, core = parts["w1_a"], parts["w1_b"], parts.get("t1")
+        return (a.shape[-1] if core is not None else len(a)), b.shape[-1] * _kernel(core)
+
+    def change(self, parts: Tensors) -> torch.Tensor:
+        first = _product(parts["w1_a"], parts["w1_b"], parts.get("t1"))
+        return first * _product(parts["w2_a"], parts["w2_b"], parts.get("t2"))
+
+    def scale(self, parts: Tensors, given: float | None) -> float:
+        return _alpha_over(parts, len(parts["w1_b"]), given)
+
+
+class _Kronecker(_Difference):
+    """LoKr (Yeh et al. 2024, "LyCORIS", section 3.3): the Kronecker product of two factors, each whole or low rank."""
+
+    def __init__(self, first: set[str], second: set[str]):
+        self.needs = first | second
+
+    def size(self, parts: Tensors) -> tuple[int, int]:
+        rows, columns = 1, 1
+        for which in ("1", "2"):
+            whole, core = parts.get(f"kron_w{which}"), parts.get(f"kron_t{which}")
+            if whole is not None:
+                size = _matrix(whole)
+            else:
+                a, b = parts[f"kron_w{which}_a"], parts[f"kron_w{which}_b"]
+                size = (a.shape[-1] if core is not None else len(a)), _matrix(b)[1] * _kernel(core)
+            rows, columns = rows * size[0], columns * size[1]
+        return rows, columns
+
+    def change(self, parts: Tensors) -> torch.Tensor:
+        factors = []
+        for which in ("1", "2"):
+            whole = parts.get(f"kron_w{which}")
+            if whole is None:
+                a, b = parts[f"kron_w{which}_a"], parts[f"kron_w{which}_b"]
+                whole = _product(a, b.flatten(1), parts.get(f"kron_t{which}"))
+            factors.append(whole)
+        first, second = factors
+        return torch.kron(first.reshape(*first.shape, *(1,) * (second.ndim - first.ndim)), second.contiguous())
+
+    def scale(self, parts: Tensors, given: float | None) -> float:
+        low = [parts[name] for name in ("kron_w1_b", "kron_w2_b") if name in parts]
+        return _alpha_over(parts, len(low[0]), given) if low else 1.0  # alpha belongs to a rank
+
+
+_FIRST = ({"kron_w1"}, {"kron_w1_a", "kron_w1_b"})
+_SECOND = ({"kron_w2"}, {"kron_w2_a", "kron_w2_b"})
+_FORMS = (_Difference(), _LowRank(), _Hadamard(), *(_Kronecker(a, b) for a in _FIRST for b in _SECOND))
+
+
+def _matrix(x: torch.Tensor) -> tuple[int, int]:
+    """Rows and columns of a weight; the columns of a convolution are its input channels and kernel."""
+    return len(x), x.numel() // max(len(x), 1)
+
+
+def _kernel(core: torch.Tensor | None) -> int:
+    return 1 if core is None else core.shape[2:].numel()
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, core: torch.Tensor | None) -> torch.Tensor:
+    """a b; or with a Tucker core `[i, j, k, k]`, a `[i, out]` and b `[j, in]`."""
+    return a @ b if core is None else torch.einsum("ijkl,ip,jr->prkl", core, a, b)
+
+
+def _alpha_over(parts: Tensors, rank: int, given: float | None) -> float:
+    """alpha / rank; 1 where neither file nor config gives an alpha."""
+    if given is not None:
+        return given
+    return float(parts["alpha"]) / rank if "alpha" in parts else 1.0
+
+
+def _with_magnitude(weight: torch.Tensor, magnitude: torch.Tensor, of_outputs: bool) -> torch.Tensor:
+    """DoRA (Liu et al. 2024, equation 5): the direction of `weight`, with learned lengths by output or by input."""
+    if of_outputs or magnitude.ndim == 1 or magnitude.shape[0] != 1 or weight.shape[0] == 1:
+        lengths = weight.flatten(1).norm(dim=1).view(-1, *(1,) * (weight.ndim - 1))
+        return weight * (magnitude.reshape(lengths.shape) / lengths)
+    lengths = weight.transpose(0, 1).flatten(1).norm(dim=1).view(1, -1, *(1,) * (weight.ndim - 2))
+    return weight * (magnitude.reshape(lengths.shape) / lengths)

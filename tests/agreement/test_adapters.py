@@ -1,0 +1,328 @@
+"""Adapters give the network that peft and LyCORIS make of it, from files as they and others write them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastsd.errors import FastsdError
+from fastsd.weights import Components, load_folder
+from fastsd.weights.adapters import Adapter, Adapters
+
+peft = pytest.importorskip("peft", reason="compared with peft, which is not installed")
+lycoris = pytest.importorskip("lycoris", reason="compared with LyCORIS, which is not installed")
+
+TOLERANCE = 1e-4
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
+CONVOLUTION = ["conv1", "conv2", "conv_shortcut", "time_emb_proj"]
+
+
+@pytest.fixture(scope="module")
+def given() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    x, context = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 7, 32, generator=generator)
+    return {"sample": x, "timestep": torch.tensor([301.0]), "encoder_hidden_states": context}
+
+
+@pytest.fixture(scope="module")
+def components(families: Any) -> Components:
+    return load_folder(families.folder / "sd1", torch.float32)
+
+
+@torch.no_grad()
+def theirs(unet: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    return unet(**given).sample
+
+
+@torch.no_grad()
+def ours(components: Components, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    x = given["sample"].permute(0, 2, 3, 1).contiguous()
+    return components.unet(x, given["timestep"], given["encoder_hidden_states"]).permute(0, 3, 1, 2)
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def randomise(parameters: Any, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+
+
+def snapshot(components: Components) -> dict[str, torch.Tensor]:
+    parts = {"unet": components.unet, **{f"text{i}": m for i, m in enumerate(components.text_encoders)}}
+    return {f"{part}.{k}": v.clone() for part, m in parts.items() for k, v in m.state_dict().items()}
+
+
+def assert_same(before: dict[str, torch.Tensor], components: Components) -> None:
+    for key, value in snapshot(components).items():
+        assert torch.equal(value, before[key]), key
+
+
+def check(components: Components, file: Path, given: dict[str, torch.Tensor], wanted: torch.Tensor) -> None:
+    """The adapter gives `wanted`, which is not the network's own output, and leaves no trace."""
+    before, plain = snapshot(components), ours(components, given)
+    assert error(plain, wanted) > 50 * TOLERANCE  # there is something to agree on
+    adapters = Adapters(components)
+    assert adapters.set([Adapter(file)]) == []
+    assert error(ours(components, given), wanted) < TOLERANCE
+    adapters.set([])
+    assert_same(before, components)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"algo": "lora"},
+        {"algo": "lora", "use_tucker": True},
+        {"algo": "loha"},
+        {"algo": "loha", "use_tucker": True},
+        {"algo": "lokr", "factor": 4},
+        {"algo": "lokr", "factor": 4, "use_tucker": True},
+        {"algo": "lokr", "factor": 4, "decompose_both": True},
+        {"algo": "lokr", "factor": 4, "full_matrix": True},
+        {"algo": "full"},
+        {"algo": "lora", "dora_wd": True, "wd_on_output": True},
+        {"algo": "lora", "dora_wd": True, "wd_on_output": False},
+        {"algo": "loha", "dora_wd": True, "wd_on_output": True},
+    ],
+    ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items()),
+)
+def test_lycoris(
+    options: dict[str, Any], families: Any, components: Components, given: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """Linear layers and convolutions, named as kohya's trainer names them."""
+    unet = copy.deepcopy(families.pipelines["sd1"].unet)
+    lycoris.LycorisNetwork.apply_preset({"target_module": ["Attention", "FeedForward", "ResnetBlock2D"]})
+    net = lycoris.create_lycoris(unet, 1.0, linear_dim=3, linear_alpha=2.0, conv_dim=3, conv_alpha=2.0, **options)
+    net.apply_to()
+    magnitudes = {name for name, _ in net.named_parameters() if "dora" in name}
+    randomise(parameter for name, parameter in net.named_parameters() if name not in magnitudes)
+    wanted = theirs(unet, given)
+    stored = {
+        key.replace("lycoris_", "lora_unet_"): value.contiguous().clone() for key, value in net.state_dict().items()
+    }
+    save_file(stored, tmp_path / "adapter.safetensors")
+    check(components, tmp_path / "adapter.safetensors", given, wanted)
+
+
+def with_peft(unet: Any, **options: Any) -> dict[str, torch.Tensor]:
+    """`unet` with a random LoRA, and the tensors of it."""
+    unet.add_adapter(peft.LoraConfig(r=3, lora_alpha=5, target_modules=ATTENTION + CONVOLUTION, **options))
+    lora = [parameter for name, parameter in unet.named_parameters() if "lora_A" in name or "lora_B" in name]
+    randomise(lora)
+    return {key: value.contiguous() for key, value in peft.get_peft_model_state_dict(unet).items()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_dora": True}, {"use_rslora": True}, {"alpha_pattern": {"to_q": 1.0, "ff.net.2": 9.0}}],
+    ids=str,
+)
+def test_peft(
+    options: dict[str, Any], families: Any, components: Components, given: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """As diffusers saves it: PEFT's config stands in the header."""
+    import diffusers
+
+    unet = copy.deepcopy(families.pipelines["sd1"].unet)
+    layers = with_peft(unet, **options)
+    metadata = {**unet.peft_config["default"].to_dict()}
+    diffusers.StableDiffusionPipeline.save_lora_weights(
+        tmp_path, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata
+    )
+    check(components, tmp_path / "pytorch_lora_weights.safetensors", given, theirs(unet, given))
+
+
+def test_pefts_own_folder(
+    families: Any, components: Components, given: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=ATTENTION)
+    model = peft.get_peft_model(copy.deepcopy(families.pipelines["sd1"].unet), config)
+    randomise(parameter for name, parameter in model.named_parameters() if "lora_" in name)
+    model.save_pretrained(tmp_path)
+    check(components, tmp_path, given, theirs(model, given))
+
+
+def test_before_peft(families: Any, components: Components, given: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """diffusers' attention processors: the same numbers under other names, without an alpha."""
+    unet = copy.deepcopy(families.pipelines["sd1"].unet)
+    unet.add_adapter(peft.LoraConfig(r=3, lora_alpha=3, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    randomise(p for name, p in unet.named_parameters() if "lora_" in name)
+    old = {}
+    for key, value in peft.get_peft_model_state_dict(unet).items():
+        key = key.replace(".to_out.0.", ".to_out.").replace(".lora_A.", "_lora.down.").replace(".lora_B.", "_lora.up.")
+        for name in ("to_q", "to_k", "to_v", "to_out"):
+            key = key.replace(f".{name}_lora", f".processor.{name}_lora")
+        old[f"unet.{key}"] = value.contiguous()
+    save_file(old, tmp_path / "old.safetensors")
+    check(components, tmp_path / "old.safetensors", given, theirs(unet, given))
+
+
+def test_text_encoder(families: Any, components: Components, tmp_path: Path) -> None:
+    """PEFT's, kohya's and old diffusers' names for the text encoder's layers are one adapter."""
+    encoder = copy.deepcopy(families.pipelines["sd1"].text_encoder)
+    ids = components.tokenizers[0]("a cat")
+    encoder.add_adapter(peft.LoraConfig(r=3, lora_alpha=3, target_modules=["q_proj", "v_proj", "out_proj", "fc1"]))
+    randomise(p for name, p in encoder.named_parameters() if "lora_" in name)
+    with torch.no_grad():
+        wanted = encoder(ids).last_hidden_state
+    adapters = Adapters(components)
+    before = snapshot(components)
+    stored = {k: v.contiguous() for k, v in peft.get_peft_model_state_dict(encoder).items()}
+
+    def named(key: str, style: str) -> str:
+        key = "text_model." + key.removeprefix("text_model.")
+        if style == "peft":
+            return f"text_encoder.{key}"
+        layer, _, role = key.partition(".lora_")
+        down = "down" if role.startswith("A") else "up"
+        if style == "kohya":
+            return f"lora_te_{layer.replace('.', '_')}.lora_{down}.weight"
+        return f"text_encoder.{layer}.lora_linear_layer.{down}.weight"
+
+    for style in ("peft", "kohya", "old"):
+        file = tmp_path / f"{style}.safetensors"
+        save_file({named(key, style): value for key, value in stored.items()}, file)
+        adapters.set([Adapter(file)])
+        with torch.no_grad():
+            assert error(components.text_encoders[0](ids).hidden, wanted) < TOLERANCE, style
+    adapters.set([Adapter(tmp_path / "peft.safetensors", unet=1.0, text=0.0)])
+    adapters.set([])
+    assert_same(before, components)
+
+
+def test_norms_and_biases(
+    families: Any, components: Components, given: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """LyCORIS's differences: of a norm, of a bias, of a convolution."""
+    unet = copy.deepcopy(families.pipelines["sd1"].unet)
+    generator = torch.Generator().manual_seed(9)
+    block, stored = unet.down_blocks[0].resnets[0], {}
+    for role, parameter in (
+        ("norm1.w_norm", block.norm1.weight),
+        ("norm1.b_norm", block.norm1.bias),
+        ("conv2.diff", block.conv2.weight),
+        ("conv2.diff_b", block.conv2.bias),
+    ):
+        change = 0.3 * torch.randn(parameter.shape, generator=generator)
+        parameter.data += change
+        stored[f"lora_unet_down_blocks_0_resnets_0_{role}"] = change
+    save_file(stored, tmp_path / "differences.safetensors")
+    check(components, tmp_path / "differences.safetensors", given, theirs(unet, given))
+
+
+class Files:
+    """Two random LoRAs, on layers that they share and layers that they do not."""
+
+    def __init__(self, families: Any, folder: Path):
+        self.paths = []
+        for seed, targets in ((1, ["to_q", "to_v", "conv1"]), (2, ["to_q", "to_k", "ff.net.2"])):
+            unet = copy.deepcopy(families.pipelines["sd1"].unet)
+            unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=targets))
+            randomise((p for name, p in unet.named_parameters() if "lora_" in name), seed)
+            layers = {f"unet.{k}": v.contiguous() for k, v in peft.get_peft_model_state_dict(unet).items()}
+            self.paths.append(folder / f"{seed}.safetensors")
+            save_file(layers, self.paths[-1])
+
+
+@pytest.fixture
+def files(families: Any, tmp_path: Path) -> list[Path]:
+    return Files(families, tmp_path).paths
+
+
+def test_several_at_once_with_strengths(
+    families: Any, components: Components, given: dict[str, torch.Tensor], files: list[Path]
+) -> None:
+    unet = copy.deepcopy(families.pipelines["sd1"].unet)
+    for name, file in zip(("one", "two"), files):
+        stored = {k.removeprefix("unet."): v for k, v in load_file(file).items()}
+        targets = sorted({k.split(".lora_")[0] for k in stored})
+        unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=targets), adapter_name=name)
+        peft.set_peft_model_state_dict(unet, stored, adapter_name=name)
+    unet.set_adapters(["one", "two"], [0.7, -0.4])
+    wanted = theirs(unet, given)
+    before, adapters = snapshot(components), Adapters(components)
+    adapters.set([Adapter(files[0], unet=0.7), Adapter(files[1], unet=-0.4)])
+    assert error(ours(components, given), wanted) < TOLERANCE
+    adapters.set([])
+    assert_same(before, components)
+
+
+def test_one_after_another_is_as_if_alone(components: Components, files: list[Path]) -> None:
+    adapters = Adapters(components)
+    before = snapshot(components)
+    adapters.set([Adapter(files[1])])
+    alone = snapshot(components)
+    adapters.set([Adapter(files[0]), Adapter(files[1], unet=3.0)])
+    adapters.set([Adapter(files[1])])
+    assert_same(alone, components)
+    adapters.set([Adapter(files[1], unet=0.0)])
+    assert_same(before, components)
+    adapters.set([])
+    assert_same(before, components)
+
+
+def test_weights_stay_where_they_are(components: Components, files: list[Path]) -> None:
+    """A captured graph reads them by address. (Packed convolutions, which only the CPU has, are remade.)"""
+    matrices = {k: p for k, p in components.unet.named_parameters() if p.ndim == 2}
+    before = {key: (id(p), p.data_ptr()) for key, p in matrices.items()}
+    adapters = Adapters(components)
+    adapters.set([Adapter(files[1])])
+    after = {key: (id(p), p.data_ptr()) for key, p in components.unet.named_parameters() if p.ndim == 2}
+    assert after == before
+    adapters.set([])
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing(
+    components: Components, files: list[Path], tmp_path: Path
+) -> None:
+    before, adapters = snapshot(components), Adapters(components)
+    adapters.set([Adapter(files[0])])
+    with_one = snapshot(components)
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    other = {f"{layer}.lora_A.weight": torch.ones(2, 64), f"{layer}.lora_B.weight": torch.ones(64, 2)}
+
+    def refused(message: str, tensors: dict[str, torch.Tensor]) -> None:
+        save_file(tensors, tmp_path / "bad.safetensors")
+        with pytest.raises(FastsdError, match=message):
+            adapters.set([Adapter(files[1]), Adapter(tmp_path / "bad.safetensors")])
+        assert_same(with_one, components)
+
+    refused(
+        "1 of its layers are not in this model: unet.mid_block.elsewhere",
+        other
+        | {
+            "unet.mid_block.elsewhere.lora_A.weight": torch.ones(2, 64),
+            "unet.mid_block.elsewhere.lora_B.weight": torch.ones(64, 2),
+        },
+    )
+    refused(r"to_q \(.*\) does not fit the model's \[64, 64\]", other | {f"{layer}.lora_B.weight": torch.ones(65, 2)})
+    refused("does not fit", other | {f"{layer}.lora_B.weight": torch.ones(64, 3)})
+    refused("NaN", other | {f"{layer}.lora_B.weight": torch.full((64, 2), torch.nan)})
+    refused("no known role", other | {"unet.conv_in.weight": torch.ones(1)})
+    refused("not an adapter", {"model.diffusion_model.out.2.weight": torch.ones(1)})
+    refused("does not fit", {f"{layer}.lora_A.weight": torch.ones(2, 64)})  # half of it
+    save_file(
+        {
+            f"{layer}.lora_A.weight": torch.ones(2, 64),
+            f"{layer}.lora_B.weight": torch.ones(64, 2),
+            "unet.nowhere.lora_A.weight": torch.ones(2, 64),
+            "unet.nowhere.lora_B.weight": torch.ones(64, 2),
+        },
+        tmp_path / "partial.safetensors",
+    )
+    notes = adapters.set([Adapter(tmp_path / "partial.safetensors")], allow_partial=True)
+    assert len(notes) == 1 and "unet.nowhere" in notes[0]
+    with pytest.raises(FastsdError, match="no such adapter"):
+        adapters.set([Adapter(tmp_path / "missing.safetensors")])
+    with pytest.raises(FastsdError, match="strength 1000"):
+        adapters.set([Adapter(files[0], unet=1000.0)])
+    adapters.set([])
+    assert_same(before, components)
