@@ -15,7 +15,7 @@ OVERLAP = 16  # latent pixels shared by neighbours, over which they are cross-fa
 def decode_tiled(vae: AutoencoderKL, latent: torch.Tensor, tile: int = TILE, overlap: int = OVERLAP) -> torch.Tensor:
     """`vae.decode` of `[B, h, w, C]` in tiles of at most `tile` latent pixels.
 
-    Normalisation statistics are those of a tile, so the result differs a little from an untiled one; the linear
+    Normalisation statistics are those of a tile, so the result differs a little from an untiled one; the
     cross-fade keeps neighbours from showing an edge.
     """
     return _in_tiles(vae.decode, latent, tile, overlap, scale_up=vae.config.downscale, scale_down=1)
@@ -73,11 +73,15 @@ def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
 
 
 def _ramp(length: int, rise: int, fall: int, device: torch.device) -> torch.Tensor:
-    """Weights that climb from near 0 over the first `rise` and descend over the last `fall` entries."""
+    """Weights that climb from near 0 over the first `rise` and descend over the last `fall` entries.
+
+    The climb is 3 t^2 - 2 t^3: next to a tile's edge, where it lacks its surroundings and is wrong most, weights are of
+    second order.
+    """
     position = torch.arange(length, device=device, dtype=torch.float32) + 0.5
     weight = torch.ones_like(position)
     if rise:
         weight = torch.minimum(weight, position / rise)
     if fall:
         weight = torch.minimum(weight, (length - position) / fall)
-    return weight
+    return weight.square() * (3 - 2 * weight)
