@@ -1,0 +1,98 @@
+"""The counts behind every "share of the floor": against torch's own counter, and by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.ceilings import Ceilings, measure_ceilings
+from bench.families import FAMILIES, SD15, Family, choose
+from bench.roofline import KINDS, Work, attention_work, counted, decode_work, meta_unet_inputs, step_work, total
+from fastsd.errors import FastsdError
+from fastsd.model.unet import UNet
+from fastsd.model.vae import AutoencoderKL
+
+UNIT = Ceilings(1.0, 1.0, 1.0)
+
+
+def flops(work: list[Work]) -> float:
+    return sum(total(work, UNIT, 2).flops.values())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "tiny"])
+def test_unet_agrees_with_torchs_flop_counter(name: str) -> None:
+    family = FAMILIES[name]
+    side = family.size // family.vae.downscale
+    with torch.device("meta"):
+        unet = UNet(family.unet)
+    x, timestep, context, added = meta_unet_inputs(unet, 2, side, side)
+    with counted(unet) as work, FlopCounterMode(display=False) as counter:
+        unet(x, timestep, context, added)
+    assert flops(work) == pytest.approx(counter.get_total_flops(), rel=0.01)
+    # A step leaves out what was hoisted: the text's keys and values and the time embeddings, some 1% here.
+    assert 0.9 * flops(work) < flops(step_work(family, 1, family.size)) < flops(work)
+
+
+@torch.no_grad()
+def test_decoder_agrees_with_torchs_flop_counter() -> None:
+    with torch.device("meta"):
+        vae, latent = AutoencoderKL(SD15.vae), torch.empty(1, 64, 64, 4)
+    with FlopCounterMode(display=False) as counter:
+        vae.decode(latent)
+    assert flops(decode_work(SD15, 1, 512)) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_work_grows_with_the_batch_and_the_size() -> None:
+    one = flops(step_work(SD15, 1, 512))
+    assert flops(step_work(SD15, 4, 512)) == pytest.approx(4 * one)
+    by_kind = {size: total(step_work(SD15, 1, size), UNIT, 2).flops for size in (512, 1024)}
+    assert by_kind[1024]["conv"] == pytest.approx(4 * by_kind[512]["conv"])
+    assert by_kind[1024]["attention"] > 10 * by_kind[512]["attention"]  # its self-attention grows 16-fold
+
+
+def test_attention_by_hand() -> None:
+    """2 images, 3 heads of 5 channels, 7 queries, 11 keys."""
+    work = attention_work(2, 7, 11, 15, 3)
+    assert work.exps == 2 * 3 * 7 * 11
+    assert work.flops == 2 * (2 * 3 * 7 * 11 * 5) * 2
+    assert work.elements == 2 * (7 + 11 + 11 + 7) * 15
+
+
+def test_the_floor_is_the_slowest_of_three_and_sums_over_ops() -> None:
+    ceilings = Ceilings(flops=100.0, bytes=10.0, exps=1.0)
+    works = [Work("conv", 1000.0, 1.0), Work("norm", 0.0, 100.0), Work("attention", 100.0, 1.0, 50.0)]
+    assert [w.floor(ceilings, 2) for w in works] == [10.0, 20.0, 50.0]
+    result = total(works, ceilings, 2)
+    assert result.floor == 80.0
+    assert result.bytes == 204.0 and result.exps == 50.0
+    assert result.flops == dict(zip(KINDS, (1000.0, 0.0, 100.0, 0.0)))
+
+
+def test_hooks_are_taken_off_again() -> None:
+    with torch.device("meta"):
+        unet = UNet(FAMILIES["tiny"].unet)
+    with counted(unet):
+        pass
+    assert not any(module._forward_hooks for module in unet.modules())
+
+
+def test_ceilings_are_rates_of_this_machine() -> None:
+    """A product computes more than it moves, on any machine; a rate of zero or infinity would void every share."""
+    found = measure_ceilings(torch.device("cpu"), torch.float32, side=256, megabytes=4)
+    assert found.flops > found.bytes > 0
+    assert 1e6 < found.exps < 1e13
+
+
+def test_names_of_families() -> None:
+    assert choose("sd15, sdxl") == ["sd15", "sdxl"]
+    for wrong in ("sd15,sd99", ""):
+        with pytest.raises(FastsdError, match=r"--models.*sd15"):
+            choose(wrong)
+
+
+def test_every_family_has_text_as_wide_as_the_unet_reads() -> None:
+    family: Family
+    for family in FAMILIES.values():
+        assert sum(config.hidden_size for config in family.text) == family.unet.cross_attention_dim
