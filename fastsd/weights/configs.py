@@ -274,11 +274,13 @@ def read_scheduler(path: Path) -> SchedulerConfig:
 def write_scheduler(config: SchedulerConfig) -> dict[str, Any]:
     """The JSON that `read_scheduler`, and diffusers, read back."""
     result = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("sampler", "schedule")}
-    result["_class_name"] = CLASS_OF_SAMPLER.get(config.sampler, "DDIMScheduler")
+    result["_class_name"] = CLASS_OF_SAMPLER.get(config.sampler.removesuffix("_sde"), "DDIMScheduler")
+    if config.sampler == "dpm++2m_sde":
+        result["algorithm_type"] = "sde-dpmsolver++"
     if config.sampler in ("ddim", "ddpm", "lcm"):
         result["clip_sample"] = False  # clipping belongs to pixels, not to latents
     if config.sampler == "pndm":
         result["skip_prk_steps"] = True
-    if config.schedule == "karras":
-        result["use_karras_sigmas"] = True
+    if config.schedule in ("karras", "exponential"):
+        result[f"use_{config.schedule}_sigmas"] = True
     return result

@@ -18,7 +18,7 @@ from fastsd.weights.names import sources, stored_form
 
 
 def save_folder(components: Components, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
-    """Write every component of a one-encoder (SD1, SD2) or two-encoder (SDXL) model.
+    """Write every component of a model: SD1, SD2, SDXL base or refiner.
 
     Args:
         components: as `load_folder` gives them, or built in training.
@@ -32,15 +32,18 @@ def save_folder(components: Components, path: str | Path, dtype: torch.dtype = t
     _save_module(unet, root / "unet", "diffusion_pytorch_model", configs.write_unet(unet.config, size), dtype, linear)
     vae_json = configs.write_vae(vae.config, size * vae.config.downscale)
     _save_module(vae, root / "vae", "diffusion_pytorch_model", vae_json, dtype, linear)
+    xl, refiner = unet.add_embedding is not None, len(components.text_encoders) == 1
+    kind = "StableDiffusionPipeline"
+    if xl:
+        kind = "StableDiffusionXLImg2ImgPipeline" if refiner else "StableDiffusionXLPipeline"
     index: dict[str, Any] = {
-        "_class_name": "StableDiffusionXLPipeline" if len(components.text_encoders) > 1 else "StableDiffusionPipeline",
+        "_class_name": kind,
         "_diffusers_version": "0.30.0",
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
     for i, (encoder, tokenizer) in enumerate(zip(components.text_encoders, components.tokenizers, strict=True)):
-        alone_and_second = len(components.text_encoders) == 1 and unet.add_embedding is not None  # SDXL's refiner
-        suffix = "_2" if i or alone_and_second else ""
+        suffix = "_2" if i or (xl and refiner) else ""  # SDXL's refiner has the second alone
         text_json = configs.write_clip(encoder.config)
         _save_module(encoder, root / f"text_encoder{suffix}", "model", text_json, dtype, linear)
         tokenizer.save(root / f"tokenizer{suffix}")
@@ -49,8 +52,11 @@ def save_folder(components: Components, path: str | Path, dtype: torch.dtype = t
     scheduler = configs.write_scheduler(components.scheduler)
     _write_json(root / "scheduler" / "scheduler_config.json", scheduler)
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
-    if len(components.text_encoders) > 1:
+    if xl:
         index["force_zeros_for_empty_prompt"] = components.zeros_for_empty_prompt
+        if refiner:
+            index |= {"text_encoder": [None, None], "tokenizer": [None, None]}
+            index["requires_aesthetics_score"] = components.aesthetic_score
     else:
         absent = {"safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None]}
         index |= absent | {"requires_safety_checker": False}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from fastsd.kernels.dispatch import reference_only
 from fastsd.model.layers import ResBlock, SpatialTransformer
 from fastsd.model.unet import AddedConditioning
-from fastsd.weights import Components, load_folder
+from fastsd.weights import Components, load_folder, save_folder
 
 FAMILIES = ("sd1", "sd2", "inpainting", "sdxl", "refiner")
 
@@ -104,3 +106,23 @@ def test_text_encoders(pair: tuple[Components, Any]) -> None:
         assert error(found.pooled, pooled) < 1e-5
         for layer in (-2, -3):
             assert error(ours(ids, hidden_layer=layer).hidden, wanted.hidden_states[layer]) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "refiner"])
+@torch.no_grad()
+def test_what_fastsd_saves_opens_in_diffusers(family: str, families: Any, tmp_path: Path) -> None:
+    import diffusers
+
+    save_folder(load_folder(families.folder / family, torch.float32), tmp_path, torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        opened = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    original = families.pipelines[family]
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        wanted = getattr(original, part, None)
+        if wanted is not None:
+            found = getattr(opened, part).state_dict()
+            assert found.keys() == wanted.state_dict().keys()
+            assert all(torch.equal(value, wanted.state_dict()[key]) for key, value in found.items()), part
+    assert opened.scheduler.config.beta_start == original.scheduler.config.beta_start
+    assert opened.scheduler.config.prediction_type == original.scheduler.config.prediction_type

@@ -1,0 +1,143 @@
+"""The presets are the published models: values of their folders' JSON files, written out here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastsd import config
+from fastsd.weights import configs
+
+CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
+
+
+def unet(down: list[str], heads: Any, context: int, size: int, **more: Any) -> dict[str, Any]:
+    """What a published unet/config.json says."""
+    widths = [320, 640, 1280, 1280][: len(down)]
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "act_fn": "silu",
+        "attention_head_dim": heads,
+        "block_out_channels": widths,
+        "center_input_sample": False,
+        "cross_attention_dim": context,
+        "down_block_types": down,
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "in_channels": 4,
+        "layers_per_block": 2,
+        "mid_block_scale_factor": 1,
+        "norm_eps": 1e-05,
+        "norm_num_groups": 32,
+        "out_channels": 4,
+        "sample_size": size,
+        "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
+        **more,
+    }
+
+
+SD15 = unet([CROSS, CROSS, CROSS, PLAIN], 8, 768, 64)
+SD21 = unet([CROSS, CROSS, CROSS, PLAIN], [5, 10, 20, 20], 1024, 96, use_linear_projection=True)
+SDXL = unet(
+    [PLAIN, CROSS, CROSS],
+    [5, 10, 20],
+    2048,
+    128,
+    use_linear_projection=True,
+    transformer_layers_per_block=[1, 2, 10],
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+REFINER = unet(
+    [PLAIN, CROSS, CROSS, PLAIN],
+    [6, 12, 24, 24],
+    1280,
+    128,
+    use_linear_projection=True,
+    transformer_layers_per_block=4,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2560,
+    block_out_channels=[384, 768, 1536, 1536],
+)
+
+
+@pytest.mark.parametrize(
+    ("published", "preset"),
+    [
+        (SD15, config.SD15_UNET),
+        (SD21, config.SD21_UNET),
+        (SDXL, config.SDXL_UNET),
+        (REFINER, config.SDXL_REFINER_UNET),
+        (SD15 | {"in_channels": 9}, config.replace(config.SD15_UNET, in_channels=9)),
+    ],
+    ids=["SD1.5", "SD2.1", "SDXL", "refiner", "inpainting"],
+)
+def test_unets(published: dict[str, Any], preset: config.UNetConfig, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(published))
+    assert configs.read_unet(file) == (preset, published["sample_size"])
+    file.write_text(json.dumps(configs.write_unet(preset, published["sample_size"])))
+    assert configs.read_unet(file) == (preset, published["sample_size"])
+
+
+VAE = {
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+
+
+def test_autoencoders(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(VAE | {"sample_size": 512}))  # SD1.5's says nothing of the scale
+    assert configs.read_vae(file) == config.SD_VAE
+    file.write_text(json.dumps(VAE | {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True}))
+    assert configs.read_vae(file) == config.SDXL_VAE
+
+
+def text(hidden: int, layers: int, heads: int, act: str, projection: int, **more: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["CLIPTextModel"],
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "hidden_act": act,
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "layer_norm_eps": 1e-05,
+        "max_position_embeddings": 77,
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "projection_dim": projection,
+        "vocab_size": 49408,
+        **more,
+    }
+
+
+@pytest.mark.parametrize(
+    ("published", "preset"),
+    [
+        (text(768, 12, 12, "quick_gelu", 768), config.CLIP_L),
+        (text(1024, 23, 16, "gelu", 512), config.OPENCLIP_H),
+        (text(1280, 32, 20, "gelu", 1280, architectures=["CLIPTextModelWithProjection"]), config.OPENCLIP_BIGG),
+    ],
+    ids=["CLIP-L", "OpenCLIP-H", "OpenCLIP-bigG"],
+)
+def test_text_encoders(published: dict[str, Any], preset: config.CLIPConfig, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(published))
+    # These files carry transformers' old end token, 2, which stands for "the largest id of the row".
+    assert configs.read_clip(file) == config.replace(preset, eos_token_id=2, eos_is_largest_id=True)
+    file.write_text(json.dumps(published | {"eos_token_id": 49407}))
+    assert configs.read_clip(file) == preset
