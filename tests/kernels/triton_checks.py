@@ -1,0 +1,149 @@
+"""How every Triton kernel is checked: the rule of precision.py, poisoned outputs, guard zones, broken copies of it.
+
+Kernels run on CPU tensors in Triton's interpreter, which notices no access out of bounds. So every buffer, whether a
+test places it or a launcher allocates it, lies between guard zones of NaN: a stray read makes a result NaN, a stray
+write changes a guard.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+GUARD = 32  # elements on either side: 64 bytes at least, which keeps alignment
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LAYOUTS = ("contiguous", "offset", "gaps")
+ALLOCATORS = (torch.empty, torch.empty_like, torch.Tensor.new_empty)
+
+Outputs = torch.Tensor | Sequence[torch.Tensor]
+
+
+class Guards(TorchFunctionMode):
+    """Inside this context `torch.empty` and its like give NaN between guard zones; `intact` looks at all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffers: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # bytes: now, before; what is free
+
+    def _buffer(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        poison = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
+        return torch.full((numel + 2 * GUARD,), poison, dtype=dtype, device=DEVICE)
+
+    def _register(self, buffer: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
+        free = torch.zeros_like(buffer, dtype=torch.bool)
+        free.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(True)
+        self._buffers.append((buffer, buffer.clone(), free))
+        return view
+
+    def place(self, x: torch.Tensor, layout: str = "contiguous") -> torch.Tensor:
+        """A copy of `x` between guard zones.
+
+        layout: "contiguous"; "offset", which starts one element late, so that no vector is aligned; "gaps", with
+        three elements of poison behind each run of the last dimension.
+        """
+        shape = [*x.shape[:-1], x.shape[-1] + (3 if layout == "gaps" and x.ndim > 1 else 0)]
+        start = GUARD + (1 if layout == "offset" else 0)
+        numel = math.prod(shape)
+        buffer = self._buffer(numel + 1, x.dtype)
+        view = buffer[start : start + numel].view(shape)[..., : x.shape[-1]]
+        view.copy_(x)
+        return self._register(buffer, view)
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func not in ALLOCATORS or result.numel() == 0:
+            return result
+        buffer = self._buffer(result.numel(), result.dtype)
+        return self._register(buffer, buffer[GUARD : GUARD + result.numel()].view(result.shape))
+
+    def intact(self) -> None:
+        """Assert that nothing was written outside the buffers."""
+        for buffer, before, free in self._buffers:
+            size = buffer.element_size()
+            same = buffer.view(torch.uint8).view(-1, size) == before.view(torch.uint8).view(-1, size)
+            assert bool((same.all(1) | free).all()), "a write outside a buffer"
+
+
+def check(
+    op: Callable[..., Outputs],
+    plain: Callable[..., Outputs],
+    *inputs: torch.Tensor | None,
+    layout: str = "contiguous",
+) -> None:
+    """Assert max|op - truth| <= 2 max|plain - truth| + 1 ulp of the largest value, for each output.
+
+    Args:
+        op: the kernel's launcher. It gets copies of `inputs` between guard zones, and must leave them as they are.
+        plain: the same function in a few public PyTorch operations; in float64 it is the truth.
+        inputs: tensors in the dtype that both compute in.
+        layout: how inputs of more than one dimension lie in memory, see `Guards.place`.
+    """
+    guards = Guards()
+    placed = [None if x is None else guards.place(x, layout if x.ndim > 1 else "contiguous") for x in inputs]
+    with guards:
+        results = op(*placed)
+    guards.intact()
+    for before, after in zip(inputs, placed):
+        assert before is None or after is None or torch.equal(before, after.cpu()), "an input was changed"
+    compare(results, plain, *inputs)
+
+
+def compare(results: Outputs, plain: Callable[..., Outputs], *inputs: torch.Tensor | None) -> None:
+    """The rule itself, for results that are already there."""
+    results = _tuple(results)
+    same_dtype = _tuple(plain(*(None if x is None else x.clone() for x in inputs)))
+    truths = _tuple(plain(*(x.double() if x is not None and x.is_floating_point() else x for x in inputs)))
+    assert len(results) == len(truths)
+    for result, same, truth in zip(results, same_dtype, truths):
+        assert result.shape == truth.shape and result.dtype == same.dtype
+        # The interpreter truncates what it stores as bf16, where a device rounds: up to one ulp more.
+        ulps = 2 if INTERPRETED and result.dtype == torch.bfloat16 else 1
+        allowed = 2 * (same.double() - truth).abs().max().item()
+        allowed += ulps * truth.abs().max().item() * torch.finfo(result.dtype).eps
+        assert bool(result.isfinite().all()), "a poisoned or non-finite result"
+        distance = (result.cpu().double() - truth).abs().max().item()
+        assert distance <= allowed, f"{distance:.3g} from the truth, where {allowed:.3g} is allowed"
+
+
+def _tuple(outputs: Outputs) -> tuple[torch.Tensor, ...]:
+    return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
+
+
+def broken(module: ModuleType, old: str, new: str, folder: Path) -> Any:
+    """A copy of `module` in which the text `old` reads `new`. `old` must be there."""
+    source = Path(str(module.__file__)).read_text(encoding="utf-8")
+    assert old in source, f"{module.__name__} has no {old!r} to break"
+    file = folder / "broken.py"
+    file.write_text(source.replace(old, new), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    copy: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    return copy
+
+
+@contextmanager
+def must_fail() -> Iterator[None]:
+    """Assert that the checks in this block notice a broken kernel."""
+    try:
+        yield
+    except AssertionError:
+        return
+    raise RuntimeError("the checks did not notice")
+
+
+def rand(*shape: int, dtype: torch.dtype, scale: float = 1.0, mean: float = 0.0, seed: int = 0) -> torch.Tensor:
+    """Normal numbers, the same in every run."""
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return (torch.randn(*shape, generator=generator) * scale + mean).to(dtype)
