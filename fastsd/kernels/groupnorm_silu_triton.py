@@ -4,8 +4,9 @@ A program's tile is `[pixels, channels of a few whole groups]`, so that reads ar
 group has (10 in SD1.5). Moments are centred, first by channel and then merged by Chan's formula (Chan et al. 1983,
 equations 2.1): E[x^2] - E[x]^2 cancels when |mean| >> std, and a channel's mean may be far from its group's.
 
-Where a tile with all pixels fits on chip, one launch reads x once. Else `_groupnorm_moments_kernel` sums runs of
-pixels and `_groupnorm_apply_kernel` merges the runs and normalises.
+Where all pixels of a program's channels fit the first-level cache, one launch does it all, and its second reading is
+served from there. Else `_groupnorm_moments_kernel` sums runs of pixels, on as many processors as there are, and
+`_groupnorm_apply_kernel` merges the runs and normalises.
 """
 
 from __future__ import annotations
@@ -58,20 +59,93 @@ def _merge_channels(mean, m2, n, CPG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _by_channel(value, CPG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
-    """What is known of groups `[BLOCK_G]`, for each of their channels `[BLOCK_C]`."""
-    member = tl.arange(0, BLOCK_C)[None, :] // CPG == tl.arange(0, BLOCK_G)[:, None]
-    return tl.sum(tl.where(member, value[:, None], 0.0), 0)
+def _moments(
+    x_ptr,
+    x2_ptr,
+    add_ptr,
+    pivot,
+    start,
+    n,
+    channel,
+    within,
+    C1,
+    stride_xp,
+    stride_x2p,
+    CPG: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Mean less the pivot and sum of squares about it, of groups `[BLOCK_G]` over the n pixels from `start`.
+
+    Welford's update (1962) in every lane of the tile, so that threads meet once, after the loop.
+    """
+    row = tl.arange(0, BLOCK_P)
+    mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    m2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    count = 0.0
+    for offset in range(0, n, BLOCK_P):
+        pixel, live = start + offset + row, offset + row < n
+        y = _load(x_ptr, x2_ptr, add_ptr, pixel, live, channel, within, C1, stride_xp, stride_x2p, PARTS) - pivot
+        count += 1.0
+        delta = tl.where(live[:, None], y - mean, 0.0)
+        mean += delta * (1.0 / count)
+        m2 += delta * (y - mean)
+    counts = ((n - row + BLOCK_P - 1) // BLOCK_P).to(tl.float32)[:, None]  # pixels that a lane has seen
+    channel_mean = tl.sum(mean * counts, 0) / n
+    centred = mean - channel_mean[None, :]
+    channel_m2 = tl.sum(m2 + counts * centred * centred, 0)
+    return _merge_channels(channel_mean, channel_m2, n, CPG, BLOCK_C, BLOCK_G)
 
 
 @triton.jit
-def _store(out_ptr, y, mean, scale, shift, pixel, channel, mask, C, SILU: tl.constexpr):
-    """silu((y - mean) * scale + shift). Not y * scale + (shift - mean * scale): that cancels at large means."""
-    y = (y - mean[None, :]) * scale[None, :] + shift[None, :]
-    if SILU:
-        y = y / (1.0 + tl.exp(-y))
-    pointers = out_ptr + pixel.to(tl.int64)[:, None] * C + channel[None, :]
-    tl.store(pointers, y.to(out_ptr.dtype.element_ty), mask=mask)
+def _normalise(
+    x_ptr,
+    x2_ptr,
+    add_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    pivot,
+    group_mean,
+    group_m2,
+    eps,
+    start,
+    end,
+    channel,
+    within,
+    HW,
+    C,
+    C1,
+    stride_xp,
+    stride_x2p,
+    CPG: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    PARTS: tl.constexpr,
+    SILU: tl.constexpr,
+):
+    """Write silu((x + add - mean) * scale + shift) of the pixels from `start` to `end`.
+
+    Not (x + add) * scale + (shift - mean * scale): that cancels at large means.
+    """
+    member = tl.arange(0, BLOCK_C)[None, :] // CPG == tl.arange(0, BLOCK_G)[:, None]
+    rstd = 1.0 / tl.sqrt_rn(group_m2 / HW / CPG + eps)
+    scale = tl.sum(tl.where(member, rstd[:, None], 0.0), 0)
+    mean = tl.sum(tl.where(member, group_mean[:, None], 0.0), 0)
+    scale *= tl.load(weight_ptr + channel, mask=within, other=0.0).to(tl.float32)
+    shift = tl.load(bias_ptr + channel, mask=within, other=0.0).to(tl.float32)
+    for first in range(start, end, BLOCK_P):
+        pixel = first + tl.arange(0, BLOCK_P)
+        live = pixel < end
+        y = _load(x_ptr, x2_ptr, add_ptr, pixel, live, channel, within, C1, stride_xp, stride_x2p, PARTS) - pivot
+        y = (y - mean[None, :]) * scale[None, :] + shift[None, :]
+        if SILU:
+            y = y / (1.0 + tl.exp(-y))
+        pointers = out_ptr + pixel.to(tl.int64)[:, None] * C + channel[None, :]
+        tl.store(pointers, y.to(out_ptr.dtype.element_ty), mask=live[:, None] & within[None, :])
 
 
 @triton.jit
@@ -99,27 +173,19 @@ def _groupnorm_silu_kernel(
     PARTS: tl.constexpr,
     SILU: tl.constexpr,
 ):
-    b = tl.program_id(1).to(tl.int64)
-    lane, pixel = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
-    channel = tl.program_id(0) * (G * CPG) + lane
-    within = lane < G * CPG
-    if add_ptr is not None:
-        add_ptr += b * stride_ab
+    b, lane = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_C)
+    channel, within = tl.program_id(0) * (G * CPG) + lane, lane < G * CPG
     x_ptr += b * stride_xb
     x2_ptr += b * stride_x2b
+    if add_ptr is not None:
+        add_ptr += b * stride_ab
+    # fmt: off
     pivot = _load_pivot(x_ptr, x2_ptr, add_ptr, channel, within, C1, stride_xp, stride_x2p, CPG, PARTS)
-    y = _load(x_ptr, x2_ptr, add_ptr, pixel, pixel < HW, channel, within, C1, stride_xp, stride_x2p, PARTS)
-    mask = (pixel < HW)[:, None] & within[None, :]
-    y = tl.where(mask, y - pivot, 0.0)
-    mean = tl.sum(y, 0) / HW
-    centred = tl.where(mask, y - mean[None, :], 0.0)
-    group_mean, group_m2 = _merge_channels(mean, tl.sum(centred * centred, 0), HW, CPG, BLOCK_C, BLOCK_G)
-    rstd = 1.0 / tl.sqrt_rn(group_m2 / (HW * CPG) + eps)
-    scale = tl.load(weight_ptr + channel, mask=within, other=0.0).to(tl.float32)
-    scale *= _by_channel(rstd, CPG, BLOCK_C, BLOCK_G)
-    shift = tl.load(bias_ptr + channel, mask=within, other=0.0).to(tl.float32)
-    mean = _by_channel(group_mean, CPG, BLOCK_C, BLOCK_G)
-    _store(out_ptr + b * HW * C, y, mean, scale, shift, pixel, channel, mask, C, SILU)
+    mean, m2 = _moments(x_ptr, x2_ptr, add_ptr, pivot, 0, HW, channel, within, C1, stride_xp, stride_x2p,
+                        CPG, BLOCK_P, BLOCK_C, BLOCK_G, PARTS)
+    _normalise(x_ptr, x2_ptr, add_ptr, weight_ptr, bias_ptr, out_ptr + b * HW * C, pivot, mean, m2, eps, 0, HW,
+               channel, within, HW, C, C1, stride_xp, stride_x2p, CPG, BLOCK_P, BLOCK_C, BLOCK_G, PARTS, SILU)
+    # fmt: on
 
 
 @triton.jit
@@ -145,44 +211,25 @@ def _groupnorm_moments_kernel(
 ):
     split, block, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     splits, groups = tl.num_programs(0), tl.num_programs(1) * G
-    lane, row = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
-    channel = block * (G * CPG) + lane
-    within = lane < G * CPG
+    lane, g = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_G)
+    channel, within = block * (G * CPG) + lane, lane < G * CPG
     start = split * split_pixels
-    n = tl.minimum(split_pixels, HW - start)
-    if add_ptr is not None:
-        add_ptr += b * stride_ab
     x_ptr += b * stride_xb
     x2_ptr += b * stride_x2b
+    if add_ptr is not None:
+        add_ptr += b * stride_ab
+    # fmt: off
     pivot = _load_pivot(x_ptr, x2_ptr, add_ptr, channel, within, C1, stride_xp, stride_x2p, CPG, PARTS)
-
-    # Welford's update in every lane of the tile: threads meet once, after the loop.
-    mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    m2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    count = 0.0
-    for offset in range(0, n, BLOCK_P):
-        pixel, live = start + offset + row, offset + row < n
-        y = _load(x_ptr, x2_ptr, add_ptr, pixel, live, channel, within, C1, stride_xp, stride_x2p, PARTS) - pivot
-        count += 1.0
-        delta = tl.where(live[:, None], y - mean, 0.0)
-        mean += delta * (1.0 / count)
-        m2 += delta * (y - mean)
-
-    counts = ((n - row + BLOCK_P - 1) // BLOCK_P).to(tl.float32)  # pixels that a lane has seen
-    channel_mean = tl.sum(mean * counts[:, None], 0) / n
-    centred = mean - channel_mean[None, :]
-    channel_m2 = tl.sum(m2 + counts[:, None] * centred * centred, 0)
-    group_mean, group_m2 = _merge_channels(channel_mean, channel_m2, n, CPG, BLOCK_C, BLOCK_G)
-    g = tl.arange(0, BLOCK_G)
+    mean, m2 = _moments(x_ptr, x2_ptr, add_ptr, pivot, start, tl.minimum(split_pixels, HW - start), channel, within,
+                        C1, stride_xp, stride_x2p, CPG, BLOCK_P, BLOCK_C, BLOCK_G, PARTS)
+    # fmt: on
     pointers = moments_ptr + (b * 2 * splits + split) * groups + block * G + g
-    tl.store(pointers, group_mean, mask=g < G)
-    tl.store(pointers + splits * groups, group_m2, mask=g < G)
+    tl.store(pointers, mean, mask=g < G)
+    tl.store(pointers + splits * groups, m2, mask=g < G)
 
 
 @triton.jit
-def _merge_splits(
-    moments_ptr, group, mask, splits, groups, split_pixels, HW, CPG: tl.constexpr, BLOCK_S: tl.constexpr
-):
+def _merge_splits(moments_ptr, group, mask, splits, groups, split_pixels, HW, CPG: tl.constexpr, BLOCK_S: tl.constexpr):
     """Moments of `group` over all pixels, from one image's `[2, splits, groups]`."""
     s = tl.arange(0, BLOCK_S)
     n = tl.maximum(tl.minimum(split_pixels, HW - s * split_pixels), 0).to(tl.float32)[:, None]
@@ -247,30 +294,21 @@ def _groupnorm_apply_kernel(
 ):
     block, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     groups = tl.num_programs(1) * G
-    lane, row, g = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_G)
-    channel = block * (G * CPG) + lane
-    within = lane < G * CPG
-    group_mean, group_m2 = _merge_splits(
-        moments_ptr + b * 2 * splits * groups, block * G + g, g < G, splits, groups, split_pixels, HW, CPG, BLOCK_S
-    )
-    rstd = 1.0 / tl.sqrt_rn(group_m2 / HW / CPG + eps)
-    scale = tl.load(weight_ptr + channel, mask=within, other=0.0).to(tl.float32)
-    scale *= _by_channel(rstd, CPG, BLOCK_C, BLOCK_G)
-    shift = tl.load(bias_ptr + channel, mask=within, other=0.0).to(tl.float32)
-    mean = _by_channel(group_mean, CPG, BLOCK_C, BLOCK_G)
-    if add_ptr is not None:
-        add_ptr += b * stride_ab
+    lane, g = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_G)
+    channel, within = block * (G * CPG) + lane, lane < G * CPG
+    start = tl.program_id(0) * apply_pixels
     x_ptr += b * stride_xb
     x2_ptr += b * stride_x2b
+    moments_ptr += b * 2 * splits * groups
+    if add_ptr is not None:
+        add_ptr += b * stride_ab
+    # fmt: off
     pivot = _load_pivot(x_ptr, x2_ptr, add_ptr, channel, within, C1, stride_xp, stride_x2p, CPG, PARTS)
-    out_ptr += b * HW * C
-
-    start = tl.program_id(0) * apply_pixels
-    for first in range(start, tl.minimum(start + apply_pixels, HW), BLOCK_P):
-        pixel = first + row
-        live = pixel < HW
-        y = _load(x_ptr, x2_ptr, add_ptr, pixel, live, channel, within, C1, stride_xp, stride_x2p, PARTS) - pivot
-        _store(out_ptr, y, mean, scale, shift, pixel, channel, live[:, None] & within[None, :], C, SILU)
+    mean, m2 = _merge_splits(moments_ptr, block * G + g, g < G, splits, groups, split_pixels, HW, CPG, BLOCK_S)
+    _normalise(x_ptr, x2_ptr, add_ptr, weight_ptr, bias_ptr, out_ptr + b * HW * C, pivot, mean, m2, eps,
+               start, tl.minimum(start + apply_pixels, HW), channel, within, HW, C, C1, stride_xp, stride_x2p,
+               CPG, BLOCK_P, BLOCK_C, BLOCK_G, PARTS, SILU)
+    # fmt: on
 
 
 def groupnorm_silu(

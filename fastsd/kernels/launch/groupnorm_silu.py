@@ -1,4 +1,4 @@
-"""Launches of `groupnorm_silu`: on chip in one launch, or a reduction that is split over the pixels."""
+"""Launches of `groupnorm_silu`: one launch where the cache of a multiprocessor holds the pixels, else a split one."""
 
 from __future__ import annotations
 
@@ -8,28 +8,31 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Row:
-    """What an architecture class allows.
+    """What an architecture class gets.
 
-    held: most elements, padded to powers of two, that one program keeps in registers. held_per_warp: elements a
-    warp. row_bytes: a program of the split path reads at least so many neighbouring bytes of a pixel, if it can.
-    tile: elements of its tile; warps: of its programs. programs: how many programs an image is split into at least,
-    where it has the pixels. apply_tiles: tiles that one program of the second launch writes. merge: with more splits
-    than these, a launch of its own merges them, since every program of the second launch would read them all.
+    whole: most bytes of x that one program reads twice, the second time from the first-level cache; whole_tile,
+    whole_warps: elements of its tile, and its warps. row_bytes: a program of the split path reads at least so many
+    neighbouring bytes of a pixel, if it can; tile, warps: as above. programs: an image is split into so many programs,
+    as long as each has split_tiles tiles. apply_tiles: tiles that one program of the second launch writes. merge:
+    with more splits than these a launch of its own merges them, since every program of the second would read them
+    all.
     """
 
-    held: int = 32768
-    held_per_warp: int = 2048
+    whole: int = 49152
+    whole_tile: int = 8192
+    whole_warps: int = 16
     row_bytes: int = 128
     tile: int = 4096
     warps: int = 4
-    programs: int = 128
+    programs: int = 512
+    split_tiles: int = 4
     apply_tiles: int = 4
     merge: int = 64
 
 
 # Chosen by compiled code (registers, spills, width of the loads) and estimates; no row has been timed yet.
 TABLE: dict[int, Row] = {
-    75: Row(held=16384, programs=64),
+    75: Row(whole=24576, programs=160),  # 32 KiB of first-level cache
     80: Row(),
     86: Row(),
     90: Row(),
@@ -43,9 +46,8 @@ class Launch:
     """One call's launch.
 
     groups: groups of one program. block_p: pixels of its tile. warps: of every program. split_pixels: pixels that one
-    program of the statistics sums, a multiple of block_p; 0 for the one launch that keeps everything on chip.
-    apply_pixels: pixels that one program of the second launch writes. merge: whether a launch between merges the
-    splits.
+    program of the statistics sums; 0 for one launch that does it all. apply_pixels: pixels that one program of the
+    second launch writes. merge: whether a launch between merges the splits.
     """
 
     groups: int
@@ -65,19 +67,26 @@ def power_of_two(n: int) -> int:
 def choose(architecture: int, pixels: int, channels: int, groups: int, itemsize: int) -> Launch:
     """The launch for `[B, pixels, channels]`. It does not depend on B: a batch must not change an image's sums."""
     row, size = TABLE[architecture], channels // groups
-    divisors = [g for g in range(1, groups + 1) if groups % g == 0]
-    # Fewest groups first: most programs. A row of whole 16-byte vectors is read best, of 8-byte vectors well enough.
+    divisors = [g for g in range(1, groups + 1) if groups % g == 0]  # fewest groups first: most programs
+    # A pixel's part is read best in vectors of 16 bytes, well enough in those of 8.
     for vector in (16, 8):
         for g in divisors:
-            elements = power_of_two(pixels) * power_of_two(g * size)
-            if g * size * itemsize % vector == 0 and elements <= row.held:
-                return Launch(g, power_of_two(pixels), min(max(elements // row.held_per_warp, 1), 16))
-    aligned = [g for g in divisors if g * size * itemsize % 16 == 0] or [groups]
-    g = next((g for g in aligned if g * size * itemsize >= row.row_bytes), aligned[-1])
-    if power_of_two(g * size) > row.tile:  # few groups with thousands of channels
-        g = 1
+            part = g * size * itemsize
+            if part % vector == 0 and part * pixels <= row.whole:
+                return _whole(row, pixels, g, size)
+    # The narrowest part that is whole 32-byte sectors of memory and wide enough, or as near to that as there is.
+    aligned = next((found for n in (32, 16, 8) if (found := [g for g in divisors if g * size * itemsize % n == 0])), [])
+    candidates = [g for g in aligned or divisors if power_of_two(g * size) <= row.tile] or [1]
+    g = next((g for g in candidates if g * size * itemsize >= row.row_bytes), candidates[-1])
+    if g * size * itemsize * pixels <= row.whole:
+        return _whole(row, pixels, g, size)
     block_p = max(row.tile // power_of_two(g * size), 1)
-    splits = max(row.programs * g // groups, 1)
-    split_pixels = -(-pixels // (splits * block_p)) * block_p
+    split_pixels = max(-(-pixels * groups // (row.programs * g * block_p)), row.split_tiles) * block_p
     splits = -(-pixels // split_pixels)
     return Launch(g, block_p, row.warps, split_pixels, block_p * row.apply_tiles, splits > row.merge)
+
+
+def _whole(row: Row, pixels: int, groups: int, size: int) -> Launch:
+    columns = power_of_two(groups * size)
+    block_p = min(max(row.whole_tile // columns, 1), power_of_two(pixels))
+    return Launch(groups, block_p, max(row.whole_warps * block_p * columns // row.whole_tile, 1))

@@ -1,0 +1,79 @@
+"""Kernels compiled without a GPU, and what the machine code says: registers, spills, shared memory, widths of loads."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+BINARIES = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+SHARED = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may use
+TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """registers: of a thread; spills: bytes of local memory; shared: bytes; loads, stores: bits of each access."""
+
+    registers: int
+    spills: int
+    shared: int
+    loads: tuple[int, ...]
+    stores: tuple[int, ...]
+
+
+def compile_kernel(kernel: Any, capability: int, warps: int, arguments: Mapping[str, Any]) -> Compiled:
+    """Compile for sm_`capability` as a launch with these arguments would.
+
+    arguments: for each parameter a torch dtype (a pointer, 16-byte aligned), an int or float (typed and specialised
+    as Triton does: 1 becomes a constant, a multiple of 16 is known as one), None, or the constant of a constexpr.
+    """
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if isinstance(value, torch.dtype):
+            signature[parameter.name] = "*" + TYPES[value]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(i,)] = value
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
+        machine = _run("nvdisasm", "-c", file.name)
+    counts = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert counts is not None, usage
+    return Compiled(
+        registers=int(counts[1]),
+        spills=int(counts[2]) + int(counts[3]),
+        shared=binary.metadata.shared,
+        loads=_widths("LDG", machine),
+        stores=_widths("STG", machine),
+    )
+
+
+def _widths(instruction: str, machine: str) -> tuple[int, ...]:
+    found = re.findall(rf"\b{instruction}\.E((?:\.\w+)*)", machine)
+    return tuple(int((re.search(r"\.[US]?(8|16|64|128)\b", suffix) or ["", "32"])[1]) for suffix in found)
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([os.path.join(BINARIES, tool), *arguments], capture_output=True, text=True, check=True).stdout
