@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastsd.kernels.launch import architecture
+from fastsd.kernels.launch import OPTIONS, architecture
 from fastsd.kernels.launch.rows import Launch
 from fastsd.kernels.launch.rows import advance as choose
 
@@ -40,7 +40,9 @@ def _advance_kernel(
     b0, b1 = tl.load(coefficients + 6), tl.load(coefficients + 7)
     b2, b3 = tl.load(coefficients + 8), tl.load(coefficients + 9)
     n, m = tl.load(coefficients + 10), tl.load(coefficients + 11)
-    saves, pushes = tl.load(coefficients + 12) > 0, tl.load(coefficients + 13) > 0
+    # As vectors: a scalar truth does not combine with a mask in the interpreter.
+    zeros = tl.zeros([BLOCK], tl.float32)
+    saves, pushes = zeros + tl.load(coefficients + 12) > 0, zeros + tl.load(coefficients + 13) > 0
     c_in_next = tl.load(coefficients + 17)
 
     x = tl.load(x_ptr + i, mask=mask, other=0.0)
@@ -129,4 +131,5 @@ def advance(
             GUIDANCE_ON_DEVICE=on_device,
             BLOCK=launch.block_columns,
             num_warps=launch.warps,
+            **OPTIONS,
         )

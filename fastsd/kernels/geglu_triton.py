@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastsd.kernels.launch import architecture
+from fastsd.kernels.launch import OPTIONS, architecture
 from fastsd.kernels.launch.rows import Launch, row_stride
 from fastsd.kernels.launch.rows import geglu as choose
 
@@ -72,5 +72,6 @@ def geglu_gate(y: torch.Tensor, bias: torch.Tensor | None = None, launch: Launch
                 BLOCK_R=launch.block_rows,
                 BLOCK_N=launch.block_columns,
                 num_warps=launch.warps,
+                **OPTIONS,
             )
     return out

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastsd.kernels.launch import architecture
+from fastsd.kernels.launch import OPTIONS, architecture
 from fastsd.kernels.launch.groupnorm_silu import Launch, choose, power_of_two
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -360,6 +360,7 @@ def groupnorm_silu(
         "BLOCK_G": power_of_two(launch.groups),
         "PARTS": 1 if skip is None else 2,
         "num_warps": launch.warps,
+        **OPTIONS,
     }
     blocks = groups // launch.groups
     with torch.cuda.device_of(x):
@@ -376,7 +377,7 @@ def groupnorm_silu(
         if launch.merge:
             merged = torch.empty(batch, 2, 1, groups, dtype=torch.float32, device=x.device)
             _groupnorm_merge_kernel[(groups, batch)](
-                moments, merged, pixels, splits, split_pixels, groups, CPG=size, BLOCK_S=power_of_two(splits)
+                moments, merged, pixels, splits, split_pixels, groups, CPG=size, BLOCK_S=power_of_two(splits), **OPTIONS
             )
             moments, splits, split_pixels = merged, 1, pixels
         _groupnorm_apply_kernel[(-(-pixels // launch.apply_pixels), blocks, batch)](
@@ -400,6 +401,8 @@ def _check(
 ) -> None:
     if x.dtype not in DTYPES:
         raise ValueError(f"groupnorm_silu: x is {x.dtype}; the kernel takes float16, bfloat16 and float32")
+    if skip is not None and (skip.shape[:3] != x.shape[:3] or skip.dtype != x.dtype):
+        raise ValueError(f"groupnorm_silu: skip needs shape {[*x.shape[:3]]} + [C2] and the dtype of x")
     if groups < 1 or channels % groups:
         raise ValueError(f"groupnorm_silu: {groups} groups do not divide {channels} channels")
     if weight.shape != (channels,) or bias.shape != (channels,) or weight.stride(0) != 1 or bias.stride(0) != 1:
@@ -408,8 +411,6 @@ def _check(
         raise ValueError(f"groupnorm_silu: add is {list(add.shape)}; it needs [{len(x)} or 1, {channels}]")
     if add is not None and channels > 1 and add.stride(1) != 1:
         raise ValueError("groupnorm_silu: add needs its channels next to each other")
-    if skip is not None and (skip.shape[:3] != x.shape[:3] or skip.dtype != x.dtype):
-        raise ValueError(f"groupnorm_silu: skip needs shape {[*x.shape[:3]]} + [C2] and the dtype of x")
     for name, part in (("x", x), ("skip", skip)):
         if part is not None and part.numel() and not _rows(part):
             raise ValueError(

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastsd.kernels.launch import architecture
+from fastsd.kernels.launch import OPTIONS, architecture
 from fastsd.kernels.launch.rows import Launch, row_stride
 from fastsd.kernels.launch.rows import layernorm as choose
 
@@ -90,13 +90,10 @@ def layernorm(
         launch = launch or choose(architecture.of(x.device), columns)
         with torch.cuda.device_of(x):
             _layernorm_kernel[(-(-rows // launch.block_rows),)](
-                *(x, residual, weight, bias, out, total, rows, columns, eps),
-                *(
-                    row_stride("layernorm: x", x),
-                    0 if residual is None else row_stride("layernorm: residual", residual),
-                ),
+                *(x, residual, weight, bias, out, total, rows, columns, eps, stride, residual_stride),
                 BLOCK_R=launch.block_rows,
                 BLOCK_C=launch.block_columns,
                 num_warps=launch.warps,
+                **OPTIONS,
             )
     return out if total is None else (out, total)

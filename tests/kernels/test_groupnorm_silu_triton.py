@@ -51,9 +51,19 @@ CASES = {
     "split and merged": Case(2, 9, 9, 24, 2, launch=MERGE),
     "split, of two parts": Case(2, 7, 7, 20, 4, skip=12, launch=replace(SPLIT, groups=2)),
     "E[x^2] - E[x]^2 would cancel": Case(1, 8, 8, 16, 4, mean=30.0, std=1e-3),
+    "the same, where the rounding of the mean shows": Case(
+        2, 8, 8, 64, 32, launch=Launch(16, 64, 4), mean=30.0, std=1e-3
+    ),
     "the same, split": Case(1, 9, 9, 16, 4, launch=SPLIT, mean=30.0, std=1e-3),
     "eps decides": Case(1, 8, 8, 16, 4, std=1e-6),
     "large activations of the autoencoder": Case(1, 8, 8, 16, 4, std=1e4),
+}
+
+# Each case runs once for each dtype, in another variant of the op; hypothesis mixes them.
+VARIANTS = {
+    torch.float32: (True, 0, "contiguous"),
+    torch.float16: (False, "batch", "offset"),
+    torch.bfloat16: (True, 1, "gaps"),
 }
 
 
@@ -84,20 +94,18 @@ def run(case: Case, dtype: torch.dtype, silu: bool, add: int, layout: str = "con
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reason", CASES)
 def test_groupnorm_silu(reason, dtype):
-    case = CASES[reason]
-    run(case, dtype, silu=True, add=0)
-    run(case, dtype, silu=False, add=case.batch, layout="offset")
-    run(case, dtype, silu=True, add=1, layout="gaps")
+    case, (silu, add, layout) = CASES[reason], VARIANTS[dtype]
+    run(case, dtype, silu, case.batch if add == "batch" else add, layout)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(st.data())
 def test_groupnorm_silu_at_any_shape(data):
-    groups, size = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 12))
+    groups, size = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 12))
     height, width, batch = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9)), data.draw(st.integers(1, 2))
     skip = data.draw(st.integers(0, groups * size - 1))
     per_program = data.draw(st.sampled_from([g for g in range(1, groups + 1) if groups % g == 0]))
-    block = data.draw(st.sampled_from([8, 16, 32]))
+    block = data.draw(st.sampled_from([16, 32]))
     split = Launch(per_program, block, 4, block * data.draw(st.integers(1, 2)), block, data.draw(st.booleans()))
     launch = data.draw(st.sampled_from([None, Launch(per_program, block, 4), split]))
     case = Case(batch, height, width, groups * size - skip, groups, skip, launch)
@@ -119,7 +127,9 @@ def test_groupnorm_silu_keeps_a_nan_in_its_group():
     x = rand(1, 4, 4, 12, dtype=torch.float32).to(DEVICE)
     x[0, 1, 2, 5] = float("nan")
     for launch in (Launch(3, 16, 4), replace(SPLIT, groups=3), replace(MERGE, groups=3)):
-        y = module.groupnorm_silu(x, torch.ones(12, device=DEVICE), torch.zeros(12, device=DEVICE), 3, EPS, launch=launch)
+        y = module.groupnorm_silu(
+            x, torch.ones(12, device=DEVICE), torch.zeros(12, device=DEVICE), 3, EPS, launch=launch
+        )
         assert bool(y[..., 4:8].isnan().all()) and bool(y[..., :4].isfinite().all() and y[..., 8:].isfinite().all())
 
 
@@ -161,6 +171,7 @@ def test_the_checks_notice_when_groupnorm_silu(fault: str, tmp_path: Path):
         run(CASES["split, of two parts"], torch.float32, True, 2, kernels=copy)
         run(CASES["split and merged"], torch.float32, True, 0, kernels=copy)
         run(CASES["eps decides"], torch.float32, True, 0, kernels=copy)
+        run(CASES["the same, where the rounding of the mean shows"], torch.float32, True, 0, kernels=copy)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +203,11 @@ def test_launches_of_groupnorm_silu_fit(architecture: int, itemsize: int):
     for pixels, channels, groups in sizes:
         launch, row = choose(architecture, pixels, channels, groups, itemsize), TABLE[architecture]
         columns = power_of_two(launch.groups * channels // groups)
-        assert groups % launch.groups == 0 and launch.block_p == power_of_two(launch.block_p) and launch.warps in (1, 2, 4, 8, 16)
+        assert (
+            groups % launch.groups == 0
+            and launch.block_p == power_of_two(launch.block_p)
+            and launch.warps in (1, 2, 4, 8, 16)
+        )
         assert launch.block_p * columns <= max(row.whole_tile, row.tile, columns)
         assert launch.split_pixels % launch.block_p == 0 and launch.apply_pixels % launch.block_p == 0
         if launch.split_pixels:

@@ -1,8 +1,8 @@
 """How every Triton kernel is checked: the rule of precision.py, poisoned outputs, guard zones, broken copies of it.
 
-Kernels run on CPU tensors in Triton's interpreter, which notices no access out of bounds. So every buffer, whether a
-test places it or a launcher allocates it, lies between guard zones of NaN: a stray read makes a result NaN, a stray
-write changes a guard.
+Kernels run on CPU tensors in Triton's interpreter, which notices no access out of bounds. So every buffer lies between
+guard zones: of NaN around what a test places, so that a stray read makes a result NaN; of a number around what a
+launcher allocates or a kernel changes in place, so that a stray write, even of NaN, changes it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-GUARD = 32  # elements on either side: 64 bytes at least, which keeps alignment
+GUARD = 4096  # elements on either side: alignment is kept, and a broken kernel does not reach the heap
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
+SENTINEL = 12345.0
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("contiguous", "offset", "gaps")
 ALLOCATORS = (torch.empty, torch.empty_like, torch.Tensor.new_empty)
@@ -36,9 +37,9 @@ class Guards(TorchFunctionMode):
         super().__init__()
         self._buffers: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # bytes: now, before; what is free
 
-    def _buffer(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        poison = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
-        return torch.full((numel + 2 * GUARD,), poison, dtype=dtype, device=DEVICE)
+    def _buffer(self, numel: int, dtype: torch.dtype, guard: float) -> torch.Tensor:
+        fill = guard if dtype.is_floating_point else torch.iinfo(dtype).max
+        return torch.full((numel + 2 * GUARD,), fill, dtype=dtype, device=DEVICE)
 
     def _register(self, buffer: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
         free = torch.zeros_like(buffer, dtype=torch.bool)
@@ -46,16 +47,16 @@ class Guards(TorchFunctionMode):
         self._buffers.append((buffer, buffer.clone(), free))
         return view
 
-    def place(self, x: torch.Tensor, layout: str = "contiguous") -> torch.Tensor:
+    def place(self, x: torch.Tensor, layout: str = "contiguous", guard: float = math.nan) -> torch.Tensor:
         """A copy of `x` between guard zones.
 
         layout: "contiguous"; "offset", which starts one element late, so that no vector is aligned; "gaps", with
-        three elements of poison behind each run of the last dimension.
+        three elements of guard behind each run of the last dimension.
         """
         shape = [*x.shape[:-1], x.shape[-1] + (3 if layout == "gaps" and x.ndim > 1 else 0)]
         start = GUARD + (1 if layout == "offset" else 0)
         numel = math.prod(shape)
-        buffer = self._buffer(numel + 1, x.dtype)
+        buffer = self._buffer(numel + 1, x.dtype, guard)
         view = buffer[start : start + numel].view(shape)[..., : x.shape[-1]]
         view.copy_(x)
         return self._register(buffer, view)
@@ -64,8 +65,9 @@ class Guards(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func not in ALLOCATORS or result.numel() == 0:
             return result
-        buffer = self._buffer(result.numel(), result.dtype)
-        return self._register(buffer, buffer[GUARD : GUARD + result.numel()].view(result.shape))
+        buffer = self._buffer(result.numel(), result.dtype, SENTINEL)
+        view = buffer[GUARD : GUARD + result.numel()].view(result.shape)
+        return self._register(buffer, view.fill_(math.nan) if result.is_floating_point() else view)
 
     def intact(self) -> None:
         """Assert that nothing was written outside the buffers."""

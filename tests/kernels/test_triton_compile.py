@@ -1,0 +1,116 @@
+"""Every kernel compiled for every architecture class: no spills, shared memory that fits, wide accesses.
+
+The launches are the tables' own, at shapes of SD1.5, of the SD and SDXL decoders and of CLIP.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="no Triton for this platform")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from fastsd.kernels import advance_triton, geglu_triton, groupnorm_silu_triton, layernorm_triton  # noqa: E402
+from fastsd.kernels.launch import groupnorm_silu, rows  # noqa: E402
+from tests.kernels.triton_compile import SHARED, compile_kernel  # noqa: E402
+
+QUICK = (75, 90)
+TARGETS = [
+    pytest.param(capability, dtype, marks=() if capability in QUICK and dtype is torch.float16 else pytest.mark.slow)
+    for capability in SHARED
+    for dtype in (torch.float16, torch.bfloat16, torch.float32)
+    if dtype is not torch.bfloat16 or capability >= 80
+]
+GROUPNORM = [  # pixels, channels, of those in the first part
+    (64, 1280, 1280),  # UNet, 8 x 8: one launch
+    (1024, 640, 640),  # 20 channels a group: 8-byte vectors in one launch
+    (4096, 320, 320),  # 10 channels a group, split
+    (4096, 960, 640),  # the second part begins inside a group
+    (1024 * 1024, 128, 128),  # decoder: split and merged
+]
+
+
+def class_of(capability: int) -> int:
+    return 86 if capability == 89 else capability
+
+
+def examine(kernel: Any, capability: int, warps: int, arguments: dict[str, Any], bits: int, wide_loads: int) -> None:
+    """bits: of every store to the result; wide_loads: how many loads have to be at least so wide."""
+    made = compile_kernel(kernel, capability, warps, arguments)
+    name = f"{kernel.fn.__name__} on sm_{capability}: {made}"
+    assert made.spills == 0, name
+    assert made.shared <= SHARED[capability], name
+    assert sum(width >= bits for width in made.loads) >= wide_loads, name
+    assert not bits or max(made.stores) >= bits, name
+
+
+@pytest.mark.parametrize(("capability", "dtype"), TARGETS)
+@pytest.mark.parametrize(("pixels", "channels", "first"), GROUPNORM)
+def test_groupnorm_silu_compiles(pixels, channels, first, capability, dtype):
+    launch = groupnorm_silu.choose(class_of(capability), pixels, channels, 32, dtype.itemsize)
+    size = channels // 32
+    splits = -(-pixels // launch.split_pixels) if launch.split_pixels else 1
+    merged = 1 if launch.merge else splits
+    arguments = {
+        **dict.fromkeys(("x_ptr", "x2_ptr", "add_ptr", "weight_ptr", "bias_ptr", "out_ptr"), dtype),
+        **dict.fromkeys(("moments_ptr", "merged_ptr"), torch.float32),
+        **{"HW": pixels, "C": channels, "C1": first, "eps": 1e-5, "groups": 32, "splits": merged},
+        **{"split_pixels": launch.split_pixels, "apply_pixels": launch.apply_pixels},
+        **{"stride_xb": pixels * first, "stride_xp": first, "stride_ab": channels},
+        **{"stride_x2b": pixels * (channels - first), "stride_x2p": channels - first},
+        **{"CPG": size, "G": launch.groups, "BLOCK_P": launch.block_p, "PARTS": 1 if first == channels else 2},
+        **{"BLOCK_C": groupnorm_silu.power_of_two(launch.groups * size), "SILU": True},
+        **{"BLOCK_G": groupnorm_silu.power_of_two(launch.groups), "BLOCK_S": groupnorm_silu.power_of_two(merged)},
+    }
+    bits = 64 if launch.groups * channels // 32 * dtype.itemsize % 16 else 128
+    module = groupnorm_silu_triton
+    if not launch.split_pixels:
+        examine(module._groupnorm_silu_kernel, capability, launch.warps, arguments, bits, 4)
+        return
+    examine(module._groupnorm_moments_kernel, capability, launch.warps, arguments, 0, 0)
+    examine(module._groupnorm_apply_kernel, capability, launch.warps, arguments, bits, 2)
+    if launch.merge:
+        arguments |= {"splits": splits, "BLOCK_S": groupnorm_silu.power_of_two(splits)}
+        examine(module._groupnorm_merge_kernel, capability, 4, arguments, 0, 0)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), TARGETS)
+@pytest.mark.parametrize("columns", [320, 768, 1280])
+def test_layernorm_compiles(columns, capability, dtype):
+    launch = rows.layernorm(class_of(capability), columns)
+    arguments = {
+        **dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "bias_ptr", "out_ptr", "sum_ptr"), dtype),
+        **{"R": 8192, "C": columns, "eps": 1e-5, "stride_xr": columns, "stride_rr": columns},
+        **{"BLOCK_R": launch.block_rows, "BLOCK_C": launch.block_columns},
+    }
+    examine(layernorm_triton._layernorm_kernel, capability, launch.warps, arguments, 128, 4)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), TARGETS)
+@pytest.mark.parametrize("columns", [1280, 5120])
+def test_geglu_compiles(columns, capability, dtype):
+    launch = rows.geglu(class_of(capability), columns)
+    arguments = {
+        **dict.fromkeys(("y_ptr", "bias_ptr", "out_ptr"), dtype),
+        **{"R": 8192, "N": columns, "stride_yr": 2 * columns},
+        **{"BLOCK_R": launch.block_rows, "BLOCK_N": launch.block_columns},
+    }
+    examine(geglu_triton._geglu_kernel, capability, launch.warps, arguments, 128, 4)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), TARGETS)
+def test_advance_compiles(capability, dtype):
+    launch = rows.advance(class_of(capability))
+    arguments = {
+        **dict.fromkeys(("x_ptr", "table_ptr", "saved_ptr", "history_ptr", "noise_ptr"), torch.float32),
+        **{"x_in_ptr": dtype, "out_ptr": dtype, "row_ptr": torch.int64, "rescale_ptr": torch.float32},
+        **{"guidance": torch.float32, "NL": 16384, "L": 16384, "GUIDED": True, "GUIDANCE_ON_DEVICE": True},
+        "BLOCK": launch.block_columns,
+    }
+    # Two elements a thread, so that 16384 of them keep 64 multiprocessors busy.
+    examine(advance_triton._advance_kernel, capability, launch.warps, arguments, 32, 8)
