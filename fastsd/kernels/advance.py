@@ -108,4 +108,9 @@ def advance(
         raise ValueError("history needs shape [3, *x] and noise [2, *x], in the dtype of x")
     if table.ndim != 2 or table.shape[1] != WIDTH or row.shape != (1,):
         raise ValueError(f"table needs shape [R + 1, {WIDTH}] and row [1]")
-    advance_ref(x, x_in, out, table, row, saved, history, noise, guidance, rescale)
+    if dispatch.backend(x, out) == "triton":
+        from fastsd.kernels import advance_triton
+
+        advance_triton.advance(x, x_in, out, table, row, saved, history, noise, guidance, rescale)
+    else:
+        advance_ref(x, x_in, out, table, row, saved, history, noise, guidance, rescale)

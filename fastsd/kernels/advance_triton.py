@@ -103,18 +103,11 @@ def advance(
         raise ValueError(f"advance: table needs shape [R + 1, {WIDTH}] and row [1] int64")
     if rescale is not None and rescale.shape != (len(x),):
         raise ValueError(f"advance: rescale is {list(rescale.shape)}; it needs [{len(x)}]")
-    on_device = isinstance(guidance, torch.Tensor)
-    if on_device and guidance.numel() != 1:
-        raise ValueError(f"advance: guidance has {guidance.numel()} elements; it needs 1")
-    wide = [
-        x,
-        table,
-        saved,
-        history,
-        noise,
-        *([guidance] if on_device else []),
-        *([] if rescale is None else [rescale]),
-    ]
+    wide = [x, table, saved, history, noise, *([] if rescale is None else [rescale])]
+    if isinstance(guidance, torch.Tensor):
+        if guidance.numel() != 1:
+            raise ValueError(f"advance: guidance has {guidance.numel()} elements; it needs 1")
+        wide.append(guidance)
     if any(t.dtype != torch.float32 for t in wide):
         raise ValueError("advance: x, table, saved, history, noise, rescale and guidance need to be float32")
     if not all(t.is_contiguous() for t in (*wide, x_in, out)):
@@ -128,7 +121,7 @@ def advance(
         _advance_kernel[(-(-x.numel() // launch.block_columns),)](
             *(x, x_in, out, table, row, saved, history, noise, guidance, rescale, x.numel(), x.numel() // len(x)),
             GUIDED=len(out) != len(x),
-            GUIDANCE_ON_DEVICE=on_device,
+            GUIDANCE_ON_DEVICE=isinstance(guidance, torch.Tensor),
             BLOCK=launch.block_columns,
             num_warps=launch.warps,
             **OPTIONS,

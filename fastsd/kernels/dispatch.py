@@ -2,36 +2,79 @@
 
 Four backends can exist for an op: `reference` (the specification: a few lines of PyTorch that compute in fp32),
 `torch` (PyTorch's public operations in the tensor's dtype: runs everywhere, and is what training differentiates),
-`onednn` (the CPU's fast path, without gradients; see `fastsd.kernels.onednn`) and `triton` (our kernels, on CUDA).
+`onednn` (the CPU's fast path, without gradients; see `fastsd.kernels.onednn`) and `triton` (our kernels, on CUDA, in
+`<op>_triton.py`; without gradients). An op that has no kernel of its own runs PyTorch's under `triton`.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.metadata
+import os
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
+OLDEST_TRITON = (3, 6)
+OLDEST_GPU = (7, 5)
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
 _forced = threading.local()
 
 
 def backend(*inputs: torch.Tensor | None) -> str:
-    """Name of the backend for an op with these inputs: "reference", "torch" or "onednn".
+    """Name of the backend for an op with these inputs: "reference", "torch", "onednn" or "triton".
 
-    A backend without gradients is taken only where none are asked for, of the activations or of the weights.
+    A backend without gradients is taken only where none are asked for, of the activations or of the weights; if it
+    was forced and they are, its launcher refuses.
     """
     forced = getattr(_forced, "name", None)
     if forced is not None:
         return forced
     x = inputs[0]
     assert x is not None
-    if x.device.type != "cpu" or x.dtype not in _onednn_dtypes() or x.numel() == 0:
-        return "torch"
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return "torch"
+    if x.device.type == "cuda" or interpreted():
+        return "triton" if x.dtype in TRITON_DTYPES and _can_run_triton(x.device) else "torch"
+    if x.device.type != "cpu" or x.dtype not in _onednn_dtypes() or x.numel() == 0:
+        return "torch"
     return "onednn"
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in its interpreter, on CPU tensors (TRITON_INTERPRET=1, read once, as Triton
+    does)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _can_run_triton(device: torch.device) -> bool:
+    """Whether our kernels run on `device`. If they do not, PyTorch's do the work, and one warning says so."""
+    missing = why_no_triton(device)
+    if missing is not None:
+        warnings.warn(f"fastsd's kernels do not run here: {missing}; PyTorch's do the work, slower", stacklevel=2)
+    return missing is None
+
+
+def why_no_triton(device: torch.device) -> str | None:
+    """What keeps our kernels from running on `device`; None if nothing does."""
+    try:
+        found = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "Triton is not installed (pip install triton)"
+    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST_TRITON:
+        return f"Triton {found} is too old, they need {'.'.join(map(str, OLDEST_TRITON))} or newer"
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < OLDEST_GPU:
+            name, (major, minor) = torch.cuda.get_device_name(device), capability
+            return f"{name} has compute capability {major}.{minor}, they need {OLDEST_GPU[0]}.{OLDEST_GPU[1]} or newer"
+    return None
 
 
 @functools.cache

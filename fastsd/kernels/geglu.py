@@ -32,6 +32,10 @@ def geglu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Te
         return geglu_ref(x, weight, bias)
     if backend == "onednn":
         return _geglu_onednn(x, weight, bias)
+    if backend == "triton":
+        from fastsd.kernels import geglu_triton
+
+        return geglu_triton.geglu_gate(F.linear(x, weight), bias)
     value, gate = F.linear(x, weight, bias).chunk(2, dim=-1)
     return value * F.gelu(gate)
 

@@ -20,8 +20,11 @@ def groupnorm_silu_ref(
     eps: float,
     silu: bool = True,
     add: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The specification of `groupnorm_silu`: two-pass statistics in fp32 (E[x^2] - E[x]^2 cancels at large means)."""
+    if skip is not None:
+        x = torch.cat([x, skip], dim=-1)
     batch, height, width, channels = x.shape
     y = dispatch.widen(x)
     if add is not None:
@@ -41,16 +44,18 @@ def groupnorm_silu(
     eps: float,
     silu: bool = True,
     add: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`silu(group_norm(x + add))`, in the layout that convolutions and attention share.
+    """`silu(group_norm(cat([x, skip]) + add))`, in the layout that convolutions and attention share.
 
     Args:
-        x: `[B, H, W, C]`.
-        weight, bias: `[C]`.
+        x: `[B, H, W, C1]`.
+        weight, bias: `[C]`, C = C1 or, with `skip`, C1 + C2.
         groups: number of groups; divides C.
         eps: added to the variance.
         silu: apply x * sigmoid(x) afterwards.
         add: `[B or 1, C]`, added to every pixel first (the time embedding of a residual block).
+        skip: `[B, H, W, C2]`, further channels (a skip connection); the kernel reads them from where they are.
 
     Returns:
         `[B, H, W, C]` in the dtype of `x`.
@@ -58,11 +63,18 @@ def groupnorm_silu(
     Raises:
         ValueError: `groups` does not divide C.
     """
-    if x.shape[-1] % groups:
-        raise ValueError(f"groupnorm_silu: {groups} groups do not divide {x.shape[-1]} channels")
-    backend = dispatch.backend(x, weight, bias, add)
+    channels = x.shape[-1] + (0 if skip is None else skip.shape[-1])
+    if channels % groups:
+        raise ValueError(f"groupnorm_silu: {groups} groups do not divide {channels} channels")
+    backend = dispatch.backend(x, weight, bias, add, skip)
     if backend == "reference":
-        return groupnorm_silu_ref(x, weight, bias, groups, eps, silu, add)
+        return groupnorm_silu_ref(x, weight, bias, groups, eps, silu, add, skip)
+    if backend == "triton":
+        from fastsd.kernels import groupnorm_silu_triton
+
+        return groupnorm_silu_triton.groupnorm_silu(x, weight, bias, groups, eps, silu, add, skip)
+    if skip is not None:
+        x = torch.cat([x, skip], dim=-1)
     if backend == "onednn":
         return _groupnorm_silu_by_image(x, weight, bias, groups, eps, silu, add)
     if add is not None:

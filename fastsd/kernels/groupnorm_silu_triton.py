@@ -350,8 +350,8 @@ def groupnorm_silu(
     launch = launch or choose(architecture.of(x.device), pixels, channels, groups, x.element_size())
     other = x if skip is None else skip
     size = channels // groups
-    strides = (x.stride(0), _pixel_stride(x), other.stride(0), _pixel_stride(other))
-    strides += (add.stride(0) if add is not None and len(add) > 1 else 0,)
+    add_stride = add.stride(0) if add is not None and len(add) > 1 else 0
+    strides = (x.stride(0), _pixel_stride(x), other.stride(0), _pixel_stride(other), add_stride)
     tile = {
         "CPG": size,
         "G": launch.groups,

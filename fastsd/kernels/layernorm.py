@@ -2,25 +2,56 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 import torch.nn.functional as F
 
 from fastsd.kernels import dispatch
 
 
-def layernorm_ref(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+def layernorm_ref(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The specification of `layernorm`: two-pass statistics in fp32."""
-    y = dispatch.widen(x)
-    y = y - y.mean(-1, keepdim=True)
+    total = dispatch.widen(x) if residual is None else dispatch.widen(x) + residual
+    y = total - total.mean(-1, keepdim=True)
     y = y * (y.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return (y * weight + bias).to(x.dtype)
+    y = (y * weight + bias).to(x.dtype)
+    return y if residual is None else (y, total.to(x.dtype))
 
 
-def layernorm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-    """Normalise each row of `x` `[..., C]` to mean 0 and variance 1, then scale by `weight` and shift by `bias` `[C]`.
+@overload
+def layernorm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor: ...
 
-    Returns `[..., C]` in the dtype of `x`.
+
+@overload
+def layernorm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, residual: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def layernorm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Normalise each row to mean 0 and variance 1, then scale by `weight` and shift by `bias`.
+
+    Args:
+        x: `[..., C]`.
+        weight, bias: `[C]`.
+        eps: added to the variance.
+        residual: like `x`; it is added first.
+
+    Returns:
+        `[..., C]` in the dtype of `x`; with a residual the normalised sum and the sum.
     """
-    if dispatch.backend(x) == "reference":
-        return layernorm_ref(x, weight, bias, eps)
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+    backend = dispatch.backend(x, weight, bias, residual)
+    if backend == "reference":
+        return layernorm_ref(x, weight, bias, eps, residual)
+    if backend == "triton":
+        from fastsd.kernels import layernorm_triton
+
+        return layernorm_triton.layernorm(x, weight, bias, eps, residual)
+    total = x if residual is None else x + residual
+    y = F.layer_norm(total, weight.shape, weight, bias, eps)
+    return y if residual is None else (y, total)

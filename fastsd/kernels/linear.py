@@ -27,8 +27,11 @@ def linear_ref(
     bias: torch.Tensor | None = None,
     activation: str = "none",
     residual: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The specification of `linear`: products and sums in fp32, rounded once."""
+    if skip is not None:
+        x = torch.cat([x, skip], dim=-1)
     y = dispatch.widen(x) @ dispatch.widen(weight).T
     if bias is not None:
         y = y + bias
@@ -42,21 +45,30 @@ def linear(
     bias: torch.Tensor | None = None,
     activation: str = "none",
     residual: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`activation(x weight^T + bias) + residual`.
+    """`activation(cat([x, skip]) weight^T + bias) + residual`.
 
     Args:
-        x: `[..., K]`.
-        weight: `[N, K]`; bias: `[N]`.
+        x: `[..., K1]`.
+        weight: `[N, K]`, K = K1 or, with `skip`, K1 + K2; bias: `[N]`.
         activation: "none", "silu", "gelu" or "quick_gelu".
         residual: `[..., N]`.
+        skip: `[..., K2]`, further columns of `x` (a skip connection).
 
     Returns:
         `[..., N]` in the dtype of `x`.
     """
-    backend = dispatch.backend(x, weight, bias, residual)
+    backend = dispatch.backend(x, weight, bias, residual, skip)
     if backend == "reference":
-        return linear_ref(x, weight, bias, activation, residual)
+        return linear_ref(x, weight, bias, activation, residual, skip)
+    if skip is not None and backend == "triton" and activation == "none":
+        # Two products: reading the parts where they are costs less than a map of them side by side.
+        rows = F.linear(x, weight[:, : x.shape[-1]], bias).flatten(0, -2)
+        y = torch.addmm(rows, skip.flatten(0, -2), weight[:, x.shape[-1] :].T).view(*x.shape[:-1], -1)
+        return y if residual is None else y + residual
+    if skip is not None:
+        x = torch.cat([x, skip], dim=-1)
     if backend == "onednn":
         return _linear_onednn(x, weight, bias, activation, residual)
     y = activate(F.linear(x, weight, bias), activation)

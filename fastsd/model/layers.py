@@ -52,8 +52,14 @@ class Linear(nn.Module):
         self.part_sizes = part_sizes or (out_features // max(len(parts), 1),) * len(parts)
         init_uniform(self.weight, self.bias)
 
-    def forward(self, x: torch.Tensor, activation: str = "none", residual: torch.Tensor | None = None) -> torch.Tensor:
-        return linear(x, self.weight, self.bias, activation, residual)
+    def forward(
+        self,
+        x: torch.Tensor,
+        activation: str = "none",
+        residual: torch.Tensor | None = None,
+        skip: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return linear(x, self.weight, self.bias, activation, residual, skip)
 
 
 class Conv2d(nn.Module):
@@ -139,8 +145,10 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
         self.groups, self.eps, self.silu = groups, eps, silu
 
-    def forward(self, x: torch.Tensor, add: torch.Tensor | None = None) -> torch.Tensor:
-        return groupnorm_silu(x, self.weight, self.bias, self.groups, self.eps, self.silu, add)
+    def forward(
+        self, x: torch.Tensor, add: torch.Tensor | None = None, skip: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return groupnorm_silu(x, self.weight, self.bias, self.groups, self.eps, self.silu, add, skip)
 
 
 class LayerNorm(nn.Module):
@@ -154,6 +162,10 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return layernorm(x, self.weight, self.bias, self.eps)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The normalised sum, and the sum."""
+        return layernorm(x, self.weight, self.bias, self.eps, residual)
 
 
 class ResBlock(nn.Module):
@@ -171,10 +183,15 @@ class ResBlock(nn.Module):
         self.conv2 = Conv2d(out_channels, out_channels)
         self.conv_shortcut = Linear(in_channels, out_channels) if in_channels != out_channels else None
 
-    def forward(self, x: torch.Tensor, time: torch.Tensor | None = None) -> torch.Tensor:
-        """`x` `[B, H, W, Cin]`, `time` `[B, Cout]` or None (VAE). Returns `[B, H, W, Cout]`."""
-        h = self.conv1(self.norm1(x))
-        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
+    def forward(
+        self, x: torch.Tensor, time: torch.Tensor | None = None, skip: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`x` `[B, H, W, Cin]`, `time` `[B, Cout]` or None (VAE). Returns `[B, H, W, Cout]`.
+
+        With `skip`, the block reads the concatenation of `x` and `skip`, which together have Cin channels.
+        """
+        h = self.conv1(self.norm1(x, skip=skip))
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x, skip=skip)
         return self.conv2(self.norm2(h, add=time), residual=shortcut)
 
 
@@ -187,7 +204,7 @@ class SelfAttention(nn.Module):
         self.to_qkv = Linear(channels, 3 * channels, bias=qkv_bias, parts=("to_q", "to_k", "to_v"))
         self.to_out = nn.ModuleList([Linear(channels, channels)])
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """`x` and `residual` `[B, S, C]`. Returns attention(x) + residual."""
         q, k, v = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # [B, S, heads, D] each
         return self.to_out[0](flash_attn(q, k, v), residual=residual)
@@ -207,11 +224,11 @@ class CrossAttention(nn.Module):
         """`[B, L, context_channels]` to keys and values, `[B, L, 2, heads, D]`."""
         return self.to_kv(context).unflatten(-1, (2, self.heads, -1))
 
-    def forward(self, x: torch.Tensor, key_value: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """`x` and `residual` `[B, S, C]`, `key_value` from `project_context`. Returns attention(x) + residual."""
+    def forward(self, x: torch.Tensor, key_value: torch.Tensor) -> torch.Tensor:
+        """`x` `[B, S, C]`, `key_value` from `project_context`. Returns `[B, S, C]`."""
         q = self.to_q(x).unflatten(-1, (self.heads, -1))
         k, v = key_value.unbind(2)
-        return self.to_out[0](flash_attn(q, k, v), residual=residual)
+        return self.to_out[0](flash_attn(q, k, v))
 
 
 class GEGLU(nn.Module):
@@ -250,9 +267,9 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, x: torch.Tensor, key_value: torch.Tensor) -> torch.Tensor:
-        x = self.attn1(self.norm1(x), residual=x)
-        x = self.attn2(self.norm2(x), key_value, residual=x)
-        return self.ff(self.norm3(x), residual=x)
+        h, x = self.norm2.add(self.attn1(self.norm1(x)), residual=x)
+        h, x = self.norm3.add(self.attn2(h, key_value), residual=x)
+        return self.ff(h, residual=x)
 
 
 class SpatialTransformer(nn.Module):

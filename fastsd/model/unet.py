@@ -68,9 +68,11 @@ class Level(nn.Module):
         self.downsamplers: nn.ModuleList | None = None
         self.upsamplers: nn.ModuleList | None = None
 
-    def block(self, i: int, x: torch.Tensor, times: Embeddings, texts: Embeddings) -> torch.Tensor:
+    def block(
+        self, i: int, x: torch.Tensor, times: Embeddings, texts: Embeddings, skip: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Residual block `i` and, where the level has attention, the transformer after it."""
-        x = self.resnets[i](x, next(times))
+        x = self.resnets[i](x, next(times), skip)
         return self.attentions[i](x, texts) if i < len(self.attentions) else x
 
 
@@ -104,14 +106,12 @@ class UpLevel(Level):
 
     def forward(self, x: torch.Tensor, skips: list[torch.Tensor], times: Embeddings, texts: Embeddings) -> torch.Tensor:
         for i in range(len(self.resnets)):
-            x = self.block(i, self.merge(x, skips.pop()), times, texts)
+            skip = skips.pop()
+            if self.concatenates:
+                x = self.block(i, x, times, texts, skip)
+            else:  # added to the first channels
+                x = self.block(i, x + F.pad(skip, (0, x.shape[-1] - skip.shape[-1])), times, texts)
         return x if self.upsamplers is None else self.upsamplers[0](x, skips[-1].shape[1:3])
-
-    def merge(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        """Concatenate the skip connection along channels, or add it to the first channels of `x`."""
-        if self.concatenates:
-            return torch.cat([x, skip], dim=-1)
-        return x + F.pad(skip, (0, x.shape[-1] - skip.shape[-1]))
 
 
 class UNet(nn.Module):

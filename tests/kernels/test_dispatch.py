@@ -47,3 +47,36 @@ def test_what_onednn_does_not_compute_takes_the_torch_backend():
         torch.ones(2, device="meta"),
     ):
         assert dispatch.backend(x) == "torch"
+
+
+def test_triton_that_cannot_run_is_said_once(monkeypatch: pytest.MonkeyPatch):
+    """A CUDA device stands in for all: only its name and capability are asked for."""
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(dispatch.importlib.metadata, "version", lambda name: "3.7.1")
+    assert dispatch.why_no_triton(gpu) == "Old GPU has compute capability 7.0, they need 7.5 or newer"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert dispatch.why_no_triton(gpu) is None
+    monkeypatch.setattr(dispatch.importlib.metadata, "version", lambda name: "3.5.0")
+    assert "3.5.0 is too old" in str(dispatch.why_no_triton(gpu))
+    dispatch._can_run_triton.cache_clear()
+    with pytest.warns(UserWarning, match="PyTorch's do the work, slower"):
+        assert not dispatch._can_run_triton(gpu)
+    assert not dispatch._can_run_triton(gpu)  # no second warning, which would be an error here
+    dispatch._can_run_triton.cache_clear()
+
+    def missing(name: str) -> str:
+        raise dispatch.importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(dispatch.importlib.metadata, "version", missing)
+    assert "not installed" in str(dispatch.why_no_triton(gpu))
+
+
+def test_a_forced_kernel_refuses_gradients():
+    from fastsd.kernels.layernorm import layernorm
+
+    pytest.importorskip("triton")
+    w = torch.ones(8, requires_grad=True)
+    with dispatch.forced("triton"), pytest.raises(ValueError, match="layernorm: the kernel has no gradients"):
+        layernorm(torch.ones(2, 8), w, torch.zeros(8), 1e-5)

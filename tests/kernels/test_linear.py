@@ -103,3 +103,14 @@ def test_whatever_asks_for_gradients_gets_them_in_fp32(asks):
     asking = (x, w, b, r)[asks].requires_grad_(True)
     linear(x, w, b, "none", r).sum().backward()
     assert asking.grad is not None
+
+
+@pytest.mark.parametrize("name", ["torch", "onednn", "triton", "reference"])
+@torch.no_grad()
+def test_linear_reads_a_skip_connection(name):
+    x, skip, residual = rand(2, 9, 20, dtype=torch.float32), rand(2, 9, 12, dtype=torch.float32), torch.ones(2, 9, 24)
+    w, b = rand(24, 32, dtype=torch.float32), rand(24, dtype=torch.float32)
+    wanted = torch.cat([x, skip], -1).double() @ w.double().T + b + 1
+    with dispatch.forced(name):
+        found = linear(x, w, b, "none", residual, skip)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)

@@ -96,3 +96,31 @@ def test_layernorm(shape, mean, std, dtype):
 def test_layernorm_does_not_depend_on_the_batch(dtype):
     w, b = rand(320, dtype=dtype), rand(320, dtype=dtype)
     check_batch(lambda x: layernorm(x, w, b, 1e-5), rand(5, 64, 320, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_groupnorm_silu_reads_a_skip_connection(dtype):
+    """A group lies across the seam of the two parts."""
+    x, skip = rand(2, 7, 5, 20, dtype=dtype), rand(2, 7, 5, 12, dtype=dtype, seed=1)
+    w, b, add = rand(32, dtype=dtype), rand(32, dtype=dtype, seed=1), rand(2, 32, dtype=dtype, seed=2)
+    for name in ("onednn", "torch", "reference"):
+        with dispatch.forced(name):
+            found = groupnorm_silu(x, w, b, 4, 1e-5, True, add, skip)
+            assert torch.equal(found, groupnorm_silu(torch.cat([x, skip], -1), w, b, 4, 1e-5, True, add))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_layernorm_with_a_residual(dtype):
+    x, residual = rand(2, 9, 48, dtype=dtype), rand(2, 9, 48, dtype=dtype, seed=1)
+    w, b = rand(48, dtype=dtype), rand(48, dtype=dtype, seed=1)
+    for name in ("onednn", "reference"):
+        with dispatch.forced(name):
+            normalised, total = layernorm(x, w, b, 1e-5, residual)
+            assert torch.equal(total, x + residual)
+            check(
+                lambda x, w, b, r: layernorm(x, w, b, 1e-5, r)[0],
+                lambda x, w, b, r: F.layer_norm(x + r, (48,), w, b, 1e-5),
+                *(x, w, b, residual),
+            )
