@@ -19,6 +19,7 @@ from fastsd.config import (
     VAEConfig,
 )
 from fastsd.errors import FastsdError
+from fastsd.weights import Components
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ class Family:
     vae: VAEConfig
     text: tuple[CLIPConfig, ...]
     size: int
-    scheduler: SchedulerConfig = SchedulerConfig()
+    scheduler: SchedulerConfig = SchedulerConfig(sampler="ddim")
 
 
 SD15 = Family("SD1.5", SD15_UNET, SD_VAE, (CLIP_L,), 512)
-SD21 = Family("SD2.1", SD21_UNET, SD_VAE, (OPENCLIP_H,), 768, SchedulerConfig(prediction_type="v_prediction"))
+SD21 = Family(
+    "SD2.1", SD21_UNET, SD_VAE, (OPENCLIP_H,), 768, SchedulerConfig(prediction_type="v_prediction", sampler="ddim")
+)
 SDXL = Family("SDXL", SDXL_UNET, SDXL_VAE, (CLIP_L, OPENCLIP_BIGG), 1024, SchedulerConfig(sampler="euler"))
 # Every kind of layer of the real ones, in sizes that run in a moment: what a check without --benchmark runs.
 TINY_TEXT = replace(CLIP_L, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -64,3 +67,10 @@ def choose(names: str) -> list[str]:
     if not wanted:
         raise FastsdError(f"--models is empty; there are {', '.join(FAMILIES)}, digits")
     return wanted
+
+
+def family_of(components: Components) -> Family:
+    """The configs of a model in memory, whether it was made or read."""
+    text = tuple(encoder.config for encoder in components.text_encoders)
+    size = components.sample_size * components.vae.config.downscale
+    return Family(components.name, components.unet.config, components.vae.config, text, size, components.scheduler)

@@ -1,0 +1,150 @@
+"""Pictures from end to end: a prompt to a PIL image, and what a step of that costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bench import models
+from bench.families import family_of
+from bench.measure import Candidate, image_limit
+from bench.roofline import Work, decode_work, encode_work, step_work, text_work
+from bench.session import Session
+from fastsd.kernels import dispatch
+from fastsd.pipeline import BUNDLED, Pipeline
+from fastsd.weights import Components
+
+PROMPT = "a lighthouse at dusk"
+GUIDANCE = 7.5
+FEW = {"turbo": ("euler", 1), "lcm": ("lcm", 4)}  # few-step models: sampler and steps; no guidance
+
+
+def pixels(images: list[Image.Image]) -> torch.Tensor:
+    return torch.from_numpy(np.stack([np.asarray(image, dtype=np.float32) / 255.0 for image in images]))
+
+
+def noises(components: Components, batch: int, size: int, count: int = 3) -> list[torch.Tensor]:
+    side, channels = size // components.vae.config.downscale, components.vae.config.latent_channels
+    make = torch.Generator().manual_seed(7)
+    return [torch.randn(batch, channels, side, side, generator=make) for _ in range(count)]
+
+
+def picture_work(components: Components, batch: int, size: int, steps: int, encodes: int = 0) -> list[Work]:
+    """All that `batch` pictures take: two texts, guided steps, decoding one by one, encoding where there is one."""
+    family = family_of(components)
+    work = text_work(family, 2) + step_work(family, batch, size) * steps
+    return work + decode_work(family, 1, size) * batch + encode_work(family, 1, size) * encodes
+
+
+def theirs(bench: Session, model: str, components: Components, dtype: torch.dtype) -> Any:
+    """diffusers' pipeline with the same weights."""
+    folder = bench.options.model or (BUNDLED if model == "digits" else None)
+    if folder is None:
+        return models.peer_pipeline(components)
+    import diffusers
+
+    found = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, safety_checker=None)
+    found.set_progress_bar_config(disable=True)
+    return found.to(bench.options.device)
+
+
+def peers(
+    bench: Session, model: str, components: Components, dtype: torch.dtype, arguments: dict[str, Any], batch: int,
+    latents: list[torch.Tensor],
+) -> tuple[list[Candidate], dict[str, str]]:  # fmt: skip
+    """diffusers' candidates for pictures; its scheduler is the checkpoint's own, like ours."""
+    wanted = [name for name in bench.options.peers if name.startswith("diffusers")]
+    if not wanted:
+        return [], {}
+    try:
+        other = theirs(bench, model, components, dtype)
+    except Exception as error:
+        return [], {name: f"missing: {type(error).__name__}: {str(error).splitlines()[0][:120]}" for name in wanted}
+    eager = other.unet
+
+    def candidate(name: str) -> Candidate:
+        def prepare() -> None:
+            models.channels_last(eager, name != "diffusers")
+            models.channels_last(other.vae, name != "diffusers")
+            other.unet = compiled if name == "diffusers-compiled" else eager
+
+        compiled = torch.compile(eager, mode="max-autotune", fullgraph=True) if name == "diffusers-compiled" else eager
+
+        def draw(i: int) -> Any:
+            start = latents[i % len(latents)].to(bench.options.device, dtype)
+            return other([PROMPT] * batch, latents=start, **arguments).images
+
+        return Candidate(name, draw, prepare, pixels)
+
+    return [candidate(name) for name in wanted], {}
+
+
+def forced(draw: Any, name: str) -> Any:
+    def run(i: int) -> Any:
+        with dispatch.forced(name):
+            return draw(i)
+
+    return run
+
+
+def bench_image(bench: Session, replay: Any, model: str, batch: int, steps: int, dtype: torch.dtype) -> None:
+    components = bench.components(model, dtype)
+    size, device = bench.size(model, components), bench.options.device
+    pipeline = Pipeline(components, device, dtype)
+    arguments: dict[str, Any] = {
+        "num_inference_steps": steps, "guidance_scale": GUIDANCE, "width": size, "height": size,
+    }  # fmt: skip
+    latents = noises(components, batch, size)
+
+    def draw(i: int) -> Any:
+        prompts = [PROMPT] * batch
+        return pipeline(prompts, latents=latents[i % len(latents)], batch_size=batch, **arguments).images
+
+    mine = [Candidate("fastsd", draw, read=pixels)]
+    if "pytorch" in bench.options.peers:
+        mine.append(Candidate("pytorch", forced(draw, "torch"), read=pixels))
+    others, missing = peers(bench, model, components, dtype, arguments, batch, latents)
+    outcomes = bench.contest(
+        "image", lambda: pixels(forced(draw, "reference")(0)), mine + others, dtype, 0,
+        picture_work(components, batch, size, steps), limit=image_limit(dtype, GUIDANCE), psnr=True, missing=missing,
+        model=model, size=size, batch=batch, steps=steps,
+    )  # fmt: skip
+    replay(outcomes)
+
+
+@pytest.mark.parametrize("kind", ["img2img", "inpaint", "turbo", "lcm"])
+def bench_other_ways(bench: Session, replay: Any, model: str, kind: str, dtype: torch.dtype) -> None:
+    """From a picture, around a mask, and with the step counts of distilled models; fastsd alone."""
+    components = bench.components(model, dtype)
+    size = bench.size(model, components)
+    pipeline = Pipeline(components, bench.options.device, dtype)
+    steps = min(bench.options.steps)
+    arguments: dict[str, Any] = {"width": size, "height": size, "guidance_scale": GUIDANCE, "seed": 7}
+    runs, encodes = steps, 0
+    if kind in FEW:
+        arguments["sampler"], runs = FEW[kind]
+        arguments |= {"guidance_scale": 1.0, "num_inference_steps": runs}
+    else:
+        noise = np.random.RandomState(0).randint(0, 256, (size, size, 3), dtype=np.uint8)
+        arguments |= {"image": Image.fromarray(noise), "strength": 1.0 if kind == "inpaint" else 0.5}
+        arguments["num_inference_steps"], encodes = steps, 1
+        runs = max(1, int(steps * arguments["strength"]))
+        if kind == "inpaint":
+            area = np.zeros((size, size), dtype=np.uint8)
+            area[size // 4 : size // 2, size // 4 : size // 2] = 255
+            arguments["mask_image"] = Image.fromarray(area)
+
+    def draw(i: int) -> Any:
+        return pipeline(PROMPT, **arguments | {"seed": 7 + i % 3}).images
+
+    guidance = arguments["guidance_scale"]
+    work = picture_work(components, 1, size, runs, encodes) if guidance != 1.0 else None
+    outcomes = bench.contest(
+        kind, lambda: pixels(forced(draw, "reference")(0)), [Candidate("fastsd", draw, read=pixels)], dtype, 0, work,
+        limit=image_limit(dtype, guidance), psnr=True, model=model, size=size, batch=1, steps=runs,
+    )  # fmt: skip
+    replay(outcomes)

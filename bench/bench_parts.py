@@ -1,0 +1,225 @@
+"""The parts of a picture: a guided step, decoding, encoding, the text, the sampler's update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench import models
+from bench.families import family_of
+from bench.measure import Candidate, rotation
+from bench.profiling import profile_step
+from bench.roofline import decode_work, encode_work, meta_unet_inputs, step_work, text_work
+from bench.session import Session
+from fastsd.kernels import dispatch
+from fastsd.model.unet import AddedConditioning
+from fastsd.request import make_table
+from fastsd.sampling import advance
+
+# Roundings in a row, for the gates: ops on the longest way through the network.
+UNET_DEPTH, VAE_DEPTH, TEXT_DEPTH = 400, 80, 150
+SETS = 3  # of inputs, taken in turn
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """Channels first to channels last."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def peers(
+    bench: Session, make: Callable[[], tuple[nn.Module, Callable[[Any, int], torch.Tensor]]]
+) -> tuple[list[Candidate], dict[str, str]]:
+    """diffusers' candidates for one network, and those that cannot take part with the reason.
+
+    make: gives diffusers' network and how to call it on the i-th inputs, channels first out.
+    """
+    wanted = [name for name in bench.options.peers if name.startswith("diffusers")]
+    if not wanted:
+        return [], {}
+    try:
+        other, call = make()
+    except Exception as error:  # not installed, or it cannot hold this model: the line says which
+        return [], {name: f"missing: {type(error).__name__}: {str(error).splitlines()[0][:120]}" for name in wanted}
+    compiled = None
+    found = []
+    for name in wanted:
+        last = name != "diffusers"
+        network = other
+        if name == "diffusers-compiled":
+            compiled = compiled or torch.compile(other, mode="max-autotune", fullgraph=True)
+            network = compiled
+        prepare = lambda last=last: models.channels_last(other, last)  # noqa: E731
+        found.append(Candidate(name, lambda i, n=network: call(n, i), prepare))
+    return found, {}
+
+
+def on_pytorch(bench: Session, run: Callable[[int], torch.Tensor]) -> list[Candidate]:
+    """fastsd's own modules on PyTorch's ops, where asked for."""
+
+    def forced(i: int) -> torch.Tensor:
+        with dispatch.forced("torch"):
+            return run(i)
+
+    return [Candidate("pytorch", forced)] if "pytorch" in bench.options.peers else []
+
+
+def on_reference(run: Callable[[int], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    def reference() -> torch.Tensor:
+        with torch.inference_mode(), dispatch.reference_only():
+            return run(0)
+
+    return reference
+
+
+def inference(candidates: list[Candidate]) -> list[Candidate]:
+    return [Candidate(c.name, torch.inference_mode()(c.run), c.prepare) for c in candidates]
+
+
+def bench_step(bench: Session, replay: Any, model: str, batch: int, dtype: torch.dtype) -> None:
+    components = bench.components(model, dtype)
+    unet, device = components.unet, bench.options.device
+    size = bench.size(model, components)
+    side = size // components.vae.config.downscale
+    shapes = meta_unet_inputs(unet, 2 * batch, side, side)
+
+    def make(i: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(i)
+        x, _, context, added = shapes
+        latent = torch.randn(x.shape, generator=generator).to(device, dtype)
+        text = torch.randn(context.shape, generator=generator).to(device, dtype)
+        timestep = torch.full((2 * batch,), 900.0 - 100.0 * i, device=device)
+        if added is not None:
+            pooled = torch.randn(added.pooled.shape, generator=generator).to(device, dtype)
+            added = AddedConditioning(pooled, torch.full(added.sizes.shape, float(size), device=device))
+        with torch.inference_mode():
+            times, key_values = unet.embed_time(timestep, added), unet.project_context(text)
+        return {
+            "rows": latent, "first": latent.permute(0, 3, 1, 2).contiguous(), "timestep": timestep, "text": text,
+            "added": added, "times": times, "key_values": key_values,
+        }  # fmt: skip
+
+    inputs = rotation(SETS, make)
+
+    def ours(i: int) -> torch.Tensor:
+        g = inputs(i)
+        return unet.denoise(g["rows"], g["times"], g["key_values"]).permute(0, 3, 1, 2)
+
+    def whole(i: int) -> torch.Tensor:
+        g = inputs(i)
+        return unet(g["rows"], g["timestep"], g["text"], g["added"]).permute(0, 3, 1, 2)
+
+    def theirs(network: Any, i: int) -> torch.Tensor:
+        g = inputs(i)
+        named = {}
+        if g["added"] is not None:
+            named = {"added_cond_kwargs": {"text_embeds": g["added"].pooled, "time_ids": g["added"].sizes}}
+        return network(g["first"], g["timestep"], g["text"], return_dict=False, **named)[0]
+
+    others, missing = peers(bench, lambda: (models.peer_unet(components), theirs))
+    mine = [Candidate("fastsd", ours), *on_pytorch(bench, ours), Candidate("fastsd, nothing hoisted", whole)]
+    work = step_work(family_of(components), batch, size)
+    outcomes = bench.contest(
+        "step", on_reference(ours), inference(mine + others), dtype, UNET_DEPTH, work,
+        missing=missing, model=model, size=size, batch=batch,
+    )  # fmt: skip
+    replay(outcomes)
+    if bench.options.profile and bench.options.measuring:
+        bench.tables.append(profile_step(unet, lambda: ours(0), bench, dtype, f"{model}-b{batch}"))
+
+
+def bench_decode(bench: Session, replay: Any, model: str, dtype: torch.dtype) -> None:
+    components, device = bench.components(model, dtype), bench.options.device
+    vae, size = components.vae, bench.size(model, components)
+    side = size // vae.config.downscale
+
+    def make(i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(i)
+        latent = torch.randn(1, vae.config.latent_channels, side, side, generator=generator).to(device, dtype)
+        return latent, rows(latent)
+
+    inputs = rotation(SETS, make)
+    ours = lambda i: vae.decode(inputs(i)[1]).permute(0, 3, 1, 2)  # noqa: E731
+    theirs = lambda network, i: network.decode(inputs(i)[0], return_dict=False)[0]  # noqa: E731
+    others, missing = peers(bench, lambda: (models.peer_vae(components), theirs))
+    outcomes = bench.contest(
+        "decode", on_reference(ours), inference([Candidate("fastsd", ours), *on_pytorch(bench, ours), *others]),
+        dtype, VAE_DEPTH, decode_work(family_of(components), 1, size), missing=missing, model=model, size=size, batch=1,
+    )  # fmt: skip
+    replay(outcomes)
+
+
+def bench_encode(bench: Session, replay: Any, model: str, dtype: torch.dtype) -> None:
+    components, device = bench.components(model, dtype), bench.options.device
+    vae, size = components.vae, bench.size(model, components)
+
+    def make(i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        image = 2 * torch.rand(1, vae.config.in_channels, size, size, generator=torch.Generator().manual_seed(i)) - 1
+        image = image.to(device, dtype)
+        return image, rows(image)
+
+    inputs = rotation(SETS, make)
+    ours = lambda i: vae.encode(inputs(i)[1]).mode().permute(0, 3, 1, 2)  # noqa: E731
+    theirs = lambda network, i: network.encode(inputs(i)[0]).latent_dist.mode()  # noqa: E731
+    others, missing = peers(bench, lambda: (models.peer_vae(components), theirs))
+    others = [c for c in others if c.name != "diffusers-compiled"]  # compile() wraps `forward`, which this is not
+    outcomes = bench.contest(
+        "encode", on_reference(ours), inference([Candidate("fastsd", ours), *on_pytorch(bench, ours), *others]),
+        dtype, VAE_DEPTH, encode_work(family_of(components), 1, size), missing=missing, model=model, size=size, batch=1,
+    )  # fmt: skip
+    replay(outcomes)
+
+
+def bench_text(bench: Session, replay: Any, model: str, dtype: torch.dtype) -> None:
+    components, device = bench.components(model, dtype), bench.options.device
+    prompts = ["a lighthouse at dusk", "a red door in a white wall", "two cats"]
+    ids = [[tokenizer(p).to(device) for tokenizer in components.tokenizers] for p in prompts]
+
+    def ours(i: int) -> torch.Tensor:
+        pairs = zip(components.text_encoders, ids[i % len(ids)])
+        return torch.cat([encoder(tokens).hidden for encoder, tokens in pairs], dim=-1)
+
+    def make() -> tuple[nn.Module, Callable[[Any, int], torch.Tensor]]:
+        others = nn.ModuleList([models.peer_text_encoder(encoder) for encoder in components.text_encoders])
+
+        def call(network: Any, i: int) -> torch.Tensor:
+            pairs = zip(others, ids[i % len(ids)])
+            return torch.cat([encoder(tokens).last_hidden_state for encoder, tokens in pairs], dim=-1)
+
+        return others, call
+
+    others, missing = peers(bench, make)
+    others = [c for c in others if c.name == "diffusers"]  # the encoder has no convolutions, and runs once a picture
+    outcomes = bench.contest(
+        "text", on_reference(ours), inference([Candidate("fastsd", ours), *others]), dtype, TEXT_DEPTH,
+        text_work(family_of(components), 1), missing=missing, model=model, batch=1,
+    )  # fmt: skip
+    replay(outcomes)
+
+
+def bench_update(bench: Session, replay: Any, model: str, batch: int, dtype: torch.dtype) -> None:
+    """The sampler's update alone: guidance, prediction, history, next model input."""
+    components, device = bench.components(model, dtype), bench.options.device
+    side = bench.size(model, components) // components.vae.config.downscale
+    channels = components.vae.config.latent_channels
+    noise = torch.randn(batch, side, side, channels, generator=torch.Generator().manual_seed(0)).to(device)
+    outs = [torch.randn(2 * batch, side, side, channels, device=device).to(dtype) for _ in range(SETS)]
+    table = make_table("dpm++2m", 20, components.scheduler, "default", 0, 0.0)
+    state = advance.begin(table, noise)
+
+    def ours(i: int) -> torch.Tensor:
+        if i == 0 or state.done:
+            state.index = 0
+            state.row.zero_()
+            state.x.copy_(table.init * noise)
+            state.history.zero_()
+        advance.step(state, outs[i % SETS], 7.5)
+        return state.x.clone() if i == 0 else state.x
+
+    outcomes = bench.contest(
+        "update", on_reference(ours), inference([Candidate("fastsd", ours)]), torch.float32, 8,
+        model=model, size=side * components.vae.config.downscale, batch=batch,
+    )  # fmt: skip
+    replay(outcomes)

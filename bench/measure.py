@@ -1,0 +1,244 @@
+"""A contest: candidates that do the same work, each held against the reference first, then timed in turn.
+
+No figure without a green gate: what differs from the reference path by more than rounding explains gets its distance
+printed where its speed would stand. Candidates take turns (A B A B ...), so that a busy or warm machine disturbs all
+alike, on inputs that rotate, so that no cache flatters. Times are medians, with the quartiles as their spread.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+# What sums over some ten thousand fp32 products leave, relative; below it fp32 candidates cannot be told apart.
+FP32_SUMS = 1e-6
+STABLE = 0.05  # warm-up ends when two runs in a row differ by less
+TRIES = 8  # and after so many runs at the latest
+SHORTEST = 0.005  # seconds that one sample should last at least, so that the clock does not matter
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """`run(i)` does the work on the i-th set of inputs and is timed; `prepare` comes before a sample and is not.
+
+    `read` makes a tensor of what `run` returns, for the gate.
+    """
+
+    name: str
+    run: Callable[[int], Any]
+    prepare: Callable[[], None] = lambda: None
+    read: Callable[[Any], torch.Tensor] = lambda output: output
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far an output is from the reference: largest difference, relative error (of the norms), PSNR in dB."""
+
+    max: float
+    relative: float
+    psnr: float
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Seconds: the median of `rounds` samples, and the quartiles (the extremes where there are fewer than four)."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+
+@dataclass
+class Outcome:
+    """What a contest says of one candidate. `problem`: why there is no speed, in one line."""
+
+    name: str
+    distance: Distance | None = None
+    spread: Spread | None = None
+    problem: str = ""
+    first_call: float = 0.0  # seconds: compilation, choice of algorithms, first touch of the weights
+    samples: list[float] = field(default_factory=list)
+
+
+def distance(found: torch.Tensor, wanted: torch.Tensor) -> Distance:
+    """Of two tensors of one shape; a peak signal is the reference's range. Non-finite numbers are infinitely far."""
+    if found.shape != wanted.shape:
+        raise ValueError(f"the output is {list(found.shape)}, the reference {list(wanted.shape)}")
+    a, b = found.detach().double().cpu(), wanted.detach().double().cpu()
+    if not bool(torch.isfinite(a).all()):
+        return Distance(math.inf, math.inf, -math.inf)
+    difference = a - b
+    relative = float(difference.norm() / b.norm().clamp_min(1e-300))
+    error, peak = float(difference.square().mean()) ** 0.5, float(b.max() - b.min())
+    psnr = 20 * math.log10(peak / error) if error > 0 and peak > 0 else math.inf
+    return Distance(float(difference.abs().max()), relative, psnr)
+
+
+def tolerance(dtype: torch.dtype, depth: int) -> float:
+    """The relative error that rounding explains after `depth` ops in a row, each of which rounds its output once.
+
+    One rounding errs by at most eps / 2; independent ones add up as a random walk, sqrt(depth). Twice that, since the
+    errors of earlier ops are also amplified or damped by the later ones. fp32 counts the rounding inside its sums.
+    """
+    return 2 * math.sqrt(depth) * max(torch.finfo(dtype).eps / 2, FP32_SUMS)
+
+
+def spread(samples: list[float]) -> Spread:
+    """Median and quartiles.
+
+    Raises:
+        ValueError: there are no samples.
+    """
+    if not samples:
+        raise ValueError("a median needs a sample")
+    ordered = sorted(samples)
+    low, high = ordered[0], ordered[-1]
+    if len(ordered) >= 4:
+        low, _, high = statistics.quantiles(ordered, n=4, method="inclusive")
+    return Spread(statistics.median(ordered), low, high, len(ordered))
+
+
+def image_limit(dtype: torch.dtype, guidance: float) -> float:
+    """The PSNR in dB that a picture must reach: one rounding of the network's output, amplified by guidance.
+
+    Guidance g takes g of one output less g - 1 of another, so independent errors grow 2 g - 1 at most. Pictures have
+    8 bits: where half of all values fall on the other side of a rounding, that is 51 dB, and no more is asked.
+    """
+    u = max(torch.finfo(dtype).eps / 2, FP32_SUMS)
+    return min(50.0, -20 * math.log10(u * max(1.0, 2 * guidance - 1)))
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(run: Callable[[int], Any], first: int, count: int, device: torch.device) -> float:
+    """Seconds for each of `count` runs on inputs `first`, `first + 1`, ...: by events on a GPU, else by the clock."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        for i in range(count):
+            run(first + i)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / count
+    tick = time.perf_counter()
+    for i in range(count):
+        run(first + i)
+    return (time.perf_counter() - tick) / count
+
+
+def hold(
+    reference: Callable[[], torch.Tensor],
+    candidates: list[Candidate],
+    limit: float,
+    device: torch.device,
+    seconds: float,
+    rounds: int = 20,
+    measuring: bool = True,
+    psnr: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+) -> list[Outcome]:
+    """Run a contest.
+
+    Args:
+        reference: the reference path's output on inputs 0.
+        candidates: who takes part; `run(0)` gives what `reference` does.
+        limit: the largest relative error that passes; with `psnr`, the smallest PSNR.
+        device: where the work happens.
+        seconds: how long to go on timing; every candidate gets at least one sample.
+        rounds: samples of each candidate at most.
+        measuring: False: only the gates.
+        report: is given a line for each gate.
+
+    Returns:
+        an outcome for each candidate, in order.
+    """
+    wanted = reference()
+    outcomes = [_gate(candidate, wanted, limit, device, psnr) for candidate in candidates]
+    for outcome in outcomes:
+        d = outcome.distance
+        report(f"{outcome.name}: {outcome.problem or (d and f'relative error {d.relative:.1e}')}")
+    fit = [(c, o) for c, o in zip(candidates, outcomes) if not o.problem]
+    if not measuring:
+        return outcomes
+    counts = [_warm(candidate, device) for candidate, _ in fit]
+    deadline = time.perf_counter() + seconds
+    for i in range(rounds):
+        if i and time.perf_counter() > deadline:
+            break
+        for (candidate, outcome), count in zip(fit, counts):
+            candidate.prepare()
+            outcome.samples.append(timed(candidate.run, 1 + i * count, count, device))
+    for _, outcome in fit:
+        outcome.spread = spread(outcome.samples)
+    return outcomes
+
+
+def _gate(candidate: Candidate, wanted: torch.Tensor, limit: float, device: torch.device, psnr: bool) -> Outcome:
+    """The candidate's first run, held against the reference. Whatever it raises is its problem, not the contest's."""
+    outcome = Outcome(candidate.name)
+    try:
+        candidate.prepare()
+        synchronise(device)
+        tick = time.perf_counter()
+        output = candidate.run(0)
+        synchronise(device)
+        outcome.first_call = time.perf_counter() - tick
+        outcome.distance = d = distance(candidate.read(output), wanted)
+    except Exception as error:  # a peer may fail in any way; the line says how
+        outcome.problem = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+        return outcome
+    if psnr and not d.psnr >= limit:
+        outcome.problem = f"red gate: PSNR {d.psnr:.1f} dB, needs {limit:.1f}"
+    elif not psnr and not d.relative <= limit:
+        outcome.problem = f"red gate: relative error {d.relative:.2e}, max {d.max:.2e}; allowed {limit:.1e}"
+    return outcome
+
+
+def _warm(candidate: Candidate, device: torch.device) -> int:
+    """Run until the time is stable; returns how many runs make a sample."""
+    last = math.inf
+    candidate.prepare()
+    for i in range(TRIES):
+        now = timed(candidate.run, i, 1, device)
+        if abs(now - last) < STABLE * now or now > 1.0:  # a second's work is warm after the gate's run
+            break
+        last = now
+    return max(1, min(1000, math.ceil(SHORTEST / max(now, 1e-9))))
+
+
+def rotation(count: int, make: Callable[[int], Any]) -> Callable[[int], Any]:
+    """`count` sets of inputs made once by `make`, given by any index."""
+    sets = [make(i) for i in range(count)]
+    return lambda i: sets[i % count]
+
+
+def lines(outcomes: list[Outcome], floor: float | None = None) -> Iterator[str]:
+    """The table of a contest, a line for each candidate; ratios are to the first one's median."""
+    first = next((o.spread.median for o in outcomes[:1] if o.spread), None)
+    for o in outcomes:
+        gate = f"err {o.distance.relative:.0e}" if o.distance else ""
+        if o.spread is None:
+            yield f"  {o.name:26} {o.problem or 'checked, not timed'} {gate if not o.problem else ''}".rstrip()
+            continue
+        s = o.spread
+        share = f"{floor / s.median:5.1%} of the limit" if floor else ""
+        ratio = f"{s.median / first:.2f}x" if first else ""
+        yield f"  {o.name:26} {_time(s.median):>9} ({_time(s.low)} to {_time(s.high)}) {ratio:>6} {share} {gate}"
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{1e6 * seconds:.3g} µs"

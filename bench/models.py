@@ -1,0 +1,171 @@
+"""Full-size models with random weights, made in memory from their configs, and the same weights for the peers.
+
+Weights are uniform with variance 1 / fan-in, so that activations neither vanish nor overflow; norms scale by about 1.
+Speed does not depend on the values, as long as they are not zeros: a GPU's products of zeros draw less power and run
+at higher clocks.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.families import Family
+from fastsd.kernels import onednn
+from fastsd.model.clip import TextEncoder
+from fastsd.model.layers import pack
+from fastsd.model.tokenizer import Tokenizer
+from fastsd.model.unet import UNet
+from fastsd.model.vae import AutoencoderKL
+from fastsd.weights import Components, configs
+from fastsd.weights.names import sources, stored_form
+
+
+def random_components(family: Family, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Components:
+    """A whole checkpoint of `family` that never was on a disk."""
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.device("meta"):
+        unet, vae = UNet(family.unet), AutoencoderKL(family.vae)
+        encoders = tuple(TextEncoder(config) for config in family.text)
+    for module in (unet, vae, *encoders):
+        _fill(module, dtype, device, generator)
+    return Components(
+        unet=unet,
+        vae=vae,
+        text_encoders=encoders,
+        tokenizers=tuple(Tokenizer() for _ in encoders),
+        scheduler=family.scheduler,
+        sample_size=family.size // family.vae.downscale,
+        name=f"{family.title}, random weights",
+        zeros_for_empty_prompt=len(encoders) > 1,
+    )
+
+
+@torch.no_grad()
+def _fill(module: nn.Module, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
+    """Give a module on the meta device its weights, and make it ready for inference."""
+    module.to(dtype).to_empty(device=device)
+    for name, parameter in module.named_parameters():
+        if parameter.ndim > 1:
+            bound = (3.0 / parameter[0].numel()) ** 0.5
+            parameter.uniform_(-bound, bound, generator=generator)
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        else:
+            parameter.uniform_(-0.1, 0.1, generator=generator)
+            if "norm" in name and name.endswith("weight"):
+                parameter.add_(1.0)
+    module.eval().requires_grad_(False)
+    pack(module)
+
+
+def stored_weights(module: nn.Module, use_linear_projection: bool) -> dict[str, torch.Tensor]:
+    """The weights of `module` under the names and in the shapes of a diffusers folder; views where that is possible."""
+    state = {}
+    for _, parameter, parts in sources(module):
+        plain = onednn.dense(parameter.detach())
+        for part in parts:
+            state[part.key] = stored_form(part.key, plain[part.rows], use_linear_projection)
+    return state
+
+
+def peer_unet(components: Components) -> Any:
+    """diffusers' UNet with the same weights."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    unet = components.unet
+    return _peer(UNet2DConditionModel, configs.write_unet(unet.config, components.sample_size), unet, components)
+
+
+def peer_vae(components: Components) -> Any:
+    """diffusers' autoencoder with the same weights."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as Other
+
+    vae = components.vae
+    size = components.sample_size * vae.config.downscale
+    return _peer(Other, configs.write_vae(vae.config, size), vae, components)
+
+
+def _peer(kind: Any, config: dict[str, Any], module: nn.Module, components: Components) -> Any:
+    with torch.device("meta"), _quiet():
+        other = kind.from_config(config)
+    weights = stored_weights(module, components.unet.config.use_linear_projection)
+    other.load_state_dict(weights, strict=True, assign=True)
+    return other.eval().requires_grad_(False)
+
+
+def peer_text_encoder(encoder: TextEncoder) -> Any:
+    """transformers' CLIP with the same weights."""
+    import transformers
+
+    config = configs.write_clip(encoder.config)
+    kind = transformers.CLIPTextModelWithProjection if encoder.text_projection else transformers.CLIPTextModel
+    with torch.device("meta"):
+        other = kind(transformers.CLIPTextConfig(**config))
+    wanted = other.state_dict().keys()
+    weights = stored_weights(encoder, False)
+    # From 5.0 on, transformers' encoder without a projection has no "text_model" in its names.
+    named = {k if k in wanted else k.removeprefix("text_model."): v for k, v in weights.items()}
+    other.load_state_dict(named, strict=True, assign=True)
+    length = encoder.config.max_position_embeddings
+    device = next(iter(weights.values())).device
+    for module in other.modules():
+        if "position_ids" in dict(module.named_buffers(recurse=False)):
+            module.register_buffer("position_ids", torch.arange(length, device=device)[None], persistent=False)
+    return other.eval().requires_grad_(False)
+
+
+def peer_pipeline(components: Components) -> Any:
+    """diffusers' text-to-image pipeline with the same weights and scheduler."""
+    import diffusers
+    import transformers
+
+    scheduler_config = configs.write_scheduler(components.scheduler)
+    scheduler = getattr(diffusers, scheduler_config["_class_name"]).from_config(scheduler_config)
+    encoders = [peer_text_encoder(encoder) for encoder in components.text_encoders]
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        components.tokenizers[0].save(Path(folder))
+        tokenizers = [transformers.CLIPTokenizer.from_pretrained(folder) for _ in encoders]
+    parts: dict[str, Any] = {
+        "unet": peer_unet(components),
+        "vae": peer_vae(components),
+        "scheduler": scheduler,
+        "text_encoder": encoders[0],
+        "tokenizer": tokenizers[0],
+    }
+    with _quiet():
+        if len(encoders) > 1:
+            parts |= {"text_encoder_2": encoders[1], "tokenizer_2": tokenizers[1]}
+            made = diffusers.StableDiffusionXLPipeline(
+                **parts, force_zeros_for_empty_prompt=components.zeros_for_empty_prompt, add_watermarker=False
+            )
+        else:
+            parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+            made = diffusers.StableDiffusionPipeline(**parts)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def channels_last(module: Any, on: bool) -> None:
+    """Bring the convolutions' weights of a peer into one memory layout or the other."""
+    layout = torch.channels_last if on else torch.contiguous_format
+    for parameter in module.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=layout)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    for name in ("diffusers", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,190 @@
+"""The result file: who measured what, where, with which versions and flags. Written after every figure.
+
+{"format": 1, "environment": {...}, "flags": {...}, "ceilings": {...}, "records": [...], "not_run": [...]}
+
+A record is one candidate of one contest: `contest`, `model`, `size`, `batch`, `steps`, `dtype`, `candidate`; `gate`
+(passed, max, relative, psnr); `seconds` (median, low, high, rounds) or null with `problem`; and what else is known of
+it (`floor`, `flops`, `peak_bytes`, `split`, ...).
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import platform
+import subprocess
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.measure import Outcome
+from fastsd.errors import FastsdError
+
+FORMAT = 1
+ROOT = Path(__file__).parent.parent
+KEY = ("contest", "model", "size", "batch", "steps", "dtype", "candidate")
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "numpy", "fastsd")
+
+
+def git_commit() -> str:
+    """The short commit, with "-dirty" where files differ from it; "unknown" outside a repository."""
+    try:
+        run = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+        found = subprocess.run(run, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Device, clocks, driver, versions, commit: what a figure depends on beside the code."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    found: dict[str, Any] = {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "versions": versions,
+        "threads": torch.get_num_threads(),
+    }
+    return found | (_gpu(device) if device.type == "cuda" else _cpu())
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    found: dict[str, Any] = {
+        "device": properties.name,
+        "architecture": f"sm_{properties.major}{properties.minor}",
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
+        found["driver"] = pynvml.nvmlSystemGetDriverVersion()
+        for name, kind in (("sm_mhz", pynvml.NVML_CLOCK_SM), ("memory_mhz", pynvml.NVML_CLOCK_MEM)):
+            now, most = pynvml.nvmlDeviceGetClockInfo(handle, kind), pynvml.nvmlDeviceGetMaxClockInfo(handle, kind)
+            found[name] = {"now": now, "max": most}
+    except Exception as error:  # no such library, or a driver that does not say
+        found["driver"] = f"unknown ({type(error).__name__})"
+    return found
+
+
+def _cpu() -> dict[str, Any]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return {"device": name, "cores": os.cpu_count(), "instructions": torch.backends.cpu.get_cpu_capability()}
+
+
+class Results:
+    """A result file that grows. An older record of the same contest and candidate is replaced."""
+
+    def __init__(self, path: Path, device: torch.device, flags: dict[str, Any]):
+        self.path = path
+        old = read(path) if path.exists() else {"records": []}
+        self.data: dict[str, Any] = {
+            "format": FORMAT,
+            "environment": environment(device),
+            "flags": flags,
+            "ceilings": old.get("ceilings", {}),
+            "records": old["records"],
+            "not_run": [],
+        }
+
+    def add(self, **record: Any) -> None:
+        """Add a record and write the file."""
+        key = identity(record)
+        self.data["records"] = [r for r in self.data["records"] if identity(r) != key] + [record]
+        self.write()
+
+    def write(self) -> None:
+        write(self.data, self.path)
+
+
+def identity(record: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes two records figures of the same thing."""
+    return tuple(record.get(name) for name in KEY)
+
+
+def outcome_fields(outcome: Outcome) -> dict[str, Any]:
+    """The fields of a record that a contest gives. A red gate has no seconds."""
+    fields: dict[str, Any] = {"candidate": outcome.name, "gate": None, "seconds": None}
+    if outcome.distance is not None:
+        d = outcome.distance
+        numbers = {"max": _number(d.max), "relative": _number(d.relative), "psnr": _number(d.psnr)}
+        fields["gate"] = {"passed": not outcome.problem, **numbers}
+    if outcome.spread is not None:
+        s = outcome.spread
+        fields["seconds"] = {
+            "median": _number(s.median),
+            "low": _number(s.low),
+            "high": _number(s.high),
+            "rounds": s.rounds,
+        }
+    if outcome.problem:
+        fields["problem"] = outcome.problem
+    if outcome.first_call:
+        fields["first_call"] = _number(outcome.first_call)
+    return fields
+
+
+def _number(x: float) -> float | None:
+    """Five digits; JSON has no infinity, so that is null."""
+    return float(f"{x:.5g}") if math.isfinite(x) else None
+
+
+def write(data: dict[str, Any], path: Path) -> None:
+    """Whole or not at all: an interrupted run leaves the last file that was good."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records = ",\n  ".join(json.dumps(record, allow_nan=False) for record in data["records"])
+    rest = {key: value for key, value in data.items() if key != "records"}
+    text = json.dumps(rest, indent=1, allow_nan=False)[:-2] + ',\n "records": [\n  ' + records + "\n ]\n}\n"
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result file.
+
+    Raises:
+        FastsdError: it is not there, or not a result file.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FastsdError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise FastsdError(f"{path}: not a result file; `pytest bench/ --benchmark` writes one") from error
+    records = data.get("records") if isinstance(data, dict) else None
+    if not isinstance(records, list) or not all(isinstance(r, dict) and "contest" in r for r in records):
+        raise FastsdError(f"{path}: not a result file; `pytest bench/ --benchmark` writes one")
+    if data.get("format") != FORMAT:
+        raise FastsdError(f"{path}: format {data.get('format')!r}; this version reads format {FORMAT}")
+    return data
+
+
+def default_path(device: torch.device) -> Path:
+    """bench/results/<gpu or cpu>/<date>-<commit>.json"""
+    if device.type == "cuda":
+        place = torch.cuda.get_device_name(device).lower().replace("nvidia ", "").replace(" ", "-")
+    else:
+        place = "cpu"
+    day = datetime.date.today().isoformat()
+    return ROOT / "bench" / "results" / place / f"{day}-{git_commit()}.json"

@@ -1,0 +1,130 @@
+"""The arithmetic of a contest, and its gate: what is wrong gets a distance and never a speed."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+import torch
+
+from bench.measure import Candidate, distance, hold, image_limit, lines, rotation, spread, timed, tolerance
+
+CPU = torch.device("cpu")
+
+
+def test_spread_is_median_and_quartiles() -> None:
+    s = spread([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert (s.median, s.low, s.high, s.rounds) == (3.0, 2.0, 4.0, 5)
+    few = spread([2.0, 8.0])
+    assert (few.median, few.low, few.high) == (5.0, 2.0, 8.0)
+    with pytest.raises(ValueError, match="sample"):
+        spread([])
+
+
+def test_distance_by_hand() -> None:
+    wanted = torch.tensor([3.0, 4.0, 0.0])
+    d = distance(wanted + torch.tensor([0.0, 0.0, 0.5]), wanted)
+    assert d.max == 0.5 and d.relative == pytest.approx(0.1)
+    assert d.psnr == pytest.approx(20 * math.log10(4.0 / (0.5 / 3**0.5)))
+    same = distance(wanted, wanted)
+    assert (same.max, same.relative, same.psnr) == (0.0, 0.0, math.inf)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_is_infinitely_far(bad: float) -> None:
+    assert distance(torch.tensor([1.0, bad]), torch.tensor([1.0, 2.0])).relative == math.inf
+    with pytest.raises(ValueError, match="reference"):
+        distance(torch.zeros(2), torch.zeros(3))
+
+
+def test_tolerances_cover_rounding_and_little_more() -> None:
+    """A chain of roundings of random numbers stays inside; a wrong channel in ten does not."""
+    torch.manual_seed(0)
+    x = torch.randn(1000, 10, dtype=torch.float64)
+    for dtype in (torch.bfloat16, torch.float16):
+        y = x.clone()
+        for _ in range(50):
+            y = (y * 1.1).to(dtype).double() / 1.1
+        assert distance(y, x).relative < tolerance(dtype, 50)
+        y[:, 0] *= 2.0
+        assert distance(y, x).relative > tolerance(dtype, 50)
+    assert tolerance(torch.float32, 400) < 1e-4
+
+
+def test_pictures_must_be_the_nearer_the_finer_the_dtype() -> None:
+    limits = [image_limit(dtype, 7.5) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    assert limits == sorted(limits) and 20 < limits[0] < 30 and limits[2] == 50
+    assert image_limit(torch.bfloat16, 1.0) > limits[0]
+
+
+def contestants(calls: list[str]) -> list[Candidate]:
+    def right(i: int) -> torch.Tensor:
+        calls.append("a")
+        time.sleep(0.006)
+        return torch.ones(4)
+
+    def wrong(i: int) -> torch.Tensor:
+        calls.append("b")
+        return torch.full((4,), 1.5)
+
+    def broken(i: int) -> torch.Tensor:
+        raise RuntimeError("no such backend\nand much more")
+
+    def also_right(i: int) -> torch.Tensor:
+        calls.append("c")
+        time.sleep(0.012)
+        return torch.ones(4)
+
+    return [Candidate("a", right), Candidate("b", wrong), Candidate("broken", broken), Candidate("c", also_right)]
+
+
+def test_a_red_gate_has_a_distance_and_no_speed() -> None:
+    calls: list[str] = []
+    a, b, broken, c = hold(lambda: torch.ones(4), contestants(calls), 0.01, CPU, 10.0, rounds=5)
+    assert a.spread and c.spread and not a.problem
+    assert b.spread is None and not b.samples and "red gate" in b.problem and b.distance and b.distance.max == 0.5
+    assert broken.spread is None and broken.problem == "failed: RuntimeError: no such backend"
+    assert calls.count("b") == 1  # the gate's run alone
+    assert a.spread.rounds == 5 and 0.006 <= a.spread.median < c.spread.median
+    assert "".join(calls[-10:]) == "ac" * 5  # in turn
+    text = "\n".join(lines([a, b, broken, c], floor=0.003))
+    row = next(line for line in text.splitlines() if line.strip().startswith("b"))
+    assert "red gate" in row and "5.00e-01" in row and " ms" not in row
+    assert "of the limit" in text and "1.00x" in text
+
+
+def test_a_picture_below_its_psnr_is_red() -> None:
+    noisy = Candidate("noisy", lambda i: torch.linspace(0, 1, 100) + 0.1)
+    (outcome,) = hold(lambda: torch.linspace(0, 1, 100), [noisy], 30.0, CPU, 1.0, psnr=True)
+    assert outcome.spread is None and "PSNR 20.0 dB" in outcome.problem
+
+
+def test_a_candidate_that_gives_nan_is_red() -> None:
+    nan = Candidate("nan", lambda i: torch.full((4,), math.nan))
+    for psnr in (False, True):
+        (outcome,) = hold(lambda: torch.ones(4), [nan], 1e9 if not psnr else -1e9, CPU, 1.0, psnr=psnr)
+        assert "red gate" in outcome.problem
+
+
+def test_time_ends_the_rounds_and_a_check_has_none() -> None:
+    calls: list[str] = []
+    a, *_ = hold(lambda: torch.ones(4), contestants(calls), 0.01, CPU, 0.0, rounds=50)
+    assert len(a.samples) == 1
+    (a,) = hold(lambda: torch.ones(4), contestants(calls)[:1], 0.01, CPU, 9.0, measuring=False)
+    assert a.spread is None and not a.problem
+
+
+def test_prepare_is_not_timed_and_inputs_rotate() -> None:
+    seen: list[int] = []
+    candidate = Candidate("x", lambda i: seen.append(i) or torch.ones(1), lambda: time.sleep(0.02))
+    (outcome,) = hold(lambda: torch.ones(1), [candidate], 0.1, CPU, 10.0, rounds=3)
+    assert outcome.spread and outcome.spread.median < 0.01
+    assert len(set(seen)) > 3
+    made: list[int] = []
+    inputs = rotation(3, lambda i: made.append(i) or i)
+    assert [inputs(i) for i in range(7)] == [0, 1, 2, 0, 1, 2, 0] and made == [0, 1, 2]
+
+
+def test_timed_is_for_each_run() -> None:
+    assert 0.01 <= timed(lambda i: time.sleep(0.01), 0, 3, CPU) < 0.02

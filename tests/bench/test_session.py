@@ -1,0 +1,79 @@
+"""Options and budget: what cannot be is one line and exit code 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.measure import Candidate
+from bench.session import LEAST_BUDGET, Session, check_options
+from fastsd.errors import FastsdError
+
+ROOT = Path(__file__).parent.parent.parent
+NOTHING: dict[str, Any] = dict.fromkeys(
+    ["models", "batch", "size", "steps", "dtype", "peers", "budget", "model", "results", "profile"]
+)
+
+
+def options(**changes: Any) -> Any:
+    return check_options(NOTHING | {"benchmark": True} | changes)
+
+
+def test_defaults_measure_and_a_check_is_tiny() -> None:
+    assert options(models="sd15,sdxl", batch="1,4").batches == (1, 4)
+    assert check_options(NOTHING | {"benchmark": False, "models": "sdxl"}).models == ("tiny",)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("models", "sd99", "sd99.*sd15"),
+        ("peers", "onediff", "onediff.*diffusers"),
+        ("dtype", "fp4", "fp4.*bf16"),
+        ("budget", "1", "--budget.*10"),
+        ("budget", "soon", "--budget.*soon"),
+        ("batch", "0", "--batch"),
+        ("size", "100", "--size.*64"),
+        ("model", "no/such/folder", "--model.*no/such/folder"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_option(name: str, text: str, said: str) -> None:
+    with pytest.raises(FastsdError, match=said) as error:
+        options(**{name: text})
+    assert "\n" not in str(error.value)
+
+
+def test_the_budget_runs_down() -> None:
+    session = Session(options(budget="30"))
+    assert LEAST_BUDGET < session.remaining() <= 30
+    session.started -= 31
+    assert session.remaining() < 0
+    assert Session(options()).remaining() == float("inf")
+
+
+def test_a_contest_is_recorded_and_its_own_red_gate_is_an_error(tmp_path: Path) -> None:
+    session = Session(options(results=str(tmp_path / "r.json")))
+    right, wrong = Candidate("fastsd", lambda i: torch.ones(3)), Candidate("peer", lambda i: torch.zeros(3))
+    arguments: dict[str, Any] = {"dtype": torch.float32, "depth": 1, "model": "tiny", "missing": {"gone": "missing: x"}}
+    session.contest("c", lambda: torch.ones(3), [right, wrong], **arguments)
+    found = {r["candidate"]: r for r in session.results.data["records"]}
+    assert found["fastsd"]["seconds"]["median"] > 0
+    assert found["peer"]["seconds"] is None and "red gate" in found["peer"]["problem"]
+    assert found["gone"]["problem"] == "missing: x"
+    with pytest.raises(AssertionError, match="red gate"):
+        session.contest("c", lambda: torch.zeros(3) + 2, [right, wrong], **arguments)
+    assert session.results.path.exists()
+
+
+@pytest.mark.parametrize("flags", [["--models", "sd99"], ["--budget", "0.1"]])
+def test_pytest_says_one_line_and_exits_with_2(flags: list[str]) -> None:
+    run = [sys.executable, "-m", "pytest", "bench", "--benchmark", *flags]
+    found = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 2
+    assert f"error: {flags[0]}" in found.stdout + found.stderr
+    assert "Traceback" not in found.stdout + found.stderr
