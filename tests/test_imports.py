@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "fastsd"
 RANKS = {
     "errors": 0,
     "config": 0,
+    "prompts": 1,
     "kernels": 1,
     "devices": 1,
     "memory": 1,

@@ -1,0 +1,264 @@
+"""The prompt's own small language, as A1111 has it: weights, chunk breaks, schedules, alternation, LoRA tags.
+
+`(word:1.2)` `(word)` `[word]` `BREAK`; `[a:b:0.5]` `[a:0.5]` `[a::0.5]`; `[a|b]`; `<lora:name:0.8>`. docs/prompts.md
+states the rules. A prompt is read in that order from the outside in: tags are taken out, schedules give each step its
+text, and weights are read in that text. What is not well-formed is text. Nothing here knows models or tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+
+from fastsd.errors import FastsdError
+
+ROUND, SQUARE = 1.1, 1 / 1.1  # what a pair of brackets without a number multiplies a weight by
+MAX_WEIGHT = 100.0
+MAX_DEPTH = 100  # brackets within brackets
+MAX_CHARACTERS = 100_000
+
+_NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
+
+
+@dataclass(frozen=True)
+class Span:
+    """A piece of text and its weight."""
+
+    text: str
+    weight: float = 1.0
+
+
+# What stands between two BREAKs, of which each ends a chunk.
+Section = tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class LoraTag:
+    """`<lora:name:weight>`."""
+
+    name: str
+    weight: float = 1.0
+
+
+def check_length(prompt: str) -> None:
+    """Refuse a text that is no prompt.
+
+    Raises:
+        FastsdError: it is longer than `MAX_CHARACTERS`.
+    """
+    if len(prompt) > MAX_CHARACTERS:
+        raise FastsdError(f"prompt: {len(prompt)} characters; the longest that is read has {MAX_CHARACTERS}")
+
+
+def take_loras(prompt: str) -> tuple[str, tuple[LoraTag, ...]]:
+    """The prompt without its `<lora:name>` and `<lora:name:weight>` tags, and the tags in their order.
+
+    Raises:
+        FastsdError: a tag's name is empty, or its weight is no number from -MAX_WEIGHT to MAX_WEIGHT.
+    """
+    tags = []
+    for found in _LORA.finditer(prompt):
+        name, colon, number = found[1].partition(":")
+        weight = float(number) if re.fullmatch(rf"\s*{_NUMBER}\s*", number) else math.nan
+        if not colon:
+            weight = 1.0
+        if not name.strip() or not abs(weight) <= MAX_WEIGHT:
+            raise FastsdError(
+                f"prompt: {found[0][:80]!r} should be <lora:name:weight> with a weight from -100 to 100, as in "
+                "<lora:lighthouse:0.8>"
+            )
+        tags.append(LoraTag(name.strip(), weight))
+    return _LORA.sub("", prompt), tuple(tags)
+
+
+_LORA = re.compile(r"<lora:([^<>]*)>")
+
+
+def by_step(prompt: str, steps: int) -> tuple[str, ...]:
+    """The text of each step, `steps` of them: schedules and alternations replaced by what holds in that step.
+
+    `[a:b:when]` is a in the first k steps and b after them; k is `when` if that has no decimal point, else `when *
+    steps` rounded towards zero. `[b:when]` is nothing before, `[a::when]` nothing after. `[a|b|c]` is a in the first
+    step, b in the second, c in the third, a in the fourth. The parts may hold all of it again.
+
+    Raises:
+        FastsdError: the text is too long, or its brackets are nested too deeply.
+    """
+    check_length(prompt)
+    if "[" not in prompt:
+        return (prompt,) * steps
+    tree, changes = _read(prompt)
+    return tuple(_at_step(tree, step, steps) for step in range(1, steps + 1)) if changes else (prompt,) * steps
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    before: list[_Item]
+    after: list[_Item]
+    number: str
+
+    def at(self, step: int, steps: int) -> list[_Item]:
+        when = float(self.number) * (steps if "." in self.number else 1)
+        return self.before if step <= int(max(0.0, min(when, steps))) else self.after
+
+
+@dataclass(frozen=True)
+class _Alternation:
+    parts: list[list[_Item]]
+
+    def at(self, step: int, steps: int) -> list[_Item]:
+        return self.parts[(step - 1) % len(self.parts)]
+
+
+# A text; a node; a bracketed group that holds nodes.
+_Item = str | _Schedule | _Alternation | list
+
+
+@dataclass
+class _Open:
+    """A bracket that is not closed yet. `marks`: where in `items` a separator stands, and which, outside of groups."""
+
+    bracket: str
+    items: list[_Item] = field(default_factory=list)
+    marks: list[int] = field(default_factory=list)
+
+    def take(self, inner: _Open) -> None:
+        """Go on as if the inner bracket were text."""
+        self.items.append(inner.bracket)
+        self.marks += [len(self.items) + mark for mark in inner.marks]
+        self.items += inner.items
+
+    def parts(self, marks: list[int]) -> list[list[_Item]]:
+        """The items between the given separators."""
+        starts = [0, *(mark + 1 for mark in marks)]
+        return [self.items[start:end] for start, end in zip(starts, [*marks, len(self.items)])]
+
+
+def _read(prompt: str) -> tuple[list[_Item], bool]:
+    """The prompt as a tree, and whether there is anything in it that changes over the steps.
+
+    A closing bracket belongs to the nearest open one of its kind; those opened in between are text, and so is a
+    bracket without a partner.
+    """
+    stack = [_Open("")]
+    changes = False
+    for token in _TOKEN.findall(prompt):
+        top = stack[-1]
+        if token in "([":
+            if len(stack) > MAX_DEPTH:
+                raise FastsdError(f"prompt: brackets are nested more than {MAX_DEPTH} deep; write \\( for a bracket")
+            stack.append(_Open(token))
+        elif token in "])":
+            opening = "[" if token == "]" else "("
+            at = next((i for i in range(len(stack) - 1, 0, -1) if stack[i].bracket == opening), 0)
+            if not at:
+                top.items.append(token)
+                continue
+            group, inner = stack[at], stack[at + 1 :]
+            del stack[at:]
+            for one in inner:
+                group.take(one)
+            item = _close(group) if token == "]" else [group.bracket, *group.items, token]
+            changes = changes or not isinstance(item, list)
+            stack[-1].items.append(item)
+        else:
+            if token in ":|":
+                top.marks.append(len(top.items))
+            top.items.append(token)
+    root = stack[0]
+    for one in stack[1:]:
+        root.take(one)
+    return root.items, changes
+
+
+_TOKEN = re.compile(r"\\.|\\|[\[\]():|]|[^\\\[\]():|]+", re.S)
+
+
+def _close(group: _Open) -> _Item:
+    """What a pair of square brackets is: a schedule if it ends in a number, an alternation if it has a bar, or text."""
+    colons = [mark for mark in group.marks if group.items[mark] == ":"]
+    if colons and len(colons) <= 2:
+        *parts, last = group.parts(colons)
+        number = _WHEN.fullmatch("".join(item if isinstance(item, str) else "[" for item in last))
+        if number:
+            return _Schedule([] if len(parts) == 1 else parts[0], parts[-1], number[1])
+    bars = [mark for mark in group.marks if group.items[mark] == "|"]
+    return _Alternation(group.parts(bars)) if bars else [group.bracket, *group.items, "]"]
+
+
+_WHEN = re.compile(rf"\s*({_NUMBER}(?:[eE][+-]?[0-9]+)?)\s*")
+
+
+def _at_step(tree: list[_Item], step: int, steps: int) -> str:
+    done: list[str] = []
+    todo: list[_Item] = list(reversed(tree))
+    while todo:
+        item = todo.pop()
+        if isinstance(item, str):
+            done.append(item)
+        else:
+            todo += reversed(item if isinstance(item, list) else item.at(step, steps))
+    return "".join(done)
+
+
+def weigh(text: str) -> tuple[Section, ...]:
+    """The weights of one step's text, in sections that BREAK ends.
+
+    `(a:1.2)` multiplies by the number, `(a)` by 1.1, `[a]` by 1 / 1.1, and what is nested by all of them; a bracket
+    that is never closed reaches to the end of the text. A backslash makes a bracket or a backslash a character.
+    Neighbours of one weight are one span.
+
+    Raises:
+        FastsdError: a weight beyond MAX_WEIGHT, a text that is too long, or brackets nested too deeply.
+    """
+    check_length(text)
+    pieces: list[tuple[str | None, float]] = []  # None: BREAK
+    opened: dict[str, list[int]] = {"(": [], "[": []}
+
+    def multiply(start: int, factor: float) -> None:
+        pieces[start:] = [(piece, weight * factor) for piece, weight in pieces[start:]]
+
+    for found in _PIECE.finditer(text):
+        piece, number = found[0], found[1]
+        if piece in opened:
+            opened[piece].append(len(pieces))
+            if sum(map(len, opened.values())) > MAX_DEPTH:
+                raise FastsdError(f"prompt: brackets are nested more than {MAX_DEPTH} deep; write \\( for a bracket")
+        elif number is not None and opened["("]:
+            multiply(opened["("].pop(), float(number))
+        elif piece == ")" and opened["("]:
+            multiply(opened["("].pop(), ROUND)
+        elif piece == "]" and opened["["]:
+            multiply(opened["["].pop(), SQUARE)
+        elif piece.startswith("\\"):
+            pieces.append((piece[1:], 1.0))
+        else:
+            first, *rest = _BREAK.split(piece)
+            pieces.append((first, 1.0))
+            for part in rest:
+                pieces += [(None, 1.0), (part, 1.0)]
+    for factor, starts in ((ROUND, opened["("]), (SQUARE, opened["["])):
+        for start in starts:
+            multiply(start, factor)
+    return _sections(pieces)
+
+
+# An escaped bracket or backslash; a backslash before anything else, which vanishes; brackets; text.
+_PIECE = re.compile(rf"\\[()\[\]\\]|\\|[(\[]|:\s*({_NUMBER})\s*\)|[)\]]|[^\\()\[\]:]+|:")
+_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+
+
+def _sections(pieces: list[tuple[str | None, float]]) -> tuple[Section, ...]:
+    """Join neighbours of one weight, and cut at BREAK (None)."""
+    sections: list[list[Span]] = [[]]
+    for text, weight in pieces:
+        if text is None:
+            sections.append([])
+        elif not abs(weight) <= MAX_WEIGHT:
+            raise FastsdError(f"prompt: the weight of {text[:40]!r} comes to {weight:g}; weights go from -100 to 100")
+        elif sections[-1] and sections[-1][-1].weight == weight:
+            sections[-1][-1] = Span(sections[-1][-1].text + text, weight)
+        elif text:
+            sections[-1].append(Span(text, weight))
+    return tuple(map(tuple, sections))
