@@ -7,40 +7,120 @@ from dataclasses import dataclass
 
 import torch
 
-from fastsd.model.clip import TextOutput
+from fastsd.errors import FastsdError
+from fastsd.model.chunks import COMMA_REACH, Chunk, find_names, split
+from fastsd.model.clip import Insertion, TextEncoder, TextOutput
+from fastsd.model.tokenizer import Tokenizer
 from fastsd.model.unet import AddedConditioning
+from fastsd.prompts import Section, Span, weigh
 from fastsd.weights import Components
+
+SYNTAXES = ("a1111", "plain")
+MAX_CHUNKS = 100  # 7,500 tokens
 
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """What the text encoders say of one prompt: `context` `[1, L, D]` and `pooled` `[1, P]`."""
+    """What the text encoders say of one text: `context` `[1, L, D]` and `pooled` `[1, P]`."""
 
     context: torch.Tensor
     pooled: torch.Tensor
 
 
-def encode_text(components: Components, prompt: str, clip_skip: int, zeros: bool = False) -> TextFeatures:
-    """Run the text encoders over one prompt.
+def encode_text(
+    components: Components, text: str, clip_skip: int, zeros: bool = False, syntax: str = "plain", chunks: int = 1
+) -> TextFeatures:
+    """Run the text encoders over one text, chunk by chunk.
+
+    The features of each chunk are multiplied by its tokens' weights, and then by what gives them their mean back
+    (A1111's arithmetic), for each encoder by itself. The pooled text is the first chunk's and knows no weights.
 
     Args:
         components: the checkpoint; two encoders' features are joined along the last dimension (SDXL).
-        prompt: any text; what exceeds the encoders' length is cut (`truncation_notes` says what).
+        text: of one step; "plain": what exceeds one chunk is cut (`notes_on` says what); "a1111": see
+            `fastsd.prompts.weigh`.
         clip_skip: how many of the last layers to leave out, counted as most programs do: 1 is none.
         zeros: return zeros of the right shape (what SDXL takes for an empty negative prompt).
+        chunks: encode at least so many; what the text does not fill are chunks of no text.
+
+    Raises:
+        FastsdError: the text is malformed or too long.
     """
-    outputs = []
-    for encoder, tokenizer in zip(components.text_encoders, components.tokenizers, strict=True):
-        ids = tokenizer(prompt).to(encoder.text_model.embeddings.token_embedding.weight.device)
-        if is_xl(components):
-            output = encoder(ids, hidden_layer=-1 - clip_skip)  # SDXL reads one layer earlier, and not normed
-        else:
-            output = encoder(ids, hidden_layer=-clip_skip)
-            if clip_skip > 1:
-                output = TextOutput(encoder.text_model.final_layer_norm(output.hidden), output.pooled)
-        outputs.append(output)
+    split_up = split_text(components, text, syntax)
+    chunks = max(chunks, *map(len, split_up))
+    outputs = [
+        _encode(components, which, [*part, *[Chunk()] * (chunks - len(part))], clip_skip)
+        for which, part in enumerate(split_up)
+    ]
     features = TextFeatures(torch.cat([output.hidden for output in outputs], dim=-1), outputs[-1].pooled)
     return TextFeatures(torch.zeros_like(features.context), torch.zeros_like(features.pooled)) if zeros else features
+
+
+def split_text(components: Components, text: str, syntax: str) -> list[list[Chunk]]:
+    """The chunks of a text for each text encoder.
+
+    Raises:
+        FastsdError: the text is malformed or too long.
+    """
+    sections = weigh(text) if syntax != "plain" else ((Span(text),),)
+    found = []
+    for which, tokenizer in enumerate(components.tokenizers):
+        vectors = {name: embedding.vectors[which] for name, embedding in components.embeddings.items()}
+        plain = syntax == "plain"
+        chunks = split(sections, tokenizer, vectors, comma_reach=0 if plain else COMMA_REACH)
+        found.append(chunks[:1] if plain else chunks)
+    longest = max(map(len, found))
+    if longest > MAX_CHUNKS:
+        raise FastsdError(f"prompt: {longest} chunks of text; the longest prompt that is read fills {MAX_CHUNKS}")
+    return found
+
+
+def _encode(components: Components, which: int, chunks: list[Chunk], clip_skip: int) -> TextOutput:
+    """One encoder over all chunks: features joined along the tokens `[1, chunks * L, D]`, pooled of the first."""
+    encoder, tokenizer = components.text_encoders[which], components.tokenizers[which]
+    outputs: list[TextOutput] = []
+    for i, chunk in enumerate(chunks):
+        same = outputs[-1] if i and not chunk.ids and not chunks[i - 1].ids else None
+        outputs.append(same or _encode_chunk(encoder, tokenizer, chunk, clip_skip, is_xl(components)))
+    return TextOutput(torch.cat([output.hidden for output in outputs], dim=1), outputs[0].pooled)
+
+
+def _encode_chunk(
+    encoder: TextEncoder, tokenizer: Tokenizer, chunk: Chunk, clip_skip: int, penultimate: bool
+) -> TextOutput:
+    ids = torch.full((1, tokenizer.max_length), tokenizer.pad_id, dtype=torch.int64)
+    content = [tokenizer.bos_id, *chunk.ids, tokenizer.eos_id]
+    ids[0, : len(content)] = torch.tensor(content)
+    ids = ids.to(encoder.text_model.embeddings.token_embedding.weight.device)
+    insertions = [Insertion(0, 1 + start, vectors) for start, vectors in chunk.vectors]
+    if penultimate:
+        output = encoder(ids, -1 - clip_skip, insertions)  # SDXL reads one layer earlier, and not normed
+    else:
+        output = encoder(ids, -clip_skip, insertions)
+        if clip_skip > 1:
+            output = TextOutput(encoder.text_model.final_layer_norm(output.hidden), output.pooled)
+    if all(weight == 1.0 for weight in chunk.weights):
+        return output
+    weights = torch.ones(1, tokenizer.max_length, 1)
+    weights[0, 1 : 1 + len(chunk.weights), 0] = torch.tensor(chunk.weights)
+    return TextOutput(weighted(output.hidden, weights), output.pooled)
+
+
+def weighted(hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """A1111's emphasis: `z = w h`, then `z mean(h) / mean(z)`; the means are over all tokens and channels.
+
+    Args:
+        hidden: `[1, L, D]`.
+        weights: `[1, L, 1]`.
+
+    Returns:
+        `[1, L, D]` in the dtype of `hidden`; computed in fp32.
+    """
+    before = hidden.float()
+    after = before * weights.to(before)
+    ratio = before.mean() / after.mean()
+    # Weights below 0 can take the mean to 0; then there is nothing to restore it by.
+    return (after * torch.where(ratio.isfinite(), ratio, 1.0)).to(hidden.dtype)
 
 
 def is_xl(components: Components) -> bool:
@@ -66,16 +146,27 @@ def added_conditioning(
     return AddedConditioning(pooled, torch.tensor([sizes], device=pooled.device))
 
 
-def notes_on(components: Components, prompt: str) -> list[str]:
-    """What a user should know of a prompt: words that the model never saw, text that was cut."""
+def notes_on(components: Components, text: str, syntax: str = "plain") -> list[str]:
+    """What a user should know of one step's text: words that the model never saw, text that was cut, "AND".
+
+    Raises:
+        FastsdError: the text is malformed or too long.
+    """
     notes = []
+    sections: tuple[Section, ...] = weigh(text) if syntax != "plain" else ((Span(text),),)
+    pieces = [
+        piece for section in sections for span in section for piece, _ in find_names(span.text, components.embeddings)
+    ]
     if components.known_words:
-        words = dict.fromkeys(re.findall(r"\w+", prompt.lower()))
+        words = dict.fromkeys(word for piece in pieces for word in re.findall(r"\w+", piece.lower()))
         unknown = [word for word in words if word not in components.known_words]
         if unknown:
             known = ", ".join(sorted(components.known_words))
             notes.append(f"{components.name} does not know {', '.join(map(repr, unknown))}; its words are: {known}")
-    cut = components.tokenizers[0].truncated(prompt)
-    if cut:
-        notes.append(f"the prompt is too long; left out: {cut!r}")
+    if syntax == "plain":
+        cut = components.tokenizers[0].truncated(text)
+        if cut:
+            notes.append(f"the prompt is too long; left out: {cut!r}")
+    elif any(re.search(r"\bAND\b", piece) for piece in pieces):
+        notes.append("the prompt holds AND, which is read as a word: prompts are not composed")
     return notes

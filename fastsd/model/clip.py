@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,14 @@ class TextOutput(NamedTuple):
     pooled: torch.Tensor
 
 
+class Insertion(NamedTuple):
+    """Vectors `[n, hidden]` that stand in for the token embeddings of one text from position `start` on."""
+
+    row: int
+    start: int
+    vectors: torch.Tensor
+
+
 class Embeddings(nn.Module):
     """Token plus position embeddings."""
 
@@ -27,8 +36,11 @@ class Embeddings(nn.Module):
         self.token_embedding = Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size)
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.token_embedding.weight[input_ids] + self.position_embedding.weight[: input_ids.shape[1]]
+    def forward(self, input_ids: torch.Tensor, insertions: Sequence[Insertion] = ()) -> torch.Tensor:
+        tokens = self.token_embedding.weight[input_ids]
+        for row, start, vectors in insertions:
+            tokens[row, start : start + len(vectors)] = vectors.to(tokens)
+        return tokens + self.position_embedding.weight[: input_ids.shape[1]]
 
 
 class Embedding(nn.Module):
@@ -112,20 +124,24 @@ class TextEncoder(nn.Module):
             Linear(config.hidden_size, config.projection_dim, bias=False) if config.projection_dim else None
         )
 
-    def forward(self, input_ids: torch.Tensor, hidden_layer: int = -1) -> TextOutput:
+    def forward(
+        self, input_ids: torch.Tensor, hidden_layer: int = -1, insertions: Sequence[Insertion] = ()
+    ) -> TextOutput:
         """Encode texts.
 
         Args:
             input_ids: `[B, L]`, L at most `max_position_embeddings`; the text ends at the first end token.
             hidden_layer: which hidden state to return: -1 the last, through the final norm (SD1, SD2); -2 the one
                 before it, not normed (SDXL); and so on.
+            insertions: vectors in place of token embeddings (textual inversion, Gal et al. 2022); what `input_ids`
+                holds there does not matter as long as it is no end token.
 
         Returns:
             `hidden` `[B, L, hidden_size]`; `pooled` `[B, projection_dim]`: the normed last state at the end token,
             projected where the checkpoint has a projection.
         """
         model = self.text_model
-        states = [model.embeddings(input_ids)]
+        states = [model.embeddings(input_ids, insertions)]
         for layer in model.encoder.layers:
             states.append(layer(states[-1]))
         last = model.final_layer_norm(states[-1])

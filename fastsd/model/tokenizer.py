@@ -89,6 +89,15 @@ class Tokenizer:
     def __len__(self) -> int:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    def ids(self, text: str) -> list[int]:
+        """The ids of the whole text, uncut, without start and end."""
+        return list(self._encode(text).ids)
+
+    @property
+    def comma_id(self) -> int | None:
+        """The id of a comma as a word of its own; None where the vocabulary has no such token."""
+        return self._backend.token_to_id(",</w>")
+
     def tokens(self, prompt: str) -> list[str]:
         """The tokens of the whole prompt as text, uncut, without start and end: "a cat" gives ["a</w>", "cat</w>"].
 

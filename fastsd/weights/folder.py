@@ -16,6 +16,7 @@ from fastsd.model.tokenizer import Tokenizer
 from fastsd.model.unet import UNet
 from fastsd.model.vae import AutoencoderKL
 from fastsd.weights import configs
+from fastsd.weights.embeddings import Embedding
 from fastsd.weights.load import find_files, load_module
 
 OWN_FILE = "fastsd.json"  # what only fastsd reads: default settings, known words
@@ -35,6 +36,7 @@ class Components:
         aesthetic_score: the added conditioning holds a score (SDXL refiner).
         defaults: settings of `Pipeline.__call__` that the checkpoint's author recommends.
         known_words: the whole vocabulary of a model trained on few words, or empty.
+        embeddings: textual inversions by the name that stands for them in a prompt.
     """
 
     unet: UNet
@@ -48,6 +50,7 @@ class Components:
     aesthetic_score: bool = False
     defaults: dict[str, Any] = field(default_factory=dict)
     known_words: frozenset[str] = frozenset()
+    embeddings: dict[str, Embedding] = field(default_factory=dict)
 
 
 def load_folder(path: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> Components:
