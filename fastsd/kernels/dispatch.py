@@ -18,11 +18,14 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
+from fastsd.errors import FastsdError
+
 OLDEST_TRITON = (3, 6)
 OLDEST_GPU = (7, 5)
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _forced = threading.local()
+_told: set[tuple[str, str]] = set()
 
 
 def backend(*inputs: torch.Tensor | None) -> str:
@@ -101,6 +104,19 @@ def forced(name: str) -> Iterator[None]:
 def reference_only() -> AbstractContextManager[None]:
     """Inside this context every op of this thread runs its fp32 specification."""
     return forced("reference")
+
+
+def fall_back(op: str, reason: str) -> None:
+    """Say, once for each reason, that `op` leaves a call of the Triton backend to PyTorch.
+
+    Raises:
+        FastsdError: the Triton backend was forced.
+    """
+    if getattr(_forced, "name", None) == "triton":
+        raise FastsdError(f"{op}: {reason}")
+    if (op, reason) not in _told:
+        _told.add((op, reason))
+        warnings.warn(f"{op}: {reason}; PyTorch computes it instead", RuntimeWarning, stacklevel=3)
 
 
 def widen(x: torch.Tensor) -> torch.Tensor:

@@ -27,25 +27,40 @@ def flash_attn_ref(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bo
     return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2).to(dtype)
 
 
-def flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False) -> torch.Tensor:
+def flash_attn(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False, key_length: int | None = None
+) -> torch.Tensor:
     """Scaled dot-product attention.
 
     Args:
         q: `[B, S, heads, D]`, any strides with a contiguous last dimension (views of a fused projection are meant).
         k, v: `[B, T, heads, D]`.
         causal: position i attends to positions <= i only.
+        key_length: how many keys count, 1 to T; None is all. The others are not read.
 
     Returns:
         `[B, S, heads * D]` in the dtype of `q`.
 
     Raises:
-        ValueError: the shapes do not fit each other.
+        ValueError: the shapes do not fit each other, or `key_length` does not fit T.
+        FastsdError: the Triton backend is forced and does not take this call.
     """
     if k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"flash_attn: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit")
+    if key_length is not None:
+        if not 1 <= key_length <= k.shape[1]:
+            raise ValueError(f"flash_attn: key_length is {key_length}; it needs 1 to {k.shape[1]}, the number of keys")
+        k, v = k[:, :key_length], v[:, :key_length]
     backend = dispatch.backend(q, k, v)
     if backend == "reference":
         return flash_attn_ref(q, k, v, causal)
+    if backend == "triton":
+        from fastsd.kernels import flash_attn_triton
+
+        reason = flash_attn_triton.refusal(q, k, v)
+        if reason is None:
+            return flash_attn_triton.flash_attn(q, k, v, causal)
+        dispatch.fall_back("flash_attn", reason)
     if backend == "onednn" and not causal and q.shape[1] * k.shape[1] >= SMALLEST:
         run = _image_bf16 if q.dtype == torch.bfloat16 else _image_fp32
         # Image by image, so that an image's result does not depend on what it is batched with.

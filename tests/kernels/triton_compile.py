@@ -7,7 +7,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,38 +24,28 @@ TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", t
 
 @dataclass(frozen=True)
 class Compiled:
-    """registers: of a thread; spills: bytes of local memory; shared: bytes; loads, stores: bits of each access."""
+    """registers: of a thread; spills: bytes of local memory; shared: bytes; loads, stores, copies: bits of each access
+    (copies: from memory to shared memory); machine: the code itself."""
 
     registers: int
     spills: int
     shared: int
     loads: tuple[int, ...]
     stores: tuple[int, ...]
+    copies: tuple[int, ...]
+    machine: str = field(repr=False)
 
 
-def compile_kernel(kernel: Any, capability: int, warps: int, arguments: Mapping[str, Any]) -> Compiled:
+def compile_kernel(kernel: Any, capability: int, warps: int, arguments: Mapping[str, Any], **options: Any) -> Compiled:
     """Compile for sm_`capability` as a launch with these arguments would.
 
     arguments: for each parameter a torch dtype (a pointer, 16-byte aligned), an int or float (typed and specialised
     as Triton does: 1 becomes a constant, a multiple of 16 is known as one), None, or the constant of a constexpr.
+    options: further ones of the compiler (num_stages, maxnreg).
     """
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        if isinstance(value, torch.dtype):
-            signature[parameter.name] = "*" + TYPES[value]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[(i,)] = value
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, **OPTIONS})
+    source = source_of(kernel, arguments)
+    target = GPUTarget("cuda", capability, 32)
+    binary = triton.compile(source, target=target, options={"num_warps": warps, **options, **OPTIONS})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
@@ -69,7 +59,29 @@ def compile_kernel(kernel: Any, capability: int, warps: int, arguments: Mapping[
         shared=binary.metadata.shared,
         loads=_widths("LDG", machine),
         stores=_widths("STG", machine),
+        copies=_widths("LDGSTS", machine),
+        machine=machine,
     )
+
+
+def source_of(kernel: Any, arguments: Mapping[str, Any]) -> ASTSource:
+    """What Triton compiles for a launch with these arguments, see `compile_kernel`."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if isinstance(value, torch.dtype):
+            signature[parameter.name] = "*" + TYPES[value]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
+            signature[parameter.name] = "constexpr"
+            constants[(i,)] = value
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def _widths(instruction: str, machine: str) -> tuple[int, ...]:
