@@ -134,6 +134,11 @@ def _layer_norm(layer: Any, args: tuple[Any, ...], named: dict[str, Any], out: t
     return norm_work(out.numel(), False)
 
 
+def _block_norms(layer: Any, args: tuple[Any, ...], named: dict[str, Any], out: torch.Tensor) -> Work:
+    """Three layer norms, whichever way the block calls them (alone, or with the addition before)."""
+    return norm_work(3 * out.numel(), False)
+
+
 Count = Callable[[Any, tuple[Any, ...], dict[str, Any], torch.Tensor], Work | None]
 COUNTS: dict[type[nn.Module], Count] = {
     layers.Linear: _linear,
@@ -145,6 +150,7 @@ COUNTS: dict[type[nn.Module], Count] = {
     layers.GEGLU: _geglu,
     layers.GroupNorm: _group_norm,
     layers.LayerNorm: _layer_norm,
+    layers.TransformerBlock: _block_norms,
 }
 
 
@@ -161,7 +167,11 @@ def counted(model: nn.Module) -> Iterator[list[Work]]:
         return add
 
     handles = []
+    blocks = [block for block in model.modules() if isinstance(block, layers.TransformerBlock)]
+    within = {norm for block in blocks for norm in block.children() if isinstance(norm, layers.LayerNorm)}
     for module in model.modules():
+        if module in within:
+            continue
         kind = next((cls for cls in type(module).__mro__ if cls in COUNTS), None)
         if kind is not None:
             handles.append(module.register_forward_hook(hook(COUNTS[kind]), with_kwargs=True))

@@ -15,7 +15,7 @@ from bench.ceilings import Ceilings, measure_ceilings
 from bench.families import FAMILIES, TINY, Family, choose
 from bench.measure import Candidate, Outcome
 from bench.models import random_components
-from bench.roofline import Work, total
+from bench.roofline import KINDS, Work, total
 from fastsd.devices import dtype_name, resolve_device, resolve_dtype
 from fastsd.errors import FastsdError
 from fastsd.pipeline import BUNDLED
@@ -212,8 +212,21 @@ class Session:
             for outcome in outcomes:
                 fields = record.outcome_fields(outcome) | (extra or {}).get(outcome.name, {})
                 if floor is not None:
-                    fields |= {"floor": float(f"{floor:.5g}"), "flops": sum(w.flops for w in work or ()) * per}
+                    fields |= self._limits(work or [], dtype, per)
                 self.results.add(contest=contest, **labels, dtype=dtype_name(dtype), **fields)
         if outcomes[0].problem:
             raise AssertionError(f"{title}: {outcomes[0].name}: {outcomes[0].problem}")
         return outcomes
+
+    def _limits(self, work: list[Work], dtype: torch.dtype, per: int) -> dict[str, Any]:
+        """What a record says of the work: operations, and the floor in seconds, whole and by kind."""
+        ceilings = self.ceilings(dtype)
+        kinds = {kind: [w for w in work if w.kind == kind] for kind in KINDS}
+        floors = {kind: sum(w.floor(ceilings, dtype.itemsize) for w in part) * per for kind, part in kinds.items()}
+        floors = {kind: float(f"{floor:.4g}") for kind, floor in floors.items() if floor}
+        return {
+            "floor": float(f"{sum(floors.values()):.5g}"),
+            "by_kind": floors,
+            "flops": sum(w.flops for w in work) * per,
+            "bytes": sum(w.elements for w in work) * dtype.itemsize * per,
+        }

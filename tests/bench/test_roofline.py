@@ -52,6 +52,13 @@ def test_work_grows_with_the_batch_and_the_size() -> None:
     assert by_kind[1024]["attention"] > 10 * by_kind[512]["attention"]  # its self-attention grows 16-fold
 
 
+def test_every_norm_of_a_step_is_counted() -> None:
+    """SD1.5: 61 group norms, and 16 blocks with three layer norms each."""
+    norms = [work for work in step_work(SD15, 1, 512) if work.kind == "norm"]
+    assert len(norms) == 61 + 16
+    assert sum(work.exps > 0 for work in norms) == 45  # with SiLU: all but the ones before a transformer
+
+
 def test_attention_by_hand() -> None:
     """2 images, 3 heads of 5 channels, 7 queries, 11 keys."""
     work = attention_work(2, 7, 11, 15, 3)

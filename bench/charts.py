@@ -1,0 +1,159 @@
+"""Charts of a result file: speed against peers and the floor, where a picture's time goes, memory, first picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from bench.report import groups, peak, seconds, show, title
+
+COLOURS = {"fastsd": "#1f6feb", "pytorch": "#8b949e", "diffusers": "#d29922", "diffusers-channels-last": "#e3b341",
+           "diffusers-compiled": "#bf8700", "floor": "#2da44e"}  # fmt: skip
+LEFT_OUT = ("fastsd, nothing hoisted",)
+PARTS = ("text", "step", "update", "decode")
+
+
+def colour(name: str) -> str:
+    return COLOURS.get(name, "#6e7781")
+
+
+def draw(data: dict[str, Any], folder: Path, place: str) -> list[Path]:
+    """All charts for which there are figures; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    makers = {"speed": _speed, "parts": _parts, "memory": _memory, "first": _first}
+    made = []
+    for name, make in makers.items():
+        figure = make(data)
+        if figure is None:
+            continue
+        figure.text(0.995, 0.005, _source(data), ha="right", va="bottom", fontsize=6.5, color="#57606a")
+        path = folder / f"{name}-{place}.png"
+        figure.savefig(path, dpi=130, bbox_inches="tight")
+        plt.close(figure)
+        made.append(path)
+    return made
+
+
+def _source(data: dict[str, Any]) -> str:
+    environment = data["environment"]
+    return f"{environment['device']}, commit {environment['commit']}, {environment['date'][:10]}"
+
+
+def _speed(data: dict[str, Any]) -> Any:
+    """A group of bars for each measurement: seconds of each candidate, and the floor."""
+    found = {
+        key: value for key, value in groups(data, ("step", "decode", "image")).items() if seconds(value.get("fastsd"))
+    }
+    if not found:
+        return None
+    figure, axes = plt.subplots(len(found), 1, figsize=(8, 1.0 + 1.25 * len(found)), squeeze=False)
+    for (key, records), axis in zip(found.items(), axes[:, 0]):
+        bars = [(name, seconds(r)) for name, r in records.items() if name not in LEFT_OUT and seconds(r)]
+        if records["fastsd"].get("floor"):
+            bars.append(("floor", records["fastsd"]["floor"]))
+        _bars(axis, bars)
+        axis.set_title(title(key), fontsize=9, loc="left")
+    figure.tight_layout()
+    return figure
+
+
+def _bars(axis: Any, bars: list[tuple[str, Any]]) -> None:
+    """Horizontal bars with their names and values."""
+    names, values = [name for name, _ in bars], [value for _, value in bars]
+    axis.barh(names, values, color=[colour(name) for name in names], height=0.7)
+    for i, value in enumerate(values):
+        axis.text(value + 0.01 * max(values), i, show(value), va="center", fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.15 * max(values))
+    axis.tick_params(labelsize=8)
+    axis.set_xticks([])
+    axis.spines[["top", "right", "bottom"]].set_visible(False)
+
+
+def _parts(data: dict[str, Any]) -> Any:
+    """Stacked: what a step and a decoding take at least, by the share of the limit that is reached."""
+    rows = []
+    for key, records in groups(data, ("step", "decode")).items():
+        record = records.get("fastsd", {})
+        if record.get("by_kind") and seconds(record):
+            rows.append((title(key), record["by_kind"], seconds(record)))
+    if not rows:
+        return None
+    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.5 * len(rows)))
+    kinds = ("conv", "linear", "attention", "norm")
+    shades = ("#1f6feb", "#54aeff", "#d29922", "#8250df")
+    left = [0.0] * len(rows)
+    for kind, shade in zip(kinds, shades):
+        values = [by_kind.get(kind, 0.0) / total for _, by_kind, total in rows]
+        axis.barh([row[0] for row in rows], values, left=left, color=shade, label=f"{kind}, at its limit", height=0.6)
+        left = [a + b for a, b in zip(left, values)]
+    rest = [max(0.0, 1.0 - a) for a in left]
+    axis.barh([row[0] for row in rows], rest, left=left, color="#d0d7de", label="above the limit", height=0.6)
+    axis.set_xlim(0, max(1.0, *left))
+    axis.set_xlabel("share of the measured time", fontsize=8)
+    axis.invert_yaxis()
+    axis.tick_params(labelsize=8)
+    axis.legend(
+        fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.35, -0.35 if len(rows) < 3 else -0.22), frameon=False
+    )
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _memory(data: dict[str, Any]) -> Any:
+    """Peak memory of a process that draws one picture."""
+    found = {
+        key: [(name, peak(r)) for name, r in records.items() if peak(r) and seconds(r)]
+        for key, records in groups(data, ("cold",)).items()
+    }
+    found = {key: bars for key, bars in found.items() if bars}
+    if not found:
+        return None
+    figure, axes = plt.subplots(len(found), 1, figsize=(8, 1.0 + 0.9 * len(found)), squeeze=False)
+    for (key, bars), axis in zip(found.items(), axes[:, 0]):
+        _bars(axis, bars)
+        for text, (_, value) in zip(axis.texts, bars):
+            text.set_text(f"{value:.2f} GiB")
+        axis.set_title("peak memory, " + title(key), fontsize=9, loc="left")
+    figure.tight_layout()
+    return figure
+
+
+def _first(data: dict[str, Any]) -> Any:
+    """A cold process to its first picture, stacked by what it does."""
+    rows = [
+        (f"{name}, {key[1]}, {key[5]}", record["split"])
+        for key, records in groups(data, ("cold",)).items()
+        for name, record in records.items()
+        if record.get("split") and seconds(record)
+    ]
+    if not rows:
+        return None
+    order = list(dict.fromkeys(["start of Python", *(part for _, split in rows for part in split)]))
+    shades = ("#8b949e", "#d0d7de", "#54aeff", "#d29922", "#1f6feb", "#8250df")
+    figure, axis = plt.subplots(figsize=(8, 1.4 + 0.4 * len(rows)))
+    left = [0.0] * len(rows)
+    for part, shade in zip(order, shades):
+        values = [split.get(part, 0.0) for _, split in rows]
+        axis.barh([name for name, _ in rows], values, left=left, color=shade, label=part, height=0.6)
+        left = [a + b for a, b in zip(left, values)]
+    for i, total in enumerate(left):
+        axis.text(total, i, f" {total:.1f} s", va="center", fontsize=8)
+    axis.set_xlim(0, 1.12 * max(left))
+    axis.set_xlabel("seconds from the start of the process to the first picture", fontsize=8)
+    axis.invert_yaxis()
+    axis.tick_params(labelsize=8)
+    axis.legend(
+        fontsize=7,
+        ncols=3,
+        loc="upper center",
+        bbox_to_anchor=(0.4, 1.0 + 0.9 / (1.4 + 0.4 * len(rows))),
+        frameon=False,
+    )
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
