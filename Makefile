@@ -4,6 +4,9 @@
 #   make test            lint, then the fast tests
 #   make lint            ruff (lint, format) and mypy
 #   make parity          full-size models against diffusers (up to 24 GiB of memory; minutes)
+#   make bench           what is fast and what is not, on this machine (BENCH="--models sd15 --budget 600" and so on)
+#   make gpu             on a machine with a GPU: its tests, then the benchmarks, in 9 minutes
+#   make report          the README's table of speed and the charts, from bench/results/
 #   make digits-report   the full check of the bundled model (DATA=folder with the MNIST files)
 #
 # The environment is in .venv. It is made once, and brought up to date when pyproject.toml or constraints.txt change.
@@ -13,21 +16,25 @@ PYTHON ?= python3
 NOVENV ?=
 PROMPT ?= a handwritten eight
 DATA ?= data/mnist
+BENCH ?=
+GPU ?=
 
 ifeq ($(NOVENV),)
   PY := .venv/bin/python
   RUNTIME := .venv/.runtime
   DEV := .venv/.dev
+  MEASURE := .venv/.bench
 else
   PY := $(PYTHON)
   RUNTIME :=
   DEV :=
+  MEASURE :=
 endif
 
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: help demo test lint lint-run parity digits-report
+.PHONY: help demo test lint lint-run parity bench gpu report digits-report
 .DEFAULT_GOAL := help
 
 help:
@@ -46,6 +53,10 @@ help:
 .venv/.dev: .venv/.runtime
 	@echo "installing the tools for development into .venv"
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+.venv/.bench: .venv/.dev
+	@$(PIP) -e '.[bench]'
 	@touch $@
 
 demo: $(RUNTIME)
@@ -69,6 +80,15 @@ lint-run:
 
 parity: $(DEV)
 	$(PY) -m pytest -m parity -s
+
+bench: $(MEASURE)
+	$(PY) -m pytest bench --benchmark $(BENCH)
+
+gpu: $(MEASURE)
+	@$(PY) -m bench.gpu $(GPU)
+
+report: $(MEASURE)
+	@$(PY) -m bench.report
 
 digits-report: $(RUNTIME)
 	$(PY) -m fastsd evaluate --model digits --data $(DATA)

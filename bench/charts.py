@@ -31,7 +31,7 @@ def draw(data: dict[str, Any], folder: Path, place: str) -> list[Path]:
         figure = make(data)
         if figure is None:
             continue
-        figure.text(0.995, 0.005, _source(data), ha="right", va="bottom", fontsize=6.5, color="#57606a")
+        figure.text(0.995, -0.03, _source(data), ha="right", va="top", fontsize=6.5, color="#57606a")
         path = folder / f"{name}-{place}.png"
         figure.savefig(path, dpi=130, bbox_inches="tight")
         plt.close(figure)
@@ -98,9 +98,7 @@ def _parts(data: dict[str, Any]) -> Any:
     axis.set_xlabel("share of the measured time", fontsize=8)
     axis.invert_yaxis()
     axis.tick_params(labelsize=8)
-    axis.legend(
-        fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.35, -0.35 if len(rows) < 3 else -0.22), frameon=False
-    )
+    axis.legend(fontsize=7, ncols=5, loc="lower center", bbox_to_anchor=(0.35, 1.0), frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -148,12 +146,6 @@ def _first(data: dict[str, Any]) -> Any:
     axis.set_xlabel("seconds from the start of the process to the first picture", fontsize=8)
     axis.invert_yaxis()
     axis.tick_params(labelsize=8)
-    axis.legend(
-        fontsize=7,
-        ncols=3,
-        loc="upper center",
-        bbox_to_anchor=(0.4, 1.0 + 0.9 / (1.4 + 0.4 * len(rows))),
-        frameon=False,
-    )
+    axis.legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.4, 1.0), frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     return figure
