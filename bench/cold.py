@@ -169,7 +169,7 @@ def _diffusers(arguments: argparse.Namespace) -> tuple[float, float, Draw]:
 
 def _peak(cuda: bool) -> dict[str, int]:
     """Bytes: resident memory of the process at its peak; on a GPU as the driver and as torch's allocator see it."""
-    found = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    found = {"resident": resident_peak()}
     if cuda:
         import torch
 
@@ -179,6 +179,15 @@ def _peak(cuda: bool) -> dict[str, int]:
         if driver is not None:
             found["driver"] = driver
     return found
+
+
+def resident_peak() -> int:
+    """Bytes. Not `ru_maxrss` where it can be avoided: Linux hands a child its parent's peak."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _driver_bytes() -> int | None:

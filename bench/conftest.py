@@ -59,11 +59,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {name: i for i, name in enumerate(ORDER)}
     here = [item for item in items if item.path.parent.name == "bench" and item.path.stem.startswith("bench_")]
-    models = items[0].config.stash[SESSION].options.models if items else ()
+    if not here:
+        return
+    options = here[0].config.stash[SESSION].options
 
-    def place(item: pytest.Item) -> tuple[int, int]:
-        model = getattr(item, "callspec", None) and item.callspec.params.get("model")
-        return models.index(model) if model in models else len(models), rank.get(item.path.stem, len(rank))
+    def place(item: pytest.Item) -> tuple[int, int, int]:
+        """Model by model and dtype by dtype, since only one is kept in memory; then by importance."""
+        chosen = item.callspec.params if hasattr(item, "callspec") else {}
+        model, dtype = chosen.get("model"), chosen.get("dtype")
+        return (
+            options.models.index(model) if model in options.models else len(options.models),
+            options.dtypes.index(dtype) if dtype in options.dtypes else len(options.dtypes),
+            rank.get(item.path.stem, len(rank)),
+        )
 
     ordered = iter(sorted(here, key=place))
     chosen = set(here)
