@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from fastsd.errors import FastsdError
+from fastsd.graph import Graphs
 from fastsd.model.chunks import COMMA_REACH, Chunk, find_names, split
-from fastsd.model.clip import Insertion, TextEncoder, TextOutput
-from fastsd.model.tokenizer import Tokenizer
+from fastsd.model.clip import Insertion, TextOutput
 from fastsd.model.unet import AddedConditioning
 from fastsd.prompts import Section, Span, weigh
 from fastsd.weights import Components
@@ -28,7 +28,13 @@ class TextFeatures:
 
 
 def encode_text(
-    components: Components, text: str, clip_skip: int, zeros: bool = False, syntax: str = "plain", chunks: int = 1
+    components: Components,
+    text: str,
+    clip_skip: int,
+    zeros: bool = False,
+    syntax: str = "plain",
+    chunks: int = 1,
+    graphs: Graphs | None = None,
 ) -> TextFeatures:
     """Run the text encoders over one text, chunk by chunk.
 
@@ -42,14 +48,16 @@ def encode_text(
         clip_skip: how many of the last layers to leave out, counted as most programs do: 1 is none.
         zeros: return zeros of the right shape (what SDXL takes for an empty negative prompt).
         chunks: encode at least so many; what the text does not fill are chunks of no text.
+        graphs: where captured encoders are kept; None runs them eagerly.
 
     Raises:
         FastsdError: the text is malformed or too long.
     """
     split_up = split_text(components, text, syntax)
     chunks = max(chunks, *map(len, split_up))
+    graphs = Graphs() if graphs is None else graphs
     outputs = [
-        _encode(components, which, [*part, *[Chunk()] * (chunks - len(part))], clip_skip)
+        _encode(components, which, [*part, *[Chunk()] * (chunks - len(part))], clip_skip, graphs)
         for which, part in enumerate(split_up)
     ]
     features = TextFeatures(torch.cat([output.hidden for output in outputs], dim=-1), outputs[-1].pooled)
@@ -75,30 +83,28 @@ def split_text(components: Components, text: str, syntax: str) -> list[list[Chun
     return found
 
 
-def _encode(components: Components, which: int, chunks: list[Chunk], clip_skip: int) -> TextOutput:
+def _encode(components: Components, which: int, chunks: list[Chunk], clip_skip: int, graphs: Graphs) -> TextOutput:
     """One encoder over all chunks: features joined along the tokens `[1, chunks * L, D]`, pooled of the first."""
-    encoder, tokenizer = components.text_encoders[which], components.tokenizers[which]
     outputs: list[TextOutput] = []
     for i, chunk in enumerate(chunks):
         same = outputs[-1] if i and not chunk.ids and not chunks[i - 1].ids else None
-        outputs.append(same or _encode_chunk(encoder, tokenizer, chunk, clip_skip, is_xl(components)))
+        outputs.append(same or _encode_chunk(components, which, chunk, clip_skip, graphs))
     return TextOutput(torch.cat([output.hidden for output in outputs], dim=1), outputs[0].pooled)
 
 
-def _encode_chunk(
-    encoder: TextEncoder, tokenizer: Tokenizer, chunk: Chunk, clip_skip: int, penultimate: bool
-) -> TextOutput:
+def _encode_chunk(components: Components, which: int, chunk: Chunk, clip_skip: int, graphs: Graphs) -> TextOutput:
+    encoder, tokenizer = components.text_encoders[which], components.tokenizers[which]
     ids = torch.full((1, tokenizer.max_length), tokenizer.pad_id, dtype=torch.int64)
     content = [tokenizer.bos_id, *chunk.ids, tokenizer.eos_id]
     ids[0, : len(content)] = torch.tensor(content)
     ids = ids.to(encoder.text_model.embeddings.token_embedding.weight.device)
-    insertions = [Insertion(0, 1 + start, vectors) for start, vectors in chunk.vectors]
-    if penultimate:
-        output = encoder(ids, -1 - clip_skip, insertions)  # SDXL reads one layer earlier, and not normed
+    layer = -1 - clip_skip if is_xl(components) else -clip_skip  # SDXL reads one layer earlier, and not normed
+    if chunk.vectors:
+        output = encoder(ids, layer, [Insertion(0, 1 + start, vectors) for start, vectors in chunk.vectors])
     else:
-        output = encoder(ids, -clip_skip, insertions)
-        if clip_skip > 1:
-            output = TextOutput(encoder.text_model.final_layer_norm(output.hidden), output.pooled)
+        output = graphs(("text", which, layer), lambda x: encoder(x, layer), ids)
+    if clip_skip > 1 and not is_xl(components):
+        output = TextOutput(encoder.text_model.final_layer_norm(output.hidden), output.pooled)
     if all(weight == 1.0 for weight in chunk.weights):
         return output
     weights = torch.ones(1, tokenizer.max_length, 1)

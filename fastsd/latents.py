@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
+from fastsd.graph import Graphs
 from fastsd.model.tiling import encode_tiled
 from fastsd.model.vae import AutoencoderKL
 
@@ -42,7 +43,9 @@ def image_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image, dtype=np.float32)).div_(127.5).sub_(1.0)[None]
 
 
-def encode_image(vae: AutoencoderKL, image: torch.Tensor, noise: Noise, tiled: bool) -> torch.Tensor:
+def encode_image(
+    vae: AutoencoderKL, image: torch.Tensor, noise: Noise, tiled: bool, graphs: Graphs | None = None
+) -> torch.Tensor:
     """One picture to a sampled, scaled latent for every image of `noise`.
 
     Args:
@@ -50,14 +53,16 @@ def encode_image(vae: AutoencoderKL, image: torch.Tensor, noise: Noise, tiled: b
         image: `[1, H, W, 3]` in [-1, 1].
         noise: where the samples are drawn from.
         tiled: encode in overlapping tiles.
+        graphs: where the captured encoder is kept; None runs it eagerly.
 
     Returns:
         `[N, h, w, C]` fp32.
     """
     weight = vae.quant_conv.weight
     image = image.to(weight.device, weight.dtype)
-    distribution = encode_tiled(vae, image) if tiled else vae.encode(image)
-    mean, std = distribution.mean.float(), torch.exp(0.5 * distribution.logvar.float())
+    run = Graphs() if graphs is None else graphs
+    mean, logvar = encode_tiled(vae, image) if tiled else run("encode", vae.encode, image)
+    mean, std = mean.float(), torch.exp(0.5 * logvar.float())
     return (mean + std * noise.draw()) * vae.config.scaling_factor
 
 

@@ -5,12 +5,14 @@ The loop is a generator: progress, preview and cancelling are what the caller do
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +20,10 @@ from PIL import Image
 
 from fastsd import memory
 from fastsd.conditioning import added_conditioning, encode_text
+from fastsd.denoiser import Denoiser, Run
 from fastsd.devices import dtype_name, resolve_device, resolve_dtype
+from fastsd.errors import FastsdError
+from fastsd.graph import MAX_GRAPHS, CudaRecorder, Graphs, chosen_convolutions
 from fastsd.latents import InpaintMask, Noise, encode_image, image_tensor, to_channels_last
 from fastsd.model.tiling import decode_tiled
 from fastsd.request import Request, make_request
@@ -62,32 +67,43 @@ class Step:
     total: int
     latents: torch.Tensor
     _pipeline: Pipeline = field(repr=False)
-    _estimate: torch.Tensor = field(repr=False)
+    _estimate: _Estimate = field(repr=False)
     result: Result | None = None
 
     def preview(self) -> Image.Image:
         """The batch's first picture, as the network expects it to end."""
-        return self._pipeline.decode(self._estimate[:1])[0]
+        return self._pipeline.decode(self._pipeline.denoised(self._estimate))[0]
+
+
+class _Estimate(NamedTuple):
+    """What the network was given and said of a batch's first image, `[1, h, w, C]` each."""
+
+    x_in: torch.Tensor
+    out: torch.Tensor
+    timestep: float
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """What stays the same over the steps of one batch."""
+    """One batch on its way: the denoiser's tensors, and what happens to them between its rows."""
 
-    time: torch.Tensor  # [rows, 1 or UNet samples, sum of channels]
-    key_values: tuple[torch.Tensor, ...]
+    run: Run
     noise: Noise
     start_noise: torch.Tensor  # [n, h, w, C]
     image: torch.Tensor | None  # [n, h, w, C]
     mask: torch.Tensor | None  # [1, h, w, 1]: latents outside it follow the picture
-    extra_channels: torch.Tensor | None  # [n, h, w, 5]: mask and masked picture of an inpainting UNet
 
 
 class Pipeline:
     """A checkpoint, ready to draw."""
 
-    def __init__(self, components: Components, device: torch.device, dtype: torch.dtype):
+    def __init__(self, components: Components, device: torch.device, dtype: torch.dtype, graphs: Graphs | None = None):
+        """graphs: where captured graphs are kept; None runs everything eagerly."""
         self.components, self.device, self.dtype = components, device, dtype
+        self.graphs = Graphs() if graphs is None else graphs
+        self._denoiser = Denoiser(components.unet, dtype, self.graphs)
+        self._news: list[str] = []  # what the next result should say beside the request's notes
+        self._lock = threading.RLock()  # one call works at a time: graphs have buffers of their own
         size = components.sample_size * components.vae.config.downscale
         self.defaults: dict[str, Any] = {
             "num_inference_steps": 30,
@@ -100,7 +116,12 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path | None = None, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+        cls,
+        path: str | Path | None = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        graphs: bool = True,
+        max_graphs: int = MAX_GRAPHS,
     ) -> Pipeline:
         """Load a checkpoint.
 
@@ -108,6 +129,8 @@ class Pipeline:
             path: a folder in the diffusers layout; None or "digits" is the bundled model.
             device: "auto" (CUDA where there is a GPU), "cpu", "cuda", "cuda:1".
             dtype: "auto" (CUDA: fp16; a CPU with avx512_bf16 or amx_bf16: bf16; else fp32), "fp32", "fp16", "bf16".
+            graphs: on CUDA, capture each shape's work in CUDA graphs at its first use and replay them afterwards.
+            max_graphs: how many are kept; a picture size takes about four.
 
         Raises:
             FastsdError: no such model, damaged files, unknown device or dtype, too little memory.
@@ -120,7 +143,8 @@ class Pipeline:
         components = load_folder(folder, precision, place)
         if precision == torch.float16 and components.vae.config.force_upcast:
             components.vae.float()  # its activations overflow fp16
-        return cls(components, place, precision)
+        recorder = CudaRecorder(place) if graphs and place.type == "cuda" else None
+        return cls(components, place, precision, Graphs(recorder, max_graphs))
 
     def __call__(self, prompt: str | list[str], **arguments: Any) -> Result:
         """Draw pictures.
@@ -147,7 +171,8 @@ class Pipeline:
         Raises:
             FastsdError: an argument is missing, unknown or out of range; one line that names it.
         """
-        last = deque(self.stream(prompt, **arguments), maxlen=1).pop()
+        with self._lock:
+            last = deque(self.stream(prompt, **arguments), maxlen=1).pop()
         assert last.result is not None
         return last.result
 
@@ -165,23 +190,28 @@ class Pipeline:
         total, done = len(batches) * len(set(table.step)), 0
         finished: list[Any] = []
         for which in batches:
-            batch, state = self._begin(request, which, clock)
+            with self._lock:
+                batch = self._begin(request, which, clock)
             for i in range(len(table)):
-                tick = time.perf_counter()
-                estimate = self._advance(request, batch, state, i)
-                clock["steps"] += time.perf_counter() - tick
+                with self._lock:
+                    tick = time.perf_counter()
+                    estimate = self._advance(batch)
+                    clock["steps"] += time.perf_counter() - tick
                 step_ends = i + 1 == len(table) or table.step[i + 1] != table.step[i]
                 if step_ends and (done := done + 1) < total:
-                    yield Step(done, total, state.x.clone(), self, estimate)
-            tick = time.perf_counter()
-            finished.append(self._finish(request, state.x))
-            clock["decode"] += time.perf_counter() - tick
+                    yield Step(done, total, batch.run.state.x.clone(), self, estimate)
+            with self._lock:
+                tick = time.perf_counter()
+                latents = batch.run.state.x.clone()
+                finished.append(self._finish(request, latents))
+                clock["decode"] += time.perf_counter() - tick
         clock["total"] = time.perf_counter() - started
         clock["steps_per_second"] = total / clock["steps"] if clock["steps"] else 0.0
-        yield Step(total, total, state.x, self, state.x, self._result(request, finished, clock))
+        estimate = _Estimate(latents[:1], latents[:1], math.nan)
+        yield Step(total, total, latents, self, estimate, self._result(request, finished, clock))
 
     @torch.inference_mode()
-    def _begin(self, request: Request, which: slice, clock: dict[str, float]) -> tuple[_Batch, advance.State]:
+    def _begin(self, request: Request, which: slice, clock: dict[str, float]) -> _Batch:
         """Everything that does not depend on the loop: text, time, picture, noise."""
         config = self.components.vae.config
         seeds = request.seeds[which]
@@ -195,21 +225,34 @@ class Pipeline:
         image = mask = extra = None
         inpaints = self.components.unet.config.in_channels == 9
         if request.image is not None and not (inpaints and request.strength == 1.0):
-            image = encode_image(self.components.vae, image_tensor(request.image), noise, request.vae_tiling)
+            image = self._encode(image_tensor(request.image), noise, request.vae_tiling)
         given = request.latents
         start_noise = noise.draw() if given is None else to_channels_last(given[which]).to(self.device)
         if request.image is not None and request.mask is not None:
             regions = InpaintMask.from_image(request.mask, config.downscale)
             if inpaints:
                 kept = image_tensor(request.image) * (regions.pixels < 0.5)
-                masked = encode_image(self.components.vae, kept, noise, request.vae_tiling)
+                masked = self._encode(kept, noise, request.vae_tiling)
                 extra = torch.cat([regions.latents.to(self.device).expand(len(seeds), -1, -1, -1), masked], dim=-1)
             else:
                 mask = regions.latents.to(self.device)
         clock["encode"] += time.perf_counter() - tick
         pure_noise = request.mask is not None and request.strength == 1.0
         state = advance.begin(request.table, start_noise, None if pure_noise else image)
-        return _Batch(timed, key_values, noise, start_noise, image, mask, extra), state
+        guided, rescaled = request.guidance_scale != 1.0, request.guidance_rescale > 0
+        run = Run(
+            state,
+            timed,
+            key_values,
+            guidance=state.x.new_tensor([request.guidance_scale]) if guided else None,
+            rescale=state.x.new_tensor([request.guidance_rescale]) if guided and rescaled else None,
+            extra_channels=extra,
+        )
+        return _Batch(run, noise, start_noise, image, mask)
+
+    def _encode(self, image: torch.Tensor, noise: Noise, tiled: bool) -> torch.Tensor:
+        with chosen_convolutions(self.device):
+            return encode_image(self.components.vae, image, noise, tiled, self.graphs)
 
     def _condition(self, request: Request, which: slice) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Time embeddings for all rows and keys and values of the text, for the batch's (guided) UNet samples.
@@ -226,7 +269,7 @@ class Pipeline:
         key_values: dict[tuple[str, bool], tuple[torch.Tensor, ...]] = {}
         for text, negative in dict.fromkeys(wanted):
             zeros = negative and not text and components.zeros_for_empty_prompt
-            features = encode_text(components, text, request.clip_skip, zeros)
+            features = encode_text(components, text, request.clip_skip, zeros, graphs=self.graphs)
             key_values[text, negative] = unet.project_context(features.context)
             added = added_conditioning(components, features.pooled, negative, request.width, request.height)
             if added is not None or not times:
@@ -236,34 +279,32 @@ class Pipeline:
         return torch.stack(rows, dim=1), tuple(torch.cat(layer) for layer in layers)
 
     @torch.inference_mode()
-    def _advance(self, request: Request, batch: _Batch, state: advance.State, i: int) -> torch.Tensor:
-        """Row `i` of the table: one call of the UNet, one update of the state.
-
-        Returns the UNet's view of the first image's finished latent, `[1, h, w, C]`, for a preview.
-        """
-        x_in = advance.model_input(state)
-        x = x_in if batch.extra_channels is None else torch.cat([x_in, batch.extra_channels], dim=-1)
-        if request.guidance_scale != 1.0:
-            x = torch.cat([x, x])
-        out = self.components.unet.denoise(x.to(self.dtype), batch.time[i], batch.key_values)
-        estimate = self._estimate(x_in[:1], out[-len(x_in) :][:1], advance.timestep(state))
+    def _advance(self, batch: _Batch) -> _Estimate:
+        """One row of the table: one call of the UNet, one update of the state."""
+        state = batch.run.state
+        x_in, timestep = advance.model_input(state)[:1].clone(), advance.timestep(state)
         fresh = batch.noise.draw() if advance.draws(state) else None
-        advance.step(state, out, request.guidance_scale, request.guidance_rescale, fresh)
+        with chosen_convolutions(self.device):
+            out = self._denoiser.step(batch.run, fresh)
+        state = batch.run.state
         if batch.mask is not None and batch.image is not None:
             advance.hold(state, batch.image, batch.start_noise, batch.mask)
-        return estimate
+        return _Estimate(x_in, out[-len(state.x) :][:1].clone(), timestep)
 
-    def _estimate(self, x_in: torch.Tensor, out: torch.Tensor, timestep: float) -> torch.Tensor:
-        """The denoised latent that the network's (conditional) output speaks for, at unit-variance noise level."""
+    def denoised(self, estimate: _Estimate) -> torch.Tensor:
+        """The clean latent that the network's (conditional) output speaks for, `[1, h, w, C]`."""
+        x_in, out = estimate.x_in, estimate.out.float()
+        if math.isnan(estimate.timestep):
+            return x_in  # it is clean
         scheduler = self.components.scheduler
         levels = alphas_cumprod(scheduler)
-        signal = float(levels[min(max(round(timestep), 0), len(levels) - 1)])
+        signal = float(levels[min(max(round(estimate.timestep), 0), len(levels) - 1)])
         alpha, sigma = signal**0.5, (1.0 - signal) ** 0.5
         if scheduler.prediction_type == "sample":
-            return out.float()
+            return out
         if scheduler.prediction_type == "v_prediction":
-            return alpha * x_in - sigma * out.float()
-        return (x_in - sigma * out.float()) / max(alpha, 1e-3)
+            return alpha * x_in - sigma * out
+        return (x_in - sigma * out) / max(alpha, 1e-3)
 
     def _finish(self, request: Request, x: torch.Tensor) -> Any:
         """A batch's pictures from its last state, in the form asked for."""
@@ -281,18 +322,30 @@ class Pipeline:
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor, tiled: bool = False) -> list[Image.Image]:
         """Scaled latents `[n, h, w, C]` to pictures, one at a time (the decoder's maps are the largest of all)."""
-        return [Image.fromarray(self._pixels(latent[None], tiled)[0]) for latent in latents]
+        with self._lock:
+            return [Image.fromarray(self._pixels(latent[None], tiled)[0]) for latent in latents]
 
     def _pixels(self, latent: torch.Tensor, tiled: bool) -> np.ndarray:
-        """`[1, h, w, C]` to `[1, H, W, 3]` uint8. A non-finite value anywhere is retried in fp32."""
+        """`[1, h, w, C]` to `[1, H, W, 3]` uint8.
+
+        A single value that is not finite is no picture: the autoencoder then goes to fp32 for good, and that is said.
+        """
         vae = self.components.vae
-        z = latent / vae.config.scaling_factor
-        decode = (lambda y: decode_tiled(vae, y)) if tiled else vae.decode
-        image = decode(z.to(vae.post_quant_conv.weight.dtype))
-        if not bool(torch.isfinite(image).all()):
+        image = self._decode(latent, tiled)
+        if not bool(torch.isfinite(image).all()) and vae.post_quant_conv.weight.dtype != torch.float32:
             vae.float()
-            image = decode(z.float())
+            self.graphs.forget()  # they hold the weights that are gone
+            self._news.append(f"the autoencoder overflowed in {dtype_name(self.dtype)}; it runs in fp32 from now on")
+            image = self._decode(latent, tiled)
+        if not bool(torch.isfinite(image).all()):
+            raise FastsdError("the picture is not finite: the model overflowed; dtype fp32 or bf16 may help")
         return (image.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+
+    def _decode(self, latent: torch.Tensor, tiled: bool) -> torch.Tensor:
+        vae = self.components.vae
+        z = (latent / vae.config.scaling_factor).to(vae.post_quant_conv.weight.dtype)
+        with chosen_convolutions(self.device):
+            return decode_tiled(vae, z) if tiled else self.graphs("decode", vae.decode, z)
 
     def _result(self, request: Request, finished: list[Any], clock: dict[str, float]) -> Result:
         if request.output_type == "pil":
@@ -321,4 +374,5 @@ class Pipeline:
             "negative_prompts": list(request.negative_prompts),
             "strength": request.strength if request.image is not None else None,
         }
-        return Result(images, list(request.seeds), clock, list(request.notes), parameters)
+        notes, self._news = [*request.notes, *self._news], []
+        return Result(images, list(request.seeds), clock, notes, parameters)

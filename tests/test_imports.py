@@ -27,6 +27,7 @@ RANKS = {
     "weights": 3,
     "conditioning": 4,
     "latents": 4,
+    "denoiser": 4,
     "request": 5,
     "pipeline": 6,
     "train": 7,

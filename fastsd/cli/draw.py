@@ -133,7 +133,9 @@ def load(args: argparse.Namespace, before: dict[str, Any], notes: list[str]) -> 
         dtype = before["dtype"]
     try:
         with in_flags():
-            pipe = Pipeline.from_pretrained(None if bundled else args.model, device or "auto", dtype or "auto")
+            pipe = Pipeline.from_pretrained(
+                None if bundled else args.model, device or "auto", dtype or "auto", graphs=not args.no_graphs
+            )
     except FastsdError as error:
         path = str(Path(args.model)) if args.model else ""
         raise FastsdError(f"--model {error}" if path and str(error).startswith(path) else str(error)) from error

@@ -118,6 +118,7 @@ def make_parser(commands: Mapping[str, str]) -> Parser:
     where.add_argument(
         "--vae-tiling", action="store_true", default=None, help="decode in tiles: less memory for large pictures"
     )
+    where.add_argument("--no-graphs", action="store_true", help="CUDA: launch each kernel by itself, slower")
     where.add_argument(
         "--progress", action=argparse.BooleanOptionalAction, help="a progress bar (default: on a terminal)"
     )

@@ -28,7 +28,7 @@ def guided(out: torch.Tensor, batch: int, guidance: float | torch.Tensor, rescal
     return result if rescale is None else result * rescale.view(-1, *(1,) * (out.ndim - 1))
 
 
-def guidance_rescale(out: torch.Tensor, guidance: float | torch.Tensor, phi: float) -> torch.Tensor:
+def guidance_rescale(out: torch.Tensor, guidance: float | torch.Tensor, phi: float | torch.Tensor) -> torch.Tensor:
     """The factor `[N]` that takes the guided output back to the conditional one's spread.
 
     phi * std(cond) / std(guided) + 1 - phi, standard deviations over all of one sample (Lin et al. 2024, equations
@@ -42,7 +42,7 @@ def guidance_rescale(out: torch.Tensor, guidance: float | torch.Tensor, phi: flo
         torch.where(m.std() > 0, phi * c.std() / m.std() + (1 - phi), torch.ones_like(m.std()))
         for c, m in zip(cond, mixed)
     ]
-    return torch.stack(factors)
+    return torch.stack(factors).view(-1)
 
 
 def advance_ref(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -11,8 +11,7 @@ from fastsd.config import VAEConfig
 from fastsd.model.layers import Conv2d, Downsample, GroupNorm, Linear, ResBlock, SelfAttention, Upsample
 
 
-@dataclass(frozen=True)
-class Gaussian:
+class Gaussian(NamedTuple):
     """A diagonal Gaussian over latents: `mean` and `logvar`, `[B, h, w, C]` each, unscaled."""
 
     mean: torch.Tensor

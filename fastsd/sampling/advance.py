@@ -9,12 +9,14 @@ latent = state.x
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from fastsd.kernels import advance as op
 from fastsd.sampling.rows import Table
+
+BUFFERS = ("x", "x_in", "saved", "history", "noise", "row")
 
 
 @dataclass
@@ -36,6 +38,19 @@ class State:
     table: torch.Tensor
     row: torch.Tensor
     index: int = 0
+
+    def copy(self, rows: int = 0) -> State:
+        """The same state in buffers of its own, the table padded to at least `rows`."""
+        table = self.table.new_zeros(max(rows, len(self.table)), op.WIDTH)
+        table[: len(self.table)].copy_(self.table)
+        buffers = {name: getattr(self, name).clone() for name in BUFFERS}
+        return replace(self, table=table, **buffers)
+
+    def load(self, other: State) -> None:
+        """Take over the contents of `other`, whose table may be shorter."""
+        self.table[: len(other.table)].copy_(other.table)
+        for name in BUFFERS:
+            getattr(self, name).copy_(getattr(other, name))
 
     @property
     def done(self) -> bool:
@@ -114,9 +129,26 @@ def step(
         if noise_i is None:
             raise ValueError(f"row {state.index} draws noise; pass noise_i")
         state.noise[0].copy_(noise_i)
+    update(state, out, guidance_scale, guidance_rescale if guidance_rescale > 0 else None)
+    state.index += 1
+
+
+@torch.no_grad()
+def update(
+    state: State,
+    out: torch.Tensor,
+    guidance_scale: float | torch.Tensor | None,
+    guidance_rescale: float | torch.Tensor | None,
+) -> None:
+    """The part of `step` that happens on the device, without a look at the host: a graph can hold it.
+
+    Whoever calls it counts `state.index` up. guidance_scale, guidance_rescale: numbers, or `[1]` in the dtype of the
+    state, which a graph reads anew each time.
+    """
+    guidance = 1.0 if guidance_scale is None else guidance_scale
     rescale = None
-    if guidance_rescale > 0 and out.shape[0] == 2 * len(state.x):
-        rescale = op.guidance_rescale(out, guidance_scale, guidance_rescale)
+    if guidance_rescale is not None and out.shape[0] == 2 * len(state.x):
+        rescale = op.guidance_rescale(out, guidance, guidance_rescale)
     op.advance(
         state.x,
         state.x_in,
@@ -126,11 +158,10 @@ def step(
         state.saved,
         state.history,
         state.noise,
-        guidance_scale,
+        guidance,
         rescale,
     )
     state.row += 1
-    state.index += 1
 
 
 @torch.no_grad()

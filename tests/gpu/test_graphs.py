@@ -1,0 +1,150 @@
+"""CUDA's own graphs: what tests/test_graph.py asks of tapes, at sizes that matter, and what only a GPU can show."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from fastsd.config import SD15_UNET, SD_VAE, CLIPConfig, SchedulerConfig
+from fastsd.graph import CudaRecorder, Graphs
+from fastsd.model.clip import TextEncoder
+from fastsd.model.tokenizer import Tokenizer
+from fastsd.model.unet import UNet
+from fastsd.model.vae import AutoencoderKL
+from fastsd.pipeline import Pipeline
+from fastsd.sampling.tables import SAMPLERS
+from fastsd.weights import Components
+
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cuda", 0)
+
+
+@pytest.fixture(scope="module")
+def components() -> Components:
+    """SD1.5 at full size, with random weights."""
+    torch.manual_seed(0)
+    with DEVICE:
+        parts = (UNet(SD15_UNET), AutoencoderKL(SD_VAE), TextEncoder(CLIPConfig()))
+    unet, vae, text = (part.half().eval().requires_grad_(False) for part in parts)
+    for module in (unet, vae):
+        module.to(memory_format=torch.channels_last)
+    return Components(unet, vae, (text,), (Tokenizer(),), SchedulerConfig(sampler="euler"), sample_size=64)
+
+
+def pipeline(components: Components, graphs: bool = True, max_graphs: int = 16) -> Pipeline:
+    recorder = CudaRecorder(DEVICE) if graphs else None
+    return Pipeline(components, DEVICE, torch.float16, Graphs(recorder, max_graphs))
+
+
+def latents(pipe: Pipeline, prompt: str = "a cat", **arguments: Any) -> torch.Tensor:
+    settings = {"seed": 1, "num_inference_steps": 3, "output_type": "latent"} | arguments
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a capture that fails warns
+        return pipe(prompt, **settings).images
+
+
+def test_graphs_change_no_bit(components: Components) -> None:
+    plain, pipe = pipeline(components, graphs=False), pipeline(components)
+    for change in ({}, {"prompt": "a dog"}, {"seed": 2}, {"guidance_scale": 3.0}, {"guidance_scale": 1.0}, {}):
+        assert torch.equal(latents(pipe, **change), latents(plain, **change)), change
+    for sampler in SAMPLERS:
+        assert torch.equal(latents(pipe, sampler=sampler), latents(plain, sampler=sampler)), sampler
+    found, wanted = (p("a cat", seed=1, num_inference_steps=2, output_type="pt").images for p in (pipe, plain))
+    assert torch.equal(found, wanted)
+
+
+def test_the_hundredth_replay_is_the_first(components: Components) -> None:
+    pipe = pipeline(components)
+    first = latents(pipe)
+    count = len(pipe.graphs)
+    for _ in range(34):  # of three steps each
+        assert torch.equal(latents(pipe), first)
+    assert len(pipe.graphs) == count
+
+
+def test_eviction_and_capturing_again(components: Components) -> None:
+    pipe = pipeline(components, max_graphs=2)
+    small = latents(pipe, width=256, height=256)
+    latents(pipe, width=320, height=256)
+    assert torch.equal(latents(pipe, width=256, height=256), small)
+
+
+def test_weights_changed_in_place(components: Components) -> None:
+    """A hundred changes, as LoRAs come and go; the graph reads the weights where they always were."""
+    plain, pipe = pipeline(components, graphs=False), pipeline(components)
+    weight = components.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_qkv.weight
+    address, original = weight.data_ptr(), weight.clone()
+    settings = {"num_inference_steps": 1, "width": 256, "height": 256}
+    first = latents(pipe, **settings)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    for i in range(100):
+        weight.copy_(original + 0.1 * torch.randn(weight.shape, generator=generator, device=DEVICE).half())
+        found = latents(pipe, **settings)
+        if i % 10 == 0:
+            assert torch.equal(found, latents(plain, **settings)) and not torch.equal(found, first)
+    weight.copy_(original)
+    assert torch.equal(latents(pipe, **settings), first) and weight.data_ptr() == address
+
+
+def test_two_threads(components: Components) -> None:
+    pipe, found = pipeline(components), {}
+    wanted = [latents(pipe, seed=seed) for seed in range(6)]
+
+    def draw(seeds: range) -> None:
+        for seed in seeds:
+            found[seed] = pipe("a cat", seed=seed, num_inference_steps=3, output_type="latent").images
+
+    threads = [threading.Thread(target=draw, args=(range(start, 6, 2),)) for start in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[seed], wanted[seed]) for seed in range(6))
+
+
+def test_a_step_asks_the_host_for_nothing_and_takes_no_memory(components: Components) -> None:
+    pipe = pipeline(components)
+    steps = pipe.stream("a cat", seed=1, num_inference_steps=6)
+    next(steps), next(steps)
+    before = torch.cuda.memory_allocated(DEVICE)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step = next(steps)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    del step
+    assert torch.cuda.memory_allocated(DEVICE) - before < 2**20  # a step's latents, for whoever looks at them
+
+
+def test_too_little_memory_for_a_capture(components: Components) -> None:
+    """The rest of the GPU is taken; the capture fails, says so, or succeeds without the other graphs; then all is well
+    again."""
+    pipe = pipeline(components)
+    wanted = latents(pipe, width=256, height=256)
+    free, _ = torch.cuda.mem_get_info(DEVICE)
+    ballast = torch.empty(max(free - 300 * 2**20, 0), dtype=torch.uint8, device=DEVICE)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pipe("a cat", seed=1, num_inference_steps=1, width=1024, height=1024, output_type="latent")
+    except torch.OutOfMemoryError:
+        pass  # not even the eager run fits
+    finally:
+        del ballast
+        torch.cuda.empty_cache()
+    assert torch.equal(latents(pipe, width=256, height=256), wanted)
+
+
+def test_five_resolutions_in_a_row(components: Components) -> None:
+    """With all their graphs the memory grows by at most a tenth over what the largest needs alone."""
+    sizes = [(512, 512), (512, 448), (448, 512), (512, 384), (384, 512)]
+    pipe = pipeline(components)
+    peaks = []
+    for width, height in sizes:
+        pipe("a cat", seed=1, num_inference_steps=2, width=width, height=height)
+        peaks.append(torch.cuda.memory_reserved(DEVICE))
+    assert peaks[-1] <= 1.1 * peaks[0], [f"{peak / 2**30:.2f} GiB" for peak in peaks]

@@ -1,0 +1,64 @@
+"""A stand-in for CUDA graphs on the CPU: repeats the recorded operations on the same memory, with the same numbers.
+
+What a graph cannot see, a tape does not see either: a number of the host that was read while recording, a tensor that
+was made elsewhere, a decision of the host. A tape keeps the operations' arguments as they were, runs them again, and
+copies what they give into the memory of the first time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+T = TypeVar("T")
+
+
+class _Tape(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
+            raise RuntimeError(f"{func} asks the device for a number: a graph cannot")
+        result = func(*args, **(kwargs or {}))
+        self.operations.append((func, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def play(self) -> None:
+        for func, args, kwargs, first in self.operations:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(first), tree_leaves(again), strict=True):
+                # Views and results in place are in the old memory already.
+                if isinstance(old, torch.Tensor) and old.untyped_storage()._cdata != new.untyped_storage()._cdata:
+                    old.copy_(new)
+
+
+class TapeRecorder:
+    """`fastsd.graph.Recorder` by tapes. `recorded` counts captures; `fail` is raised by the next ones, in turn."""
+
+    def __init__(self, fail: list[Exception] | None = None):
+        self.recorded, self.freed, self.fail = 0, 0, list(fail or [])
+
+    def record(self, function: Callable[[], T]) -> Callable[[], T]:
+        if self.fail:
+            raise self.fail.pop(0)
+        function()  # the warm-up
+        tape = _Tape()
+        with tape:
+            outputs = function()
+        self.recorded += 1
+
+        def replay() -> T:
+            tape.play()
+            return outputs
+
+        return replay
+
+    def free(self) -> None:
+        self.freed += 1

@@ -1,0 +1,240 @@
+"""Graphs that nobody notices: the same bits as without, whatever changes between two replays.
+
+CUDA's graphs are replaced by tapes, which freeze what they freeze; tests/gpu/ asks the same of the real ones.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastsd.graph import Graphs
+from fastsd.kernels import dispatch
+from fastsd.pipeline import Pipeline
+from fastsd.sampling.tables import SAMPLERS
+from tests.tape import TapeRecorder
+from tests.test_pipeline import tiny_pipeline
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu() -> Iterator[None]:
+    """PyTorch's operations, as CUDA runs linear layers and convolutions: oneDNN's path looks at numbers on the way."""
+    with dispatch.forced("torch"):
+        yield
+
+
+def graphed(max_graphs: int = 16, in_channels: int = 4) -> tuple[Pipeline, TapeRecorder]:
+    plain = tiny_pipeline(in_channels)
+    recorder = TapeRecorder()
+    return Pipeline(plain.components, plain.device, plain.dtype, Graphs(recorder, max_graphs)), recorder
+
+
+def latents(pipe: Pipeline, prompt: str | list[str] = "a cat", **arguments: Any) -> torch.Tensor:
+    return pipe(prompt, **({"seed": 1, "output_type": "latent"} | arguments)).images
+
+
+PICTURE = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
+MASK = Image.fromarray(np.kron(np.eye(2, dtype=np.uint8) * 255, np.ones((32, 32), dtype=np.uint8)))
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "another prompt": {"prompt": "a dog in the rain"},
+    "another negative prompt": {"negative_prompt": "rain"},
+    "another seed": {"seed": 99},
+    "more steps": {"num_inference_steps": 11},
+    "another guidance scale": {"guidance_scale": 2.25},
+    "a picture": {"image": PICTURE, "strength": 0.6},
+    "less of the picture": {"image": PICTURE, "strength": 0.3},
+    "a mask": {"image": PICTURE, "mask_image": MASK, "strength": 0.7},
+    **{f"sampler {name}": {"sampler": name} for name in SAMPLERS},
+}
+
+
+def test_one_graph_serves_everything_that_keeps_the_shape() -> None:
+    pipe, recorder = graphed()
+    plain = tiny_pipeline()
+    for change in ({}, *CHANGES.values(), {}):
+        settings = {"prompt": "a cat"} | change
+        assert torch.equal(latents(pipe, **settings), latents(plain, **settings)), change
+    # The text encoder, the step, and for pictures the encoder.
+    assert recorder.recorded == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"width": 96},
+        {"num_images_per_prompt": 2},
+        {"guidance_scale": 1.0},
+        {"guidance_rescale": 0.7},
+    ],
+    ids=str,
+)
+def test_shapes_have_graphs_of_their_own(change: dict[str, Any]) -> None:
+    pipe, recorder = graphed()
+    plain = tiny_pipeline()
+    before = latents(pipe)
+    captures = recorder.recorded
+    assert torch.equal(latents(pipe, **change), latents(plain, **change))
+    assert recorder.recorded == captures + 1
+    if "guidance_rescale" in change:  # its value is no part of the graph
+        assert torch.equal(latents(pipe, guidance_rescale=0.2), latents(plain, guidance_rescale=0.2))
+    assert torch.equal(latents(pipe), before)
+    assert recorder.recorded == captures + 1
+
+
+def test_pictures_and_inpainting_networks() -> None:
+    """The decoder's graph, and the channels that an inpainting network reads beside the latent."""
+    pipe, _ = graphed()
+    assert np.array_equal(pipe("a cat", seed=1).images[0], tiny_pipeline()("a cat", seed=1).images[0])
+    pipe, recorder = graphed(in_channels=9)
+    plain = tiny_pipeline(9)
+    for seed, strength in ((1, 1.0), (2, 0.6), (3, 1.0)):
+        settings: dict[str, Any] = {"image": PICTURE, "mask_image": MASK, "seed": seed, "strength": strength}
+        assert torch.equal(latents(pipe, **settings), latents(plain, **settings))
+    assert recorder.recorded == 3
+
+
+def test_the_hundredth_replay_is_the_first() -> None:
+    pipe, recorder = graphed()
+    first = latents(pipe, num_inference_steps=1)
+    for _ in range(99):
+        assert torch.equal(latents(pipe, num_inference_steps=1), first)
+    assert recorder.recorded == 2
+
+
+def test_eviction_and_capturing_again() -> None:
+    pipe, recorder = graphed(max_graphs=2)
+    small = latents(pipe)
+    latents(pipe, width=96)
+    assert len(pipe.graphs) == 2
+    before = recorder.recorded
+    assert torch.equal(latents(pipe), small)
+    assert recorder.recorded > before
+    pipe.graphs.forget()
+    assert len(pipe.graphs) == 0 and torch.equal(latents(pipe), small)
+
+
+def test_no_graphs_on_request() -> None:
+    pipe, recorder = graphed(max_graphs=0)
+    assert torch.equal(latents(pipe), latents(tiny_pipeline())) and recorder.recorded == 0
+
+
+def test_weights_changed_in_place() -> None:
+    """A hundred times, as LoRAs come and go: no new graph, the same result as without one."""
+    pipe, recorder = graphed()
+    plain = tiny_pipeline()
+    settings: dict[str, Any] = {"num_inference_steps": 1}
+    first = latents(pipe, **settings)
+    captures = recorder.recorded
+    weights = [dict(p.components.unet.named_parameters())["conv_in.weight"] for p in (pipe, plain)]
+    address, original = weights[0].data_ptr(), weights[0].detach().clone()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(100):
+        change = 0.1 * torch.randn(original.shape, generator=generator)
+        with torch.no_grad():
+            for weight in weights:
+                weight.copy_(original + change)
+        found = latents(pipe, **settings)
+        assert not torch.equal(found, first)
+        if i % 10 == 0:
+            assert torch.equal(found, latents(plain, **settings))
+    with torch.no_grad():
+        weights[0].copy_(original)
+    assert torch.equal(latents(pipe, **settings), first)
+    assert weights[0].data_ptr() == address and recorder.recorded == captures
+
+
+def test_two_streams_in_turn() -> None:
+    """Both work on one graph's buffers, step by step, and one is left before its end."""
+    pipe, recorder = graphed()
+    wanted = [latents(pipe, seed=seed, num_inference_steps=4) for seed in (1, 2)]
+    captures = recorder.recorded
+    streams = [pipe.stream("a cat", seed=seed, num_inference_steps=4, output_type="latent") for seed in (1, 2)]
+    left = pipe.stream("a dog", seed=3, num_inference_steps=4, output_type="latent")
+    found = []
+    for steps in zip(streams[0], left, streams[1]):
+        found.append([step.latents.clone() for step in steps])
+        if len(found) == 2:
+            left.close()
+            break
+    for rest in zip(*streams):
+        last = rest
+    for step, want in zip(last, wanted, strict=True):
+        assert step.result is not None and torch.equal(step.result.images, want)
+    assert recorder.recorded == captures
+
+
+def test_two_threads() -> None:
+    pipe, recorder = graphed()
+    wanted = [latents(pipe, seed=seed) for seed in range(6)]
+    captures, found = recorder.recorded, {}
+
+    def draw(seeds: range) -> None:
+        with dispatch.forced("torch"):
+            for seed in seeds:
+                found[seed] = latents(pipe, seed=seed)
+
+    threads = [threading.Thread(target=draw, args=(range(start, 6, 2),)) for start in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[seed], wanted[seed]) for seed in range(6))
+    assert recorder.recorded == captures
+
+
+def test_a_capture_that_fails_is_said_once_and_runs_eagerly() -> None:
+    plain = tiny_pipeline()
+    recorder = TapeRecorder([RuntimeError("operation not permitted when stream is capturing\nmore")] * 99)
+    pipe = Pipeline(plain.components, plain.device, plain.dtype, Graphs(recorder))
+    with pytest.warns(UserWarning, match=r"without CUDA graphs, slower: .*\(operation not permitted.* capturing\)$"):
+        found = latents(pipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(latents(pipe), found)
+    assert torch.equal(latents(plain), found) and len(pipe.graphs) == 0
+    assert len(recorder.fail) == 99 - 2  # the text encoder and the step, each tried once
+
+
+def test_too_little_memory_for_a_capture_frees_the_others_first() -> None:
+    pipe, recorder = graphed()
+    wanted = latents(pipe)
+    recorder.fail = [torch.OutOfMemoryError("CUDA out of memory")]
+    assert torch.equal(latents(pipe, width=96), latents(tiny_pipeline(), width=96))
+    assert recorder.freed == 1 and len(pipe.graphs) == 1  # the new step's alone
+    assert torch.equal(latents(pipe), wanted)
+    recorder.fail = [torch.OutOfMemoryError("CUDA out of memory")] * 2
+    with pytest.warns(UserWarning, match="CUDA out of memory"):
+        assert torch.equal(latents(pipe, width=32), latents(tiny_pipeline(), width=32))
+
+
+def test_the_autoencoder_that_overflows_is_widened_once() -> None:
+    """20 of 20 pictures; the graphs of the old weights are dropped, and one note says so."""
+    plain = tiny_pipeline(dtype=torch.float16)
+    pipe = Pipeline(plain.components, plain.device, plain.dtype, Graphs(TapeRecorder()))
+    with torch.no_grad():
+        plain.components.vae.decoder.conv_in.weight.mul_(1e5)  # beyond fp16's 65504 in a map, fine in fp32
+    notes = []
+    for seed in range(20):
+        result = pipe("a cat", seed=seed, num_inference_steps=1)
+        assert np.asarray(result.images[0]).std() > 0
+        notes += result.notes
+    assert notes == ["the autoencoder overflowed in fp16; it runs in fp32 from now on"]
+
+
+def test_a_tape_sees_what_a_graph_would_not() -> None:
+    """The stand-in itself: numbers of the host are frozen, buffers are read anew, asking the device is refused."""
+    x, factor = torch.ones(2), [2.0]
+    replay = TapeRecorder().record(lambda: x * factor[0])
+    x.fill_(5.0)
+    factor[0] = 100.0
+    assert replay().tolist() == [10.0, 10.0]
+    with pytest.raises(RuntimeError, match="a graph cannot"):
+        TapeRecorder().record(lambda: x if x.sum() > 0 else -x)
