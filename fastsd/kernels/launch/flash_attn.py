@@ -79,7 +79,13 @@ TABLE: dict[int, dict[tuple[int, int], Tile]] = {
         (WIDEST, 0): Tile(128, 64, 8, 2),
     },
 }
-TABLE[86] = TABLE[120] = TABLE[80]  # sm_86, 89 and 120 have 99 KiB of shared memory, and no use for more here
+TABLE[86] = TABLE[80]  # sm_86 and 89 have 99 KiB of shared memory, and no use for more here
+# The same would spill there.
+TABLE[120] = TABLE[80] | {
+    (64, 0): Tile(64, 64, 4, 3),
+    (128, 0): Tile(64, 32, 4, 2),
+    (WIDEST, 0): Tile(32, 32, 4, 2),
+}
 # Exact fp32 products have no tensor cores; larger tiles, or fewer warps, would spill.
 FLOAT32 = {(80, 0): Tile(32, 32, 8, 1), (WIDEST, 0): Tile(32, 16, 8, 1)}
 
