@@ -18,10 +18,11 @@ from bench import record
 from bench.bench_images import GUIDANCE, pixels
 from bench.cold import PROMPT
 from bench.measure import Outcome, distance, image_limit, spread
+from bench.models import pipeline_of
 from bench.session import Session
 from fastsd.devices import dtype_name
 from fastsd.kernels import dispatch
-from fastsd.pipeline import BUNDLED, Pipeline
+from fastsd.pipeline import BUNDLED
 from fastsd.weights.save import save_folder
 
 STEPS = 4
@@ -70,7 +71,7 @@ def reference(bench: Session, model: str, dtype: torch.dtype, size: int) -> torc
         1, vae.latent_channels, size // vae.downscale, size // vae.downscale,
         generator=torch.Generator().manual_seed(7),
     )  # fmt: skip
-    pipeline = Pipeline(components, bench.options.device, dtype)
+    pipeline = pipeline_of(components, bench.options.device, dtype, captured=False)
     with dispatch.reference_only():
         return pixels(
             pipeline(

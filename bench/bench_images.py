@@ -94,22 +94,27 @@ def forced(draw: Any, name: str) -> Any:
 def bench_image(bench: Session, replay: Any, model: str, batch: int, steps: int, dtype: torch.dtype) -> None:
     components = bench.components(model, dtype)
     size, device = bench.size(model, components), bench.options.device
-    pipeline = Pipeline(components, device, dtype)
+    pipeline, eager = (models.pipeline_of(components, device, dtype, captured) for captured in (True, False))
     arguments: dict[str, Any] = {
         "num_inference_steps": steps, "guidance_scale": GUIDANCE, "width": size, "height": size,
     }  # fmt: skip
     latents = noises(components, batch, size)
 
-    def draw(i: int) -> Any:
+    def draw(i: int, by: Pipeline = pipeline) -> Any:
         prompts = [PROMPT] * batch
-        return pipeline(prompts, latents=latents[i % len(latents)], batch_size=batch, **arguments).images
+        return by(prompts, latents=latents[i % len(latents)], batch_size=batch, **arguments).images
+
+    def draw_eagerly(i: int) -> Any:
+        return draw(i, eager)
 
     mine = [Candidate("fastsd", draw, read=pixels)]
+    if device.type == "cuda":
+        mine.append(Candidate("fastsd, no graphs", draw_eagerly, read=pixels))
     if "pytorch" in bench.options.peers:
-        mine.append(Candidate("pytorch", forced(draw, "torch"), read=pixels))
+        mine.append(Candidate("pytorch", forced(draw_eagerly, "torch"), read=pixels))
     others, missing = peers(bench, model, components, dtype, arguments, batch, latents)
     outcomes = bench.contest(
-        "image", lambda: pixels(forced(draw, "reference")(0)), mine + others, dtype, 0,
+        "image", lambda: pixels(forced(draw_eagerly, "reference")(0)), mine + others, dtype, 0,
         picture_work(components, batch, size, steps), limit=image_limit(dtype, GUIDANCE), psnr=True, missing=missing,
         model=model, size=size, batch=batch, steps=steps,
     )  # fmt: skip
@@ -121,7 +126,8 @@ def bench_other_ways(bench: Session, replay: Any, model: str, kind: str, dtype: 
     """From a picture, around a mask, and with the step counts of distilled models; fastsd alone."""
     components = bench.components(model, dtype)
     size = bench.size(model, components)
-    pipeline = Pipeline(components, bench.options.device, dtype)
+    device = bench.options.device
+    pipeline, eager = (models.pipeline_of(components, device, dtype, captured) for captured in (True, False))
     steps = min(bench.options.steps)
     arguments: dict[str, Any] = {"width": size, "height": size, "guidance_scale": GUIDANCE, "seed": 7}
     runs, encodes = steps, 0
@@ -138,13 +144,14 @@ def bench_other_ways(bench: Session, replay: Any, model: str, kind: str, dtype: 
             area[size // 4 : size // 2, size // 4 : size // 2] = 255
             arguments["mask_image"] = Image.fromarray(area)
 
-    def draw(i: int) -> Any:
-        return pipeline(PROMPT, **arguments | {"seed": 7 + i % 3}).images
+    def draw(i: int, by: Pipeline = pipeline) -> Any:
+        return by(PROMPT, **arguments | {"seed": 7 + i % 3}).images
 
     guidance = arguments["guidance_scale"]
     work = picture_work(components, 1, size, runs, encodes) if guidance != 1.0 else None
     outcomes = bench.contest(
-        kind, lambda: pixels(forced(draw, "reference")(0)), [Candidate("fastsd", draw, read=pixels)], dtype, 0, work,
+        kind, lambda: pixels(forced(lambda i: draw(i, eager), "reference")(0)),
+        [Candidate("fastsd", draw, read=pixels)], dtype, 0, work,
         limit=image_limit(dtype, guidance), psnr=True, model=model, size=size, batch=1, steps=runs,
     )  # fmt: skip
     replay(outcomes)

@@ -7,10 +7,12 @@ at higher clocks.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from fastsd.model.layers import pack
 from fastsd.model.tokenizer import Tokenizer
 from fastsd.model.unet import UNet
 from fastsd.model.vae import AutoencoderKL
+from fastsd.pipeline import Pipeline
 from fastsd.weights import Components, configs
 from fastsd.weights.names import sources, stored_form
 
@@ -65,6 +68,30 @@ def _fill(module: nn.Module, dtype: torch.dtype, device: torch.device, generator
                 parameter.add_(1.0)
     module.eval().requires_grad_(False)
     pack(module)
+
+
+def pipeline_of(components: Components, device: torch.device, dtype: torch.dtype, captured: bool = True) -> Pipeline:
+    """The pipeline as `from_pretrained` makes it: with CUDA graphs where there is a GPU, unless `captured` is False.
+
+    A captured graph replays the kernels it was made of, so other backends have to be given an eager one.
+    """
+    if captured and device.type == "cuda" and importlib.util.find_spec("fastsd.graph"):
+        graph = importlib.import_module("fastsd.graph")
+        return Pipeline(components, device, dtype, graph.Graphs(device, graph.CudaRecorder(device)))
+    return Pipeline(components, device, dtype)
+
+
+def captured_step(unet: UNet, device: torch.device) -> Callable[..., torch.Tensor] | None:
+    """`UNet.denoise` as a CUDA graph, with the same arguments; None where there is no GPU."""
+    if device.type != "cuda" or not importlib.util.find_spec("fastsd.graph"):
+        return None
+    graph = importlib.import_module("fastsd.graph")
+    graphs = graph.Graphs(device, graph.CudaRecorder(device))
+
+    def flat(x: torch.Tensor, time: torch.Tensor, *key_values: torch.Tensor) -> torch.Tensor:
+        return unet.denoise(x, time, key_values)
+
+    return lambda x, time, key_values: graphs.call(flat, x, time, *key_values, weights=unet)
 
 
 def stored_weights(module: nn.Module, use_linear_projection: bool) -> dict[str, torch.Tensor]:
