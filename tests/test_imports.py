@@ -32,6 +32,7 @@ RANKS = {
     "pipeline": 6,
     "train": 7,
     "evaluate": 7,
+    "verify": 7,
     "server": 7,
     "cli": 8,
     "__main__": 9,

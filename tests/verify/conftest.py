@@ -1,0 +1,23 @@
+"""The bundled model in fp32, on one thread: its ops are small."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fastsd.pipeline import Pipeline
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def pipe() -> Pipeline:
+    return Pipeline.from_pretrained("digits", device="cpu", dtype="fp32")
