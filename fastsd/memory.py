@@ -28,7 +28,9 @@ def available(device: torch.device) -> int | None:
 
 
 def weights_size(folder: Path) -> int:
-    """Bytes of the components' weight files, one variant of each."""
+    """Bytes of the components' weight files, one variant of each; or of the one file that is the checkpoint."""
+    if folder.is_file():
+        return folder.stat().st_size
     total = 0
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         files = [path for path in (folder / part).glob("*.safetensors") if path.is_file()]

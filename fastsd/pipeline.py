@@ -29,7 +29,7 @@ from fastsd.model.tiling import decode_tiled
 from fastsd.request import Request, make_request
 from fastsd.sampling import advance
 from fastsd.sampling.schedule import alphas_cumprod
-from fastsd.weights import Components, load_folder
+from fastsd.weights import Components, load_checkpoint
 
 BUNDLED = Path(__file__).parent / "assets" / "digits"
 
@@ -122,25 +122,34 @@ class Pipeline:
         dtype: str | torch.dtype = "auto",
         graphs: bool = True,
         max_graphs: int = MAX_GRAPHS,
+        *,
+        vae: str | Path | None = None,
+        prediction: str | None = None,
+        allow_pickle: bool = False,
     ) -> Pipeline:
         """Load a checkpoint.
 
         Args:
-            path: a folder in the diffusers layout; None or "digits" is the bundled model.
+            path: a folder in the diffusers layout, or a single file in the original one; None or "digits" is the
+                bundled model.
             device: "auto" (CUDA where there is a GPU), "cpu", "cuda", "cuda:1".
             dtype: "auto" (CUDA: fp16; a CPU with avx512_bf16 or amx_bf16: bf16; else fp32), "fp32", "fp16", "bf16".
             graphs: on CUDA, capture each shape's work in CUDA graphs at its first use and replay them afterwards.
             max_graphs: how many are kept; a picture size takes about four.
+            vae: an autoencoder to take instead of the checkpoint's own: a file or a folder.
+            prediction: "epsilon", "v_prediction" or "sample": what the network predicts, where the checkpoint does not
+                say or says it wrongly.
+            allow_pickle: read `.ckpt` files; nothing but tensors and plain values is unpickled.
 
         Raises:
             FastsdError: no such model, damaged files, unknown device or dtype, too little memory.
         """
         place = resolve_device(device)
         precision = resolve_dtype(dtype, place)
-        folder = BUNDLED if path in (None, "digits") else Path(path)
-        if folder.is_dir():
-            memory.check_weights(folder, place)
-        components = load_folder(folder, precision, place)
+        source = BUNDLED if path in (None, "digits") else Path(path)
+        if source.exists():
+            memory.check_weights(source, place)
+        components = load_checkpoint(source, precision, place, vae, prediction, allow_pickle)
         if precision == torch.float16 and components.vae.config.force_upcast:
             components.vae.float()  # its activations overflow fp16
         recorder = CudaRecorder(place) if graphs and place.type == "cuda" else None

@@ -134,7 +134,13 @@ def load(args: argparse.Namespace, before: dict[str, Any], notes: list[str]) -> 
     try:
         with in_flags():
             pipe = Pipeline.from_pretrained(
-                None if bundled else args.model, device or "auto", dtype or "auto", graphs=not args.no_graphs
+                None if bundled else args.model,
+                device or "auto",
+                dtype or "auto",
+                vae=args.vae,
+                prediction=args.prediction,
+                allow_pickle=args.allow_pickle,
+                graphs=not args.no_graphs,
             )
     except FastsdError as error:
         path = str(Path(args.model)) if args.model else ""

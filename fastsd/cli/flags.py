@@ -44,7 +44,7 @@ FLAGS = {
     "clip_skip": "--clip-skip",
     "vae_tiling": "--vae-tiling",
 }
-_SHORT = "prompt|width|height|seed|sampler|schedule|eta|image|strength|device|dtype"
+_SHORT = "prompt|prediction|width|height|seed|sampler|schedule|eta|image|strength|device|dtype"
 
 EXAMPLES = """\
 examples:
@@ -75,8 +75,18 @@ def make_parser(commands: Mapping[str, str]) -> Parser:
     what.add_argument("-p", "--prompt", metavar="TEXT", help="what to draw")
     what.add_argument("-n", "--negative-prompt", metavar="TEXT", help="what to stay away from")
     what.add_argument(
-        "-m", "--model", metavar="PATH", help="a folder in the diffusers layout (default: the digits that come along)"
+        "-m",
+        "--model",
+        metavar="PATH",
+        help="a diffusers folder or a single file (default: the digits that come along)",
     )
+    what.add_argument("--vae", metavar="PATH", help="an autoencoder to take instead of the model's own")
+    what.add_argument(
+        "--prediction",
+        choices=("epsilon", "v_prediction", "sample"),
+        help="what the model predicts, where its file does not say",
+    )
+    what.add_argument("--allow-pickle", action="store_true", help="read .ckpt files, of tensors and plain values alone")
     number(what, "-W", "--width", dest="width", help="pixels; a multiple of 8")
     number(what, "-H", "--height", dest="height", help="pixels; a multiple of 8")
     number(what, "-s", "--seed", dest="seed", help="of the first picture, the next has one more; -1: random")

@@ -38,12 +38,13 @@ class Tokenizer:
     `vocab`: None (the bundled vocabulary as Stable Diffusion 1 uses it, padded with the end token) or a `tokenizer/`
     folder in the diffusers layout: `tokenizer.json`, or `vocab.json` and `merges.txt`; `tokenizer_config.json`,
     `special_tokens_map.json` and `added_tokens.json` are read where they exist (padding token, length, added tokens).
+    `pad`: the bundled vocabulary's padding; OpenCLIP's encoders (SD2, SDXL's second) were trained with "!".
 
     Attributes: `bos_id`, `eos_id`, `pad_id`, `max_length`. `len(tokenizer)` is the number of ids, added ones included.
     Raises FastsdError that names the file for a vocabulary that is missing or malformed.
     """
 
-    def __init__(self, vocab: Path | str | None = None) -> None:
+    def __init__(self, vocab: Path | str | None = None, pad: str = EOS) -> None:
         if vocab is None:
             self._vocab, self._merges = _bundled()
             # As transformers reads the published Stable Diffusion 1 folders: of the two, only the start token is found
@@ -51,6 +52,8 @@ class Tokenizer:
             bos = AddedToken(BOS, normalized=True, special=True)
             eos = AddedToken(EOS, normalized=False, special=True)
             special: dict[str, AddedToken] = {"bos_token": bos, "eos_token": eos, "unk_token": eos, "pad_token": eos}
+            if pad != EOS:
+                special["pad_token"] = AddedToken(pad, normalized=False, special=True)
             added: dict[int, AddedToken] = {}
             self.max_length = MAX_LENGTH
             where = BUNDLED_MERGES

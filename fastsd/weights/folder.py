@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -53,13 +54,19 @@ class Components:
     embeddings: dict[str, Embedding] = field(default_factory=dict)
 
 
-def load_folder(path: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> Components:
+def load_folder(
+    path: str | Path,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    vae: Callable[[bool], AutoencoderKL] | None = None,
+) -> Components:
     """Load a folder that diffusers (or `save_folder`) wrote.
 
     Args:
         path: the folder with `model_index.json`.
         dtype: of all weights.
         device: where they go; each tensor goes there straight from its file.
+        vae: gives the autoencoder instead of the folder's own; it is told whether the model is SDXL.
 
     Raises:
         FastsdError: something is missing, malformed or does not fit; one line with file and key.
@@ -70,7 +77,6 @@ def load_folder(path: str | Path, dtype: torch.dtype, device: str | torch.device
     half = dtype != torch.float32
 
     unet_config, sample_size = configs.read_unet(root / "unet" / "config.json")
-    vae_config = configs.read_vae(root / "vae" / "config.json")
     own = configs.read_json(root / OWN_FILE) if (root / OWN_FILE).is_file() else {}
     text_encoders, tokenizers = [], []
     for suffix in ("", "_2"):
@@ -89,9 +95,15 @@ def load_folder(path: str | Path, dtype: torch.dtype, device: str | torch.device
         )
 
     weights = "diffusion_pytorch_model"
+    if vae is None:
+        vae_config = configs.read_vae(root / "vae" / "config.json")
+        vae_files = find_files(root / "vae", weights, half)
+        autoencoder = load_module(partial(AutoencoderKL, vae_config), vae_files, dtype, device)
+    else:
+        autoencoder = vae(unet_config.addition_time_embed_dim > 0)
     return Components(
         unet=load_module(partial(UNet, unet_config), find_files(root / "unet", weights, half), dtype, device),
-        vae=load_module(partial(AutoencoderKL, vae_config), find_files(root / "vae", weights, half), dtype, device),
+        vae=autoencoder,
         text_encoders=tuple(text_encoders),
         tokenizers=tuple(tokenizers),
         scheduler=configs.read_scheduler(root / "scheduler" / "scheduler_config.json"),
@@ -109,7 +121,7 @@ def check_is_model(root: Path) -> None:
     if not root.exists():
         raise FastsdError(f"{root}: no such model; give a folder that holds model_index.json")
     if not root.is_dir():
-        raise FastsdError(f"{root}: not a folder; single-file checkpoints are not read yet, only diffusers folders")
+        raise FastsdError(f"{root}: not a folder")
     if not any(root.iterdir()):
         raise FastsdError(f"{root}: the folder is empty; a model folder holds model_index.json, unet/, vae/, ...")
     if not (root / "model_index.json").is_file():

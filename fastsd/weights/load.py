@@ -60,40 +60,78 @@ def _shards(index: Path) -> list[Path]:
 def load_module(build: Callable[[], M], files: list[Path], dtype: torch.dtype, device: torch.device) -> M:
     """Build a model on the meta device and give it the weights in `files`.
 
-    Peak memory is the weights in `dtype` plus a few copies of the largest single tensor.
-
     Args:
         build: makes the model; it is called under `torch.device("meta")`.
         files: safetensors files that together hold every parameter, and nothing else.
         dtype, device: of the result.
 
     Raises:
-        FastsdError: a key is missing, extra or of another shape; the message names file, key and both shapes.
+        FastsdError: as `fill` does.
     """
     with torch.device("meta"):
         module = build()
-    entries = _read_headers(files)
+    return fill(module, read_headers(files), files[0] if len(files) == 1 else files[0].parent, dtype, device)
+
+
+def fill(module: M, entries: dict[str, Entry], where: Path, dtype: torch.dtype, device: torch.device) -> M:
+    """Give a model on the meta device its weights.
+
+    Peak memory is the weights in `dtype` plus a few copies of the largest single tensor.
+
+    Args:
+        module: its parameters are replaced.
+        entries: by the names that `sources` gives; every one is used, and none is missing.
+        where: the file or folder, for messages.
+        dtype, device: of the result.
+
+    Raises:
+        FastsdError: a key is missing, extra, of another shape, or holds values that are not finite in `dtype`; the
+            message names file, key and both shapes.
+    """
     state = {}
     for name, parameter, parts in sources(module):
         layout = torch.channels_last if parameter.ndim == 4 else torch.contiguous_format
         target = torch.empty(parameter.shape, dtype=dtype, device=device, memory_format=layout)
         for part in parts:
-            entry = _take(entries, part, files)
-            target[part.rows].copy_(entry.read().reshape(part.shape))
+            entry = _take(entries, part, where)
+            target[part.rows].copy_(read_finite(entry, dtype).reshape(part.shape))
         layer = module.get_submodule(name.rpartition(".")[0])
         # Packed at once, so that the memory of the plain weight serves the next ones.
         state[name] = layer.packed(target) if isinstance(layer, Conv2d) and target.ndim == 4 else target
     if entries:
-        key, entry = min(entries.items())
+        entry = min(entries.values(), key=lambda e: e.key)
         more = f" (and {len(entries) - 1} more)" if len(entries) > 1 else ""
         raise FastsdError(
-            f"{entry.path}: the key {key} {list(entry.shape)} belongs to no parameter of this model{more}"
+            f"{entry.path}: the key {entry.key[:200]} {list(entry.shape)} belongs to no parameter of this model{more}"
         )
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval().requires_grad_(False)
 
 
-def _read_headers(files: list[Path]) -> dict[str, Entry]:
+def read_finite(entry: Entry, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of a file, whose values must be finite, in `dtype` too.
+
+    Raises:
+        FastsdError: they are not; one weight of them makes every picture black.
+    """
+    tensor = entry.read()
+    if tensor.numel() == 0:
+        return tensor
+    low, high = (float(bound) for bound in torch.aminmax(tensor))  # NaN if any value is
+    largest = max(-low, high)
+    if not largest < float("inf"):
+        kind = "NaN" if largest != largest else "infinite"
+        raise FastsdError(f"{entry.path}: the key {entry.key} holds {kind} values; fetch the file again")
+    if largest > torch.finfo(dtype).max:
+        raise FastsdError(
+            f"{entry.path}: the key {entry.key} holds {largest:g}, beyond {str(dtype).removeprefix('torch.')}'s "
+            f"{torch.finfo(dtype).max:g}; load it with dtype fp32 or bf16"
+        )
+    return tensor
+
+
+def read_headers(files: list[Path]) -> dict[str, Entry]:
+    """The tensors of one component, by the names that `sources` gives."""
     entries: dict[str, Entry] = {}
     for path in files:
         for key, entry in read_header(path)[0].items():
@@ -105,15 +143,14 @@ def _read_headers(files: list[Path]) -> dict[str, Entry]:
     return entries
 
 
-def _take(entries: dict[str, Entry], part: Source, files: list[Path]) -> Entry:
-    where = files[0] if len(files) == 1 else files[0].parent
+def _take(entries: dict[str, Entry], part: Source, where: Path) -> Entry:
     entry = entries.pop(part.key, None)
     if entry is None:
         raise FastsdError(f"{where}: the key {part.key} {list(part.shape)} is missing")
     if not same_matrix(entry.shape, part.shape):
         raise FastsdError(
-            f"{entry.path}: the key {part.key} is {list(entry.shape)}; the config wants {list(part.shape)}"
+            f"{entry.path}: the key {entry.key} is {list(entry.shape)}; the config wants {list(part.shape)}"
         )
     if not entry.dtype.is_floating_point:
-        raise FastsdError(f"{entry.path}: the key {part.key} is {entry.dtype}; it should be a floating-point tensor")
+        raise FastsdError(f"{entry.path}: the key {entry.key} is {entry.dtype}; it should be a floating-point tensor")
     return entry

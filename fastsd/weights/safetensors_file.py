@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -29,8 +29,10 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+MAX_HEADER = 25_000_000  # bytes; the library allows four times as much, checkpoints have less than one million
+MAX_ITEMS = 300_000  # commas and brackets in the header, so that its objects take little memory
 MAX_DIMENSIONS = 8
+_FIELDS = {"dtype", "shape", "data_offsets"}
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,26 @@ class Entry:
     shape: tuple[int, ...]
     start: int  # from the beginning of the file
     nbytes: int
+    key: str = ""  # its name in the file
+    strides: tuple[int, ...] | None = None  # of its elements, where their order in the file is not the shape's
+
+    def transposed(self) -> Entry:
+        """The same bytes as a matrix of the other orientation."""
+        rows, columns = self.shape
+        return replace(self, shape=(columns, rows), strides=(1, columns) if self.strides is None else None)
+
+    def third(self, i: int) -> Entry:
+        """The i-th third of the rows (q, k and v of one product)."""
+        nbytes = self.nbytes // 3
+        return replace(self, shape=(self.shape[0] // 3, *self.shape[1:]), start=self.start + i * nbytes, nbytes=nbytes)
 
     def read(self) -> torch.Tensor:
         """The tensor, in memory of its own, on the CPU."""
-        tensor = torch.empty(self.shape, dtype=self.dtype)
+        flat = torch.empty(self.nbytes // self.dtype.itemsize, dtype=self.dtype)
+        tensor = flat.view(self.shape) if self.strides is None else flat.as_strided(self.shape, self.strides)
         if self.nbytes == 0:
             return tensor
-        buffer = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
+        buffer = memoryview(flat.view(torch.uint8).numpy().data)
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.start)
             done = 0
@@ -67,51 +82,104 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         FastsdError: not a whole, well-formed safetensors file; the message names the file and what is wrong.
     """
     try:
+        if not path.is_file():
+            raise FastsdError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
         size = os.path.getsize(path)
         with open(path, "rb") as file:
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > min(size - 8, MAX_HEADER):
-                raise _malformed(path, "its header is longer than the file")
+            if len(prefix) < 8 or length > size - 8:
+                raise _malformed(path, _instead(prefix) or "its header is longer than the file")
+            if length > MAX_HEADER:
+                raise _malformed(path, f"its header has {length} bytes; checkpoints have less than {MAX_HEADER}")
             raw = file.read(length)
     except OSError as error:
         raise FastsdError(f"{path}: cannot be read ({error.strerror})") from error
+    return parse_header(path, raw, size)
+
+
+def parse_header(path: Path, raw: bytes, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
+    """As `read_header`, of the header's bytes, for a file of `size` bytes."""
+    if sum(raw.count(character) for character in (b",", b"[", b"{")) > MAX_ITEMS:
+        raise _malformed(path, f"its header has more than {MAX_ITEMS} items")
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(path, pairs))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        header = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=lambda pairs: _unique(path, pairs),
+            parse_int=_whole,
+            parse_constant=_no_number,
+        )
+    except RecursionError as error:
+        raise _malformed(path, "its header is nested too deeply") from error
+    except FastsdError:
+        raise
+    except ValueError as error:
         raise _malformed(path, "its header is not JSON") from error
     if not isinstance(header, dict):
         raise _malformed(path, "its header is not a JSON object")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _malformed(path, "its metadata are not strings")
-    entries = {name: _entry(path, name, value, 8 + length, size) for name, value in header.items()}
-    _check_layout(path, entries, 8 + length, size)
+    try:
+        "".join([*header, *metadata, *metadata.values()]).encode()
+    except UnicodeEncodeError as error:
+        raise _malformed(path, "a text in its header is not Unicode") from error
+    data = 8 + len(raw)
+    entries = {name: _entry(path, name, value, data, size) for name, value in header.items()}
+    _check_layout(path, entries, data, size)
     return entries, metadata
+
+
+def _instead(start: bytes) -> str:
+    """What a file is that begins so, where people often have it in place of a checkpoint."""
+    text = start.lstrip().lower()
+    if start.startswith(b"version "):
+        return "it is a Git LFS pointer, not the file itself"
+    return "it is a web page" if text.startswith((b"<!doct", b"<html", b"<head")) else ""
+
+
+def _whole(digits: str) -> int:
+    """A number of the header; what no offset or size can be is -1, which is refused where it stands."""
+    return int(digits) if len(digits) <= 19 and digits[0] != "-" else -1
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        raise _malformed(path, "a key stands twice in its header")
+        names = [name for name, _ in pairs]
+        twice = next(name for name in result if names.count(name) > 1) if len(pairs) < 10000 else ""
+        raise _malformed(path, f"the key {twice[:80]!r} stands twice in its header")
     return result
 
 
 def _entry(path: Path, name: str, value: Any, data: int, size: int) -> Entry:
     """Check one header entry against the file's size and its own shape."""
-    try:
-        dtype, shape, (begin, end) = DTYPES[value["dtype"]], value["shape"], value["data_offsets"]
-    except (TypeError, KeyError, ValueError) as error:
-        raise _malformed(path, f"the entry {name[:80]!r} lacks a known dtype, a shape or offsets") from error
-    numbers = [*shape, begin, end] if isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS else [-1]
-    if not all(type(n) is int and 0 <= n < 2**48 for n in numbers) or not begin <= end <= size - data:
-        raise _malformed(path, f"the entry {name[:80]!r} has an impossible shape or offset")
+    what = f"the key {name[:80]!r}"
+    if not isinstance(value, dict) or set(value) != _FIELDS:
+        raise _malformed(path, f"{what} lacks a dtype, a shape or offsets, or has more")
+    kind, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(kind, str) or kind not in DTYPES:
+        raise _malformed(path, f"{what} has the dtype {str(kind)[:20]!r}; fastsd knows {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        raise _malformed(path, f"{what} lacks a shape or offsets")
+    if len(shape) > MAX_DIMENSIONS:
+        raise _malformed(path, f"{what} has {len(shape)} dimensions")
+    if not all(type(n) is int and 0 <= n < 2**48 for n in (*shape, *offsets)):
+        raise _malformed(path, f"{what} has an impossible shape or offset")
+    begin, end = offsets
+    if not begin <= end <= size - data:
+        raise _malformed(path, f"{what} has offsets {begin} to {end}, beyond the file's {size - data} bytes of data")
+    dtype = DTYPES[kind]
     count = dtype.itemsize
     for n in shape:
         count *= n
     if count != end - begin:
-        raise _malformed(path, f"the entry {name[:80]!r} holds {end - begin} bytes where its shape needs {count}")
-    return Entry(path, dtype, tuple(shape), data + begin, end - begin)
+        raise _malformed(path, f"{what} holds {end - begin} bytes where its shape needs {count}")
+    return Entry(path, dtype, tuple(shape), data + begin, end - begin, name)
 
 
 def _check_layout(path: Path, entries: dict[str, Entry], data: int, size: int) -> None:
@@ -119,7 +187,8 @@ def _check_layout(path: Path, entries: dict[str, Entry], data: int, size: int) -
     position = data
     for entry in sorted(entries.values(), key=lambda e: (e.start, e.nbytes)):
         if entry.start != position:
-            raise _malformed(path, "its tensors overlap or leave a hole")
+            how = "overlaps another" if entry.start < position else "leaves a hole before it"
+            raise _malformed(path, f"the key {entry.key[:80]!r} {how}")
         position += entry.nbytes
     if position != size:
         raise _malformed(path, f"it has {size} bytes where its header accounts for {position}")

@@ -292,7 +292,7 @@ def test_too_little_memory_says_what_to_try(
 
     monkeypatch.setattr(Pipeline, "_advance", fail)
     refused(cli("-p", "x", "-m", model, "--count", count), "not enough memory", said)
-    monkeypatch.setattr("fastsd.pipeline.load_folder", fail)
+    monkeypatch.setattr("fastsd.pipeline.load_checkpoint", fail)
     refused(cli("-p", "x", "-m", model, "--dtype", "fp32"), "not enough memory for the model", "--dtype fp16")
     assert os.listdir() == []
 

@@ -1,0 +1,44 @@
+"""A checkpoint in any layout: a diffusers folder or a single file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fastsd.errors import FastsdError
+from fastsd.weights.folder import Components, load_folder
+from fastsd.weights.single_file import PREDICTIONS, load_single_file, load_vae
+
+
+def load_checkpoint(
+    path: str | Path,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    vae: str | Path | None = None,
+    prediction: str | None = None,
+    allow_pickle: bool = False,
+) -> Components:
+    """Load a folder as `load_folder` does, anything else as `load_single_file` does.
+
+    Args:
+        path, dtype, device: as there.
+        vae: an autoencoder to take instead of the checkpoint's own: a file in either layout or a folder.
+        prediction: "epsilon", "v_prediction" or "sample", where the checkpoint does not say or says it wrongly.
+        allow_pickle: read pickles; nothing but tensors and plain values is unpickled.
+
+    Raises:
+        FastsdError: something is missing, malformed or does not fit; one line with file and key.
+    """
+    if prediction is not None and prediction not in PREDICTIONS:
+        raise FastsdError(f"prediction: {prediction!r} should be {', '.join(PREDICTIONS)}")
+    if not Path(path).is_dir():
+        return load_single_file(path, dtype, device, vae, prediction, allow_pickle)
+    if vae is None:
+        components = load_folder(path, dtype, device)
+    else:
+        components = load_folder(path, dtype, device, lambda xl: load_vae(vae, xl, dtype, device, allow_pickle))
+    if prediction is not None:
+        components.scheduler = replace(components.scheduler, prediction_type=prediction)
+    return components

@@ -1,0 +1,264 @@
+"""Single-file checkpoints in the original layout, as a set of models ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastsd.config import VAEConfig
+from fastsd.errors import FastsdError
+from fastsd.model.clip import TextEncoder
+from fastsd.model.tokenizer import EOS, Tokenizer
+from fastsd.model.unet import UNet
+from fastsd.model.vae import AutoencoderKL
+from fastsd.weights import configs
+from fastsd.weights.family import Family, TextPart, find_family, find_vae
+from fastsd.weights.folder import Components
+from fastsd.weights.ldm_names import (
+    UNET_PREFIX,
+    VAE_PREFIX,
+    Place,
+    openclip_place,
+    unet_place,
+    unet_table,
+    vae_place,
+)
+from fastsd.weights.load import fill, find_files, load_module
+from fastsd.weights.names import canonical, is_ignored, sources
+from fastsd.weights.pickle_file import is_pickle, read_pickle
+from fastsd.weights.safetensors_file import Entry, read_header
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+OPENCLIP_PAD = "!"
+# Keys inside a component that hold no weights of it.
+_IGNORED = ("logit_scale", "attn_mask", "position_ids", "loss.", "model_ema.")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network of a single file: the model on the meta device, and its tensors by the house's keys."""
+
+    name: str  # the folder it has in the diffusers layout
+    module: nn.Module
+    places: dict[str, Place]  # key of the house: place in the file, in full
+    entries: dict[str, Entry]
+
+    def check(self, path: Path) -> None:
+        """Refuse a file that lacks a tensor, by the name that the file would give it."""
+        for key, place in self.places.items():
+            if key not in self.entries:
+                raise FastsdError(f"{path}: the key {place.key} is missing")
+
+
+def read_file(path: Path, allow_pickle: bool = False) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors of a `.safetensors` file or, only where that is allowed, of a pickle; and the file's metadata.
+
+    Raises:
+        FastsdError: no file, malformed, or a pickle that is not allowed.
+    """
+    if not path.exists():
+        raise FastsdError(f"{path}: no such model; give a folder that holds model_index.json, or a .safetensors file")
+    if path.is_dir():
+        raise FastsdError(f"{path}: a folder; a .safetensors file is expected")
+    if not path.is_file():
+        raise FastsdError(f"{path}: not a regular file")
+    if is_pickle(path):
+        return read_pickle(path, allow_pickle), {}
+    return read_header(path)
+
+
+def load_single_file(
+    path: str | Path,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    vae: str | Path | None = None,
+    prediction: str | None = None,
+    allow_pickle: bool = False,
+) -> Components:
+    """Load a checkpoint that is one file.
+
+    Args:
+        path: a `.safetensors` file, or a `.ckpt` where `allow_pickle` is given.
+        dtype, device: of all weights.
+        vae: an autoencoder to take instead of the file's own: a file in either layout or a folder.
+        prediction: "epsilon", "v_prediction" or "sample": what the network predicts, where the file does not say.
+        allow_pickle: read pickles; nothing but tensors and plain values is unpickled.
+
+    Raises:
+        FastsdError: as `read_file` and `find_family`; a key missing, extra or of another shape; SD2 without prediction.
+    """
+    path, device = Path(path), torch.device(device)
+    entries, metadata = read_file(path, allow_pickle)
+    family = find_family(path, {key: entry.shape for key, entry in entries.items()}, metadata)
+    prediction = _prediction(path, family, prediction)
+    if family.vae is None and vae is None:
+        raise FastsdError(f"{path}: no autoencoder in this file ({VAE_PREFIX}*); give one with --vae FILE")
+    found = {part.name: part for part in parts(family, entries) if part.name != "vae" or vae is None}
+    for part in found.values():
+        part.check(path)
+    texts = [found[text_folder(family, i)] for i in range(len(family.texts))]
+    loaded = [fill(text.module, dict(text.entries), path, dtype, device) for text in texts]
+    unet = fill(found["unet"].module, dict(found["unet"].entries), path, dtype, device)
+    if vae is None:
+        autoencoder = fill(found["vae"].module, dict(found["vae"].entries), path, dtype, device)
+    else:
+        autoencoder = load_vae(vae, family.xl, dtype, device, allow_pickle)
+    assert isinstance(unet, UNet) and isinstance(autoencoder, AutoencoderKL)
+    return Components(
+        unet=unet,
+        vae=autoencoder,
+        text_encoders=tuple(encoder for encoder in loaded if isinstance(encoder, TextEncoder)),
+        tokenizers=tuple(tokenizer(text) for text in family.texts),
+        scheduler=family.scheduler(prediction),
+        sample_size=family.sample_size(prediction),
+        name=path.stem,
+        zeros_for_empty_prompt=family.xl and not family.refiner,
+        aesthetic_score=family.refiner,
+    )
+
+
+def load_vae(
+    path: str | Path, xl: bool, dtype: torch.dtype, device: str | torch.device = "cpu", allow_pickle: bool = False
+) -> AutoencoderKL:
+    """An autoencoder by itself: a single file in the original or the diffusers layout, or a folder of the latter.
+
+    Args:
+        path: the file, or the folder with `config.json`.
+        xl: take SDXL's latent scale where no config says it; the shapes are those of SD's.
+
+    Raises:
+        FastsdError: no autoencoder, or malformed.
+    """
+    path, device = Path(path), torch.device(device)
+    if path.is_dir():
+        config = configs.read_vae(path / "config.json")
+        files = find_files(path, "diffusion_pytorch_model", dtype != torch.float32)
+        return load_module(lambda: AutoencoderKL(config), files, dtype, device)
+    entries, _ = read_file(path, allow_pickle)
+    entries = _only_vae(entries)
+    shapes = {key: entry.shape for key, entry in entries.items()}
+    if any(key.startswith("encoder.down_blocks.") for key in shapes):
+        named = {canonical(key): entry for key, entry in entries.items()}
+        module = _meta_vae(find_vae(path, _original_shapes(named), xl))
+        return fill(module, named, path, dtype, device)
+    if not any(key.startswith("encoder.down.") for key in shapes):
+        raise FastsdError(f"{path}: not an autoencoder: no key starts with encoder.down")
+    part_config = find_vae(path, shapes, xl)
+    part = _vae_part(part_config, entries, "")
+    part.check(path)
+    return fill(_meta_vae(part_config), dict(part.entries), path, dtype, device)
+
+
+def parts(family: Family, entries: dict[str, Entry]) -> Iterator[Part]:
+    """The networks of a single file, each with the tensors that are there, in the house's names."""
+    with torch.device("meta"):
+        unet = UNet(family.unet)
+        encoders = [TextEncoder(text.config) for text in family.texts]
+    table = unet_table(family.unet)
+    places = {key: unet_place(table, key) for key in keys(unet)}
+    yield _part("unet", unet, places, entries, UNET_PREFIX)
+    if family.vae is not None:
+        yield _vae_part(family.vae, entries, VAE_PREFIX)
+    for i, (text, encoder) in enumerate(zip(family.texts, encoders, strict=True)):
+        name = text_folder(family, i)
+        if text.openclip:
+            places = {key: openclip_place(text.config, key) for key in keys(encoder)}
+            yield _part(name, encoder, places, _without_last_layer(text, entries), text.prefix)
+        else:
+            flat = not any(key.startswith(f"{text.prefix}text_model.") for key in entries)
+            places = {key: Place(key.removeprefix("text_model.") if flat else key) for key in keys(encoder)}
+            kept = {key: entry for key, entry in entries.items() if key != f"{text.prefix}text_projection.weight"}
+            yield _part(name, encoder, places, kept, text.prefix)
+
+
+def keys(module: nn.Module) -> list[str]:
+    """Every key that a folder stores of a model."""
+    return [part.key for _, _, found in sources(module) for part in found]
+
+
+def text_folder(family: Family, i: int) -> str:
+    """The name that a text encoder's folder has in the diffusers layout."""
+    return "text_encoder_2" if i or family.refiner else "text_encoder"
+
+
+def tokenizer(text: TextPart) -> Tokenizer:
+    """The one that a text encoder was trained with."""
+    return Tokenizer(pad=OPENCLIP_PAD if text.openclip else EOS)
+
+
+def _prediction(path: Path, family: Family, given: str | None) -> str:
+    if given is not None and given not in PREDICTIONS:
+        raise FastsdError(f"prediction: {given!r} should be {', '.join(PREDICTIONS)}")
+    if given is None and family.prediction is None:
+        raise FastsdError(
+            f"{path}: it is {family.name}, and does not say what it predicts; give --prediction v_prediction (the "
+            "models for 768 pixels) or --prediction epsilon (the base models for 512)"
+        )
+    return given or family.prediction or ""
+
+
+def _part(name: str, module: nn.Module, places: dict[str, Place], entries: dict[str, Entry], prefix: str) -> Part:
+    """Give each key of the house its tensor; what is left under the prefix keeps its name, for `fill` to refuse."""
+    full = {key: replace(place, key=prefix + place.key) for key, place in places.items()}
+    known = {place.key for place in full.values()}
+    found = {key: _view(entries[place.key], place) for key, place in full.items() if place.key in entries}
+    for key, entry in entries.items():
+        if key.startswith(prefix) and key not in known and not key[len(prefix) :].startswith(_IGNORED):
+            if not is_ignored(key):
+                found[key] = entry
+    return Part(name, module, full, found)
+
+
+def _view(entry: Entry, place: Place) -> Entry:
+    """The part of a stored tensor that a place means; where its shape does not allow that, all of it."""
+    if place.third is not None and entry.shape and entry.shape[0] % 3 == 0:
+        return entry.third(place.third)
+    if place.transposed and len(entry.shape) == 2:
+        return entry.transposed()
+    return entry
+
+
+def _vae_part(config: VAEConfig, entries: dict[str, Entry], prefix: str) -> Part:
+    module = _meta_vae(config)
+    return _part("vae", module, {key: vae_place(config, key) for key in keys(module)}, entries, prefix)
+
+
+def _meta_vae(config: VAEConfig) -> AutoencoderKL:
+    with torch.device("meta"):
+        return AutoencoderKL(config)
+
+
+def _only_vae(entries: dict[str, Entry]) -> dict[str, Entry]:
+    """An autoencoder's tensors without prefix, out of a file of its own or a whole checkpoint."""
+    for prefix in (VAE_PREFIX, "vae."):
+        inside = {key[len(prefix) :]: entry for key, entry in entries.items() if key.startswith(prefix)}
+        if inside:
+            return {key: entry for key, entry in inside.items() if not key.startswith(_IGNORED)}
+    return {key: entry for key, entry in entries.items() if not key.startswith(_IGNORED)}
+
+
+def _original_shapes(entries: dict[str, Entry]) -> dict[str, tuple[int, ...]]:
+    """What `find_vae` looks at, out of an autoencoder in the diffusers layout."""
+    new = {"encoder.down_blocks.": "encoder.down.", ".resnets.": ".block.", ".mid_block.attentions.0.": ".mid.attn_1."}
+    shapes = {}
+    for key, entry in entries.items():
+        for old, original in new.items():
+            key = key.replace(old, original)
+        shapes[key] = entry.shape
+    return shapes
+
+
+def _without_last_layer(text: TextPart, entries: dict[str, Entry]) -> dict[str, Entry]:
+    """OpenCLIP's tensors without what SD2 does not use: the last layer and the projection."""
+    if text.config.projection_dim:
+        return entries
+    last = f"{text.prefix}transformer.resblocks.{text.config.num_hidden_layers}."
+    return {
+        key: entry
+        for key, entry in entries.items()
+        if not key.startswith(last) and key != f"{text.prefix}text_projection"
+    }

@@ -1,0 +1,43 @@
+"""Tiny models of every family, each as a folder and as a single file in the original layout."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fastsd.weights import save_folder
+from tests.weights import original
+
+
+class Originals:
+    """`folder(family)`, `tensors(family)` and `file(family)`; each is made once."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.folder = functools.cache(self._folder)
+        self.tensors = functools.cache(self._tensors)
+        self.file = functools.cache(self._file)
+
+    def _folder(self, family: str) -> Path:
+        name, _, kind = family.partition(" ")
+        save_folder(original.components(name, kind == "inpainting"), self.root / family, torch.float32)
+        return self.root / family
+
+    def _tensors(self, family: str) -> dict[str, torch.Tensor]:
+        return original.write(self.folder(family), family.split(" ")[0])
+
+    def _file(self, family: str) -> Path:
+        return self.save(self.tensors(family), f"{family}.safetensors")
+
+    def save(self, tensors: dict[str, torch.Tensor], name: str, metadata: dict[str, str] | None = None) -> Path:
+        save_file(tensors, self.root / name, metadata)
+        return self.root / name
+
+
+@pytest.fixture(scope="session")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Originals:
+    return Originals(tmp_path_factory.mktemp("originals"))
