@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fastsd.kernels.dispatch import reference_only
+from fastsd.kernels import dispatch
 from fastsd.model.layers import ResBlock, SpatialTransformer
 from fastsd.model.unet import AddedConditioning
 from fastsd.weights import Components, load_folder, save_folder
 
 FAMILIES = ("sd1", "sd2", "inpainting", "sdxl", "refiner")
+# What this processor runs by itself, what training runs, and the specification.
+BACKENDS = (nullcontext, lambda: dispatch.forced("torch"), dispatch.reference_only)
 
 
 def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -52,9 +55,9 @@ def test_unet(pair: tuple[Components, Any], size: tuple[int, int]) -> None:
         added = AddedConditioning(pooled, sizes)
         named = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
     wanted = theirs(x, timestep, context, **named).sample
-    assert error(first(ours(last(x), timestep, context, added)), wanted) < 1e-5
-    with reference_only():
-        assert error(first(ours(last(x), timestep, context, added)), wanted) < 1e-5
+    for backend in BACKENDS:
+        with backend():
+            assert error(first(ours(last(x), timestep, context, added)), wanted) < 1e-5
 
 
 @torch.no_grad()
