@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +13,51 @@ from fastsd.graph import Graphs
 from fastsd.model.chunks import COMMA_REACH, Chunk, find_names, split
 from fastsd.model.clip import Insertion, TextOutput
 from fastsd.model.unet import AddedConditioning
-from fastsd.prompts import Section, Span, weigh
+from fastsd.prompts import LoraTag, Section, Span, by_step, take_loras, weigh
 from fastsd.weights import Components
 
 SYNTAXES = ("a1111", "plain")
 MAX_CHUNKS = 100  # 7,500 tokens
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A prompt as it was read.
+
+    Attributes:
+        texts: of each step, 0 .. N - 1, for `encode_text`.
+        chunks: how many the longest of them fills.
+        loras: the LoRA tags that were taken out.
+        embeddings: names of the textual inversions in it.
+        notes: what a user should know.
+    """
+
+    texts: tuple[str, ...]
+    chunks: int
+    loras: tuple[LoraTag, ...] = ()
+    embeddings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def read_prompt(components: Components, prompt: str, steps: int, syntax: str) -> Reading:
+    """Read a prompt for a run of `steps` steps in "a1111" or "plain" syntax.
+
+    Raises:
+        FastsdError: it is malformed or too long.
+    """
+    loras: tuple[LoraTag, ...] = ()
+    texts = (prompt,) * steps
+    if syntax != "plain":
+        text, loras = take_loras(prompt)
+        texts = by_step(text, steps)
+    notes: dict[str, None] = {}
+    names: dict[str, None] = {}
+    chunks = 1
+    for text in dict.fromkeys(texts):
+        chunks = max(chunks, *map(len, split_text(components, text, syntax)))
+        notes |= dict.fromkeys(notes_on(components, text, syntax))
+        names |= dict.fromkeys(name for _, name in pieces(components, text, syntax) if name is not None)
+    return Reading(texts, chunks, loras, tuple(names), tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -70,7 +111,7 @@ def split_text(components: Components, text: str, syntax: str) -> list[list[Chun
     Raises:
         FastsdError: the text is malformed or too long.
     """
-    sections = weigh(text) if syntax != "plain" else ((Span(text),),)
+    sections = sections_of(text, syntax)
     found = []
     for which, tokenizer in enumerate(components.tokenizers):
         vectors = {name: embedding.vectors[which] for name, embedding in components.embeddings.items()}
@@ -152,6 +193,18 @@ def added_conditioning(
     return AddedConditioning(pooled, torch.tensor([sizes], device=pooled.device))
 
 
+def pieces(components: Components, text: str, syntax: str) -> Iterator[tuple[str, str | None]]:
+    """The text without its signs, in pieces, each with the name of the textual inversion that follows it (or None)."""
+    for section in sections_of(text, syntax):
+        for span in section:
+            yield from find_names(span.text, components.embeddings)
+
+
+def sections_of(text: str, syntax: str) -> tuple[Section, ...]:
+    """The weighted text of one step; "plain" has no weights."""
+    return weigh(text) if syntax != "plain" else ((Span(text),),)
+
+
 def notes_on(components: Components, text: str, syntax: str = "plain") -> list[str]:
     """What a user should know of one step's text: words that the model never saw, text that was cut, "AND".
 
@@ -159,12 +212,9 @@ def notes_on(components: Components, text: str, syntax: str = "plain") -> list[s
         FastsdError: the text is malformed or too long.
     """
     notes = []
-    sections: tuple[Section, ...] = weigh(text) if syntax != "plain" else ((Span(text),),)
-    pieces = [
-        piece for section in sections for span in section for piece, _ in find_names(span.text, components.embeddings)
-    ]
+    plains = [plain for plain, _ in pieces(components, text, syntax)]
     if components.known_words:
-        words = dict.fromkeys(word for piece in pieces for word in re.findall(r"\w+", piece.lower()))
+        words = dict.fromkeys(word for plain in plains for word in re.findall(r"\w+", plain.lower()))
         unknown = [word for word in words if word not in components.known_words]
         if unknown:
             known = ", ".join(sorted(components.known_words))
@@ -173,6 +223,6 @@ def notes_on(components: Components, text: str, syntax: str = "plain") -> list[s
         cut = components.tokenizers[0].truncated(text)
         if cut:
             notes.append(f"the prompt is too long; left out: {cut!r}")
-    elif any(re.search(r"\bAND\b", piece) for piece in pieces):
+    elif any(re.search(r"\bAND\b", plain) for plain in plains):
         notes.append("the prompt holds AND, which is read as a word: prompts are not composed")
     return notes

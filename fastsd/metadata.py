@@ -41,7 +41,8 @@ SAMPLERS = {
 SCHEDULES = {"default": "Uniform", "karras": "Karras", "exponential": "Exponential", "sgm_uniform": "SGM Uniform"}
 WITHOUT_SCHEDULE = ("ddpm", "ddim", "pndm", "lcm", "euler_maruyama")
 
-# What the JSON copy may hold. `image` and `mask` are {"name": ..., "sha256": ...} of the files that were given.
+# What the JSON copy may hold. `image` and `mask` are {"name": ..., "sha256": ...} of the files that were given,
+# `embeddings` a list of such with "token", the name in the prompt.
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "prompt": str,
     "negative_prompt": str,
@@ -66,6 +67,8 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "version": str,
     "image": dict,
     "mask": dict,
+    "prompt_syntax": str,
+    "embeddings": list,
 }
 
 # Keys of A1111 that change nothing here, or that say what is known anyway.
@@ -145,6 +148,7 @@ def write_parameters(settings: Mapping[str, Any]) -> str:
         "Clip skip": value("clip_skip") if settings.get("clip_skip") != 1 else None,
         "Eta DDIM": value("eta") if settings.get("eta") else None,
         "Guidance rescale": value("guidance_rescale") if settings.get("guidance_rescale") else None,
+        "Prompt syntax": value("prompt_syntax"),
         "Device": value("device"),
         "Dtype": value("dtype"),
         "RNG": "CPU",
@@ -209,6 +213,8 @@ def _understand(key: str, value: str, pairs: Mapping[str, str]) -> dict[str, Any
                 return {"eta": _finite(value)}
             case "Model":
                 return {"model": value}
+            case "Prompt syntax" if value in ("a1111", "plain"):
+                return {"prompt_syntax": value}
             case "Device" | "Dtype" if pairs.get("Version", "").startswith("fastsd "):
                 return {key.lower(): value}
     except ValueError:

@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 
 from fastsd import memory
-from fastsd.conditioning import added_conditioning, encode_text
 from fastsd.denoiser import Denoiser, Run
 from fastsd.devices import dtype_name, resolve_device, resolve_dtype
 from fastsd.errors import FastsdError
@@ -29,7 +28,9 @@ from fastsd.model.tiling import decode_tiled
 from fastsd.request import Request, make_request
 from fastsd.sampling import advance
 from fastsd.sampling.schedule import alphas_cumprod
+from fastsd.script import Script, batches, write_script
 from fastsd.weights import Components, load_checkpoint
+from fastsd.weights.embeddings import load_embedding
 
 BUNDLED = Path(__file__).parent / "assets" / "digits"
 
@@ -88,6 +89,7 @@ class _Batch:
     """One batch on its way: the denoiser's tensors, and what happens to them between its rows."""
 
     run: Run
+    script: Script
     noise: Noise
     start_noise: torch.Tensor  # [n, h, w, C]
     image: torch.Tensor | None  # [n, h, w, C]
@@ -159,7 +161,7 @@ class Pipeline:
         """Draw pictures.
 
         Args:
-            prompt: a text, or a list of texts.
+            prompt: a text, or a list of texts, in the syntax of docs/prompts.md.
             negative_prompt: what to stay away from; a text, or one for each prompt.
             num_inference_steps: denoising steps. None here and below: the checkpoint's own default.
             guidance_scale: how strongly to follow the prompt (Ho and Salimans 2022); 1 skips the unconditional half.
@@ -176,6 +178,7 @@ class Pipeline:
             latents: starting noise `[N, C, h, w]`, unit variance.
             output_type: "pil", "np", "pt" or "latent".
             vae_tiling: run the autoencoder in tiles; None: only for very large pictures.
+            prompt_syntax: "a1111" (weights, schedules, long prompts), or "plain": the text as it is, cut to one chunk.
 
         Raises:
             FastsdError: an argument is missing, unknown or out of range; one line that names it.
@@ -184,6 +187,24 @@ class Pipeline:
             last = deque(self.stream(prompt, **arguments), maxlen=1).pop()
         assert last.result is not None
         return last.result
+
+    def load_embedding(self, path: str | Path, token: str | None = None, allow_pickle: bool = False) -> tuple[str, ...]:
+        """Load a textual inversion, to be called by its name in prompts (Gal et al. 2022).
+
+        Args:
+            path: a `.safetensors` file; `.pt` and `.bin` are pickles and are read only with `allow_pickle`.
+            token: its name in prompts; None: the file's without the ending, and the token that the file names.
+            allow_pickle: see there; nothing but tensors and plain values is unpickled.
+
+        Returns:
+            The names; one that was known before now stands for this file.
+
+        Raises:
+            FastsdError: no such file, malformed, or one for another family of models.
+        """
+        embedding = load_embedding(path, self.components.text_encoders, token, allow_pickle)
+        self.components.embeddings |= dict.fromkeys(embedding.names, embedding)
+        return embedding.names
 
     def stream(self, prompt: str | list[str], **arguments: Any) -> Iterator[Step]:
         """The same work as `__call__`, step by step; arguments are checked before the first step is asked for."""
@@ -194,11 +215,10 @@ class Pipeline:
         started = time.perf_counter()
         clock = {"text": 0.0, "encode": 0.0, "steps": 0.0, "decode": 0.0}
         table = request.table
-        count = len(request.prompts)
-        batches = [slice(i, min(i + request.batch_size, count)) for i in range(0, count, request.batch_size)]
-        total, done = len(batches) * len(set(table.step)), 0
+        parts = batches(request)
+        total, done = len(parts) * len(set(table.step)), 0
         finished: list[Any] = []
-        for which in batches:
+        for which in parts:
             with self._lock:
                 batch = self._begin(request, which, clock)
             for i in range(len(table)):
@@ -227,7 +247,7 @@ class Pipeline:
         height, width = request.height // config.downscale, request.width // config.downscale
         noise = Noise(seeds, config.latent_channels, height, width, self.device)
         tick = time.perf_counter()
-        timed, key_values = self._condition(request, which)
+        script = write_script(self.components, request, which, self.device, self.graphs)
         clock["text"] += time.perf_counter() - tick
 
         tick = time.perf_counter()
@@ -251,46 +271,23 @@ class Pipeline:
         guided, rescaled = request.guidance_scale != 1.0, request.guidance_rescale > 0
         run = Run(
             state,
-            timed,
-            key_values,
+            script.time,
+            key_values=(),  # each row's own, see _advance
             guidance=state.x.new_tensor([request.guidance_scale]) if guided else None,
             rescale=state.x.new_tensor([request.guidance_rescale]) if guided and rescaled else None,
             extra_channels=extra,
         )
-        return _Batch(run, noise, start_noise, image, mask)
+        return _Batch(run, script, noise, start_noise, image, mask)
 
     def _encode(self, image: torch.Tensor, noise: Noise, tiled: bool) -> torch.Tensor:
         with chosen_convolutions(self.device):
             return encode_image(self.components.vae, image, noise, tiled, self.graphs)
 
-    def _condition(self, request: Request, which: slice) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Time embeddings for all rows and keys and values of the text, for the batch's (guided) UNet samples.
-
-        Each distinct text is encoded and projected once and by itself, so that an image does not depend on its
-        neighbours in the batch.
-        """
-        components, unet = self.components, self.components.unet
-        wanted = [(text, False) for text in request.prompts[which]]
-        if request.guidance_scale != 1.0:
-            wanted = [(text, True) for text in request.negative_prompts[which]] + wanted
-        timesteps = torch.as_tensor(request.table.timesteps.copy(), dtype=torch.float32, device=self.device)
-        times: dict[tuple[str, bool], torch.Tensor] = {}
-        key_values: dict[tuple[str, bool], tuple[torch.Tensor, ...]] = {}
-        for text, negative in dict.fromkeys(wanted):
-            zeros = negative and not text and components.zeros_for_empty_prompt
-            features = encode_text(components, text, request.clip_skip, zeros, graphs=self.graphs)
-            key_values[text, negative] = unet.project_context(features.context)
-            added = added_conditioning(components, features.pooled, negative, request.width, request.height)
-            if added is not None or not times:
-                times[text, negative] = unet.embed_time(timesteps, added)  # [rows, channels]
-        rows = [times[key] for key in wanted] if len(times) > 1 else list(times.values())
-        layers = zip(*(key_values[key] for key in wanted), strict=True)
-        return torch.stack(rows, dim=1), tuple(torch.cat(layer) for layer in layers)
-
     @torch.inference_mode()
     def _advance(self, batch: _Batch) -> _Estimate:
         """One row of the table: one call of the UNet, one update of the state."""
         state = batch.run.state
+        batch.run.key_values = batch.script.at(state.index)
         x_in, timestep = advance.model_input(state)[:1].clone(), advance.timestep(state)
         fresh = batch.noise.draw() if advance.draws(state) else None
         with chosen_convolutions(self.device):
@@ -382,6 +379,8 @@ class Pipeline:
             "prompts": list(request.prompts),
             "negative_prompts": list(request.negative_prompts),
             "strength": request.strength if request.image is not None else None,
+            "prompt_syntax": request.prompt_syntax if request.prompt_syntax != "a1111" else None,
+            "embeddings": list(request.embeddings),
         }
         notes, self._news = [*request.notes, *self._news], []
         return Result(images, list(request.seeds), clock, notes, parameters)

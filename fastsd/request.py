@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from fastsd import memory
-from fastsd.conditioning import notes_on
+from fastsd.conditioning import SYNTAXES, Reading, read_prompt
 from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
+from fastsd.prompts import LoraTag
 from fastsd.sampling.rows import Table
 from fastsd.sampling.tables import build, resolve
 from fastsd.weights import Components
@@ -35,6 +36,9 @@ class Request:
 
     prompts: tuple[str, ...]  # one for each image
     negative_prompts: tuple[str, ...]
+    texts: tuple[tuple[str, ...], ...]  # of each image, for each step from the first that runs
+    negative_texts: tuple[tuple[str, ...], ...]
+    chunks: tuple[int, ...]  # how many the texts of each image fill, positive or negative
     seeds: tuple[int, ...]
     table: Table  # the sampler, worked out for the steps that run
     num_inference_steps: int
@@ -50,6 +54,9 @@ class Request:
     batch_size: int
     output_type: str
     vae_tiling: bool
+    prompt_syntax: str = "a1111"
+    loras: tuple[LoraTag, ...] = ()  # tags of the prompts; not applied here
+    embeddings: tuple[str, ...] = ()  # textual inversions in the texts, by name
     image: Image.Image | None = None  # RGB, width x height
     mask: Image.Image | None = None  # L, width x height
     latents: torch.Tensor | None = None  # [N, C, h, w]
@@ -79,6 +86,7 @@ def make_request(
     latents: torch.Tensor | None = None,
     output_type: str = "pil",
     vae_tiling: bool | None = None,
+    prompt_syntax: str = "a1111",
 ) -> Request:
     """Check the arguments of a call and fill in the checkpoint's defaults; `Pipeline.__call__` says what they mean.
 
@@ -103,9 +111,16 @@ def make_request(
     if output_type not in OUTPUT_TYPES:
         raise FastsdError(f"output_type is {output_type!r}; it should be one of {', '.join(OUTPUT_TYPES)}")
 
-    notes: dict[str, None] = {}
-    for text in dict.fromkeys([*prompts, *negatives]):
-        notes |= dict.fromkeys(notes_on(components, text))
+    steps = number("num_inference_steps", chosen("num_inference_steps", num_inference_steps), 1, MAX_STEPS, whole=True)
+    guidance = number("guidance_scale", chosen("guidance_scale", guidance_scale), 0, MAX_GUIDANCE)
+    negatives = [negatives[i % len(negatives)] for i in range(len(prompts))]
+    told = read_all(components, prompts, negatives, steps, prompt_syntax)
+    readings = [pair for pair in told for _ in range(each)]
+    loras = tuple(dict.fromkeys(tag for positive, _ in told for tag in positive.loras))
+    embeddings = tuple(dict.fromkeys(name for pair in told for reading in pair for name in reading.embeddings))
+    notes = dict.fromkeys(note for pair in told for reading in pair for note in reading.notes)
+    for tag in dict.fromkeys(tag for pair in told for reading in pair for tag in reading.loras):
+        notes[f"<lora:{tag.name}:{tag.weight:g}> is left out of the prompt; LoRA tags are not applied"] = None
     mask = None
     if image is not None:
         image, more = fit_image(image, width, height, config.downscale)
@@ -126,7 +141,6 @@ def make_request(
         components.unet.config, config, width, height, min(batch_size, count), weight.dtype, weight.device
     )
 
-    steps = number("num_inference_steps", chosen("num_inference_steps", num_inference_steps), 1, MAX_STEPS, whole=True)
     strength, eta = number("strength", strength, 0, 1), number("eta", eta, 0, 1)
     if schedule is None and sampler is None:
         schedule = defaults["schedule"]  # belongs to the checkpoint's own sampler
@@ -134,11 +148,17 @@ def make_request(
     start = 0 if image is None else steps - min(int(steps * strength), steps)
     return Request(
         prompts=tuple(text for text in prompts for _ in range(each)),
-        negative_prompts=tuple(negatives[i % len(negatives)] for i in range(len(prompts)) for _ in range(each)),
+        negative_prompts=tuple(text for text in negatives for _ in range(each)),
+        texts=tuple(positive.texts for positive, _ in readings),
+        negative_texts=tuple(negative.texts for _, negative in readings),
+        chunks=tuple(
+            max(positive.chunks, negative.chunks) if guidance != 1.0 else positive.chunks
+            for positive, negative in readings
+        ),
         seeds=tuple(first + i for i in range(count)),
         table=make_table(sampler, steps, components.scheduler, schedule, start, eta),
         num_inference_steps=steps,
-        guidance_scale=number("guidance_scale", chosen("guidance_scale", guidance_scale), 0, MAX_GUIDANCE),
+        guidance_scale=guidance,
         guidance_rescale=number("guidance_rescale", guidance_rescale, 0, 1),
         width=width,
         height=height,
@@ -153,8 +173,25 @@ def make_request(
         image=image,
         mask=mask,
         latents=latents,
+        prompt_syntax=prompt_syntax,
+        loras=loras,
+        embeddings=embeddings,
         notes=tuple(notes),
     )
+
+
+def read_all(
+    components: Components, prompts: list[str], negatives: list[str], steps: int, syntax: Any
+) -> list[tuple[Reading, Reading]]:
+    """Each prompt and its negative one, read; each distinct text once."""
+    if syntax not in SYNTAXES:
+        raise FastsdError(f"prompt_syntax is {syntax!r}; it should be one of {', '.join(SYNTAXES)}")
+    read = {text: read_prompt(components, text, steps, syntax) for text in dict.fromkeys(prompts)}
+    try:
+        read |= {text: read_prompt(components, text, steps, syntax) for text in dict.fromkeys(negatives)}
+    except FastsdError as error:
+        raise FastsdError(f"negative_{error}" if str(error).startswith("prompt") else str(error)) from error
+    return [(read[prompt], read[negative]) for prompt, negative in zip(prompts, negatives)]
 
 
 def chosen_batch(batch_size: int | None, count: int) -> int:

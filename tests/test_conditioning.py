@@ -7,8 +7,10 @@ import copy
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fastsd.conditioning import encode_text, notes_on, weighted
+from fastsd.conditioning import encode_text, notes_on, read_prompt, weighted
 from fastsd.errors import FastsdError
 from fastsd.weights import Components
 from fastsd.weights.embeddings import Embedding
@@ -117,6 +119,46 @@ def test_vectors_stand_in_for_a_word(components: Components) -> None:
     wanted = encode_text(taught, "a zebra, (zebra:1.2) x", 1, syntax="a1111")
     assert torch.equal(found.context, wanted.context) and torch.equal(found.pooled, wanted.pooled)
     assert not torch.equal(found.context, encode_text(components, "a <toy>, (<toy>:1.2) x", 1, syntax="a1111").context)
+
+
+PIECES = [
+    "a cat",
+    ", ",
+    "(",
+    ")",
+    "[",
+    "]",
+    ":",
+    "|",
+    ":1.7)",
+    ":-0.5)",
+    ":0.5]",
+    "\\",
+    "BREAK",
+    "<lora:x:1>",
+    "toy",
+    "é\n",
+]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from(PIECES), max_size=30).map("".join), st.sampled_from(["plain", "a1111"]))
+def test_any_prompt_is_read_and_encoded(embedded: Components, prompt: str, syntax: str) -> None:
+    try:
+        reading = read_prompt(embedded, prompt, 3, syntax)
+    except FastsdError as error:
+        assert "\n" not in str(error)
+        return
+    for text in set(reading.texts):
+        found = encode_text(embedded, text, 1, syntax=syntax, chunks=reading.chunks)
+        assert found.context.shape == (1, 77 * reading.chunks, 32) and bool(found.context.isfinite().all())
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Components:
+    components = tiny.sd1()
+    components.embeddings = {"toy": Embedding(("toy",), (torch.ones(9, 32),))}
+    return components
 
 
 def test_notes() -> None:

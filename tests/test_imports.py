@@ -29,13 +29,14 @@ RANKS = {
     "latents": 4,
     "denoiser": 4,
     "request": 5,
-    "pipeline": 6,
-    "train": 7,
-    "evaluate": 7,
-    "verify": 7,
-    "server": 7,
-    "cli": 8,
-    "__main__": 9,
+    "script": 6,
+    "pipeline": 7,
+    "train": 8,
+    "evaluate": 8,
+    "verify": 8,
+    "server": 8,
+    "cli": 9,
+    "__main__": 10,
 }
 # Rooms of one rank that may know each other all the same.
 ALLOWED = {("config", "errors"), ("evaluate", "train")}

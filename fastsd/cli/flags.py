@@ -43,6 +43,7 @@ FLAGS = {
     "mask_image": "--mask",
     "clip_skip": "--clip-skip",
     "vae_tiling": "--vae-tiling",
+    "prompt_syntax": "--plain-prompt",
 }
 _SHORT = "prompt|prediction|width|height|seed|sampler|schedule|eta|image|strength|device|dtype"
 
@@ -52,6 +53,7 @@ examples:
   fastsd -p "a lighthouse" -m sd15 --sampler dpm++2m --schedule karras --seed 7
   fastsd -p "a lighthouse" -n "fog" -m sd15 --count 4 -o lighthouse.png
   fastsd -p "in winter" -m sd15 --image lighthouse-0.png --strength 0.6
+  fastsd -p "a [sketch:photo:0.3] of a (red:1.2) door" -m sd15
   fastsd -p "a red door" -m sd15 --image house.png --mask door.png
   fastsd --from-image outputs/00012-7-a-lighthouse.png --guidance 5
 """
@@ -86,7 +88,23 @@ def make_parser(commands: Mapping[str, str]) -> Parser:
         choices=("epsilon", "v_prediction", "sample"),
         help="what the model predicts, where its file does not say",
     )
-    what.add_argument("--allow-pickle", action="store_true", help="read .ckpt files, of tensors and plain values alone")
+    what.add_argument(
+        "--allow-pickle", action="store_true", help="read .ckpt, .pt, .bin files: tensors and plain values"
+    )
+    what.add_argument(
+        "--plain-prompt",
+        dest="prompt_syntax",
+        action="store_const",
+        const="plain",
+        help="read (), [], BREAK and the like as text, and only as much as fits the text encoder",
+    )
+    what.add_argument(
+        "--embedding",
+        action="append",
+        metavar="FILE[:NAME]",
+        help="a textual inversion, called by NAME in the prompt (default: the file's); may be given again",
+    )
+    what.add_argument("--embedding-dir", metavar="DIR", help="a folder of them; those that the prompt names are read")
     number(what, "-W", "--width", dest="width", help="pixels; a multiple of 8")
     number(what, "-H", "--height", dest="height", help="pixels; a multiple of 8")
     number(what, "-s", "--seed", dest="seed", help="of the first picture, the next has one more; -1: random")

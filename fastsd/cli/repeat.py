@@ -23,6 +23,7 @@ SETTINGS = (
     "sampler",
     "schedule",
     "vae_tiling",
+    "prompt_syntax",
 )
 
 

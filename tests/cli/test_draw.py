@@ -103,7 +103,8 @@ def test_output_is_a_file_a_folder_or_several_files(cli: Callable, model: Path) 
 def test_notes_are_a_line_each_on_stderr(cli: Callable, model: Path, tmp_path: Path) -> None:
     Image.new("RGB", (61, 75), "red").save(tmp_path / "odd.png")
     Image.new("L", (10, 10)).save(tmp_path / "black.png")
-    ran = cli("-p", "x " * 100, "-m", model, "--image", tmp_path / "odd.png", "--mask", tmp_path / "black.png")
+    pictures = ("--image", tmp_path / "odd.png", "--mask", tmp_path / "black.png")
+    ran = cli("-p", "x " * 100, "-m", model, *pictures, "--plain-prompt")
     lines = ran.err.splitlines()
     assert ran.code == 0 and all(line.startswith("note: ") for line in lines)
     for said in ("61x75 to 56x72", "mask was resized", "mask is black all over", "too long"):

@@ -37,6 +37,8 @@ SIZES = [
     (a(74) + "," + a(1), [75, 1], "a comma as the last token: nothing to move"),
     (a(75) + "," + a(1), [75, 2], "a comma after the end belongs to the next chunk"),
     (a(60) + "," + a(10) + "," + a(10), [72, 10], "the last comma counts"),
+    (a(60) + "," + a(100), [61, 75, 25], "a comma does not count for the next chunk"),
+    (a(60) + ", BREAK " + a(80), [61, 75, 5], "nor beyond BREAK"),
     (a(70) + "," + a(4), [75], "what fits is never cut"),
     (a(75) + "," + a(80), [75, 75, 6], "the first token of a chunk is too far"),
     (a(70) + "," + a(10) + "BREAK " + a(70) + a(10), [71, 10, 75, 5], "a comma does not reach beyond BREAK"),

@@ -1,0 +1,98 @@
+"""--embedding and --embedding-dir: textual inversions that the prompt names."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastsd.errors import FastsdError
+from fastsd.images import fingerprint
+
+if TYPE_CHECKING:
+    from fastsd.pipeline import Pipeline
+
+SUFFIXES = (".safetensors", ".pt", ".bin")  # where two files of a folder have one name, the first of these counts
+
+
+def load(pipe: Pipeline, args: argparse.Namespace, before: dict[str, Any], notes: list[str]) -> list[dict[str, str]]:
+    """Load the textual inversions that the flags give.
+
+    Args:
+        before: the settings of the picture that is repeated, or nothing.
+        notes: what the user should know is added.
+
+    Returns:
+        What metadata says of those that the prompts name: {"name": file, "sha256": ..., "token": name in the prompt}.
+
+    Raises:
+        FastsdError: a file that cannot be read, or one that the repeated picture was drawn with and that is not given.
+    """
+    from fastsd.model.chunks import find_names
+
+    text = f"{args.prompt}\n{args.negative_prompt or ''}"
+
+    def named(names: tuple[str, ...]) -> str | None:
+        return next((name for _, name in find_names(text, names) if name is not None), None)
+
+    chosen = [(*split(given), f"--embedding {given}") for given in args.embedding or ()]
+    if args.embedding_dir is not None:
+        files = {file.stem: file for file in reversed(in_folder(Path(args.embedding_dir)))}
+        chosen += [
+            (file, None, f"--embedding-dir {file}")
+            for stem, file in sorted(files.items())
+            if named((stem,)) is not None
+        ]
+    used = []
+    for path, token, flag in chosen:
+        try:
+            name = named(pipe.load_embedding(path, token, allow_pickle=bool(args.allow_pickle)))
+        except FastsdError as error:
+            said = str(error).removeprefix(f"{path}: ").replace("allow_pickle", "--allow-pickle")
+            raise FastsdError(f"{flag}: {said}") from error
+        if name is None:
+            notes.append(f"the prompt does not name the embedding {path.name!r}")
+        else:
+            used.append({"name": path.name, "sha256": fingerprint(path.read_bytes()), "token": name})
+    _compare(before, used, text, notes, f"--from-image {args.from_image}")
+    return used
+
+
+def split(given: str) -> tuple[Path, str | None]:
+    """`FILE` or `FILE:token`; a colon in the name of a file that is there belongs to the name."""
+    path, colon, token = given.rpartition(":")
+    if not colon or Path(given).is_file() or not Path(path).suffix:
+        return Path(given), None
+    return Path(path), token
+
+
+def in_folder(folder: Path) -> list[Path]:
+    """The embeddings in a folder, the preferred endings first.
+
+    Raises:
+        FastsdError: no such folder.
+    """
+    if not folder.is_dir():
+        raise FastsdError(f"--embedding-dir {folder}: no such folder")
+    files = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in SUFFIXES]
+    return sorted(files, key=lambda file: SUFFIXES.index(file.suffix.lower()))
+
+
+def _compare(before: dict[str, Any], used: list[dict[str, str]], text: str, notes: list[str], where: str) -> None:
+    """Whether a repeated picture gets the embeddings that it was drawn with."""
+    from fastsd.model.chunks import find_names
+
+    for old in before.get("embeddings") or ():
+        if not isinstance(old, dict) or not all(isinstance(old.get(key), str) for key in ("name", "sha256", "token")):
+            continue
+        if any(one["sha256"] == old["sha256"] for one in used):
+            continue
+        if any(one["token"].lower() == old["token"].lower() for one in used):
+            notes.append(
+                f"the embedding {old['token'][:80]!r} is another file than {old['name'][:80]!r} of that picture"
+            )
+        elif any(name is not None for _, name in find_names(text, [old["token"]])):
+            raise FastsdError(
+                f"{where}: it was drawn with --embedding {old['name'][:80]!r} (sha256 {old['sha256'][:12]}...); "
+                "give that file again"
+            )
