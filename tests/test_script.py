@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 
 from fastsd import conditioning, script
 from fastsd.errors import FastsdError
+from fastsd.graph import Graphs
 from fastsd.pipeline import Pipeline
+from tests.tape import TapeRecorder
 from tests.weights import tiny
 
 CPU = torch.device("cpu")
@@ -226,3 +228,10 @@ def test_lora_tags_are_named(sd1: Pipeline) -> None:
     result = sd1("a cat <lora:ink:0.8>", seed=1, num_inference_steps=1, width=32, height=32)
     assert any("<lora:ink:0.8>" in note for note in result.notes)
     assert result.parameters["prompts"] == ["a cat <lora:ink:0.8>"]
+
+
+def test_graphs_follow_a_script(sd1: Pipeline) -> None:
+    recorder = TapeRecorder()
+    graphed = Pipeline(sd1.components, CPU, torch.float32, Graphs(recorder))
+    for prompt in ("a [cat:dog:2]", "[a|b] x", "a [x:" + LONG + ":3]", "a (cat:1.3)", "a [cat:dog:2]"):
+        np.testing.assert_array_equal(draw(graphed, prompt), draw(sd1, prompt), prompt)
