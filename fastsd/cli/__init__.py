@@ -17,7 +17,7 @@ from fastsd.errors import FastsdError
 COMMANDS = {
     "train": "train a model from a config file",
     "evaluate": "measure how good a model's pictures are",
-    "verify": "prove on this machine that the fast path computes the right thing",
+    "verify": "prove on this machine that the fast path is right",
 }
 BAD_INPUT, INTERRUPTED = 2, 130
 
