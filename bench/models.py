@@ -7,8 +7,6 @@ at higher clocks.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import logging
 import tempfile
 import warnings
@@ -21,9 +19,9 @@ import torch
 from torch import nn
 
 from bench.families import Family
+from fastsd.graph import CudaRecorder, Graphs
 from fastsd.kernels import onednn
 from fastsd.model.clip import TextEncoder
-from fastsd.model.layers import pack
 from fastsd.model.tokenizer import Tokenizer
 from fastsd.model.unet import UNet
 from fastsd.model.vae import AutoencoderKL
@@ -67,7 +65,6 @@ def _fill(module: nn.Module, dtype: torch.dtype, device: torch.device, generator
             if "norm" in name and name.endswith("weight"):
                 parameter.add_(1.0)
     module.eval().requires_grad_(False)
-    pack(module)
 
 
 def pipeline_of(components: Components, device: torch.device, dtype: torch.dtype, captured: bool = True) -> Pipeline:
@@ -75,23 +72,20 @@ def pipeline_of(components: Components, device: torch.device, dtype: torch.dtype
 
     A captured graph replays the kernels it was made of, so other backends have to be given an eager one.
     """
-    if captured and device.type == "cuda" and importlib.util.find_spec("fastsd.graph"):
-        graph = importlib.import_module("fastsd.graph")
-        return Pipeline(components, device, dtype, graph.Graphs(device, graph.CudaRecorder(device)))
-    return Pipeline(components, device, dtype)
+    graphs = Graphs(CudaRecorder(device)) if captured and device.type == "cuda" else None
+    return Pipeline(components, device, dtype, graphs)
 
 
 def captured_step(unet: UNet, device: torch.device) -> Callable[..., torch.Tensor] | None:
     """`UNet.denoise` as a CUDA graph, with the same arguments; None where there is no GPU."""
-    if device.type != "cuda" or not importlib.util.find_spec("fastsd.graph"):
+    if device.type != "cuda":
         return None
-    graph = importlib.import_module("fastsd.graph")
-    graphs = graph.Graphs(device, graph.CudaRecorder(device))
+    graphs = Graphs(CudaRecorder(device))
 
     def flat(x: torch.Tensor, time: torch.Tensor, *key_values: torch.Tensor) -> torch.Tensor:
         return unet.denoise(x, time, key_values)
 
-    return lambda x, time, key_values: graphs.call(flat, x, time, *key_values, weights=unet)
+    return lambda x, time, key_values: graphs("step", flat, x, time, *key_values)
 
 
 def stored_weights(module: nn.Module, use_linear_projection: bool) -> dict[str, torch.Tensor]:

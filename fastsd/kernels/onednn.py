@@ -10,24 +10,28 @@ from __future__ import annotations
 
 import torch
 
-from fastsd.kernels import dispatch
-
 # Epilogues that oneDNN has, as (its name, algorithm); computed in fp32 before the result is rounded.
 ACTIVATIONS = {"none": ("none", ""), "silu": ("swish", ""), "gelu": ("gelu", "none"), "sigmoid": ("sigmoid", "")}
 
 
-def pack(weight: torch.Tensor, stride: int, padding: tuple[int, int]) -> torch.Tensor:
-    """A convolution's weight `[Cout, Cin, kh, kw]` in blocked memory; `weight` itself where oneDNN does not serve it.
+def pack(weight: torch.Tensor, shape: torch.Size, stride: int, padding: tuple[int, int, int, int]) -> torch.Tensor:
+    """A convolution's weight `[Cout, Cin, kh, kw]` in the blocked memory that oneDNN chooses for an input.
 
     Args:
-        weight: dense or already packed.
+        weight: an ordinary tensor.
+        shape: `[B, H, W, Cin]` of the input.
         stride: of both directions.
-        padding: zeros (above and below, left and right).
+        padding: zeros at (left, right, top, bottom).
     """
-    if weight.is_mkldnn or weight.numel() == 0 or dispatch.backend(weight) != "onednn":
+    if weight.numel() == 0 or shape.numel() == 0:
         return weight
+    left, right, top, bottom = padding
+    batch, height, width, channels = shape
+    if (left, top) != (right, bottom):  # `conv2d` pads such maps before the convolution
+        height, width, left, top = height + top + bottom, width + left + right, 0, 0
+    size = [batch, channels, height, width]
     blocked = weight.detach().contiguous().to_mkldnn()
-    return torch.ops.aten.mkldnn_reorder_conv2d_weight(blocked, list(padding), [stride] * 2, [1, 1], 1, None)
+    return torch.ops.aten.mkldnn_reorder_conv2d_weight(blocked, [top, left], [stride] * 2, [1, 1], 1, size)
 
 
 def dense(weight: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastsd.kernels import onednn
+from fastsd.kernels import dispatch, onednn
 from fastsd.kernels.conv2d import Padding, conv2d
 from fastsd.kernels.flash_attn import flash_attn
 from fastsd.kernels.geglu import geglu
@@ -65,9 +65,12 @@ class Linear(nn.Module):
 class Conv2d(nn.Module):
     """A k x k convolution of `[B, H, W, Cin]` with explicit (left, right, top, bottom) zero padding.
 
-    For inference on the CPU the weight may be packed, and is then held in that form alone. Everything that reads or
-    changes a module as a whole (state_dict, load_state_dict, to, train, copies) sees or restores the plain weight.
+    For inference on the CPU the weight is packed at the first call, and then held in that form alone. Everything that
+    reads or changes a module as a whole (state_dict, load_state_dict, to, train, copies) sees or restores the plain
+    weight.
     """
+
+    _packed_for: tuple[torch.Size, int] | None = None  # the shape of x and the number of threads
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, padding: Padding = SAME
@@ -79,25 +82,30 @@ class Conv2d(nn.Module):
         init_uniform(self.weight, self.bias)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if not (self.training or self.weight.requires_grad):
+            self.pack(x)
         return conv2d(x, self.weight, self.bias, self.stride, self.padding, residual)
 
-    def packed(self, weight: torch.Tensor) -> torch.Tensor:
-        """`weight` as oneDNN wants it for this layer, where the CPU runs the layer by oneDNN; otherwise as it is."""
-        left, right, top, bottom = self.padding
-        symmetric = (left, top) == (right, bottom)
-        return onednn.pack(weight, self.stride, (top, left) if symmetric else (0, 0))
+    def pack(self, x: torch.Tensor) -> None:
+        """Hold the weight in the layout that oneDNN wants for `x`, where the CPU runs the layer by oneDNN.
 
-    def pack(self) -> None:
-        """Hold the weight packed, where that is of use."""
-        packed = self.packed(self.weight)
-        if packed is not self.weight:
-            self.weight = nn.Parameter(packed, requires_grad=False)
+        Which layout that is depends on the map's shape. In another one each call would rearrange the weight anew,
+        which for small maps takes a hundred times as long as the convolution.
+        """
+        wanted = (x.shape, torch.get_num_threads())
+        if wanted == self._packed_for or dispatch.backend(x, self.weight, self.bias) != "onednn":
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            packed = onednn.pack(onednn.dense(self.weight.detach()), x.shape, self.stride, self.padding)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self._packed_for = wanted
 
     def unpack(self) -> None:
         """Hold the weight as an ordinary tensor again."""
         if self.weight.is_mkldnn:
             plain = onednn.dense(self.weight.detach()).contiguous(memory_format=torch.channels_last)
             self.weight = nn.Parameter(plain, self.weight.requires_grad)
+        self._packed_for = None
 
     def train(self, mode: bool = True) -> Conv2d:
         if mode:
@@ -118,14 +126,7 @@ class Conv2d(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         weight = nn.Parameter(onednn.dense(self.weight.detach()), self.weight.requires_grad)
-        return self.__dict__ | {"_parameters": self._parameters | {"weight": weight}}
-
-
-def pack(module: nn.Module) -> None:
-    """Make `module` ready for inference on its device: pack the convolutions in it, one after the other."""
-    for layer in module.modules():
-        if isinstance(layer, Conv2d):
-            layer.pack()
+        return self.__dict__ | {"_parameters": self._parameters | {"weight": weight}, "_packed_for": None}
 
 
 def init_uniform(weight: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -130,16 +130,13 @@ class Adapters:
         """Rewrite every row that is changed, or was."""
         for key in [*self._base, *(key for key in changes if key not in self._base)]:
             target = self._targets[key]
-            packed = isinstance(target.owner, Conv2d) and target.owner.weight.is_mkldnn
-            if isinstance(target.owner, Conv2d) and packed:
-                target.owner.unpack()
+            if isinstance(target.owner, Conv2d):
+                target.owner.unpack()  # it is packed again at its next call
             base = self._base.setdefault(key, target.rows().clone())
             if key in changes:
                 target.rows().copy_(_sum(base, target.source, changes[key]))
             else:
                 target.rows().copy_(base)
-            if isinstance(target.owner, Conv2d) and packed:
-                target.owner.pack()
         for key in [key for key in self._base if key not in changes]:
             del self._base[key]
 

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from fastsd.errors import FastsdError
-from fastsd.model.layers import Conv2d
 from fastsd.weights.configs import read_json
 from fastsd.weights.names import Source, canonical, is_ignored, same_matrix, sources
 from fastsd.weights.safetensors_file import Entry, read_header
@@ -95,9 +94,7 @@ def fill(module: M, entries: dict[str, Entry], where: Path, dtype: torch.dtype, 
         for part in parts:
             entry = _take(entries, part, where)
             target[part.rows].copy_(read_finite(entry, dtype).reshape(part.shape))
-        layer = module.get_submodule(name.rpartition(".")[0])
-        # Packed at once, so that the memory of the plain weight serves the next ones.
-        state[name] = layer.packed(target) if isinstance(layer, Conv2d) and target.ndim == 4 else target
+        state[name] = target
     if entries:
         entry = min(entries.values(), key=lambda e: e.key)
         more = f" (and {len(entries) - 1} more)" if len(entries) > 1 else ""

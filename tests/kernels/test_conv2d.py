@@ -44,7 +44,7 @@ def test_conv2d(batch, height, width, cin, cout, kernel, stride, padding, dtype)
     w = rand(cout, cin, kernel, kernel, dtype=dtype, scale=(cin * kernel**2) ** -0.5)
     b = rand(cout, dtype=dtype)
     r = rand(*plain(stride, padding, x, w, b).shape, dtype=dtype, seed=1)
-    packed = onednn.pack(w, stride, (padding[2], padding[0]))
+    packed = onednn.pack(w, x.shape, stride, padding)
     for residual in (None, r):
         for weight in (w, packed):
             check(
@@ -70,7 +70,7 @@ def test_conv2d_of_strided_views():
 def test_conv2d_does_not_depend_on_the_batch(size, cin, cout, dtype):
     w, b = rand(cout, cin, 3, 3, dtype=dtype, scale=(9 * cin) ** -0.5), rand(cout, dtype=dtype)
     x, r = rand(5, size, size, cin, dtype=dtype), rand(5, size, size, cout, dtype=dtype)
-    check_batch(lambda x, r: conv2d(x, onednn.pack(w, 1, (1, 1)), b, 1, SAME, r), x, r)
+    check_batch(lambda x, r: conv2d(x, onednn.pack(w, x.shape, 1, SAME), b, 1, SAME, r), x, r)
 
 
 @needs_onednn
@@ -78,9 +78,9 @@ def test_conv2d_does_not_depend_on_the_batch(size, cin, cout, dtype):
 def test_packing_changes_no_bit():
     x, layer = rand(2, 8, 8, 32, dtype=torch.float32), Conv2d(32, 48)
     layer.eval().requires_grad_(False)
-    before = layer(x)
     weight = layer.weight.clone()
-    layer.pack()
+    before = conv2d(x, weight, layer.bias, 1, SAME)
+    layer(x)
     assert layer.weight.is_mkldnn and layer.weight.shape == weight.shape
     assert torch.equal(layer(x), before)
     assert torch.equal(layer.state_dict()["weight"], weight)
@@ -91,7 +91,6 @@ def test_packing_changes_no_bit():
 def test_a_packed_weight_is_never_changed_unnoticed():
     x, layer = rand(1, 8, 8, 32, dtype=torch.float32), Conv2d(32, 48).eval()
     layer.requires_grad_(False)
-    layer.pack()
     before = layer(x)
     for change in (layer.weight.add_, layer.weight.copy_, layer.weight.data.add_):
         with pytest.raises(RuntimeError):
@@ -100,15 +99,15 @@ def test_a_packed_weight_is_never_changed_unnoticed():
     torch.testing.assert_close(layer(x) - layer.bias, 2 * (before - layer.bias), rtol=0, atol=1e-5)
     layer.unpack()
     layer.weight.zero_()
-    layer.pack()
     assert torch.equal(layer(x), layer.bias.expand(1, 8, 8, 48))
 
 
 @needs_onednn
 def test_a_packed_layer_is_loaded_moved_copied_pickled_and_trained_like_any_other():
     layer = Conv2d(4, 8).eval().requires_grad_(False)
-    plain_weight = layer.weight.clone()
-    layer.pack()
+    plain_weight, x = layer.weight.clone(), torch.ones(1, 4, 4, 4)
+    layer(x)
+    assert layer.weight.is_mkldnn
     assert torch.equal(copy.deepcopy(layer).state_dict()["weight"], plain_weight)
     buffer = io.BytesIO()
     torch.save(layer, buffer)
@@ -116,11 +115,11 @@ def test_a_packed_layer_is_loaded_moved_copied_pickled_and_trained_like_any_othe
     assert torch.equal(torch.load(buffer, weights_only=False).weight, plain_weight)
     layer.load_state_dict({"weight": plain_weight * 2, "bias": layer.bias})
     assert torch.equal(layer.weight, plain_weight * 2)
-    layer.pack()
+    layer(x)
     assert layer.double().weight.dtype == torch.float64
-    layer.float().pack()
+    layer.float()(x)
     layer.train().requires_grad_(True)
-    layer(torch.ones(1, 4, 4, 4)).sum().backward()
+    layer(x).sum().backward()
     assert layer.weight.grad is not None and layer.weight.grad.shape == plain_weight.shape
 
 
@@ -134,8 +133,27 @@ def test_conv2d_gradients():
 
 @needs_onednn
 def test_gradients_reach_the_input_of_a_packed_layer():
-    x, layer = rand(1, 8, 8, 16, dtype=torch.float32).requires_grad_(True), Conv2d(16, 8).requires_grad_(False)
+    x, layer = rand(1, 8, 8, 16, dtype=torch.float32).requires_grad_(True), Conv2d(16, 8).eval().requires_grad_(False)
     (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
-    layer.pack()
+    with torch.no_grad():
+        layer(x)
+    assert layer.weight.is_mkldnn
     (actual,) = torch.autograd.grad(layer(x).square().sum(), x)
     torch.testing.assert_close(actual, expected)
+
+
+@needs_onednn
+@torch.inference_mode()
+def test_a_weight_is_packed_for_the_map_that_it_meets():
+    """96 channels in bf16: oneDNN wants blocks of 32 at 4 x 4 and of 48 at 12 x 12."""
+    layer = Conv2d(96, 96).bfloat16().eval().requires_grad_(False)
+    weight = layer.weight.clone()
+    layouts = []
+    for size in (4, 12, 4):
+        x = rand(2, size, size, 96, dtype=torch.bfloat16)
+        assert torch.equal(layer(x), conv2d(x, weight, layer.bias, 1, SAME))
+        layouts.append(layer.weight)
+        layer(x)
+        assert layer.weight is layouts[-1]  # once
+        assert torch.equal(onednn.dense(layer.weight), weight)
+    assert len({id(layout) for layout in layouts}) == 3

@@ -38,7 +38,7 @@ def test_upsample2x_repeats_every_pixel():
 def test_upsample2x_conv(batch, height, width, cin, cout, dtype):
     x, b = rand(batch, height, width, cin, dtype=dtype), rand(cout, dtype=dtype)
     w = rand(cout, cin, 3, 3, dtype=dtype, scale=(9 * cin) ** -0.5)
-    packed = onednn.pack(w, 1, (1, 1))
+    packed = onednn.pack(w, x.shape, 1, (1, 1, 1, 1))
     check(upsample2x_conv, plain, x, w, b)
     check(lambda x, w, b: upsample2x_conv(x, packed, b), plain, x, w, b)
     with dispatch.reference_only():
