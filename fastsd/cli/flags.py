@@ -86,7 +86,8 @@ def make_parser(commands: Mapping[str, str]) -> Parser:
     what.add_argument(
         "--prediction",
         choices=("epsilon", "v_prediction", "sample"),
-        help="what the model predicts, where its file does not say",
+        metavar="NAME",
+        help="epsilon, v_prediction or sample, where the file does not say",
     )
     what.add_argument(
         "--allow-pickle", action="store_true", help="read .ckpt, .pt, .bin files: tensors and plain values"

@@ -112,6 +112,8 @@ def _members(path: Path) -> dict[str, tuple[int, int]]:
                 if one.filename in members:
                     raise FastsdError(f"{path}: its part {one.filename[:80]!r} stands twice; not read")
                 members[one.filename] = (start, one.file_size)
+    except FastsdError:
+        raise
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
         raise FastsdError(
             f"{path}: a pickle, but not a whole file as torch.save has written them since PyTorch 1.6; fetch it again"
@@ -139,6 +141,8 @@ def _check_pickle(path: Path, members: dict[str, tuple[int, int]]) -> None:
         for name in _globals(raw):
             if name not in _ALLOWED:
                 raise FastsdError(f"{path}: it refers to {'.'.join(name)[:120]}, not to tensors alone; it is not read")
+    except FastsdError:
+        raise
     except (ValueError, IndexError, UnicodeDecodeError, OverflowError, struct.error) as error:
         raise FastsdError(f"{path}: its data.pkl is damaged; fetch it again") from error
 

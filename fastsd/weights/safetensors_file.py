@@ -29,7 +29,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-MAX_HEADER = 25_000_000  # bytes; the library allows four times as much, checkpoints have less than one million
+MAX_HEADER = 20_000_000  # bytes; the library allows five times as much, checkpoints have less than one million
 MAX_ITEMS = 300_000  # commas and brackets in the header, so that its objects take little memory
 MAX_DIMENSIONS = 8
 _FIELDS = {"dtype", "shape", "data_offsets"}
@@ -121,7 +121,8 @@ def parse_header(path: Path, raw: bytes, size: int) -> tuple[dict[str, Entry], d
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _malformed(path, "its metadata are not strings")
     try:
-        "".join([*header, *metadata, *metadata.values()]).encode()
+        for text in (*header, *metadata, *metadata.values()):
+            text.encode()
     except UnicodeEncodeError as error:
         raise _malformed(path, "a text in its header is not Unicode") from error
     data = 8 + len(raw)
