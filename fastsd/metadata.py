@@ -42,7 +42,7 @@ SCHEDULES = {"default": "Uniform", "karras": "Karras", "exponential": "Exponenti
 WITHOUT_SCHEDULE = ("ddpm", "ddim", "pndm", "lcm", "euler_maruyama")
 
 # What the JSON copy may hold. `image` and `mask` are {"name": ..., "sha256": ...} of the files that were given,
-# `embeddings` a list of such with "token", the name in the prompt.
+# `embeddings` a list of such with "token", the name in the prompt; `loras` one with "strength".
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "prompt": str,
     "negative_prompt": str,
@@ -69,6 +69,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "mask": dict,
     "prompt_syntax": str,
     "embeddings": list,
+    "loras": list,
 }
 
 # Keys of A1111 that change nothing here, or that say what is known anyway.

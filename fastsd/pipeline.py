@@ -9,8 +9,8 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from fastsd.sampling import advance
 from fastsd.sampling.schedule import alphas_cumprod
 from fastsd.script import Script, batches, write_script
 from fastsd.weights import Components, load_checkpoint
+from fastsd.weights.adapters import Adapter, Adapters
 from fastsd.weights.embeddings import load_embedding
 
 BUNDLED = Path(__file__).parent / "assets" / "digits"
@@ -103,6 +104,7 @@ class Pipeline:
         """graphs: where captured graphs are kept; None runs everything eagerly."""
         self.components, self.device, self.dtype = components, device, dtype
         self.graphs = Graphs() if graphs is None else graphs
+        self.adapters = Adapters(components)
         self._denoiser = Denoiser(components.unet, dtype, self.graphs)
         self._news: list[str] = []  # what the next result should say beside the request's notes
         self._lock = threading.RLock()  # one call works at a time: graphs have buffers of their own
@@ -206,9 +208,32 @@ class Pipeline:
         self.components.embeddings |= dict.fromkeys(embedding.names, embedding)
         return embedding.names
 
+    def set_adapters(self, adapters: Sequence[Adapter], allow_partial: bool = False) -> list[str]:
+        """Put LoRAs and their relatives into the weights; those of an earlier call are taken out, to the bit.
+
+        Args:
+            adapters: files (or PEFT's folders) with their strengths, added up; none takes all out.
+            allow_partial: leave out layers that the model does not have; otherwise they are an error.
+
+        Returns:
+            Notes: what was left out.
+
+        Raises:
+            FastsdError: no such file, malformed, or one for another model; the weights are then as before.
+        """
+        with self._lock:
+            return self.adapters.set(adapters, allow_partial)
+
     def stream(self, prompt: str | list[str], **arguments: Any) -> Iterator[Step]:
         """The same work as `__call__`, step by step; arguments are checked before the first step is asked for."""
-        return self._run(make_request(self.components, self.defaults, prompt, **arguments))
+        request = make_request(self.components, self.defaults, prompt, **arguments)
+        known = {adapter.path.stem for adapter in self.adapters.active}
+        missing = [
+            f"<lora:{tag.name}:{tag.weight:g}> is left out of the prompt: no such adapter is set"
+            for tag in request.loras
+            if tag.name not in known
+        ]
+        return self._run(replace(request, notes=(*request.notes, *missing)))
 
     def _run(self, request: Request) -> Iterator[Step]:
         """All batches of a request; the loop over steps is here."""

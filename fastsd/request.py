@@ -55,7 +55,7 @@ class Request:
     output_type: str
     vae_tiling: bool
     prompt_syntax: str = "a1111"
-    loras: tuple[LoraTag, ...] = ()  # tags of the prompts; not applied here
+    loras: tuple[LoraTag, ...] = ()  # tags of the prompts, which say what the pipeline's adapters should be
     embeddings: tuple[str, ...] = ()  # textual inversions in the texts, by name
     image: Image.Image | None = None  # RGB, width x height
     mask: Image.Image | None = None  # L, width x height
@@ -116,11 +116,9 @@ def make_request(
     negatives = [negatives[i % len(negatives)] for i in range(len(prompts))]
     told = read_all(components, prompts, negatives, steps, prompt_syntax)
     readings = [pair for pair in told for _ in range(each)]
-    loras = tuple(dict.fromkeys(tag for positive, _ in told for tag in positive.loras))
+    loras = tuple(dict.fromkeys(tag for pair in told for reading in pair for tag in reading.loras))
     embeddings = tuple(dict.fromkeys(name for pair in told for reading in pair for name in reading.embeddings))
     notes = dict.fromkeys(note for pair in told for reading in pair for note in reading.notes)
-    for tag in dict.fromkeys(tag for pair in told for reading in pair for tag in reading.loras):
-        notes[f"<lora:{tag.name}:{tag.weight:g}> is left out of the prompt; LoRA tags are not applied"] = None
     mask = None
     if image is not None:
         image, more = fit_image(image, width, height, config.downscale)

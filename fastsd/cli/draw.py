@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsd import __version__
-from fastsd.cli import embeddings, flags, repeat
+from fastsd.cli import embeddings, flags, loras, repeat
 from fastsd.cli.output import Output
 from fastsd.cli.parser import one_line
 from fastsd.cli.repeat import Given
@@ -68,6 +68,7 @@ def draw(args: argparse.Namespace) -> int:
         pipe, fixed = load(args, before, notes)
         fixed |= {name: found.as_setting() for name, found in given.items()}
         fixed["embeddings"] = embeddings.load(pipe, args, before, notes) or None
+        fixed["loras"] = loras.load(pipe, args, before, notes) or None
         fixed |= {"vae_tiling": args.vae_tiling, "version": __version__}
         draw_batches(pipe, args, arguments, fixed, before, output, notes)
     except BaseException:

@@ -106,6 +106,11 @@ def make_parser(commands: Mapping[str, str]) -> Parser:
         help="a textual inversion, called by NAME in the prompt (default: the file's); may be given again",
     )
     what.add_argument("--embedding-dir", metavar="DIR", help="a folder of them; those that the prompt names are read")
+    what.add_argument(
+        "--lora", action="append", metavar="FILE[:X]", help="a LoRA and its strength (default: 1); may be given again"
+    )
+    what.add_argument("--lora-dir", metavar="DIR", help="a folder of them, for <lora:NAME:X> in the prompt")
+    what.add_argument("--allow-partial", action="store_true", help="leave out a LoRA's layers that the model lacks")
     number(what, "-W", "--width", dest="width", help="pixels; a multiple of 8")
     number(what, "-H", "--height", dest="height", help="pixels; a multiple of 8")
     number(what, "-s", "--seed", dest="seed", help="of the first picture, the next has one more; -1: random")

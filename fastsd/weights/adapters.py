@@ -6,6 +6,7 @@ is: the rows that an adapter touches are kept aside and rewritten.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from fastsd.model.layers import Conv2d
 from fastsd.weights.adapter_file import Layer, names, read_adapter
 from fastsd.weights.adapter_math import adapted
 from fastsd.weights.folder import Components
+from fastsd.weights.ldm_names import unet_place, unet_table
 from fastsd.weights.names import Source, sources
 
 MAX_STRENGTH = 100.0
@@ -58,16 +60,29 @@ class Adapters:
 
     def __init__(self, components: Components):
         self.active: tuple[Adapter, ...] = ()
-        self._targets: dict[Key, _Target] = {}
-        self._names: dict[str, tuple[str, str]] = {}  # a layer's name in a file: component and module
+        self._components = components
         self._base: dict[Key, torch.Tensor] = {}
-        for component, module in _modules(components):
-            for _, target in _targets(component, module):
-                key = target.source.key
-                self._targets[component, key] = target
-                layer = key.rpartition(".")[0]
-                for name in names(component, layer):
-                    self._names.setdefault(name, (component, layer))
+
+    @functools.cached_property
+    def _targets(self) -> dict[Key, _Target]:
+        """What can be changed: each stored tensor's rows."""
+        return {
+            (component, target.source.key): target
+            for component, module in _modules(self._components)
+            for target in _targets(component, module)
+        }
+
+    @functools.cached_property
+    def _names(self) -> dict[str, tuple[str, str]]:
+        """Each name of a layer in files, with its component and its name in a folder."""
+        found: dict[str, tuple[str, str]] = {}
+        table = unet_table(self._components.unet.config)
+        for component, key in self._targets:
+            layer = key.rpartition(".")[0]
+            ldm = unet_place(table, key).key.rpartition(".")[0] if component == "unet" else None
+            for name in names(component, layer, ldm):
+                found.setdefault(name, (component, layer))
+        return found
 
     @torch.no_grad()
     def set(self, wanted: Sequence[Adapter], allow_partial: bool = False) -> list[str]:
@@ -96,6 +111,9 @@ class Adapters:
                 if not allow_partial:
                     raise FastsdError(f"{text}; is it for another model? --allow-partial leaves them out")
                 notes.append(text)
+        if not changes and not self._base:
+            self.active = tuple(wanted)
+            return notes
         previous = self.active
         try:
             self._write(changes)
@@ -172,8 +190,8 @@ def _modules(components: Components) -> Iterator[tuple[str, nn.Module]]:
     yield from zip(("text_encoder", "text_encoder_2"), components.text_encoders)
 
 
-def _targets(component: str, module: nn.Module) -> Iterator[tuple[str, _Target]]:
+def _targets(component: str, module: nn.Module) -> Iterator[_Target]:
     for name, _, parts in sources(module):
         path, _, kind = name.rpartition(".")
         for source in parts:
-            yield name, _Target(component, module.get_submodule(path), kind, source)
+            yield _Target(component, module.get_submodule(path), kind, source)

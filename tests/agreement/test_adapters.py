@@ -218,6 +218,28 @@ def test_norms_and_biases(
     check(components, tmp_path / "differences.safetensors", given, theirs(unet, given))
 
 
+def test_names_of_the_original_layout(components: Components, given: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """As kohya's trainer names SDXL's layers."""
+    same = {
+        "down_blocks_0_attentions_0": "input_blocks_1_1",
+        "mid_block_attentions_0": "middle_block_1",
+        "up_blocks_1_attentions_0": "output_blocks_2_1",
+    }
+    outputs = []
+    for names in (same.keys(), same.values()):
+        generator, stored = torch.Generator().manual_seed(3), {}
+        for name, width in zip(names, (32, 64, 32), strict=True):
+            layer = f"lora_unet_{name}_transformer_blocks_0_attn2_to_q"
+            stored[f"{layer}.lora_down.weight"] = torch.randn(2, width, generator=generator)
+            stored[f"{layer}.lora_up.weight"] = torch.randn(width, 2, generator=generator)
+        save_file(stored, tmp_path / "kohya.safetensors")
+        adapters = Adapters(components)
+        adapters.set([Adapter(tmp_path / "kohya.safetensors")])
+        outputs.append(ours(components, given))
+        adapters.set([])
+    assert torch.equal(*outputs) and error(ours(components, given), outputs[0]) > 0.01
+
+
 class Files:
     """Two random LoRAs, on layers that they share and layers that they do not."""
 

@@ -1,0 +1,73 @@
+"""LoRAs from the command line and from the prompt, and in a picture's metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from tests.cli.test_draw import refused
+
+
+@pytest.fixture
+def lora(tmp_path: Path) -> Path:
+    """A strong change of one layer of the tiny model, as kohya's trainer writes it."""
+    generator = torch.Generator().manual_seed(0)
+    layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_v"
+    file = tmp_path / "loras" / "ink.safetensors"
+    file.parent.mkdir()
+    save_file(
+        {
+            f"{layer}.lora_down.weight": torch.randn(4, 32, generator=generator),
+            f"{layer}.lora_up.weight": torch.randn(32, 4, generator=generator),
+            f"{layer}.alpha": torch.tensor(4.0),
+        },
+        file,
+    )
+    return file
+
+
+def pixels(path: Path) -> bytes:
+    return Image.open(path).tobytes()
+
+
+def test_loras(cli: Callable, model: Path, lora: Path) -> None:
+    base = ("-m", model, "--seed", "1")
+    plain = cli("-p", "a cat", *base)
+    given = cli("-p", "a cat", *base, "--lora", f"{lora}:0.5")
+    assert pixels(given.paths[0]) != pixels(plain.paths[0])
+    for words in (
+        ("-p", "a cat<lora:ink:0.5>", "--lora-dir", lora.parent),
+        ("-p", "a cat", "--lora", f"{lora}:0.25", "--lora", f"{lora}:0.25"),
+    ):
+        assert pixels(cli(*words, *base).paths[0]) == pixels(given.paths[0]), words
+    assert pixels(cli("-p", "a cat", *base, "--lora", f"{lora}:0").paths[0]) == pixels(plain.paths[0])
+    assert pixels(cli("-p", "a cat", *base, "--lora", lora).paths[0]) != pixels(given.paths[0])
+
+
+def test_a_picture_remembers_its_loras(cli: Callable, model: Path, lora: Path) -> None:
+    given = cli("-p", "a cat", "-m", model, "--seed", "1", "--lora", f"{lora}:0.5").paths[0]
+    stored = json.loads(Image.open(given).text["fastsd"])["loras"]
+    assert [(one["name"], one["strength"]) for one in stored] == [("ink.safetensors", 0.5)]
+    refused(cli("--from-image", given), "it was drawn with --lora 'ink.safetensors'", "give that file again")
+    again = cli("--from-image", given, "--lora", f"{lora}:0.5")
+    assert pixels(again.paths[0]) == pixels(given)
+
+
+def test_loras_that_cannot_be(cli: Callable, model: Path, lora: Path) -> None:
+    base = ("-p", "a cat", "-m", model)
+    refused(cli(*base, "--lora", "nowhere.safetensors"), "--lora nowhere.safetensors: no such adapter")
+    refused(cli(*base, "--lora", f"{lora}:much"), "'much' should be a strength from -100 to 100")
+    refused(cli("-p", "a <lora:ink>", "-m", model), "--prompt: <lora:ink> needs --lora-dir")
+    refused(cli("-p", "a <lora:inc>", "-m", model, "--lora-dir", lora.parent), "did you mean ink?")
+    refused(cli("-p", "a <lora:ink>", "-m", model, "--lora-dir", "nowhere"), "--lora-dir nowhere: no such folder")
+    stranger = {f"lora_unet_elsewhere.lora_{part}.weight": torch.ones(2, 2) for part in ("up", "down")}
+    save_file(stranger, lora.parent / "other.safetensors")
+    refused(cli(*base, "--lora", lora.parent / "other.safetensors"), "not in this model: lora_unet_elsewhere")
+    partial = cli(*base, "--lora", lora.parent / "other.safetensors", "--allow-partial")
+    assert "not in this model" in partial.err and len(partial.paths) == 1
