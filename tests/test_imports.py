@@ -34,12 +34,13 @@ RANKS = {
     "train": 8,
     "evaluate": 8,
     "verify": 8,
+    "tune": 8,
     "server": 8,
     "cli": 9,
     "__main__": 10,
 }
 # Rooms of one rank that may know each other all the same.
-ALLOWED = {("config", "errors"), ("evaluate", "train")}
+ALLOWED = {("config", "errors"), ("evaluate", "train"), ("tune", "verify")}
 # `fastsd` itself hands these out, on demand; only the rooms that use the pipeline may import `fastsd` itself.
 FACE = {"errors", "pipeline"}
 

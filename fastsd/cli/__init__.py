@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "train a model from a config file",
     "evaluate": "measure how good a model's pictures are",
     "verify": "prove on this machine that the fast path is right",
+    "tune": "measure launches on this GPU and use the best",
 }
 BAD_INPUT, INTERRUPTED = 2, 130
 

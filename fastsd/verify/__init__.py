@@ -82,6 +82,7 @@ def setting(pipe: Pipeline) -> dict[str, Any]:
     from fastsd import __version__
     from fastsd.devices import dtype_name
     from fastsd.kernels import dispatch
+    from fastsd.kernels.launch import tuned
 
     missing = dispatch.why_no_triton(pipe.device)
     cuda = pipe.device.type == "cuda"
@@ -91,5 +92,6 @@ def setting(pipe: Pipeline) -> dict[str, Any]:
         "dtype": dtype_name(pipe.dtype),
         "fastsd": __version__,
         "torch": torch.__version__,
+        "launches": tuned.described(pipe.device) if missing is None else "none",
         "triton": importlib.metadata.version("triton") if missing is None else missing,
     }

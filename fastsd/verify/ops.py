@@ -43,21 +43,29 @@ def check_ops(run: Callable[[], Any], clock: Clock | None, level: str = "op") ->
 
 def check_op(call: Call, clock: Clock | None, level: str = "op") -> Row:
     """One op by the rule: fast path and PyTorch in the same dtype against the specification in float64."""
-    op = call.op
-    row = Row(level, op.name, call.shape, backend_of(call))
-
-    def plain() -> Tensors:
-        with dispatch.forced("torch"):
-            return call.run()
+    row = Row(level, call.op.name, call.shape, backend_of(call))
 
     def work() -> Row:
-        found = judged(row, call.run(), plain(), truth(call), order_slack(call))
+        found = compared(call, row)(call.run())
         if clock is None:
             return found
-        seconds, torch_seconds = clock([lambda: call.run(), plain])
+        seconds, torch_seconds = clock([call.run, lambda: plain(call)])
         return replace(found, seconds=seconds, torch_seconds=torch_seconds)
 
     return attempted(row, work)
+
+
+def compared(call: Call, row: Row | None = None) -> Callable[[Tensors], Row]:
+    """The judge of results of `call`: `row`, or one of its own, with the verdict. Truth is worked out once."""
+    row = row or Row("op", call.op.name, call.shape)
+    same_dtype, exact, slack = plain(call), truth(call), order_slack(call)
+    return lambda results: judged(row, results, same_dtype, exact, slack)
+
+
+def plain(call: Call) -> Tensors:
+    """What PyTorch's own operations give in the same dtype."""
+    with dispatch.forced("torch"):
+        return call.run()
 
 
 def truth(call: Call) -> Tensors:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+from fastsd.kernels.launch.tuned import tunable
+
 
 @dataclass(frozen=True)
 class Row:
@@ -63,6 +65,7 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+@tunable("groupnorm_silu", Launch)
 @functools.lru_cache(maxsize=1024)
 def choose(architecture: int, pixels: int, channels: int, groups: int, itemsize: int) -> Launch:
     """The launch for `[B, pixels, channels]`. It does not depend on B: a batch must not change an image's sums."""

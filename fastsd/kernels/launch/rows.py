@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fastsd.kernels.launch.groupnorm_silu import power_of_two
+from fastsd.kernels.launch.tuned import tunable
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Launch:
     warps: int
 
 
+@tunable("layernorm", Launch)
 @functools.lru_cache(maxsize=1024)
 def layernorm(architecture: int, columns: int) -> Launch:
     """Whole rows; as many of them as fill a tile."""
@@ -41,6 +43,7 @@ def layernorm(architecture: int, columns: int) -> Launch:
     return Launch(max(row.tile // width, 1), width, min(max(row.tile, width) // row.per_warp, 16))
 
 
+@tunable("geglu", Launch)
 @functools.lru_cache(maxsize=1024)
 def geglu(architecture: int, columns: int) -> Launch:
     """Up to 256 columns: widths of the models here (1280, 2560, 5120) are multiples of that."""
@@ -48,6 +51,7 @@ def geglu(architecture: int, columns: int) -> Launch:
     return Launch(row.tile // width, width, row.tile // row.per_warp)
 
 
+@tunable("advance", Launch)
 def advance(architecture: int) -> Launch:
     """A run of elements."""
     row = ADVANCE[architecture]

@@ -1,0 +1,73 @@
+"""What is worth trying for an op and its sizes, the committed launch first.
+
+A list is wide rather than clever: what does not compile, does not fit or computes something else drops out by itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from fastsd.kernels.launch import flash_attn, groupnorm_silu, rows
+from fastsd.kernels.launch.groupnorm_silu import power_of_two
+from fastsd.kernels.launch.tuned import Question
+
+
+def candidates(question: Question, committed: Any) -> list[Any]:
+    """Launches for `question`, each once, `committed` first."""
+    found: Iterator[Any]
+    if isinstance(committed, groupnorm_silu.Launch):
+        found = _groupnorm(committed, *question.key)
+    elif isinstance(committed, rows.Launch):
+        found = _rows(question.op, committed)
+    elif isinstance(committed, flash_attn.Tile):
+        found = _tiles(committed, question.key[3])
+    elif isinstance(committed, flash_attn.FewKeys):
+        found = _few_keys(committed)
+    else:
+        found = iter(())
+    return list(dict.fromkeys([committed, *found]))
+
+
+def _groupnorm(
+    committed: groupnorm_silu.Launch, pixels: int, channels: int, groups: int, itemsize: int
+) -> Iterator[groupnorm_silu.Launch]:
+    size = channels // groups
+    near = {committed.groups // 2, committed.groups, 2 * committed.groups}
+    wide = [g for g in sorted(near) if g and groups % g == 0]
+    for g, tile, warps in itertools.product(wide, (2048, 4096, 8192), (4, 8, 16)):
+        block_p = min(max(tile // power_of_two(g * size), 1), power_of_two(pixels))
+        yield groupnorm_silu.Launch(g, block_p, warps)
+        for programs, tiles in itertools.product((128, 512), (1, 4)):
+            split = max(-(-pixels * groups // (programs * g * block_p)), 1) * block_p
+            if split < pixels:
+                merge = -(-pixels // split) > 64
+                yield groupnorm_silu.Launch(g, block_p, warps, split, block_p * tiles, merge)
+
+
+def _rows(op: str, committed: rows.Launch) -> Iterator[rows.Launch]:
+    columns = [committed.block_columns] if op == "layernorm" else [128, 256, 512, 1024]
+    heights = [1] if op == "advance" else [1, 2, 4, 8, 16]
+    for height, width, warps in itertools.product(heights, columns, (1, 2, 4, 8, 16)):
+        if height * width <= 16384 and height * width >= 32 * warps:
+            yield rows.Launch(height, width, warps)
+
+
+def _tiles(committed: flash_attn.Tile, size: int) -> Iterator[flash_attn.Tile]:
+    whole = max(power_of_two(size), 16), 0
+    parts = {True: whole, False: flash_attn.split(size)}
+    for queries, keys, warps, stages, padded, registers in itertools.product(
+        (64, 128), (32, 64, 128), (4, 8), (2, 3, 4), (True, False), (None, 128)
+    ):
+        if registers is None or warps == 8:
+            yield replace(
+                committed, rows=queries, keys=keys, warps=warps, stages=stages, padded=padded, registers=registers,
+                parts=parts[padded],
+            )  # fmt: skip
+
+
+def _few_keys(committed: flash_attn.FewKeys) -> Iterator[flash_attn.FewKeys]:
+    for queries, blocks, warps in itertools.product((32, 64, 128), (1, 2, 4, 8), (4, 8)):
+        yield replace(committed, rows=queries, blocks=blocks, warps=warps)
