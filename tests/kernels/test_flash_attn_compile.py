@@ -18,9 +18,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton
 
+from bench.compiled import SHARED, Compiled, compile_kernel, source_of
 from fastsd.kernels import flash_attn_few_keys_triton, flash_attn_triton, flash_attn_wide_triton
 from fastsd.kernels.launch.flash_attn import RESIDENT, TABLE, choose
-from tests.kernels.triton_compile import SHARED, Compiled, compile_kernel, source_of
 
 CAPABILITIES = [capability for capability in SHARED if capability >= 80]
 HALF = (torch.float16, torch.bfloat16)

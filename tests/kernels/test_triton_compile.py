@@ -15,9 +15,9 @@ pytest.importorskip("triton", reason="no Triton for this platform")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+from bench.compiled import SHARED, compile_kernel
 from fastsd.kernels import advance_triton, geglu_triton, groupnorm_silu_triton, layernorm_triton
 from fastsd.kernels.launch import groupnorm_silu, rows
-from tests.kernels.triton_compile import SHARED, compile_kernel
 
 QUICK = (75, 90)
 TARGETS = [
