@@ -13,13 +13,17 @@ from fastsd.cli import flags
 from fastsd.cli.parser import Parser, nearest, one_line
 from fastsd.errors import FastsdError
 
-# A command is the module of that name; it has add_arguments(parser) and run(args). It is imported when it is called.
+# A command is the module of that name, of the package or (BESIDE) of this one; it has add_arguments(parser) and
+# run(args). It is imported when it is called.
 COMMANDS = {
     "train": "train a model from a config file",
     "evaluate": "measure how good a model's pictures are",
+    "inspect": "what a model file is: family, prediction, keys, hashes",
+    "convert": "between folder and single file, or precisions",
     "verify": "prove on this machine that the fast path is right",
     "tune": "measure launches on this GPU and use the best",
 }
+BESIDE = ("inspect", "convert")
 BAD_INPUT, INTERRUPTED = 2, 130
 
 
@@ -64,7 +68,7 @@ def _run(words: list[str]) -> int:
         raise FastsdError(
             f'{words[0]!r} is no command{nearest(words[0], COMMANDS)}; to draw a picture: fastsd --prompt "..."'
         )
-    command = importlib.import_module(f"fastsd.{words[0]}")
+    command = importlib.import_module(f"fastsd.{'cli.' if words[0] in BESIDE else ''}{words[0]}")
     parser = Parser(prog=f"fastsd {words[0]}", description=COMMANDS[words[0]])
     command.add_arguments(parser)
     return command.run(parser.parse(words[1:])) or 0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
@@ -18,7 +18,7 @@ from fastsd.model.unet import UNet
 from fastsd.model.vae import AutoencoderKL
 from fastsd.weights import configs
 from fastsd.weights.embeddings import Embedding
-from fastsd.weights.load import find_files, load_module
+from fastsd.weights.load import fill, find_files, place_of, read_headers
 
 OWN_FILE = "fastsd.json"  # what only fastsd reads: default settings, known words
 
@@ -53,6 +53,17 @@ class Components:
     known_words: frozenset[str] = frozenset()
     embeddings: dict[str, Embedding] = field(default_factory=dict)
 
+    @property
+    def xl(self) -> bool:
+        return self.unet.config.addition_time_embed_dim > 0
+
+    def networks(self) -> Iterator[tuple[str, nn.Module]]:
+        """Every network by the name of its folder. SDXL's refiner has the second text encoder alone."""
+        for i, encoder in enumerate(self.text_encoders):
+            yield "text_encoder_2" if i or (self.xl and len(self.text_encoders) == 1) else "text_encoder", encoder
+        yield "unet", self.unet
+        yield "vae", self.vae
+
 
 def load_folder(
     path: str | Path,
@@ -71,40 +82,54 @@ def load_folder(
     Raises:
         FastsdError: something is missing, malformed or does not fit; one line with file and key.
     """
-    root, device = Path(path), torch.device(device)
+    components, files = outline(Path(path), dtype != torch.float32)
+    for name, module in components.networks():
+        if name != "vae" or vae is None:
+            fill(module, read_headers(files[name]), place_of(files[name]), dtype, torch.device(device))
+    if vae is not None:
+        components.vae = vae(components.xl)
+    return components
+
+
+def outline(root: Path, half: bool) -> tuple[Components, dict[str, list[Path]]]:
+    """A folder with all networks on the meta device, and the files of each network's weights.
+
+    Args:
+        root: the folder with `model_index.json`.
+        half: prefer the fp16 variant where both are there.
+
+    Raises:
+        FastsdError: something is missing, or a config is malformed.
+    """
     check_is_model(root)
     index = configs.read_json(root / "model_index.json")
-    half = dtype != torch.float32
-
     unet_config, sample_size = configs.read_unet(root / "unet" / "config.json")
+    vae_config = configs.read_vae(root / "vae" / "config.json")
     own = configs.read_json(root / OWN_FILE) if (root / OWN_FILE).is_file() else {}
-    text_encoders, tokenizers = [], []
+    files = {}
+    clip_configs, tokenizers = [], []
     for suffix in ("", "_2"):
         if not (root / f"text_encoder{suffix}").is_dir():
             continue
-        clip_config = configs.read_clip(root / f"text_encoder{suffix}" / "config.json")
-        files = find_files(root / f"text_encoder{suffix}", "model", half)
+        clip_configs.append(configs.read_clip(root / f"text_encoder{suffix}" / "config.json"))
+        files[f"text_encoder{suffix}"] = find_files(root / f"text_encoder{suffix}", "model", half)
         tokenizers.append(Tokenizer(root / f"tokenizer{suffix}"))
-        text_encoders.append(load_module(partial(TextEncoder, clip_config), files, dtype, device))
-    if not text_encoders:
+    if not clip_configs:
         raise FastsdError(f"{root}: no text_encoder folder; a Stable Diffusion checkpoint has one or two")
-    width = sum(encoder.config.hidden_size for encoder in text_encoders)
+    width = sum(config.hidden_size for config in clip_configs)
     if width != unet_config.cross_attention_dim:
         raise FastsdError(
             f"{root}: the text encoders give {width} features where the UNet reads {unet_config.cross_attention_dim}"
         )
-
-    weights = "diffusion_pytorch_model"
-    if vae is None:
-        vae_config = configs.read_vae(root / "vae" / "config.json")
-        vae_files = find_files(root / "vae", weights, half)
-        autoencoder = load_module(partial(AutoencoderKL, vae_config), vae_files, dtype, device)
-    else:
-        autoencoder = vae(unet_config.addition_time_embed_dim > 0)
-    return Components(
-        unet=load_module(partial(UNet, unet_config), find_files(root / "unet", weights, half), dtype, device),
-        vae=autoencoder,
-        text_encoders=tuple(text_encoders),
+    for name in ("unet", "vae"):
+        files[name] = find_files(root / name, "diffusion_pytorch_model", half)
+    with torch.device("meta"):
+        unet, vae = UNet(unet_config), AutoencoderKL(vae_config)
+        text_encoders = tuple(TextEncoder(config) for config in clip_configs)
+    components = Components(
+        unet=unet,
+        vae=vae,
+        text_encoders=text_encoders,
         tokenizers=tuple(tokenizers),
         scheduler=configs.read_scheduler(root / "scheduler" / "scheduler_config.json"),
         sample_size=sample_size,
@@ -114,6 +139,9 @@ def load_folder(
         defaults=own.get("defaults", {}),
         known_words=frozenset(own.get("known_words", ())),
     )
+    if set(files) != {name for name, _ in components.networks()}:
+        raise FastsdError(f"{root}: the text_encoder folders should be text_encoder, with text_encoder_2 for SDXL")
+    return components, files
 
 
 def check_is_model(root: Path) -> None:

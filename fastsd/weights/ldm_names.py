@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastsd.config import CLIPConfig, UNetConfig, VAEConfig
+from fastsd.config import UNetConfig, VAEConfig
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
@@ -117,7 +117,7 @@ def vae_place(config: VAEConfig, key: str) -> Place:
     return Place(key)  # conv_in, conv_out
 
 
-def openclip_place(config: CLIPConfig, key: str) -> Place:
+def openclip_place(key: str) -> Place:
     """Where a text encoder's `key` stands in OpenCLIP's layout."""
     if key == "text_projection.weight":
         return Place("text_projection", transposed=True)

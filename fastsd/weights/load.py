@@ -69,7 +69,12 @@ def load_module(build: Callable[[], M], files: list[Path], dtype: torch.dtype, d
     """
     with torch.device("meta"):
         module = build()
-    return fill(module, read_headers(files), files[0] if len(files) == 1 else files[0].parent, dtype, device)
+    return fill(module, read_headers(files), place_of(files), dtype, device)
+
+
+def place_of(files: list[Path]) -> Path:
+    """What messages call a network's files: the one, or the folder that they are in."""
+    return files[0] if len(files) == 1 else files[0].parent
 
 
 def fill(module: M, entries: dict[str, Entry], where: Path, dtype: torch.dtype, device: torch.device) -> M:
@@ -92,15 +97,10 @@ def fill(module: M, entries: dict[str, Entry], where: Path, dtype: torch.dtype, 
         layout = torch.channels_last if parameter.ndim == 4 else torch.contiguous_format
         target = torch.empty(parameter.shape, dtype=dtype, device=device, memory_format=layout)
         for part in parts:
-            entry = _take(entries, part, where)
+            entry = take(entries, part, where)
             target[part.rows].copy_(read_finite(entry, dtype).reshape(part.shape))
         state[name] = target
-    if entries:
-        entry = min(entries.values(), key=lambda e: e.key)
-        more = f" (and {len(entries) - 1} more)" if len(entries) > 1 else ""
-        raise FastsdError(
-            f"{entry.path}: the key {entry.key[:200]} {list(entry.shape)} belongs to no parameter of this model{more}"
-        )
+    refuse_rest(entries)
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval().requires_grad_(False)
 
@@ -140,7 +140,12 @@ def read_headers(files: list[Path]) -> dict[str, Entry]:
     return entries
 
 
-def _take(entries: dict[str, Entry], part: Source, where: Path) -> Entry:
+def take(entries: dict[str, Entry], part: Source, where: Path) -> Entry:
+    """The entry that a source is stored in, out of `entries`.
+
+    Raises:
+        FastsdError: it is missing, of another shape, or holds whole numbers.
+    """
     entry = entries.pop(part.key, None)
     if entry is None:
         raise FastsdError(f"{where}: the key {part.key} {list(part.shape)} is missing")
@@ -151,3 +156,13 @@ def _take(entries: dict[str, Entry], part: Source, where: Path) -> Entry:
     if not entry.dtype.is_floating_point:
         raise FastsdError(f"{entry.path}: the key {entry.key} is {entry.dtype}; it should be a floating-point tensor")
     return entry
+
+
+def refuse_rest(entries: dict[str, Entry]) -> None:
+    """Refuse what is left when every source was taken."""
+    if entries:
+        entry = min(entries.values(), key=lambda e: e.key)
+        more = f" (and {len(entries) - 1} more)" if len(entries) > 1 else ""
+        raise FastsdError(
+            f"{entry.path}: the key {entry.key[:200]} {list(entry.shape)} belongs to no parameter of this model{more}"
+        )

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fastsd.kernels import onednn
+from fastsd.model.clip import TextEncoder
 from fastsd.weights import configs
 from fastsd.weights.folder import OWN_FILE, Components
 from fastsd.weights.names import sources, stored_form
@@ -26,13 +27,23 @@ def save_folder(components: Components, path: str | Path, dtype: torch.dtype = t
         dtype: of the stored weights.
     """
     root = Path(path)
+    describe(components, root)
+    linear = components.unet.config.use_linear_projection
+    for name, module in components.networks():
+        _save_module(module, root / weights_file(name), dtype, linear)
+
+
+def weights_file(name: str) -> str:
+    """Where in a folder the weights of a network are."""
+    stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
+    return f"{name}/{stem}.safetensors"
+
+
+def describe(components: Components, root: Path) -> None:
+    """Write all of a folder but the weights, of networks that may be on the meta device."""
     unet, vae = components.unet, components.vae
     size = components.sample_size
-    linear = unet.config.use_linear_projection
-    _save_module(unet, root / "unet", "diffusion_pytorch_model", configs.write_unet(unet.config, size), dtype, linear)
-    vae_json = configs.write_vae(vae.config, size * vae.config.downscale)
-    _save_module(vae, root / "vae", "diffusion_pytorch_model", vae_json, dtype, linear)
-    xl, refiner = unet.add_embedding is not None, len(components.text_encoders) == 1
+    xl, refiner = components.xl, len(components.text_encoders) == 1
     kind = "StableDiffusionPipeline"
     if xl:
         kind = "StableDiffusionXLImg2ImgPipeline" if refiner else "StableDiffusionXLPipeline"
@@ -42,13 +53,16 @@ def save_folder(components: Components, path: str | Path, dtype: torch.dtype = t
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    for i, (encoder, tokenizer) in enumerate(zip(components.text_encoders, components.tokenizers, strict=True)):
-        suffix = "_2" if i or (xl and refiner) else ""  # SDXL's refiner has the second alone
+    _write_json(root / "unet" / "config.json", configs.write_unet(unet.config, size))
+    _write_json(root / "vae" / "config.json", configs.write_vae(vae.config, size * vae.config.downscale))
+    texts = [(name, module) for name, module in components.networks() if isinstance(module, TextEncoder)]
+    for (name, encoder), tokenizer in zip(texts, components.tokenizers, strict=True):
         text_json = configs.write_clip(encoder.config)
-        _save_module(encoder, root / f"text_encoder{suffix}", "model", text_json, dtype, linear)
-        tokenizer.save(root / f"tokenizer{suffix}")
-        index[f"text_encoder{suffix}"] = ["transformers", text_json["architectures"][0]]
-        index[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"]
+        _write_json(root / name / "config.json", text_json)
+        tokenizer_name = name.replace("text_encoder", "tokenizer")
+        tokenizer.save(root / tokenizer_name)
+        index[name] = ["transformers", text_json["architectures"][0]]
+        index[tokenizer_name] = ["transformers", "CLIPTokenizer"]
     scheduler = configs.write_scheduler(components.scheduler)
     _write_json(root / "scheduler" / "scheduler_config.json", scheduler)
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
@@ -66,18 +80,14 @@ def save_folder(components: Components, path: str | Path, dtype: torch.dtype = t
         _write_json(root / OWN_FILE, own)
 
 
-def _save_module(
-    module: nn.Module, folder: Path, stem: str, config: dict[str, Any], dtype: torch.dtype, use_linear_projection: bool
-) -> None:
+def _save_module(module: nn.Module, file: Path, dtype: torch.dtype, use_linear_projection: bool) -> None:
     tensors = {}
     for _, parameter, parts in sources(module):
         for part in parts:
             rows = onednn.dense(parameter.detach())[part.rows].to("cpu", dtype)
             tensors[part.key] = stored_form(part.key, rows, use_linear_projection).contiguous()
-    _write_json(folder / "config.json", config)
-    file = folder / f"{stem}.safetensors"
     save_file(tensors, file, metadata={"format": "pt"})
-    shutil.copymode(folder / "config.json", file)  # the library makes files that only their owner may read
+    shutil.copymode(file.parent / "config.json", file)  # the library makes files that only their owner may read
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

@@ -91,27 +91,40 @@ def load_single_file(
     Raises:
         FastsdError: as `read_file` and `find_family`; a key missing, extra or of another shape; SD2 without prediction.
     """
-    path, device = Path(path), torch.device(device)
+    path = Path(path)
+    components, found, family = outline_file(path, prediction, allow_pickle)
+    if family.vae is None and vae is None:
+        raise FastsdError(f"{path}: no autoencoder in this file ({VAE_PREFIX}*); give one with --vae FILE")
+    for part in found.values():
+        if part.name != "vae" or vae is None:
+            part.check(path)
+    for name, module in components.networks():
+        if name != "vae" or vae is None:
+            fill(module, dict(found[name].entries), path, dtype, torch.device(device))
+    if vae is not None:
+        components.vae = load_vae(vae, family.xl, dtype, device, allow_pickle)
+    return components
+
+
+def outline_file(
+    path: Path, prediction: str | None, allow_pickle: bool = False
+) -> tuple[Components, dict[str, Part], Family]:
+    """A single file with all networks on the meta device, and the tensors of each by the name of its folder.
+
+    Raises:
+        FastsdError: as `read_file` and `find_family`; SD2 without prediction.
+    """
     entries, metadata = read_file(path, allow_pickle)
     family = find_family(path, {key: entry.shape for key, entry in entries.items()}, metadata)
     prediction = _prediction(path, family, prediction)
-    if family.vae is None and vae is None:
-        raise FastsdError(f"{path}: no autoencoder in this file ({VAE_PREFIX}*); give one with --vae FILE")
-    found = {part.name: part for part in parts(family, entries) if part.name != "vae" or vae is None}
-    for part in found.values():
-        part.check(path)
-    texts = [found[text_folder(family, i)] for i in range(len(family.texts))]
-    loaded = [fill(text.module, dict(text.entries), path, dtype, device) for text in texts]
-    unet = fill(found["unet"].module, dict(found["unet"].entries), path, dtype, device)
-    if vae is None:
-        autoencoder = fill(found["vae"].module, dict(found["vae"].entries), path, dtype, device)
-    else:
-        autoencoder = load_vae(vae, family.xl, dtype, device, allow_pickle)
-    assert isinstance(unet, UNet) and isinstance(autoencoder, AutoencoderKL)
-    return Components(
+    found = {part.name: part for part in parts(family, entries)}
+    unet, vae = found["unet"].module, found["vae"].module if "vae" in found else _meta_vae(VAEConfig())
+    encoders = [found[text_folder(family, i)].module for i in range(len(family.texts))]
+    assert isinstance(unet, UNet) and isinstance(vae, AutoencoderKL)
+    components = Components(
         unet=unet,
-        vae=autoencoder,
-        text_encoders=tuple(encoder for encoder in loaded if isinstance(encoder, TextEncoder)),
+        vae=vae,
+        text_encoders=tuple(encoder for encoder in encoders if isinstance(encoder, TextEncoder)),
         tokenizers=tuple(tokenizer(text) for text in family.texts),
         scheduler=family.scheduler(prediction),
         sample_size=family.sample_size(prediction),
@@ -119,6 +132,7 @@ def load_single_file(
         zeros_for_empty_prompt=family.xl and not family.refiner,
         aesthetic_score=family.refiner,
     )
+    return components, found, family
 
 
 def load_vae(
@@ -166,7 +180,7 @@ def parts(family: Family, entries: dict[str, Entry]) -> Iterator[Part]:
     for i, (text, encoder) in enumerate(zip(family.texts, encoders, strict=True)):
         name = text_folder(family, i)
         if text.openclip:
-            places = {key: openclip_place(text.config, key) for key in keys(encoder)}
+            places = {key: openclip_place(key) for key in keys(encoder)}
             yield _part(name, encoder, places, _without_last_layer(text, entries), text.prefix)
         else:
             flat = not any(key.startswith(f"{text.prefix}text_model.") for key in entries)

@@ -1,0 +1,38 @@
+"""`fastsd convert IN OUT`: a checkpoint between a folder and a single file, or to another precision."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from fastsd.cli.parser import one_line
+from fastsd.errors import FastsdError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="IN", help="a diffusers folder, a .safetensors file or a .ckpt")
+    parser.add_argument("target", metavar="OUT", help="a file that ends in .safetensors, or a folder")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="of the weights (default: as they are)")
+    parser.add_argument(
+        "--prediction",
+        choices=("epsilon", "v_prediction"),
+        metavar="NAME",
+        help="epsilon or v_prediction, where the file does not say",
+    )
+    parser.add_argument("--allow-pickle", action="store_true", help="read a .ckpt: tensors and plain values")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at OUT")
+
+
+def run(args: argparse.Namespace) -> int:
+    from fastsd.devices import DTYPES
+    from fastsd.weights.convert import convert
+
+    try:
+        dtype = DTYPES[args.dtype] if args.dtype else None
+        notes = convert(args.source, args.target, dtype, args.prediction, args.allow_pickle, args.overwrite)
+    except MemoryError as error:
+        raise FastsdError(f"{args.source}: not enough memory for its largest tensor") from error
+    for note in notes:
+        print(f"note: {one_line(note)}", file=sys.stderr)
+    print(args.target)
+    return 0

@@ -1,0 +1,234 @@
+"""Converted and converted back is the same to the bit; nothing is overwritten, half written or silently lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from fastsd.cli import main
+from fastsd.errors import FastsdError
+from fastsd.weights import convert as module
+from fastsd.weights import load_folder, load_single_file, save_folder
+from fastsd.weights.convert import convert
+from fastsd.weights.save import weights_file
+from tests.weights import original
+from tests.weights.tiny import tensors as weights
+
+FAMILIES = ["sd1", "sd2", "sdxl", "refiner", "sd1 inpainting"]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        path = folder / weights_file(part)
+        if path.exists():
+            found |= {f"{part}.{key}": value for key, value in load_file(path).items()}
+    return found
+
+
+def assert_bits(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_folder_to_file_and_back(originals: Any, family: str, tmp_path: Path) -> None:
+    """Through a single file that holds what the tests' own writer writes, and its markers."""
+    folder = originals.folder(family)
+    convert(folder, tmp_path / "x.safetensors")
+    wanted = dict(originals.tensors(family))
+    for key in [key for key in wanted if key.endswith("logit_scale")]:
+        del wanted[key]
+    if family == "sd2":  # what its folder does not hold; and the marker, since no file of SD 2 says it otherwise
+        last = "cond_stage_model.model.transformer.resblocks.2."
+        wanted = {k: v for k, v in wanted.items() if not k.startswith(last) and not k.endswith("text_projection")}
+        wanted["v_pred"] = torch.tensor([])
+    assert_bits(load_file(tmp_path / "x.safetensors"), wanted)
+    convert(tmp_path / "x.safetensors", tmp_path / "back")
+    assert_bits(stored(tmp_path / "back"), stored(folder))
+    loaded, before = load_folder(tmp_path / "back", torch.float32), load_folder(folder, torch.float32)
+    assert loaded.scheduler == before.scheduler
+    assert loaded.unet.config == before.unet.config and loaded.vae.config == before.vae.config
+    for ours, theirs in zip(loaded.tokenizers, before.tokenizers, strict=True):
+        assert torch.equal(ours("a cat! naïve"), theirs("a cat! naïve"))
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_file_to_folder_and_back(originals: Any, family: str, tmp_path: Path) -> None:
+    convert(originals.file(family), tmp_path / "folder")
+    convert(tmp_path / "folder", tmp_path / "x.safetensors")
+    wanted = {k: v for k, v in originals.tensors(family).items() if not k.endswith("logit_scale")}
+    assert_bits(load_file(tmp_path / "x.safetensors"), wanted)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_precision(originals: Any, dtype: str, tmp_path: Path, capsys: Any) -> None:
+    """As torch rounds; back again without a dtype, to the bit; from the command line."""
+    target = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    one, two = tmp_path / "x.safetensors", tmp_path / "folder"
+    assert main(["convert", str(originals.folder("sd1")), str(one), "--dtype", dtype]) == 0
+    assert main(["convert", str(one), str(two)]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(one), str(two)]
+    assert_bits(stored(two), {key: value.to(target) for key, value in stored(originals.folder("sd1")).items()})
+
+
+def test_mixed_precision_is_kept(originals: Any, tmp_path: Path) -> None:
+    """A UNet in fp16 with a VAE in fp32, as many people keep SDXL."""
+    mixed = {k: v.half() if "diffusion_model" in k else v for k, v in originals.tensors("sdxl").items()}
+    path = originals.save(mixed, "mixed.safetensors")
+    convert(path, tmp_path / "folder")
+    convert(tmp_path / "folder", tmp_path / "x.safetensors")
+    assert_bits(
+        load_file(tmp_path / "x.safetensors"), {k: v for k, v in mixed.items() if not k.endswith("logit_scale")}
+    )
+
+
+def test_a_pickle_becomes_a_safetensors_file(originals: Any, tmp_path: Path) -> None:
+    tensors = originals.tensors("sd2")
+    torch.save({"state_dict": tensors, "global_step": 7}, tmp_path / "x.ckpt")
+    with pytest.raises(FastsdError, match="--allow-pickle"):
+        convert(tmp_path / "x.ckpt", tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
+    convert(tmp_path / "x.ckpt", tmp_path / "x.safetensors", prediction="v_prediction", allow_pickle=True)
+    found = load_single_file(tmp_path / "x.safetensors", torch.float32)
+    assert found.scheduler.prediction_type == "v_prediction"
+    wanted = load_single_file(originals.file("sd2"), torch.float32, prediction="v_prediction")
+    assert_bits(weights(found), weights(wanted))
+
+
+@pytest.mark.parametrize(("prediction", "zero"), [("epsilon", False), ("v_prediction", False), ("v_prediction", True)])
+def test_what_the_network_predicts_is_written(originals: Any, prediction: str, zero: bool, tmp_path: Path) -> None:
+    shutil.copytree(originals.folder("sd2"), tmp_path / "folder")
+    path = tmp_path / "folder/scheduler/scheduler_config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"prediction_type": prediction, "rescale_betas_zero_snr": zero})
+    )
+    convert(tmp_path / "folder", tmp_path / "x.safetensors")
+    found = load_single_file(tmp_path / "x.safetensors", torch.float32).scheduler
+    assert (found.prediction_type, found.rescale_betas_zero_snr) == (prediction, zero)
+    with safe_open(tmp_path / "x.safetensors", "pt") as opened:
+        assert opened.metadata()["modelspec.prediction_type"] == ("v" if prediction == "v_prediction" else "epsilon")
+
+
+def test_nothing_is_overwritten_unasked(originals: Any, tmp_path: Path, capsys: Any) -> None:
+    source, target = str(originals.file("sd1")), tmp_path / "x.safetensors"
+    target.write_bytes(b"mine")
+    assert main(["convert", source, str(target)]) == 2
+    assert capsys.readouterr().err == f"fastsd: error: {target}: it exists; --overwrite replaces it\n"
+    assert target.read_bytes() == b"mine"
+    assert main(["convert", source, str(target), "--overwrite"]) == 0
+    assert target.stat().st_size > 10_000
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "letter").write_bytes(b"mine")
+    assert main(["convert", source, str(folder), "--overwrite"]) == 2
+    assert "it is no model folder, and is not replaced" in capsys.readouterr().err
+    assert files(folder) == {"letter": b"mine"}
+    with pytest.raises(FastsdError, match="it is the source itself"):
+        convert(source, source, overwrite=True)
+    with pytest.raises(FastsdError, match="pickles are not written"):
+        convert(source, tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize("target", ["x.safetensors", "folder"])
+def test_a_conversion_that_fails_leaves_everything_as_it_was(
+    originals: Any, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of writing, with something to be replaced."""
+    convert(originals.file("sd1"), tmp_path / target)
+    before, count = files(tmp_path), 0
+    read = module.read_finite
+
+    def failing(entry: Any, dtype: torch.dtype) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        if count > 150:
+            raise OSError(28, "No space left on device")
+        return read(entry, dtype)
+
+    monkeypatch.setattr(module, "read_finite", failing)
+    with pytest.raises(FastsdError, match=f"{target}: cannot be written .No space left on device"):
+        convert(originals.file("sd1"), tmp_path / target, overwrite=True)
+    assert files(tmp_path) == before
+    assert os.listdir(tmp_path) == [target]
+
+
+def test_values_that_do_not_fit_are_refused(originals: Any, tmp_path: Path) -> None:
+    tensors = dict(originals.tensors("sd1"))
+    key = "model.diffusion_model.out.2.bias"
+    tensors[key] = tensors[key] + 1e6
+    path = originals.save(tensors, "large.safetensors")
+    with pytest.raises(FastsdError, match=r"large.safetensors: the key .*out.2.bias holds 1e\+06, beyond float16's"):
+        convert(path, tmp_path / "x.safetensors", torch.float16)
+    convert(path, tmp_path / "x.safetensors", torch.bfloat16)
+
+
+def change_json(folder: Path, name: str, **changes: Any) -> None:
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_what_a_single_file_cannot_say_is_refused(originals: Any, tmp_path: Path) -> None:
+    """It holds no configs, so a model of other heads or another schedule would come back as another model."""
+    cases = {
+        "unet/config.json": ({"attention_head_dim": [4, 4, 4]}, "its UNet has num_attention_heads .4, 4, 4."),
+        "vae/config.json": ({"scaling_factor": 0.5}, "its autoencoder has scaling_factor 0.5"),
+        "text_encoder/config.json": ({"num_attention_heads": 2}, "its text encoder has num_attention_heads 2"),
+        "scheduler/scheduler_config.json": ({"beta_end": 0.02}, "cannot say that beta_end is 0.02"),
+    }
+    for i, (name, (changes, message)) in enumerate(cases.items()):
+        folder = tmp_path / str(i)
+        shutil.copytree(originals.folder("sd1"), folder)
+        change_json(folder, name, **changes)
+        with pytest.raises(FastsdError, match=f"{folder}: .*{message}"):
+            convert(folder, tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_what_a_single_file_leaves_unsaid_is_noted(tmp_path: Path) -> None:
+    components = original.components("sd1")
+    components.scheduler = replace(components.scheduler, sampler="euler", timestep_spacing="trailing")
+    components.defaults = {"num_inference_steps": 4}
+    save_folder(components, tmp_path / "folder", torch.float32)
+    notes = convert(tmp_path / "folder", tmp_path / "x.safetensors")
+    assert "does not say timestep_spacing, sampler, sample_size; SD 1's are taken" in notes[0]
+    assert "no default settings" in notes[1] and len(notes) == 2
+
+
+def test_published_folders_with_the_old_end_token_convert(originals: Any, tmp_path: Path) -> None:
+    """SD 1.5's and SDXL's configs say eos_token_id 2, a slip that readers know."""
+    shutil.copytree(originals.folder("sd1"), tmp_path / "folder")
+    change_json(tmp_path / "folder", "text_encoder/config.json", eos_token_id=2)
+    convert(tmp_path / "folder", tmp_path / "x.safetensors")
+
+
+def test_the_header_is_aligned_and_the_library_reads_it(originals: Any, tmp_path: Path) -> None:
+    convert(originals.folder("sdxl"), tmp_path / "x.safetensors", torch.float16)
+    raw = (tmp_path / "x.safetensors").read_bytes()
+    assert int.from_bytes(raw[:8], "little") % 8 == 0
+    assert all(value.dtype == torch.float16 for value in load_file(tmp_path / "x.safetensors").values())
+
+
+def test_several_dtypes_in_one_matrix_need_one(originals: Any, tmp_path: Path) -> None:
+    shutil.copytree(originals.folder("sdxl"), tmp_path / "folder")
+    path = tmp_path / "folder" / weights_file("text_encoder_2")
+    tensors = load_file(path)
+    key = "text_model.encoder.layers.0.self_attn.k_proj.weight"
+    save_file(tensors | {key: tensors[key].half()}, path)
+    with pytest.raises(FastsdError, match="in_proj_weight is put together from tensors of several dtypes.*--dtype"):
+        convert(tmp_path / "folder", tmp_path / "x.safetensors")
+    convert(tmp_path / "folder", tmp_path / "x.safetensors", torch.float16)

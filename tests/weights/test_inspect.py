@@ -1,0 +1,103 @@
+"""What `fastsd inspect` says of a file."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastsd.cli import main
+from tests.weights import original
+
+
+def facts(path: Path, capsys: Any, *flags: str) -> dict[str, list[str]]:
+    """Values by name; a line without a name belongs to the one before."""
+    assert main(["inspect", str(path), *flags]) == 0
+    found: dict[str, list[str]] = {}
+    name = ""
+    for line in capsys.readouterr().out.splitlines():
+        head, colon, value = line.partition(":")
+        if line.startswith(" ") or not colon:
+            found[name].append(line.strip())
+        else:
+            name = head
+            found[name] = [value.strip()]
+    return found
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "refiner", "sdxl inpainting"])
+def test_families(originals: Any, family: str, capsys: Any) -> None:
+    found = facts(originals.file(family), capsys)
+    name, _, kind = family.partition(" ")
+    assert found["family"][0].startswith(f"{original.NAMES[name]} {kind}".strip() + " (")
+    assert found["missing keys"] == found["extra keys"] == found["wrong shapes"] == ["none"]
+    assert found["dtype"] == ["F32 100%"]
+    assert found["EMA"] == ["no"] and found["autoencoder"] == ["in the file"]
+    assert str(len(originals.tensors(family))) + " tensors" in found["size"][0]
+
+
+def test_prediction_and_why(originals: Any, capsys: Any) -> None:
+    tensors = originals.tensors("sd2")
+    assert facts(originals.file("sd2"), capsys)["prediction"][0].startswith("unknown, --prediction says it (SD 2 was")
+    marked = originals.save(tensors | {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, "i.safetensors")
+    found = facts(marked, capsys)
+    assert found["prediction"] == ["v_prediction (the file holds the marker key v_pred)"]
+    assert found["zero SNR"] == ["yes (marker key ztsnr)"] and found["extra keys"] == ["none"]
+    said = originals.save(tensors, "s.safetensors", {"modelspec.prediction_type": "epsilon", "author": "A\nB"})
+    found = facts(said, capsys)
+    assert found["prediction"] == ["epsilon (its metadata say so (modelspec.prediction_type))"]
+    assert sorted(found["metadata"]) == ["author = A\\nB", "modelspec.prediction_type = epsilon"]
+
+
+def test_keys(originals: Any, capsys: Any) -> None:
+    tensors = dict(originals.tensors("sd1"))
+    del tensors["model.diffusion_model.out.2.bias"]
+    tensors["model.diffusion_model.out.0.bias"] = torch.ones(31)
+    tensors |= {f"stranger.{i:02}": torch.ones(1) for i in range(12)}
+    tensors |= {"model_ema.decay": torch.ones(()), "betas": torch.ones(3)}
+    found = facts(originals.save(tensors, "keys.safetensors"), capsys)
+    assert found["missing keys"] == ["model.diffusion_model.out.2.bias"]
+    assert found["wrong shapes"] == ["model.diffusion_model.out.0.bias [31]"]
+    assert found["extra keys"] == [f"stranger.{i:02}" for i in range(10)] + ["and 2 more"]
+    assert found["EMA"] == ["in the file, not used"]
+
+
+def test_hashes(tmp_path: Path, originals: Any, capsys: Any) -> None:
+    """Of the bytes, against hashlib's one call: A1111's short hash is the first ten digits of the file's SHA-256."""
+    found = facts(originals.file("sd1"), capsys)
+    raw = originals.file("sd1").read_bytes()
+    assert len(raw) > 0x110000
+    assert found["sha256"] == [hashlib.sha256(raw).hexdigest()]
+    assert found["short hash"] == [hashlib.sha256(raw).hexdigest()[:10]]
+    assert found["legacy hash"] == [hashlib.sha256(raw[0x100000:0x110000]).hexdigest()[:8]]
+
+
+def test_halves_and_files_without_an_autoencoder(originals: Any, capsys: Any) -> None:
+    bare = {k: v.half() for k, v in originals.tensors("sd1").items() if not k.startswith("first_stage")}
+    key = "model.diffusion_model.out.2.bias"
+    found = facts(originals.save(bare | {key: bare[key].bfloat16()}, "halves.safetensors"), capsys)
+    assert found["dtype"] == ["F16 100%, BF16 0%"]
+    assert found["autoencoder"] == ["not in the file; --vae gives one"]
+
+
+def test_what_is_no_checkpoint(originals: Any, capsys: Any) -> None:
+    path = originals.save({"lora_unet_x.lora_down.weight": torch.ones(4, 4)}, "lora.safetensors", {"ss_steps": "3"})
+    found = facts(path, capsys)
+    assert found["family"] == ["unknown: not a Stable Diffusion checkpoint: it looks like a LoRA or another adapter"]
+    assert found["metadata"] == ["ss_steps = 3"]
+
+
+def test_pickles_only_where_allowed(tmp_path: Path, originals: Any, capsys: Any) -> None:
+    torch.save({"state_dict": originals.tensors("sd1")}, tmp_path / "x.ckpt")
+    assert main(["inspect", str(tmp_path / "x.ckpt")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "--allow-pickle" in said
+    assert facts(tmp_path / "x.ckpt", capsys, "--allow-pickle")["family"][0].startswith("SD 1 (")
+
+
+def test_a_folder_is_said_to_be_one(originals: Any, capsys: Any) -> None:
+    assert main(["inspect", str(originals.folder("sd1"))]) == 2
+    assert "a folder; a .safetensors file is expected" in capsys.readouterr().err
