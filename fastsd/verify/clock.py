@@ -34,34 +34,43 @@ def _timed(run: Callable[[], Any], calls: int) -> float:
 def gpu_seconds(runs: Sequence[Callable[[], Any]]) -> list[float]:
     """Seconds of one call of each on the GPU, the medians of rounds in which all take turns.
 
-    Each is captured in a CUDA graph, as the pipeline runs it, so that starting kernels from Python is not counted.
+    Each is captured in a CUDA graph, as the pipeline runs it, so that starting kernels from Python is not counted; what
+    cannot be captured is timed as it is called.
     Inputs are the same every time: small ones stay in the GPU's cache, as most of a UNet's do.
     """
-    graphs = [_captured(run) for run in runs]
+    repeats = [_repeated(run) for run in runs]
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    samples: list[list[float]] = [[] for _ in graphs]
+    samples: list[list[float]] = [[] for _ in repeats]
     for _ in range(1 + ROUNDS):  # the first warms up
-        for graph, column in zip(graphs, samples):
+        for repeat, column in zip(repeats, samples):
             start.record()
-            graph.replay()
+            repeat()
             end.record()
             end.synchronize()
             column.append(start.elapsed_time(end) / 1000 / CALLS)
     return [statistics.median(column[1:]) for column in samples]
 
 
-def _captured(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    """`CALLS` calls of `run` as one graph; run once outside it first, for what libraries set up on first use."""
+def _repeated(run: Callable[[], Any]) -> Callable[[], Any]:
+    """`CALLS` calls of `run`, as one graph where it can be captured: nothing in it may wait for the GPU.
+
+    It is run once outside the graph first, for what libraries set up and Triton compiles on first use.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            run()
-    return graph
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(CALLS):
+                run()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return lambda: [run() for _ in range(CALLS)]
+    return graph.replay
 
 
 def clock(device: torch.device) -> Callable[[Sequence[Callable[[], Any]]], list[float]]:

@@ -1,0 +1,44 @@
+"""Verifying and tuning on a GPU, with the bundled model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastsd.cli import main
+from fastsd.kernels.launch import tuned
+
+pytestmark = pytest.mark.gpu
+
+
+def verified(capsys: pytest.CaptureFixture[str], dtype: str) -> dict:
+    code = main(["verify", "--device", "cuda", "--dtype", dtype, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    failed = [row for row in found["rows"] if row["passed"] is False]
+    assert code == 0 and not failed, failed
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_a_gpu_passes(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = verified(capsys, dtype)
+    rows = {row["name"]: row for row in found["rows"] if row["level"] in ("op", "graphs")}
+    kernels = ("groupnorm_silu", "layernorm", "geglu", "flash_attn", "advance")
+    assert {rows[name]["backend"] for name in kernels} == {"triton"}
+    assert rows["on and off"]["passed"] is True
+
+
+def test_a_tuned_table_is_used_and_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FASTSD_CACHE", str(tmp_path))
+    tuned._in_use.cache_clear()
+    try:
+        assert main(["tune", "--dtype", "fp16"]) == 0
+        (file,) = tmp_path.iterdir()
+        capsys.readouterr()
+        assert str(file) in verified(capsys, "fp16")["launches"]
+    finally:
+        tuned._in_use.cache_clear()
