@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fastsd import config
+from fastsd.errors import FastsdError
 from fastsd.weights import configs
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
@@ -141,3 +142,100 @@ def test_text_encoders(published: dict[str, Any], preset: config.CLIPConfig, tmp
     assert configs.read_clip(file) == config.replace(preset, eos_token_id=2, eos_is_largest_id=True)
     file.write_text(json.dumps(published | {"eos_token_id": 49407}))
     assert configs.read_clip(file) == preset
+
+
+PNDM = {  # SD1.5's scheduler/scheduler_config.json, older than prediction_type and timestep_spacing
+    "_class_name": "PNDMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+DDIM = PNDM | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}  # SD2.1's
+EULER = PNDM | {  # SDXL's, base and refiner
+    "_class_name": "EulerDiscreteScheduler",
+    "interpolation_type": "linear",
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "timestep_spacing": "leading",
+    "use_karras_sigmas": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("published", "preset"),
+    [
+        (PNDM, config.SchedulerConfig()),
+        (DDIM, config.SchedulerConfig(prediction_type="v_prediction", sampler="ddim")),
+        (EULER, config.SchedulerConfig(sampler="euler")),
+    ],
+    ids=["SD1.5", "SD2.1", "SDXL"],
+)
+def test_schedulers(published: dict[str, Any], preset: config.SchedulerConfig, tmp_path: Path) -> None:
+    file = tmp_path / "scheduler_config.json"
+    file.write_text(json.dumps(published))
+    assert configs.read_scheduler(file) == preset
+
+
+SHARED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "steps_offset")
+
+
+@pytest.mark.parametrize("name", configs.SAMPLER_OF_CLASS)
+def test_what_a_scheduler_file_lacks_is_what_diffusers_takes(name: str, tmp_path: Path) -> None:
+    """Old folders name a class and little else; their pictures come from that class's defaults."""
+    import inspect
+
+    import diffusers
+
+    if getattr(diffusers, name).__module__.startswith("diffusers.utils.dummy"):
+        pytest.skip("diffusers needs torchsde for it")
+    file = tmp_path / "scheduler_config.json"
+    file.write_text(json.dumps({"_class_name": name}))
+    found = configs.read_scheduler(file)
+    defaults = {key: p.default for key, p in inspect.signature(getattr(diffusers, name)).parameters.items()}
+    for key in (*SHARED, "timestep_spacing", "set_alpha_to_one", "rescale_betas_zero_snr"):
+        if key in defaults:
+            assert getattr(found, key) == defaults[key], key
+    assert found.schedule == "default"
+
+
+@pytest.mark.parametrize("sampler", sorted({*configs.CLASS_OF_SAMPLER, "dpm++2m_sde"}))
+def test_schedulers_survive_a_file_and_open_in_diffusers(sampler: str, tmp_path: Path) -> None:
+    import diffusers
+
+    file = tmp_path / "scheduler_config.json"
+    for schedule in ("default", "karras", "exponential"):
+        wanted = config.SchedulerConfig(
+            num_train_timesteps=900,
+            beta_end=0.013,
+            prediction_type="v_prediction",
+            timestep_spacing="trailing",
+            sampler=sampler,
+            schedule=schedule,
+        )
+        written = configs.write_scheduler(wanted)
+        file.write_text(json.dumps(written))
+        assert configs.read_scheduler(file) == wanted
+        kind = getattr(diffusers, written["_class_name"])
+        if kind.__module__.startswith("diffusers.utils.dummy"):
+            continue  # needs torchsde
+        theirs = kind.from_config(kind.load_config(tmp_path, subfolder=None)).config
+        for key in SHARED:
+            if key in theirs:
+                assert theirs[key] == getattr(wanted, key), key
+        if f"use_{schedule}_sigmas" in theirs:
+            assert theirs[f"use_{schedule}_sigmas"] is True
+
+
+def test_schedulers_of_flow_models_are_refused(tmp_path: Path) -> None:
+    """A flow model under a name that is known would draw noise."""
+    file = tmp_path / "scheduler_config.json"
+    for change in ({"use_flow_sigmas": True}, {"prediction_type": "flow_prediction"}):
+        file.write_text(json.dumps(PNDM | {"_class_name": "DPMSolverMultistepScheduler"} | change))
+        with pytest.raises(FastsdError, match=next(iter(change))):
+            configs.read_scheduler(file)

@@ -27,6 +27,23 @@ SAMPLER_OF_CLASS = {
     "LMSDiscreteScheduler": "lms",
     "LCMScheduler": "lcm",
 }
+# What diffusers' classes take for keys that a file lacks; old files lack those that came later.
+_SCHEDULER_DEFAULTS: dict[str, Any] = {
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "timestep_spacing": "linspace",
+    "set_alpha_to_one": False,
+}
+_SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
+_SCHEDULER_DEFAULTS_OF: dict[str, dict[str, Any]] = {
+    "ddpm": {"timestep_spacing": "leading"},
+    "ddim": {"timestep_spacing": "leading", "set_alpha_to_one": True},
+    "pndm": {"timestep_spacing": "leading"},
+    "heun": _SD_BETAS,
+    "dpm++sde": _SD_BETAS,
+    "lcm": {**_SD_BETAS, "beta_schedule": "scaled_linear", "timestep_spacing": "leading", "set_alpha_to_one": True},
+}
 CLASS_OF_SAMPLER = {sampler: name for name, sampler in SAMPLER_OF_CLASS.items()}
 
 
@@ -246,25 +263,28 @@ def write_clip(config: CLIPConfig) -> dict[str, Any]:
 def read_scheduler(path: Path) -> SchedulerConfig:
     """The noise schedule, and the sampler that the folder's scheduler class stands for."""
     r = _Reader(path)
-    base = SchedulerConfig()
     name = r.data.get("_class_name")
     if name not in SAMPLER_OF_CLASS:
         raise r.error("_class_name", f"fastsd knows {', '.join(SAMPLER_OF_CLASS)}")
     sampler = SAMPLER_OF_CLASS[name]
+    absent = _SCHEDULER_DEFAULTS | _SCHEDULER_DEFAULTS_OF.get(sampler, {})
     if sampler == "dpm++2m" and str(r.data.get("algorithm_type", "")).startswith("sde"):
         sampler = "dpm++2m_sde"
     karras, exponential = (r.get(key, bool, False) for key in ("use_karras_sigmas", "use_exponential_sigmas"))
+    r.one_of("use_flow_sigmas", (False,), False)
     if r.data.get("trained_betas") is not None:
         raise r.error("trained_betas", "only schedules given by beta_start and beta_end are known")
     return SchedulerConfig(
-        num_train_timesteps=r.get("num_train_timesteps", int, base.num_train_timesteps),
-        beta_start=r.get("beta_start", float, base.beta_start),
-        beta_end=r.get("beta_end", float, base.beta_end),
-        beta_schedule=r.one_of("beta_schedule", ("linear", "scaled_linear", "squaredcos_cap_v2"), "linear"),
+        num_train_timesteps=r.get("num_train_timesteps", int, 1000),
+        beta_start=r.get("beta_start", float, absent["beta_start"]),
+        beta_end=r.get("beta_end", float, absent["beta_end"]),
+        beta_schedule=r.one_of(
+            "beta_schedule", ("linear", "scaled_linear", "squaredcos_cap_v2"), absent["beta_schedule"]
+        ),
         prediction_type=r.one_of("prediction_type", ("epsilon", "v_prediction", "sample"), "epsilon"),
-        timestep_spacing=r.one_of("timestep_spacing", ("leading", "trailing", "linspace"), base.timestep_spacing),
+        timestep_spacing=r.one_of("timestep_spacing", ("leading", "trailing", "linspace"), absent["timestep_spacing"]),
         steps_offset=r.get("steps_offset", int, 0),
-        set_alpha_to_one=r.get("set_alpha_to_one", bool, sampler == "ddim"),
+        set_alpha_to_one=r.get("set_alpha_to_one", bool, absent["set_alpha_to_one"]),
         rescale_betas_zero_snr=r.get("rescale_betas_zero_snr", bool, False),
         sampler=sampler,
         schedule="karras" if karras else "exponential" if exponential else "default",

@@ -86,7 +86,9 @@ def shard(file: Path, parts: int, index: Path) -> None:
     index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
 
 
-@pytest.mark.parametrize("index", ["{}.safetensors.index.json", "{}.safetensors.index.fp16.json"])
+@pytest.mark.parametrize(
+    "index", ["{}.safetensors.index.json", "{}.safetensors.index.fp16.json", "{}.fp16.safetensors.index.json"]
+)
 def test_shards(folder: Path, index: str) -> None:
     shard(folder / UNET_FILE, 3, folder / "unet" / index.format("diffusion_pytorch_model"))
     shard(folder / TEXT_FILE, 2, folder / "text_encoder" / index.format("model"))
@@ -279,6 +281,15 @@ def test_a_shard_is_a_file_beside_its_index(folder: Path, name: str) -> None:
     index = folder / "unet/diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"conv_in.weight": name}}))
     with pytest.raises(FastsdError, match="is not the name of a file beside it"):
+        load_folder(folder, torch.float32)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[]", "{"])
+def test_an_index_of_shards_that_is_none(folder: Path, text: str) -> None:
+    (folder / UNET_FILE).unlink()
+    index = folder / "unet/diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(text)
+    with pytest.raises(FastsdError, match=r"index\.json: (weight_map is missing|not a JSON object|not JSON)"):
         load_folder(folder, torch.float32)
 
 
