@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from fastsd.config import UNetConfig, VAEConfig
+from fastsd.devices import dtype_name
 from fastsd.errors import FastsdError
 
 GIB = 2**30
@@ -27,32 +28,28 @@ def available(device: torch.device) -> int | None:
             return None
 
 
-def weights_size(folder: Path) -> int:
-    """Bytes of the components' weight files, one variant of each; or of the one file that is the checkpoint."""
-    if folder.is_file():
-        return folder.stat().st_size
-    total = 0
-    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        files = [path for path in (folder / part).glob("*.safetensors") if path.is_file()]
-        half = [path for path in files if ".fp16" in path.name]
-        whole = [path for path in files if ".fp16" not in path.name]
-        total += sum(path.stat().st_size for path in whole or half)
-    return total
+def check_weights(source: Path, numbers: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a model whose weights cannot fit, and name a precision in which they would.
 
-
-def check_weights(folder: Path, device: torch.device) -> None:
-    """Refuse a model whose weights cannot fit even at half the size of their files.
+    Args:
+        source: the model, for the message.
+        numbers: how many its weights are.
+        dtype, device: as they will be loaded.
 
     Raises:
         FastsdError: it says how much is needed and how much is there.
     """
     free = available(device)
-    needed = weights_size(folder) // 2
-    if free is not None and needed > free:
-        raise FastsdError(
-            f"{folder}: the weights need at least {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB are free on {device}; "
-            "close other programs or take a smaller model"
-        )
+    if free is None or numbers * dtype.itemsize <= free:
+        return
+    advice = "close other programs or take a smaller model"
+    if dtype.itemsize > 2 and numbers * 2 <= free:
+        half = "fp16" if device.type == "cuda" else "bf16"
+        advice = f"dtype {half} would fit ({numbers * 2 / GIB:.1f} GiB)"
+    raise FastsdError(
+        f"{source}: the weights take {numbers * dtype.itemsize / GIB:.1f} GiB in {dtype_name(dtype)}, "
+        f"{free / GIB:.1f} GiB are free on {device}; {advice}"
+    )
 
 
 def picture_size(unet: UNetConfig, vae: VAEConfig, width: int, height: int, batch: int, itemsize: int) -> int:

@@ -29,7 +29,7 @@ from fastsd.request import Request, make_request
 from fastsd.sampling import advance
 from fastsd.sampling.schedule import alphas_cumprod
 from fastsd.script import Script, batches, write_script
-from fastsd.weights import Components, load_checkpoint
+from fastsd.weights import Components, count_numbers, load_checkpoint
 from fastsd.weights.adapters import Adapter, Adapters
 from fastsd.weights.embeddings import load_embedding
 
@@ -151,8 +151,7 @@ class Pipeline:
         place = resolve_device(device)
         precision = resolve_dtype(dtype, place)
         source = BUNDLED if path in (None, "digits") else Path(path)
-        if source.exists():
-            memory.check_weights(source, place)
+        memory.check_weights(source, count_numbers(source, precision), precision, place)
         components = load_checkpoint(source, precision, place, vae, prediction, allow_pickle)
         if precision == torch.float16 and components.vae.config.force_upcast:
             components.vae.float()  # its activations overflow fp16

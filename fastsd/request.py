@@ -255,6 +255,10 @@ def fit_image(image: Any, width: int | None, height: int | None, factor: int) ->
     """
     if not isinstance(image, Image.Image):
         raise FastsdError(f"image should be a PIL image, not {type(image).__name__}")
+    if (width is None or height is None) and max(image.size) > MAX_SIDE:
+        raise FastsdError(
+            f"image is {image.width}x{image.height}; at most {MAX_SIDE} pixels a side are drawn, so give a smaller one"
+        )
     own = tuple(max(n // factor * factor, factor) for n in image.size)
     size = (
         side("width", own[0] if width is None else width, factor),

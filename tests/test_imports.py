@@ -40,7 +40,7 @@ RANKS = {
     "__main__": 10,
 }
 # Rooms of one rank that may know each other all the same.
-ALLOWED = {("config", "errors"), ("evaluate", "train"), ("tune", "verify")}
+ALLOWED = {("config", "errors"), ("memory", "devices"), ("evaluate", "train"), ("tune", "verify")}
 # `fastsd` itself hands these out, on demand; only the rooms that use the pipeline may import `fastsd` itself.
 FACE = {"errors", "pipeline"}
 

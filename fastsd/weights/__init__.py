@@ -1,8 +1,16 @@
 """Checkpoints: the only code that knows file formats and checkpoint key names."""
 
-from fastsd.weights.checkpoint import load_checkpoint
+from fastsd.weights.checkpoint import count_numbers, load_checkpoint
 from fastsd.weights.folder import Components, load_folder
 from fastsd.weights.save import save_folder
 from fastsd.weights.single_file import load_single_file, load_vae
 
-__all__ = ["Components", "load_checkpoint", "load_folder", "load_single_file", "load_vae", "save_folder"]
+__all__ = [
+    "Components",
+    "count_numbers",
+    "load_checkpoint",
+    "load_folder",
+    "load_single_file",
+    "load_vae",
+    "save_folder",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,10 @@ import torch
 
 from fastsd.errors import FastsdError
 from fastsd.weights.folder import Components, load_folder
-from fastsd.weights.single_file import PREDICTIONS, load_single_file, load_vae
+from fastsd.weights.load import find_files
+from fastsd.weights.pickle_file import is_pickle
+from fastsd.weights.safetensors_file import read_header
+from fastsd.weights.single_file import AVERAGED, PREDICTIONS, load_single_file, load_vae
 
 
 def load_checkpoint(
@@ -42,3 +46,34 @@ def load_checkpoint(
     if prediction is not None:
         components.scheduler = replace(components.scheduler, prediction_type=prediction)
     return components
+
+
+def count_numbers(path: str | Path, dtype: torch.dtype) -> int:
+    """How many numbers the weights of a checkpoint are, from its files' headers; of a pickle, at least how many.
+
+    Args:
+        path: a folder or a single file.
+        dtype: that it will be loaded in; folders may hold files for each.
+
+    Raises:
+        FastsdError: a file is missing or malformed.
+    """
+    root = Path(path)
+    if root.is_dir():
+        stems = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+        stems |= {"text_encoder": "model", "text_encoder_2": "model"}
+        half = dtype != torch.float32
+        found = [find_files(root / part, stem, half) for part, stem in stems.items() if (root / part).is_dir()]
+        files = [file for files in found for file in files]
+    elif not root.is_file():
+        return 0  # what it is instead, loading says
+    elif is_pickle(root):
+        return root.stat().st_size // torch.float32.itemsize
+    else:
+        files = [root]
+    return sum(
+        math.prod(entry.shape)
+        for file in files
+        for key, entry in read_header(file)[0].items()
+        if not key.startswith(AVERAGED)
+    )

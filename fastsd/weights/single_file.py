@@ -35,7 +35,8 @@ from fastsd.weights.safetensors_file import Entry, read_header
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 OPENCLIP_PAD = "!"
 # Keys inside a component that hold no weights of it.
-_IGNORED = ("logit_scale", "attn_mask", "position_ids", "loss.", "model_ema.")
+AVERAGED = "model_ema."  # a second UNet: the training run's average of the first
+_IGNORED = ("logit_scale", "attn_mask", "position_ids", "loss.", AVERAGED)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,8 +166,6 @@ def test_a_picture_from_a_picture_asks_for_it_again(
 
 
 def test_from_image_with_a_model_that_moved_or_changed(cli: Callable, model: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(model, tmp_path / "copy")
     cli("-p", "x", "-m", tmp_path / "copy", "-s", 1, "-o", "a.png")
     config = tmp_path / "copy" / "scheduler" / "scheduler_config.json"
@@ -221,8 +220,6 @@ def test_nothing_to_draw(cli: Callable) -> None:
 
 
 def test_what_is_no_model(cli: Callable, model: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(model, tmp_path / "broken")
     weights = tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
@@ -252,6 +249,14 @@ def test_pictures_and_masks_that_are_none(cli: Callable, model: Path, picture: P
     cut.write_bytes(cut.read_bytes()[:-900])
     text.write_text("hello")
     base = ("-p", "x", "-m", model)
+    wide, bomb = picture.with_name("wide.png"), picture.with_name("bomb.png")
+    Image.new("RGB", (8200, 16)).save(wide)
+    Image.new("1", (20_000, 20_000)).save(bomb)  # 50 KB
+    refused(cli(*base, "--image", wide), "--image is 8200x16", "8192 pixels a side")
+    refused(cli(*base, "--image", bomb), "--image", "bomb.png", "134 million")
+    refused(cli(*base, "--image", picture, "--mask", bomb), "--mask", "bomb.png", "134 million")
+    assert cli(*base, "--image", wide, "-W", 64, "-H", 64).code == 0
+    shutil.rmtree("outputs")
     refused(cli(*base, "--image", cut), "--image", "cut.png", "cut short")
     refused(cli(*base, "--image", picture, "--mask", text), "--mask", "text.png", "not a picture")
     refused(cli(*base, "--image", picture.with_name("none.png")), "--image", "none.png", "no such file")
@@ -303,6 +308,15 @@ def test_a_picture_that_cannot_fit_is_refused_before_it_is_drawn(
 ) -> None:
     monkeypatch.setattr("fastsd.memory.available", lambda device: 200_000_000)
     refused(cli("-p", "x", "-m", model, "-W", 8192, "-H", 8192), "would fit")
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(
+    cli: Callable, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastsd.memory.available", lambda device: 2_000_000)
+    base = ("-p", "x", "-m", model, "--device", "cpu")
+    refused(cli(*base, "--dtype", "fp32"), f"--model {model}", "GiB in fp32", "are free on cpu")
+    assert os.listdir() == []
 
 
 def test_debug_shows_the_traceback(cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
