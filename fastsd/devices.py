@@ -34,19 +34,26 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     """ "auto", "fp32", "fp16" or "bf16" as a torch dtype; see `Pipeline.from_pretrained`.
 
     Raises:
-        FastsdError: another name.
+        FastsdError: another name, or a dtype that the device lacks.
     """
     if isinstance(dtype, torch.dtype):
         if dtype not in DTYPES.values():
             raise FastsdError(f"dtype is {dtype}; it should be float32, float16 or bfloat16")
-        return dtype
-    if dtype == "auto":
+        found = dtype
+    elif dtype == "auto":
         if device.type == "cuda":
             return torch.float16
         return torch.bfloat16 if cpu_has_bf16() else torch.float32
-    if dtype not in DTYPES:
+    elif dtype not in DTYPES:
         raise FastsdError(f"dtype is {dtype!r}; it should be auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+    else:
+        found = DTYPES[dtype]
+    if found == torch.bfloat16 and device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            name = torch.cuda.get_device_name(device)
+            raise FastsdError(f"dtype is bf16; {name} (compute capability {major}.{minor}) has none: use fp16 or fp32")
+    return found
 
 
 def cpu_has_bf16() -> bool:

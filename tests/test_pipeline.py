@@ -9,6 +9,7 @@ from PIL import Image
 
 import fastsd
 from fastsd.config import CLIPConfig, SchedulerConfig, UNetConfig, VAEConfig
+from fastsd.devices import resolve_dtype
 from fastsd.errors import FastsdError
 from fastsd.model.clip import TextEncoder
 from fastsd.model.tokenizer import Tokenizer
@@ -236,6 +237,17 @@ def test_unknown_words_are_said(pipe: Pipeline) -> None:
 def test_unknown_devices_and_dtypes(device: str, dtype: str) -> None:
     with pytest.raises(FastsdError, match=r"device is|dtype is"):
         Pipeline.from_pretrained(None, device=device, dtype=dtype)
+
+
+def test_a_gpu_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turing: only its name and capability are asked for."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    gpu = torch.device("cuda", 0)
+    for dtype in ("bf16", torch.bfloat16):
+        with pytest.raises(FastsdError, match=r"bf16; Tesla T4 \(compute capability 7.5\) has none: use fp16"):
+            resolve_dtype(dtype, gpu)
+    assert resolve_dtype("auto", gpu) == torch.float16 and resolve_dtype("fp32", gpu) == torch.float32
 
 
 def test_too_little_memory_names_what_fits(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
