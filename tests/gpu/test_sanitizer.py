@@ -1,4 +1,4 @@
-"""No kernel reads or writes outside its buffers: NVIDIA's memcheck over the kernels' own tests, where it is installed."""
+"""No kernel reads or writes outside its buffers: NVIDIA's memcheck over their own tests, where it is installed."""
 
 from __future__ import annotations
 
