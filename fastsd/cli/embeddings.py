@@ -48,7 +48,7 @@ def load(pipe: Pipeline, args: argparse.Namespace, before: dict[str, Any], notes
         try:
             name = named(pipe.load_embedding(path, token, allow_pickle=bool(args.allow_pickle)))
         except FastsdError as error:
-            said = str(error).removeprefix(f"{path}: ").replace("allow_pickle", "--allow-pickle")
+            said = str(error).removeprefix(f"{path}: ")
             raise FastsdError(f"{flag}: {said}") from error
         if name is None:
             notes.append(f"the prompt does not name the embedding {path.name!r}")

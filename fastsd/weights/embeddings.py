@@ -7,16 +7,15 @@ allows it, and even then nothing but tensors and plain values is unpickled.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fastsd.errors import FastsdError
 from fastsd.model.clip import TextEncoder
+from fastsd.weights.pickle_file import open_pickle, tensors_in
 from fastsd.weights.safetensors_file import read_header
 
 SUFFIXES = (".safetensors", ".pt", ".bin")
@@ -74,40 +73,11 @@ def load_embedding(
 
 def _unpickle(path: Path, allow_pickle: bool) -> dict[str, torch.Tensor]:
     """The tensors of a pickle, by name."""
-    if not allow_pickle:
-        raise FastsdError(
-            f"{path}: a pickle, which may run code; convert it to .safetensors, or allow it with allow_pickle"
-        )
-    content = _load(path)
+    content, sizes = open_pickle(path, allow_pickle)
     inner = content.get("string_to_param", content) if isinstance(content, dict) else None
     if not isinstance(inner, dict):
         raise FastsdError(f"{path}: not an embedding; expected tensors, or string_to_param that holds them")
-    found = {key: value for key, value in inner.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
-    for key, value in found.items():
-        # A stride of 0 makes a small file a tensor of any size; more elements than bytes are never honest.
-        if value.layout != torch.strided or value.numel() > path.stat().st_size:
-            raise FastsdError(f"{path}: the tensor {key[:80]!r} is larger than its file")
-    return found
-
-
-def _load(path: Path) -> Any:
-    """`torch.load` with weights_only, of a zip whose members are stored as they are, so that sizes are the file's."""
-    if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 6):
-        raise FastsdError(f"{path}: reading a pickle safely needs torch 2.6 or newer, this is {torch.__version__}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise FastsdError(f"{path}: not a file that torch.save wrote (since PyTorch 1.6); fetch it again") from error
-    if any(one.compress_type != zipfile.ZIP_STORED or one.file_size != one.compress_size for one in members):
-        raise FastsdError(f"{path}: it holds compressed parts, which torch.save never writes; it is not read")
-    if sum(one.file_size for one in members) > path.stat().st_size:
-        raise FastsdError(f"{path}: its parts overlap, which torch.save never writes; it is not read")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a hostile pickle makes the unpickler raise
-        why = " ".join(str(error).split())[:100] or type(error).__name__
-        raise FastsdError(f"{path}: holds more than tensors, or is damaged; it is not read ({why})") from error
+    return {key: entry.read() for key, entry in tensors_in(path, inner, sizes).items()}
 
 
 def _vectors(path: Path, found: dict[str, torch.Tensor], encoders: Sequence[TextEncoder]) -> tuple[torch.Tensor, ...]:

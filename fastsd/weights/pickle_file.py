@@ -54,6 +54,20 @@ def is_pickle(path: Path) -> bool:
 def read_pickle(path: Path, allow: bool) -> dict[str, Entry]:
     """The tensors of a checkpoint that `torch.save` wrote, by key; those of its `state_dict` where it has one.
 
+    Raises:
+        FastsdError: as `open_pickle` does; or it holds no table of tensors.
+    """
+    content, sizes = open_pickle(path, allow)
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict):
+        raise FastsdError(f"{path}: not a checkpoint: a table of tensors is expected, it is {type(content).__name__}")
+    return tensors_in(path, content, sizes)
+
+
+def open_pickle(path: Path, allow: bool) -> tuple[Any, dict[int, int]]:
+    """What `torch.save` wrote, its tensors on the meta device; and the bytes that start at each place of the file.
+
     Args:
         path: the file.
         allow: pickles are read only where the user says so.
@@ -63,7 +77,8 @@ def read_pickle(path: Path, allow: bool) -> dict[str, Entry]:
     """
     if not allow:
         raise FastsdError(
-            f"{path}: a pickle, which can hold programs; convert it to .safetensors, or allow it with --allow-pickle"
+            f"{path}: a pickle, which can hold programs; convert it to .safetensors, or allow it with --allow-pickle "
+            "(allow_pickle=True)"
         )
     if _torch_version() < (2, 6):
         raise FastsdError(f"{path}: reading a pickle safely needs torch 2.6 or newer, this is {torch.__version__}")
@@ -75,14 +90,18 @@ def read_pickle(path: Path, allow: bool) -> dict[str, Entry]:
     except Exception as error:  # whatever a hostile pickle makes the unpickler raise
         why = " ".join(str(error).split())[:100] or type(error).__name__
         raise FastsdError(f"{path}: holds more than tensors, or is damaged; it is not read ({why})") from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict):
-        raise FastsdError(f"{path}: not a checkpoint: a table of tensors is expected, it is {type(content).__name__}")
-    sizes = dict(members.values())
+    return content, dict(members.values())
+
+
+def tensors_in(path: Path, table: dict[Any, Any], sizes: dict[int, int]) -> dict[str, Entry]:
+    """Where the bytes are of each tensor of a table that `open_pickle` gave.
+
+    Raises:
+        FastsdError: a tensor's strides or size are not those of bytes in the file.
+    """
     return {
         key: _entry(path, key, value, sizes)
-        for key, value in content.items()
+        for key, value in table.items()
         if isinstance(key, str) and isinstance(value, torch.Tensor)
     }
 
