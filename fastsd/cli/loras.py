@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastsd.cli import flags
 from fastsd.errors import FastsdError
 from fastsd.images import fingerprint
 from fastsd.prompts import take_loras
@@ -35,7 +36,10 @@ def load(pipe: Pipeline, args: argparse.Namespace, before: dict[str, Any], notes
     from fastsd.weights.adapters import Adapter
 
     chosen = [split(given) for given in args.lora or ()]
-    tags = () if args.prompt_syntax == "plain" else take_loras(args.prompt)[1]
+    try:
+        tags = () if args.prompt_syntax == "plain" else take_loras(args.prompt)[1]
+    except FastsdError as error:
+        raise FastsdError(flags.in_flags(str(error))) from error
     for tag in tags:
         chosen.append((in_folder(args.lora_dir, tag.name), tag.weight))
     try:
