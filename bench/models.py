@@ -85,7 +85,7 @@ def captured_step(unet: UNet, device: torch.device) -> Callable[..., torch.Tenso
     def flat(x: torch.Tensor, time: torch.Tensor, *key_values: torch.Tensor) -> torch.Tensor:
         return unet.denoise(x, time, key_values)
 
-    return lambda x, time, key_values: graphs("step", flat, x, time, *key_values)
+    return lambda x, time, key_values: graphs("step", flat, x, time, *key_values, weights=unet)
 
 
 def stored_weights(module: nn.Module, use_linear_projection: bool) -> dict[str, torch.Tensor]:

@@ -143,7 +143,7 @@ def _encode_chunk(components: Components, which: int, chunk: Chunk, clip_skip: i
     if chunk.vectors:
         output = encoder(ids, layer, [Insertion(0, 1 + start, vectors) for start, vectors in chunk.vectors])
     else:
-        output = graphs(("text", which, layer), lambda x: encoder(x, layer), ids)
+        output = graphs(("text", which, layer), lambda x: encoder(x, layer), ids, weights=encoder)
     if clip_skip > 1 and not is_xl(components):
         output = TextOutput(encoder.text_model.final_layer_norm(output.hidden), output.pooled)
     if all(weight == 1.0 for weight in chunk.weights):

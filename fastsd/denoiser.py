@@ -9,12 +9,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
-from fastsd.graph import Graphs
+from fastsd.config import SchedulerConfig
+from fastsd.graph import Graphs, circumstances
 from fastsd.model.unet import UNet
 from fastsd.sampling import advance
+from fastsd.sampling.schedule import alphas_cumprod
 
 MAX_ROWS = 2048  # of a static table: 1000 steps of a sampler that calls the network twice
 
@@ -39,6 +42,7 @@ class Run:
     guidance: torch.Tensor | None = None
     rescale: torch.Tensor | None = None
     extra_channels: torch.Tensor | None = None
+    key: Hashable = None  # of its graph, once it has stepped on one
 
     def constants(self) -> tuple[torch.Tensor | None, ...]:
         """What stays the same over the rows."""
@@ -52,6 +56,27 @@ class _Static:
     buffers: Run
     owner: Callable[[], Run | None] = lambda: None
     key_values: tuple[torch.Tensor, ...] = ()  # the owner's, which were copied
+
+
+class Estimate(NamedTuple):
+    """What the network was given and said of a batch's first image, `[1, h, w, C]` each; at no timestep it is done."""
+
+    x_in: torch.Tensor
+    out: torch.Tensor
+    timestep: float | None
+
+    def denoised(self, scheduler: SchedulerConfig) -> torch.Tensor:
+        """The clean latent that the network's (conditional) output speaks for, `[1, h, w, C]`."""
+        if self.timestep is None:
+            return self.x_in
+        levels, out = alphas_cumprod(scheduler), self.out.float()
+        signal = float(levels[min(max(round(self.timestep), 0), len(levels) - 1)])
+        alpha, sigma = signal**0.5, (1.0 - signal) ** 0.5
+        if scheduler.prediction_type == "sample":
+            return out
+        if scheduler.prediction_type == "v_prediction":
+            return alpha * self.x_in - sigma * out
+        return (self.x_in - sigma * out) / max(alpha, 1e-3)
 
 
 class Denoiser:
@@ -69,7 +94,10 @@ class Denoiser:
         Returns:
             The UNet's output, `[n or 2n, h, w, C]`; good until the next step of any run.
         """
-        captured = self.graphs.captured(_key(run), lambda: self._make(run))
+        captured = None
+        if self.graphs.active:
+            run.key = run.key or (circumstances(self.unet), _shapes(run))
+            captured = self.graphs.captured(run.key, lambda: self._make(run))
         if captured is not None:
             static: _Static = captured.buffers
             _claim(static, run)
@@ -105,7 +133,7 @@ class Denoiser:
         return _Static(buffers), lambda: self._row(buffers, buffers.time)
 
 
-def _key(run: Run) -> Hashable:
+def _shapes(run: Run) -> Hashable:
     tensors = (*run.key_values, *run.constants())
     shapes = tuple(None if x is None else (tuple(x.shape), x.dtype) for x in tensors)
     return ("step", tuple(run.state.x.shape), tuple(run.time.shape[1:]), shapes)

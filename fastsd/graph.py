@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import nn
+
+from fastsd.kernels import dispatch
 
 WARM_UP = 3  # calls before a capture: kernels are compiled and chosen, workspaces taken
 MAX_GRAPHS = 16  # a resolution takes about four: text, step, decoder, and encoder with a picture
@@ -86,22 +89,31 @@ class Graphs:
         self._captured: OrderedDict[Hashable, Captured] = OrderedDict()
         self._failed: set[Hashable] = set()
         self._warned = False
+        self._stream: torch.cuda.Stream | None = None  # of the last turn
 
     def __len__(self) -> int:
         return len(self._captured)
 
-    def __call__(self, name: Hashable, function: Callable[..., T], *inputs: torch.Tensor) -> T:
+    @property
+    def active(self) -> bool:
+        """Whether anything is captured."""
+        return self.recorder is not None and self.max_graphs > 0
+
+    def __call__(self, name: Hashable, function: Callable[..., T], *inputs: torch.Tensor, weights: nn.Module) -> T:
         """`function(*inputs)`, from a graph where there is one for these shapes.
 
         Args:
             name: of the function: two calls with one name must be calls of the same function.
             function: tensors to a tensor or a named tuple of tensors; it may depend on nothing else that changes,
                 except weights that are changed in place.
+            weights: the module whose they are; once others take their place, the function is captured anew.
 
         Returns:
             Fresh tensors.
         """
-        key = (name, *((tuple(x.shape), x.dtype) for x in inputs))
+        if not self.active:
+            return function(*inputs)
+        key = (name, circumstances(weights), *((tuple(x.shape), x.dtype) for x in inputs))
 
         def make() -> tuple[Any, Callable[[], T]]:
             buffers = tuple(torch.empty_like(x).copy_(x) for x in inputs)
@@ -120,7 +132,7 @@ class Graphs:
         Args:
             make: gives the static buffers and the callable on them, when the capture has to be made.
         """
-        if self.recorder is None or self.max_graphs < 1 or key in self._failed:
+        if self.recorder is None or not self.active or key in self._failed:
             return None
         found = self._captured.get(key)
         if found is None:
@@ -133,9 +145,23 @@ class Graphs:
         self._captured.move_to_end(key)
         return found
 
+    def in_order(self, device: torch.device) -> None:
+        """Let what is launched from here on wait for what was launched before, on whatever stream that was.
+
+        Callers take turns on the host; on streams of their own (one for each thread, say) their work on the buffers
+        could overlap all the same.
+        """
+        if device.type != "cuda" or not self.active:
+            return
+        stream = torch.cuda.current_stream(device)
+        if self._stream is not None and self._stream != stream:
+            stream.wait_stream(self._stream)
+        self._stream = stream
+
     def forget(self) -> None:
-        """Drop every graph: needed when weights move to other memory."""
+        """Drop every graph, for the memory that they hold; what could not be captured may be tried again."""
         self._captured.clear()
+        self._failed.clear()
         if self.recorder is not None:
             self.recorder.free()
 
@@ -163,6 +189,14 @@ class Graphs:
             self._warned = True
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             warnings.warn(f"fastsd runs without CUDA graphs, slower: the capture failed ({reason})", stacklevel=2)
+
+
+def circumstances(weights: nn.Module) -> Hashable:
+    """What a graph depends on beside its inputs: where the weights are, and a backend that this thread is forced to.
+
+    A packed weight tells no address; its identity stands for it.
+    """
+    return dispatch.forced_name(), *(id(p) if p.is_mkldnn else p.data_ptr() for p in weights.parameters())
 
 
 def _record(recorder: Recorder, make: Callable[[], tuple[Any, Callable[[], Any]]]) -> Captured:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from fastsd.graph import Graphs
-from fastsd.model.tiling import encode_tiled
+from fastsd.devices import dtype_name
+from fastsd.errors import FastsdError
+from fastsd.graph import Graphs, chosen_convolutions
+from fastsd.model.tiling import decode_tiled, encode_tiled
 from fastsd.model.vae import AutoencoderKL
 
 FEATHER = 4  # pixels over which an inpainted region fades into the kept picture, inside the mask
+CAPTURED = 1024 * 1024  # pixels above which the autoencoder is no graph: launches are nothing, its maps gigabytes
+
+T = TypeVar("T")
 
 
 class Noise:
@@ -30,7 +37,9 @@ class Noise:
     def draw(self) -> torch.Tensor:
         """The next noise of every image, `[N, h, w, C]` fp32."""
         drawn = torch.stack([torch.randn(self.shape, generator=generator) for generator in self.generators])
-        return to_channels_last(drawn).to(self.device)
+        drawn = to_channels_last(drawn)
+        # From pinned memory the copy waits for nothing, and PyTorch keeps that memory until the copy is done.
+        return drawn.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else drawn
 
 
 def to_channels_last(x: torch.Tensor) -> torch.Tensor:
@@ -43,27 +52,71 @@ def image_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image, dtype=np.float32)).div_(127.5).sub_(1.0)[None]
 
 
-def encode_image(
-    vae: AutoencoderKL, image: torch.Tensor, noise: Noise, tiled: bool, graphs: Graphs | None = None
-) -> torch.Tensor:
-    """One picture to a sampled, scaled latent for every image of `noise`.
+class Codec:
+    """The autoencoder between pictures and scaled latents.
 
-    Args:
-        vae: the autoencoder.
-        image: `[1, H, W, 3]` in [-1, 1].
-        noise: where the samples are drawn from.
-        tiled: encode in overlapping tiles.
-        graphs: where the captured encoder is kept; None runs it eagerly.
-
-    Returns:
-        `[N, h, w, C]` fp32.
+    A single value that is not finite (fp16 ends at 65504; the maps of some checkpoints do not) is no picture: the
+    autoencoder then goes to fp32 for good, so that only this picture is computed twice, and `news` says so once.
     """
-    weight = vae.quant_conv.weight
-    image = image.to(weight.device, weight.dtype)
-    run = Graphs() if graphs is None else graphs
-    mean, logvar = encode_tiled(vae, image) if tiled else run("encode", vae.encode, image)
-    mean, std = mean.float(), torch.exp(0.5 * logvar.float())
-    return (mean + std * noise.draw()) * vae.config.scaling_factor
+
+    def __init__(self, vae: AutoencoderKL, graphs: Graphs):
+        self.vae, self.graphs = vae, graphs
+        self._news: list[str] = []
+
+    def encode(self, image: torch.Tensor, noise: torch.Tensor, tiled: bool) -> torch.Tensor:
+        """One picture to a sampled, scaled latent for every image of `noise`.
+
+        Args:
+            image: `[1, H, W, 3]` in [-1, 1].
+            noise: `[N, h, w, C]`, standard normal.
+            tiled: encode in overlapping tiles.
+
+        Returns:
+            `[N, h, w, C]` fp32.
+
+        Raises:
+            FastsdError: it is not finite even in fp32.
+        """
+        run = partial(encode_tiled, self.vae) if tiled else self.vae.encode
+        mean, logvar = self._finite("encode", run, image, tiled or image.shape[1] * image.shape[2] > CAPTURED)
+        return (mean.float() + torch.exp(0.5 * logvar.float()) * noise) * self.vae.config.scaling_factor
+
+    def decode(self, latent: torch.Tensor, tiled: bool) -> np.ndarray:
+        """A scaled latent `[1, h, w, C]` to a picture `[1, H, W, 3]` uint8; in overlapping tiles where asked.
+
+        Raises:
+            FastsdError: it is not finite even in fp32.
+        """
+        config = self.vae.config
+        run = partial(decode_tiled, self.vae) if tiled else self.vae.decode
+        large = latent.shape[1] * latent.shape[2] * config.downscale**2 > CAPTURED
+        image = self._finite("decode", run, latent / config.scaling_factor, tiled or large)
+        return (image.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+
+    def news(self) -> list[str]:
+        """What the next result should say."""
+        news, self._news = self._news, []
+        return news
+
+    def _finite(self, name: str, run: Callable[[torch.Tensor], T], x: torch.Tensor, eager: bool) -> T:
+        """`run(x)`, in fp32 if need be."""
+        weight = self.vae.quant_conv.weight
+        given = x.to(weight.device, weight.dtype)
+        with chosen_convolutions(given.device):
+            result = run(given) if eager else self.graphs(name, run, given, weights=self.vae)
+        if is_finite(result):
+            return result
+        if weight.dtype == torch.float32 or not is_finite(x):
+            raise FastsdError("the picture is not finite: the model overflowed; dtype fp32 or bf16 may help")
+        self._news.append(f"the autoencoder overflowed in {dtype_name(weight.dtype)}; it runs in fp32 from now on")
+        self.vae.float()
+        self.graphs.forget()  # for the memory of those that read the weights of before
+        return self._finite(name, run, x, eager)
+
+
+def is_finite(tensors: Any) -> bool:
+    """Whether every value of a tensor, or of a tuple of them, is a number. The device is waited for."""
+    return all(bool(torch.isfinite(x).all()) for x in (tensors if isinstance(tensors, tuple) else (tensors,)))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from fastsd.config import UNetConfig, VAEConfig
 from fastsd.devices import dtype_name
 from fastsd.errors import FastsdError
+from fastsd.model.tiling import TILE
 
 GIB = 2**30
 
@@ -52,37 +54,82 @@ def check_weights(source: Path, numbers: int, dtype: torch.dtype, device: torch.
     )
 
 
-def picture_size(unet: UNetConfig, vae: VAEConfig, width: int, height: int, batch: int, itemsize: int) -> int:
-    """Bytes of activations at the widest point of a run: a rough upper bound.
+@dataclass(frozen=True)
+class Picture:
+    """What the memory that a batch of pictures takes depends on."""
 
-    The decoder holds about four maps of its second widest level at full size; the UNet with guidance holds its skip
-    connections and a feed-forward eight times as wide as the tokens.
-    """
-    decoder = 4 * width * height * max(vae.block_out_channels[:2])
-    tokens = (width // vae.downscale) * (height // vae.downscale)
-    denoiser = 2 * batch * tokens * unet.block_out_channels[0] * 24
-    return (decoder + denoiser) * itemsize
+    unet: UNetConfig
+    vae: VAEConfig
+    width: int
+    height: int
+    batch: int
+    dtype: torch.dtype
+    tiled: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes of activations at the widest point of a run: a rough upper bound.
+
+        The decoder, one picture at a time, holds about four maps of its second widest level at full size (a tile's);
+        the UNet with guidance holds its skip connections and a feed-forward eight times as wide as the tokens.
+        """
+        tile = TILE * self.vae.downscale
+        width, height = (min(n, tile) if self.tiled else n for n in (self.width, self.height))
+        decoder = 4 * width * height * max(self.vae.block_out_channels[:2])
+        tokens = (self.width // self.vae.downscale) * (self.height // self.vae.downscale)
+        denoiser = 2 * self.batch * tokens * self.unet.block_out_channels[0] * 24
+        return (decoder + denoiser) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height} in batches of {self.batch}"
 
 
-def check_picture(
-    unet: UNetConfig, vae: VAEConfig, width: int, height: int, batch: int, dtype: torch.dtype, device: torch.device
-) -> None:
+def check_picture(picture: Picture, device: torch.device) -> None:
     """Refuse a size and batch that cannot fit, and name what would.
 
     Raises:
-        FastsdError: it names a batch or a size that fits.
+        FastsdError: it names what fits: a batch, tiles, a dtype, a size.
     """
     free = available(device)
-    if free is None or picture_size(unet, vae, width, height, batch, dtype.itemsize) <= free:
-        return
-    fitting = batch
-    while fitting > 1 and picture_size(unet, vae, width, height, fitting, dtype.itemsize) > free:
-        fitting //= 2
-    if picture_size(unet, vae, width, height, fitting, dtype.itemsize) <= free:
-        advice = f"batch_size {fitting} would fit"
-    else:
-        side = width
-        while side > vae.downscale and picture_size(unet, vae, side, side, 1, dtype.itemsize) > free:
-            side = side // 2 // vae.downscale * vae.downscale
-        advice = f"{side}x{side} would fit, or vae_tiling"
-    raise FastsdError(f"{width}x{height} in batches of {batch} does not fit into {free / GIB:.1f} GiB; {advice}")
+    if free is not None and picture.size > free:
+        raise FastsdError(f"{picture} does not fit into {free / GIB:.1f} GiB; {what_fits(picture, free)}")
+
+
+def too_large(picture: Picture) -> FastsdError:
+    """What to raise when memory ran out although `check_picture` had no objection."""
+    return FastsdError(f"not enough memory for {picture}; {what_fits(picture, picture.size - 1, 'would take less')}")
+
+
+def what_fits(picture: Picture, free: int, praise: str = "would fit") -> str:
+    """The changes that make a picture fit into `free` bytes: each that does alone, or else all of them together."""
+    offers = []
+    batch = picture.batch
+    while batch > 1 and replace(picture, batch=batch).size > free:
+        batch //= 2
+    small = smaller(picture, free)
+    half = replace(picture, dtype=torch.float16) if picture.dtype == torch.float32 else picture
+    if replace(picture, batch=batch).size <= free:
+        offers.append(f"batch_size {batch}")
+    if not picture.tiled and replace(picture, tiled=True).size <= free:
+        offers.append("vae_tiling")
+    if half.size <= free:
+        offers.append("dtype fp16 or bf16")
+    if small is not None:
+        offers.append(f"{small.width}x{small.height}")
+    if not offers:
+        small = smaller(replace(half, batch=1, tiled=True), free)
+        if small is None:
+            return "no size fits; close other programs"
+        return f"{small.width}x{small.height} with batch_size 1, vae_tiling and dtype fp16 or bf16 {praise}"
+    return f"{' or '.join(offers)} {praise}"
+
+
+def smaller(picture: Picture, free: int) -> Picture | None:
+    """The picture with its sides halved until it fits, or None."""
+    factor = picture.vae.downscale
+    while picture.size > free:
+        if min(picture.width, picture.height) < 2 * factor:
+            return None
+        width, height = (n // 2 // factor * factor for n in (picture.width, picture.height))
+        picture = replace(picture, width=width, height=height)
+    return picture

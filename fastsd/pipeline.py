@@ -5,29 +5,26 @@ The loop is a generator: progress, preview and cancelling are what the caller do
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from fastsd import memory
-from fastsd.denoiser import Denoiser, Run
+from fastsd.denoiser import Denoiser, Estimate, Run
 from fastsd.devices import dtype_name, resolve_device, resolve_dtype
-from fastsd.errors import FastsdError
 from fastsd.graph import MAX_GRAPHS, CudaRecorder, Graphs, chosen_convolutions
-from fastsd.latents import InpaintMask, Noise, encode_image, image_tensor, to_channels_last
-from fastsd.model.tiling import decode_tiled
+from fastsd.latents import Codec, InpaintMask, Noise, image_tensor, to_channels_last
 from fastsd.request import Request, make_request
 from fastsd.sampling import advance
-from fastsd.sampling.schedule import alphas_cumprod
 from fastsd.script import Script, batches, write_script
 from fastsd.weights import Components, count_numbers, load_checkpoint
 from fastsd.weights.adapters import Adapter, Adapters
@@ -69,20 +66,20 @@ class Step:
     total: int
     latents: torch.Tensor
     _pipeline: Pipeline = field(repr=False)
-    _estimate: _Estimate = field(repr=False)
+    _estimate: Estimate = field(repr=False)
     result: Result | None = None
 
     def preview(self) -> Image.Image:
         """The batch's first picture, as the network expects it to end."""
-        return self._pipeline.decode(self._pipeline.denoised(self._estimate))[0]
+        return self._pipeline.decode(self._estimate.denoised(self._pipeline.components.scheduler))[0]
 
 
-class _Estimate(NamedTuple):
-    """What the network was given and said of a batch's first image, `[1, h, w, C]` each."""
-
-    x_in: torch.Tensor
-    out: torch.Tensor
-    timestep: float
+@contextmanager
+def _seconds(clock: dict[str, float], name: str) -> Iterator[None]:
+    """Adds what passes to the clock."""
+    tick = time.perf_counter()
+    yield
+    clock[name] += time.perf_counter() - tick
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ class Pipeline:
         self.graphs = Graphs() if graphs is None else graphs
         self.adapters = Adapters(components)
         self._denoiser = Denoiser(components.unet, dtype, self.graphs)
-        self._news: list[str] = []  # what the next result should say beside the request's notes
+        self._codec = Codec(components.vae, self.graphs)
         self._lock = threading.RLock()  # one call works at a time: graphs have buffers of their own
         size = components.sample_size * components.vae.config.downscale
         self.defaults: dict[str, Any] = {
@@ -184,7 +181,7 @@ class Pipeline:
         Raises:
             FastsdError: an argument is missing, unknown or out of range; one line that names it.
         """
-        with self._lock:
+        with self._lock:  # of this call alone, from its first step to its last
             last = deque(self.stream(prompt, **arguments), maxlen=1).pop()
         assert last.result is not None
         return last.result
@@ -243,24 +240,23 @@ class Pipeline:
         total, done = len(parts) * len(set(table.step)), 0
         finished: list[Any] = []
         for which in parts:
-            with self._lock:
+            with self._turn(request):
                 batch = self._begin(request, which, clock)
             for i in range(len(table)):
-                with self._lock:
-                    tick = time.perf_counter()
-                    estimate = self._advance(batch)
-                    clock["steps"] += time.perf_counter() - tick
+                with self._turn(request), _seconds(clock, "steps"):
+                    estimate, latents = self._advance(batch), batch.run.state.x.clone()
                 step_ends = i + 1 == len(table) or table.step[i + 1] != table.step[i]
                 if step_ends and (done := done + 1) < total:
-                    yield Step(done, total, batch.run.state.x.clone(), self, estimate)
-            with self._lock:
-                tick = time.perf_counter()
-                latents = batch.run.state.x.clone()
-                finished.append(self._finish(request, latents))
-                clock["decode"] += time.perf_counter() - tick
+                    yield Step(done, total, latents, self, estimate)
+            with self._turn(request):
+                with _seconds(clock, "steps"):
+                    latents = batch.run.state.x.clone()
+                    self._wait()  # or the seconds of the steps would be those of launching them
+                with _seconds(clock, "decode"):
+                    finished.append(self._finish(request, latents))
         clock["total"] = time.perf_counter() - started
         clock["steps_per_second"] = total / clock["steps"] if clock["steps"] else 0.0
-        estimate = _Estimate(latents[:1], latents[:1], math.nan)
+        estimate = Estimate(latents[:1], latents[:1], None)
         yield Step(total, total, latents, self, estimate, self._result(request, finished, clock))
 
     @torch.inference_mode()
@@ -270,22 +266,21 @@ class Pipeline:
         seeds = request.seeds[which]
         height, width = request.height // config.downscale, request.width // config.downscale
         noise = Noise(seeds, config.latent_channels, height, width, self.device)
-        tick = time.perf_counter()
-        script = write_script(self.components, request, which, self.device, self.graphs)
-        clock["text"] += time.perf_counter() - tick
+        with _seconds(clock, "text"):
+            script = write_script(self.components, request, which, self.device, self.graphs)
 
         tick = time.perf_counter()
         image = mask = extra = None
         inpaints = self.components.unet.config.in_channels == 9
         if request.image is not None and not (inpaints and request.strength == 1.0):
-            image = self._encode(image_tensor(request.image), noise, request.vae_tiling)
+            image = self._codec.encode(image_tensor(request.image), noise.draw(), request.vae_tiling)
         given = request.latents
         start_noise = noise.draw() if given is None else to_channels_last(given[which]).to(self.device)
         if request.image is not None and request.mask is not None:
             regions = InpaintMask.from_image(request.mask, config.downscale)
             if inpaints:
                 kept = image_tensor(request.image) * (regions.pixels < 0.5)
-                masked = self._encode(kept, noise, request.vae_tiling)
+                masked = self._codec.encode(kept, noise.draw(), request.vae_tiling)
                 extra = torch.cat([regions.latents.to(self.device).expand(len(seeds), -1, -1, -1), masked], dim=-1)
             else:
                 mask = regions.latents.to(self.device)
@@ -303,12 +298,8 @@ class Pipeline:
         )
         return _Batch(run, script, noise, start_noise, image, mask)
 
-    def _encode(self, image: torch.Tensor, noise: Noise, tiled: bool) -> torch.Tensor:
-        with chosen_convolutions(self.device):
-            return encode_image(self.components.vae, image, noise, tiled, self.graphs)
-
     @torch.inference_mode()
-    def _advance(self, batch: _Batch) -> _Estimate:
+    def _advance(self, batch: _Batch) -> Estimate:
         """One row of the table: one call of the UNet, one update of the state."""
         state = batch.run.state
         batch.run.key_values = batch.script.at(state.index)
@@ -319,22 +310,7 @@ class Pipeline:
         state = batch.run.state
         if batch.mask is not None and batch.image is not None:
             advance.hold(state, batch.image, batch.start_noise, batch.mask)
-        return _Estimate(x_in, out[-len(state.x) :][:1].clone(), timestep)
-
-    def denoised(self, estimate: _Estimate) -> torch.Tensor:
-        """The clean latent that the network's (conditional) output speaks for, `[1, h, w, C]`."""
-        x_in, out = estimate.x_in, estimate.out.float()
-        if math.isnan(estimate.timestep):
-            return x_in  # it is clean
-        scheduler = self.components.scheduler
-        levels = alphas_cumprod(scheduler)
-        signal = float(levels[min(max(round(estimate.timestep), 0), len(levels) - 1)])
-        alpha, sigma = signal**0.5, (1.0 - signal) ** 0.5
-        if scheduler.prediction_type == "sample":
-            return out
-        if scheduler.prediction_type == "v_prediction":
-            return alpha * x_in - sigma * out
-        return (x_in - sigma * out) / max(alpha, 1e-3)
+        return Estimate(x_in, out[-len(state.x) :][:1].clone(), timestep)
 
     def _finish(self, request: Request, x: torch.Tensor) -> Any:
         """A batch's pictures from its last state, in the form asked for."""
@@ -353,29 +329,23 @@ class Pipeline:
     def decode(self, latents: torch.Tensor, tiled: bool = False) -> list[Image.Image]:
         """Scaled latents `[n, h, w, C]` to pictures, one at a time (the decoder's maps are the largest of all)."""
         with self._lock:
-            return [Image.fromarray(self._pixels(latent[None], tiled)[0]) for latent in latents]
+            self.graphs.in_order(self.device)
+            return [Image.fromarray(self._codec.decode(latent[None], tiled)[0]) for latent in latents]
 
-    def _pixels(self, latent: torch.Tensor, tiled: bool) -> np.ndarray:
-        """`[1, h, w, C]` to `[1, H, W, 3]` uint8.
+    @contextmanager
+    def _turn(self, request: Request) -> Iterator[None]:
+        """One thread at a time; that memory ran out is said in one line with what would take less."""
+        with self._lock:
+            self.graphs.in_order(self.device)
+            try:
+                yield
+            except torch.OutOfMemoryError as error:
+                raise memory.too_large(request.picture) from error
 
-        A single value that is not finite is no picture: the autoencoder then goes to fp32 for good, and that is said.
-        """
-        vae = self.components.vae
-        image = self._decode(latent, tiled)
-        if not bool(torch.isfinite(image).all()) and vae.post_quant_conv.weight.dtype != torch.float32:
-            vae.float()
-            self.graphs.forget()  # they hold the weights that are gone
-            self._news.append(f"the autoencoder overflowed in {dtype_name(self.dtype)}; it runs in fp32 from now on")
-            image = self._decode(latent, tiled)
-        if not bool(torch.isfinite(image).all()):
-            raise FastsdError("the picture is not finite: the model overflowed; dtype fp32 or bf16 may help")
-        return (image.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
-
-    def _decode(self, latent: torch.Tensor, tiled: bool) -> torch.Tensor:
-        vae = self.components.vae
-        z = (latent / vae.config.scaling_factor).to(vae.post_quant_conv.weight.dtype)
-        with chosen_convolutions(self.device):
-            return decode_tiled(vae, z) if tiled else self.graphs("decode", vae.decode, z)
+    def _wait(self) -> None:
+        """Until the device has done what it was asked for."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _result(self, request: Request, finished: list[Any], clock: dict[str, float]) -> Result:
         if request.output_type == "pil":
@@ -406,5 +376,4 @@ class Pipeline:
             "prompt_syntax": request.prompt_syntax if request.prompt_syntax != "a1111" else None,
             "embeddings": list(request.embeddings),
         }
-        notes, self._news = [*request.notes, *self._news], []
-        return Result(images, list(request.seeds), clock, notes, parameters)
+        return Result(images, list(request.seeds), clock, [*request.notes, *self._codec.news()], parameters)

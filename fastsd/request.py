@@ -54,6 +54,7 @@ class Request:
     batch_size: int
     output_type: str
     vae_tiling: bool
+    picture: memory.Picture  # what the memory that it takes depends on
     prompt_syntax: str = "a1111"
     loras: tuple[LoraTag, ...] = ()  # tags of the prompts, which say what the pipeline's adapters should be
     embeddings: tuple[str, ...] = ()  # textual inversions in the texts, by name
@@ -135,9 +136,10 @@ def make_request(
         shape = (count, config.latent_channels, height // config.downscale, width // config.downscale)
         latents = fit_latents(latents, shape)
     weight = components.unet.conv_in.weight
-    memory.check_picture(
-        components.unet.config, config, width, height, min(batch_size, count), weight.dtype, weight.device
-    )
+    tiled = width * height > TILED_FROM if vae_tiling is None else bool(vae_tiling)
+    batch_size = min(batch_size, count)
+    picture = memory.Picture(components.unet.config, config, width, height, batch_size, weight.dtype, tiled)
+    memory.check_picture(picture, weight.device)
 
     strength, eta = number("strength", strength, 0, 1), number("eta", eta, 0, 1)
     if schedule is None and sampler is None:
@@ -167,7 +169,8 @@ def make_request(
         strength=strength,
         batch_size=batch_size,
         output_type=output_type,
-        vae_tiling=width * height > TILED_FROM if vae_tiling is None else bool(vae_tiling),
+        vae_tiling=tiled,
+        picture=picture,
         image=image,
         mask=mask,
         latents=latents,

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastsd.errors import FastsdError
 from fastsd.graph import Graphs
 from fastsd.kernels import dispatch
 from fastsd.pipeline import Pipeline
@@ -227,6 +228,148 @@ def test_the_autoencoder_that_overflows_is_widened_once() -> None:
         assert np.asarray(result.images[0]).std() > 0
         notes += result.notes
     assert notes == ["the autoencoder overflowed in fp16; it runs in fp32 from now on"]
+
+
+def test_weights_that_take_the_place_of_others_are_captured_anew() -> None:
+    """A graph on memory that was given back would read whatever is there now."""
+    pipe, recorder = graphed()
+    plain = tiny_pipeline()
+    latents(pipe)
+    captures = recorder.recorded
+    for p in (pipe, plain):
+        layer = p.components.unet.conv_in
+        layer.weight = torch.nn.Parameter(layer.weight.detach() * 1.5, requires_grad=False)
+    assert torch.equal(latents(pipe), latents(plain)) and recorder.recorded == captures + 1  # the step, not the text
+    for p in (pipe, plain):
+        p.components.vae.to(memory_format=torch.channels_last)
+        p.components.vae.decoder.conv_out.bias = torch.nn.Parameter(torch.full((3,), 0.3), requires_grad=False)
+    assert np.array_equal(pipe("a cat", seed=1).images[0], plain("a cat", seed=1).images[0])
+
+
+def test_a_forced_backend_has_graphs_of_its_own() -> None:
+    pipe, recorder = graphed()
+    plain = tiny_pipeline()
+    latents(pipe)
+    captures = recorder.recorded
+    with dispatch.reference_only():
+        assert torch.equal(latents(pipe), latents(plain))
+    assert recorder.recorded == 2 * captures
+
+
+def test_a_shape_that_found_no_memory_is_captured_when_there_is_some() -> None:
+    plain = tiny_pipeline()
+    recorder = TapeRecorder([torch.OutOfMemoryError("CUDA out of memory")] * 2)
+    pipe = Pipeline(plain.components, plain.device, plain.dtype, Graphs(recorder))
+    with pytest.warns(UserWarning, match="CUDA out of memory"):
+        wanted = latents(pipe)  # the text encoder fails twice, the step is captured
+    pipe.graphs.forget()
+    recorder.recorded = 0
+    assert torch.equal(latents(pipe), wanted) and recorder.recorded == 2
+
+
+def test_streams_in_threads_see_their_own_latents() -> None:
+    """Between a step and the look at it another thread may step on the same buffers."""
+    pipe, _ = graphed()
+
+    def watch(seed: int) -> list[torch.Tensor]:
+        steps = pipe.stream("a cat", seed=seed, num_inference_steps=12, sampler="euler_a", output_type="latent")
+        return [step.latents.clone() for step in steps]
+
+    wanted, found = [watch(seed) for seed in range(3)], {}
+
+    def work(seed: int) -> None:
+        with dispatch.forced("torch"):
+            found[seed] = watch(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, want in enumerate(wanted):
+        assert all(torch.equal(a, b) for a, b in zip(found[seed], want, strict=True))
+
+
+def test_a_stream_left_half_way_holds_no_other_thread_up() -> None:
+    pipe, _ = graphed()
+    wanted = latents(pipe, seed=2)
+    left = pipe.stream("a dog", seed=3)
+    next(left)
+    found: list[torch.Tensor] = []
+
+    def work() -> None:
+        with dispatch.forced("torch"):
+            found.append(latents(pipe, seed=2))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(timeout=120)
+    assert found and torch.equal(found[0], wanted)
+
+
+def test_large_pictures_leave_the_autoencoder_uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, recorder = graphed()
+    latents(pipe, image=PICTURE)
+    captures = recorder.recorded
+    monkeypatch.setattr("fastsd.latents.CAPTURED", 64 * 64 - 1)
+    picture = pipe("a cat", seed=1).images[0]
+    assert recorder.recorded == captures
+    monkeypatch.undo()
+    assert np.array_equal(pipe("a cat", seed=1).images[0], picture) and recorder.recorded == captures + 1
+
+
+def test_an_encoder_that_overflows_is_widened_too() -> None:
+    plain = tiny_pipeline(dtype=torch.float16)
+    pipe = Pipeline(plain.components, plain.device, plain.dtype, Graphs(TapeRecorder()))
+    with torch.no_grad():
+        plain.components.vae.encoder.conv_in.weight.mul_(1e5)  # itself within fp16, its map not
+    notes = []
+    for seed in range(3):
+        result = pipe("a cat", image=PICTURE, seed=seed, strength=0.5, num_inference_steps=2, output_type="latent")
+        assert torch.isfinite(result.images).all()
+        notes += result.notes
+    assert notes == ["the autoencoder overflowed in fp16; it runs in fp32 from now on"]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_one_value_that_is_not_finite_is_enough(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = tiny_pipeline(dtype=torch.float16)
+    vae, decode = plain.components.vae, plain.components.vae.decode
+    ran = []
+
+    def spoilt(z: torch.Tensor) -> torch.Tensor:
+        ran.append(z.dtype)
+        image = decode(z)
+        if z.dtype == torch.float16:
+            image[0, 5, 7, 1] = value
+        return image
+
+    monkeypatch.setattr(vae, "decode", spoilt)
+    for _ in range(3):
+        assert plain("a cat", seed=1, num_inference_steps=1).images[0].size == (64, 64)
+    assert ran == [torch.float16] + [torch.float32] * 3  # one picture is decoded twice, and the weights converted once
+
+
+def test_a_model_that_is_not_finite_is_an_error_and_leaves_the_autoencoder_as_it_is() -> None:
+    plain = tiny_pipeline(dtype=torch.float16)
+    with torch.no_grad():
+        plain.components.unet.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(FastsdError, match="not finite.*dtype"):
+        plain("a cat", seed=1, num_inference_steps=1)
+    assert plain.components.vae.quant_conv.weight.dtype == torch.float16
+
+
+def test_memory_that_runs_out_is_one_line_with_what_takes_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, _ = graphed()
+
+    def no_memory(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(pipe.components.unet, "project_context", no_memory)
+    with pytest.raises(FastsdError, match="not enough memory for 64x64 in batches of 4; batch_size 2 .*32x32"):
+        pipe("a cat", num_images_per_prompt=4)
+    monkeypatch.undo()
+    assert torch.equal(latents(pipe), latents(tiny_pipeline()))  # and the lock is free
 
 
 def test_a_tape_sees_what_a_graph_would_not() -> None:

@@ -101,6 +101,11 @@ def forced(name: str) -> Iterator[None]:
         _forced.name = previous
 
 
+def forced_name() -> str | None:
+    """The backend that this thread's ops are forced to, or None."""
+    return getattr(_forced, "name", None)
+
+
 def reference_only() -> AbstractContextManager[None]:
     """Inside this context every op of this thread runs its fp32 specification."""
     return forced("reference")

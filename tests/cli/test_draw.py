@@ -287,7 +287,7 @@ def test_a_full_disk_is_one_line(cli: Callable, model: Path, monkeypatch: pytest
     [
         (MemoryError(), 4, "--batch-size 2"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 1, "--vae-tiling"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), 1, "--width 32 --height 32"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), 1, "32x32 would take less"),
     ],
 )
 def test_too_little_memory_says_what_to_try(

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from fastsd.config import SD15_UNET, SD_VAE, CLIPConfig, SchedulerConfig
+from fastsd.errors import FastsdError
 from fastsd.graph import CudaRecorder, Graphs
 from fastsd.model.clip import TextEncoder
 from fastsd.model.tokenizer import Tokenizer
@@ -106,9 +108,57 @@ def test_two_threads(components: Components) -> None:
     assert all(torch.equal(found[seed], wanted[seed]) for seed in range(6))
 
 
-def test_a_step_asks_the_host_for_nothing_and_takes_no_memory(components: Components) -> None:
+def test_threads_with_streams_of_their_own(components: Components) -> None:
+    """Callers' work is ordered on the device too, not on the host alone."""
+    pipe, found = pipeline(components), {}
+    settings: dict[str, Any] = {"num_inference_steps": 3, "width": 256, "height": 256, "output_type": "latent"}
+    wanted = [pipe("a cat", seed=seed, **settings).images for seed in range(8)]
+    torch.cuda.synchronize(DEVICE)
+
+    def draw(seeds: range) -> None:
+        with torch.cuda.stream(torch.cuda.Stream(DEVICE)):
+            for seed in seeds:
+                found[seed] = pipe("a cat", seed=seed, **settings).images
+
+    threads = [threading.Thread(target=draw, args=(range(start, 8, 2),)) for start in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.cuda.synchronize(DEVICE)
+    assert all(torch.equal(found[seed], wanted[seed]) for seed in range(8))
+
+
+def test_two_streams_of_one_shape_in_turn(components: Components) -> None:
     pipe = pipeline(components)
-    steps = pipe.stream("a cat", seed=1, num_inference_steps=6)
+    settings: dict[str, Any] = {"num_inference_steps": 4, "sampler": "dpm++2m_sde", "width": 256, "height": 256}
+    wanted = [latents(pipe, seed=seed, **settings) for seed in (1, 2)]
+    streams = [pipe.stream("a cat", seed=seed, output_type="latent", **settings) for seed in (1, 2)]
+    for pair in zip(*streams):
+        last = pair
+        latents(pipe, "a call between", seed=5, **settings)
+    for step, want in zip(last, wanted, strict=True):
+        assert step.result is not None and torch.equal(step.result.images, want)
+
+
+PICTURE = Image.effect_noise((512, 512), 64).convert("RGB")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"sampler": "euler"},
+        {"sampler": "euler_a"},  # draws noise on the CPU in every row
+        {"guidance_rescale": 0.7},
+        {"image": PICTURE, "mask_image": PICTURE.convert("L"), "strength": 1.0},
+    ],
+    ids=["euler", "euler_a", "rescaled", "inpainting"],
+)
+def test_a_step_asks_the_host_for_nothing_and_takes_no_memory(
+    components: Components, arguments: dict[str, Any]
+) -> None:
+    pipe = pipeline(components)
+    steps = pipe.stream("a cat", seed=1, num_inference_steps=6, **arguments)
     next(steps), next(steps)
     before = torch.cuda.memory_allocated(DEVICE)
     torch.cuda.set_sync_debug_mode("error")
@@ -118,6 +168,21 @@ def test_a_step_asks_the_host_for_nothing_and_takes_no_memory(components: Compon
         torch.cuda.set_sync_debug_mode("default")
     del step
     assert torch.cuda.memory_allocated(DEVICE) - before < 2**20  # a step's latents, for whoever looks at them
+
+
+def test_weights_that_take_the_place_of_others_are_captured_anew(components: Components) -> None:
+    plain, pipe = pipeline(components, graphs=False), pipeline(components)
+    settings = {"width": 256, "height": 256}
+    before = latents(pipe, **settings)
+    layer = components.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_qkv
+    original = layer.weight
+    layer.weight = torch.nn.Parameter(original * 1.5, requires_grad=False)
+    try:
+        found = latents(pipe, **settings)
+        assert torch.equal(found, latents(plain, **settings)) and not torch.equal(found, before)
+    finally:
+        layer.weight = original
+    assert torch.equal(latents(pipe, **settings), before)
 
 
 def test_too_little_memory_for_a_capture(components: Components) -> None:
@@ -131,12 +196,13 @@ def test_too_little_memory_for_a_capture(components: Components) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pipe("a cat", seed=1, num_inference_steps=1, width=1024, height=1024, output_type="latent")
-    except torch.OutOfMemoryError:
-        pass  # not even the eager run fits
+    except FastsdError as error:
+        assert "not enough memory" in str(error)  # not even the eager run fits
     finally:
         del ballast
         torch.cuda.empty_cache()
-    assert torch.equal(latents(pipe, width=256, height=256), wanted)
+    pipe.graphs.forget()
+    assert torch.equal(latents(pipe, width=256, height=256), wanted) and len(pipe.graphs) == 2  # text and step
 
 
 def test_five_resolutions_in_a_row(components: Components) -> None:
