@@ -10,7 +10,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# The work here is small: two threads that wait for each other gain little, and lose tenfold on a machine that is shared.
+# The work here is small: two threads that wait for each other gain little, and lose tenfold on a shared machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
