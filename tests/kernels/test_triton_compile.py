@@ -15,9 +15,11 @@ pytest.importorskip("triton", reason="no Triton for this platform")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from bench.compiled import SHARED, compile_kernel
+import triton
+
+from bench.compiled import SHARED, compile_kernel, source_of
 from fastsd.kernels import advance_triton, geglu_triton, groupnorm_silu_triton, layernorm_triton
-from fastsd.kernels.launch import groupnorm_silu, rows
+from fastsd.kernels.launch import OPTIONS, groupnorm_silu, rows
 
 QUICK = (75, 90)
 TARGETS = [
@@ -35,12 +37,23 @@ GROUPNORM = [  # pixels, channels, of those in the first part
 ]
 
 
+AMD = 942  # gfx942, which takes the rows of sm_80: compiled, never run
+TARGETS.append(pytest.param(AMD, torch.float16, id="gfx942-float16"))
+AMD_SHARED = 65536
+
+
 def class_of(capability: int) -> int:
-    return 86 if capability == 89 else capability
+    return {89: 86, AMD: 80}.get(capability, capability)
 
 
 def examine(kernel: Any, capability: int, warps: int, arguments: dict[str, Any], bits: int, wide_loads: int) -> None:
     """bits: of every store to the result; wide_loads: how many loads have to be at least so wide."""
+    if capability == AMD:
+        target = triton.backends.compiler.GPUTarget("hip", "gfx942", 64)
+        options = {"num_warps": max(warps // 2, 1), **OPTIONS}  # a wave has 64 lanes
+        binary = triton.compile(source_of(kernel, arguments), target=target, options=options)
+        assert binary.metadata.shared <= AMD_SHARED and "_store_" in binary.asm["amdgcn"]
+        return
     made = compile_kernel(kernel, capability, warps, arguments)
     name = f"{kernel.fn.__name__} on sm_{capability}: {made}"
     assert made.spills == 0, name
