@@ -6,6 +6,7 @@ The launches are the tables' own, at shapes of SD1.5, of the SD and SDXL decoder
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import pytest
@@ -16,15 +17,17 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 import triton
+from triton.backends.compiler import GPUTarget
 
 from bench.compiled import SHARED, compile_kernel, source_of
 from fastsd.kernels import advance_triton, geglu_triton, groupnorm_silu_triton, layernorm_triton
 from fastsd.kernels.launch import OPTIONS, groupnorm_silu, rows
 
-QUICK = (75, 90)
+AMD = 942  # gfx942, which takes the rows of sm_80: compiled, never run
+QUICK = (75, 90, AMD)
 TARGETS = [
     pytest.param(capability, dtype, marks=() if capability in QUICK and dtype is torch.float16 else pytest.mark.slow)
-    for capability in SHARED
+    for capability in (*SHARED, AMD)
     for dtype in (torch.float16, torch.bfloat16, torch.float32)
     if dtype is not torch.bfloat16 or capability >= 80
 ]
@@ -37,11 +40,6 @@ GROUPNORM = [  # pixels, channels, of those in the first part
 ]
 
 
-AMD = 942  # gfx942, which takes the rows of sm_80: compiled, never run
-TARGETS.append(pytest.param(AMD, torch.float16, id="gfx942-float16"))
-AMD_SHARED = 65536
-
-
 def class_of(capability: int) -> int:
     return {89: 86, AMD: 80}.get(capability, capability)
 
@@ -49,10 +47,7 @@ def class_of(capability: int) -> int:
 def examine(kernel: Any, capability: int, warps: int, arguments: dict[str, Any], bits: int, wide_loads: int) -> None:
     """bits: of every store to the result; wide_loads: how many loads have to be at least so wide."""
     if capability == AMD:
-        target = triton.backends.compiler.GPUTarget("hip", "gfx942", 64)
-        options = {"num_warps": max(warps // 2, 1), **OPTIONS}  # a wave has 64 lanes
-        binary = triton.compile(source_of(kernel, arguments), target=target, options=options)
-        assert binary.metadata.shared <= AMD_SHARED and "_store_" in binary.asm["amdgcn"]
+        examine_amd(kernel, warps, arguments, wide=bits == 128)
         return
     made = compile_kernel(kernel, capability, warps, arguments)
     name = f"{kernel.fn.__name__} on sm_{capability}: {made}"
@@ -60,6 +55,17 @@ def examine(kernel: Any, capability: int, warps: int, arguments: dict[str, Any],
     assert made.shared <= SHARED[capability], name
     assert sum(width >= bits for width in made.loads) >= wide_loads, name
     assert not bits or max(made.stores) >= bits, name
+
+
+def examine_amd(kernel: Any, warps: int, arguments: dict[str, Any], wide: bool) -> None:
+    """wide: two loads and the store of a map have to be of 16 bytes. Weights may be narrower: 64 lanes share a row."""
+    target = GPUTarget("hip", "gfx942", 64)
+    made = triton.compile(source_of(kernel, arguments), target=target, options={"num_warps": warps, **OPTIONS})
+    machine, name = made.asm["amdgcn"], f"{kernel.fn.__name__} on gfx942"
+    spilled = re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", machine)
+    assert spilled and set(spilled) == {"0"}, f"{name} spills: {spilled}"
+    assert made.metadata.shared <= 65536, name
+    assert not wide or (machine.count("_load_dwordx4") >= 2 and "_store_dwordx4" in machine), name
 
 
 @pytest.mark.parametrize(("capability", "dtype"), TARGETS)
