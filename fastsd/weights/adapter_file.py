@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fastsd.errors import FastsdError
-from fastsd.weights.configs import read_json
+from fastsd.weights.json_file import read_json
 from fastsd.weights.safetensors_file import Entry, read_header
 
 # What a tensor is to its layer. kohya and A1111; PEFT; diffusers before PEFT; LyCORIS.

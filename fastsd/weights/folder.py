@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastsd.config import SchedulerConfig
+from fastsd.config import CLIPConfig, SchedulerConfig, UNetConfig, VAEConfig
 from fastsd.errors import FastsdError
 from fastsd.model.clip import TextEncoder
 from fastsd.model.tokenizer import Tokenizer
@@ -18,6 +18,7 @@ from fastsd.model.unet import UNet
 from fastsd.model.vae import AutoencoderKL
 from fastsd.weights import configs
 from fastsd.weights.embeddings import Embedding
+from fastsd.weights.json_file import read_json
 from fastsd.weights.load import fill, find_files, place_of, read_headers
 
 OWN_FILE = "fastsd.json"  # what only fastsd reads: default settings, known words
@@ -102,10 +103,10 @@ def outline(root: Path, half: bool) -> tuple[Components, dict[str, list[Path]]]:
         FastsdError: something is missing, or a config is malformed.
     """
     check_is_model(root)
-    index = configs.read_json(root / "model_index.json")
+    index = read_json(root / "model_index.json")
     unet_config, sample_size = configs.read_unet(root / "unet" / "config.json")
     vae_config = configs.read_vae(root / "vae" / "config.json")
-    own = configs.read_json(root / OWN_FILE) if (root / OWN_FILE).is_file() else {}
+    own = read_json(root / OWN_FILE) if (root / OWN_FILE).is_file() else {}
     files = {}
     clip_configs, tokenizers = [], []
     for suffix in ("", "_2"):
@@ -116,11 +117,7 @@ def outline(root: Path, half: bool) -> tuple[Components, dict[str, list[Path]]]:
         tokenizers.append(Tokenizer(root / f"tokenizer{suffix}"))
     if not clip_configs:
         raise FastsdError(f"{root}: no text_encoder folder; a Stable Diffusion checkpoint has one or two")
-    width = sum(config.hidden_size for config in clip_configs)
-    if width != unet_config.cross_attention_dim:
-        raise FastsdError(
-            f"{root}: the text encoders give {width} features where the UNet reads {unet_config.cross_attention_dim}"
-        )
+    _check_they_fit(root, unet_config, vae_config, clip_configs, index.get("requires_aesthetics_score") is True)
     for name in ("unet", "vae"):
         files[name] = find_files(root / name, "diffusion_pytorch_model", half)
     with torch.device("meta"):
@@ -142,6 +139,27 @@ def outline(root: Path, half: bool) -> tuple[Components, dict[str, list[Path]]]:
     if set(files) != {name for name, _ in components.networks()}:
         raise FastsdError(f"{root}: the text_encoder folders should be text_encoder, with text_encoder_2 for SDXL")
     return components, files
+
+
+def _check_they_fit(root: Path, unet: UNetConfig, vae: VAEConfig, clips: list[CLIPConfig], scored: bool) -> None:
+    """Refuse networks that could not be run together, before their weights are read."""
+    width = sum(config.hidden_size for config in clips)
+    if width != unet.cross_attention_dim:
+        raise FastsdError(
+            f"{root}: the text encoders give {width} features where the UNet reads {unet.cross_attention_dim}"
+        )
+    channels = vae.latent_channels
+    if unet.out_channels != channels or unet.in_channels not in (channels, 2 * channels + 1):
+        raise FastsdError(
+            f"{root}: the UNet takes {unet.in_channels} channels and gives {unet.out_channels}; with this autoencoder "
+            f"it should take {channels} (or {2 * channels + 1}, for inpainting) and give {channels}"
+        )
+    if unet.addition_time_embed_dim:
+        pooled = clips[-1].projection_dim or clips[-1].hidden_size
+        given = pooled + (5 if scored else 6) * unet.addition_time_embed_dim
+        wanted = unet.projection_class_embeddings_input_dim
+        if given != wanted:
+            raise FastsdError(f"{root}: text and sizes give {given} added features where the UNet reads {wanted}")
 
 
 def check_is_model(root: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastsd.errors import FastsdError
-from fastsd.weights.configs import read_json
+from fastsd.weights.json_file import read_json
 from fastsd.weights.names import Source, canonical, is_ignored, same_matrix, sources
 from fastsd.weights.safetensors_file import Entry, read_header
 

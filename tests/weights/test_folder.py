@@ -262,6 +262,10 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_json(f / "unet/config.json", cross_attention_dim=48),
         "give 32 features where the UNet reads 48",
     ),
+    "a UNet of other latents": (
+        lambda f: edit_json(f / "unet/config.json", in_channels=8),
+        "the UNet takes 8 channels and gives 4; with this autoencoder it should take 4 (or 9, for inpainting)",
+    ),
     "absurd size": (lambda f: edit_json(f / "unet/config.json", in_channels=2**40), "in_channels is"),
 }
 
@@ -273,6 +277,14 @@ def test_what_is_wrong_with_a_folder_is_one_line(folder: Path, case: str) -> Non
     with pytest.raises(FastsdError) as error:
         load_folder(folder, torch.float32)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_added_conditioning_of_another_width(tmp_path: Path) -> None:
+    """SDXL's UNet reads the pooled text and six sizes; the refiner's reads five."""
+    save_folder(sdxl(), tmp_path, torch.float32)
+    edit_json(tmp_path / "model_index.json", requires_aesthetics_score=True)
+    with pytest.raises(FastsdError, match="give 64 added features where the UNet reads 72"):
+        load_folder(tmp_path, torch.float32)
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/hostname", "sub/part.safetensors"])

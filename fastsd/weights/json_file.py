@@ -1,0 +1,94 @@
+"""JSON that nobody vouches for: objects out of files, and values out of objects by their types and limits."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from fastsd.errors import FastsdError
+
+MAX_JSON = 32 * 2**20  # bytes; a real config has a few thousand, an index of shards a few hundred thousand
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        FastsdError: missing, unreadable, too large or not a JSON object.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise FastsdError(f"{path}: larger than any config ({MAX_JSON // 2**20} MiB)")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FastsdError(f"{path}: cannot be read ({error.strerror})") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise FastsdError(f"{path}: not JSON ({error.__class__.__name__})") from error
+    if not isinstance(data, dict):
+        raise FastsdError(f"{path}: not a JSON object")
+    return data
+
+
+# What each number may be. Beyond are no models, but ways to fill memory or to build layers for ever.
+_WIDTH = (1, 2**16)
+_LIMITS: dict[str, tuple[float, float]] = {
+    "layers_per_block": (1, 8),
+    "transformer_layers_per_block": (1, 24),
+    "num_hidden_layers": (1, 256),
+    **dict.fromkeys(("block_out_channels", "attention_head_dim", "num_attention_heads", "norm_num_groups"), _WIDTH),
+    **dict.fromkeys(("in_channels", "out_channels", "latent_channels", "cross_attention_dim", "sample_size"), _WIDTH),
+    **dict.fromkeys(("hidden_size", "projection_dim", "max_position_embeddings"), _WIDTH),
+    **dict.fromkeys(("addition_time_embed_dim", "projection_class_embeddings_input_dim"), (0, 2**16)),
+    **dict.fromkeys(("intermediate_size", "vocab_size"), (1, 2**20)),
+    "freq_shift": (0, 1),
+    **dict.fromkeys(("norm_eps", "layer_norm_eps", "beta_start", "beta_end"), (0.0, 1.0)),
+    "scaling_factor": (1e-6, 1e6),
+    "num_train_timesteps": (1, 100_000),
+    "steps_offset": (0, 100_000),
+}
+
+
+class Reader:
+    """Typed access to one JSON config; every complaint names the file and the key."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.data = read_json(path)
+
+    def error(self, key: str, wanted: str) -> FastsdError:
+        value = repr(self.data.get(key))
+        return FastsdError(f"{self.path}: {key} is {value if len(value) <= 80 else value[:77] + '...'}; {wanted}")
+
+    def get(self, key: str, kind: type, default: Any) -> Any:
+        """A value of one type, within its limits; `default` where the file does not have it."""
+        value: Any = self.data.get(key)
+        if value is None:
+            value = default
+        if kind is float and type(value) is int:
+            value = float(value) if abs(value) < 2**53 else math.inf
+        if type(value) is not kind:
+            raise self.error(key, f"it should be of type {kind.__name__}")
+        low, high = _LIMITS.get(key, (0, 2**31 - 1))
+        number: Any = value
+        if kind is not bool and not low <= number <= high:  # neither holds for NaN
+            raise self.error(key, f"it should be a number from {low} to {high}")
+        return value
+
+    def one_of(self, key: str, allowed: tuple[Any, ...], default: Any) -> Any:
+        value = self.data.get(key)
+        value = default if value is None else value
+        if value not in allowed:
+            raise self.error(key, f"fastsd knows {', '.join(map(repr, allowed))}")
+        return value
+
+    def per_level(self, key: str, levels: int, default: Any) -> tuple[int, ...]:
+        """A number for all levels or a list with one for each."""
+        value = self.data.get(key)
+        value = default if value is None else value
+        numbers = tuple(value) if isinstance(value, list | tuple) else (value,) * levels
+        low, high = _LIMITS[key]
+        if len(numbers) != levels or not all(type(n) is int and low <= n <= high for n in numbers):
+            raise self.error(key, f"it should be a whole number from {low} to {high}, or a list of {levels}")
+        return numbers
