@@ -61,6 +61,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "model": str,
     "model_path": str,
     "model_fingerprint": str,
+    "revision": str,
     "device": str,
     "dtype": str,
     "batch_size": int,

@@ -29,6 +29,7 @@ from fastsd.script import Script, batches, write_script
 from fastsd.weights import Components, count_numbers, load_checkpoint
 from fastsd.weights.adapters import Adapter, Adapters
 from fastsd.weights.embeddings import load_embedding
+from fastsd.weights.hub import Place, locate_model, locate_vae
 
 BUNDLED = Path(__file__).parent / "assets" / "digits"
 
@@ -95,7 +96,14 @@ class _Batch:
 
 
 class Pipeline:
-    """A checkpoint, ready to draw."""
+    """A checkpoint, ready to draw.
+
+    Attributes:
+        source, vae_source: where `from_pretrained` found the model, and the autoencoder that is not its own.
+    """
+
+    source: Place | None = None
+    vae_source: Place | None = None
 
     def __init__(self, components: Components, device: torch.device, dtype: torch.dtype, graphs: Graphs | None = None):
         """graphs: where captured graphs are kept; None runs everything eagerly."""
@@ -126,34 +134,45 @@ class Pipeline:
         *,
         vae: str | Path | None = None,
         prediction: str | None = None,
+        revision: str | None = None,
         allow_pickle: bool = False,
     ) -> Pipeline:
         """Load a checkpoint.
 
         Args:
-            path: a folder in the diffusers layout, or a single file in the original one; None or "digits" is the
-                bundled model.
+            path: a folder in the diffusers layout, or a single file in the original one; a hub id, `org/name` or
+                `org/name/file.safetensors` (`fastsd.weights.hub`); None or "digits" is the bundled model.
             device: "auto" (CUDA where there is a GPU), "cpu", "cuda", "cuda:1".
             dtype: "auto" (CUDA: fp16; a CPU with avx512_bf16 or amx_bf16: bf16; else fp32), "fp32", "fp16", "bf16".
             graphs: on CUDA, capture each shape's work in CUDA graphs at its first use and replay them afterwards.
             max_graphs: how many are kept; a picture size takes about four.
-            vae: an autoencoder to take instead of the checkpoint's own: a file or a folder.
+            vae: an autoencoder to take instead of the checkpoint's own: a file, a folder or a hub id.
             prediction: "epsilon", "v_prediction" or "sample": what the network predicts, where the checkpoint does not
                 say or says it wrongly.
+            revision: of a hub id: a branch, tag or commit.
             allow_pickle: read `.ckpt` files; nothing but tensors and plain values is unpickled.
 
         Raises:
-            FastsdError: no such model, damaged files, unknown device or dtype, too little memory.
+            FastsdError: no such model, damaged files, unknown device or dtype, too little memory; or the hub's model
+            cannot be fetched.
         """
         place = resolve_device(device)
         precision = resolve_dtype(dtype, place)
-        source = BUNDLED if path in (None, "digits") else Path(path)
-        memory.check_weights(source, count_numbers(source, precision), precision, place)
-        components = load_checkpoint(source, precision, place, vae, prediction, allow_pickle)
+        half = precision != torch.float32
+        found = locate_model(BUNDLED if path is None or path == "digits" else path, revision, half)
+        own_vae = None if vae is None else locate_vae(vae, half)
+        memory.check_weights(found.path, count_numbers(found.path, precision), precision, place)
+        components = load_checkpoint(
+            found.path, precision, place, own_vae.path if own_vae else None, prediction, allow_pickle
+        )
+        if found.hub is not None and not found.hub.inside:
+            components.name = found.hub.repo.split("/")[1]  # the folder is called by its commit
         if precision == torch.float16 and components.vae.config.force_upcast:
             components.vae.float()  # its activations overflow fp16
         recorder = CudaRecorder(place) if graphs and place.type == "cuda" else None
-        return cls(components, place, precision, Graphs(recorder, max_graphs))
+        pipe = cls(components, place, precision, Graphs(recorder, max_graphs))
+        pipe.source, pipe.vae_source = found, own_vae
+        return pipe
 
     def __call__(self, prompt: str | list[str], **arguments: Any) -> Result:
         """Draw pictures.

@@ -154,7 +154,8 @@ def test_importing_the_package_is_light() -> None:
     """Nothing heavy comes with `import fastsd`: not torch, and not what only tests use."""
     loaded = set(run("import fastsd, sys; print(*sys.modules, sep='\\n')").split())
     assert "fastsd" in loaded
-    assert not loaded & {"torch", "triton", "diffusers", "transformers", "scipy", "numpy", "tokenizers", "PIL"}
+    heavy = {"torch", "triton", "diffusers", "transformers", "scipy", "numpy", "tokenizers", "PIL", "huggingface_hub"}
+    assert not loaded & heavy
 
 
 def test_the_pipeline_loads_nothing_that_it_does_not_use() -> None:
@@ -165,6 +166,7 @@ def test_the_pipeline_loads_nothing_that_it_does_not_use() -> None:
         "triton",
         "diffusers",
         "transformers",
+        "huggingface_hub",
         "scipy",
         "fastsd.train",
         "fastsd.evaluate",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsd import __version__
-from fastsd.cli import embeddings, flags, loras, repeat
+from fastsd.cli import embeddings, flags, loras, models, repeat
 from fastsd.cli.output import Output
 from fastsd.cli.parser import one_line
 from fastsd.cli.repeat import Given
@@ -123,7 +123,7 @@ def load(args: argparse.Namespace, before: dict[str, Any], notes: list[str]) -> 
     """The pipeline, and what metadata says of its model. A repeated picture goes to the device that first drew it."""
     import torch
 
-    from fastsd.pipeline import BUNDLED, Pipeline
+    from fastsd.pipeline import Pipeline
 
     bundled = args.model in (None, "digits")
     device, dtype = args.device, args.dtype
@@ -142,23 +142,25 @@ def load(args: argparse.Namespace, before: dict[str, Any], notes: list[str]) -> 
                 dtype or "auto",
                 vae=args.vae,
                 prediction=args.prediction,
+                revision=args.revision,
                 allow_pickle=args.allow_pickle,
                 graphs=not args.no_graphs,
             )
     except FastsdError as error:
-        path = str(Path(args.model)) if args.model else ""
-        raise FastsdError(f"--model {error}" if path and str(error).startswith(path) else str(error)) from error
+        flag = next((f"--{flag} " for flag in ("model", "vae") if _is_about(error, getattr(args, flag))), "")
+        raise FastsdError(f"{flag}{error}") from error
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
         raise FastsdError(
             f"--model {args.model or 'digits'}: not enough memory for the model; {advice(dtype)}"
         ) from error
-    root = BUNDLED if bundled else Path(args.model)
-    return pipe, {
-        "model_path": repeat.model_path(None if bundled else args.model),
-        "model_fingerprint": repeat.model_fingerprint(root) if root.exists() else None,
-    }
+    return pipe, models.settings(pipe, args)
+
+
+def _is_about(error: FastsdError, path: str | None) -> bool:
+    """Whether a message begins with a path, as a flag gave it."""
+    return path is not None and str(error).startswith(str(Path(path)))
 
 
 def draw_batches(

@@ -29,6 +29,7 @@ def load(pipe: Pipeline, args: argparse.Namespace, before: dict[str, Any], notes
         FastsdError: a file that cannot be read, or one that the repeated picture was drawn with and that is not given.
     """
     from fastsd.model.chunks import find_names
+    from fastsd.weights import hub
 
     text = f"{args.prompt}\n{args.negative_prompt or ''}"
 
@@ -46,6 +47,7 @@ def load(pipe: Pipeline, args: argparse.Namespace, before: dict[str, Any], notes
     used = []
     for path, token, flag in chosen:
         try:
+            path = hub.locate_file(str(path)).path
             name = named(pipe.load_embedding(path, token, allow_pickle=bool(args.allow_pickle)))
         except FastsdError as error:
             said = str(error).removeprefix(f"{path}: ")

@@ -45,12 +45,13 @@ FLAGS = {
     "vae_tiling": "--vae-tiling",
     "prompt_syntax": "--plain-prompt",
 }
-_SHORT = "prompt|prediction|width|height|seed|sampler|schedule|eta|image|strength|device|dtype"
+_SHORT = "prompt|prediction|revision|width|height|seed|sampler|schedule|eta|image|strength|device|dtype"
 
 EXAMPLES = """\
 examples:
   fastsd --prompt "a handwritten eight"
   fastsd -p "a lighthouse" -m sd15 --sampler dpm++2m --schedule karras --seed 7
+  fastsd -p "a lighthouse" -m stable-diffusion-v1-5/stable-diffusion-v1-5
   fastsd -p "a lighthouse" -n "fog" -m sd15 --count 4 -o lighthouse.png
   fastsd -p "in winter" -m sd15 --image lighthouse-0.png --strength 0.6
   fastsd -p "a [sketch:photo:0.3] of a (red:1.2) door" -m sd15
@@ -80,8 +81,9 @@ def make_parser(commands: Mapping[str, str]) -> Parser:
         "-m",
         "--model",
         metavar="PATH",
-        help="a diffusers folder or a single file (default: the digits that come along)",
+        help="a diffusers folder, a single file or a hub id, org/name (default: the digits that come along)",
     )
+    what.add_argument("--revision", metavar="REV", help="of a hub id: a branch, tag or commit")
     what.add_argument("--vae", metavar="PATH", help="an autoencoder to take instead of the model's own")
     what.add_argument(
         "--prediction",

@@ -33,9 +33,14 @@ def load(pipe: Pipeline, args: argparse.Namespace, before: dict[str, Any], notes
         FastsdError: a file that is missing, malformed or for another model; or one that the repeated picture was drawn
             with and that is not given.
     """
+    from fastsd.weights import hub
     from fastsd.weights.adapters import Adapter
 
     chosen = [split(given) for given in args.lora or ()]
+    try:
+        chosen = [(hub.locate_file(str(path)).path, strength) for path, strength in chosen]
+    except FastsdError as error:
+        raise FastsdError(f"--lora {error}") from error
     try:
         tags = () if args.prompt_syntax == "plain" else take_loras(args.prompt)[1]
     except FastsdError as error:

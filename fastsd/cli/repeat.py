@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ from fastsd.errors import FastsdError
 from fastsd.images import fingerprint, read_file, read_text
 from fastsd.metadata import read_texts
 
-BLOCK, BLOCKS = 4096, 16
 FOR_THE_RUN = ("count", "batch_size")  # no settings of one picture
 SETTINGS = (
     *(name for name in flags.NUMBERS if name not in FOR_THE_RUN),
@@ -124,31 +121,3 @@ def differences(settings: dict[str, Any], now: dict[str, Any], args: argparse.Na
     elif now.get("device") == "cuda" and settings.get("batch_size", 1) != now.get("batch_size"):
         notes.append(f"first drawn in a batch of {settings.get('batch_size')}; pixels may differ slightly")
     return notes
-
-
-def model_path(path: str | None) -> str:
-    """How metadata names a model's place: as it was given, but without the user's name."""
-    if path is None:
-        return "digits"
-    home = os.path.expanduser("~")
-    return "~" + path[len(home) :] if home != "/" and path.startswith(home + os.sep) else path
-
-
-def model_fingerprint(root: Path) -> str:
-    """SHA-256 of a model folder's names, sizes, JSON files and samples of its weights, first 16 hexadecimal digits.
-
-    It tells models apart without reading gigabytes.
-    """
-    digest = hashlib.sha256()
-    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix in (".safetensors", ".json"))
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(root).as_posix()}\0{size}\0".encode("utf-8", "surrogateescape"))
-        with file.open("rb") as opened:
-            if file.suffix == ".json":
-                digest.update(opened.read())
-                continue
-            for i in range(BLOCKS):
-                opened.seek(max(0, (size - BLOCK) * i // (BLOCKS - 1)))
-                digest.update(opened.read(BLOCK))
-    return digest.hexdigest()[:16]

@@ -10,7 +10,7 @@ import torch
 
 from fastsd.errors import FastsdError
 from fastsd.weights.folder import Components, load_folder
-from fastsd.weights.load import find_files
+from fastsd.weights.load import STEMS, find_files
 from fastsd.weights.pickle_file import is_pickle
 from fastsd.weights.safetensors_file import read_header
 from fastsd.weights.single_file import AVERAGED, PREDICTIONS, load_single_file, load_vae
@@ -60,10 +60,8 @@ def count_numbers(path: str | Path, dtype: torch.dtype) -> int:
     """
     root = Path(path)
     if root.is_dir():
-        stems = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
-        stems |= {"text_encoder": "model", "text_encoder_2": "model"}
         half = dtype != torch.float32
-        found = [find_files(root / part, stem, half) for part, stem in stems.items() if (root / part).is_dir()]
+        found = [find_files(root / part, stem, half) for part, stem in STEMS.items() if (root / part).is_dir()]
         files = [file for files in found for file in files]
     elif not root.is_file():
         return 0  # what it is instead, loading says

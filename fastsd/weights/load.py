@@ -16,34 +16,49 @@ from fastsd.weights.safetensors_file import Entry, read_header
 
 M = TypeVar("M", bound=nn.Module)
 
+# The networks of a diffusers folder, and what the names of their weights' files begin with.
+STEMS = {
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+}
 
-def find_files(folder: Path, stem: str, half: bool) -> list[Path]:
-    """The weight files of one component.
+
+def candidates(stem: str, half: bool) -> list[str]:
+    """The names that a component's weights may have, the preferred ones first: of a file, or of an index of shards.
 
     Args:
-        folder: for example `.../unet`.
         stem: `diffusion_pytorch_model` or `model`.
         half: prefer the fp16 variant where both are there.
+    """
+    names = []
+    for variant in (".fp16", "") if half else ("", ".fp16"):
+        names += [f"{stem}{variant}.safetensors", f"{stem}.safetensors.index{variant}.json"]
+        names += [f"{stem}{variant}.safetensors.index.json"]
+    return names
+
+
+def find_files(folder: Path, stem: str, half: bool) -> list[Path]:
+    """The weight files of one component: the first of `candidates` in `folder`, for example `.../unet`.
 
     Raises:
         FastsdError: there are none.
     """
-    for variant in (".fp16", "") if half else ("", ".fp16"):
-        single = folder / f"{stem}{variant}.safetensors"
-        if single.is_file():
-            return [single]
-        for index in (
-            folder / f"{stem}.safetensors.index{variant}.json",
-            folder / f"{stem}{variant}.safetensors.index.json",
-        ):
-            if index.is_file():
-                return _shards(index)
+    for name in candidates(stem, half):
+        if (folder / name).is_file():
+            return _shards(folder / name) if name.endswith(".json") else [folder / name]
     raise FastsdError(
         f"{folder}: no weights; expected {stem}.safetensors (or .fp16.safetensors, or shards with an index)"
     )
 
 
-def _shards(index: Path) -> list[Path]:
+def shard_names(index: Path) -> list[str]:
+    """The names of the files, beside the index, that an index names.
+
+    Raises:
+        FastsdError: it is malformed, or names what is not beside it.
+    """
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
         raise FastsdError(f"{index}: weight_map is missing; it should map each tensor to its file")
@@ -51,9 +66,15 @@ def _shards(index: Path) -> list[Path]:
     for name in files:
         if Path(name).name != name:
             raise FastsdError(f"{index}: {name!r} is not the name of a file beside it")
-        if not (index.parent / name).is_file():
-            raise FastsdError(f"{index.parent / name}: missing; {index.name} names it")
-    return [index.parent / name for name in files]
+    return files
+
+
+def _shards(index: Path) -> list[Path]:
+    files = [index.parent / name for name in shard_names(index)]
+    for file in files:
+        if not file.is_file():
+            raise FastsdError(f"{file}: missing; {index.name} names it")
+    return files
 
 
 def load_module(build: Callable[[], M], files: list[Path], dtype: torch.dtype, device: torch.device) -> M:

@@ -1,0 +1,359 @@
+"""Models by their id on the hub, through huggingface_hub: only the files that are needed, kept in its cache.
+
+An id is `org/name`, with `@revision` (a branch, tag or commit) where another than the default branch is meant, and with
+a path behind it for one file: `org/name@v2/file.safetensors`. What exists on this machine under such a name is a path.
+
+Where files come from and go to is huggingface_hub's business, and so are its variables: HF_ENDPOINT, HF_TOKEN (or the
+token that `hf auth login` keeps), HF_HOME and HF_HUB_CACHE, HF_HUB_OFFLINE. With all files there, a start takes one
+request, which asks what the branch stands for now; none at all offline, or where the revision is a commit.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Set
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fastsd.errors import FastsdError
+from fastsd.weights.load import STEMS, candidates, shard_names
+
+SUFFIX = ".safetensors"
+_NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
+_REVISION = r"refs/[\w.-]+/[\w.-]+|[\w.-]+"
+_ID = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>{_REVISION}))?(?P<inside>(?:/[^/\\]+)*)", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_FILES = (SUFFIX, ".ckpt", ".pt", ".bin", ".pth", ".onnx", ".png")  # a name that ends so is a file's
+
+_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_CONFIGS = (
+    "model_index.json",
+    "fastsd.json",
+    "scheduler/scheduler_config.json",
+    *(f"{part}/config.json" for part in STEMS),
+    *(f"{folder}/{name}" for folder in ("tokenizer", "tokenizer_2") for name in _TOKENIZER),
+)
+
+
+@dataclass(frozen=True)
+class HubId:
+    """A repository on the hub; its revision, None being the default branch; and a file in it, or all that is needed."""
+
+    repo: str
+    revision: str | None = None
+    inside: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.repo}{f'@{self.revision}' if self.revision else ''}{f'/{self.inside}' if self.inside else ''}"
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the revision is a commit, which never stands for anything else."""
+        return self.revision is not None and _COMMIT.fullmatch(self.revision) is not None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something lies on this machine; and what it is on the hub, its revision being a commit, if it is there."""
+
+    path: Path
+    hub: HubId | None = None
+
+
+def parse(text: str | Path, revision: str | None = None) -> HubId | None:
+    """The hub id that a text is, or None for a path: of what exists, or what no id looks like.
+
+    Args:
+        text: `org/name`, `org/name@revision`, `org/name/file.safetensors`; a `Path` always is a path.
+        revision: a branch, tag or commit.
+
+    Raises:
+        FastsdError: a revision that is malformed, given twice, or given with a path.
+    """
+    found = None if isinstance(text, Path) or os.path.exists(text) else _ID.fullmatch(text)
+    inside = found["inside"].removeprefix("/") if found else ""
+    if found and (found["repo"].endswith(_FILES) or not (inside == "" or inside.endswith(SUFFIX))):
+        found = None
+    if found and (".." in f"{found['repo']}/{found['revision']}" or "--" in found["repo"] or ".." in inside.split("/")):
+        found = None
+    if revision is not None:
+        if not re.fullmatch(_REVISION, revision, re.ASCII) or ".." in revision:
+            raise FastsdError(f"revision: {revision[:80]!r} should be a branch, a tag or a commit")
+        if found is None:
+            raise FastsdError(f"revision: given with {text}, which is no model's id on the hub (org/name)")
+        if found["revision"] not in (None, revision):
+            raise FastsdError(f"revision: {revision} is another one than that of {text}")
+    return HubId(found["repo"], revision or found["revision"], inside) if found else None
+
+
+def locate_model(text: str | Path, revision: str | None, half: bool) -> Place:
+    """A model's folder or file on this machine, fetched from the hub if it is an id.
+
+    Args:
+        text, revision: as `parse` takes them.
+        half: for a folder, fetch the fp16 variant of the weights where there is one, as `find_files` chooses it.
+
+    Raises:
+        FastsdError: one line that says what is missing and how to get it: huggingface_hub, a login, a network, room.
+    """
+    wanted = parse(text, revision)
+    if wanted is None:
+        return Place(Path(text))
+    return _fetch(wanted, _one_file(wanted) if wanted.inside else _model_files(wanted, half), half)
+
+
+def locate_vae(text: str | Path, half: bool) -> Place:
+    """An autoencoder as `locate_model` does a model: a file, a repository of its own, or the part of a model's."""
+    wanted = parse(text)
+    if wanted is None:
+        return Place(Path(text))
+    if wanted.inside:
+        return _fetch(wanted, _one_file(wanted), half)
+    place = _fetch(wanted, _vae_files(wanted, half), half)
+    return place if (place.path / "config.json").is_file() else replace(place, path=place.path / "vae")
+
+
+def locate_file(text: str | Path) -> Place:
+    """One file, fetched from the hub if `text` is the id of one."""
+    wanted = parse(text)
+    return _fetch(wanted, _one_file(wanted), True) if wanted is not None and wanted.inside else Place(Path(text))
+
+
+def is_cached(wanted: HubId) -> bool:
+    """Whether a model is on this machine already, in whichever precision; nothing is asked of the network."""
+    try:
+        import huggingface_hub  # noqa: F401
+    except ImportError:
+        return False
+    files = _one_file(wanted) if wanted.inside else _model_files(wanted, True)
+    return _in_cache(wanted, files, True) is not None
+
+
+# What is needed, out of the names of all that a repository holds
+
+Choose = Callable[[Set[str]], list[str]]
+
+
+def _one_file(wanted: HubId) -> Choose:
+    def choose(names: Set[str]) -> list[str]:
+        if wanted.inside not in names:
+            raise FastsdError(f"{wanted}: no such file in that repository{_single_files(names)}")
+        return [wanted.inside]
+
+    return choose
+
+
+def _model_files(wanted: HubId, half: bool) -> Choose:
+    def choose(names: Set[str]) -> list[str]:
+        if "model_index.json" not in names:
+            said = _single_files(names) or "; it holds no .safetensors file either"
+            raise FastsdError(f"{wanted}: no model_index.json in that repository{said}")
+        folders = {name.split("/")[0] for name in names if "/" in name}
+        for part in ("unet", "vae", "scheduler"):
+            if part not in folders:
+                raise FastsdError(f"{wanted}: no {part}/ in that repository; it is no Stable Diffusion 1, 2 or XL")
+        chosen = [name for name in _CONFIGS if name in names]
+        for folder in ("tokenizer", "tokenizer_2"):
+            whole = f"{folder}/tokenizer.json"
+            parts = [f"{folder}/vocab.json", f"{folder}/merges.txt"]
+            chosen += [whole] if whole in names else [name for name in parts if name in names]
+        networks = [part for part in STEMS if part in folders]
+        return chosen + [_weights(wanted, names, f"{part}/", STEMS[part], half) for part in networks]
+
+    return choose
+
+
+def _vae_files(wanted: HubId, half: bool) -> Choose:
+    def choose(names: Set[str]) -> list[str]:
+        folder = "" if "config.json" in names else "vae/"
+        if f"{folder}config.json" not in names:
+            raise FastsdError(f"{wanted}: no autoencoder's config.json in that repository{_single_files(names)}")
+        return [f"{folder}config.json", _weights(wanted, names, folder, STEMS["vae"], half)]
+
+    return choose
+
+
+def _weights(wanted: HubId, names: Set[str], folder: str, stem: str, half: bool) -> str:
+    """The file of a component's weights, or the index of their shards."""
+    for name in candidates(stem, half):
+        if folder + name in names:
+            return folder + name
+    raise FastsdError(f"{wanted}: no {folder}{stem}{SUFFIX} in that repository; weights in other formats are not read")
+
+
+def _single_files(names: Set[str]) -> str:
+    """The models that a repository holds as single files, as the end of a message."""
+    files = sorted(name for name in names if name.endswith(SUFFIX) and "/" not in name)
+    return f"; it holds {', '.join(files[:4])}{', ...' if len(files) > 4 else ''}" if files else ""
+
+
+def _with_shards(files: list[str], get: Callable[[str], Path]) -> Iterator[str]:
+    """The files, each index of shards followed by the shards that it names; `get` gives a file's place."""
+    for name in files:
+        yield name
+        if ".safetensors.index." in name:
+            yield from (str(PurePosixPath(name).with_name(shard)) for shard in shard_names(get(name)))
+
+
+# Getting it
+
+
+def _fetch(wanted: HubId, choose: Choose, half: bool) -> Place:
+    """What `choose` picks, from the cache or the network."""
+    try:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError as error:
+        raise FastsdError(
+            f"{wanted}: no such path here; to fetch it from the hub, first do: pip install huggingface_hub"
+        ) from error
+    if wanted.pinned and (place := _in_cache(wanted, choose, half)):
+        return place
+    # HTTP libraries have changed under huggingface_hub; its own error is a sibling of theirs.
+    unreachable: tuple[type[BaseException], ...] = (OSError, *HfHubHTTPError.__bases__)
+    try:
+        info = HfApi().model_info(wanted.repo, revision=wanted.revision, files_metadata=True)
+        sizes = {one.rfilename: one.size or 0 for one in info.siblings or ()}
+    except HfHubHTTPError as error:
+        if error.response.status_code < 500 or (place := _in_cache(wanted, choose, True)) is None:
+            raise _refusal(wanted, error) from error
+        return place
+    except unreachable as error:
+        if (place := _in_cache(wanted, choose, True)) is None:
+            raise _refusal(wanted, error) from error
+        return place
+    except (ValueError, KeyError, TypeError) as error:
+        raise FastsdError(f"{wanted}: {_endpoint()} does not answer as a hub does ({_first_line(error)})") from error
+    chosen = choose(set(sizes))
+    broken: tuple[type[BaseException], ...] = (*unreachable, RuntimeError)  # the last is hf_xet's
+    try:
+        return _download(wanted, str(info.sha), chosen, sizes)
+    except broken as error:
+        raise _refusal(wanted, error) from error
+
+
+def _download(wanted: HubId, commit: str, chosen: list[str], sizes: dict[str, int]) -> Place:
+    """Fetch files that are not in the cache yet, the configs before the weights."""
+    from huggingface_hub import hf_hub_download
+
+    pinned = replace(wanted, revision=commit)
+
+    def get(name: str) -> Path:
+        return Path(hf_hub_download(wanted.repo, name, revision=commit))
+
+    files = list(_with_shards(chosen, get))
+    for name in files:
+        if name not in sizes:
+            raise FastsdError(f"{wanted}: no {name} in that repository; an index of shards there names it")
+    _check_room(wanted, sum(sizes[name] for name in files if _cached_file(pinned, name) is None))
+    paths = [get(name) for name in files]
+    if not wanted.pinned and _cached_file(wanted, files[0]) != paths[0]:
+        # This leaves word in the cache of what the branch stands for, last of all: offline, what it says is whole.
+        hf_hub_download(wanted.repo, files[0], revision=wanted.revision or "main")
+    return _place(pinned, files[0], paths[0])
+
+
+def _in_cache(wanted: HubId, choose: Choose, half: bool) -> Place | None:
+    """What is in the cache, if it is whole.
+
+    Args:
+        half: take the fp16 variant of the weights too; for fp32 that would be a loss.
+    """
+    markers = [wanted.inside] if wanted.inside else ["model_index.json", "config.json", "vae/config.json"]
+    found = next((pair for name in markers if (pair := (name, _cached_file(wanted, name)))[1] is not None), None)
+    if found is None or found[1] is None:
+        return None
+    place = _place(wanted, found[0], found[1])
+    root = place.path.parents[len(PurePosixPath(wanted.inside).parts) - 1] if wanted.inside else place.path
+    names = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    try:
+        files = list(_with_shards(choose(names), lambda name: root / name))
+    except FastsdError:
+        return None
+    whole = names.issuperset(files) and (half or not any(".fp16." in name for name in files))
+    return place if whole else None
+
+
+def _place(wanted: HubId, name: str, path: Path) -> Place:
+    """The snapshot that a file is in, whose folder is called by its commit; or the file, where one file is wanted."""
+    root = path.parents[len(PurePosixPath(name).parts) - 1]
+    return Place(path if wanted.inside else root, replace(wanted, revision=root.name))
+
+
+def _cached_file(wanted: HubId, name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(wanted.repo, name, revision=wanted.revision)
+    return Path(found) if isinstance(found, str) else None  # else None, or a mark that there is no such file
+
+
+def _check_room(wanted: HubId, needed: int) -> None:
+    """Refuse what the disk has no room for before it is fetched."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE)
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise FastsdError(
+            f"{wanted}: {needed / 2**30:.1f} GiB are to be fetched and {free / 2**30:.1f} GiB are free at "
+            f"{constants.HF_HUB_CACHE}; make room, or set HF_HOME to a folder on another disk"
+        )
+
+
+# What went wrong
+
+
+def _refusal(wanted: HubId, error: BaseException) -> FastsdError:
+    """One line on an error of huggingface_hub's, or of what it uses."""
+    from huggingface_hub import constants, errors
+
+    endpoint, seen = _endpoint(), _causes(error)
+    status = next((one.response.status_code for one in seen if isinstance(one, errors.HfHubHTTPError)), None)
+    login = "`hf auth login` or HF_TOKEN"
+    number = next((one.errno for one in seen if isinstance(one, OSError) and one.errno is not None), None)
+    if any(isinstance(one, errors.GatedRepoError) for one in seen) or status == 403:
+        said = f"it is gated; ask for access at {endpoint}/{wanted.repo}, then log in with {login}"
+    elif any(isinstance(one, errors.RevisionNotFoundError) for one in seen):
+        said = f"no revision {wanted.revision!r} in that repository; it should be a branch, a tag or a commit"
+    elif any(isinstance(one, errors.RepositoryNotFoundError) for one in seen) or status in (401, 404):
+        said = f"no such path here and no such repository at {endpoint}; if it is private, log in with {login}"
+    elif any(isinstance(one, errors.OfflineModeIsEnabled) for one in seen):
+        said = f"HF_HUB_OFFLINE is set, and it is not (or not whole) in {constants.HF_HUB_CACHE}"
+    elif status is not None:
+        said = f"{endpoint} answers {status}; try again later"
+    elif number == errno.ENOSPC:
+        said = f"no space is left at {constants.HF_HUB_CACHE}; make room, or set HF_HOME to a folder on another disk"
+    elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        said = f"{constants.HF_HUB_CACHE} cannot be written to; HF_HOME names another folder"
+    else:
+        said = (
+            f"{endpoint} cannot be reached, or the connection broke off ({_first_line(seen[-1])}), and it is not (or "
+            f"not whole) in {constants.HF_HUB_CACHE}; try again, what has come is kept"
+        )
+    return FastsdError(f"{wanted}: {said}")
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error and those that it was raised from."""
+    found: list[Any] = [error]
+    while found[-1].__cause__ is not None and len(found) < 10:
+        found.append(found[-1].__cause__)
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    """The kind of an error and the beginning of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}{f': {lines[0][:120]}' if lines else ''}"
+
+
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    return str(constants.ENDPOINT)
