@@ -103,12 +103,16 @@ def summary(outcomes: list[tuple[bool, str]], records: list[dict[str, Any]]) -> 
     for name, group in contests.items():
         kernel = group[0]["contest"] == "kernel"
         found = [_outcome(one) for one in group]
-        rows = list(lines(found, group[0].get("floor")))
+        limit = record.limit_of(group[0])
+        rows = list(lines(found, limit))
         if kernel:  # one line: ours, and the best of PyTorch's
             others = [o for o in found[1:] if o.spread]
             best = min(others, key=lambda o: o.spread.median if o.spread else 0.0) if others else None
-            rows = [rows[0] + (f"; {best.name} {best.spread.median * 1e6:.1f} µs" if best and best.spread else "")]
-            text.append(f"{group[0]['model']}:{rows[0]}")
+            beside = ""
+            if best and best.spread:
+                rate = f", {limit.rate(best.spread.median)}" if limit else ""
+                beside = f"; {best.name} {best.spread.median * 1e6:.1f} µs{rate}"
+            text.append(f"{group[0]['model']}:{rows[0]}{beside}")
         else:
             text += [name, *rows]
     if len(text) > MOST_LINES:

@@ -55,6 +55,23 @@ class Spread:
     rounds: int
 
 
+@dataclass(frozen=True)
+class Limit:
+    """What a run must at least do: operations, bytes, the seconds of that (the floor), and which of them binds
+    ("flops", "bytes", "exps")."""
+
+    seconds: float
+    flops: float
+    bytes: float
+    binds: str
+
+    def rate(self, seconds: float) -> str:
+        """What was achieved of what binds, for a table; where exponentials bind, operations, if there are any."""
+        if self.binds == "bytes" or not self.flops:
+            return f"{_digits(self.bytes / seconds / 1e9)} GB/s"
+        return f"{_digits(self.flops / seconds / 1e12)} TFLOP/s"
+
+
 @dataclass
 class Outcome:
     """What a contest says of one candidate. `problem`: why there is no speed, in one line."""
@@ -224,7 +241,7 @@ def rotation(count: int, make: Callable[[int], Any]) -> Callable[[int], Any]:
     return lambda i: sets[i % count]
 
 
-def lines(outcomes: list[Outcome], floor: float | None = None) -> Iterator[str]:
+def lines(outcomes: list[Outcome], limit: Limit | None = None) -> Iterator[str]:
     """The table of a contest, a line for each candidate; ratios are to the first one's median."""
     first = next((o.spread.median for o in outcomes[:1] if o.spread), None)
     for o in outcomes:
@@ -233,9 +250,17 @@ def lines(outcomes: list[Outcome], floor: float | None = None) -> Iterator[str]:
             yield f"  {o.name:26} {o.problem or 'checked, not timed'} {gate if not o.problem else ''}".rstrip()
             continue
         s = o.spread
-        share = f"{floor / s.median:5.1%} of the limit" if floor else ""
+        share = ""
+        if limit is not None:
+            by = " (exponentials)" if limit.binds == "exps" else ""
+            share = f"{limit.rate(s.median):>12} {limit.seconds / s.median:5.1%} of the limit{by}"
         ratio = f"{s.median / first:.2f}x" if first else ""
         yield f"  {o.name:26} {_time(s.median):>9} ({_time(s.low)} to {_time(s.high)}) {ratio:>6} {share} {gate}"
+
+
+def _digits(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _time(seconds: float) -> str:

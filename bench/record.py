@@ -4,7 +4,7 @@
 
 A record is one candidate of one contest: `contest`, `model`, `size`, `batch`, `steps`, `dtype`, `candidate`; `gate`
 (passed, max, relative, psnr); `seconds` (median, low, high, rounds) or null with `problem`; and what else is known of
-it (`floor`, `flops`, `peak_bytes`, `split`, ...).
+it (`floor`, `flops`, `bytes`, `binds`, and reached: `tflop_s`, `gb_s`, `share`; `peak`, `split`, ...).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from bench.measure import Outcome
+from bench.measure import Limit, Outcome
 from fastsd.errors import FastsdError
 
 FORMAT = 1
@@ -141,6 +141,22 @@ def outcome_fields(outcome: Outcome) -> dict[str, Any]:
     if outcome.first_call:
         fields["first_call"] = _number(outcome.first_call)
     return fields
+
+
+def achieved(limit: Limit, outcome: Outcome) -> dict[str, Any]:
+    """Rates by the median, and the share of the device's limit; nothing where there is no speed."""
+    if outcome.spread is None:
+        return {}
+    seconds = outcome.spread.median
+    rates = {"tflop_s": limit.flops / seconds / 1e12, "gb_s": limit.bytes / seconds / 1e9}
+    return {name: _number(value) for name, value in (rates | {"share": limit.seconds / seconds}).items()}
+
+
+def limit_of(record: dict[str, Any]) -> Limit | None:
+    """What `record` was held against; None where nothing was counted."""
+    if not record.get("floor"):
+        return None
+    return Limit(record["floor"], record.get("flops", 0.0), record.get("bytes", 0.0), record.get("binds", "flops"))
 
 
 def _number(x: float) -> float | None:

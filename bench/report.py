@@ -1,10 +1,11 @@
 """The README's table and the charts, from the result files.
 
-    python -m bench.report [FILE.json ...] [--charts docs/images] [--readme README.md]
+    python -m bench.report [FILE.json ...] [--charts docs/images] [--readme README.md] [--kernels docs/performance.md]
 
 Without files: the newest of each folder in bench/results/. The table replaces what stands between the two marks
-"<!-- speed -->" and "<!-- /speed -->" in the README; without the marks it is only printed. Nothing is drawn or
-written that a green gate did not let through.
+"<!-- speed -->" and "<!-- /speed -->" in the README, that of the single kernels what stands between "<!-- kernels -->"
+and "<!-- /kernels -->" in docs/performance.md; without the marks they are only printed. Nothing is drawn or written
+that a green gate did not let through.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.record import ROOT, read
+from bench.record import ROOT, limit_of, read
 from fastsd.errors import FastsdError
 
 TITLES = {
@@ -23,7 +24,7 @@ TITLES = {
     "text": "text", "cold": "cold process to first picture", "update": "sampler update",
 }  # fmt: skip
 MAIN = ("step", "decode", "image", "cold")  # what the table and the first chart show
-MARK, END = "<!-- speed -->", "<!-- /speed -->"
+SPEED, KERNELS = "speed", "kernels"  # the names of the marks
 
 
 def newest() -> list[Path]:
@@ -91,19 +92,44 @@ def table(data: dict[str, Any]) -> str:
         share = f"{floor / own:.0%}" if floor and own else "–"
         rows.append(f"| {title(key)} | {' | '.join(cells)} | {share} |")
     head = f"| | {' | '.join(names)} | fastsd's share of the limit |"
+    return "\n".join([head, "|---" * (len(names) + 2) + "|", *rows, "", f"Medians. {note(environment)}"])
+
+
+def note(environment: dict[str, Any]) -> str:
+    """Where and with what it was measured."""
     threads = f", {environment['threads']} threads" if "cores" in environment else ""
     versions = ", ".join(f"{k} {v}" for k, v in environment["versions"].items() if v and k != "fastsd")
-    note = f"{environment['device']}{threads}; {versions}; commit {environment['commit']}, {environment['date'][:10]}."
-    return "\n".join([head, "|---" * (len(names) + 2) + "|", *rows, "", f"Medians. {note}"])
+    commit = f"commit {environment['commit']}, {environment['date'][:10]}"
+    return f"{environment['device']}{threads}; {versions}; {commit}."
 
 
-def put(readme: Path, text: str) -> bool:
-    """Replace what stands between the marks; whether they were there."""
-    old = readme.read_text(encoding="utf-8")
-    pattern = re.compile(re.escape(MARK) + ".*?" + re.escape(END), re.S)
+def kernel_table(data: dict[str, Any]) -> str:
+    """Markdown: for each kernel and candidate its time, rate and share of the limit; "" where none was measured."""
+    rows = []
+    for key, records in groups(data, ("kernel",)).items():
+        for name, record in records.items():
+            value, limit = seconds(record), limit_of(record)
+            what = f"| {key[1]}, {key[5]} | {name} |"
+            if value is None:
+                rows.append(f"{what} {record.get('problem', '–').split(':')[0]} | | |")
+            elif limit is None:
+                rows.append(f"{what} {show(value)} | | |")
+            else:
+                rows.append(f"{what} {show(value)} | {limit.rate(value)} | {limit.seconds / value:.0%} |")
+    if not rows:
+        return ""
+    head = ["| kernel | | time | reached | share of the limit |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *rows, "", f"Medians. {note(data['environment'])}"])
+
+
+def put(page: Path, name: str, text: str) -> bool:
+    """Replace what stands between the marks of that name; whether they were there."""
+    mark, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    old = page.read_text(encoding="utf-8")
+    pattern = re.compile(re.escape(mark) + ".*?" + re.escape(end), re.S)
     if not pattern.search(old):
         return False
-    readme.write_text(pattern.sub(lambda _: f"{MARK}\n{text}\n{END}", old), encoding="utf-8")
+    page.write_text(pattern.sub(lambda _: f"{mark}\n{text}\n{end}", old), encoding="utf-8")
     return True
 
 
@@ -112,6 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--charts", type=Path, default=ROOT / "docs" / "images")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--kernels", type=Path, default=ROOT / "docs" / "performance.md")
     options = parser.parse_args(arguments)
     try:
         files = options.files or newest()
@@ -121,10 +148,13 @@ def main(arguments: list[str] | None = None) -> int:
     except FastsdError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    text = "\n\n".join(table(data) for data in results.values())
-    print(text)
-    if not put(options.readme, text):
-        print(f"\n{options.readme} has no line {MARK}; nothing was written there", file=sys.stderr)
+    for name, page, make in ((SPEED, options.readme, table), (KERNELS, options.kernels, kernel_table)):
+        text = "\n\n".join(filter(None, map(make, results.values())))
+        if not text:
+            continue
+        print(text + "\n")
+        if not put(page, name, text):
+            print(f"{page} has no line <!-- {name} -->; nothing was written there", file=sys.stderr)
     try:
         from bench.charts import draw
     except ImportError:

@@ -43,7 +43,15 @@ class Work:
 
     def floor(self, ceilings: Ceilings, itemsize: int) -> float:
         """Seconds that the op needs at least."""
-        return max(self.flops / ceilings.flops, self.elements * itemsize / ceilings.bytes, self.exps / ceilings.exps)
+        return max(self.floors(ceilings, itemsize).values())
+
+    def floors(self, ceilings: Ceilings, itemsize: int) -> dict[str, float]:
+        """Seconds that its operations, its bytes and its exponentials need at least, by these names."""
+        return {
+            "flops": self.flops / ceilings.flops,
+            "bytes": self.elements * itemsize / ceilings.bytes,
+            "exps": self.exps / ceilings.exps,
+        }
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,16 @@ class Total:
     bytes: float
     exps: float
     floor: float
+
+
+def binding(work: list[Work], ceilings: Ceilings, itemsize: int) -> str:
+    """What limits the work as a whole: "flops", "bytes" or "exps", whichever the floors of most seconds are made of."""
+    seconds = dict.fromkeys(("flops", "bytes", "exps"), 0.0)
+    for one in work:
+        floors = one.floors(ceilings, itemsize)
+        limit = max(floors, key=floors.__getitem__)
+        seconds[limit] += floors[limit]
+    return max(seconds, key=seconds.__getitem__)
 
 
 def total(work: list[Work], ceilings: Ceilings, itemsize: int) -> Total:

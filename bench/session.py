@@ -13,9 +13,9 @@ import torch
 from bench import measure, record
 from bench.ceilings import Ceilings, measure_ceilings
 from bench.families import FAMILIES, TINY, Family, choose
-from bench.measure import Candidate, Outcome
+from bench.measure import Candidate, Limit, Outcome
 from bench.models import random_components
-from bench.roofline import KINDS, Work, total
+from bench.roofline import KINDS, Work, binding
 from fastsd.devices import dtype_name, resolve_device, resolve_dtype
 from fastsd.errors import FastsdError
 from fastsd.pipeline import BUNDLED
@@ -199,34 +199,43 @@ class Session:
             labels: model, size, batch, steps.
         """
         measuring, device = self.options.measuring, self.options.device
-        floor = None
-        if measuring and work is not None:
-            floor = total(work, self.ceilings(dtype), dtype.itemsize).floor * per
+        bound = self.limit(work, dtype, per) if measuring and work is not None else None
         limit = measure.tolerance(dtype, depth) if limit is None else limit
         seconds = min(MEASURES, SHARE * self.remaining())
         outcomes = measure.hold(reference, candidates, limit, device, seconds, measuring=measuring, psnr=psnr)
         outcomes += [Outcome(name, problem=why) for name, why in (missing or {}).items()]
         title = " ".join([contest, *(f"{k}={v}" for k, v in labels.items()), dtype_name(dtype)])
-        self.tables.append("\n".join([title, *measure.lines(outcomes, floor)]))
+        self.tables.append("\n".join([title, *measure.lines(outcomes, bound)]))
         if measuring:
             for outcome in outcomes:
                 fields = record.outcome_fields(outcome) | (extra or {}).get(outcome.name, {})
-                if floor is not None:
-                    fields |= self._limits(work or [], dtype, per)
+                if bound is not None:
+                    fields |= self._limits(work or [], dtype, per, bound) | record.achieved(bound, outcome)
                 self.results.add(contest=contest, **labels, dtype=dtype_name(dtype), **fields)
         if outcomes[0].problem:
             raise AssertionError(f"{title}: {outcomes[0].name}: {outcomes[0].problem}")
         return outcomes
 
-    def _limits(self, work: list[Work], dtype: torch.dtype, per: int) -> dict[str, Any]:
-        """What a record says of the work: operations, and the floor in seconds, whole and by kind."""
+    def limit(self, work: list[Work], dtype: torch.dtype, per: int = 1) -> Limit:
+        """What `per` times this work needs at least on this device."""
+        ceilings, size = self.ceilings(dtype), dtype.itemsize
+        return Limit(
+            seconds=sum(w.floor(ceilings, size) for w in work) * per,
+            flops=sum(w.flops for w in work) * per,
+            bytes=sum(w.elements for w in work) * size * per,
+            binds=binding(work, ceilings, size),
+        )
+
+    def _limits(self, work: list[Work], dtype: torch.dtype, per: int, bound: Limit) -> dict[str, Any]:
+        """What a record says of the work: operations, bytes, what binds, the floor in seconds, whole and by kind."""
         ceilings = self.ceilings(dtype)
         kinds = {kind: [w for w in work if w.kind == kind] for kind in KINDS}
         floors = {kind: sum(w.floor(ceilings, dtype.itemsize) for w in part) * per for kind, part in kinds.items()}
         floors = {kind: float(f"{floor:.4g}") for kind, floor in floors.items() if floor}
         return {
-            "floor": float(f"{sum(floors.values()):.5g}"),
+            "floor": float(f"{bound.seconds:.5g}"),
             "by_kind": floors,
-            "flops": sum(w.flops for w in work) * per,
-            "bytes": sum(w.elements for w in work) * dtype.itemsize * per,
+            "flops": bound.flops,
+            "bytes": bound.bytes,
+            "binds": bound.binds,
         }

@@ -8,7 +8,20 @@ import time
 import pytest
 import torch
 
-from bench.measure import Candidate, distance, hold, image_limit, lines, rotation, spread, timed, tolerance
+from bench.measure import (
+    Candidate,
+    Limit,
+    Outcome,
+    Spread,
+    distance,
+    hold,
+    image_limit,
+    lines,
+    rotation,
+    spread,
+    timed,
+    tolerance,
+)
 
 CPU = torch.device("cpu")
 
@@ -88,10 +101,26 @@ def test_a_red_gate_has_a_distance_and_no_speed() -> None:
     assert calls.count("b") == 1  # the gate's run alone
     assert a.spread.rounds == 5 and 0.006 <= a.spread.median < c.spread.median
     assert "".join(calls[-10:]) == "ac" * 5  # in turn
-    text = "\n".join(lines([a, b, broken, c], floor=0.003))
+    text = "\n".join(lines([a, b, broken, c], Limit(0.003, 6e9, 1e6, "flops")))
     row = next(line for line in text.splitlines() if line.strip().startswith("b"))
     assert "red gate" in row and "5.00e-01" in row and " ms" not in row
     assert "of the limit" in text and "1.00x" in text
+
+
+@pytest.mark.parametrize(
+    ("binds", "flops", "said"),
+    [
+        ("flops", 5e9, "50 TFLOP/s 25.0% of the limit err"),
+        ("bytes", 5e9, "300 GB/s 25.0% of the limit err"),
+        ("exps", 5e9, "50 TFLOP/s 25.0% of the limit (exponentials) err"),
+        ("exps", 0.0, "300 GB/s 25.0% of the limit (exponentials) err"),  # a norm has no products
+    ],
+)
+def test_a_line_has_the_rate_of_what_binds(binds: str, flops: float, said: str) -> None:
+    """0.1 ms for 5 GFLOP and 30 MB that need 25 µs."""
+    outcome = Outcome("x", distance(torch.ones(1), torch.ones(1)), Spread(1e-4, 1e-4, 1e-4, 3))
+    (line,) = lines([outcome], Limit(2.5e-5, flops, 3e7, binds))
+    assert said in " ".join(line.split())
 
 
 def test_a_picture_below_its_psnr_is_red() -> None:

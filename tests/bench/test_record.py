@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import record
-from bench.measure import Distance, Outcome, spread
+from bench.measure import Distance, Limit, Outcome, spread
 from fastsd.errors import FastsdError
 
 CPU = torch.device("cpu")
@@ -36,6 +36,15 @@ def test_a_file_grows_and_reads_back(tmp_path: Path) -> None:
     assert {"device", "commit", "versions", "threads", "python", "date"} <= set(data["environment"])
     assert data["environment"]["versions"]["torch"] == torch.__version__
     assert data["flags"] == {"models": ["sd15"]}
+
+
+def test_a_record_says_what_was_reached_and_of_what() -> None:
+    limit = Limit(0.5, 4e12, 6e9, "bytes")
+    fields = record.achieved(limit, Outcome("fastsd", None, spread([2.0])))
+    assert fields == {"tflop_s": 2.0, "gb_s": 3.0, "share": 0.25}
+    assert record.achieved(limit, Outcome("red", None, None, "red gate")) == {}
+    assert record.limit_of({"floor": 0.5, "flops": 4e12, "bytes": 6e9, "binds": "bytes"}) == limit
+    assert record.limit_of({"contest": "update"}) is None
 
 
 def test_a_second_run_replaces_its_own_records_and_keeps_the_rest(tmp_path: Path) -> None:

@@ -40,16 +40,33 @@ def test_the_table() -> None:
     assert "a processor, 2 threads; torch 2.13; commit abc, 2026-01-02" in text
 
 
+def test_the_kernels_are_a_table_of_their_own(tmp_path: Path) -> None:
+    assert report.kernel_table(DATA) == ""
+    base = LABELS | {"contest": "kernel", "model": "linear-1x2x3", "size": None, "batch": None, "gate": GATE}
+    reached = {"floor": 0.5, "flops": 4e12, "bytes": 6e9, "binds": "flops"}
+    seconds = {"median": 2.0, "low": 2.0, "high": 2.0, "rounds": 3}
+    records = [base | reached | {"candidate": "fastsd", "seconds": seconds},
+               base | reached | {"candidate": "F.linear", "seconds": seconds | {"median": 4.0}},
+               base | {"candidate": "other", "seconds": None, "problem": "red gate: relative error 1"}]  # fmt: skip
+    text = report.kernel_table(DATA | {"records": records})
+    assert "| linear-1x2x3, bf16 | fastsd | 2 s | 2 TFLOP/s | 25% |" in text
+    assert "| F.linear | 4 s | 1 TFLOP/s | 12% |" in text and "| other | red gate |" in text
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- kernels -->\nstale\n<!-- /kernels -->\nb\n")
+    assert report.put(page, report.KERNELS, text) and "stale" not in page.read_text() and text in page.read_text()
+
+
 def test_the_readme_keeps_all_but_what_is_between_the_marks(tmp_path: Path, capsys: Any) -> None:
     readme, file = tmp_path / "README.md", tmp_path / "cpu" / "2026-01-02-abc.json"
+    elsewhere = ["--charts", str(tmp_path / "charts"), "--kernels", str(readme)]
     record.write(copy.deepcopy(DATA), file)
-    readme.write_text(f"before\n{report.MARK}\nstale\n{report.END}\nafter\n")
-    assert report.main([str(file), "--readme", str(readme), "--charts", str(tmp_path / "charts")]) == 0
+    readme.write_text("before\n<!-- speed -->\nstale\n<!-- /speed -->\nafter\n")
+    assert report.main([str(file), "--readme", str(readme), *elsewhere]) == 0
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text and "**2 s**" in text
     readme.write_text("no marks")
-    assert report.main([str(file), "--readme", str(readme), "--charts", str(tmp_path / "charts")]) == 0
-    assert readme.read_text() == "no marks" and report.MARK in capsys.readouterr().err
+    assert report.main([str(file), "--readme", str(readme), *elsewhere]) == 0
+    assert readme.read_text() == "no marks" and "<!-- speed -->" in capsys.readouterr().err
 
 
 def test_charts(tmp_path: Path) -> None:

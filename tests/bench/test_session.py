@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from bench.ceilings import Ceilings
 from bench.measure import Candidate
+from bench.roofline import Work
 from bench.session import LEAST_BUDGET, Session, check_options
 from fastsd.errors import FastsdError
 
@@ -68,6 +70,21 @@ def test_a_contest_is_recorded_and_its_own_red_gate_is_an_error(tmp_path: Path) 
     with pytest.raises(AssertionError, match="red gate"):
         session.contest("c", lambda: torch.zeros(3) + 2, [right, wrong], **arguments)
     assert session.results.path.exists()
+
+
+def test_every_candidate_of_a_kernel_has_its_rate_and_its_share(tmp_path: Path) -> None:
+    session = Session(options(results=str(tmp_path / "r.json")))
+    session._ceilings[torch.float32] = Ceilings(flops=1e12, bytes=1e10, exps=1e12)
+    work = [Work("linear", flops=1e9, elements=1e8)]  # 1 ms of products, 40 ms of moving
+    candidates = [Candidate(name, lambda i: torch.ones(3)) for name in ("fastsd", "F.linear")]
+    session.contest("kernel", lambda: torch.ones(3), candidates, torch.float32, 1, work, model="linear-1x2x3")
+    for record in session.results.data["records"]:
+        seconds = record["seconds"]["median"]
+        assert record["binds"] == "bytes" and record["floor"] == pytest.approx(0.04)
+        assert record["gb_s"] == pytest.approx(0.4 / seconds, rel=1e-3)
+        assert record["tflop_s"] == pytest.approx(1e-3 / seconds, rel=1e-3)
+        assert record["share"] == pytest.approx(0.04 / seconds, rel=1e-3)
+    assert session.tables[0].count("GB/s") == 2
 
 
 @pytest.mark.parametrize("flags", [["--models", "sd99"], ["--budget", "0.1"]])
