@@ -15,7 +15,7 @@ from bench.profiling import profile_step
 from bench.roofline import decode_work, encode_work, meta_unet_inputs, step_work, text_work
 from bench.session import Session
 from fastsd.kernels import dispatch
-from fastsd.model.unet import AddedConditioning
+from fastsd.model.unet import AddedConditioning, UNet
 from fastsd.request import make_table
 from fastsd.sampling import advance
 
@@ -78,30 +78,30 @@ def inference(candidates: list[Candidate]) -> list[Candidate]:
     return [Candidate(c.name, torch.inference_mode()(c.run), c.prepare) for c in candidates]
 
 
+def step_inputs(unet: UNet, batch: int, size: int, side: int, device: torch.device, i: int) -> dict[str, Any]:
+    """The i-th set of what a guided step takes, in fastsd's layout and in the others'; `side`: of the latent."""
+    generator, dtype = torch.Generator().manual_seed(i), unet.conv_in.weight.dtype
+    x, _, context, added = meta_unet_inputs(unet, 2 * batch, side, side)
+    latent = torch.randn(x.shape, generator=generator).to(device, dtype)
+    text = torch.randn(context.shape, generator=generator).to(device, dtype)
+    timestep = torch.full((2 * batch,), 900.0 - 100.0 * i, device=device)
+    if added is not None:
+        pooled = torch.randn(added.pooled.shape, generator=generator).to(device, dtype)
+        added = AddedConditioning(pooled, torch.full(added.sizes.shape, float(size), device=device))
+    with torch.inference_mode():
+        times, key_values = unet.embed_time(timestep, added), unet.project_context(text)
+    return {
+        "rows": latent, "first": latent.permute(0, 3, 1, 2).contiguous(), "timestep": timestep, "text": text,
+        "added": added, "times": times, "key_values": key_values,
+    }  # fmt: skip
+
+
 def bench_step(bench: Session, replay: Any, model: str, batch: int, dtype: torch.dtype) -> None:
     components = bench.components(model, dtype)
     unet, device = components.unet, bench.options.device
     size = bench.size(model, components)
     side = size // components.vae.config.downscale
-    shapes = meta_unet_inputs(unet, 2 * batch, side, side)
-
-    def make(i: int) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(i)
-        x, _, context, added = shapes
-        latent = torch.randn(x.shape, generator=generator).to(device, dtype)
-        text = torch.randn(context.shape, generator=generator).to(device, dtype)
-        timestep = torch.full((2 * batch,), 900.0 - 100.0 * i, device=device)
-        if added is not None:
-            pooled = torch.randn(added.pooled.shape, generator=generator).to(device, dtype)
-            added = AddedConditioning(pooled, torch.full(added.sizes.shape, float(size), device=device))
-        with torch.inference_mode():
-            times, key_values = unet.embed_time(timestep, added), unet.project_context(text)
-        return {
-            "rows": latent, "first": latent.permute(0, 3, 1, 2).contiguous(), "timestep": timestep, "text": text,
-            "added": added, "times": times, "key_values": key_values,
-        }  # fmt: skip
-
-    inputs = rotation(SETS, make)
+    inputs = rotation(SETS, lambda i: step_inputs(unet, batch, size, side, device, i))
 
     def ours(i: int) -> torch.Tensor:
         g = inputs(i)

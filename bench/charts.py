@@ -1,4 +1,4 @@
-"""Charts of a result file: speed against peers and the floor, where a picture's time goes, memory, first picture."""
+"""Charts of a result file: speed against peers and the floor, where its time goes, batches, memory, first picture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench.report import groups, peak, seconds, show, title
 COLOURS = {"fastsd": "#1f6feb", "pytorch": "#8b949e", "diffusers": "#d29922", "diffusers-channels-last": "#e3b341",
            "diffusers-compiled": "#bf8700", "floor": "#2da44e"}  # fmt: skip
 LEFT_OUT = ("fastsd, nothing hoisted",)
-PARTS = ("text", "step", "update", "decode")
+KINDS = {"conv": "#1f6feb", "linear": "#54aeff", "attention": "#d29922", "norm": "#a475f9", "other": "#d0d7de"}
 
 
 def colour(name: str) -> str:
@@ -25,7 +25,7 @@ def colour(name: str) -> str:
 def draw(data: dict[str, Any], folder: Path, place: str) -> list[Path]:
     """All charts for which there are figures; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    makers = {"speed": _speed, "parts": _parts, "memory": _memory, "first": _first}
+    makers = {"speed": _speed, "parts": _parts, "batches": _batches, "memory": _memory, "first": _first}
     made = []
     for name, make in makers.items():
         figure = make(data)
@@ -76,30 +76,70 @@ def _bars(axis: Any, bars: list[tuple[str, Any]]) -> None:
 
 
 def _parts(data: dict[str, Any]) -> Any:
-    """Stacked: what a step and a decoding take at least, by the share of the limit that is reached."""
-    rows = []
+    """Stacked by kind of op: the measured time, and beside it what the same work needs at least."""
+    bars: list[tuple[str, dict[str, float], float]] = []  # name, seconds by kind, seconds of the whole
     for key, records in groups(data, ("step", "decode")).items():
         record = records.get("fastsd", {})
-        if record.get("by_kind") and seconds(record):
-            rows.append((title(key), record["by_kind"], seconds(record)))
-    if not rows:
+        whole = seconds(record)
+        if whole and record.get("kinds") and record.get("by_kind"):
+            bars.append((f"{title(key)}: {show(whole)}", record["kinds"], whole))
+            bars.append((f"at its limit: {show(sum(record['by_kind'].values()))}", record["by_kind"], whole))
+    if not bars:
         return None
-    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.5 * len(rows)))
-    kinds = ("conv", "linear", "attention", "norm")
-    shades = ("#1f6feb", "#54aeff", "#d29922", "#8250df")
-    left = [0.0] * len(rows)
-    for kind, shade in zip(kinds, shades):
-        values = [by_kind.get(kind, 0.0) / total for _, by_kind, total in rows]
-        axis.barh([row[0] for row in rows], values, left=left, color=shade, label=f"{kind}, at its limit", height=0.6)
+    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.45 * len(bars)))
+    places = [i // 2 * 2.4 + i % 2 * 0.9 for i in range(len(bars))]  # pairs
+    left = [0.0] * len(bars)
+    for kind, shade in KINDS.items():
+        values = [part.get(kind, 0.0) / whole for _, part, whole in bars]
+        axis.barh(places, values, left=left, color=shade, label=kind, height=0.8)
+        for place, value, start in zip(places, values, left):
+            if value > 0.04:
+                axis.text(start + value / 2, place, f"{value:.0%}", ha="center", va="center", fontsize=7)
         left = [a + b for a, b in zip(left, values)]
-    rest = [max(0.0, 1.0 - a) for a in left]
-    axis.barh([row[0] for row in rows], rest, left=left, color="#d0d7de", label="above the limit", height=0.6)
+    axis.set_yticks(places, [name for name, _, _ in bars])
     axis.set_xlim(0, max(1.0, *left))
     axis.set_xlabel("share of the measured time", fontsize=8)
     axis.invert_yaxis()
     axis.tick_params(labelsize=8)
-    axis.legend(fontsize=7, ncols=5, loc="lower center", bbox_to_anchor=(0.35, 1.0), frameon=False)
+    axis.legend(fontsize=7, ncols=5, loc="lower center", bbox_to_anchor=(0.4, 1.0), frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _batches(data: dict[str, Any]) -> Any:
+    """Pictures times steps a second against the batch size, where several were measured."""
+    lines: dict[tuple[Any, ...], dict[str, list[tuple[int, float]]]] = {}
+    for key, records in groups(data, ("step", "image")).items():
+        contest, model, size, batch, steps, dtype = key
+        work = batch * (steps or 1)
+        for name, record in records.items():
+            whole = seconds(record)
+            if whole and name not in LEFT_OUT:
+                line = lines.setdefault((contest, model, size, 1, steps, dtype), {})
+                line.setdefault(name, []).append((batch, work / whole))
+                if name == "fastsd" and record.get("floor"):
+                    line.setdefault("floor", []).append((batch, work / record["floor"]))
+    lines = {key: line for key, line in lines.items() if len(line.get("fastsd", [])) > 1}
+    if not lines:
+        return None
+    figure, axes = plt.subplots(len(lines), 1, figsize=(7, 0.6 + 2.6 * len(lines)), squeeze=False)
+    for (key, line), axis in zip(lines.items(), axes[:, 0]):
+        for name, points in line.items():
+            points.sort()
+            style = "--" if name == "floor" else "-"
+            axis.plot(*zip(*points), style, marker="o", markersize=4, color=colour(name), label=name)
+        batches = sorted({batch for points in line.values() for batch, _ in points})
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(batches, [str(batch) for batch in batches])
+        axis.minorticks_off()
+        axis.set_ylim(0)
+        axis.set_xlabel("pictures drawn together", fontsize=8)
+        axis.set_ylabel("pictures × steps / s", fontsize=8)
+        axis.set_title(title(key), fontsize=9, loc="left")
+        axis.tick_params(labelsize=8)
+        axis.legend(fontsize=7, frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
     return figure
 
 

@@ -4,7 +4,8 @@
 
 A record is one candidate of one contest: `contest`, `model`, `size`, `batch`, `steps`, `dtype`, `candidate`; `gate`
 (passed, max, relative, psnr); `seconds` (median, low, high, rounds) or null with `problem`; and what else is known of
-it (`floor`, `flops`, `bytes`, `binds`, and reached: `tflop_s`, `gb_s`, `share`; `peak`, `split`, ...).
+it: `floor` (also `by_kind`), `flops`, `bytes`, `binds`; what was reached: `tflop_s`, `gb_s`, `share`; `kinds`, the
+median by kind of op; `peak`, `split`, ...
 """
 
 from __future__ import annotations
@@ -111,6 +112,10 @@ class Results:
         key = identity(record)
         self.data["records"] = [r for r in self.data["records"] if identity(r) != key] + [record]
         self.write()
+
+    def find(self, labels: dict[str, Any]) -> dict[str, Any] | None:
+        """The record of this contest and candidate."""
+        return next((r for r in self.data["records"] if identity(r) == identity(labels)), None)
 
     def write(self) -> None:
         write(self.data, self.path)

@@ -216,6 +216,15 @@ class Session:
             raise AssertionError(f"{title}: {outcomes[0].name}: {outcomes[0].problem}")
         return outcomes
 
+    def amend_kinds(self, labels: dict[str, Any], shares: dict[str, float]) -> bool:
+        """Split the seconds of the record with these labels by kind; whether it is there and has a speed."""
+        found = self.results.find(labels)
+        if found is None or not found.get("seconds"):
+            return False
+        median = found["seconds"]["median"]
+        self.results.add(**found | {"kinds": {kind: float(f"{share * median:.4g}") for kind, share in shares.items()}})
+        return True
+
     def limit(self, work: list[Work], dtype: torch.dtype, per: int = 1) -> Limit:
         """What `per` times this work needs at least on this device."""
         ceilings, size = self.ceilings(dtype), dtype.itemsize

@@ -24,7 +24,8 @@ DATA: dict[str, Any] = {
     "environment": {"device": "a processor", "cores": 2, "threads": 2, "versions": {"torch": "2.13", "fastsd": "0.1"},
                     "commit": "abc", "date": "2026-01-02T03:04:05"},
     "records": [
-        timed("fastsd", 2.0, floor=0.5, by_kind={"conv": 0.3, "linear": 0.2}),
+        timed("fastsd", 2.0, floor=0.5, by_kind={"conv": 0.3, "linear": 0.2}, kinds={"conv": 1.5, "other": 0.5}),
+        timed("fastsd", 5.0, floor=1.9, batch=4),
         timed("diffusers", 3.0),
         LABELS | {"candidate": "other", "gate": None, "seconds": None, "problem": "red gate: relative error 0.5"},
         timed("fastsd", 9.0, contest="cold", steps=4, split={"import": 3.0, "weights": 6.0}, peak={"resident": 2**31}),
@@ -34,7 +35,7 @@ DATA: dict[str, Any] = {
 
 def test_the_table() -> None:
     text = report.table(DATA)
-    row = next(line for line in text.splitlines() if "guided step" in line)
+    row = next(line for line in text.splitlines() if "guided step, sd15 512², bf16 |" in line)
     assert "**2 s**" in row and "3 s (1.50×)" in row and "red gate" in row and row.endswith("| 25% |")
     assert "**9 s**, 2.0 GiB" in text
     assert "a processor, 2 threads; torch 2.13; commit abc, 2026-01-02" in text
@@ -74,7 +75,13 @@ def test_charts(tmp_path: Path) -> None:
     from bench.charts import draw
 
     made = draw(DATA, tmp_path, "cpu")
-    assert [path.name for path in made] == ["speed-cpu.png", "parts-cpu.png", "memory-cpu.png", "first-cpu.png"]
+    assert [path.name for path in made] == [
+        "speed-cpu.png",
+        "parts-cpu.png",
+        "batches-cpu.png",
+        "memory-cpu.png",
+        "first-cpu.png",
+    ]
     nothing = DATA | {"records": [DATA["records"][2]]}
     assert draw(nothing, tmp_path / "none", "cpu") == []
 

@@ -87,6 +87,16 @@ def test_every_candidate_of_a_kernel_has_its_rate_and_its_share(tmp_path: Path) 
     assert session.tables[0].count("GB/s") == 2
 
 
+def test_the_parts_of_a_step_add_up_to_what_was_measured(tmp_path: Path) -> None:
+    session = Session(options(results=str(tmp_path / "r.json")))
+    labels = {"contest": "step", "model": "tiny", "dtype": "fp32", "candidate": "fastsd"}
+    assert not session.amend_kinds(labels, {"conv": 0.75, "other": 0.25})
+    session.results.add(**labels, seconds={"median": 0.2})
+    assert session.amend_kinds(labels, {"conv": 0.75, "other": 0.25})
+    (record,) = session.results.data["records"]
+    assert record["kinds"] == {"conv": 0.15, "other": 0.05} and record["seconds"] == {"median": 0.2}
+
+
 @pytest.mark.parametrize("flags", [["--models", "sd99"], ["--budget", "0.1"]])
 def test_pytest_says_one_line_and_exits_with_2(flags: list[str]) -> None:
     run = [sys.executable, "-m", "pytest", "bench", "--benchmark", *flags]

@@ -1,0 +1,32 @@
+"""A step's and a decoding's measured time by kind of op, for the records that `bench_parts.py` has made of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.bench_parts import step_inputs
+from bench.breakdown import measured_kinds
+from bench.session import Session
+from fastsd.devices import dtype_name
+
+
+@pytest.mark.parametrize("part", ["step", "decode"])
+def bench_kinds(bench: Session, model: str, part: str, dtype: torch.dtype) -> None:
+    """Profiles fastsd's eager run; its shares, of the time that was measured (on a GPU: of the graph)."""
+    components, device = bench.components(model, dtype), bench.options.device
+    unet, vae, size = components.unet, components.vae, bench.size(model, components)
+    side, batch = size // vae.config.downscale, min(bench.options.batches) if part == "step" else 1
+    if part == "step":
+        given = step_inputs(unet, batch, size, side, device, 0)
+        shares = measured_kinds(unet, lambda: unet.denoise(given["rows"], given["times"], given["key_values"]), device)
+    else:
+        latent = torch.randn(1, side, side, vae.config.latent_channels, generator=torch.Generator().manual_seed(0))
+        latent = latent.to(device, dtype)
+        shares = measured_kinds(vae, lambda: vae.decode(latent), device)
+    assert {"conv", "attention", "norm"} <= shares.keys() and abs(sum(shares.values()) - 1) < 1e-6
+    labels = {"contest": part, "model": model, "size": size, "batch": batch, "dtype": dtype_name(dtype)}
+    title = f"{part} by kind model={model} size={size} batch={batch} {dtype_name(dtype)}"
+    bench.tables.append(f"{title}\n  " + ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items()))
+    if bench.options.measuring and not bench.amend_kinds(labels | {"candidate": "fastsd"}, shares):
+        bench.tables.append(f"  not in the file, which has no {part} to split; bench_parts.py measures it")

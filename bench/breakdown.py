@@ -1,0 +1,154 @@
+"""Where measured time goes, by kind of op: a profiler's trace, read through the layers that launched the work.
+
+On a GPU each kernel counts for the innermost layer that was running on the host when it was launched: the trace ties a
+kernel to its launch by a correlation number, whoever launched it (PyTorch, cuDNN or Triton). On a CPU a layer's own
+time is what it takes less that of the layers inside it. What no layer of a kind takes (adding, joining and copying
+between them) is "other".
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from bench.roofline import KINDS
+from fastsd.model import clip, layers
+
+OTHER = "other"
+PREFIX = "kind:"
+ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of the trace
+LAUNCHES = ("cuda_runtime", "cuda_driver")
+KIND_OF: dict[type[nn.Module], str] = {
+    layers.Linear: "linear",
+    layers.Conv2d: "conv",
+    layers.Upsample: "conv",
+    layers.SelfAttention: "attention",
+    layers.CrossAttention: "attention",
+    clip.CausalAttention: "attention",
+    layers.GEGLU: "linear",
+    layers.GroupNorm: "norm",
+    layers.LayerNorm: "norm",
+    layers.TransformerBlock: "norm",  # its own ops are its norms, each with an addition
+}
+
+
+def kind_of(layer: nn.Module) -> str | None:
+    """The kind that a layer's own work counts for, as `bench.roofline` counts its floor."""
+    if isinstance(layer, layers.Conv2d) and layer.weight.shape[2:] == (1, 1):
+        return "linear"
+    return next((KIND_OF[cls] for cls in type(layer).__mro__ if cls in KIND_OF), None)
+
+
+def measured_kinds(model: nn.Module, run: Callable[[], Any], device: torch.device) -> dict[str, float]:
+    """The share of each kind in the time of `run`, which calls `model`; they add up to 1.
+
+    Raises:
+        RuntimeError: the profiler saw nothing of the device's work.
+    """
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
+    with torch.inference_mode():
+        run()
+        with _marked(model), profile(activities=activities) as found:
+            with record_function(PREFIX + OTHER):
+                run()
+                if cuda:
+                    torch.cuda.synchronize(device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        found.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    seconds = kinds_of_trace(events, cuda)
+    whole = sum(seconds.values())
+    if not whole > 0:
+        raise RuntimeError("the profiler saw no work of the device")
+    return {kind: time / whole for kind, time in seconds.items()}
+
+
+@contextmanager
+def _marked(model: nn.Module) -> Iterator[None]:
+    """Inside this context each layer that has a kind is a region of the trace."""
+    open_regions: list[Any] = []
+
+    def begin(layer: nn.Module, args: Any) -> None:
+        region = record_function(f"{PREFIX}{kind_of(layer)}")
+        region.__enter__()
+        open_regions.append(region)
+
+    def end(layer: nn.Module, args: Any, out: Any) -> None:
+        open_regions.pop().__exit__(None, None, None)
+
+    handles = []
+    for layer in model.modules():
+        if kind_of(layer) is not None:
+            handles += [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def kinds_of_trace(events: list[dict[str, Any]], cuda: bool) -> dict[str, float]:
+    """Seconds by kind, of the kernels or (without `cuda`) of the host.
+
+    events: of a trace in Chrome's format, times in µs: regions are of category "user_annotation" and named
+        "kind:<kind>"; a kernel and its launch have the same `args["correlation"]`.
+    """
+    complete = [event for event in events if event.get("ph") == "X"]
+    regions = [
+        (event["ts"], event["ts"] + event["dur"], event["name"].removeprefix(PREFIX))
+        for event in complete
+        if event.get("cat") == "user_annotation" and event["name"].startswith(PREFIX)
+    ]
+    times, kinds = _innermost(regions)
+    seconds = dict.fromkeys((*KINDS, OTHER), 0.0)
+    if not cuda:
+        for kind, start, end in zip(kinds, times, times[1:]):
+            seconds[kind] += (end - start) / 1e6
+        return _present(seconds)
+    launched = {
+        event["args"]["correlation"]: event["ts"]
+        for event in complete
+        if event.get("cat") in LAUNCHES and "correlation" in event.get("args", {})
+    }
+    for event in complete:
+        if event.get("cat") in ON_DEVICE:
+            when = launched.get(event.get("args", {}).get("correlation"))
+            place = bisect_right(times, when) - 1 if when is not None else -1
+            seconds[kinds[place] if place >= 0 else OTHER] += event["dur"] / 1e6
+    return _present(seconds)
+
+
+def _innermost(regions: Iterable[tuple[float, float, str]]) -> tuple[list[float], list[str]]:
+    """Of nested regions: the times at which the innermost one changes, and its kind from then on."""
+    times: list[float] = []
+    kinds: list[str] = []
+    inside: list[tuple[float, str]] = []  # end and kind
+
+    def close(until: float) -> None:
+        while inside and inside[-1][0] <= until:
+            end, _ = inside.pop()
+            times.append(end)
+            kinds.append(inside[-1][1] if inside else OTHER)
+
+    for start, end, kind in sorted(regions, key=lambda region: (region[0], -region[1])):
+        close(start)
+        times.append(start)
+        kinds.append(kind)
+        inside.append((end, kind))
+    close(float("inf"))
+    return times, kinds
+
+
+def _present(seconds: dict[str, float]) -> dict[str, float]:
+    return {kind: time for kind, time in seconds.items() if time > 0}

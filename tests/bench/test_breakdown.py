@@ -1,0 +1,92 @@
+"""Time by kind of op: of traces as a GPU gives them, written by hand, and of a real one of this machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bench.breakdown import KIND_OF, kinds_of_trace, measured_kinds
+from bench.families import TINY
+from bench.models import random_components
+from bench.roofline import COUNTS, decode_work
+from fastsd.model.layers import Conv2d, Linear
+
+
+def region(kind: str, start: float, end: float) -> dict[str, Any]:
+    return {"ph": "X", "cat": "user_annotation", "name": f"kind:{kind}", "ts": start, "dur": end - start}
+
+
+def launch(number: int, when: float, by: str = "cuda_runtime") -> dict[str, Any]:
+    return {"ph": "X", "cat": by, "name": "launch", "ts": when, "dur": 3.0, "args": {"correlation": number}}
+
+
+def kernel(number: int, when: float, lasts: float, kind: str = "kernel") -> dict[str, Any]:
+    return {"ph": "X", "cat": kind, "name": "k", "ts": when, "dur": lasts, "args": {"correlation": number}}
+
+
+REGIONS = [
+    region("other", 0.0, 100.0),
+    region("attention", 10.0, 50.0),
+    region("linear", 20.0, 30.0),  # inside the attention
+    region("conv", 60.0, 70.0),
+    {"ph": "X", "cat": "user_annotation", "name": "somebody else's", "ts": 0.0, "dur": 90.0},
+    {"ph": "M", "name": "process_name", "ts": 0.0},
+]
+
+
+def test_a_kernel_counts_for_the_layer_that_launched_it_however_late_it_runs() -> None:
+    events = [
+        *REGIONS,
+        launch(1, 25.0), kernel(1, 500.0, 7.0),
+        launch(2, 35.0, "cuda_driver"), kernel(2, 507.0, 11.0),  # by Triton, after the product
+        launch(3, 65.0), kernel(3, 518.0, 13.0),
+        launch(4, 80.0), kernel(4, 531.0, 17.0, "gpu_memcpy"),
+        kernel(5, 600.0, 19.0),  # whose launch is not in the trace
+        {"ph": "X", "cat": "gpu_user_annotation", "name": "kind:conv", "ts": 518.0, "dur": 13.0},
+    ]  # fmt: skip
+    found = kinds_of_trace(events, cuda=True)
+    assert {kind: round(1e6 * time, 6) for kind, time in found.items()} == {
+        "linear": 7.0, "attention": 11.0, "conv": 13.0, "other": 36.0
+    }  # fmt: skip
+
+
+def test_on_the_host_a_layer_has_its_own_time_without_that_of_the_layers_inside_it() -> None:
+    found = kinds_of_trace(REGIONS, cuda=False)
+    assert {kind: round(1e6 * time, 6) for kind, time in found.items()} == {
+        "linear": 10.0, "attention": 30.0, "conv": 10.0, "other": 50.0
+    }  # fmt: skip
+
+
+def test_a_real_run_is_split_without_rest_and_what_is_slow_shows() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.linear = Conv2d(8, 8), Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(20):
+                x = self.conv(x)
+            return self.linear(x)
+
+    model = Pair().eval().requires_grad_(False)
+    shares = measured_kinds(model, lambda: model(torch.ones(1, 64, 64, 8)), torch.device("cpu"))
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert shares["conv"] > 5 * shares["linear"] > 0
+
+
+def test_every_layer_with_a_floor_has_a_time_of_the_same_kind() -> None:
+    assert KIND_OF.keys() == COUNTS.keys()
+    components = random_components(TINY, torch.float32, torch.device("cpu"))
+    latent = torch.zeros(1, 8, 8, TINY.vae.latent_channels)
+    shares = measured_kinds(components.vae, lambda: components.vae.decode(latent), torch.device("cpu"))
+    assert shares.keys() - {"other"} == {work.kind for work in decode_work(TINY, 1, 64)}
+    assert not any(module._forward_hooks for module in components.vae.modules())
+
+
+def test_a_profiler_that_sees_nothing_is_said(monkeypatch: Any) -> None:
+    monkeypatch.setattr("bench.breakdown.kinds_of_trace", lambda events, cuda: {"conv": 0.0})
+    with pytest.raises(RuntimeError, match="saw no work"):
+        measured_kinds(nn.Linear(1, 1), lambda: None, torch.device("cpu"))
