@@ -99,6 +99,21 @@ SDXL_REFINER_UNET = replace(
 
 
 @dataclass(frozen=True)
+class ControlNetConfig:
+    """A ControlNet (Zhang et al. 2023): a copy of a UNet's contracting path that also reads a picture.
+
+    Attributes:
+        unet: of the path; it reads the latent alone, whatever the UNet that it steers reads beside.
+        hint_channels: widths of the layers that shrink the picture to the latent's size, one halving between two.
+        bgr: the picture's channels are read as blue, green, red.
+    """
+
+    unet: UNetConfig
+    hint_channels: tuple[int, ...] = (16, 32, 96, 256)
+    bgr: bool = False
+
+
+@dataclass(frozen=True)
 class VAEConfig:
     """The KL-regularised autoencoder of latent diffusion (Rombach et al. 2022, section 3.1 and appendix G)."""
 

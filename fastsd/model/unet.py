@@ -114,11 +114,10 @@ class UpLevel(Level):
         return x if self.upsamplers is None else self.upsamplers[0](x, skips[-1].shape[1:3])
 
 
-class UNet(nn.Module):
-    """Predicts what `SchedulerConfig.prediction_type` says from a noisy latent, a timestep and the text.
+class ContractingPath(nn.Module):
+    """What goes down: `conv_in`, `down_blocks`, `mid_block`, and the time embedding; UNet and ControlNet share it.
 
-    Submodules are named as in a diffusers folder. In the papers' terms: `down_blocks` and `mid_block` are the
-    contracting path, `up_blocks` the expanding path that reads the skip connections in reverse order.
+    Submodules are named as in a diffusers folder. Subclasses call `_project_times` when their last block is made.
     """
 
     def __init__(self, config: UNetConfig):
@@ -132,7 +131,7 @@ class UNet(nn.Module):
             if config.addition_time_embed_dim
             else None
         )
-        skips = self._build_down(widths)
+        self.skip_channels = self._build_down(widths)
         self.mid_block = MidLevel(
             config,
             inputs=[widths[-1]] * 2,
@@ -140,18 +139,6 @@ class UNet(nn.Module):
             heads=config.num_attention_heads[-1],
             depth=config.mid_transformer_layers,
             attentions=1,
-        )
-        self._build_up(widths, skips)
-        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], config.norm_eps, silu=True)
-        self.conv_out = Conv2d(widths[0], config.out_channels)
-
-        blocks = {name: m for name, m in self.named_modules() if isinstance(m, ResBlock)}
-        self.time_sizes = tuple(block.out_channels for block in blocks.values())
-        self.time_projections = Linear(
-            config.time_embed_dim,
-            sum(self.time_sizes),
-            parts=tuple(f"{name}.time_emb_proj" for name in blocks),
-            part_sizes=self.time_sizes,
         )
 
     def _build_down(self, widths: tuple[int, ...]) -> list[int]:
@@ -169,26 +156,21 @@ class UNet(nn.Module):
             self.down_blocks.append(level)
         return skips
 
-    def _build_up(self, widths: tuple[int, ...], skips: list[int]) -> None:
-        config = self.config
-        self.up_blocks = nn.ModuleList()
-        below = widths[-1]
-        for i in reversed(range(len(widths))):
-            inputs = []
-            for _ in range(config.layers_per_block + 1):
-                skip = skips.pop()
-                inputs.append(below + skip if config.skip == "concat" else below)
-                below = widths[i]
-            level = UpLevel(config, inputs, widths[i], *self._attention(i, len(inputs)))
-            level.concatenates = config.skip == "concat"
-            if i > 0:
-                level.upsamplers = nn.ModuleList([Upsample(widths[i])])
-            self.up_blocks.append(level)
-
     def _attention(self, i: int, count: int) -> tuple[int, int, int]:
         """Heads, depth and number of the transformers of level `i`."""
         config = self.config
         return config.num_attention_heads[i], config.transformer_layers_per_block[i], count
+
+    def _project_times(self) -> None:
+        """Make one product of all blocks' time projections."""
+        blocks = {name: m for name, m in self.named_modules() if isinstance(m, ResBlock)}
+        self.time_sizes = tuple(block.out_channels for block in blocks.values())
+        self.time_projections = Linear(
+            self.config.time_embed_dim,
+            sum(self.time_sizes),
+            parts=tuple(f"{name}.time_emb_proj" for name in blocks),
+            part_sizes=self.time_sizes,
+        )
 
     def embed_time(self, timestep: torch.Tensor, added: AddedConditioning | None = None) -> torch.Tensor:
         """Time embeddings, projected for every residual block, by one product.
@@ -216,6 +198,47 @@ class UNet(nn.Module):
         """Keys and values of every cross-attention for the text `[B, L, cross_attention_dim]`, in order of use."""
         return tuple(m.project_context(context) for m in self.modules() if isinstance(m, CrossAttention))
 
+    def contract(
+        self, x: torch.Tensor, times: Embeddings, texts: Embeddings
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """From `conv_in`'s map to all skip connections, that map the first, and the lowest map."""
+        skips = [x]
+        for level in self.down_blocks:
+            skips += level(skips[-1], times, texts)
+        return skips, self.mid_block(skips[-1], times, texts)
+
+
+class UNet(ContractingPath):
+    """Predicts what `SchedulerConfig.prediction_type` says from a noisy latent, a timestep and the text.
+
+    In the papers' terms: `down_blocks` and `mid_block` are the contracting path, `up_blocks` the expanding path that
+    reads the skip connections in reverse order.
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__(config)
+        width = config.block_out_channels[0]
+        self._build_up(config.block_out_channels, list(self.skip_channels))
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, width, config.norm_eps, silu=True)
+        self.conv_out = Conv2d(width, config.out_channels)
+        self._project_times()
+
+    def _build_up(self, widths: tuple[int, ...], skips: list[int]) -> None:
+        config = self.config
+        self.up_blocks = nn.ModuleList()
+        below = widths[-1]
+        for i in reversed(range(len(widths))):
+            inputs = []
+            for _ in range(config.layers_per_block + 1):
+                skip = skips.pop()
+                inputs.append(below + skip if config.skip == "concat" else below)
+                below = widths[i]
+            level = UpLevel(config, inputs, widths[i], *self._attention(i, len(inputs)))
+            level.concatenates = config.skip == "concat"
+            if i > 0:
+                level.upsamplers = nn.ModuleList([Upsample(widths[i])])
+            self.up_blocks.append(level)
+
     def forward(
         self,
         x: torch.Tensor,
@@ -236,14 +259,27 @@ class UNet(nn.Module):
         """
         return self.denoise(x, self.embed_time(timestep, added), self.project_context(context))
 
-    def denoise(self, x: torch.Tensor, time: torch.Tensor, key_values: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """The part of `forward` that depends on `x`; `time` `[B or 1, ...]` and `key_values` were computed before."""
+    def denoise(
+        self,
+        x: torch.Tensor,
+        time: torch.Tensor,
+        key_values: tuple[torch.Tensor, ...],
+        control: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """The part of `forward` that depends on `x`.
+
+        Args:
+            x: as there.
+            time: `[B or 1, ...]` from `embed_time`.
+            key_values: from `project_context`.
+            control: what ControlNets add to the skip connections and, last, to the lowest map.
+        """
         times = iter(time.split(self.time_sizes, dim=-1))
         texts = iter(key_values)
-        skips = [self.conv_in(x)]
-        for level in self.down_blocks:
-            skips += level(skips[-1], times, texts)
-        x = self.mid_block(skips[-1], times, texts)
+        skips, x = self.contract(self.conv_in(x), times, texts)
+        if control is not None:
+            skips = [skip + added for skip, added in zip(skips, control[:-1], strict=True)]
+            x = x + control[-1]
         for level in self.up_blocks:
             x = level(x, skips, times, texts)
         return self.conv_out(self.conv_norm_out(x))

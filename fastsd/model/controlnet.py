@@ -1,0 +1,77 @@
+"""ControlNet: a picture that says where things are (Zhang et al. 2023).
+
+A copy of the UNet's contracting path reads the latent and a picture - edges, depths, a pose - and what it finds at each
+resolution is added to the UNet's skip connections. What does not depend on the latent is computed outside the loop, as
+for the UNet; that includes the picture's layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastsd.config import ControlNetConfig
+from fastsd.kernels.linear import activate
+from fastsd.model.layers import Conv2d, Linear
+from fastsd.model.unet import ContractingPath
+
+
+class HintEncoder(nn.Module):
+    """From a picture to a map of the latent's size and the path's width: 3 x 3 convolutions with SiLU between them."""
+
+    def __init__(self, hint_channels: tuple[int, ...], out_channels: int):
+        super().__init__()
+        self.conv_in = Conv2d(3, hint_channels[0])
+        self.blocks = nn.ModuleList()
+        for width, wider in zip(hint_channels, hint_channels[1:], strict=False):
+            self.blocks += [Conv2d(width, width), Conv2d(width, wider, stride=2)]
+        self.conv_out = Conv2d(hint_channels[-1], out_channels)
+
+    def forward(self, picture: torch.Tensor) -> torch.Tensor:
+        x = activate(self.conv_in(picture), "silu")
+        for block in self.blocks:
+            x = activate(block(x), "silu")
+        return self.conv_out(x)
+
+
+class ControlNet(ContractingPath):
+    """Says what to add to a UNet's skip connections, from the UNet's inputs and a picture."""
+
+    def __init__(self, config: ControlNetConfig):
+        super().__init__(config.unet)
+        self.bgr = config.bgr
+        self.controlnet_cond_embedding = HintEncoder(config.hint_channels, config.unet.block_out_channels[0])
+        self.controlnet_down_blocks = nn.ModuleList([Linear(width, width) for width in self.skip_channels])
+        lowest = config.unet.block_out_channels[-1]
+        self.controlnet_mid_block = Linear(lowest, lowest)
+        self._project_times()
+
+    def embed_hint(self, picture: torch.Tensor) -> torch.Tensor:
+        """`[B, H, W, 3]` in [0, 1], red first, to the map `[B, h, w, C]` that `denoise` takes."""
+        return self.controlnet_cond_embedding(picture.flip(-1) if self.bgr else picture)
+
+    def denoise(
+        self,
+        x: torch.Tensor,
+        time: torch.Tensor,
+        key_values: tuple[torch.Tensor, ...],
+        hint: torch.Tensor,
+        weight: torch.Tensor,
+    ) -> list[torch.Tensor]:
+        """What to add, for one step.
+
+        Args:
+            x: the noisy latent that the UNet reads, `[B, h, w, 4]`.
+            time: `[B or 1, ...]` from this network's `embed_time`.
+            key_values: from this network's `project_context`.
+            hint: `[B or 1, h, w, C]` from `embed_hint`.
+            weight: `[1]`, multiplies everything that is added.
+
+        Returns:
+            A map for each of the UNet's skip connections and, last, one for its lowest map.
+        """
+        times = iter(time.split(self.time_sizes, dim=-1))
+        skips, lowest = self.contract(self.conv_in(x) + hint, times, iter(key_values))
+        added = [layer(skip) for layer, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
+        weight = weight.to(x.dtype)
+        return [weight * one for one in (*added, self.controlnet_mid_block(lowest))]
