@@ -30,19 +30,26 @@ RANKS = {
     "denoiser": 4,
     "request": 5,
     "script": 6,
-    "pipeline": 7,
-    "train": 8,
-    "evaluate": 8,
-    "verify": 8,
-    "tune": 8,
-    "server": 8,
-    "cli": 9,
-    "__main__": 10,
+    "batch": 7,
+    "pipeline": 8,
+    "train": 9,
+    "evaluate": 9,
+    "verify": 9,
+    "tune": 9,
+    "server": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 # Rooms of one rank that may know each other all the same.
-ALLOWED = {("config", "errors"), ("memory", "devices"), ("evaluate", "train"), ("tune", "verify")}
+ALLOWED = {
+    ("config", "errors"),
+    ("memory", "devices"),
+    ("weights", "memory"),
+    ("evaluate", "train"),
+    ("tune", "verify"),
+}
 # `fastsd` itself hands these out, on demand; only the rooms that use the pipeline may import `fastsd` itself.
-FACE = {"errors", "pipeline"}
+FACE = {"errors", "pipeline", "request"}
 
 
 def imported_modules(source: str, module: str, is_package: bool) -> list[str]:

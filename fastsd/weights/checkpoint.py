@@ -9,18 +9,19 @@ from pathlib import Path
 import torch
 
 from fastsd.errors import FastsdError
+from fastsd.model.vae import AutoencoderKL
 from fastsd.weights.folder import Components, load_folder
 from fastsd.weights.load import STEMS, find_files
 from fastsd.weights.pickle_file import is_pickle
 from fastsd.weights.safetensors_file import read_header
-from fastsd.weights.single_file import AVERAGED, PREDICTIONS, load_single_file, load_vae
+from fastsd.weights.single_file import AVERAGED, PREDICTIONS, given_vae, load_single_file
 
 
 def load_checkpoint(
     path: str | Path,
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
-    vae: str | Path | None = None,
+    vae: str | Path | AutoencoderKL | None = None,
     prediction: str | None = None,
     allow_pickle: bool = False,
 ) -> Components:
@@ -28,7 +29,8 @@ def load_checkpoint(
 
     Args:
         path, dtype, device: as there.
-        vae: an autoencoder to take instead of the checkpoint's own: a file in either layout or a folder.
+        vae: an autoencoder to take instead of the checkpoint's own: a file in either layout, a folder, or one that is
+            loaded already.
         prediction: "epsilon", "v_prediction" or "sample", where the checkpoint does not say or says it wrongly.
         allow_pickle: read pickles; nothing but tensors and plain values is unpickled.
 
@@ -42,7 +44,7 @@ def load_checkpoint(
     if vae is None:
         components = load_folder(path, dtype, device)
     else:
-        components = load_folder(path, dtype, device, lambda xl: load_vae(vae, xl, dtype, device, allow_pickle))
+        components = load_folder(path, dtype, device, lambda xl: given_vae(vae, xl, dtype, device, allow_pickle))
     if prediction is not None:
         components.scheduler = replace(components.scheduler, prediction_type=prediction)
     return components

@@ -76,7 +76,7 @@ def load_single_file(
     path: str | Path,
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
-    vae: str | Path | None = None,
+    vae: str | Path | AutoencoderKL | None = None,
     prediction: str | None = None,
     allow_pickle: bool = False,
 ) -> Components:
@@ -85,7 +85,8 @@ def load_single_file(
     Args:
         path: a `.safetensors` file, or a `.ckpt` where `allow_pickle` is given.
         dtype, device: of all weights.
-        vae: an autoencoder to take instead of the file's own: a file in either layout or a folder.
+        vae: an autoencoder to take instead of the file's own: a file in either layout, a folder, or one that is loaded
+            already.
         prediction: "epsilon", "v_prediction" or "sample": what the network predicts, where the file does not say.
         allow_pickle: read pickles; nothing but tensors and plain values is unpickled.
 
@@ -103,7 +104,7 @@ def load_single_file(
         if name != "vae" or vae is None:
             fill(module, dict(found[name].entries), path, dtype, torch.device(device))
     if vae is not None:
-        components.vae = load_vae(vae, family.xl, dtype, device, allow_pickle)
+        components.vae = given_vae(vae, family.xl, dtype, device, allow_pickle)
     return components
 
 
@@ -134,6 +135,17 @@ def outline_file(
         aesthetic_score=family.refiner,
     )
     return components, found, family
+
+
+def given_vae(
+    vae: str | Path | AutoencoderKL,
+    xl: bool,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    allow_pickle: bool = False,
+) -> AutoencoderKL:
+    """The autoencoder that a caller gives instead of a checkpoint's own; a path is loaded by `load_vae`."""
+    return vae if isinstance(vae, AutoencoderKL) else load_vae(vae, xl, dtype, device, allow_pickle)
 
 
 def load_vae(
