@@ -4,11 +4,12 @@
 >>> pipe = fastsd.Pipeline.from_pretrained("folder with a model")  # no argument: the bundled digits model
 >>> pipe("a handwritten eight", seed=7).images[0].save("eight.png")
 
-Importing this module is light: torch and the models are imported when `Pipeline` is first used.
+Importing this module is light: torch and the models are imported when `Pipeline` or `Control` is first used.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -16,22 +17,23 @@ from fastsd.errors import FastsdError
 
 if TYPE_CHECKING:
     from fastsd.pipeline import Pipeline
+    from fastsd.request import Control
 
 # Large CPU tensors in huge pages, where Linux gives them on request: PyTorch reads this before its first tensor. The
 # autoencoder writes maps of 67 MB, which cost 24 ms each to page in by 4 kB and 4 ms by 2 MB.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
-__all__ = ["FastsdError", "Pipeline", "__version__"]
+__all__ = ["Control", "FastsdError", "Pipeline", "__version__"]
+_LATER = {"Control": "fastsd.request", "Pipeline": "fastsd.pipeline"}  # imported when they are first asked for
 
 
 def __getattr__(name: str) -> Any:
-    if name != "Pipeline":
+    if name not in _LATER:
         raise AttributeError(f"module 'fastsd' has no attribute {name!r}")
-    from fastsd.pipeline import Pipeline
-
-    globals()["Pipeline"] = Pipeline  # found directly the next time
-    return Pipeline
+    found = getattr(importlib.import_module(_LATER[name]), name)
+    globals()[name] = found  # found directly the next time
+    return found
 
 
 def __dir__() -> list[str]:

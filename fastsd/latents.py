@@ -151,3 +151,9 @@ def feather(binary: Image.Image) -> Image.Image:
     blurred = np.asarray(binary.filter(ImageFilter.GaussianBlur(FEATHER / 2)), dtype=np.float32) / 255.0
     inside = np.clip(blurred * 2.0 - 1.0, 0.0, 1.0) * (np.asarray(binary) > 0)
     return Image.fromarray((inside * 255.0).round().astype(np.uint8))
+
+
+def enlarge(latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """`[n, h, w, C]` to `[n, height, width, C]`, bilinear with pixels' centres kept, as A1111's "Latent" does."""
+    maps = torch.nn.functional.interpolate(latents.permute(0, 3, 1, 2), size=(height, width), mode="bilinear")
+    return to_channels_last(maps)

@@ -19,16 +19,19 @@ import torch
 from PIL import Image
 
 from fastsd import memory
-from fastsd.denoiser import Denoiser, Estimate, Run
+from fastsd.batch import Engine, begin, seconds
+from fastsd.denoiser import Estimate
 from fastsd.devices import dtype_name, resolve_device, resolve_dtype
-from fastsd.graph import MAX_GRAPHS, CudaRecorder, Graphs, chosen_convolutions
-from fastsd.latents import Codec, InpaintMask, Noise, image_tensor, to_channels_last
+from fastsd.errors import FastsdError
+from fastsd.graph import MAX_GRAPHS, CudaRecorder, Graphs
+from fastsd.latents import InpaintMask, enlarge
+from fastsd.model.controlnet import ControlNet
 from fastsd.request import Request, make_request
-from fastsd.sampling import advance
-from fastsd.script import Script, batches, write_script
+from fastsd.script import batches
 from fastsd.weights import Components, count_numbers, load_checkpoint
 from fastsd.weights.adapters import Adapter, Adapters
-from fastsd.weights.embeddings import load_embedding
+from fastsd.weights.controlnet import load_controlnet
+from fastsd.weights.embeddings import Embedding, load_embedding
 from fastsd.weights.hub import Place, locate_model, locate_vae
 
 BUNDLED = Path(__file__).parent / "assets" / "digits"
@@ -75,43 +78,37 @@ class Step:
         return self._pipeline.decode(self._estimate.denoised(self._pipeline.components.scheduler))[0]
 
 
-@contextmanager
-def _seconds(clock: dict[str, float], name: str) -> Iterator[None]:
-    """Adds what passes to the clock."""
-    tick = time.perf_counter()
-    yield
-    clock[name] += time.perf_counter() - tick
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """One batch on its way: the denoiser's tensors, and what happens to them between its rows."""
-
-    run: Run
-    script: Script
-    noise: Noise
-    start_noise: torch.Tensor  # [n, h, w, C]
-    image: torch.Tensor | None  # [n, h, w, C]
-    mask: torch.Tensor | None  # [1, h, w, 1]: latents outside it follow the picture
-
-
 class Pipeline:
     """A checkpoint, ready to draw.
 
     Attributes:
-        source, vae_source: where `from_pretrained` found the model, and the autoencoder that is not its own.
+        source, vae_source, refiner_source: where `from_pretrained` found the model, the autoencoder that is not its own,
+            and the refiner.
     """
 
     source: Place | None = None
     vae_source: Place | None = None
+    refiner_source: Place | None = None
 
-    def __init__(self, components: Components, device: torch.device, dtype: torch.dtype, graphs: Graphs | None = None):
-        """graphs: where captured graphs are kept; None runs everything eagerly."""
-        self.components, self.device, self.dtype = components, device, dtype
+    def __init__(
+        self,
+        components: Components,
+        device: torch.device,
+        dtype: torch.dtype,
+        graphs: Graphs | None = None,
+        refiner: Components | None = None,
+    ):
+        """graphs: where captured graphs are kept; None runs everything eagerly. refiner: see `from_pretrained`.
+
+        Raises:
+            FastsdError: the refiner cannot go on with what the checkpoint began.
+        """
+        self.components, self.refiner, self.device, self.dtype = components, refiner, device, dtype
         self.graphs = Graphs() if graphs is None else graphs
         self.adapters = Adapters(components)
-        self._denoiser = Denoiser(components.unet, dtype, self.graphs)
-        self._codec = Codec(components.vae, self.graphs)
+        if refiner is not None:
+            _check_refiner(components, refiner)
+        self._engine = Engine(components, device, dtype, self.graphs, refiner)
         self._lock = threading.RLock()  # one call works at a time: graphs have buffers of their own
         size = components.sample_size * components.vae.config.downscale
         self.defaults: dict[str, Any] = {
@@ -136,6 +133,7 @@ class Pipeline:
         prediction: str | None = None,
         revision: str | None = None,
         allow_pickle: bool = False,
+        refiner: str | Path | None = None,
     ) -> Pipeline:
         """Load a checkpoint.
 
@@ -151,10 +149,12 @@ class Pipeline:
                 say or says it wrongly.
             revision: of a hub id: a branch, tag or commit.
             allow_pickle: read `.ckpt` files; nothing but tensors and plain values is unpickled.
+            refiner: another checkpoint, which does the last steps (Podell et al. 2023, section 2.5): SDXL's refiner, or
+                any with the same latents and noise schedule. It uses the first one's autoencoder.
 
         Raises:
-            FastsdError: no such model, damaged files, unknown device or dtype, too little memory; or the hub's model
-            cannot be fetched.
+            FastsdError: no such model, damaged files, unknown device or dtype, too little memory; the hub's model cannot
+            be fetched; or the refiner does not go with the model.
         """
         place = resolve_device(device)
         precision = resolve_dtype(dtype, place)
@@ -169,9 +169,13 @@ class Pipeline:
             components.name = found.hub.repo.split("/")[1]  # the folder is called by its commit
         if precision == torch.float16 and components.vae.config.force_upcast:
             components.vae.float()  # its activations overflow fp16
+        second, own_refiner = None, None if refiner is None else locate_model(refiner, None, half)
+        if own_refiner is not None:
+            memory.check_weights(own_refiner.path, count_numbers(own_refiner.path, precision), precision, place)
+            second = load_checkpoint(own_refiner.path, precision, place, components.vae, None, allow_pickle)
         recorder = CudaRecorder(place) if graphs and place.type == "cuda" else None
-        pipe = cls(components, place, precision, Graphs(recorder, max_graphs))
-        pipe.source, pipe.vae_source = found, own_vae
+        pipe = cls(components, place, precision, Graphs(recorder, max_graphs), second)
+        pipe.source, pipe.vae_source, pipe.refiner_source = found, own_vae, own_refiner
         return pipe
 
     def __call__(self, prompt: str | list[str], **arguments: Any) -> Result:
@@ -196,6 +200,13 @@ class Pipeline:
             output_type: "pil", "np", "pt" or "latent".
             vae_tiling: run the autoencoder in tiles; None: only for very large pictures.
             prompt_syntax: "a1111" (weights, schedules, long prompts), or "plain": the text as it is, cut to one chunk.
+            controls: `fastsd.Control`s, pictures that ControlNets (`load_controlnet`) read.
+            hires_scale: draw, enlarge by this factor (1 to 8) and draw over it, image-to-image, with `hires_strength`;
+                None: once. width and height are those of the first pass.
+            hires_strength: how much the second pass redoes, 0 to 1.
+            hires_steps: of the second pass, of which it runs the share `hires_strength`; None: `num_inference_steps`.
+            hires_upscaler: "latent" (bilinear, of the latents) or "lanczos" (of the picture).
+            refiner_switch: the share of the noise levels, from the highest, that the model does before the refiner.
 
         Raises:
             FastsdError: an argument is missing, unknown or out of range; one line that names it.
@@ -221,7 +232,22 @@ class Pipeline:
         """
         embedding = load_embedding(path, self.components.text_encoders, token, allow_pickle)
         self.components.embeddings |= dict.fromkeys(embedding.names, embedding)
+        if self.refiner is not None and self.refiner.xl:  # it has the second text encoder alone
+            second = Embedding(embedding.names, embedding.vectors[-len(self.refiner.text_encoders) :])
+            self.refiner.embeddings |= dict.fromkeys(embedding.names, second)
         return embedding.names
+
+    def load_controlnet(self, path: str | Path, allow_pickle: bool = False) -> ControlNet:
+        """Load a ControlNet for this checkpoint's UNet, to be used in `Control`s (Zhang et al. 2023).
+
+        Args:
+            path: a diffusers folder, or a single file in diffusers' or the original layout.
+            allow_pickle: read `.pth` files; nothing but tensors and plain values is unpickled.
+
+        Raises:
+            FastsdError: no such file, malformed, too large for the memory, or one for another family of models.
+        """
+        return load_controlnet(path, self.components.unet.config, self.dtype, self.device, allow_pickle)
 
     def set_adapters(self, adapters: Sequence[Adapter], allow_partial: bool = False) -> list[str]:
         """Put LoRAs and their relatives into the weights; those of an earlier call are taken out, to the bit.
@@ -241,7 +267,7 @@ class Pipeline:
 
     def stream(self, prompt: str | list[str], **arguments: Any) -> Iterator[Step]:
         """The same work as `__call__`, step by step; arguments are checked before the first step is asked for."""
-        request = make_request(self.components, self.defaults, prompt, **arguments)
+        request = make_request(self.components, self.defaults, prompt, refines=self.refiner is not None, **arguments)
         known = {adapter.path.stem for adapter in self.adapters.active}
         missing = [
             f"<lora:{tag.name}:{tag.weight:g}> is left out of the prompt: no such adapter is set"
@@ -254,82 +280,44 @@ class Pipeline:
         """All batches of a request; the loop over steps is here."""
         started = time.perf_counter()
         clock = {"text": 0.0, "encode": 0.0, "steps": 0.0, "decode": 0.0}
-        table = request.table
         parts = batches(request)
-        total, done = len(parts) * len(set(table.step)), 0
+        total, done = len(parts) * sum(len(set(one.table.step)) for one in request.passes), 0
         finished: list[Any] = []
         for which in parts:
-            with self._turn(request):
-                batch = self._begin(request, which, clock)
-            for i in range(len(table)):
-                with self._turn(request), _seconds(clock, "steps"):
-                    estimate, latents = self._advance(batch), batch.run.state.x.clone()
-                step_ends = i + 1 == len(table) or table.step[i + 1] != table.step[i]
-                if step_ends and (done := done + 1) < total:
-                    yield Step(done, total, latents, self, estimate)
-            with self._turn(request):
-                with _seconds(clock, "steps"):
-                    latents = batch.run.state.x.clone()
-                    self._wait()  # or the seconds of the steps would be those of launching them
-                with _seconds(clock, "decode"):
-                    finished.append(self._finish(request, latents))
+            start: torch.Tensor | list[Image.Image] | None = None
+            for one in request.passes:
+                with self._turn(one):
+                    batch = begin(self._engine, one, which, clock, start)
+                for i in range(len(one.table)):
+                    with self._turn(one), seconds(clock, "steps"):
+                        estimate, latents = batch.advance(self.device), batch.run.state.x.clone()
+                    step_ends = i + 1 == len(one.table) or one.table.step[i + 1] != one.table.step[i]
+                    if step_ends and (done := done + 1) < total:
+                        yield Step(done, total, latents, self, estimate)
+                with self._turn(one):
+                    with seconds(clock, "steps"):
+                        latents = batch.run.state.x.clone()
+                        self._wait()  # or the seconds of the steps would be those of launching them
+                    with seconds(clock, "decode"):
+                        if one.hires is not None:
+                            start = self._enlarge(one, latents)
+                        else:
+                            finished.append(self._finish(one, latents))
         clock["total"] = time.perf_counter() - started
         clock["steps_per_second"] = total / clock["steps"] if clock["steps"] else 0.0
         estimate = Estimate(latents[:1], latents[:1], None)
         yield Step(total, total, latents, self, estimate, self._result(request, finished, clock))
 
     @torch.inference_mode()
-    def _begin(self, request: Request, which: slice, clock: dict[str, float]) -> _Batch:
-        """Everything that does not depend on the loop: text, time, picture, noise."""
-        config = self.components.vae.config
-        seeds = request.seeds[which]
-        height, width = request.height // config.downscale, request.width // config.downscale
-        noise = Noise(seeds, config.latent_channels, height, width, self.device)
-        with _seconds(clock, "text"):
-            script = write_script(self.components, request, which, self.device, self.graphs)
-
-        tick = time.perf_counter()
-        image = mask = extra = None
-        inpaints = self.components.unet.config.in_channels == 9
-        if request.image is not None and not (inpaints and request.strength == 1.0):
-            image = self._codec.encode(image_tensor(request.image), noise.draw(), request.vae_tiling)
-        given = request.latents
-        start_noise = noise.draw() if given is None else to_channels_last(given[which]).to(self.device)
-        if request.image is not None and request.mask is not None:
-            regions = InpaintMask.from_image(request.mask, config.downscale)
-            if inpaints:
-                kept = image_tensor(request.image) * (regions.pixels < 0.5)
-                masked = self._codec.encode(kept, noise.draw(), request.vae_tiling)
-                extra = torch.cat([regions.latents.to(self.device).expand(len(seeds), -1, -1, -1), masked], dim=-1)
-            else:
-                mask = regions.latents.to(self.device)
-        clock["encode"] += time.perf_counter() - tick
-        pure_noise = request.mask is not None and request.strength == 1.0
-        state = advance.begin(request.table, start_noise, None if pure_noise else image)
-        guided, rescaled = request.guidance_scale != 1.0, request.guidance_rescale > 0
-        run = Run(
-            state,
-            script.time,
-            key_values=(),  # each row's own, see _advance
-            guidance=state.x.new_tensor([request.guidance_scale]) if guided else None,
-            rescale=state.x.new_tensor([request.guidance_rescale]) if guided and rescaled else None,
-            extra_channels=extra,
-        )
-        return _Batch(run, script, noise, start_noise, image, mask)
-
-    @torch.inference_mode()
-    def _advance(self, batch: _Batch) -> Estimate:
-        """One row of the table: one call of the UNet, one update of the state."""
-        state = batch.run.state
-        batch.run.key_values = batch.script.at(state.index)
-        x_in, timestep = advance.model_input(state)[:1].clone(), advance.timestep(state)
-        fresh = batch.noise.draw() if advance.draws(state) else None
-        with chosen_convolutions(self.device):
-            out = self._denoiser.step(batch.run, fresh)
-        state = batch.run.state
-        if batch.mask is not None and batch.image is not None:
-            advance.hold(state, batch.image, batch.start_noise, batch.mask)
-        return Estimate(x_in, out[-len(state.x) :][:1].clone(), timestep)
+    def _enlarge(self, request: Request, latents: torch.Tensor) -> torch.Tensor | list[Image.Image]:
+        """What the second pass starts from, out of the last state of the first `[n, h, w, C]`."""
+        assert request.hires is not None
+        width, height = request.hires.width, request.hires.height
+        if request.hires_upscaler == "lanczos":
+            pictures = self.decode(latents, request.vae_tiling)
+            return [picture.resize((width, height), Image.Resampling.LANCZOS) for picture in pictures]
+        factor = self.components.vae.config.downscale
+        return enlarge(latents, height // factor, width // factor)
 
     def _finish(self, request: Request, x: torch.Tensor) -> Any:
         """A batch's pictures from its last state, in the form asked for."""
@@ -349,7 +337,7 @@ class Pipeline:
         """Scaled latents `[n, h, w, C]` to pictures, one at a time (the decoder's maps are the largest of all)."""
         with self._lock:
             self.graphs.in_order(self.device)
-            return [Image.fromarray(self._codec.decode(latent[None], tiled)[0]) for latent in latents]
+            return [Image.fromarray(self._engine.codec.decode(latent[None], tiled)[0]) for latent in latents]
 
     @contextmanager
     def _turn(self, request: Request) -> Iterator[None]:
@@ -394,5 +382,25 @@ class Pipeline:
             "strength": request.strength if request.image is not None else None,
             "prompt_syntax": request.prompt_syntax if request.prompt_syntax != "a1111" else None,
             "embeddings": list(request.embeddings),
+            "hires_scale": request.hires_scale,
+            "hires_strength": request.hires.strength if request.hires else None,
+            "hires_steps": request.hires.num_inference_steps if request.hires else None,
+            "hires_upscaler": request.hires_upscaler if request.hires else None,
+            "refiner": self.refiner.name if self.refiner is not None else None,
+            "refiner_switch": request.refiner_switch if self.refiner is not None else None,
         }
-        return Result(images, list(request.seeds), clock, [*request.notes, *self._codec.news()], parameters)
+        return Result(images, list(request.seeds), clock, [*request.notes, *self._engine.codec.news()], parameters)
+
+
+def _check_refiner(components: Components, refiner: Components) -> None:
+    """Refuse a second checkpoint that reads other latents, or noise of another schedule."""
+    names = ("prediction_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+    for name in names:
+        first, second = getattr(components.scheduler, name), getattr(refiner.scheduler, name)
+        if first != second:
+            raise FastsdError(f"refiner: its {name} is {second} and the model's {first}; both should be of one family")
+    channels = components.vae.config.latent_channels
+    if components.unet.config.in_channels != channels or refiner.unet.config.in_channels != channels:
+        raise FastsdError(f"refiner: model and refiner should both read {channels} channels; one is for inpainting")
+    if components.vae.config.scaling_factor != refiner.vae.config.scaling_factor:
+        raise FastsdError("refiner: it reads latents of another scale than the model's; both should be of one family")

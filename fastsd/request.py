@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastsd import memory
 from fastsd.conditioning import SYNTAXES, Reading, read_prompt
 from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
+from fastsd.model.controlnet import ControlNet
 from fastsd.prompts import LoraTag
 from fastsd.sampling.rows import Table
 from fastsd.sampling.tables import build, resolve
@@ -28,6 +30,28 @@ MAX_SIDE = 8192
 MAX_SEED = 2**63 - 1
 TILED_FROM = 2048 * 2048  # pixels above which the autoencoder works in tiles by itself
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+UPSCALERS = ("latent", "lanczos")
+MAX_HIRES = 8.0
+MAX_CONTROL_WEIGHT = 10.0
+REFINER_SWITCH = 0.8
+
+
+@dataclass(frozen=True)
+class Control:
+    """A picture that steers the drawing through a ControlNet.
+
+    Attributes:
+        net: from `Pipeline.load_controlnet`.
+        image: edges, depths, a pose: whatever the ControlNet was trained to read; scaled to the size of the result.
+        weight: multiplies what the ControlNet adds; 0 is without it.
+        start, end: the part of the steps in which it takes part, shares from 0 to 1.
+    """
+
+    net: ControlNet
+    image: Image.Image
+    weight: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +79,7 @@ class Request:
     output_type: str
     vae_tiling: bool
     picture: memory.Picture  # what the memory that it takes depends on
+    trained_steps: int  # of the noise schedule
     prompt_syntax: str = "a1111"
     loras: tuple[LoraTag, ...] = ()  # tags of the prompts, which say what the pipeline's adapters should be
     embeddings: tuple[str, ...] = ()  # textual inversions in the texts, by name
@@ -62,6 +87,34 @@ class Request:
     mask: Image.Image | None = None  # L, width x height
     latents: torch.Tensor | None = None  # [N, C, h, w]
     notes: tuple[str, ...] = ()
+    controls: tuple[Control, ...] = ()  # their images RGB, width x height
+    hires: Request | None = None  # the second pass, over the enlarged result of this one
+    hires_upscaler: str = "latent"
+    refiner_switch: float | None = None
+
+    @property
+    def passes(self) -> tuple[Request, ...]:
+        """This request and, where there is one, the second pass."""
+        return (self,) if self.hires is None else (self, self.hires)
+
+    @property
+    def hires_scale(self) -> float | None:
+        """The second pass's size as a multiple of the first's."""
+        return None if self.hires is None else self.hires.width / self.width
+
+    @property
+    def refiner_row(self) -> int | None:
+        """The first row of the table that the refiner does.
+
+        It takes over at the first step whose timestep lies below the share of them that `refiner_switch` leaves, as
+        diffusers counts it.
+        """
+        if self.refiner_switch is None:
+            return None
+        times, steps = self.table.timesteps, self.table.step
+        below = round(self.trained_steps * (1.0 - self.refiner_switch))
+        starts = (row for row in range(len(times)) if row == 0 or steps[row] != steps[row - 1])
+        return next((row for row in starts if times[row] < below), len(times))
 
 
 def make_request(
@@ -88,6 +141,13 @@ def make_request(
     output_type: str = "pil",
     vae_tiling: bool | None = None,
     prompt_syntax: str = "a1111",
+    controls: Sequence[Control] = (),
+    hires_scale: float | None = None,
+    hires_strength: float = 0.5,
+    hires_steps: int | None = None,
+    hires_upscaler: str = "latent",
+    refiner_switch: float | None = None,
+    refines: bool = False,
 ) -> Request:
     """Check the arguments of a call and fill in the checkpoint's defaults; `Pipeline.__call__` says what they mean.
 
@@ -125,6 +185,8 @@ def make_request(
         image, more = fit_image(image, width, height, config.downscale)
         notes |= dict.fromkeys(more)
         width, height = image.size
+    elif controls and width is None and height is None:
+        width, height = own_size(controls[0].image, config.downscale)
     if mask_image is not None:
         mask, more = fit_mask(mask_image, image)
         notes |= dict.fromkeys(more)
@@ -132,6 +194,10 @@ def make_request(
         raise FastsdError("this is an inpainting checkpoint: give image and mask_image")
     width = side("width", chosen("width", width), config.downscale)
     height = side("height", chosen("height", height), config.downscale)
+    controls, more = fit_controls(controls, components, width, height)
+    notes |= dict.fromkeys(more)
+    if refiner_switch is not None and not refines:
+        raise FastsdError("refiner_switch is given and no refiner is loaded; give a refiner to load")
     if latents is not None:
         shape = (count, config.latent_channels, height // config.downscale, width // config.downscale)
         latents = fit_latents(latents, shape)
@@ -146,7 +212,7 @@ def make_request(
         schedule = defaults["schedule"]  # belongs to the checkpoint's own sampler
     sampler, schedule = resolve(word("sampler", chosen("sampler", sampler)), word("schedule", schedule or "default"))
     start = 0 if image is None else steps - min(int(steps * strength), steps)
-    return Request(
+    request = Request(
         prompts=tuple(text for text in prompts for _ in range(each)),
         negative_prompts=tuple(text for text in negatives for _ in range(each)),
         texts=tuple(positive.texts for positive, _ in readings),
@@ -178,7 +244,107 @@ def make_request(
         loras=loras,
         embeddings=embeddings,
         notes=tuple(notes),
+        controls=controls,
+        trained_steps=components.scheduler.num_train_timesteps,
+        refiner_switch=number("refiner_switch", chosen_switch(refiner_switch), 0, 1) if refines else None,
     )
+    if hires_scale is None:
+        return request
+    return with_second_pass(components, request, hires_scale, hires_strength, hires_steps, hires_upscaler)
+
+
+def with_second_pass(
+    components: Components, first: Request, scale: float, strength: float, steps: int | None, upscaler: str
+) -> Request:
+    """`first` with a second pass, image-to-image over its enlarged result; `Pipeline.__call__` says what they mean."""
+    if first.image is not None:
+        raise FastsdError("hires_scale is given with image; the second pass belongs to text-to-image")
+    if upscaler not in UPSCALERS:
+        raise FastsdError(f"hires_upscaler is {upscaler!r}; it should be one of {', '.join(UPSCALERS)}")
+    scale = number("hires_scale", scale, 1, MAX_HIRES)
+    strength = number("hires_strength", strength, 0, 1)
+    if steps is None:
+        steps, texts, negatives = first.num_inference_steps, first.texts, first.negative_texts
+    else:  # prompts with a schedule are read anew
+        steps = number("hires_steps", steps, 1, MAX_STEPS, whole=True)
+        told = read_all(components, [*first.prompts], [*first.negative_prompts], steps, first.prompt_syntax)
+        texts, negatives = (tuple(readings[i].texts for readings in told) for i in (0, 1))
+    factor = components.vae.config.downscale
+    width, height = (max(round(n * scale / factor), 1) * factor for n in (first.width, first.height))
+    if max(width, height) > MAX_SIDE:
+        raise FastsdError(f"hires_scale: {width}x{height} would be drawn; at most {MAX_SIDE} pixels a side are")
+    tiled = first.vae_tiling or width * height > TILED_FROM
+    picture = replace(first.picture, width=width, height=height, tiled=tiled)
+    memory.check_picture(picture, components.unet.conv_in.weight.device)
+    start = steps - min(int(steps * strength), steps)
+    second = replace(
+        first,
+        texts=texts,
+        negative_texts=negatives,
+        table=make_table(first.sampler, steps, components.scheduler, first.schedule, start, first.eta),
+        num_inference_steps=steps,
+        width=width,
+        height=height,
+        strength=strength,
+        vae_tiling=tiled,
+        picture=picture,
+        latents=None,
+        controls=tuple(replace(one, image=resized(one.image, width, height)) for one in first.controls),
+    )
+    return replace(first, hires=second, hires_upscaler=upscaler)
+
+
+def chosen_switch(switch: float | None) -> float:
+    """Where the refiner takes over."""
+    return REFINER_SWITCH if switch is None else switch
+
+
+def fit_controls(
+    controls: Any, components: Components, width: int, height: int
+) -> tuple[tuple[Control, ...], list[str]]:
+    """The controls with their pictures as RGB at the size of the result, and notes on what was done to them."""
+    if not isinstance(controls, list | tuple) or not all(isinstance(one, Control) for one in controls):
+        raise FastsdError("controls should be a list of fastsd.Control")
+    fitted, notes = [], []
+    for k, control in enumerate(controls):
+        name = f"controls[{k}]"
+        if not isinstance(control.net, ControlNet):
+            raise FastsdError(f"{name}.net should come from Pipeline.load_controlnet, not {type(control.net).__name__}")
+        wanted, found = components.unet.config, control.net.config
+        if (found.block_out_channels, found.cross_attention_dim) != (
+            wanted.block_out_channels,
+            wanted.cross_attention_dim,
+        ):
+            raise FastsdError(f"{name}.net was loaded for a model of another family")
+        if not isinstance(control.image, Image.Image):
+            raise FastsdError(f"{name}.image should be a PIL image, not {type(control.image).__name__}")
+        number(f"{name}.weight", control.weight, -MAX_CONTROL_WEIGHT, MAX_CONTROL_WEIGHT)
+        start, end = (number(f"{name}.{part}", getattr(control, part), 0, 1) for part in ("start", "end"))
+        if start > end:
+            raise FastsdError(f"{name}.start is {start:g}, after its end {end:g}")
+        if control.image.size != (width, height):
+            was = f"{control.image.width}x{control.image.height}"
+            notes.append(f"the control picture was resized from {was} to {width}x{height}")
+        fitted.append(replace(control, image=resized(control.image.convert("RGB"), width, height)))
+    return tuple(fitted), notes
+
+
+def resized(image: Image.Image, width: int, height: int) -> Image.Image:
+    """`image` at a size, by Lanczos."""
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def own_size(image: Any, factor: int) -> tuple[int, int]:
+    """A picture's width and height, rounded down to multiples of `factor`."""
+    if not isinstance(image, Image.Image):
+        raise FastsdError(f"the control's image should be a PIL image, not {type(image).__name__}")
+    if max(image.size) > MAX_SIDE:
+        raise FastsdError(
+            f"the control's image is {image.width}x{image.height}; at most {MAX_SIDE} pixels a side are drawn, so give "
+            "width and height"
+        )
+    width, height = (max(n // factor * factor, factor) for n in image.size)
+    return width, height
 
 
 def read_all(

@@ -5,9 +5,11 @@ CUDA's graphs are replaced by tapes, which freeze what they freeze; tests/gpu/ a
 
 from __future__ import annotations
 
+import itertools
 import threading
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
+from fastsd import Control
+from fastsd.config import ControlNetConfig
 from fastsd.errors import FastsdError
 from fastsd.graph import Graphs
 from fastsd.kernels import dispatch
+from fastsd.model.controlnet import ControlNet
 from fastsd.pipeline import Pipeline
 from fastsd.sampling.tables import SAMPLERS
 from tests.tape import TapeRecorder
@@ -381,3 +386,64 @@ def test_a_tape_sees_what_a_graph_would_not() -> None:
     assert replay().tolist() == [10.0, 10.0]
     with pytest.raises(RuntimeError, match="a graph cannot"):
         TapeRecorder().record(lambda: x if x.sum() > 0 else -x)
+
+
+def controls_of(pipe: Pipeline, count: int = 2) -> list[Control]:
+    """ControlNets of random weights, the first active early and the second late."""
+    found = []
+    for i in range(count):
+        torch.manual_seed(20 + i)
+        net = ControlNet(ControlNetConfig(replace(pipe.components.unet.config, in_channels=4), (8, 8, 8, 8)))
+        net.eval().requires_grad_(False)
+        found.append(Control(net, PICTURE, weight=0.5 + i, start=0.4 * i, end=0.6 + 0.4 * i))
+    return found
+
+
+@pytest.mark.parametrize("sampler", ["euler_a", "dpm++2m", "heun"])
+def test_networks_that_come_and_go(sampler: str) -> None:
+    """A graph for each set of ControlNets; the state goes from one graph's buffers to the next's and back."""
+    pipe, recorder = graphed()
+    plain = tiny_pipeline()
+    controls = controls_of(pipe)
+    settings: dict[str, Any] = {"num_inference_steps": 5, "sampler": sampler, "controls": controls}
+    first = latents(pipe, **settings)
+    assert torch.equal(first, latents(plain, **settings))
+    captures = recorder.recorded  # the text, and the step with the first, with both and with the second
+    assert captures == 4
+    for change in (
+        {"seed": 9},
+        {"prompt": "a [dog:cat:2]"},
+        {"controls": [replace(controls[0], weight=0.1, image=Image.new("RGB", (64, 64), "red")), controls[1]]},
+    ):
+        assert torch.equal(latents(pipe, **(settings | change)), latents(plain, **(settings | change))), change
+    assert not torch.equal(first, latents(pipe, **(settings | {"controls": []})))
+    assert torch.equal(first, latents(pipe, **settings))
+    assert recorder.recorded == captures + 1  # without any
+
+
+def test_two_streams_whose_networks_come_and_go() -> None:
+    pipe, _ = graphed()
+    settings: dict[str, Any] = {"num_inference_steps": 5, "controls": controls_of(pipe)}
+    wanted = [latents(pipe, seed=seed, **settings) for seed in (1, 2)]
+    streams = [pipe.stream("a cat", seed=seed, output_type="latent", **settings) for seed in (1, 2)]
+    last: Any = None
+    next(streams[0])  # a step ahead of the other
+    for steps in itertools.zip_longest(*streams):
+        last = [step or before for step, before in zip(steps, last or steps)]
+    assert all(torch.equal(step.result.images, want) for step, want in zip(last, wanted, strict=True))
+
+
+def test_a_refiner_has_graphs_of_its_own() -> None:
+    plain = tiny_pipeline()
+    second = tiny_pipeline().components
+    with torch.no_grad():
+        second.unet.conv_in.weight.mul_(1.5)
+    recorder = TapeRecorder()
+    pipe = Pipeline(plain.components, plain.device, plain.dtype, Graphs(recorder), second)
+    eager = Pipeline(plain.components, plain.device, plain.dtype, None, second)
+    for settings in ({"seed": 1}, {"seed": 2, "refiner_switch": 0.4}, {"prompt": "a dog", "sampler": "dpm++2m"}):
+        settings = {"num_inference_steps": 5} | settings
+        found = latents(pipe, **settings)
+        assert torch.equal(found, latents(eager, **settings))
+        assert not torch.equal(found, latents(plain, **{k: v for k, v in settings.items() if k != "refiner_switch"}))
+    assert recorder.recorded == 4  # two texts' encoders, two steps

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -108,7 +110,12 @@ def test_prompt_negative_prompt_and_guidance_matter(pipe: Pipeline) -> None:
 def test_guidance_of_one_runs_half_the_samples(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = []
     denoise = pipe.components.unet.denoise
-    monkeypatch.setattr(pipe.components.unet, "denoise", lambda x, t, kv: batches.append(len(x)) or denoise(x, t, kv))
+
+    def counted(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        batches.append(len(x))
+        return denoise(x, *rest)
+
+    monkeypatch.setattr(pipe.components.unet, "denoise", counted)
     pipe("a cat", guidance_scale=1.0)
     pipe("a cat", guidance_scale=1.01)
     assert batches == [1] * 3 + [2] * 3

@@ -59,9 +59,9 @@ def told(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, prompt: str, **argumen
         texts[layers[0][0].numpy().tobytes()] = last[0]
         return layers
 
-    def denoised(x: torch.Tensor, time: torch.Tensor, key_values: Any) -> torch.Tensor:
+    def denoised(x: torch.Tensor, time: torch.Tensor, key_values: Any, control: Any) -> torch.Tensor:
         calls.append(texts[key_values[0][-1].contiguous().numpy().tobytes()])
-        return denoise(x, time, key_values)
+        return denoise(x, time, key_values, control)
 
     monkeypatch.setattr(script, "encode_text", encoded)
     monkeypatch.setattr(unet, "project_context", projected)
@@ -144,9 +144,9 @@ def test_the_shorter_of_prompt_and_negative_is_padded(sd1: Pipeline, monkeypatch
     lengths: list[tuple[int, ...]] = []
     denoise = sd1.components.unet.denoise
 
-    def denoised(x: torch.Tensor, time: torch.Tensor, key_values: Any) -> torch.Tensor:
+    def denoised(x: torch.Tensor, time: torch.Tensor, key_values: Any, control: Any) -> torch.Tensor:
         lengths.append(tuple(layer.shape[1] for layer in key_values))
-        return denoise(x, time, key_values)
+        return denoise(x, time, key_values, control)
 
     monkeypatch.setattr(sd1.components.unet, "denoise", denoised)
     for prompt, negative, chunks in (("a", LONG, 2), (LONG, "", 2), ("a", "", 1), ("[a:" + LONG + ":3]", "", 2)):
@@ -169,8 +169,9 @@ def test_each_text_is_encoded_once(sd1: Pipeline, monkeypatch: pytest.MonkeyPatc
 def test_keys_and_values_are_the_same_while_the_text_is(sd1: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """The very same tuple, by which a graph knows that it has nothing to copy."""
     seen: list[Any] = []
-    step = sd1._denoiser.step
-    monkeypatch.setattr(sd1._denoiser, "step", lambda run, noise: seen.append(run.key_values) or step(run, noise))
+    denoiser = sd1._engine.denoiser
+    step = denoiser.step
+    monkeypatch.setattr(denoiser, "step", lambda run, noise: seen.append(run.told.key_values) or step(run, noise))
     draw(sd1, "[a:b:2] x")
     assert [one is other for one, other in zip(seen, seen[1:])] == [True, False, True, True, True]
 

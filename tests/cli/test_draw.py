@@ -296,7 +296,7 @@ def test_too_little_memory_says_what_to_try(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(Pipeline, "_advance", fail)
+    monkeypatch.setattr("fastsd.batch.Batch.advance", fail)
     refused(cli("-p", "x", "-m", model, "--count", count), "not enough memory", said)
     monkeypatch.setattr("fastsd.pipeline.load_checkpoint", fail)
     refused(cli("-p", "x", "-m", model, "--dtype", "fp32"), "not enough memory for the model", "--dtype fp16")
