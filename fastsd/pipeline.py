@@ -82,8 +82,8 @@ class Pipeline:
     """A checkpoint, ready to draw.
 
     Attributes:
-        source, vae_source, refiner_source: where `from_pretrained` found the model, the autoencoder that is not its own,
-            and the refiner.
+        source, vae_source, refiner_source: where `from_pretrained` found the model, an autoencoder that is not its own,
+            a refiner.
     """
 
     source: Place | None = None
@@ -153,8 +153,8 @@ class Pipeline:
                 any with the same latents and noise schedule. It uses the first one's autoencoder.
 
         Raises:
-            FastsdError: no such model, damaged files, unknown device or dtype, too little memory; the hub's model cannot
-            be fetched; or the refiner does not go with the model.
+            FastsdError: no such model, damaged files, unknown device or dtype, too little memory, a refiner that does
+                not go with the model; or the hub's model cannot be fetched.
         """
         place = resolve_device(device)
         precision = resolve_dtype(dtype, place)
