@@ -42,7 +42,8 @@ SCHEDULES = {"default": "Uniform", "karras": "Karras", "exponential": "Exponenti
 WITHOUT_SCHEDULE = ("ddpm", "ddim", "pndm", "lcm", "euler_maruyama")
 
 # What the JSON copy may hold. `image` and `mask` are {"name": ..., "sha256": ...} of the files that were given,
-# `embeddings` a list of such with "token", the name in the prompt; `loras` one with "strength".
+# `embeddings` a list of such with "token", the name in the prompt; `loras` one with "strength"; `vae` is
+# {"name": ..., "path": ...} with "fingerprint" or, of the hub's, "revision".
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "prompt": str,
     "negative_prompt": str,
@@ -62,6 +63,8 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "model_path": str,
     "model_fingerprint": str,
     "revision": str,
+    "prediction": str,
+    "vae": dict,
     "device": str,
     "dtype": str,
     "batch_size": int,

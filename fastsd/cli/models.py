@@ -1,4 +1,4 @@
-"""What metadata says of the model that drew a picture."""
+"""The model that draws a picture: what metadata says of it, and how a repeated picture finds it again."""
 
 from __future__ import annotations
 
@@ -8,28 +8,152 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastsd.errors import FastsdError
+
 if TYPE_CHECKING:
     from fastsd.pipeline import Pipeline
-    from fastsd.weights.hub import Place
+    from fastsd.weights.hub import HubId, Place
 
 BLOCK, BLOCKS = 4096, 16
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 def settings(pipe: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that say which model it is: of the hub's, the id and the commit; of others, where and what it is."""
+    """What tells the model from others: of the hub's, the id and the commit; of others, where and what it is."""
     source = pipe.source
     assert source is not None  # the command line has every model from a place
+    found: dict[str, Any] = {"prediction": args.prediction}
     if args.model in (None, "digits"):
-        return {"model_path": "digits", "model_fingerprint": fingerprint(source.path)}
-    return _of_place(source, args.model, "model_")
+        found |= {"model_path": "digits", "model_fingerprint": fingerprint(source.path)}
+    else:
+        found |= _of_place(source, args.model, "model_")
+    if pipe.vae_source is not None:
+        found["vae"] = {"name": _name(pipe.vae_source, args.vae), **_of_place(pipe.vae_source, args.vae)}
+    return found
 
 
-def _of_place(place: Place, given: str, prefix: str) -> dict[str, Any]:
-    """Where something is, and what tells it from others: its commit, or samples of its files."""
+def _of_place(place: Place, given: str, prefix: str = "") -> dict[str, Any]:
+    """Where something is, and its commit or samples of its files."""
     if place.hub is not None:
-        inside = f"/{place.hub.inside}" if place.hub.inside else ""
-        return {f"{prefix}path": f"{place.hub.repo}{inside}", "revision": place.hub.revision}
+        return {f"{prefix}path": _unpinned(place.hub), "revision": place.hub.revision}
     return {f"{prefix}path": without_home(given), f"{prefix}fingerprint": fingerprint(place.path)}
+
+
+def _unpinned(found: HubId) -> str:
+    return f"{found.repo}/{found.inside}" if found.inside else found.repo
+
+
+def _name(place: Place, given: str) -> str:
+    """The name of a file or folder, as A1111 shows it."""
+    return Path(given if place.hub is None else _unpinned(place.hub)).name
+
+
+def fill_in(args: argparse.Namespace, before: dict[str, Any], where: str, notes: list[str]) -> None:
+    """Give `args` the model that drew a picture, its revision, autoencoder and prediction.
+
+    Flags come first; with another model than the picture's, what belongs to that is left alone.
+
+    Args:
+        before: the picture's settings. They are a stranger's: nothing is fetched for their sake.
+        where: the flag and the file, for messages.
+        notes: what the user should know is added.
+
+    Raises:
+        FastsdError: something of it is not on this machine.
+    """
+    path, name = before.get("model_path"), before.get("model")
+    if args.model is None:
+        if "digits" in (path, name if path is None else None):
+            args.model = "digits"
+        elif path or name:
+            _fill_model(args, before, where)
+        else:
+            notes.append("the picture does not say which model drew it; the digits model does now")
+            args.model = "digits"
+    elif not _is_the_same(args, before):
+        return
+    if args.prediction is None and before.get("prediction") in PREDICTIONS:
+        args.prediction = before["prediction"]
+    wanted = before.get("vae")
+    if args.vae is None and wanted:
+        found = _here(wanted.get("path"), wanted.get("revision"), vae=True)
+        if found is None:
+            raise FastsdError(
+                f"{where}: it was drawn with --vae {_cut(wanted.get('path') or wanted.get('name'))}; give it again"
+            )
+        args.vae = str(found)
+
+
+def _fill_model(args: argparse.Namespace, before: dict[str, Any], where: str) -> None:
+    path, revision = before.get("model_path"), args.revision or before.get("revision")
+    found = _here(path, revision)
+    if found is not None:
+        args.model = str(found)
+        args.revision = args.revision if isinstance(found, str) else None  # the id holds it
+        return
+    if revision and path:
+        flags = f"--model {path[:80]} --revision {revision[:40]}"
+        raise FastsdError(f"{where}: it was drawn with the hub's {_cut(path)}; fetch it with {flags}")
+    raise FastsdError(f"{where}: it was drawn with the model {_cut(before.get('model') or path)}; give it with --model")
+
+
+def _here(path: Any, revision: Any, vae: bool = False) -> str | HubId | None:
+    """What metadata names, if it is on this machine: a path, or in the hub's cache."""
+    if not isinstance(path, str) or path.startswith(("//", "\\\\")):  # no foreign network paths
+        return None
+    local = os.path.expanduser(path)
+    if os.path.exists(local):
+        return local
+    from fastsd.weights import hub
+
+    try:
+        wanted = hub.parse(path, revision if isinstance(revision, str) else None)
+    except FastsdError:
+        return None
+    return wanted if wanted is not None and wanted.pinned and hub.is_cached(wanted, vae) else None
+
+
+def _is_the_same(args: argparse.Namespace, before: dict[str, Any]) -> bool:
+    """Whether --model is the picture's; the picture's commit is then taken where the flags name no revision."""
+    path = before.get("model_path")
+    if os.path.exists(args.model):
+        try:
+            return args.model == path or before.get("model_fingerprint") == fingerprint(Path(args.model))
+        except OSError:
+            return False  # why it cannot be read, loading says
+    if args.model == "digits":
+        return path == "digits"
+    from fastsd.weights import hub
+
+    wanted = hub.parse(args.model)
+    if wanted is None or _unpinned(wanted) != path:
+        return False
+    if wanted.revision is None and args.revision is None:
+        args.revision = before.get("revision")
+    return True
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Notes on what of the model is not as it was the first time."""
+    notes = []
+    known = [key for key in ("model_fingerprint", "revision") if before.get(key)]
+    if any(now.get(key) != before[key] for key in known):
+        commit = f" at {before['revision'][:12]}" if before.get("revision") else ""
+        notes.append(f"the model is not the one that drew the picture ({_cut(before.get('model'))}{commit})")
+    if "version" not in before:  # another program's, which says less
+        return notes
+    old, new = before.get("vae") or {}, now.get("vae") or {}
+    if any(old.get(key) != new.get(key) for key in ("fingerprint", "revision")):
+        said = _cut(old.get("name")) if old else "the model's own"
+        notes.append(f"the autoencoder is not the one that drew the picture ({said})")
+    if before.get("prediction") != now.get("prediction"):
+        said = f"with --prediction {_cut(before['prediction'])}" if before.get("prediction") else "without --prediction"
+        notes.append(f"the picture was drawn {said}")
+    return notes
+
+
+def _cut(text: Any) -> str:
+    return repr(str(text)[:80])
 
 
 def without_home(path: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastsd.cli import flags
+from fastsd.cli import flags, models
 from fastsd.errors import FastsdError
 from fastsd.images import fingerprint, read_file, read_text
 from fastsd.metadata import read_texts
@@ -66,7 +66,7 @@ def fill_in(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
             raise FastsdError(f"{where}: it was drawn with {flag} {_named(wanted)}; give that file again")
     if settings.get("strength") is not None and args.image is None:
         raise FastsdError(f"{where}: it was drawn from another picture; give that with --image")
-    _fill_model(args, settings, where, notes)
+    models.fill_in(args, settings, where, notes)
     for name in SETTINGS:
         value = settings.get(name)
         if value is None or getattr(args, name) is not None:
@@ -91,21 +91,6 @@ def _checked(name: str, value: Any, where: str) -> Any:
         raise FastsdError(f"{where}: its {name} is {error}") from None
 
 
-def _fill_model(args: argparse.Namespace, settings: dict[str, Any], where: str, notes: list[str]) -> None:
-    """The model that drew the picture, if it is still where it was."""
-    if args.model is not None:
-        return
-    path, name = settings.get("model_path"), settings.get("model")
-    if "digits" in (path, name if path is None else None):
-        args.model = "digits"
-    elif path and not path.startswith(("//", "\\\\")) and Path(path).expanduser().exists():  # no foreign network paths
-        args.model = str(Path(path).expanduser())
-    elif name or path:
-        raise FastsdError(f"{where}: it was drawn with the model {str(name or path)[:80]!r}; give it with --model")
-    else:
-        notes.append("the picture does not say which model drew it; the digits model does now")
-
-
 def differences(settings: dict[str, Any], now: dict[str, Any], args: argparse.Namespace) -> list[str]:
     """Notes on what is not as it was the first time, and whose effect a user may not expect."""
     notes = []
@@ -113,9 +98,7 @@ def differences(settings: dict[str, Any], now: dict[str, Any], args: argparse.Na
         before, after = settings.get(name), now.get(name)
         if before and after and before.get("sha256") != after["sha256"]:
             notes.append(f"{said} than {_named(before)}, which drew the picture")
-    before = settings.get("model_fingerprint")
-    if before and now.get("model_fingerprint") != before:
-        notes.append(f"the model is not the one that drew the picture ({str(settings.get('model'))[:80]!r})")
+    notes += models.differences(settings, now)
     if args.device is None and settings.get("device") not in (None, now.get("device")):
         notes.append(f"drawn on {now.get('device')} instead of {settings['device'][:20]}; pixels may differ slightly")
     elif now.get("device") == "cuda" and settings.get("batch_size", 1) != now.get("batch_size"):

@@ -123,13 +123,14 @@ def locate_file(text: str | Path) -> Place:
     return _fetch(wanted, _one_file(wanted), True) if wanted is not None and wanted.inside else Place(Path(text))
 
 
-def is_cached(wanted: HubId) -> bool:
-    """Whether a model is on this machine already, in whichever precision; nothing is asked of the network."""
+def is_cached(wanted: HubId, vae: bool = False) -> bool:
+    """Whether a model, or an autoencoder, is on this machine in some precision; nothing is asked of the network."""
     try:
         import huggingface_hub  # noqa: F401
     except ImportError:
         return False
-    files = _one_file(wanted) if wanted.inside else _model_files(wanted, True)
+    files = _vae_files(wanted, True) if vae else _model_files(wanted, True)
+    files = _one_file(wanted) if wanted.inside else files
     return _in_cache(wanted, files, True) is not None
 
 

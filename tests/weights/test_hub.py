@@ -19,7 +19,7 @@ from safetensors.torch import save
 from fastsd.errors import FastsdError
 from fastsd.pipeline import BUNDLED, Pipeline
 from fastsd.weights import hub
-from tests.weights.hub_server import Hub, serving
+from tests.weights.hub_server import Hub, offline, serving, taken_for_the_hub
 
 pytest.importorskip("huggingface_hub")
 ROOT = Path(__file__).parent.parent.parent
@@ -65,29 +65,11 @@ def sharded(files: dict[str, bytes], stem: str) -> dict[str, bytes]:
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub that huggingface_hub takes for the hub, with an empty cache, in an empty folder."""
-    from huggingface_hub import constants
-
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with serving() as found:
-        for name, value in {
-            "ENDPOINT": found.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": found.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_HUB_OFFLINE": False,
-            "HF_TOKEN_PATH": str(tmp_path / "token"),
-        }.items():
-            monkeypatch.setattr(constants, name, value)
+    with taken_for_the_hub(monkeypatch, tmp_path) as found:
         found.add("org/digits", DIGITS | BESIDE)
         yield found
-
-
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
 def model(text: str, revision: str | None = None, halved: bool = False) -> Path:
