@@ -18,6 +18,7 @@ from bench import record
 from bench.bench_images import GUIDANCE, pixels
 from bench.cold import PROMPT
 from bench.measure import Outcome, distance, image_limit, spread
+from bench.memory import in_use
 from bench.models import pipeline_of
 from bench.session import Session
 from fastsd.devices import dtype_name
@@ -45,7 +46,7 @@ def folder(bench: Session, model: str, dtype: torch.dtype, tmp_path: Path) -> Pa
 def start(folder: Path, candidate: str, dtype: torch.dtype, size: int, output: Path, grow: bool, caches: Path) -> Any:
     """Run `bench.cold` in a process of its own, with kernel caches in `caches`."""
     flags = ["--candidate", candidate, "--dtype", dtype_name(dtype), "--size", str(size), "--steps", str(STEPS)]
-    flags += ["--output", str(output), *(["--grow"] if grow else [])]
+    flags += ["--output", str(output), "--others", str(in_use()), *(["--grow"] if grow else [])]
     environment = os.environ | {
         "TRITON_CACHE_DIR": str(caches / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),

@@ -19,6 +19,8 @@ from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
+from bench.memory import DriverPeak  # noqa: E402
+
 PROMPT, OTHER_PROMPT = "a lighthouse at dusk", "a red door in a white wall"
 GUIDANCE = 7.5
 
@@ -30,12 +32,16 @@ def main() -> None:
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--steps", type=int, default=4, help="at least 2")
     parser.add_argument("--size", type=int, required=True)
+    parser.add_argument("--others", type=int, default=0, help="bytes that other processes hold on the GPU")
     parser.add_argument("--grow", action="store_true", help="also new prompts, batches, sizes, and memory over five")
     parser.add_argument("--output", type=Path, help="where the first picture's pixels go (.npy)")
     arguments = parser.parse_args()
 
     import torch
 
+    driver = DriverPeak(arguments.others)
+    if torch.cuda.is_available():
+        driver.start()
     imported, loaded, draw = _fastsd(arguments) if arguments.candidate == "fastsd" else _diffusers(arguments)
     cuda = torch.cuda.is_available()
     ticks: list[float] = []
@@ -54,6 +60,7 @@ def main() -> None:
     began = clock()
     _, images = picture()
     done = clock()
+    peak = _peak(cuda, driver)
     steps = [b - a for a, b in zip([began, *ticks], ticks)]
     steady = sorted(steps[1:])[len(steps[1:]) // 2] if len(steps) > 1 else steps[0]
     found: dict[str, Any] = {
@@ -67,7 +74,7 @@ def main() -> None:
             "last step, decode": done - ticks[-1],
         },
         "steady_step": steady,
-        "peak": _peak(cuda),
+        "peak": peak,
     }
     if arguments.output:
         import numpy as np
@@ -79,7 +86,7 @@ def main() -> None:
         unit = max(8, arguments.size // 64 * 8)
         for k in range(5):
             picture(size=arguments.size + unit * (k - 2))
-            growth.append(_peak(cuda))
+            growth.append(_peak(cuda, driver))
         found["growth"] = growth
     print(json.dumps(found))
 
@@ -167,17 +174,18 @@ def _diffusers(arguments: argparse.Namespace) -> tuple[float, float, Draw]:
     return imported, time.time(), draw
 
 
-def _peak(cuda: bool) -> dict[str, int]:
-    """Bytes: resident memory of the process at its peak; on a GPU as the driver and as torch's allocator see it."""
+def _peak(cuda: bool, driver: DriverPeak) -> dict[str, int]:
+    """Bytes at the peak: resident memory of the process; on a GPU as torch's allocator and as the driver see it (the
+    driver's since the last call)."""
     found = {"resident": resident_peak()}
     if cuda:
         import torch
 
         found["allocator"] = torch.cuda.max_memory_allocated()
         found["reserved"] = torch.cuda.max_memory_reserved()
-        driver = _driver_bytes()
-        if driver is not None:
-            found["driver"] = driver
+        most = driver.take()
+        if most is not None:
+            found["driver"] = most
     return found
 
 
@@ -188,24 +196,6 @@ def resident_peak() -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _driver_bytes() -> int | None:
-    """What the driver counts for this process now (it knows no peak, and torch gives nothing back in between).
-
-    In a container the driver may not know our process; then all that is in use on the device, if we are alone there.
-    """
-    import os
-
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-    processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-    mine = [p.usedGpuMemory for p in processes if p.pid == os.getpid() and p.usedGpuMemory]
-    return int(mine[0] if mine else pynvml.nvmlDeviceGetMemoryInfo(handle).used)
 
 
 if __name__ == "__main__":
