@@ -6,6 +6,10 @@ A1111's form, the PNG text chunk `parameters`:
     Negative prompt: fog
     Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 1, Size: 512x512, Model: sd15, ...
 
+A1111's hashes are written where they cost nothing: `Lora hashes` and `TI hashes`, whose files are small, always;
+`Model hash` and `VAE hash` where they are known (`fastsd.weights.hashes`), since those files have gigabytes. They are
+short SHA-256s: 10 digits of a model's file, 12 of an embedding's file, 12 of a LoRA's tensors alone.
+
 A prompt may itself hold such lines, so the form cannot always be read back. The second chunk, `fastsd`, is JSON and is
 preferred where it is there. Settings carry the names of `Pipeline.__call__`'s arguments.
 """
@@ -15,7 +19,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import PurePath
 from typing import Any
 
 from fastsd.errors import FastsdError
@@ -42,8 +47,8 @@ SCHEDULES = {"default": "Uniform", "karras": "Karras", "exponential": "Exponenti
 WITHOUT_SCHEDULE = ("ddpm", "ddim", "pndm", "lcm", "euler_maruyama")
 
 # What the JSON copy may hold. `image` and `mask` are {"name": ..., "sha256": ...} of the files that were given,
-# `embeddings` a list of such with "token", the name in the prompt; `loras` one with "strength"; `vae` is
-# {"name": ..., "path": ...} with "fingerprint" or, of the hub's, "revision".
+# `embeddings` a list of such with "token", the name in the prompt; `loras` one with "strength" and "hash"; `vae`
+# is {"name": ..., "path": ...} with "fingerprint" or, of the hub's, "revision"; and "hash".
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "prompt": str,
     "negative_prompt": str,
@@ -62,6 +67,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "model": str,
     "model_path": str,
     "model_fingerprint": str,
+    "model_hash": str,
     "revision": str,
     "prediction": str,
     "vae": dict,
@@ -140,6 +146,7 @@ def write_parameters(settings: Mapping[str, Any]) -> str:
 
     sampler = settings.get("sampler")
     schedule = settings.get("schedule")
+    vae = settings.get("vae") or {}
     size = f"{settings['width']}x{settings['height']}" if settings.get("width") and settings.get("height") else None
     pairs = {
         "Steps": value("num_inference_steps"),
@@ -148,11 +155,16 @@ def write_parameters(settings: Mapping[str, Any]) -> str:
         "CFG scale": value("guidance_scale"),
         "Seed": value("seed"),
         "Size": size,
+        "Model hash": value("model_hash"),
         "Model": value("model"),
+        "VAE hash": vae.get("hash"),
+        "VAE": vae.get("name"),
         "Denoising strength": value("strength"),
         "Clip skip": value("clip_skip") if settings.get("clip_skip") != 1 else None,
         "Eta DDIM": value("eta") if settings.get("eta") else None,
         "Guidance rescale": value("guidance_rescale") if settings.get("guidance_rescale") else None,
+        "Lora hashes": _hashes(settings.get("loras"), lambda one: (PurePath(one["name"]).stem, one.get("hash"))),
+        "TI hashes": _hashes(settings.get("embeddings"), lambda one: (one["token"], one["sha256"][:12])),
         "Prompt syntax": value("prompt_syntax"),
         "Device": value("device"),
         "Dtype": value("dtype"),
@@ -162,6 +174,12 @@ def write_parameters(settings: Mapping[str, Any]) -> str:
     line = ", ".join(f"{key}: {quote(text)}" for key, text in pairs.items() if text is not None)
     negative = settings.get("negative_prompt")
     return f"{settings.get('prompt', '')}{f'{chr(10)}Negative prompt: {negative}' if negative else ''}\n{line}".strip()
+
+
+def _hashes(files: Any, named: Callable[[dict[str, Any]], tuple[str, str | None]]) -> str | None:
+    """A1111's list, "name: hash, name: hash", of those whose hash is known; a name loses its colons and commas."""
+    pairs = dict(named(one) for one in files or () if isinstance(one, dict))
+    return ", ".join(f"{re.sub('[:,]', '', name)}: {digest}" for name, digest in pairs.items() if digest) or None
 
 
 def parse_parameters(text: str) -> tuple[dict[str, Any], dict[str, str]]:

@@ -165,14 +165,14 @@ class Pipeline:
         components = load_checkpoint(
             found.path, precision, place, own_vae.path if own_vae else None, prediction, allow_pickle
         )
-        if found.hub is not None and not found.hub.inside:
-            components.name = found.hub.repo.split("/")[1]  # the folder is called by its commit
+        components.name = found.name or components.name
         if precision == torch.float16 and components.vae.config.force_upcast:
             components.vae.float()  # its activations overflow fp16
         second, own_refiner = None, None if refiner is None else locate_model(refiner, None, half)
         if own_refiner is not None:
             memory.check_weights(own_refiner.path, count_numbers(own_refiner.path, precision), precision, place)
             second = load_checkpoint(own_refiner.path, precision, place, components.vae, None, allow_pickle)
+            second.name = own_refiner.name or second.name
         recorder = CudaRecorder(place) if graphs and place.type == "cuda" else None
         pipe = cls(components, place, precision, Graphs(recorder, max_graphs), second)
         pipe.source, pipe.vae_source, pipe.refiner_source = found, own_vae, own_refiner

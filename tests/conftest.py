@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 import pytest
 
@@ -12,6 +13,9 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # The work here is small: two threads that wait for each other gain little, and lose tenfold on a shared machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What fastsd keeps between runs is not the user's here; the folder goes when the tests have ended.
+_cache = tempfile.TemporaryDirectory(prefix="fastsd-tests-")
+os.environ["FASTSD_CACHE"] = _cache.name
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -148,6 +148,28 @@ def test_the_text_is_a1111s() -> None:
     )
 
 
+def test_hashes_are_where_a1111_has_them() -> None:
+    """Lists of "name: hash", quoted as JSON for their colons and commas; a name loses its own."""
+    digest = "0123456789abcdef" * 4
+    more = {
+        "model_hash": "6ce0161689",
+        "vae": {"name": "kl-f8.safetensors", "path": "x", "hash": "c6a580b13a"},
+        "loras": [
+            {"name": "ink.safetensors", "sha256": digest, "strength": 0.5, "hash": "aaaabbbbcccc"},
+            {"name": "a:b, c.safetensors", "sha256": digest, "strength": 1.0, "hash": "ddddeeeeffff"},
+        ],
+        "embeddings": [{"name": "face.pt", "token": "face", "sha256": digest}],
+    }
+    text = metadata.write_parameters(FULL | more)
+    assert "Size: 512x768, Model hash: 6ce0161689, Model: sd15, VAE hash: c6a580b13a, VAE: kl-f8.safetensors, " in text
+    assert ', Lora hashes: "ink: aaaabbbbcccc, ab c: ddddeeeeffff", TI hashes: "face: 0123456789ab", Device: ' in text
+    pairs = metadata.split_pairs(text.split("\n")[-1])
+    assert pairs["Lora hashes"] == "ink: aaaabbbbcccc, ab c: ddddeeeeffff"
+    assert metadata.write_parameters(FULL | {"loras": [], "embeddings": ["a name alone"], "vae": {}}) == (
+        metadata.write_parameters(FULL)
+    )
+
+
 def test_a1111_would_find_every_pair() -> None:
     """Its rule, as its documentation gives it: word, colon, then a quoted text or anything up to a comma."""
     strange = FULL | {"model": 'my "best": a, b\\c\nd'}

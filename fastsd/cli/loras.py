@@ -27,7 +27,7 @@ def load(pipe: Pipeline, args: argparse.Namespace, before: dict[str, Any], notes
         notes: what the user should know is added.
 
     Returns:
-        What metadata says of them: {"name": file, "sha256": ..., "strength": ...}.
+        What metadata says of them: {"name": file, "sha256": ..., "strength": ..., "hash": as A1111 shows it}.
 
     Raises:
         FastsdError: a file that is missing, malformed or for another model; or one that the repeated picture was drawn
@@ -53,9 +53,7 @@ def load(pipe: Pipeline, args: argparse.Namespace, before: dict[str, Any], notes
         )
     except FastsdError as error:
         raise FastsdError(f"--lora {error}") from error
-    used = [
-        {"name": path.name, "sha256": fingerprint(content(path)), "strength": strength} for path, strength in chosen
-    ]
+    used = [_described(path, strength) for path, strength in chosen]
     for old in before.get("loras") or ():
         if isinstance(old, dict) and not any(one["sha256"] == old.get("sha256") for one in used):
             raise FastsdError(
@@ -101,6 +99,13 @@ def in_folder(folder: str | None, name: str) -> Path:
         hint = f"; did you mean {near[0]}?" if near else f", but {', '.join(sorted(files)[:5]) or 'no such files'}"
         raise FastsdError(f"--lora-dir {folder}: no {name}{SUFFIX} in it{hint}")
     return files[name]
+
+
+def _described(path: Path, strength: float) -> dict[str, Any]:
+    from fastsd.weights.hashes import adapter_hash
+
+    data = content(path)
+    return {"name": path.name, "sha256": fingerprint(data), "strength": strength, "hash": adapter_hash(data)}
 
 
 def content(path: Path) -> bytes:

@@ -22,13 +22,15 @@ def settings(pipe: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
     """What tells the model from others: of the hub's, the id and the commit; of others, where and what it is."""
     source = pipe.source
     assert source is not None  # the command line has every model from a place
-    found: dict[str, Any] = {"prediction": args.prediction}
+    found: dict[str, Any] = {"prediction": args.prediction, "model_hash": _hash(source.path)}
     if args.model in (None, "digits"):
         found |= {"model_path": "digits", "model_fingerprint": fingerprint(source.path)}
     else:
         found |= _of_place(source, args.model, "model_")
     if pipe.vae_source is not None:
         found["vae"] = {"name": _name(pipe.vae_source, args.vae), **_of_place(pipe.vae_source, args.vae)}
+        if digits := _hash(pipe.vae_source.path):
+            found["vae"]["hash"] = digits
     return found
 
 
@@ -37,6 +39,14 @@ def _of_place(place: Place, given: str, prefix: str = "") -> dict[str, Any]:
     if place.hub is not None:
         return {f"{prefix}path": _unpinned(place.hub), "revision": place.hub.revision}
     return {f"{prefix}path": without_home(given), f"{prefix}fingerprint": fingerprint(place.path)}
+
+
+def _hash(path: Path) -> str | None:
+    """A1111's short hash of a model's file, if it is known."""
+    from fastsd.weights.hashes import known_sha256
+
+    found = known_sha256(path) if path.is_file() else None
+    return None if found is None else found[:10]
 
 
 def _unpinned(found: HubId) -> str:

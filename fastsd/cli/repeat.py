@@ -57,9 +57,11 @@ def fill_in(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     except FastsdError as error:
         raise FastsdError(f"{where}: {error}") from None
     notes = []
+    ignored = f"not repeated: {', '.join(others)}" if others else ""
     if "version" not in settings and "device" not in settings:
-        ignored = f"; not repeated: {', '.join(others)}" if others else ""
-        notes.append(f"the settings are another program's; the picture will differ{ignored}")
+        notes.append(f"the settings are another program's; the picture will differ{ignored and '; '}{ignored}")
+    elif ignored:
+        notes.append(ignored)
     for flag, name in (("--image", "image"), ("--mask", "mask")):
         wanted = settings.get(name)
         if wanted and getattr(args, name) is None:

@@ -63,6 +63,11 @@ class Place:
     path: Path
     hub: HubId | None = None
 
+    @property
+    def name(self) -> str | None:
+        """A repository's, whose folder here is called by its commit; None for what goes by its path's."""
+        return self.hub.repo.split("/")[1] if self.hub is not None and not self.hub.inside else None
+
 
 def parse(text: str | Path, revision: str | None = None) -> HubId | None:
     """The hub id that a text is, or None for a path: of what exists, or what no id looks like.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastsd.errors import FastsdError
 from fastsd.weights.family import Family, find_family
+from fastsd.weights.hashes import remember_sha256
 from fastsd.weights.ldm_names import UNET_PREFIX
 from fastsd.weights.names import same_matrix, sources
 from fastsd.weights.safetensors_file import DTYPES, Entry
@@ -27,7 +28,7 @@ Facts = list[tuple[str, str]]
 
 
 def inspect(path: Path, allow_pickle: bool = False) -> Facts:
-    """Names and values, in the order of reading. The whole file is read once, for its hash.
+    """Names and values, in the order of reading. The whole file is read once, for its hash, which is remembered.
 
     Raises:
         FastsdError: no file, malformed, or a pickle that is not allowed.
@@ -130,4 +131,5 @@ def _hashes(path: Path) -> Facts:
     except OSError as error:
         raise FastsdError(f"{path}: cannot be read ({error.strerror})") from error
     digits = whole.hexdigest()
+    remember_sha256(path, digits)
     return [("sha256", digits), ("short hash", digits[:10]), ("legacy hash", legacy.hexdigest()[:8])]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastsd.cli import main
+from fastsd.images import read_text
 from tests.weights import original
 
 
@@ -101,3 +102,35 @@ def test_pickles_only_where_allowed(tmp_path: Path, originals: Any, capsys: Any)
 def test_a_folder_is_said_to_be_one(originals: Any, capsys: Any) -> None:
     assert main(["inspect", str(originals.folder("sd1"))]) == 2
     assert "a folder; a .safetensors file is expected" in capsys.readouterr().err
+
+
+def test_what_was_hashed_is_said_in_pictures(originals: Any, capsys: Any, tmp_path: Path) -> None:
+    """A1111's text says the hash of a model once `inspect` has read it all; drawing by itself does not."""
+    file = originals.save(originals.tensors("sd1"), "hashed.safetensors")
+
+    def text(*words: object) -> str:
+        base = [
+            "-p",
+            "x",
+            "-s",
+            "1",
+            "--steps",
+            "1",
+            "-W",
+            "64",
+            "-H",
+            "64",
+            "--overwrite",
+            "-o",
+            str(tmp_path / "a.png"),
+        ]
+        assert main([*base, *map(str, words)]) == 0
+        capsys.readouterr()
+        return read_text(tmp_path / "a.png")["parameters"]
+
+    digits = hashlib.sha256(file.read_bytes()).hexdigest()[:10]
+    assert "Size: 64x64, Model: hashed, VAE: hashed.safetensors, " in text("-m", file, "--vae", file)
+    assert facts(file, capsys)["short hash"] == [digits]
+    assert f"Model hash: {digits}, Model: hashed, VAE hash: {digits}, VAE: hashed.safetensors, " in (
+        text("-m", file, "--vae", file)
+    )
