@@ -139,6 +139,28 @@ SDXL_VAE = replace(SD_VAE, scaling_factor=0.13025, force_upcast=True)
 
 
 @dataclass(frozen=True)
+class TAESDConfig:
+    """The tiny autoencoder TAESD (Ollin Boer Bohan), which diffusers calls AutoencoderTiny."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (64, 64, 64, 64)  # all the same, as nothing in the network changes them
+    num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)  # by level, from the picture down
+    num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)  # by level, from the latent up
+    scaling_factor: float = 1.0  # its latents are those that the diffusion model sees
+    force_upcast: bool = False
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent pixel, along one side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+AutoencoderConfig = VAEConfig | TAESDConfig
+
+
+@dataclass(frozen=True)
 class SchedulerConfig:
     """The training noise schedule, what the network predicts, and how timesteps are spaced at inference."""
 

@@ -14,8 +14,8 @@ from PIL import Image, ImageFilter
 from fastsd.devices import dtype_name
 from fastsd.errors import FastsdError
 from fastsd.graph import Graphs, chosen_convolutions
+from fastsd.model.taesd import Autoencoder
 from fastsd.model.tiling import decode_tiled, encode_tiled
-from fastsd.model.vae import AutoencoderKL
 
 FEATHER = 4  # pixels over which an inpainted region fades into the kept picture, inside the mask
 CAPTURED = 1024 * 1024  # pixels above which the autoencoder is no graph: launches are nothing, its maps gigabytes
@@ -59,12 +59,12 @@ class Codec:
     autoencoder then goes to fp32 for good, so that only this picture is computed twice, and `news` says so once.
     """
 
-    def __init__(self, vae: AutoencoderKL, graphs: Graphs):
+    def __init__(self, vae: Autoencoder, graphs: Graphs):
         self.vae, self.graphs = vae, graphs
         self._news: list[str] = []
 
     def encode(self, image: torch.Tensor, noise: torch.Tensor, tiled: bool) -> torch.Tensor:
-        """One picture to a sampled, scaled latent for every image of `noise`.
+        """One picture to a sampled, scaled latent for every image of `noise`. TAESD's is the same for all.
 
         Args:
             image: `[1, H, W, 3]` in [-1, 1].
@@ -100,7 +100,7 @@ class Codec:
 
     def _finite(self, name: str, run: Callable[[torch.Tensor], T], x: torch.Tensor, eager: bool) -> T:
         """`run(x)`, in fp32 if need be."""
-        weight = self.vae.quant_conv.weight
+        weight = next(self.vae.parameters())
         given = x.to(weight.device, weight.dtype)
         with chosen_convolutions(given.device):
             result = run(given) if eager else self.graphs(name, run, given, weights=self.vae)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fastsd.config import UNetConfig, VAEConfig
+from fastsd.config import AutoencoderConfig, UNetConfig
 from fastsd.devices import dtype_name
 from fastsd.errors import FastsdError
 from fastsd.model.tiling import TILE
@@ -59,7 +59,7 @@ class Picture:
     """What the memory that a batch of pictures takes depends on."""
 
     unet: UNetConfig
-    vae: VAEConfig
+    vae: AutoencoderConfig
     width: int
     height: int
     batch: int

@@ -17,6 +17,7 @@ from fastsd.conditioning import SYNTAXES, Reading, read_prompt
 from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
 from fastsd.model.controlnet import ControlNet
+from fastsd.model.taesd import DECODES_ONLY
 from fastsd.prompts import LoraTag
 from fastsd.sampling.rows import Table
 from fastsd.sampling.tables import build, resolve
@@ -181,6 +182,8 @@ def make_request(
     embeddings = tuple(dict.fromkeys(name for pair in told for reading in pair for name in reading.embeddings))
     notes = dict.fromkeys(note for pair in told for reading in pair for note in reading.notes)
     mask = None
+    if image is not None and components.vae.encoder is None:
+        raise FastsdError(f"image: {DECODES_ONLY}")
     if image is not None:
         image, more = fit_image(image, width, height, config.downscale)
         notes |= dict.fromkeys(more)
@@ -261,6 +264,8 @@ def with_second_pass(
         raise FastsdError("hires_scale is given with image; the second pass belongs to text-to-image")
     if upscaler not in UPSCALERS:
         raise FastsdError(f"hires_upscaler is {upscaler!r}; it should be one of {', '.join(UPSCALERS)}")
+    if upscaler != "latent" and components.vae.encoder is None:
+        raise FastsdError(f"hires_upscaler: {DECODES_ONLY}")
     scale = number("hires_scale", scale, 1, MAX_HIRES)
     strength = number("hires_strength", strength, 0, 1)
     if steps is None:

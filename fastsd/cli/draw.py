@@ -15,6 +15,7 @@ from fastsd import __version__
 from fastsd.cli import embeddings, flags, loras, models, repeat
 from fastsd.cli.output import Output
 from fastsd.cli.parser import one_line
+from fastsd.cli.preview import Preview
 from fastsd.cli.repeat import Given
 from fastsd.errors import FastsdError
 from fastsd.images import open_image, open_mask
@@ -70,7 +71,8 @@ def draw(args: argparse.Namespace) -> int:
         fixed["embeddings"] = embeddings.load(pipe, args, before, notes) or None
         fixed["loras"] = loras.load(pipe, args, before, notes) or None
         fixed |= {"vae_tiling": args.vae_tiling, "version": __version__}
-        draw_batches(pipe, args, arguments, fixed, before, output, notes)
+        with Preview(output, args.preview) as preview:
+            draw_batches(pipe, args, arguments, fixed, before, output, preview, notes)
     except BaseException:
         output.give_up()
         raise
@@ -94,6 +96,8 @@ def check(args: argparse.Namespace) -> None:
         raise FastsdError("--mask: given without --image; a mask says which part of a picture to paint anew")
     if args.strength is not None and args.image is None:
         raise FastsdError("--strength: given without --image; it says how much of a picture to redo")
+    if args.preview_decoder is not None and args.preview is None:
+        raise FastsdError("--preview-decoder: given without --preview; --preview 5 shows every fifth step")
     if args.seed is not None and args.seed + (args.count or 1) > flags.MAX_SEED:
         raise FastsdError(f"--seed: {args.seed} leaves no seeds for {args.count or 1} pictures below {flags.MAX_SEED}")
     if args.sampler is not None or args.schedule is not None:
@@ -123,6 +127,7 @@ def load(args: argparse.Namespace, before: dict[str, Any], notes: list[str]) -> 
     """The pipeline, and what metadata says of its model. A repeated picture goes to the device that first drew it."""
     import torch
 
+    from fastsd.model.taesd import TAESD
     from fastsd.pipeline import Pipeline
 
     bundled = args.model in (None, "digits")
@@ -141,26 +146,31 @@ def load(args: argparse.Namespace, before: dict[str, Any], notes: list[str]) -> 
                 device or "auto",
                 dtype or "auto",
                 vae=args.vae,
+                preview=args.preview_decoder,
                 prediction=args.prediction,
                 revision=args.revision,
                 allow_pickle=args.allow_pickle,
                 graphs=not args.no_graphs,
             )
     except FastsdError as error:
-        flag = next((f"--{flag} " for flag in ("model", "vae") if _is_about(error, getattr(args, flag))), "")
-        raise FastsdError(f"{flag}{error}") from error
+        raise FastsdError(f"{_flag_of(error, args)}{error}") from error
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
         raise FastsdError(
             f"--model {args.model or 'digits'}: not enough memory for the model; {advice(dtype)}"
         ) from error
+    if args.taesd and not isinstance(pipe.components.vae, TAESD):
+        raise FastsdError(f"--vae taesd {args.vae}: not TAESD, the tiny autoencoder; --vae {args.vae} takes any")
     return pipe, models.settings(pipe, args)
 
 
-def _is_about(error: FastsdError, path: str | None) -> bool:
-    """Whether a message begins with a path, as a flag gave it."""
-    return path is not None and str(error).startswith(str(Path(path)))
+def _flag_of(error: FastsdError, args: argparse.Namespace) -> str:
+    """The flag whose path a message begins with, the longest where several do, and a space; or nothing."""
+    paths = {"--model": args.model, "--vae": args.vae, "--preview-decoder": args.preview_decoder}
+    given = {flag: str(Path(path)) for flag, path in paths.items() if path is not None}
+    found = [(len(path), flag) for flag, path in given.items() if str(error).startswith(path)]
+    return f"{max(found)[1]} " if found else ""
 
 
 def draw_batches(
@@ -170,6 +180,7 @@ def draw_batches(
     fixed: dict[str, Any],
     before: dict[str, Any],
     output: Output,
+    preview: Preview,
     notes: list[str],
 ) -> None:
     """Draw `args.count` pictures. Each batch is a call of its own, so that what is done is saved before the next."""
@@ -185,7 +196,7 @@ def draw_batches(
     with tqdm(file=sys.stderr, disable=not wanted, ncols=min(columns, 100), nrows=rows, unit="it") as bar:
         for i, start in enumerate(starts):
             size = min(batch, count - start)
-            result = draw_batch(pipe, args.prompt, arguments, seed + start, size, len(starts), bar)
+            result = draw_batch(pipe, args.prompt, arguments, seed + start, size, len(starts), bar, preview)
             shared = {**result.parameters, **fixed, "prompt": args.prompt, "batch_size": size}
             shared["negative_prompt"] = args.negative_prompt or ""
             if i + 1 == len(starts):
@@ -201,7 +212,14 @@ def draw_batches(
 
 
 def draw_batch(
-    pipe: Pipeline, prompt: str, arguments: dict[str, Any], seed: int, size: int, batches: int, bar: Any
+    pipe: Pipeline,
+    prompt: str,
+    arguments: dict[str, Any],
+    seed: int,
+    size: int,
+    batches: int,
+    bar: Any,
+    preview: Preview,
 ) -> Result:
     """One batch, step by step on the progress bar."""
     result = None
@@ -211,6 +229,8 @@ def draw_batch(
             for step in steps:
                 bar.total = step.total * batches
                 bar.update()
+                if new := preview.show(step):
+                    bar.write(f"note: what is coming is in {one_line(str(new))} until it is done", file=sys.stderr)
                 result = step.result
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from fastsd import __version__
 from fastsd.cli.parser import Parser, real, whole
@@ -84,7 +86,13 @@ def make_parser(commands: Mapping[str, str]) -> Parser:
         help="a diffusers folder, a single file or a hub id, org/name (default: the digits that come along)",
     )
     what.add_argument("--revision", metavar="REV", help="of a hub id: a branch, tag or commit")
-    what.add_argument("--vae", metavar="PATH", help="an autoencoder to take instead of the model's own")
+    what.add_argument(
+        "--vae",
+        nargs="+",
+        action=_Autoencoder,
+        metavar=("[taesd] PATH", "..."),
+        help="an autoencoder to take instead of the model's own; after the word taesd only TAESD, the tiny one",
+    )
     what.add_argument(
         "--prediction",
         choices=("epsilon", "v_prediction", "sample"),
@@ -158,8 +166,25 @@ def make_parser(commands: Mapping[str, str]) -> Parser:
     where.add_argument(
         "--progress", action=argparse.BooleanOptionalAction, help="a progress bar (default: on a terminal)"
     )
+    where.add_argument(
+        "--preview", type=whole(1, MAX_STEPS), metavar="N", help="write a picture of what is coming every N steps"
+    )
+    where.add_argument("--preview-decoder", metavar="PATH", help="TAESD, which draws the previews in almost no time")
     where.add_argument("--version", action="version", version=f"fastsd {__version__}")
+    parser.set_defaults(taesd=False)
     return parser
+
+
+class _Autoencoder(argparse.Action):
+    """`--vae PATH` or `--vae taesd PATH`; the word goes to `taesd`, so that `vae` is a path."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        namespace.taesd = values[0] == "taesd" and (len(values) > 1 or not os.path.exists("taesd"))
+        if len(values) != 1 + namespace.taesd:
+            raise argparse.ArgumentError(self, "takes a file, a folder or a hub id; or the word taesd and one of them")
+        namespace.vae = values[-1]
 
 
 def _device(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Convolutions over channels-last maps, with their epilogue: bias and residual."""
+"""Convolutions over channels-last maps, with their epilogue: bias, residual, ReLU."""
 
 from __future__ import annotations
 
@@ -13,30 +13,35 @@ Padding = tuple[int, int, int, int]  # left, right, top, bottom
 def conv2d_ref(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor,
+    bias: torch.Tensor | None,
     stride: int = 1,
     padding: Padding = (0, 0, 0, 0),
     residual: torch.Tensor | None = None,
+    relu: bool = False,
 ) -> torch.Tensor:
     """The specification of `conv2d`: fp32, zero padding made explicit."""
     padded = F.pad(dispatch.widen(x).permute(0, 3, 1, 2), padding)
-    y = F.conv2d(padded, dispatch.widen(onednn.dense(weight)), dispatch.widen(bias), stride).permute(0, 2, 3, 1)
-    return (y if residual is None else y + residual).to(x.dtype)
+    wide_bias = None if bias is None else dispatch.widen(bias)
+    y = F.conv2d(padded, dispatch.widen(onednn.dense(weight)), wide_bias, stride).permute(0, 2, 3, 1)
+    y = y if residual is None else y + residual
+    return (y.clamp(min=0) if relu else y).to(x.dtype)
 
 
 def conv2d(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor,
+    bias: torch.Tensor | None,
     stride: int = 1,
     padding: Padding = (0, 0, 0, 0),
     residual: torch.Tensor | None = None,
+    relu: bool = False,
 ) -> torch.Tensor:
-    """Cross-correlate `x` with `weight`, add `bias` and `residual`.
+    """Cross-correlate `x` with `weight`, add `bias` and `residual`; with `relu`, of the sum what is positive.
 
     Args:
         x: `[B, H, W, Cin]`.
-        weight: `[Cout, Cin, kh, kw]`, best packed (`onednn.pack`) or in `torch.channels_last` memory; bias: `[Cout]`.
+        weight: `[Cout, Cin, kh, kw]`, best packed (`onednn.pack`) or in `torch.channels_last` memory; bias: `[Cout]`
+            or None.
         stride: of both directions.
         padding: zeros added at (left, right, top, bottom).
         residual: `[B, H', W', Cout]`.
@@ -46,7 +51,7 @@ def conv2d(
     """
     backend = dispatch.backend(x, weight, bias, residual)
     if backend == "reference":
-        return conv2d_ref(x, weight, bias, stride, padding, residual)
+        return conv2d_ref(x, weight, bias, stride, padding, residual, relu)
     left, right, top, bottom = padding
     x = x.permute(0, 3, 1, 2)
     if (left, top) != (right, bottom):
@@ -55,6 +60,7 @@ def conv2d(
         x = x.contiguous(memory_format=torch.channels_last)
         if residual is not None:
             residual = residual.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-        return onednn.convolve(x, weight, bias, stride, (top, left), residual).permute(0, 2, 3, 1)
+        return onednn.convolve(x, weight, bias, stride, (top, left), residual, relu).permute(0, 2, 3, 1)
     y = F.conv2d(x, onednn.dense(weight), bias, stride, (top, left)).permute(0, 2, 3, 1)
-    return y if residual is None else y + residual
+    y = y if residual is None else y + residual
+    return y.relu_() if relu else y

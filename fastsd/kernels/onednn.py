@@ -46,13 +46,15 @@ def convolve(
     stride: int,
     padding: tuple[int, int],
     residual: torch.Tensor | None,
+    relu: bool = False,
 ) -> torch.Tensor:
-    """`conv(x) + bias + residual`; `x` `[B, Cin, H, W]` and `residual` `[B, Cout, H', W']` in channels-last memory."""
+    """`conv(x) + bias + residual`, or of that what is positive; `x` `[B, Cin, H, W]` and `residual`
+    `[B, Cout, H', W']` in channels-last memory."""
     shape = (list(padding), [stride] * 2, [1, 1], 1)
     op = torch.ops.mkldnn._convolution_pointwise
     if residual is None:
-        return op(x, weight, bias, *shape, "none", [], "")
-    return op.binary(x, residual, weight, bias, *shape, "add", 1.0, None, [], None)
+        return op(x, weight, bias, *shape, "relu" if relu else "none", [], "")
+    return op.binary(x, residual, weight, bias, *shape, "add", 1.0, "relu" if relu else None, [], None)
 
 
 def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "none") -> torch.Tensor:

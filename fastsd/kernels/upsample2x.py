@@ -24,17 +24,17 @@ def upsample2x(x: torch.Tensor) -> torch.Tensor:
     return F.interpolate(x.permute(0, 3, 1, 2), scale_factor=2.0, mode="nearest").permute(0, 2, 3, 1)
 
 
-def upsample2x_conv_ref(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def upsample2x_conv_ref(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """The specification of `upsample2x_conv`."""
     return conv2d_ref(upsample2x_ref(x), weight, bias, 1, SAME)
 
 
-def upsample2x_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def upsample2x_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`conv2d(upsample2x(x))` with a 3 x 3 kernel and one pixel of padding.
 
     Args:
         x: `[B, H, W, Cin]`.
-        weight: `[Cout, Cin, 3, 3]`, dense or packed; bias: `[Cout]`.
+        weight: `[Cout, Cin, 3, 3]`, dense or packed; bias: `[Cout]` or None.
 
     Returns:
         `[B, 2H, 2W, Cout]` in the dtype of `x`.
@@ -47,7 +47,7 @@ def upsample2x_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -
     return conv2d(upsample2x(x), weight, bias, 1, SAME)
 
 
-def _upsample2x_conv_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def _upsample2x_conv_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Four 2 x 2 convolutions of the small map, one for each parity of the result's row and column.
 
     The three rows of the kernel fall on two rows of the small map: at even rows of the result on (i - 1, i, i), at odd

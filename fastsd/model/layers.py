@@ -73,18 +73,24 @@ class Conv2d(nn.Module):
     _packed_for: tuple[torch.Size, int] | None = None  # the shape of x and the number of threads
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, padding: Padding = SAME
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: Padding = SAME,
+        bias: bool = True,
     ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size))
-        self.bias = nn.Parameter(torch.empty(out_channels))
+        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
         self.stride, self.padding = stride, padding
         init_uniform(self.weight, self.bias)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, relu: bool = False) -> torch.Tensor:
         if not (self.training or self.weight.requires_grad):
             self.pack(x)
-        return conv2d(x, self.weight, self.bias, self.stride, self.padding, residual)
+        return conv2d(x, self.weight, self.bias, self.stride, self.padding, residual, relu)
 
     def pack(self, x: torch.Tensor) -> None:
         """Hold the weight in the layout that oneDNN wants for `x`, where the CPU runs the layer by oneDNN.

@@ -6,22 +6,23 @@ from collections.abc import Callable
 
 import torch
 
-from fastsd.model.vae import AutoencoderKL, Gaussian
+from fastsd.model.taesd import Autoencoder
+from fastsd.model.vae import Gaussian
 
 TILE = 64  # latent pixels along a side
 OVERLAP = 16  # latent pixels shared by neighbours, over which they are cross-faded
 
 
-def decode_tiled(vae: AutoencoderKL, latent: torch.Tensor, tile: int = TILE, overlap: int = OVERLAP) -> torch.Tensor:
+def decode_tiled(vae: Autoencoder, latent: torch.Tensor, tile: int = TILE, overlap: int = OVERLAP) -> torch.Tensor:
     """`vae.decode` of `[B, h, w, C]` in tiles of at most `tile` latent pixels.
 
-    Normalisation statistics are those of a tile, so the result differs a little from an untiled one; the
-    cross-fade keeps neighbours from showing an edge.
+    Normalisation statistics are those of a tile, so the result differs a little from an untiled one (TAESD, which has
+    none, only near a tile's edge); the cross-fade keeps neighbours from showing an edge.
     """
     return _in_tiles(vae.decode, latent, tile, overlap, scale_up=vae.config.downscale, scale_down=1)
 
 
-def encode_tiled(vae: AutoencoderKL, image: torch.Tensor, tile: int = TILE, overlap: int = OVERLAP) -> Gaussian:
+def encode_tiled(vae: Autoencoder, image: torch.Tensor, tile: int = TILE, overlap: int = OVERLAP) -> Gaussian:
     """`vae.encode` of `[B, H, W, 3]` in tiles of at most `tile` latent pixels."""
 
     def moments(part: torch.Tensor) -> torch.Tensor:

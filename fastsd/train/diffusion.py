@@ -23,8 +23,8 @@ class Denoiser(nn.Module):
         super().__init__()
         self.unet, self.text_encoder = UNet(unet), TextEncoder(text)
         # The network begins by predicting 0, the mean of every target.
-        nn.init.zeros_(self.unet.conv_out.weight)
-        nn.init.zeros_(self.unet.conv_out.bias)
+        for parameter in self.unet.conv_out.parameters():
+            nn.init.zeros_(parameter)
 
 
 def target(scheduler: SchedulerConfig, x: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:

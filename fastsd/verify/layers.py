@@ -77,9 +77,10 @@ def check_networks(pipe: Pipeline, prompt: str, clock: Clock | None) -> list[Row
     noisy = draw(2, *latent, parts.unet.config.in_channels)
     denoise = lambda m, x: m(x, timestep, features.context.to(x).expand(2, -1, -1), added)  # noqa: E731
     rows.append(_network("unet", parts.unet, denoise, noisy, clock, pipe.dtype))
-    precision = parts.vae.post_quant_conv.weight.dtype
-    picture = draw(1, height, width, config.in_channels).clamp(-1, 1).to(precision)
-    rows.append(_network("vae.encode", parts.vae, lambda m, x: m.encode(x).mean, picture, clock, precision))
+    precision = next(parts.vae.parameters()).dtype
+    if parts.vae.encoder is not None:
+        picture = draw(1, height, width, config.in_channels).clamp(-1, 1).to(precision)
+        rows.append(_network("vae.encode", parts.vae, lambda m, x: m.encode(x).mean, picture, clock, precision))
     inner = draw(1, *latent, config.latent_channels).to(precision) / config.scaling_factor
     rows.append(_network("vae.decode", parts.vae, lambda m, x: m.decode(x), inner, clock, precision))
     return rows

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from fastsd.errors import FastsdError
-from fastsd.model.vae import AutoencoderKL
+from fastsd.model.taesd import Autoencoder
 from fastsd.weights.folder import Components, load_folder
 from fastsd.weights.load import STEMS, find_files
 from fastsd.weights.pickle_file import is_pickle
 from fastsd.weights.safetensors_file import read_header
-from fastsd.weights.single_file import AVERAGED, PREDICTIONS, given_vae, load_single_file
+from fastsd.weights.single_file import AVERAGED, PREDICTIONS, load_single_file
+from fastsd.weights.vae_file import check_latents, given_vae
 
 
 def load_checkpoint(
     path: str | Path,
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
-    vae: str | Path | AutoencoderKL | None = None,
+    vae: str | Path | Autoencoder | None = None,
     prediction: str | None = None,
     allow_pickle: bool = False,
 ) -> Components:
@@ -29,8 +31,7 @@ def load_checkpoint(
 
     Args:
         path, dtype, device: as there.
-        vae: an autoencoder to take instead of the checkpoint's own: a file in either layout, a folder, or one that is
-            loaded already.
+        vae: an autoencoder to take instead of the checkpoint's own: what `load_vae` reads, or one that is loaded.
         prediction: "epsilon", "v_prediction" or "sample", where the checkpoint does not say or says it wrongly.
         allow_pickle: read pickles; nothing but tensors and plain values is unpickled.
 
@@ -39,12 +40,13 @@ def load_checkpoint(
     """
     if prediction is not None and prediction not in PREDICTIONS:
         raise FastsdError(f"prediction: {prediction!r} should be {', '.join(PREDICTIONS)}")
-    if not Path(path).is_dir():
-        return load_single_file(path, dtype, device, vae, prediction, allow_pickle)
-    if vae is None:
-        components = load_folder(path, dtype, device)
+    other = None if vae is None else partial(given_vae, vae, dtype=dtype, device=device, allow_pickle=allow_pickle)
+    if Path(path).is_dir():
+        components = load_folder(path, dtype, device, other)
     else:
-        components = load_folder(path, dtype, device, lambda xl: given_vae(vae, xl, dtype, device, allow_pickle))
+        components = load_single_file(path, dtype, device, other, prediction, allow_pickle)
+    if isinstance(vae, str | Path):
+        check_latents(vae, components.vae, components.unet.config.out_channels)
     if prediction is not None:
         components.scheduler = replace(components.scheduler, prediction_type=prediction)
     return components

@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from fastsd.config import CLIPConfig, SchedulerConfig, UNetConfig, VAEConfig
+from fastsd.config import AutoencoderConfig, CLIPConfig, SchedulerConfig, TAESDConfig, UNetConfig, VAEConfig
 from fastsd.weights.json_file import Reader
 
 # Scheduler classes of a folder and the samplers they stand for.
@@ -132,6 +132,59 @@ def write_unet(config: UNetConfig, sample_size: int) -> dict[str, Any]:
     if config.skip != "concat":
         result["fastsd_skip"] = config.skip  # diffusers has no such model
     return result
+
+
+def read_autoencoder(path: Path) -> AutoencoderConfig:
+    """The config of an autoencoder of either kind."""
+    return read_taesd(path) if Reader(path).data.get("_class_name") == TINY else read_vae(path)
+
+
+def write_autoencoder(config: AutoencoderConfig, sample_size: int) -> dict[str, Any]:
+    """The JSON that `read_autoencoder`, and diffusers, read back."""
+    return write_taesd(config) if isinstance(config, TAESDConfig) else write_vae(config, sample_size)
+
+
+def read_taesd(path: Path) -> TAESDConfig:
+    """TAESD's config. Its `latent_magnitude` and `latent_shift` are for storing latents as pictures."""
+    r = Reader(path)
+    blocks = {name: r.data.get(name) for name in ("num_encoder_blocks", "num_decoder_blocks")}
+    for name, counts in blocks.items():
+        if not isinstance(counts, list) or not 1 <= len(counts) <= 8:
+            raise r.error(name, "it should be a list of 1 to 8 numbers of blocks")
+    levels = len(r.data["num_decoder_blocks"])
+    widths = [r.per_level(f"{side}_block_out_channels", levels, None) for side in ("encoder", "decoder")]
+    if len(set(widths[0] + widths[1])) != 1:
+        raise r.error("decoder_block_out_channels", "all levels of encoder and decoder should have the same width")
+    for key, value in _TAESD_FIXED.items():
+        r.one_of(key, (value,), value)
+    return TAESDConfig(
+        latent_channels=r.get("latent_channels", int, 4),
+        block_out_channels=widths[0],
+        num_encoder_blocks=r.per_level("num_encoder_blocks", levels, None),
+        num_decoder_blocks=r.per_level("num_decoder_blocks", levels, None),
+        scaling_factor=r.get("scaling_factor", float, 1.0),
+    )
+
+
+TINY = "AutoencoderTiny"
+_TAESD_FIXED = {
+    "act_fn": "relu",
+    "in_channels": 3,
+    "out_channels": 3,
+    "shift_factor": 0.0,
+    "upsample_fn": "nearest",
+    "upsampling_scaling_factor": 2,
+}
+
+
+def write_taesd(config: TAESDConfig) -> dict[str, Any]:
+    """The JSON that `read_taesd`, and diffusers, read back."""
+    widths = list(config.block_out_channels)
+    result: dict[str, Any] = {name: getattr(config, name) for name in ("latent_channels", "scaling_factor")}
+    result |= {"force_upcast": False, "_class_name": TINY}
+    result |= {"encoder_block_out_channels": widths, "decoder_block_out_channels": widths}
+    result |= {name: list(getattr(config, name)) for name in ("num_encoder_blocks", "num_decoder_blocks")}
+    return result | _TAESD_FIXED
 
 
 def read_vae(path: Path) -> VAEConfig:

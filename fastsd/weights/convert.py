@@ -16,6 +16,7 @@ import torch
 
 from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
+from fastsd.model.vae import AutoencoderKL
 from fastsd.weights.family import Family, find_family
 from fastsd.weights.folder import Components, outline
 from fastsd.weights.ldm_names import UNET_PREFIX, VAE_PREFIX, Place, openclip_place, unet_place, unet_table, vae_place
@@ -136,6 +137,8 @@ def _as_folder(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None) -> 
 def _as_file(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[list[Tensor], dict[str, str], list[str]]:
     """The tensors and metadata of a single file, and notes on what it does not say."""
     components, path = checkpoint.components, checkpoint.path
+    if not isinstance(components.vae, AutoencoderKL):
+        raise FastsdError(f"{path}: its autoencoder is TAESD, which single files do not hold; give a folder to write")
     unet, linear = components.unet.config, components.unet.config.use_linear_projection
     table = unet_table(unet)
     tensors = []
@@ -214,7 +217,10 @@ def _compare(
     """
     family = find_family(path, shapes, metadata)
     assert family.vae is not None
-    pairs = [("UNet", components.unet.config, family.unet), ("autoencoder", components.vae.config, family.vae)]
+    pairs: list[tuple[str, object, object]] = [
+        ("UNet", components.unet.config, family.unet),
+        ("autoencoder", components.vae.config, family.vae),
+    ]
     pairs += [
         ("text encoder", encoder.config, text.config)
         for encoder, text in zip(components.text_encoders, family.texts, strict=True)

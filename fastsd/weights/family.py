@@ -19,6 +19,7 @@ _OTHERS = (
     (("lora_", ".lora", "hada_w", "lokr_w"), "a LoRA or another adapter"),
     (("down_blocks.0.resnets", "up_blocks.0.resnets"), "one part of a diffusers folder; give the folder"),
     (("encoder.down.", "decoder.up."), "an autoencoder, which --vae takes"),
+    (("decoder.layers.0.weight", "3.conv.4.weight"), "TAESD, the tiny autoencoder, which --vae takes"),
     (("diffusion_model.input_blocks", "input_blocks.0"), "a UNet alone, without text encoder and autoencoder"),
     (("clip_l", "clip_g", "string_to_param", "emb_params"), "a textual inversion"),
     (("text_model.", "resblocks."), "a text encoder alone"),

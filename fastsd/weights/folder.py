@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastsd.config import CLIPConfig, SchedulerConfig, UNetConfig, VAEConfig
+from fastsd.config import AutoencoderConfig, CLIPConfig, SchedulerConfig, UNetConfig
 from fastsd.errors import FastsdError
 from fastsd.model.clip import TextEncoder
+from fastsd.model.taesd import Autoencoder, make_autoencoder
 from fastsd.model.tokenizer import Tokenizer
 from fastsd.model.unet import UNet
-from fastsd.model.vae import AutoencoderKL
 from fastsd.weights import configs
 from fastsd.weights.embeddings import Embedding
 from fastsd.weights.json_file import read_json
@@ -42,7 +42,7 @@ class Components:
     """
 
     unet: UNet
-    vae: AutoencoderKL
+    vae: Autoencoder
     text_encoders: tuple[TextEncoder, ...]
     tokenizers: tuple[Tokenizer, ...]
     scheduler: SchedulerConfig
@@ -70,7 +70,7 @@ def load_folder(
     path: str | Path,
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
-    vae: Callable[[bool], AutoencoderKL] | None = None,
+    vae: Callable[[bool], Autoencoder] | None = None,
 ) -> Components:
     """Load a folder that diffusers (or `save_folder`) wrote.
 
@@ -105,7 +105,7 @@ def outline(root: Path, half: bool) -> tuple[Components, dict[str, list[Path]]]:
     check_is_model(root)
     index = read_json(root / "model_index.json")
     unet_config, sample_size = configs.read_unet(root / "unet" / "config.json")
-    vae_config = configs.read_vae(root / "vae" / "config.json")
+    vae_config = configs.read_autoencoder(root / "vae" / "config.json")
     own = read_json(root / OWN_FILE) if (root / OWN_FILE).is_file() else {}
     files = {}
     clip_configs, tokenizers = [], []
@@ -121,7 +121,7 @@ def outline(root: Path, half: bool) -> tuple[Components, dict[str, list[Path]]]:
     for name in ("unet", "vae"):
         files[name] = find_files(root / name, "diffusion_pytorch_model", half)
     with torch.device("meta"):
-        unet, vae = UNet(unet_config), AutoencoderKL(vae_config)
+        unet, vae = UNet(unet_config), make_autoencoder(vae_config)
         text_encoders = tuple(TextEncoder(config) for config in clip_configs)
     components = Components(
         unet=unet,
@@ -141,7 +141,9 @@ def outline(root: Path, half: bool) -> tuple[Components, dict[str, list[Path]]]:
     return components, files
 
 
-def _check_they_fit(root: Path, unet: UNetConfig, vae: VAEConfig, clips: list[CLIPConfig], scored: bool) -> None:
+def _check_they_fit(
+    root: Path, unet: UNetConfig, vae: AutoencoderConfig, clips: list[CLIPConfig], scored: bool
+) -> None:
     """Refuse networks that could not be run together, before their weights are read."""
     width = sum(config.hidden_size for config in clips)
     if width != unet.cross_attention_dim:

@@ -37,6 +37,8 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "layers_per_block": (1, 8),
     "transformer_layers_per_block": (1, 24),
     "num_hidden_layers": (1, 256),
+    **dict.fromkeys(("num_encoder_blocks", "num_decoder_blocks"), (0, 16)),
+    **dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (1, 1024)),
     **dict.fromkeys(("block_out_channels", "attention_head_dim", "num_attention_heads", "norm_num_groups"), _WIDTH),
     **dict.fromkeys(("in_channels", "out_channels", "latent_channels", "cross_attention_dim", "sample_size"), _WIDTH),
     **dict.fromkeys(("hidden_size", "projection_dim", "max_position_embeddings"), _WIDTH),

@@ -6,6 +6,7 @@ folder's matrices; and what is a `Linear` there or a 1 x 1 convolution is a `Lin
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from fastsd.model.layers import Linear
 
 # Older folders name the VAE's attention in a way of their own.
 OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# Text encoders that transformers flattened. TAESD has encoder.layers.0.conv, of which this is to keep clear.
+_FLAT_TEXT = re.compile(r"(embeddings|final_layer_norm|encoder\.layers\.\d+\.(self_attn|mlp|layer_norm\d))\.")
 # Linear here, stored as a 1 x 1 convolution; proj_in and proj_out only where the UNet's config says so.
 ALWAYS_CONVOLUTION = ("conv_shortcut", "quant_conv", "post_quant_conv")
 MAYBE_CONVOLUTION = ("proj_in", "proj_out")
@@ -53,7 +56,7 @@ def canonical(key: str) -> str:
     if ".attentions." in head and head.rpartition(".")[2] in OLD_VAE_ATTENTION:
         head, _, old = head.rpartition(".")
         return f"{head}.{OLD_VAE_ATTENTION[old]}.{kind}"
-    if key.startswith(("embeddings.", "encoder.layers.", "final_layer_norm.")):
+    if _FLAT_TEXT.match(key):
         return f"text_model.{key}"
     return key
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from fastsd.errors import FastsdError
 from fastsd.kernels import onednn
 from fastsd.model.clip import TextEncoder
 from fastsd.weights import configs
@@ -25,6 +26,9 @@ def save_folder(components: Components, path: str | Path, dtype: torch.dtype = t
         components: as `load_folder` gives them, or built in training.
         path: a folder; made where it does not exist.
         dtype: of the stored weights.
+
+    Raises:
+        FastsdError: its autoencoder cannot encode.
     """
     root = Path(path)
     describe(components, root)
@@ -42,6 +46,8 @@ def weights_file(name: str) -> str:
 def describe(components: Components, root: Path) -> None:
     """Write all of a folder but the weights, of networks that may be on the meta device."""
     unet, vae = components.unet, components.vae
+    if vae.encoder is None:
+        raise FastsdError(f"{root}: not written: the autoencoder is TAESD's decoder alone, and a folder holds both")
     size = components.sample_size
     xl, refiner = components.xl, len(components.text_encoders) == 1
     kind = "StableDiffusionPipeline"
@@ -51,10 +57,11 @@ def describe(components: Components, root: Path) -> None:
         "_class_name": kind,
         "_diffusers_version": "0.30.0",
         "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
     }
     _write_json(root / "unet" / "config.json", configs.write_unet(unet.config, size))
-    _write_json(root / "vae" / "config.json", configs.write_vae(vae.config, size * vae.config.downscale))
+    vae_json = configs.write_autoencoder(vae.config, size * vae.config.downscale)
+    _write_json(root / "vae" / "config.json", vae_json)
+    index["vae"] = ["diffusers", vae_json["_class_name"]]
     texts = [(name, module) for name, module in components.networks() if isinstance(module, TextEncoder)]
     for (name, encoder), tokenizer in zip(texts, components.tokenizers, strict=True):
         text_json = configs.write_clip(encoder.config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from torch import nn
 from fastsd.config import VAEConfig
 from fastsd.errors import FastsdError
 from fastsd.model.clip import TextEncoder
+from fastsd.model.taesd import Autoencoder
 from fastsd.model.tokenizer import EOS, Tokenizer
 from fastsd.model.unet import UNet
 from fastsd.model.vae import AutoencoderKL
-from fastsd.weights import configs
-from fastsd.weights.family import Family, TextPart, find_family, find_vae
+from fastsd.weights.family import Family, TextPart, find_family
 from fastsd.weights.folder import Components
 from fastsd.weights.ldm_names import (
     UNET_PREFIX,
@@ -27,8 +27,8 @@ from fastsd.weights.ldm_names import (
     unet_table,
     vae_place,
 )
-from fastsd.weights.load import fill, find_files, load_module
-from fastsd.weights.names import canonical, is_ignored, sources
+from fastsd.weights.load import fill
+from fastsd.weights.names import is_ignored, sources
 from fastsd.weights.pickle_file import is_pickle, read_pickle
 from fastsd.weights.safetensors_file import Entry, read_header
 
@@ -36,7 +36,7 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 OPENCLIP_PAD = "!"
 # Keys inside a component that hold no weights of it.
 AVERAGED = "model_ema."  # a second UNet: the training run's average of the first
-_IGNORED = ("logit_scale", "attn_mask", "position_ids", "loss.", AVERAGED)
+IGNORED = ("logit_scale", "attn_mask", "position_ids", "loss.", AVERAGED)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def load_single_file(
     path: str | Path,
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
-    vae: str | Path | AutoencoderKL | None = None,
+    vae: Callable[[bool], Autoencoder] | None = None,
     prediction: str | None = None,
     allow_pickle: bool = False,
 ) -> Components:
@@ -85,8 +85,7 @@ def load_single_file(
     Args:
         path: a `.safetensors` file, or a `.ckpt` where `allow_pickle` is given.
         dtype, device: of all weights.
-        vae: an autoencoder to take instead of the file's own: a file in either layout, a folder, or one that is loaded
-            already.
+        vae: gives the autoencoder instead of the file's own; it is told whether the model is SDXL.
         prediction: "epsilon", "v_prediction" or "sample": what the network predicts, where the file does not say.
         allow_pickle: read pickles; nothing but tensors and plain values is unpickled.
 
@@ -104,7 +103,7 @@ def load_single_file(
         if name != "vae" or vae is None:
             fill(module, dict(found[name].entries), path, dtype, torch.device(device))
     if vae is not None:
-        components.vae = given_vae(vae, family.xl, dtype, device, allow_pickle)
+        components.vae = vae(family.xl)
     return components
 
 
@@ -137,49 +136,6 @@ def outline_file(
     return components, found, family
 
 
-def given_vae(
-    vae: str | Path | AutoencoderKL,
-    xl: bool,
-    dtype: torch.dtype,
-    device: str | torch.device = "cpu",
-    allow_pickle: bool = False,
-) -> AutoencoderKL:
-    """The autoencoder that a caller gives instead of a checkpoint's own; a path is loaded by `load_vae`."""
-    return vae if isinstance(vae, AutoencoderKL) else load_vae(vae, xl, dtype, device, allow_pickle)
-
-
-def load_vae(
-    path: str | Path, xl: bool, dtype: torch.dtype, device: str | torch.device = "cpu", allow_pickle: bool = False
-) -> AutoencoderKL:
-    """An autoencoder by itself: a single file in the original or the diffusers layout, or a folder of the latter.
-
-    Args:
-        path: the file, or the folder with `config.json`.
-        xl: take SDXL's latent scale where no config says it; the shapes are those of SD's.
-
-    Raises:
-        FastsdError: no autoencoder, or malformed.
-    """
-    path, device = Path(path), torch.device(device)
-    if path.is_dir():
-        config = configs.read_vae(path / "config.json")
-        files = find_files(path, "diffusion_pytorch_model", dtype != torch.float32)
-        return load_module(lambda: AutoencoderKL(config), files, dtype, device)
-    entries, _ = read_file(path, allow_pickle)
-    entries = _only_vae(entries)
-    shapes = {key: entry.shape for key, entry in entries.items()}
-    if any(key.startswith("encoder.down_blocks.") for key in shapes):
-        named = {canonical(key): entry for key, entry in entries.items()}
-        module = _meta_vae(find_vae(path, _original_shapes(named), xl))
-        return fill(module, named, path, dtype, device)
-    if not any(key.startswith("encoder.down.") for key in shapes):
-        raise FastsdError(f"{path}: not an autoencoder: no key starts with encoder.down")
-    part_config = find_vae(path, shapes, xl)
-    part = _vae_part(part_config, entries, "")
-    part.check(path)
-    return fill(_meta_vae(part_config), dict(part.entries), path, dtype, device)
-
-
 def parts(family: Family, entries: dict[str, Entry]) -> Iterator[Part]:
     """The networks of a single file, each with the tensors that are there, in the house's names."""
     with torch.device("meta"):
@@ -189,7 +145,7 @@ def parts(family: Family, entries: dict[str, Entry]) -> Iterator[Part]:
     places = {key: unet_place(table, key) for key in keys(unet)}
     yield _part("unet", unet, places, entries, UNET_PREFIX)
     if family.vae is not None:
-        yield _vae_part(family.vae, entries, VAE_PREFIX)
+        yield vae_part(family.vae, entries, VAE_PREFIX)
     for i, (text, encoder) in enumerate(zip(family.texts, encoders, strict=True)):
         name = text_folder(family, i)
         if text.openclip:
@@ -234,7 +190,7 @@ def _part(name: str, module: nn.Module, places: dict[str, Place], entries: dict[
     known = {place.key for place in full.values()}
     found = {key: _view(entries[place.key], place) for key, place in full.items() if place.key in entries}
     for key, entry in entries.items():
-        if key.startswith(prefix) and key not in known and not key[len(prefix) :].startswith(_IGNORED):
+        if key.startswith(prefix) and key not in known and not key[len(prefix) :].startswith(IGNORED):
             if not is_ignored(key):
                 found[key] = entry
     return Part(name, module, full, found)
@@ -249,7 +205,8 @@ def _view(entry: Entry, place: Place) -> Entry:
     return entry
 
 
-def _vae_part(config: VAEConfig, entries: dict[str, Entry], prefix: str) -> Part:
+def vae_part(config: VAEConfig, entries: dict[str, Entry], prefix: str) -> Part:
+    """The autoencoder out of a file where its keys start with `prefix`."""
     module = _meta_vae(config)
     return _part("vae", module, {key: vae_place(config, key) for key in keys(module)}, entries, prefix)
 
@@ -257,26 +214,6 @@ def _vae_part(config: VAEConfig, entries: dict[str, Entry], prefix: str) -> Part
 def _meta_vae(config: VAEConfig) -> AutoencoderKL:
     with torch.device("meta"):
         return AutoencoderKL(config)
-
-
-def _only_vae(entries: dict[str, Entry]) -> dict[str, Entry]:
-    """An autoencoder's tensors without prefix, out of a file of its own or a whole checkpoint."""
-    for prefix in (VAE_PREFIX, "vae."):
-        inside = {key[len(prefix) :]: entry for key, entry in entries.items() if key.startswith(prefix)}
-        if inside:
-            return {key: entry for key, entry in inside.items() if not key.startswith(_IGNORED)}
-    return {key: entry for key, entry in entries.items() if not key.startswith(_IGNORED)}
-
-
-def _original_shapes(entries: dict[str, Entry]) -> dict[str, tuple[int, ...]]:
-    """What `find_vae` looks at, out of an autoencoder in the diffusers layout."""
-    new = {"encoder.down_blocks.": "encoder.down.", ".resnets.": ".block.", ".mid_block.attentions.0.": ".mid.attn_1."}
-    shapes = {}
-    for key, entry in entries.items():
-        for old, original in new.items():
-            key = key.replace(old, original)
-        shapes[key] = entry.shape
-    return shapes
 
 
 def _without_last_layer(text: TextPart, entries: dict[str, Entry]) -> dict[str, Entry]:

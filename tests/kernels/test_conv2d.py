@@ -56,6 +56,30 @@ def test_conv2d(batch, height, width, cin, cout, kernel, stride, padding, dtype)
         check(lambda x, w, b: conv2d(x, packed, b, stride, padding), lambda *t: plain(stride, padding, *t), x, w, b)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("with_bias", "with_residual"), [(False, False), (False, True), (True, False), (True, True)])
+@torch.no_grad()
+def test_conv2d_with_relu_and_without_bias(with_bias, with_residual, dtype):
+    """ReLU comes last, after the residual; half of the sums here are below zero."""
+    x, w = rand(2, 9, 7, 33, dtype=dtype), rand(17, 33, 3, 3, dtype=dtype, scale=(9 * 33) ** -0.5)
+    b = rand(17, dtype=dtype) if with_bias else None
+    r = rand(2, 9, 7, 17, dtype=dtype, seed=1) if with_residual else None
+    packed = onednn.pack(w, x.shape, 1, SAME)
+    for weight in (w, packed):
+        check(
+            lambda x, w, b, r, weight=weight: conv2d(x, weight, b, 1, SAME, r, relu=True),
+            lambda *t: plain(1, SAME, *t).relu(),
+            *(x, w, b, r),
+        )
+        check(lambda x, w, b, weight=weight: conv2d(x, weight, b, 1, SAME), lambda *t: plain(1, SAME, *t), x, w, b)
+    with dispatch.reference_only():
+        check(
+            lambda x, w, b, r: conv2d(x, w, b, 1, SAME, r, relu=True),
+            lambda *t: plain(1, SAME, *t).relu(),
+            *(x, w, b, r),
+        )
+
+
 @torch.no_grad()
 def test_conv2d_of_strided_views():
     x, w, b = rand(1, 9, 20, 40, dtype=torch.float32), rand(24, 16, 3, 3, dtype=torch.float32), torch.zeros(24)
@@ -128,7 +152,9 @@ def test_conv2d_gradients():
     tensors += [rand(3, dtype=torch.float64), rand(1, 3, 4, 3, dtype=torch.float64)]
     for t in tensors:
         t.requires_grad_(True)
-    assert torch.autograd.gradcheck(lambda x, w, b, r: conv2d(x, w, b, 1, SAME, r), tensors, fast_mode=True)
+    for relu in (False, True):
+        gradients = torch.autograd.gradcheck
+        assert gradients(lambda *t, relu=relu: conv2d(*t[:3], 1, SAME, t[3], relu), tensors, fast_mode=True)
 
 
 @needs_onednn

@@ -19,7 +19,7 @@ SHAPES = [  # batch, height, width, in, out
 ]
 
 
-def plain(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def plain(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
     up = x.repeat_interleave(2, 1).repeat_interleave(2, 2).permute(0, 3, 1, 2)
     return F.conv2d(up, w, b, padding=1).permute(0, 2, 3, 1)
 
@@ -41,6 +41,7 @@ def test_upsample2x_conv(batch, height, width, cin, cout, dtype):
     packed = onednn.pack(w, x.shape, 1, (1, 1, 1, 1))
     check(upsample2x_conv, plain, x, w, b)
     check(lambda x, w, b: upsample2x_conv(x, packed, b), plain, x, w, b)
+    check(lambda x, w: upsample2x_conv(x, packed, None), lambda x, w: plain(x, w, None), x, w)
     with dispatch.reference_only():
         check(upsample2x_conv, plain, x, w, b)
 

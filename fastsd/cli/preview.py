@@ -1,0 +1,77 @@
+"""--preview: a picture of what is coming, beside the output while the model draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from fastsd.cli.output import Output
+from fastsd.errors import FastsdError
+from fastsd.images import encode, reason, write_whole
+
+if TYPE_CHECKING:
+    from fastsd.pipeline import Step
+
+
+class Preview:
+    """A file that is replaced whole every few steps, and gone at the end, however that comes.
+
+    `lighthouse.png` has `lighthouse.preview.png`; a folder has `preview.png` in it. Where the name is taken, a number
+    follows it.
+
+    Args:
+        output: what it is beside.
+        every: write at every so many steps; None: never.
+    """
+
+    def __init__(self, output: Output, every: int | None):
+        self.every = every
+        self.folder, self.stem = output.folder, "preview"
+        if output.files:
+            self.stem = f"{output.files[0].stem}.preview"
+        self.path: Path | None = None
+
+    def __enter__(self) -> Preview:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.path is not None:
+            try:
+                self.path.unlink(missing_ok=True)
+            except OSError:
+                pass  # what was drawn matters more
+
+    def show(self, step: Step) -> Path | None:
+        """Write what is coming, if it is this step's turn. The last step shows nothing: the picture itself comes.
+
+        Returns:
+            The file's name, when it is new.
+
+        Raises:
+            FastsdError: it cannot be written.
+        """
+        if self.every is None or step.result is not None or step.index % self.every:
+            return None
+        data = encode(step.preview(), ".png", {})
+        try:
+            if self.path is not None:
+                write_whole(self.path, data, overwrite=True)
+                return None
+            self.path = self._write_new(data)
+        except OSError as error:
+            raise FastsdError(f"--preview: cannot write beside {self.folder}: {reason(error)}") from error
+        return self.path
+
+    def _write_new(self, data: bytes) -> Path:
+        """Write under the first name that nobody has."""
+        number = 0
+        while True:
+            path = self.folder / f"{self.stem}{f'-{number}' * bool(number)}.png"
+            try:
+                write_whole(path, data)
+                return path
+            except FileExistsError:
+                number += 1

@@ -1,0 +1,126 @@
+"""The tiny autoencoder TAESD (Ollin Boer Bohan, github.com/madebyollin/taesd): convolutions and ReLU, no norms.
+
+It was distilled from Stable Diffusion's autoencoder, of which it has the latents as the diffusion model sees them:
+scaled, so that its own factor is 1. Inside, a picture is in [0, 1].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastsd.config import AutoencoderConfig, TAESDConfig
+from fastsd.errors import FastsdError
+from fastsd.kernels.upsample2x import upsample2x_conv
+from fastsd.model.layers import Conv2d
+from fastsd.model.vae import AutoencoderKL, Gaussian
+
+# A logarithm of a variance whose standard deviation, exp(-500), is 0 in fp32; and a number in every dtype.
+CERTAIN = -1000.0
+DECODES_ONLY = "the autoencoder is TAESD's decoder alone; put the file of its encoder beside the decoder's"
+LATENT_BOUND = 3.0  # the decoder lets nothing larger in
+
+
+class Block(nn.Module):
+    """Three convolutions with ReLU, and a shortcut."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.ModuleDict({name: Conv2d(channels, channels) for name in ("0", "2", "4")})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv["0"](x, relu=True)
+        h = self.conv["2"](h, relu=True)
+        return self.conv["4"](h, residual=x, relu=True)
+
+
+class Doubling(Conv2d):
+    """Double a map by nearest neighbour, then convolve it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # nothing is ever added to it
+        return upsample2x_conv(x, self.weight, self.bias)
+
+
+class Encoder(nn.Module):
+    """Picture `[B, H, W, 3]` in [-1, 1] to its scaled latent `[B, H/f, W/f, latent_channels]`."""
+
+    def __init__(self, config: TAESDConfig):
+        super().__init__()
+        width = config.block_out_channels[0]
+        layers: list[nn.Module] = []
+        for level, blocks in enumerate(config.num_encoder_blocks):
+            halving = Conv2d(width, width, stride=2, bias=False)
+            layers.append(Conv2d(config.in_channels, width) if level == 0 else halving)
+            layers += [Block(width) for _ in range(blocks)]
+        self.layers = nn.ModuleList([*layers, Conv2d(width, config.latent_channels)])
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = (image + 1) / 2
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Decoder(nn.Module):
+    """Scaled latent `[B, h, w, latent_channels]` to picture `[B, h * f, w * f, 3]`, about [-1, 1]."""
+
+    def __init__(self, config: TAESDConfig):
+        super().__init__()
+        width, last = config.block_out_channels[0], len(config.num_decoder_blocks) - 1
+        # The numbers are a checkpoint's, which counts the ReLU after the first convolution, and each doubling.
+        self.layers = nn.ModuleDict({"0": Conv2d(config.latent_channels, width)})
+        number = 2
+        for level, blocks in enumerate(config.num_decoder_blocks):
+            for _ in range(blocks):
+                self.layers[str(number)] = Block(width)
+                number += 1
+            if level < last:
+                self.layers[str(number + 1)] = Doubling(width, width, bias=False)
+            else:
+                self.layers[str(number)] = Conv2d(width, config.out_channels)
+            number += 2
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        first, *rest = self.layers.values()
+        x = first(LATENT_BOUND * torch.tanh(latent / LATENT_BOUND), relu=True)
+        for layer in rest:
+            x = layer(x)
+        return 2 * x - 1
+
+
+class TAESD(nn.Module):
+    """Encoder and decoder, or the decoder alone. It has the methods of `AutoencoderKL`.
+
+    Args:
+        config: of both.
+        encodes: whether there is an encoder.
+    """
+
+    def __init__(self, config: TAESDConfig, encodes: bool = True):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config) if encodes else None
+        self.decoder = Decoder(config)
+
+    def encode(self, image: torch.Tensor) -> Gaussian:
+        """`[B, H, W, 3]` in [-1, 1], H and W multiples of `config.downscale`, to its latent, which has no variance.
+
+        Raises:
+            FastsdError: there is no encoder.
+        """
+        if self.encoder is None:
+            raise FastsdError(DECODES_ONLY)
+        mean = self.encoder(image)
+        return Gaussian(mean, torch.full_like(mean, CERTAIN))
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        """`[B, h, w, latent_channels]` to `[B, H, W, 3]`, about [-1, 1], not clipped."""
+        return self.decoder(latent)
+
+
+Autoencoder = AutoencoderKL | TAESD
+
+
+def make_autoencoder(config: AutoencoderConfig) -> Autoencoder:
+    """The autoencoder that a config describes."""
+    return TAESD(config) if isinstance(config, TAESDConfig) else AutoencoderKL(config)
