@@ -33,7 +33,7 @@ from fastsd.weights import Components, count_numbers, load_checkpoint, load_prev
 from fastsd.weights.adapters import Adapter, Adapters
 from fastsd.weights.controlnet import load_controlnet
 from fastsd.weights.embeddings import Embedding, load_embedding
-from fastsd.weights.hub import Place, locate_model, locate_vae
+from fastsd.weights.hub import Place, locate_controlnet, locate_model, locate_vae
 
 BUNDLED = Path(__file__).parent / "assets" / "digits"
 
@@ -250,12 +250,13 @@ class Pipeline:
         """Load a ControlNet for this checkpoint's UNet, to be used in `Control`s (Zhang et al. 2023).
 
         Args:
-            path: a diffusers folder, or a single file in diffusers' or the original layout.
+            path: a diffusers folder, a single file in diffusers' or the original layout, or a hub id.
             allow_pickle: read `.pth` files; nothing but tensors and plain values is unpickled.
 
         Raises:
             FastsdError: no such file, malformed, too large for the memory, or one for another family of models.
         """
+        path = locate_controlnet(path, self.dtype != torch.float32).path
         return load_controlnet(path, self.components.unet.config, self.dtype, self.device, allow_pickle)
 
     def set_adapters(self, adapters: Sequence[Adapter], allow_partial: bool = False) -> list[str]:

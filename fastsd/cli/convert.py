@@ -10,7 +10,7 @@ from fastsd.errors import FastsdError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="IN", help="a diffusers folder, a .safetensors file or a .ckpt")
+    parser.add_argument("source", metavar="IN", help="a diffusers folder, a .safetensors file, a .ckpt or a hub id")
     parser.add_argument("target", metavar="OUT", help="a file that ends in .safetensors, or a folder")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="of the weights (default: as they are)")
     parser.add_argument(
@@ -26,10 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from fastsd.devices import DTYPES
     from fastsd.weights.convert import convert
+    from fastsd.weights.hub import locate_model
 
+    source = locate_model(args.source, None, half=args.dtype in ("fp16", "bf16")).path
     try:
         dtype = DTYPES[args.dtype] if args.dtype else None
-        notes = convert(args.source, args.target, dtype, args.prediction, args.allow_pickle, args.overwrite)
+        notes = convert(source, args.target, dtype, args.prediction, args.allow_pickle, args.overwrite)
     except MemoryError as error:
         raise FastsdError(f"{args.source}: not enough memory for its largest tensor") from error
     for note in notes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import secrets
 import shutil
 import sys
@@ -139,6 +140,8 @@ def load(args: argparse.Namespace, before: dict[str, Any], notes: list[str]) -> 
             notes.append("drawn on the CPU, as the first time; --device cuda is faster")
     if dtype is None and before.get("dtype") in ("fp32", "fp16", "bf16"):
         dtype = before["dtype"]
+    if args.progress is False:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # its own bars, which a terminal shows, are for --progress too
     try:
         with in_flags():
             pipe = Pipeline.from_pretrained(

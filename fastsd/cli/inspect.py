@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from fastsd.cli.parser import one_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="a .safetensors file or a .ckpt")
+    parser.add_argument("file", metavar="FILE", help="a .safetensors file, of the hub too, or a .ckpt")
     parser.add_argument("--allow-pickle", action="store_true", help="read a .ckpt: tensors and plain values")
 
 
 def run(args: argparse.Namespace) -> int:
+    from fastsd.weights.hub import locate_file
     from fastsd.weights.inspect import inspect
 
-    facts = inspect(Path(args.file), args.allow_pickle)
+    facts = inspect(locate_file(args.file).path, args.allow_pickle)
     width = max(len(name) for name, _ in facts) + 1
     for name, value in facts:
         print(f"{name + ':' if name else '':{width}} {one_line(value)}")

@@ -10,16 +10,15 @@ request, which asks what the branch stands for now; none at all offline, or wher
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from fastsd.errors import FastsdError
+from fastsd.weights.hub_errors import first_line, refusal
 from fastsd.weights.load import STEMS, candidates, shard_names
 
 SUFFIX = ".safetensors"
@@ -113,13 +112,22 @@ def locate_model(text: str | Path, revision: str | None, half: bool) -> Place:
 
 def locate_vae(text: str | Path, half: bool) -> Place:
     """An autoencoder as `locate_model` does a model: a file, a repository of its own, or the part of a model's."""
+    return _locate_network(text, half, "vae")
+
+
+def locate_controlnet(text: str | Path, half: bool) -> Place:
+    """A ControlNet, as `locate_vae` does an autoencoder."""
+    return _locate_network(text, half, "controlnet")
+
+
+def _locate_network(text: str | Path, half: bool, part: str) -> Place:
     wanted = parse(text)
     if wanted is None:
         return Place(Path(text))
     if wanted.inside:
         return _fetch(wanted, _one_file(wanted), half)
-    place = _fetch(wanted, _vae_files(wanted, half), half)
-    return place if (place.path / "config.json").is_file() else replace(place, path=place.path / "vae")
+    place = _fetch(wanted, _network_files(wanted, half, part), half)
+    return place if (place.path / "config.json").is_file() else replace(place, path=place.path / part)
 
 
 def locate_file(text: str | Path) -> Place:
@@ -134,7 +142,7 @@ def is_cached(wanted: HubId, vae: bool = False) -> bool:
         import huggingface_hub  # noqa: F401
     except ImportError:
         return False
-    files = _vae_files(wanted, True) if vae else _model_files(wanted, True)
+    files = _network_files(wanted, True, "vae") if vae else _model_files(wanted, True)
     files = _one_file(wanted) if wanted.inside else files
     return _in_cache(wanted, files, True) is not None
 
@@ -173,11 +181,11 @@ def _model_files(wanted: HubId, half: bool) -> Choose:
     return choose
 
 
-def _vae_files(wanted: HubId, half: bool) -> Choose:
+def _network_files(wanted: HubId, half: bool, part: str) -> Choose:
     def choose(names: Set[str]) -> list[str]:
-        folder = "" if "config.json" in names else "vae/"
+        folder = "" if "config.json" in names else f"{part}/"
         if f"{folder}config.json" not in names:
-            raise FastsdError(f"{wanted}: no autoencoder's config.json in that repository{_single_files(names)}")
+            raise FastsdError(f"{wanted}: no config.json or {part}/ in that repository{_single_files(names)}")
         return [f"{folder}config.json", _weights(wanted, names, folder, STEMS["vae"], half)]
 
     return choose
@@ -211,7 +219,7 @@ def _with_shards(files: list[str], get: Callable[[str], Path]) -> Iterator[str]:
 def _fetch(wanted: HubId, choose: Choose, half: bool) -> Place:
     """What `choose` picks, from the cache or the network."""
     try:
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, constants
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError as error:
         raise FastsdError(
@@ -219,27 +227,27 @@ def _fetch(wanted: HubId, choose: Choose, half: bool) -> Place:
         ) from error
     if wanted.pinned and (place := _in_cache(wanted, choose, half)):
         return place
-    # HTTP libraries have changed under huggingface_hub; its own error is a sibling of theirs.
+    # The HTTP library under huggingface_hub changes with the years; its own error always is a sibling of that one's.
     unreachable: tuple[type[BaseException], ...] = (OSError, *HfHubHTTPError.__bases__)
     try:
-        info = HfApi().model_info(wanted.repo, revision=wanted.revision, files_metadata=True)
+        patience = constants.HF_HUB_ETAG_TIMEOUT  # seconds; without it a dead network is waited for without end
+        info = HfApi().model_info(wanted.repo, revision=wanted.revision, timeout=patience, files_metadata=True)
         sizes = {one.rfilename: one.size or 0 for one in info.siblings or ()}
-    except HfHubHTTPError as error:
-        if error.response.status_code < 500 or (place := _in_cache(wanted, choose, True)) is None:
-            raise _refusal(wanted, error) from error
-        return place
     except unreachable as error:
-        if (place := _in_cache(wanted, choose, True)) is None:
-            raise _refusal(wanted, error) from error
+        answered = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
+        if answered or (place := _in_cache(wanted, choose, True)) is None:
+            raise refusal(wanted, error) from error
         return place
     except (ValueError, KeyError, TypeError) as error:
-        raise FastsdError(f"{wanted}: {_endpoint()} does not answer as a hub does ({_first_line(error)})") from error
+        raise FastsdError(
+            f"{wanted}: {constants.ENDPOINT} does not answer as a hub does ({first_line(error)})"
+        ) from error
     chosen = choose(set(sizes))
     broken: tuple[type[BaseException], ...] = (*unreachable, RuntimeError)  # the last is hf_xet's
     try:
         return _download(wanted, str(info.sha), chosen, sizes)
     except broken as error:
-        raise _refusal(wanted, error) from error
+        raise refusal(wanted, error) from error
 
 
 def _download(wanted: HubId, commit: str, chosen: list[str], sizes: dict[str, int]) -> Place:
@@ -269,7 +277,11 @@ def _in_cache(wanted: HubId, choose: Choose, half: bool) -> Place | None:
     Args:
         half: take the fp16 variant of the weights too; for fp32 that would be a loss.
     """
-    markers = [wanted.inside] if wanted.inside else ["model_index.json", "config.json", "vae/config.json"]
+    markers = (
+        [wanted.inside]
+        if wanted.inside
+        else ["model_index.json", "config.json", "vae/config.json", "controlnet/config.json"]
+    )
     found = next((pair for name in markers if (pair := (name, _cached_file(wanted, name)))[1] is not None), None)
     if found is None or found[1] is None:
         return None
@@ -280,8 +292,8 @@ def _in_cache(wanted: HubId, choose: Choose, half: bool) -> Place | None:
         files = list(_with_shards(choose(names), lambda name: root / name))
     except FastsdError:
         return None
-    whole = names.issuperset(files) and (half or not any(".fp16." in name for name in files))
-    return place if whole else None
+    complete = names.issuperset(files) and (half or not any(".fp16." in name for name in files))
+    return place if complete else None
 
 
 def _place(wanted: HubId, name: str, path: Path) -> Place:
@@ -310,56 +322,3 @@ def _check_room(wanted: HubId, needed: int) -> None:
             f"{wanted}: {needed / 2**30:.1f} GiB are to be fetched and {free / 2**30:.1f} GiB are free at "
             f"{constants.HF_HUB_CACHE}; make room, or set HF_HOME to a folder on another disk"
         )
-
-
-# What went wrong
-
-
-def _refusal(wanted: HubId, error: BaseException) -> FastsdError:
-    """One line on an error of huggingface_hub's, or of what it uses."""
-    from huggingface_hub import constants, errors
-
-    endpoint, seen = _endpoint(), _causes(error)
-    status = next((one.response.status_code for one in seen if isinstance(one, errors.HfHubHTTPError)), None)
-    login = "`hf auth login` or HF_TOKEN"
-    number = next((one.errno for one in seen if isinstance(one, OSError) and one.errno is not None), None)
-    if any(isinstance(one, errors.GatedRepoError) for one in seen) or status == 403:
-        said = f"it is gated; ask for access at {endpoint}/{wanted.repo}, then log in with {login}"
-    elif any(isinstance(one, errors.RevisionNotFoundError) for one in seen):
-        said = f"no revision {wanted.revision!r} in that repository; it should be a branch, a tag or a commit"
-    elif any(isinstance(one, errors.RepositoryNotFoundError) for one in seen) or status in (401, 404):
-        said = f"no such path here and no such repository at {endpoint}; if it is private, log in with {login}"
-    elif any(isinstance(one, errors.OfflineModeIsEnabled) for one in seen):
-        said = f"HF_HUB_OFFLINE is set, and it is not (or not whole) in {constants.HF_HUB_CACHE}"
-    elif status is not None:
-        said = f"{endpoint} answers {status}; try again later"
-    elif number == errno.ENOSPC:
-        said = f"no space is left at {constants.HF_HUB_CACHE}; make room, or set HF_HOME to a folder on another disk"
-    elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        said = f"{constants.HF_HUB_CACHE} cannot be written to; HF_HOME names another folder"
-    else:
-        said = (
-            f"{endpoint} cannot be reached, or the connection broke off ({_first_line(seen[-1])}), and it is not (or "
-            f"not whole) in {constants.HF_HUB_CACHE}; try again, what has come is kept"
-        )
-    return FastsdError(f"{wanted}: {said}")
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    """An error and those that it was raised from."""
-    found: list[Any] = [error]
-    while found[-1].__cause__ is not None and len(found) < 10:
-        found.append(found[-1].__cause__)
-    return found
-
-
-def _first_line(error: BaseException) -> str:
-    """The kind of an error and the beginning of what it says."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}{f': {lines[0][:120]}' if lines else ''}"
-
-
-def _endpoint() -> str:
-    from huggingface_hub import constants
-
-    return str(constants.ENDPOINT)

@@ -33,7 +33,7 @@ class Hub:
     Attributes:
         seen: (method, path, headers) of each request.
         breaks: how many answers break off halfway, by file name.
-        status: what every request is answered with, if not by what it asks for.
+        status: what every request is answered with, if not by what it asks for; 0: not at all.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -41,6 +41,7 @@ class Hub:
     breaks: dict[str, int] = field(default_factory=dict)
     status: int | None = None
     url: str = ""
+    silence: threading.Event = field(default_factory=threading.Event)  # set when it is over
 
     def add(self, name: str, files: dict[str, bytes], commit: str = "c" * 40, **options: object) -> None:
         """Put files at a commit that `main` stands for from now on."""
@@ -71,6 +72,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.seen.append((self.command, path, {key.lower(): value for key, value in self.headers.items()}))
+        if self.hub.status == 0:
+            self.hub.silence.wait(30)
+            self.close_connection = True
+            return None
         if self.hub.status is not None:
             return self._send(self.hub.status, b"", {}, body)
         listing = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path)
@@ -136,6 +141,7 @@ def serving() -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.silence.set()
         server.shutdown()
         server.server_close()
         thread.join()

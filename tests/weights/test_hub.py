@@ -190,6 +190,40 @@ def test_an_autoencoder_of_its_own_or_of_a_model(served: Hub, monkeypatch: pytes
     assert len(served.seen) == seen
 
 
+def test_a_controlnet_and_files_for_the_other_commands(served: Hub, tmp_path: Path, capsys: Any) -> None:
+    from fastsd.cli import main
+
+    weights = "diffusion_pytorch_model.safetensors"
+    served.add("org/control", {"config.json": b"{}", weights: b"", "control_canny.pth": b"", "images/bird.png": b""})
+    place = hub.locate_controlnet("org/control", True)
+    assert place.hub == hub.HubId("org/control", NEW)
+    assert sorted(path.name for path in place.path.iterdir()) == ["config.json", weights]
+    assert main(["convert", "org/digits", "folder", "--dtype", "fp16"]) == 0
+    assert Pipeline.from_pretrained("folder", "cpu", "fp32").components.sample_size == 8
+    served.add("org/files", {"a.safetensors": save({"x": torch.ones(2)})})
+    capsys.readouterr()
+    assert main(["inspect", "org/files/a.safetensors"]) == 0
+    assert "1 tensors" in capsys.readouterr().out
+
+
+def test_progress_shows_on_a_terminal_only(served: Hub, tmp_path: Path) -> None:
+    """The command line's test sees none without one."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    environment = os.environ | {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
+    environment |= {"HF_ENDPOINT": served.url, "PYTHONPATH": str(ROOT)}
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # of no size, tqdm shows nothing
+    code = "from fastsd.weights.hub import locate_file; locate_file('org/digits/digits.safetensors')"
+    subprocess.run([sys.executable, "-c", code], env=environment, stderr=theirs, check=True, timeout=60)
+    assert b"digits.safetensors: 100%" in os.read(ours, 10_000)
+    os.close(ours)
+    os.close(theirs)
+
+
 # Revisions
 
 
@@ -228,6 +262,9 @@ def test_a_cached_model_loads_where_the_hub_is_down(served: Hub, monkeypatch: py
 
     root = model("org/digits")
     served.status = 503
+    assert model("org/digits") == root
+    served.status = 0
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
     assert model("org/digits") == root
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     assert model("org/digits") == root
