@@ -43,8 +43,11 @@ def folder(bench: Session, model: str, dtype: torch.dtype, tmp_path: Path) -> Pa
     return tmp_path / "model"
 
 
-def start(folder: Path, candidate: str, dtype: torch.dtype, size: int, output: Path, grow: bool, caches: Path) -> Any:
-    """Run `bench.cold` in a process of its own, with kernel caches in `caches`."""
+def start(
+    folder: Path, candidate: str, dtype: torch.dtype, size: int, output: Path, grow: bool, caches: Path,
+    patience: float = PATIENCE,
+) -> Any:  # fmt: skip
+    """Run `bench.cold` in a process of its own, for `patience` seconds at most, with kernel caches in `caches`."""
     flags = ["--candidate", candidate, "--dtype", dtype_name(dtype), "--size", str(size), "--steps", str(STEPS)]
     flags += ["--output", str(output), "--others", str(in_use()), *(["--grow"] if grow else [])]
     environment = os.environ | {
@@ -55,7 +58,7 @@ def start(folder: Path, candidate: str, dtype: torch.dtype, size: int, output: P
     }
     began = time.time()
     run = [sys.executable, "-m", "bench.cold", str(folder), *flags]
-    found = subprocess.run(run, cwd=record.ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    found = subprocess.run(run, cwd=record.ROOT, env=environment, capture_output=True, text=True, timeout=patience)
     if found.returncode:
         raise RuntimeError((found.stderr.strip().splitlines() or ["it died"])[-1])
     result = json.loads(found.stdout.strip().splitlines()[-1])
@@ -95,7 +98,8 @@ def bench_cold_process(bench: Session, model: str, dtype: torch.dtype, folder: P
             title = f"{name}, empty kernel cache" if state == "empty" else name
             outcome, fields = Outcome(title), {}
             try:
-                found = start(folder, name, dtype, size, tmp_path / "out.npy", grow and state == "warm", tmp_path)
+                left = min(PATIENCE, max(1.0, bench.remaining()))
+                found = start(folder, name, dtype, size, tmp_path / "out.npy", grow and state == "warm", tmp_path, left)
                 image = torch.from_numpy(np.load(tmp_path / "out.npy").astype(np.float32) / 255.0)
                 outcome.distance = d = distance(image, wanted)
                 if not d.psnr >= limit:
@@ -104,7 +108,7 @@ def bench_cold_process(bench: Session, model: str, dtype: torch.dtype, folder: P
                     outcome.samples, outcome.spread = [found["first_picture"]], spread([found["first_picture"]])
                     fields = {key: _rounded(found[key]) for key in KNOWN if key in found}
             except (RuntimeError, subprocess.TimeoutExpired, OSError) as error:
-                outcome.problem = f"failed: {str(error).splitlines()[0][:160]}"
+                outcome.problem = f"failed: {(str(error).splitlines() or [type(error).__name__])[0][-160:]}"
             lines.append(_line(outcome, fields))
             own = own or outcome
             if measuring:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from bench.measure import Candidate, rotation
 from bench.profiling import profile_step
 from bench.roofline import decode_work, encode_work, meta_unet_inputs, step_work, text_work
 from bench.session import Session
+from fastsd.graph import chosen_convolutions
 from fastsd.kernels import dispatch
+from fastsd.latents import CAPTURED
 from fastsd.model.unet import AddedConditioning, UNet
 from fastsd.request import make_table
 from fastsd.sampling import advance
@@ -22,6 +25,7 @@ from fastsd.sampling import advance
 # Roundings in a row, for the gates: ops on the longest way through the network.
 UNET_DEPTH, VAE_DEPTH, TEXT_DEPTH = 400, 80, 150
 SETS = 3  # of inputs, taken in turn
+COMPILING = 60.0  # seconds that torch.compile(mode="max-autotune") takes for a UNet on a GPU, at the very least
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
@@ -52,7 +56,8 @@ def peers(
             compiled = compiled or torch.compile(other, mode="max-autotune", fullgraph=True)
             network = compiled
         prepare = lambda last=last: models.channels_last(other, last)  # noqa: E731
-        found.append(Candidate(name, lambda i, n=network: call(n, i), prepare))
+        needs = COMPILING if name == "diffusers-compiled" and bench.options.device.type == "cuda" else 0.0
+        found.append(Candidate(name, lambda i, n=network: call(n, i), prepare, needs=needs))
     return found, {}
 
 
@@ -75,7 +80,17 @@ def on_reference(run: Callable[[int], torch.Tensor]) -> Callable[[], torch.Tenso
 
 
 def inference(candidates: list[Candidate]) -> list[Candidate]:
-    return [Candidate(c.name, torch.inference_mode()(c.run), c.prepare) for c in candidates]
+    return [replace(c, run=torch.inference_mode()(c.run)) for c in candidates]
+
+
+def as_drawn(run: Callable[[int], torch.Tensor], device: torch.device) -> Callable[[int], torch.Tensor]:
+    """With cuDNN's algorithms chosen as a pipeline has them chosen."""
+
+    def chosen(i: int) -> torch.Tensor:
+        with chosen_convolutions(device):
+            return run(i)
+
+    return chosen
 
 
 def step_inputs(unet: UNet, batch: int, size: int, side: int, device: torch.device, i: int) -> dict[str, Any]:
@@ -126,6 +141,7 @@ def bench_step(bench: Session, replay: Any, model: str, batch: int, dtype: torch
         assert replayed is not None
         return replayed(g["rows"], g["times"], g["key_values"]).permute(0, 3, 1, 2)
 
+    ours, whole, by_graph = (as_drawn(run, device) for run in (ours, whole, by_graph))
     mine = [Candidate("fastsd", ours)]
     if replayed is not None:  # as a run on a GPU has it
         mine = [Candidate("fastsd", by_graph), Candidate("fastsd, no graph", ours)]
@@ -151,11 +167,15 @@ def bench_decode(bench: Session, replay: Any, model: str, dtype: torch.dtype) ->
         return latent, rows(latent)
 
     inputs = rotation(SETS, make)
-    ours = lambda i: vae.decode(inputs(i)[1]).permute(0, 3, 1, 2)  # noqa: E731
+    ours = as_drawn(lambda i: vae.decode(inputs(i)[1]).permute(0, 3, 1, 2), device)
     theirs = lambda network, i: network.decode(inputs(i)[0], return_dict=False)[0]  # noqa: E731
     others, missing = peers(bench, lambda: (models.peer_vae(components), theirs))
+    mine, replayed = [Candidate("fastsd", ours)], models.captured_decode(vae, device)
+    if replayed is not None and size * size <= CAPTURED:  # as a run on a GPU has it
+        by_graph = as_drawn(lambda i: replayed(inputs(i)[1]).permute(0, 3, 1, 2), device)
+        mine = [Candidate("fastsd", by_graph), Candidate("fastsd, no graph", ours)]
     outcomes = bench.contest(
-        "decode", on_reference(ours), inference([Candidate("fastsd", ours), *on_pytorch(bench, ours), *others]),
+        "decode", on_reference(ours), inference([*mine, *on_pytorch(bench, ours), *others]),
         dtype, VAE_DEPTH, decode_work(family_of(components), 1, size), missing=missing, model=model, size=size, batch=1,
     )  # fmt: skip
     replay(outcomes)
@@ -171,7 +191,7 @@ def bench_encode(bench: Session, replay: Any, model: str, dtype: torch.dtype) ->
         return image, rows(image)
 
     inputs = rotation(SETS, make)
-    ours = lambda i: vae.encode(inputs(i)[1]).mode().permute(0, 3, 1, 2)  # noqa: E731
+    ours = as_drawn(lambda i: vae.encode(inputs(i)[1]).mode().permute(0, 3, 1, 2), device)
     theirs = lambda network, i: network.encode(inputs(i)[0]).latent_dist.mode()  # noqa: E731
     others, missing = peers(bench, lambda: (models.peer_vae(components), theirs))
     others = [c for c in others if c.name != "diffusers-compiled"]  # compile() wraps `forward`, which this is not

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,15 +61,22 @@ def _convolution(dtype: torch.dtype, channels: int) -> float:
 
 
 def _highest_clock(properties: Any, device: torch.device) -> float:
-    """Hz."""
+    """Hz: as PyTorch says, or the driver's library, or its program; infinite (no limit) where none of them does."""
     kilohertz = getattr(properties, "clock_rate", None)
     if kilohertz:
         return 1e3 * kilohertz
-    import pynvml
+    try:
+        import pynvml
 
-    pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
-    return 1e6 * pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM)
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
+        return 1e6 * pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM)
+    except Exception:  # not installed, or a driver that does not say
+        ask = ["nvidia-smi", f"--id={device.index or 0}", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
+    try:
+        return 1e6 * float(subprocess.run(ask, capture_output=True, text=True, timeout=20, check=True).stdout)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return math.inf
 
 
 def _best(run: Callable[[], Any], device: torch.device, tries: int = 10) -> float:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from bench.measure import Outcome
 from bench.session import Session, check_options
@@ -41,6 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
     except FastsdError as error:
         pytest.exit(f"error: {error}", returncode=2)
     config.stash[SESSION] = Session(options)
+    if options.measuring and options.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # for peers; fastsd has its convolutions chosen by itself
     if not options.measuring and config.pluginmanager.hasplugin("benchmark"):
         config.option.benchmark_disable = True
 
@@ -84,10 +89,16 @@ def bench(request: pytest.FixtureRequest) -> Session:
 
 
 @pytest.fixture(autouse=True)
-def within_budget(request: pytest.FixtureRequest, bench: Session) -> None:
+def within_budget(request: pytest.FixtureRequest, bench: Session) -> Iterator[None]:
+    """Skips what the budget leaves no time for; gives back the memory of what ran out of it, before the next."""
     if bench.remaining() <= 0:
         bench.not_run.append(request.node.name)
         pytest.skip("not run: the budget is spent")
+    yield
+    if bench.options.device.type == "cuda":
+        gc.collect()
+        with contextlib.suppress(RuntimeError):  # a GPU that answers no more
+            torch.cuda.empty_cache()
 
 
 @pytest.fixture

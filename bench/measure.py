@@ -11,6 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 # What sums over some ten thousand fp32 products leave, relative; below it fp32 candidates cannot be told apart.
 FP32_SUMS = 1e-6
 STABLE = 0.05  # warm-up ends when two runs in a row differ by less
+ROUNDS = 20  # samples of each candidate, where there is time
 TRIES = 8  # and after so many runs at the latest
 SHORTEST = 0.005  # seconds that one sample should last at least, so that the clock does not matter
 
@@ -27,13 +29,17 @@ SHORTEST = 0.005  # seconds that one sample should last at least, so that the cl
 class Candidate:
     """`run(i)` does the work on the i-th set of inputs and is timed; `prepare` comes before a sample and is not.
 
-    `read` makes a tensor of what `run` returns, for the gate.
+    `read` makes a tensor of what `run` returns, for the gate. `timed`: what is timed instead, the same work `repeats`
+    times. `needs`: seconds that the first run is known to take at least (compiling).
     """
 
     name: str
     run: Callable[[int], Any]
     prepare: Callable[[], None] = lambda: None
     read: Callable[[Any], torch.Tensor] = lambda output: output
+    timed: Callable[[int], Any] | None = None
+    repeats: int = 1
+    needs: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ class Outcome:
     distance: Distance | None = None
     spread: Spread | None = None
     problem: str = ""
+    cut: str = ""  # why there are fewer rounds than usual
     first_call: float = 0.0  # seconds: compilation, choice of algorithms, first touch of the weights
     samples: list[float] = field(default_factory=list)
 
@@ -161,10 +168,11 @@ def hold(
     limit: float,
     device: torch.device,
     seconds: float,
-    rounds: int = 20,
+    rounds: int = ROUNDS,
     measuring: bool = True,
     psnr: bool = False,
-    report: Callable[[str], None] = lambda line: None,
+    deadline: float = math.inf,
+    early: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
     """Run a contest.
 
@@ -176,36 +184,64 @@ def hold(
         seconds: how long to go on timing; every candidate gets at least one sample.
         rounds: samples of each candidate at most.
         measuring: False: only the gates.
-        report: is given a line for each gate.
+        deadline: of `time.perf_counter`. A candidate that would begin after it does not take part, and no round is
+            begun that would end after it.
+        early: is given the first outcome as soon as there is a figure, before others can take the time or the device.
 
     Returns:
         an outcome for each candidate, in order.
     """
     wanted = reference()
-    outcomes = [_gate(candidate, wanted, limit, device, psnr) for candidate in candidates]
-    for outcome in outcomes:
-        d = outcome.distance
-        report(f"{outcome.name}: {outcome.problem or (d and f'relative error {d.relative:.1e}')}")
-    fit = [(c, o) for c, o in zip(candidates, outcomes) if not o.problem]
-    if not measuring:
-        return outcomes
-    counts = [_warm(candidate, device) for candidate, _ in fit]
-    deadline = time.perf_counter() + seconds
+    outcomes: list[Outcome] = []
+    fit: list[tuple[Candidate, Outcome, int]] = []
+    for candidate in candidates:
+        outcomes.append(outcome := Outcome(candidate.name))
+        needs = max(candidate.needs, outcomes[0].first_call)
+        if len(outcomes) > 1 and time.perf_counter() + needs > deadline:
+            outcome.problem = "not run: the budget is spent"
+            continue
+        _gate(candidate, outcome, wanted, limit, device, psnr)
+        if outcome.problem or not measuring:
+            continue
+        with _failing(outcome):
+            count, warm = _warm(candidate, device, deadline)
+            outcome.spread = spread([warm])
+            fit.append((candidate, outcome, count))
+            if len(outcomes) == 1:
+                early(outcome)
+    end = min(time.perf_counter() + seconds, deadline)
+    last = 0.0
     for i in range(rounds):
-        if i and time.perf_counter() > deadline:
+        tick = time.perf_counter()
+        if i and tick + last > end:
             break
-        for (candidate, outcome), count in zip(fit, counts):
-            candidate.prepare()
-            outcome.samples.append(timed(candidate.run, 1 + i * count, count, device))
-    for _, outcome in fit:
-        outcome.spread = spread(outcome.samples)
+        for candidate, outcome, count in fit:
+            if not outcome.problem:
+                with _failing(outcome):
+                    candidate.prepare()
+                    outcome.samples.append(_sample(candidate, 1 + i * count, count, device))
+        last = time.perf_counter() - tick
+    for _, outcome, _ in fit:
+        if not outcome.problem:
+            outcome.spread = spread(outcome.samples)
     return outcomes
 
 
-def _gate(candidate: Candidate, wanted: torch.Tensor, limit: float, device: torch.device, psnr: bool) -> Outcome:
-    """The candidate's first run, held against the reference. Whatever it raises is its problem, not the contest's."""
-    outcome = Outcome(candidate.name)
+@contextmanager
+def _failing(outcome: Outcome) -> Iterator[None]:
+    """Whatever a candidate raises is its own problem, not the contest's; it then has no speed."""
     try:
+        yield
+    except Exception as error:  # a peer may fail in any way; the line says how
+        outcome.problem = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+        outcome.spread = None
+
+
+def _gate(
+    candidate: Candidate, outcome: Outcome, wanted: torch.Tensor, limit: float, device: torch.device, psnr: bool
+) -> None:
+    """The candidate's first run, held against the reference."""
+    with _failing(outcome):
         candidate.prepare()
         synchronise(device)
         tick = time.perf_counter()
@@ -213,26 +249,29 @@ def _gate(candidate: Candidate, wanted: torch.Tensor, limit: float, device: torc
         synchronise(device)
         outcome.first_call = time.perf_counter() - tick
         outcome.distance = d = distance(candidate.read(output), wanted)
-    except Exception as error:  # a peer may fail in any way; the line says how
-        outcome.problem = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
-        return outcome
-    if psnr and not d.psnr >= limit:
-        outcome.problem = f"red gate: PSNR {d.psnr:.1f} dB, needs {limit:.1f}"
-    elif not psnr and not d.relative <= limit:
-        outcome.problem = f"red gate: relative error {d.relative:.2e}, max {d.max:.2e}; allowed {limit:.1e}"
-    return outcome
+        if psnr and not d.psnr >= limit:
+            outcome.problem = f"red gate: PSNR {d.psnr:.1f} dB, needs {limit:.1f}"
+        elif not psnr and not d.relative <= limit:
+            outcome.problem = f"red gate: relative error {d.relative:.2e}, max {d.max:.2e}; allowed {limit:.1e}"
 
 
-def _warm(candidate: Candidate, device: torch.device) -> int:
-    """Run until the time is stable; returns how many runs make a sample."""
+def _warm(candidate: Candidate, device: torch.device, deadline: float) -> tuple[int, float]:
+    """Run until the time is stable; how many runs make a sample, and the last one's seconds."""
     last = math.inf
     candidate.prepare()
     for i in range(TRIES):
-        now = timed(candidate.run, i, 1, device)
-        if abs(now - last) < STABLE * now or now > 1.0:  # a second's work is warm after the gate's run
+        now = _sample(candidate, i, 1, device)
+        # A second's work is warm after the gate's run.
+        if abs(now - last) < STABLE * now or now > 1.0 or time.perf_counter() > deadline:
             break
         last = now
-    return max(1, min(1000, math.ceil(SHORTEST / max(now, 1e-9))))
+    whole = now * candidate.repeats
+    return max(1, min(1000, math.ceil(SHORTEST / max(whole, 1e-9)))), now
+
+
+def _sample(candidate: Candidate, first: int, count: int, device: torch.device) -> float:
+    """Seconds of the work done once."""
+    return timed(candidate.timed or candidate.run, first, count, device) / candidate.repeats
 
 
 def rotation(count: int, make: Callable[[int], Any]) -> Callable[[int], Any]:
@@ -255,7 +294,8 @@ def lines(outcomes: list[Outcome], limit: Limit | None = None) -> Iterator[str]:
             by = " (exponentials)" if limit.binds == "exps" else ""
             share = f"{limit.rate(s.median):>12} {limit.seconds / s.median:5.1%} of the limit{by}"
         ratio = f"{s.median / first:.2f}x" if first else ""
-        yield f"  {o.name:26} {_time(s.median):>9} ({_time(s.low)} to {_time(s.high)}) {ratio:>6} {share} {gate}"
+        cut = f"; {o.cut}" if o.cut else ""
+        yield f"  {o.name:26} {_time(s.median):>9} ({_time(s.low)} to {_time(s.high)}) {ratio:>6} {share} {gate}{cut}"
 
 
 def _digits(value: float) -> str:

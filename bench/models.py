@@ -88,6 +88,14 @@ def captured_step(unet: UNet, device: torch.device) -> Callable[..., torch.Tenso
     return lambda x, time, key_values: graphs("step", flat, x, time, *key_values, weights=unet)
 
 
+def captured_decode(vae: AutoencoderKL, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """`AutoencoderKL.decode` as a CUDA graph; None where there is no GPU."""
+    if device.type != "cuda":
+        return None
+    graphs = Graphs(CudaRecorder(device))
+    return lambda x: graphs("decode", vae.decode, x, weights=vae)
+
+
 def stored_weights(module: nn.Module, use_linear_projection: bool) -> dict[str, torch.Tensor]:
     """The weights of `module` under the names and in the shapes of a diffusers folder; views where that is possible."""
     state = {}

@@ -143,6 +143,8 @@ def outcome_fields(outcome: Outcome) -> dict[str, Any]:
         }
     if outcome.problem:
         fields["problem"] = outcome.problem
+    if outcome.cut:
+        fields["cut"] = outcome.cut
     if outcome.first_call:
         fields["first_call"] = _number(outcome.first_call)
     return fields

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,8 @@ class Session:
         """Measured once for each dtype, and noted in the file."""
         if dtype not in self._ceilings:
             found = self._ceilings[dtype] = measure_ceilings(self.options.device, dtype)
-            self.results.data["ceilings"][dtype_name(dtype)] = vars(found)
+            finite = {name: rate if math.isfinite(rate) else None for name, rate in vars(found).items()}
+            self.results.data["ceilings"][dtype_name(dtype)] = finite
         return self._ceilings[dtype]
 
     def family(self, model: str) -> Family:
@@ -201,17 +203,37 @@ class Session:
         measuring, device = self.options.measuring, self.options.device
         bound = self.limit(work, dtype, per) if measuring and work is not None else None
         limit = measure.tolerance(dtype, depth) if limit is None else limit
-        seconds = min(MEASURES, SHARE * self.remaining())
-        outcomes = measure.hold(reference, candidates, limit, device, seconds, measuring=measuring, psnr=psnr)
+
+        def note(outcome: Outcome) -> None:
+            fields = record.outcome_fields(outcome) | (extra or {}).get(outcome.name, {})
+            if bound is not None:
+                fields |= self._limits(work or [], dtype, per, bound) | record.achieved(bound, outcome)
+            self.results.add(contest=contest, **labels, dtype=dtype_name(dtype), **fields)
+
+        def early(outcome: Outcome) -> None:
+            note(replace(outcome, cut="stopped before the first round"))
+
+        seconds, deadline = min(MEASURES, SHARE * self.remaining()), time.perf_counter() + self.remaining()
+        outcomes = measure.hold(
+            reference,
+            candidates,
+            limit,
+            device,
+            seconds,
+            measuring=measuring,
+            psnr=psnr,
+            deadline=deadline,
+            early=early,
+        )
+        for outcome in outcomes:
+            if seconds < MEASURES and 0 < len(outcome.samples) < measure.ROUNDS:
+                outcome.cut = f"cut to {len(outcome.samples)} rounds by the budget"
         outcomes += [Outcome(name, problem=why) for name, why in (missing or {}).items()]
         title = " ".join([contest, *(f"{k}={v}" for k, v in labels.items()), dtype_name(dtype)])
         self.tables.append("\n".join([title, *measure.lines(outcomes, bound)]))
         if measuring:
             for outcome in outcomes:
-                fields = record.outcome_fields(outcome) | (extra or {}).get(outcome.name, {})
-                if bound is not None:
-                    fields |= self._limits(work or [], dtype, per, bound) | record.achieved(bound, outcome)
-                self.results.add(contest=contest, **labels, dtype=dtype_name(dtype), **fields)
+                note(outcome)
         if outcomes[0].problem:
             raise AssertionError(f"{title}: {outcomes[0].name}: {outcomes[0].problem}")
         return outcomes

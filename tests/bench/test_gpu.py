@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from bench import gpu
+from bench.session import check_options
+
+NOTHING: dict[str, Any] = dict.fromkeys(
+    ["models", "batch", "size", "steps", "dtype", "peers", "budget", "model", "results", "profile"]
+)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -39,8 +46,93 @@ def test_a_kernel_is_one_line_with_the_best_of_pytorchs() -> None:
     assert "10 µs" in line and "F.linear 20.0 µs" in line and "slow" not in line
 
 
+FAULTY = """
+import os, sys, time
+import pytest
+
+@pytest.fixture(autouse=True)
+def noted(request):
+    with open(__file__ + ".ran", "a") as file:
+        file.write(request.node.name.removeprefix("test_") + " ")
+
+def test_first(): pass
+def test_hangs(): time.sleep(1000)
+def test_fails(): assert False
+def test_dies(): os.abort()
+def test_leaves(): os._exit(0)
+def test_loses_the_gpu(): sys.modules["torch"] = LOST
+def test_last(): pass
+
+class LOST:
+    class cuda:
+        is_initialized = staticmethod(lambda: True)
+        @staticmethod
+        def synchronize(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+"""
+
+
+def test_what_hangs_or_dies_or_loses_the_gpu_takes_nothing_with_it(tmp_path: Path, monkeypatch: Any) -> None:
+    """Each is killed or left behind, and said; what stands after it is run all the same, once."""
+    file = tmp_path / "test_faulty.py"
+    file.write_text(FAULTY)
+    monkeypatch.setattr(gpu, "LEAST_BUDGET", 1.0)
+    began = time.monotonic()
+    ok, said = gpu.run(gpu.Stage("faulty", (str(file),), 1.0, patience=4.0), tmp_path / "r.json", began + 100)
+    assert time.monotonic() - began < 40
+    assert not ok and said.startswith(
+        "faulty: RED; killed after 4 s: test_faulty.py::test_hangs; died with exit code -6: "
+    )
+    assert "exit code 0: test_faulty.py::test_leaves; the GPU was lost: test_faulty.py::test_loses_the_gpu (" in said
+    ran = (tmp_path / "test_faulty.py.ran").read_text().split()
+    assert ran == ["first", "hangs", "fails", "dies", "leaves", "loses_the_gpu", "last"]
+
+
+def test_a_stage_that_would_go_on_is_stopped_at_its_end(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(gpu, "LEAST_BUDGET", 1.0)
+    file = tmp_path / "test_slow.py"
+    file.write_text("import time\ndef test_slow(): time.sleep(1000)\n")
+    began = time.monotonic()
+    ok, said = gpu.run(gpu.Stage("slow", (str(file),), share=1.0), tmp_path / "r.json", began + 4)
+    assert ok and gpu.OUT_OF_TIME in said and 3 < time.monotonic() - began < 8
+
+
+def test_one_stage_that_cannot_be_run_leaves_the_others(tmp_path: Path, monkeypatch: Any) -> None:
+    def run(stage: gpu.Stage, path: Path, end: float) -> tuple[bool, str]:
+        if stage.title == "bad":
+            raise OSError("no more processes")
+        if stage.title == "interrupted":
+            raise KeyboardInterrupt
+        return True, f"{stage.title}: green"
+
+    monkeypatch.setattr(gpu, "run", run)
+    stages = tuple(gpu.Stage(title, (), 0.5) for title in ("bad", "good", "interrupted", "never"))
+    found = gpu.everything(stages, tmp_path / "r.json", time.monotonic() + 100)
+    assert [ok for ok, _ in found] == [False, True, False]
+    assert "no more processes" in found[0][1] and "interrupted" in found[2][1]
+
+
+def test_what_is_not_installed_or_has_no_time_is_said(tmp_path: Path) -> None:
+    stage = gpu.Stage("peer", ("bench",), 1.0, package="no_such_package")
+    assert gpu.run(stage, tmp_path, time.monotonic() + 100) == (True, "peer: not run, no_such_package is not installed")
+    assert gpu.run(stage, tmp_path, time.monotonic() + 5) == (True, "peer: not run, the time was spent")
+
+
+def test_a_damaged_result_file_does_not_take_the_summary(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "STAGES", ())
+    (tmp_path / "r.json").write_text("{")
+    assert gpu.main(["--results", str(tmp_path / "r.json")]) == 0
+    said = capsys.readouterr()
+    assert "== summary" in said.out and "not a result file" in said.err
+
+
 def test_every_stage_fits_and_names_files_that_exist() -> None:
     for stage in gpu.STAGES:
         assert 0 < stage.share <= 1
         target = next(part for part in stage.arguments if part.startswith(("tests", "bench/")))
         assert (gpu.record.ROOT / target).exists()
+        if target.startswith("bench/"):
+            flags = stage.arguments[1:]
+            named = {flag.removeprefix("--"): value for flag, value in zip(flags, flags[1:]) if flag.startswith("--")}
+            assert named.keys() <= NOTHING.keys()
+            assert check_options(NOTHING | named | {"benchmark": True}).measuring

@@ -144,6 +144,60 @@ def test_time_ends_the_rounds_and_a_check_has_none() -> None:
     assert a.spread is None and not a.problem
 
 
+def test_a_peer_that_breaks_while_it_is_timed_takes_no_others_figure() -> None:
+    def breaks(i: int) -> torch.Tensor:
+        if i > 3:
+            raise torch.OutOfMemoryError("no more memory")
+        time.sleep(0.006)
+        return torch.ones(4)
+
+    calls: list[str] = []
+    candidates = [contestants(calls)[0], Candidate("breaks", breaks), contestants(calls)[3]]
+    a, broken, c = hold(lambda: torch.ones(4), candidates, 0.01, CPU, 10.0, rounds=9)
+    assert a.spread and c.spread and a.spread.rounds == c.spread.rounds == 9
+    assert broken.spread is None and broken.problem == "failed: OutOfMemoryError: no more memory"
+
+
+def test_the_first_figure_is_given_before_a_peer_begins() -> None:
+    """Whatever a peer then does to the process."""
+    known: list[Outcome] = []
+
+    def fatal(i: int) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        candidates = [contestants([])[0], Candidate("fatal", fatal)]
+        hold(lambda: torch.ones(4), candidates, 0.01, CPU, 10.0, early=known.append)
+    (outcome,) = known
+    assert outcome.name == "a" and outcome.spread and outcome.spread.median >= 0.006
+
+
+def test_no_round_is_begun_that_would_end_after_the_deadline() -> None:
+    slow = Candidate("slow", lambda i: time.sleep(0.1) or torch.ones(4))
+    start = time.perf_counter()
+    (outcome,) = hold(lambda: torch.ones(4), [slow], 0.01, CPU, 10.0, deadline=start + 0.75)
+    assert time.perf_counter() - start < 0.8
+    assert 1 <= len(outcome.samples) <= 4  # the gate and the warm-up took at least three runs
+
+
+def test_who_cannot_be_ready_by_the_deadline_does_not_begin() -> None:
+    calls: list[int] = []
+
+    def compiled(i: int) -> torch.Tensor:
+        calls.append(i)
+        return torch.ones(4)
+
+    candidates = [contestants([])[0], Candidate("compiled", compiled, needs=60.0)]
+    own, late = hold(lambda: torch.ones(4), candidates, 0.01, CPU, 0.1, deadline=time.perf_counter() + 30)
+    assert own.spread and not calls and late.problem == "not run: the budget is spent"
+
+
+def test_what_repeats_its_work_is_timed_for_each_time() -> None:
+    many = Candidate("many", lambda i: torch.ones(4), timed=lambda i: time.sleep(0.05), repeats=10)
+    (outcome,) = hold(lambda: torch.ones(4), [many], 0.01, CPU, 1.0, rounds=3)
+    assert outcome.spread and 0.005 <= outcome.spread.median < 0.02
+
+
 def test_prepare_is_not_timed_and_inputs_rotate() -> None:
     seen: list[int] = []
     candidate = Candidate("x", lambda i: seen.append(i) or torch.ones(1), lambda: time.sleep(0.02))

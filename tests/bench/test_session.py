@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from bench import record
 from bench.ceilings import Ceilings
 from bench.measure import Candidate
 from bench.roofline import Work
@@ -58,6 +60,32 @@ def test_the_budget_runs_down() -> None:
     assert Session(options()).remaining() == float("inf")
 
 
+def test_a_contest_that_the_budget_cuts_says_so(tmp_path: Path) -> None:
+    session = Session(options(results=str(tmp_path / "r.json"), budget="10"))
+    session.started -= 9.3  # 0.7 s are left, a quarter of them for rounds
+    slow = Candidate("fastsd", lambda i: time.sleep(0.05) or torch.ones(3))
+    session.contest("c", lambda: torch.ones(3), [slow], torch.float32, 1, model="tiny")
+    (found,) = session.results.data["records"]
+    assert 1 <= found["seconds"]["rounds"] <= 4
+    assert found["cut"] == f"cut to {found['seconds']['rounds']} rounds by the budget"
+    assert found["cut"] in session.tables[0]
+    assert session.remaining() > 0
+
+
+def test_a_figure_is_in_the_file_before_a_peer_begins(tmp_path: Path) -> None:
+    session = Session(options(results=str(tmp_path / "r.json")))
+
+    def dies(i: int) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    candidates = [Candidate("fastsd", lambda i: torch.ones(3)), Candidate("peer", dies)]
+    with pytest.raises(KeyboardInterrupt):
+        session.contest("c", lambda: torch.ones(3), candidates, torch.float32, 1, model="tiny")
+    (found,) = record.read(tmp_path / "r.json")["records"]
+    assert found["candidate"] == "fastsd" and found["seconds"]["median"] > 0
+    assert found["cut"] == "stopped before the first round"
+
+
 def test_a_contest_is_recorded_and_its_own_red_gate_is_an_error(tmp_path: Path) -> None:
     session = Session(options(results=str(tmp_path / "r.json")))
     right, wrong = Candidate("fastsd", lambda i: torch.ones(3)), Candidate("peer", lambda i: torch.zeros(3))
@@ -78,12 +106,12 @@ def test_every_candidate_of_a_kernel_has_its_rate_and_its_share(tmp_path: Path) 
     work = [Work("linear", flops=1e9, elements=1e8)]  # 1 ms of products, 40 ms of moving
     candidates = [Candidate(name, lambda i: torch.ones(3)) for name in ("fastsd", "F.linear")]
     session.contest("kernel", lambda: torch.ones(3), candidates, torch.float32, 1, work, model="linear-1x2x3")
-    for record in session.results.data["records"]:
-        seconds = record["seconds"]["median"]
-        assert record["binds"] == "bytes" and record["floor"] == pytest.approx(0.04)
-        assert record["gb_s"] == pytest.approx(0.4 / seconds, rel=1e-3)
-        assert record["tflop_s"] == pytest.approx(1e-3 / seconds, rel=1e-3)
-        assert record["share"] == pytest.approx(0.04 / seconds, rel=1e-3)
+    for found in session.results.data["records"]:
+        seconds = found["seconds"]["median"]
+        assert found["binds"] == "bytes" and found["floor"] == pytest.approx(0.04)
+        assert found["gb_s"] == pytest.approx(0.4 / seconds, rel=1e-3)
+        assert found["tflop_s"] == pytest.approx(1e-3 / seconds, rel=1e-3)
+        assert found["share"] == pytest.approx(0.04 / seconds, rel=1e-3)
     assert session.tables[0].count("GB/s") == 2
 
 
@@ -93,8 +121,8 @@ def test_the_parts_of_a_step_add_up_to_what_was_measured(tmp_path: Path) -> None
     assert not session.amend_kinds(labels, {"conv": 0.75, "other": 0.25})
     session.results.add(**labels, seconds={"median": 0.2})
     assert session.amend_kinds(labels, {"conv": 0.75, "other": 0.25})
-    (record,) = session.results.data["records"]
-    assert record["kinds"] == {"conv": 0.15, "other": 0.05} and record["seconds"] == {"median": 0.2}
+    (found,) = session.results.data["records"]
+    assert found["kinds"] == {"conv": 0.15, "other": 0.05} and found["seconds"] == {"median": 0.2}
 
 
 @pytest.mark.parametrize("flags", [["--models", "sd99"], ["--budget", "0.1"]])
