@@ -114,7 +114,7 @@ def begin(
         image, mask, extra, start_noise = _encode(engine, request, which, noise, start)
     pure_noise = request.mask is not None and request.strength == 1.0
     state = advance.begin(request.table, start_noise, None if pure_noise else image)
-    guided, rescaled = request.guidance_scale != 1.0, request.guidance_rescale > 0
+    guided, rescaled = request.guided, request.guidance_rescale > 0
     run = Run(
         state,
         Told(state.x),  # each row's own, see `Batch.advance`

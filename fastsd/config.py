@@ -66,6 +66,7 @@ class UNetConfig:
     freq_shift: int = 0
     addition_time_embed_dim: int = 0  # 0: no added conditioning (SDXL: 256)
     projection_class_embeddings_input_dim: int = 0  # width of the added conditioning vector
+    time_cond_proj_dim: int = 0  # width of the guidance scale's embedding, where that is an input; 0: it is not
     skip: str = "concat"  # what an up block does with a skip connection: "concat" or "add"
 
     @property

@@ -80,6 +80,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "prompt_syntax": str,
     "embeddings": list,
     "loras": list,
+    "few_step": str,
 }
 
 # Keys of A1111 that change nothing here, or that say what is known anyway.

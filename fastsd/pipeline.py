@@ -20,9 +20,11 @@ from PIL import Image
 
 from fastsd import memory
 from fastsd.batch import Engine, begin, seconds
+from fastsd.defaults import Defaults, few_step_note, steps_from_image
 from fastsd.denoiser import Estimate
 from fastsd.devices import dtype_name, resolve_device, resolve_dtype
 from fastsd.errors import FastsdError
+from fastsd.few_step import kind_named
 from fastsd.graph import MAX_GRAPHS, CudaRecorder, Graphs
 from fastsd.latents import Codec, InpaintMask, enlarge
 from fastsd.model.controlnet import ControlNet
@@ -83,6 +85,8 @@ class Pipeline:
     """A checkpoint, ready to draw.
 
     Attributes:
+        defaults: arguments of a call where the caller gives none.
+        few_step: the kind of distilled model whose defaults are in force, and why; or None.
         source, vae_source, refiner_source: where `from_pretrained` found the model, an autoencoder that is not its own,
             a refiner.
     """
@@ -99,8 +103,10 @@ class Pipeline:
         graphs: Graphs | None = None,
         refiner: Components | None = None,
         preview: TAESD | None = None,
+        few_step: str | None = None,
+        prediction: str | None = None,
     ):
-        """graphs: where captured graphs are kept; None runs all eagerly. refiner, preview: see `from_pretrained`.
+        """graphs: where captured graphs are kept; None runs everything eagerly. The rest: see `from_pretrained`.
 
         Raises:
             FastsdError: the refiner cannot go on with what the checkpoint began.
@@ -108,20 +114,21 @@ class Pipeline:
         self.components, self.refiner, self.device, self.dtype = components, refiner, device, dtype
         self.graphs = Graphs() if graphs is None else graphs
         self.adapters = Adapters(components)
-        if refiner is not None:
-            _check_refiner(components, refiner)
         self._engine = Engine(components, device, dtype, self.graphs, refiner)
         self._preview_codec = self._engine.codec if preview is None else Codec(preview, self.graphs)
         self._lock = threading.RLock()  # one call works at a time: graphs have buffers of their own
-        size = components.sample_size * components.vae.config.downscale
-        self.defaults: dict[str, Any] = {
-            "num_inference_steps": 30,
-            "guidance_scale": 7.5,
-            "width": size,
-            "height": size,
-            "sampler": components.scheduler.sampler,
-            "schedule": components.scheduler.schedule,
-        } | components.defaults
+        self._own = Defaults(components, few_step, prediction)
+        self._take_defaults()
+        if refiner is not None:
+            _check_refiner(self.components, refiner)
+
+    def _take_defaults(self) -> None:
+        """The settings of the checkpoint with the adapters that are in it."""
+        self.few_step = self._own.few_step(self.adapters.active)
+        self.defaults: dict[str, Any] = self._own.settings(self.few_step)
+        scheduler = self._own.scheduler(self.few_step)
+        if scheduler != self.components.scheduler:
+            self.components = replace(self.components, scheduler=scheduler)
 
     @classmethod
     def from_pretrained(
@@ -135,6 +142,7 @@ class Pipeline:
         vae: str | Path | None = None,
         preview: str | Path | None = None,
         prediction: str | None = None,
+        few_step: str | None = None,
         revision: str | None = None,
         allow_pickle: bool = False,
         refiner: str | Path | None = None,
@@ -152,6 +160,8 @@ class Pipeline:
             preview: TAESD, whose decoder then draws `Step.preview` in the autoencoder's place, many times as fast.
             prediction: "epsilon", "v_prediction" or "sample": what the network predicts, where the checkpoint does not
                 say or says it wrongly.
+            few_step: "lcm", "turbo", "lightning", "lightning-1" or "hyper": a model (or a LoRA that will be set) that
+                was distilled to few steps, which changes the defaults; "none": not so, whatever the files say.
             revision: of a hub id: a branch, tag or commit.
             allow_pickle: read `.ckpt` files; nothing but tensors and plain values is unpickled.
             refiner: another checkpoint, which does the last steps (Podell et al. 2023, section 2.5): SDXL's refiner, or
@@ -161,6 +171,8 @@ class Pipeline:
             FastsdError: no such model, damaged files, unknown device or dtype, too little memory, a refiner that does
                 not go with the model; or the hub's model cannot be fetched.
         """
+        if few_step is not None:
+            kind_named(few_step)  # before the weights are read
         place = resolve_device(device)
         precision = resolve_dtype(dtype, place)
         half = precision != torch.float32
@@ -183,7 +195,7 @@ class Pipeline:
             latents = components.unet.config.out_channels
             tiny = load_preview(locate_vae(preview, half).path, latents, precision, place, allow_pickle)
         recorder = CudaRecorder(place) if graphs and place.type == "cuda" else None
-        pipe = cls(components, place, precision, Graphs(recorder, max_graphs), second, tiny)
+        pipe = cls(components, place, precision, Graphs(recorder, max_graphs), second, tiny, few_step, prediction)
         pipe.source, pipe.vae_source, pipe.refiner_source = found, own_vae, own_refiner
         return pipe
 
@@ -273,10 +285,15 @@ class Pipeline:
             FastsdError: no such file, malformed, or one for another model; the weights are then as before.
         """
         with self._lock:
-            return self.adapters.set(adapters, allow_partial)
+            notes = self.adapters.set(adapters, allow_partial)
+            if self._own.few_step(self.adapters.active) != self.few_step:
+                self._take_defaults()
+            return notes
 
     def stream(self, prompt: str | list[str], **arguments: Any) -> Iterator[Step]:
         """The same work as `__call__`, step by step; arguments are checked before the first step is asked for."""
+        if self.few_step is not None:
+            arguments = self._with_enough_steps(arguments)
         request = make_request(self.components, self.defaults, prompt, refines=self.refiner is not None, **arguments)
         known = {adapter.path.stem for adapter in self.adapters.active}
         missing = [
@@ -284,7 +301,20 @@ class Pipeline:
             for tag in request.loras
             if tag.name not in known
         ]
-        return self._run(replace(request, notes=(*request.notes, *missing)))
+        few = [few_step_note(self.few_step, self.defaults)] if self.few_step is not None else []
+        return self._run(replace(request, notes=(*few, *request.notes, *missing)))
+
+    def _with_enough_steps(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call; where their number is not said, with steps enough to start from a picture."""
+        steps = arguments.get("num_inference_steps")
+        more: dict[str, Any] = {}
+        if steps is None and arguments.get("image") is not None:
+            steps = steps_from_image(self.defaults["num_inference_steps"], arguments.get("strength", 0.8))
+            more["num_inference_steps"] = steps
+        if arguments.get("hires_scale") is not None and arguments.get("hires_steps") is None:
+            first = self.defaults["num_inference_steps"] if steps is None else steps
+            more["hires_steps"] = steps_from_image(first, arguments.get("hires_strength", 0.5))
+        return arguments | more
 
     def _run(self, request: Request) -> Iterator[Step]:
         """All batches of a request; the loop over steps is here."""
@@ -405,6 +435,7 @@ class Pipeline:
             "hires_upscaler": request.hires_upscaler if request.hires else None,
             "refiner": self.refiner.name if self.refiner is not None else None,
             "refiner_switch": request.refiner_switch if self.refiner is not None else None,
+            "few_step": self.few_step.kind.name if self.few_step is not None else self._own.asked,
         }
         notes = [*request.notes, *self._engine.codec.news(), *self._preview_codec.news()]
         return Result(images, list(request.seeds), clock, notes, parameters)

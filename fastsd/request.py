@@ -68,6 +68,7 @@ class Request:
     table: Table  # the sampler, worked out for the steps that run
     num_inference_steps: int
     guidance_scale: float
+    guided: bool  # an unconditional half runs beside the conditional one
     guidance_rescale: float
     width: int
     height: int
@@ -175,12 +176,15 @@ def make_request(
 
     steps = number("num_inference_steps", chosen("num_inference_steps", num_inference_steps), 1, MAX_STEPS, whole=True)
     guidance = number("guidance_scale", chosen("guidance_scale", guidance_scale), 0, MAX_GUIDANCE)
+    guided = guidance != 1.0 and not components.unet.config.time_cond_proj_dim  # which takes the scale as an input
     negatives = [negatives[i % len(negatives)] for i in range(len(prompts))]
     told = read_all(components, prompts, negatives, steps, prompt_syntax)
     readings = [pair for pair in told for _ in range(each)]
     loras = tuple(dict.fromkeys(tag for pair in told for reading in pair for tag in reading.loras))
     embeddings = tuple(dict.fromkeys(name for pair in told for reading in pair for name in reading.embeddings))
     notes = dict.fromkeys(note for pair in told for reading in pair for note in reading.notes)
+    if not guided and any(negatives):
+        notes["the negative prompt has no effect: nothing is guided away from it"] = None
     mask = None
     if image is not None and components.vae.encoder is None:
         raise FastsdError(f"image: {DECODES_ONLY}")
@@ -221,13 +225,13 @@ def make_request(
         texts=tuple(positive.texts for positive, _ in readings),
         negative_texts=tuple(negative.texts for _, negative in readings),
         chunks=tuple(
-            max(positive.chunks, negative.chunks) if guidance != 1.0 else positive.chunks
-            for positive, negative in readings
+            max(positive.chunks, negative.chunks) if guided else positive.chunks for positive, negative in readings
         ),
         seeds=tuple(first + i for i in range(count)),
         table=make_table(sampler, steps, components.scheduler, schedule, start, eta),
         num_inference_steps=steps,
         guidance_scale=guidance,
+        guided=guided,
         guidance_rescale=number("guidance_rescale", guidance_rescale, 0, 1),
         width=width,
         height=height,

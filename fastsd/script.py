@@ -82,7 +82,7 @@ def write_script(
     table = request.table
     steps = [int(step - table.step[0]) for step in table.step]  # a schedule counts the steps that run
     said = [[(text, False) for text in texts] for texts in request.texts[which]]
-    if request.guidance_scale != 1.0:
+    if request.guided:
         said = [[(text, True) for text in texts] for texts in request.negative_texts[which]] + said
     words = [tuple(texts[step] for texts in said) for step in steps]
     timesteps = torch.as_tensor(table.timesteps.copy(), dtype=torch.float32, device=device)
@@ -99,7 +99,8 @@ def write_script(
         for network, own_times, own_projected in zip(networks, times, projected, strict=True):
             own_projected[text, negative] = network.project_context(features.context)
             if added is not None or not own_times:
-                own_times[text, negative] = network.embed_time(timesteps, added)  # [rows, channels]
+                embedded = network.embed_time(timesteps, added, request.guidance_scale)
+                own_times[text, negative] = embedded  # [rows, channels]
     return Script(words, [_join(own, words, rows, is_xl(components)) for own in times], projected)
 
 

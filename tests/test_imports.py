@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "fastsd"
 RANKS = {
     "errors": 0,
     "config": 0,
+    "few_step": 1,
     "prompts": 1,
     "kernels": 1,
     "devices": 1,
@@ -28,6 +29,7 @@ RANKS = {
     "conditioning": 4,
     "latents": 4,
     "denoiser": 4,
+    "defaults": 4,
     "request": 5,
     "script": 6,
     "batch": 7,

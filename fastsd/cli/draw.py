@@ -151,6 +151,7 @@ def load(args: argparse.Namespace, before: dict[str, Any], notes: list[str]) -> 
                 vae=args.vae,
                 preview=args.preview_decoder,
                 prediction=args.prediction,
+                few_step=args.few_step,
                 revision=args.revision,
                 allow_pickle=args.allow_pickle,
                 graphs=not args.no_graphs,

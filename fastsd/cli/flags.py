@@ -46,6 +46,7 @@ FLAGS = {
     "clip_skip": "--clip-skip",
     "vae_tiling": "--vae-tiling",
     "prompt_syntax": "--plain-prompt",
+    "few_step": "--few-step",
 }
 _SHORT = "prompt|prediction|revision|width|height|seed|sampler|schedule|eta|image|strength|device|dtype"
 
@@ -98,6 +99,12 @@ def make_parser(commands: Mapping[str, str]) -> Parser:
         choices=("epsilon", "v_prediction", "sample"),
         metavar="NAME",
         help="epsilon, v_prediction or sample, where the file does not say",
+    )
+    what.add_argument(
+        "--few-step",
+        metavar="KIND",
+        help="lcm, turbo, lightning, lightning-1 or hyper: a model or LoRA distilled to few steps, where its file does "
+        "not say so; none: as any other model",
     )
     what.add_argument(
         "--allow-pickle", action="store_true", help="read .ckpt, .pt, .bin files: tensors and plain values"

@@ -21,7 +21,9 @@ SETTINGS = (
     "schedule",
     "vae_tiling",
     "prompt_syntax",
+    "few_step",
 )
+OF_FEW_STEPS = ("num_inference_steps", "guidance_scale", "sampler", "schedule")
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,13 @@ def fill_in(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     if settings.get("strength") is not None and args.image is None:
         raise FastsdError(f"{where}: it was drawn from another picture; give that with --image")
     models.fill_in(args, settings, where, notes)
+    other_kind = args.few_step not in (None, settings.get("few_step"))
     for name in SETTINGS:
         value = settings.get(name)
         if value is None or getattr(args, name) is not None:
             continue
+        if name in OF_FEW_STEPS and other_kind:
+            continue  # they belong to the kind of model that was replaced
         if name == "schedule" and args.sampler != settings.get("sampler"):
             continue  # it belongs to the sampler that was replaced
         setattr(args, name, _checked(name, value, where))

@@ -40,14 +40,20 @@ class AddedConditioning:
 
 
 class MLP(nn.Module):
-    """Two linear layers with SiLU between them; embeds the timestep and SDXL's added conditioning."""
+    """Two linear layers with SiLU between them; embeds the timestep and SDXL's added conditioning.
 
-    def __init__(self, in_features: int, features: int):
+    Where `condition` is not 0, as many more features are projected and added to the input.
+    """
+
+    def __init__(self, in_features: int, features: int, condition: int = 0):
         super().__init__()
+        self.cond_proj = Linear(condition, in_features, bias=False) if condition else None
         self.linear_1 = Linear(in_features, features)
         self.linear_2 = Linear(features, features)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
+        if self.cond_proj is not None and condition is not None:
+            x = x + self.cond_proj(condition)
         return self.linear_2(self.linear_1(x, activation="silu"))
 
 
@@ -125,7 +131,7 @@ class ContractingPath(nn.Module):
         self.config = config
         widths = config.block_out_channels
         self.conv_in = Conv2d(config.in_channels, widths[0])
-        self.time_embedding = MLP(widths[0], config.time_embed_dim)
+        self.time_embedding = MLP(widths[0], config.time_embed_dim, config.time_cond_proj_dim)
         self.add_embedding = (
             MLP(config.projection_class_embeddings_input_dim, config.time_embed_dim)
             if config.addition_time_embed_dim
@@ -172,19 +178,22 @@ class ContractingPath(nn.Module):
             part_sizes=self.time_sizes,
         )
 
-    def embed_time(self, timestep: torch.Tensor, added: AddedConditioning | None = None) -> torch.Tensor:
+    def embed_time(
+        self, timestep: torch.Tensor, added: AddedConditioning | None = None, guidance_scale: float = 1.0
+    ) -> torch.Tensor:
         """Time embeddings, projected for every residual block, by one product.
 
         Args:
             timestep: `[N]`.
             added: SDXL's added conditioning, with a first dimension of N (or 1).
+            guidance_scale: for UNets that take it as an input (`time_cond_proj_dim`); others ignore it.
 
         Returns:
             `[N, sum of the blocks' channels]`.
         """
         config, dtype = self.config, self.conv_in.weight.dtype
         waves = timestep_embedding(timestep, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift)
-        embedding = self.time_embedding(waves.to(dtype))
+        embedding = self.time_embedding(waves.to(dtype), self._embed_guidance(timestep, guidance_scale))
         if self.add_embedding is not None:
             if added is None:
                 raise ValueError("this UNet needs added conditioning (pooled text and sizes)")
@@ -193,6 +202,14 @@ class ContractingPath(nn.Module):
             ).view(len(added.sizes), -1)
             embedding = embedding + self.add_embedding(torch.cat([added.pooled.to(dtype), sizes.to(dtype)], dim=-1))
         return self.time_projections(activate(embedding, "silu"))
+
+    def _embed_guidance(self, timestep: torch.Tensor, guidance_scale: float) -> torch.Tensor | None:
+        """The sinusoids of w = guidance_scale - 1, in thousandths (Luo et al. 2023, section 4.2), `[1, channels]`."""
+        if not self.config.time_cond_proj_dim:
+            return None
+        w = timestep.new_tensor([guidance_scale - 1.0], dtype=torch.float32)
+        waves = timestep_embedding(1000.0 * w, self.config.time_cond_proj_dim, flip_sin_to_cos=False, freq_shift=1)
+        return waves.to(self.conv_in.weight.dtype)
 
     def project_context(self, context: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Keys and values of every cross-attention for the text `[B, L, cross_attention_dim]`, in order of use."""
@@ -245,6 +262,7 @@ class UNet(ContractingPath):
         timestep: torch.Tensor,
         context: torch.Tensor,
         added: AddedConditioning | None = None,
+        guidance_scale: float = 1.0,
     ) -> torch.Tensor:
         """The network in one call.
 
@@ -253,11 +271,12 @@ class UNet(ContractingPath):
             timestep: `[B]`, in training steps.
             context: text features `[B, L, cross_attention_dim]`.
             added: SDXL's added conditioning.
+            guidance_scale: for UNets that take it as an input.
 
         Returns:
             `[B, H, W, out_channels]`.
         """
-        return self.denoise(x, self.embed_time(timestep, added), self.project_context(context))
+        return self.denoise(x, self.embed_time(timestep, added, guidance_scale), self.project_context(context))
 
     def denoise(
         self,

@@ -81,11 +81,14 @@ def read_unet(path: Path) -> tuple[UNetConfig, int]:
         freq_shift=r.get("freq_shift", int, 0),
         addition_time_embed_dim=r.get("addition_time_embed_dim", int, 0) if added else 0,
         projection_class_embeddings_input_dim=r.get("projection_class_embeddings_input_dim", int, 0) if added else 0,
+        time_cond_proj_dim=r.get("time_cond_proj_dim", int, 0),
         skip=r.one_of("fastsd_skip", ("concat", "add"), "concat"),
     )
     for heads_here, width in zip(config.num_attention_heads, config.block_out_channels, strict=True):
         if width % heads_here or width % config.norm_num_groups:
             raise r.error("block_out_channels", "each should be a multiple of its heads and of norm_num_groups")
+    if config.time_cond_proj_dim % 2 or config.time_cond_proj_dim == 2:
+        raise r.error("time_cond_proj_dim", "it should be an even number from 4 on")
     return config, r.get("sample_size", int, 64)
 
 
@@ -101,7 +104,6 @@ _UNET_FIXED = {
     "mid_block_type": "UNetMidBlock2DCrossAttn",
     "only_cross_attention": False,
     "resnet_time_scale_shift": "default",
-    "time_cond_proj_dim": None,
     "time_embedding_type": "positional",
 }
 
@@ -129,6 +131,8 @@ def write_unet(config: UNetConfig, sample_size: int) -> dict[str, Any]:
         result[name] = getattr(config, name)
     for name in ("norm_num_groups", "norm_eps", "flip_sin_to_cos", "freq_shift"):
         result[name] = getattr(config, name)
+    if config.time_cond_proj_dim:
+        result["time_cond_proj_dim"] = config.time_cond_proj_dim
     if config.skip != "concat":
         result["fastsd_skip"] = config.skip  # diffusers has no such model
     return result

@@ -115,6 +115,7 @@ def _config(path: Path, model: UNetConfig, entries: Mapping[str, Entry], origina
         in_channels=model.out_channels,
         transformer_layers_per_block=depths,
         mid_transformer_layers=middle,
+        time_cond_proj_dim=0,  # no ControlNet is told the guidance scale
     )
     return ControlNetConfig(unet, (shapes[0][0], *(shape[0] for shape in shapes[2::2])), bgr)
 

@@ -159,6 +159,8 @@ def _as_file(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[list[Te
             tensors.append(_tensor(key, pieces, linear, dtype, vae_attention=".attn_1." in key and name == "vae"))
     prediction, zero_snr = components.scheduler.prediction_type, components.scheduler.rescale_betas_zero_snr
     metadata = {"format": "pt", "modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction}
+    if components.few_step is not None:
+        metadata["fastsd.few_step"] = components.few_step.kind.name
     if prediction == "v_prediction":
         tensors.append(Tensor("v_pred", torch.float32, (0,)))
     if zero_snr:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from fastsd.config import CLIPConfig, SchedulerConfig, UNetConfig, VAEConfig
 from fastsd.errors import FastsdError
+from fastsd.few_step import Said
+from fastsd.weights.few_step import said_by_metadata, said_by_unet
 from fastsd.weights.ldm_names import UNET_PREFIX, VAE_PREFIX
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -46,6 +48,7 @@ class Family:
         name: "SD 1", "SD 2", "SDXL" or "SDXL refiner", with " inpainting".
         texts: its text encoders in the order in which their features are joined.
         prediction: as the file says, with the reason; None where it does not say.
+        few_step: how few steps the file says that the model was distilled to, or None.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Family:
     prediction: str | None
     why: str
     zero_snr: bool
+    few_step: Said | None = None
 
     @property
     def xl(self) -> bool:
@@ -108,7 +112,8 @@ def find_family(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> Fami
     inpaints = unet.in_channels == 9
     name = f"{base} inpainting" if inpaints else base
     vae = find_vae(path, look.under(VAE_PREFIX), base.startswith("SDXL")) if look.has(VAE_PREFIX) else None
-    return Family(name, unet, vae, texts, *_prediction(name, shapes, metadata), zero_snr="ztsnr" in shapes)
+    few_step = said_by_unet(unet) or said_by_metadata(metadata)
+    return Family(name, unet, vae, texts, *_prediction(name, shapes, metadata), "ztsnr" in shapes, few_step)
 
 
 def find_vae(path: Path, shapes: Shapes, xl: bool) -> VAEConfig:
@@ -284,6 +289,9 @@ def _unet(look: _Shapes, texts: tuple[TextPart, ...], refiner: bool) -> UNetConf
     sizes, left = divmod(added - texts[-1].config.projection_dim, 5 if refiner else 6)
     if added and (left or sizes <= 0):
         raise FastsdError(f"{path}: the key {UNET_PREFIX}label_emb.0.0.weight reads {added} numbers; no family does")
+    guidance = look_at("time_embed.cond_proj.weight", 2)[1] if inner.has("time_embed.cond_proj.") else 0
+    if guidance % 2 or guidance == 2:
+        raise FastsdError(f"{path}: the key {UNET_PREFIX}time_embed.cond_proj.weight reads {guidance} numbers")
     return UNetConfig(
         in_channels=first[1],
         out_channels=look_at("out.2.weight", 4)[0],
@@ -297,6 +305,7 @@ def _unet(look: _Shapes, texts: tuple[TextPart, ...], refiner: bool) -> UNetConf
         norm_num_groups=GROUPS,
         addition_time_embed_dim=sizes if added else 0,
         projection_class_embeddings_input_dim=added,
+        time_cond_proj_dim=guidance,
     )
 
 

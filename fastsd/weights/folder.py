@@ -12,12 +12,14 @@ from torch import nn
 
 from fastsd.config import AutoencoderConfig, CLIPConfig, SchedulerConfig, UNetConfig
 from fastsd.errors import FastsdError
+from fastsd.few_step import KINDS, Said
 from fastsd.model.clip import TextEncoder
 from fastsd.model.taesd import Autoencoder, make_autoencoder
 from fastsd.model.tokenizer import Tokenizer
 from fastsd.model.unet import UNet
 from fastsd.weights import configs
 from fastsd.weights.embeddings import Embedding
+from fastsd.weights.few_step import said_by_scheduler, said_by_unet
 from fastsd.weights.json_file import read_json
 from fastsd.weights.load import fill, find_files, place_of, read_headers
 
@@ -38,6 +40,7 @@ class Components:
         aesthetic_score: the added conditioning holds a score (SDXL refiner).
         defaults: settings of `Pipeline.__call__` that the checkpoint's author recommends.
         known_words: the whole vocabulary of a model trained on few words, or empty.
+        few_step: how few steps its files say that it was distilled to, or None.
         embeddings: textual inversions by the name that stands for them in a prompt.
     """
 
@@ -52,6 +55,7 @@ class Components:
     aesthetic_score: bool = False
     defaults: dict[str, Any] = field(default_factory=dict)
     known_words: frozenset[str] = frozenset()
+    few_step: Said | None = None
     embeddings: dict[str, Embedding] = field(default_factory=dict)
 
     @property
@@ -123,18 +127,23 @@ def outline(root: Path, half: bool) -> tuple[Components, dict[str, list[Path]]]:
     with torch.device("meta"):
         unet, vae = UNet(unet_config), make_autoencoder(vae_config)
         text_encoders = tuple(TextEncoder(config) for config in clip_configs)
+    scheduler = configs.read_scheduler(root / "scheduler" / "scheduler_config.json")
+    few_step = said_by_unet(unet_config) or said_by_scheduler(scheduler, xl=unet_config.addition_time_embed_dim > 0)
+    if own.get("few_step") in KINDS:
+        few_step = Said(KINDS[own["few_step"]], f"its {OWN_FILE} says so")
     components = Components(
         unet=unet,
         vae=vae,
         text_encoders=text_encoders,
         tokenizers=tuple(tokenizers),
-        scheduler=configs.read_scheduler(root / "scheduler" / "scheduler_config.json"),
+        scheduler=scheduler,
         sample_size=sample_size,
         name=root.resolve().name,
         zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt") is True,
         aesthetic_score=index.get("requires_aesthetics_score") is True,
         defaults=own.get("defaults", {}),
         known_words=frozenset(own.get("known_words", ())),
+        few_step=few_step,
     )
     if set(files) != {name for name, _ in components.networks()}:
         raise FastsdError(f"{root}: the text_encoder folders should be text_encoder, with text_encoder_2 for SDXL")

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fastsd.errors import FastsdError
+from fastsd.few_step import Said
 from fastsd.weights.family import Family, find_family
+from fastsd.weights.few_step import said_by_metadata
 from fastsd.weights.hashes import remember_sha256
 from fastsd.weights.ldm_names import UNET_PREFIX
 from fastsd.weights.names import same_matrix, sources
@@ -46,6 +48,7 @@ def inspect(path: Path, allow_pickle: bool = False) -> Facts:
         facts += _of_family(family, entries)
     except FastsdError as error:
         facts += [("family", "unknown: " + str(error).removeprefix(f"{path}: "))]
+        facts += [("few steps", _few_step(said)) for said in [said_by_metadata(metadata)] if said is not None]
     facts += [("metadata" if i == 0 else "", text) for i, text in enumerate(_metadata(metadata))]
     return facts + _hashes(path)
 
@@ -56,6 +59,7 @@ def _of_family(family: Family, entries: dict[str, Entry]) -> Facts:
         ("family", f"{family.name} ({_why(family)})"),
         ("prediction", f"{family.prediction or 'unknown, --prediction says it'} ({family.why})"),
         ("zero SNR", "yes (marker key ztsnr)" if family.zero_snr else "no (no marker key ztsnr)"),
+        ("few steps", _few_step(family.few_step)),
         ("UNet", f"{unet.in_channels} channels in, {'x'.join(map(str, unet.block_out_channels))} wide"),
         ("autoencoder", "in the file" if family.vae else "not in the file; --vae gives one"),
         ("EMA", "in the file, not used" if any(key.startswith("model_ema.") for key in entries) else "no"),
@@ -87,6 +91,13 @@ def keys(family: Family, entries: dict[str, Entry]) -> tuple[list[str], list[str
         if key not in known and not key.startswith((*training, *dropped)) and not key.endswith(_SILENT)
     ]
     return sorted(set(missing)), sorted(extra), sorted(set(wrong))
+
+
+def _few_step(said: Said | None) -> str:
+    if said is None:
+        return "no (nothing in the file says so); --few-step says it"
+    kind = said.kind
+    return f"{kind.name}: {kind.samplers[0]}, {kind.steps} step{'s' * (kind.steps > 1)} ({said.why})"
 
 
 def _why(family: Family) -> str:

@@ -43,6 +43,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("in_channels", "out_channels", "latent_channels", "cross_attention_dim", "sample_size"), _WIDTH),
     **dict.fromkeys(("hidden_size", "projection_dim", "max_position_embeddings"), _WIDTH),
     **dict.fromkeys(("addition_time_embed_dim", "projection_class_embeddings_input_dim"), (0, 2**16)),
+    "time_cond_proj_dim": (0, 2**16),
     **dict.fromkeys(("intermediate_size", "vocab_size"), (1, 2**20)),
     "freq_shift": (0, 1),
     **dict.fromkeys(("norm_eps", "layer_norm_eps", "beta_start", "beta_end"), (0.0, 1.0)),

@@ -14,6 +14,7 @@ UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 
 _UNET_FIXED = {
+    "time_embedding.cond_proj": "time_embed.cond_proj",  # of latent consistency models; the original has none
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
     "add_embedding.linear_1": "label_emb.0.0",

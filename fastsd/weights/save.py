@@ -82,8 +82,12 @@ def describe(components: Components, root: Path) -> None:
         absent = {"safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None]}
         index |= absent | {"requires_safety_checker": False}
     _write_json(root / "model_index.json", index)
+    own: dict[str, Any] = {}
     if components.defaults or components.known_words:
         own = {"defaults": components.defaults, "known_words": sorted(components.known_words)}
+    if components.few_step is not None:
+        own["few_step"] = components.few_step.kind.name
+    if own:
         _write_json(root / OWN_FILE, own)
 
 

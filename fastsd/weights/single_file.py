@@ -132,6 +132,7 @@ def outline_file(
         name=path.stem,
         zeros_for_empty_prompt=family.xl and not family.refiner,
         aesthetic_score=family.refiner,
+        few_step=family.few_step,
     )
     return components, found, family
 

@@ -1,0 +1,110 @@
+"""Models of few steps draw, by default, what diffusers draws with the scheduler that their model cards say."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastsd.pipeline import Pipeline
+from tests.agreement.conftest import disturbed, make_unet
+from tests.agreement.test_pipelines import TOLERANCE, error, run
+
+SEED = 11
+SAID = {"clip_sample": False, "set_alpha_to_one": False}  # by every published folder; the tiny SDXL's leaves them out
+# What the model card says: scheduler, its changes, steps. Guidance is off in all of them.
+CARDS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "lcm": ("LCMScheduler", {}, 4),
+    "turbo": ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}, 1),
+    "lightning": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}, 4),
+    "lightning-1": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing", "prediction_type": "sample"}, 1),
+    "hyper": ("DDIMScheduler", {"timestep_spacing": "trailing", **SAID}, 4),
+}
+
+
+def noise(seed: int = 3) -> torch.Tensor:
+    return torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def drawn_by_diffusers(pipeline: Any, scheduler: Any, **arguments: Any) -> torch.Tensor:
+    own = pipeline.scheduler
+    pipeline.scheduler = scheduler
+    try:
+        generator = [torch.Generator().manual_seed(SEED)]
+        return run(pipeline, "a cat", generator=generator, height=64, width=64, latents=noise(), **arguments)
+    finally:
+        pipeline.scheduler = own
+
+
+@pytest.mark.parametrize("kind", CARDS)
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_the_default_is_the_model_cards(families: Any, family: str, kind: str) -> None:
+    import diffusers
+
+    theirs = families.pipelines[family]
+    name, changes, steps = CARDS[kind]
+    scheduler = getattr(diffusers, name).from_config(theirs.scheduler.config, **changes)
+    wanted = drawn_by_diffusers(theirs, scheduler, num_inference_steps=steps, guidance_scale=0.0)
+    ours = Pipeline.from_pretrained(families.folder / family, device="cpu", dtype="fp32", few_step=kind)
+    result = ours("a cat", latents=noise(), seed=SEED, output_type="latent")
+    assert error(result.images, wanted) < TOLERANCE
+    assert [note.split(":")[0] for note in result.notes] == [f"few-step model ({kind}, as asked for)"]
+
+
+@pytest.mark.parametrize(("class_name", "kind"), [("LCMScheduler", "lcm"), ("EulerDiscreteScheduler", "turbo")])
+def test_a_folder_that_says_so(families: Any, class_name: str, kind: str, tmp_path: Path) -> None:
+    """As latent-consistency's and sd-turbo's folders do; the latter names Euler, which is kept for several steps."""
+    import diffusers
+
+    theirs = families.pipelines["sd1"]
+    changes = {} if kind == "lcm" else {"timestep_spacing": "trailing"}
+    scheduler = getattr(diffusers, class_name).from_config(theirs.scheduler.config, **changes)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for part in (families.folder / "sd1").iterdir():
+        (folder / part.name).symlink_to(part)
+    (folder / "scheduler").unlink()
+    scheduler.save_pretrained(folder / "scheduler")
+    ours = Pipeline.from_pretrained(folder, device="cpu", dtype="fp32")
+    assert ours.few_step is not None and ours.few_step.kind.name == kind
+    for steps in (None, 3):
+        number = {"num_inference_steps": steps or ours.defaults["num_inference_steps"]}
+        wanted = drawn_by_diffusers(theirs, scheduler, guidance_scale=0.0, **number)
+        found = ours("a cat", latents=noise(), seed=SEED, output_type="latent", num_inference_steps=steps).images
+        assert error(found, wanted) < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def lcm(families: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A full latent consistency model, whose UNet takes the guidance scale as an input; diffusers' and its folder."""
+    import diffusers
+
+    torch.manual_seed(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        parts = dict(families.pipelines["sd1"].components)
+        parts["unet"] = disturbed(make_unet(time_cond_proj_dim=24))
+        parts["unet"].time_embedding.cond_proj.weight.data *= 10  # or it would hardly show
+        parts["scheduler"] = diffusers.LCMScheduler.from_config(parts["scheduler"].config)
+        pipeline = diffusers.LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
+        pipeline.set_progress_bar_config(disable=True)
+        folder = tmp_path_factory.mktemp("lcm") / "model"
+        pipeline.save_pretrained(folder)
+    return pipeline, folder
+
+
+@pytest.mark.parametrize("guidance", [None, 1.0, 3.5])
+def test_guidance_as_an_input(lcm: tuple[Any, Path], guidance: float | None) -> None:
+    theirs, folder = lcm
+    generator = [torch.Generator().manual_seed(SEED)]
+    shape: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 4}
+    wanted = run(theirs, "a cat", guidance_scale=guidance or 8.0, latents=noise(), generator=generator, **shape)
+    ours = Pipeline.from_pretrained(folder, device="cpu", dtype="fp32")
+    found = ours("a cat", guidance_scale=guidance, latents=noise(), seed=SEED, output_type="latent")
+    assert error(found.images, wanted) < TOLERANCE
+    assert found.parameters["few_step"] == "lcm" and found.parameters["guidance_scale"] == (guidance or 8.0)
+    other = ours("a cat", guidance_scale=6.0, latents=noise(), seed=SEED, output_type="latent")
+    assert error(other.images, wanted) > 100 * TOLERANCE
