@@ -35,7 +35,7 @@ from fastsd.weights import Components, count_numbers, load_checkpoint, load_prev
 from fastsd.weights.adapters import Adapter, Adapters
 from fastsd.weights.controlnet import load_controlnet
 from fastsd.weights.embeddings import Embedding, load_embedding
-from fastsd.weights.hub import Place, locate_controlnet, locate_model, locate_vae
+from fastsd.weights.hub import Place, locate_controlnet, locate_file, locate_model, locate_vae
 
 BUNDLED = Path(__file__).parent / "assets" / "digits"
 
@@ -241,7 +241,7 @@ class Pipeline:
         """Load a textual inversion, to be called by its name in prompts (Gal et al. 2022).
 
         Args:
-            path: a `.safetensors` file; `.pt` and `.bin` are pickles and are read only with `allow_pickle`.
+            path: a `.safetensors` file, of the hub too; `.pt` and `.bin` are pickles, read only with `allow_pickle`.
             token: its name in prompts; None: the file's without the ending, and the token that the file names.
             allow_pickle: see there; nothing but tensors and plain values is unpickled.
 
@@ -251,7 +251,7 @@ class Pipeline:
         Raises:
             FastsdError: no such file, malformed, or one for another family of models.
         """
-        embedding = load_embedding(path, self.components.text_encoders, token, allow_pickle)
+        embedding = load_embedding(locate_file(path).path, self.components.text_encoders, token, allow_pickle)
         self.components.embeddings |= dict.fromkeys(embedding.names, embedding)
         if self.refiner is not None and self.refiner.xl:  # it has the second text encoder alone
             second = Embedding(embedding.names, embedding.vectors[-len(self.refiner.text_encoders) :])

@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from fastsd.errors import FastsdError
 from fastsd.weights.hub_errors import first_line, refusal
+from fastsd.weights.json_file import MAX_JSON
 from fastsd.weights.load import STEMS, candidates, shard_names
 
 SUFFIX = ".safetensors"
@@ -259,10 +260,9 @@ def _download(wanted: HubId, commit: str, chosen: list[str], sizes: dict[str, in
     def get(name: str) -> Path:
         return Path(hf_hub_download(wanted.repo, name, revision=commit))
 
+    _check_listed(wanted, chosen, sizes)
     files = list(_with_shards(chosen, get))
-    for name in files:
-        if name not in sizes:
-            raise FastsdError(f"{wanted}: no {name} in that repository; an index of shards there names it")
+    _check_listed(wanted, files, sizes)
     _check_room(wanted, sum(sizes[name] for name in files if _cached_file(pinned, name) is None))
     paths = [get(name) for name in files]
     if not wanted.pinned and _cached_file(wanted, files[0]) != paths[0]:
@@ -307,6 +307,15 @@ def _cached_file(wanted: HubId, name: str) -> Path | None:
 
     found = try_to_load_from_cache(wanted.repo, name, revision=wanted.revision)
     return Path(found) if isinstance(found, str) else None  # else None, or a mark that there is no such file
+
+
+def _check_listed(wanted: HubId, files: list[str], sizes: dict[str, int]) -> None:
+    """Refuse files that are not there, and configs that could not be read, before they are fetched."""
+    for name in files:
+        if name not in sizes:
+            raise FastsdError(f"{wanted}: no {name} in that repository; an index of shards there names it")
+        if not name.endswith(SUFFIX) and sizes[name] > MAX_JSON:
+            raise FastsdError(f"{wanted}: {name} has {sizes[name]} bytes there; no config has more than {MAX_JSON}")
 
 
 def _check_room(wanted: HubId, needed: int) -> None:

@@ -27,7 +27,7 @@ def refusal(wanted: HubId, error: BaseException) -> FastsdError:
         place = constants.ENDPOINT
         said = f"no such path here and no such repository at {place}; if it is private, log in with {login}"
     elif any(isinstance(one, errors.OfflineModeIsEnabled) for one in seen):
-        said = f"HF_HUB_OFFLINE is set, and it is not (or not whole) in {constants.HF_HUB_CACHE}"
+        said = f"no such path here, HF_HUB_OFFLINE is set, and it is not (or not whole) in {constants.HF_HUB_CACHE}"
     elif status is not None:
         said = f"{constants.ENDPOINT} answers {status}; try again later"
     elif number == errno.ENOSPC:
@@ -36,8 +36,9 @@ def refusal(wanted: HubId, error: BaseException) -> FastsdError:
         said = f"{constants.HF_HUB_CACHE} cannot be written to; HF_HOME names another folder"
     else:
         said = (
-            f"{constants.ENDPOINT} cannot be reached, or the connection broke off ({first_line(seen[-1])}), and it is "
-            f"not (or not whole) in {constants.HF_HUB_CACHE}; try again, what has come is kept"
+            f"no such path here, {constants.ENDPOINT} cannot be reached or the connection broke off "
+            f"({first_line(seen[-1])}), and it is not (or not whole) in {constants.HF_HUB_CACHE}; try again, "
+            "what has come is kept"
         )
     return FastsdError(f"{wanted}: {said}")
 

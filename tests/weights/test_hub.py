@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import subprocess
@@ -17,6 +18,8 @@ import torch
 from safetensors.torch import save
 
 from fastsd.errors import FastsdError
+from fastsd.images import read_text
+from fastsd.metadata import read_texts
 from fastsd.pipeline import BUNDLED, Pipeline
 from fastsd.weights import hub
 from tests.weights.hub_server import Hub, offline, serving, taken_for_the_hub
@@ -172,6 +175,25 @@ def test_one_file_of_a_repository(served: Hub) -> None:
     assert served.files() == ["sub/a.safetensors"]
     assert hub.locate_file(f"org/files@{NEW}/sub/a.safetensors") == place
     assert served.files() == ["sub/a.safetensors"]
+
+
+def test_a_single_file_draws_and_is_remembered(served: Hub, originals: Any) -> None:
+    """By its place in the repository, and by its hash, which is its name in huggingface_hub's cache."""
+    from fastsd.cli import main
+
+    data = originals.file("sd1").read_bytes()
+    served.add("org/files", {"sub/a.safetensors": data, "sub/b.safetensors": data[:-4] + b"\0" * 4})
+    given = "org/files/sub/a.safetensors"
+    base = ["--steps", "1", "-W", "64", "-H", "64", "-s", "1"]
+    assert main(["-p", "x", "-m", given, *base, "-o", "a.png"]) == 0
+    assert served.files() == ["sub/a.safetensors"]
+    texts = read_text("a.png")
+    own = read_texts(texts)[0]
+    assert (own["model"], own["model_path"], own["revision"]) == ("a", given, NEW)
+    assert f"Model hash: {hashlib.sha256(data).hexdigest()[:10]}, Model: a, " in texts["parameters"]
+    seen = len(served.seen)
+    assert main(["--from-image", "a.png", "-o", "b.png"]) == 0
+    assert read_text("b.png") == texts and len(served.seen) == seen
 
 
 def test_an_autoencoder_of_its_own_or_of_a_model(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,6 +365,11 @@ def test_errors_are_one_line(served: Hub, monkeypatch: pytest.MonkeyPatch) -> No
     refused("org/shards", "00002-of-00002.safetensors", "an index of shards there names it")
     with pytest.raises(FastsdError, match="not the name of a file beside it"):
         model("org/outside")
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "MAX_JSON", 1000)
+        fetched = len(served.files())
+        refused("org/digits", "bytes there; no config has more than 1000")
+        assert len(served.files()) == fetched
     served.status = 500
     refused("org/digits", f"{served.url} answers 500")
     served.status = None
