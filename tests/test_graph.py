@@ -18,11 +18,12 @@ import torch
 from PIL import Image
 
 from fastsd import Control
-from fastsd.config import ControlNetConfig
+from fastsd.config import ControlNetConfig, SchedulerConfig, TAESDConfig
 from fastsd.errors import FastsdError
 from fastsd.graph import Graphs
 from fastsd.kernels import dispatch
 from fastsd.model.controlnet import ControlNet
+from fastsd.model.taesd import TAESD
 from fastsd.pipeline import Pipeline
 from fastsd.sampling.tables import SAMPLERS
 from tests.tape import TapeRecorder
@@ -105,6 +106,24 @@ def test_pictures_and_inpainting_networks() -> None:
         settings: dict[str, Any] = {"image": PICTURE, "mask_image": MASK, "seed": seed, "strength": strength}
         assert torch.equal(latents(pipe, **settings), latents(plain, **settings))
     assert recorder.recorded == 3
+
+
+def test_tiny_autoencoders() -> None:
+    """TAESD in the autoencoder's place, and another for previews: each has graphs of its own, though both decode."""
+    torch.manual_seed(0)
+    config = TAESDConfig(block_out_channels=(8,) * 4)
+    own, shown = (TAESD(config).eval().requires_grad_(False) for _ in range(2))
+    plain = tiny_pipeline()
+    plain.components.vae = own
+    recorder = TapeRecorder()
+    eager = Pipeline(plain.components, plain.device, plain.dtype, preview=shown)
+    pipe = Pipeline(plain.components, plain.device, plain.dtype, Graphs(recorder), preview=shown)
+    for settings in ({"image": PICTURE, "strength": 0.5}, {"image": PICTURE.rotate(90), "strength": 0.9}, {}):
+        steps, wanted = (list(p.stream("a cat", seed=1, num_inference_steps=4, **settings)) for p in (pipe, eager))
+        assert np.array_equal(steps[0].preview(), wanted[0].preview())
+        assert np.array_equal(steps[-1].result.images[0], wanted[-1].result.images[0])
+        assert not np.array_equal(steps[0].preview(), pipe.decode(steps[0]._estimate.denoised(SchedulerConfig()))[0])
+    assert recorder.recorded == 5  # encoder, two decoders, text, step
 
 
 def test_the_hundredth_replay_is_the_first() -> None:

@@ -55,6 +55,15 @@ def entries(*places: tuple[int, int], data: int = 16) -> Callable[[Path, Tensors
     return header(json.dumps(tensors), data)
 
 
+def taesd(without: str = "none") -> Tensors:
+    """A decoder of one level with three blocks, 8 channels wide, but for the keys that start so."""
+    blocks = {f"{block}.conv.{i}": (8, 8, 3, 3) for block in (3, 4, 5) for i in (0, 2, 4)}
+    shapes = {"1": (8, 4, 3, 3), **blocks, "6": (3, 8, 3, 3)}
+    whole = {f"{key}.weight": torch.zeros(shape) for key, shape in shapes.items()}
+    whole |= {f"{key}.bias": torch.zeros(shape[0]) for key, shape in shapes.items()}
+    return {key: value for key, value in whole.items() if not key.startswith(without)}
+
+
 def sparse(length: int, size: int) -> Callable[[Path, Tensors], Any]:
     """A header length, and a file of that size which takes no disk."""
 
@@ -311,6 +320,20 @@ CASES: dict[str, Case] = {
         lambda path, t: save_file({k: v for k, v in t.items() if k.startswith(f"{VAE}encoder")}, path),
         "the key decoder.conv_out.weight is missing",
         as_vae=True,
+    ),
+    "TAESD as a model": Case(lambda path, _: save_file(taesd(), path), "it looks like TAESD"),
+    "TAESD that ends early": Case(
+        lambda path, _: save_file(taesd(without="5.conv.2"), path),
+        r"the key 5\.conv\.2\.weight .* is missing",
+        as_vae=True,
+    ),
+    "TAESD that says it is wide": Case(
+        lambda path, _: save_file(taesd() | {"1.weight": torch.zeros(1024, 4, 3, 3)}, path),
+        r"the key 1\.bias is \[8\]; the config wants \[1024\]",
+        as_vae=True,
+    ),
+    "TAESD's encoder alone": Case(
+        lambda path, _: save_file(taesd() | {"0.weight": torch.zeros(8, 3, 3, 3)}, path), "encoder alone", as_vae=True
     ),
     "no tensors": Case(header("{}"), "it holds no tensors"),
     # No model at all.
