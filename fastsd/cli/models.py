@@ -126,13 +126,13 @@ def _here(path: Any, revision: Any, vae: bool = False) -> str | HubId | None:
 def _is_the_same(args: argparse.Namespace, before: dict[str, Any]) -> bool:
     """Whether --model is the picture's; the picture's commit is then taken where the flags name no revision."""
     path = before.get("model_path")
+    if args.model == "digits":
+        return path == "digits"
     if os.path.exists(args.model):
         try:
             return args.model == path or before.get("model_fingerprint") == fingerprint(Path(args.model))
         except OSError:
             return False  # why it cannot be read, loading says
-    if args.model == "digits":
-        return path == "digits"
     from fastsd.weights import hub
 
     wanted = hub.parse(args.model)

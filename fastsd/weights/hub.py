@@ -25,9 +25,10 @@ from fastsd.weights.load import STEMS, candidates, shard_names
 SUFFIX = ".safetensors"
 _NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 _REVISION = r"refs/[\w.-]+/[\w.-]+|[\w.-]+"
-_ID = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>{_REVISION}))?(?P<inside>(?:/[^/\\]+)*)", re.ASCII)
+_ID = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>{_REVISION}))?(?P<inside>(?:/[^/\\:]+)*)", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_FILES = (SUFFIX, ".ckpt", ".pt", ".bin", ".pth", ".onnx", ".png")  # a name that ends so is a file's
+_FILES = (SUFFIX, ".ckpt", ".pt", ".bin", ".pth", ".onnx", ".png", ".git")  # a name that ends so is no model's
+MAX_NAME = 96  # characters of a repository's name
 
 _TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _CONFIGS = (
@@ -81,9 +82,7 @@ def parse(text: str | Path, revision: str | None = None) -> HubId | None:
     """
     found = None if isinstance(text, Path) or os.path.exists(text) else _ID.fullmatch(text)
     inside = found["inside"].removeprefix("/") if found else ""
-    if found and (found["repo"].endswith(_FILES) or not (inside == "" or inside.endswith(SUFFIX))):
-        found = None
-    if found and (".." in f"{found['repo']}/{found['revision']}" or "--" in found["repo"] or ".." in inside.split("/")):
+    if found and not _is_sound(found["repo"], found["revision"] or "", inside):
         found = None
     if revision is not None:
         if not re.fullmatch(_REVISION, revision, re.ASCII) or ".." in revision:
@@ -93,6 +92,13 @@ def parse(text: str | Path, revision: str | None = None) -> HubId | None:
         if found["revision"] not in (None, revision):
             raise FastsdError(f"revision: {revision} is another one than that of {text}")
     return HubId(found["repo"], revision or found["revision"], inside) if found else None
+
+
+def _is_sound(repo: str, revision: str, inside: str) -> bool:
+    """Whether these could be on the hub, whose names have rules beyond their letters, and stay in a cache's folders."""
+    named = not repo.endswith(_FILES) and len(repo.split("/")[1]) <= MAX_NAME and "--" not in repo and ".." not in repo
+    within = ".." not in revision and not {".", ".."} & set(inside.split("/"))
+    return named and within and (inside == "" or inside.endswith(SUFFIX))
 
 
 def locate_model(text: str | Path, revision: str | None, half: bool) -> Place:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save
 
 from fastsd.errors import FastsdError
@@ -93,6 +95,10 @@ def model(text: str, revision: str | None = None, halved: bool = False) -> Path:
         ("org/name@fp16/sub/a.safetensors", hub.HubId("org/name", "fp16", "sub/a.safetensors")),
         *((path, None) for path in ("name", "./org/name", "../org/name", "/org/name", "~/name", "org/name/", "")),
         *((path, None) for path in ("org/name.safetensors", "org/name.ckpt", "models/sd/v1.5", "org/name/a.ckpt")),
+        *(
+            (path, None)
+            for path in ("org/name.git", f"org/{'n' * 97}", "org/name/./a.safetensors", "org/name/c:a.safetensors")
+        ),
         *((path, None) for path in ("org/na..me", "or--g/name", "-org/name", "org/name.", "org/ä", "org/name@../x")),
         *((path, None) for path in ("org/name/../a.safetensors", "org/name//a.safetensors", "org/name@", "org\\name")),
     ],
@@ -100,6 +106,20 @@ def model(text: str, revision: str | None = None, halved: bool = False) -> Path:
 def test_what_an_id_looks_like(text: str, expected: hub.HubId | None) -> None:
     assert hub.parse(text) == expected
     assert expected is None or str(expected) == text
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.from_regex(r"[\w./@-]{0,9}/[\w.-]{0,9}(@[\w./-]{0,9})?(/[^\0]{0,9}\.safetensors)?", fullmatch=True))
+def test_an_id_is_one_for_huggingface_hub_too(served: Hub, text: str) -> None:
+    """What it would complain about by an exception of its own is a path to us; and none leaves the cache."""
+    from huggingface_hub.utils import validate_repo_id
+
+    wanted = hub.parse(text)
+    if wanted is not None:
+        validate_repo_id(wanted.repo)
+        for cached in (hub.is_cached(wanted), hub.is_cached(hub.HubId(wanted.repo, NEW, wanted.inside), vae=True)):
+            assert not cached
+        assert str(wanted) == text and ".." not in Path(text).parts
 
 
 def test_what_is_there_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
