@@ -50,6 +50,24 @@ def open_mask(source: str | Path | bytes, name: str = "mask") -> Image.Image:
     return _read(source, name, "L", BLACK)[0]
 
 
+def draw_edges(image: Image.Image, low: float = 100, high: float = 200) -> Image.Image:
+    """A picture's edges, white on black, as ControlNets for edges were trained on (Canny 1986; OpenCV's, with L1 norm).
+
+    Args:
+        image: RGB.
+        low, high: of the gradient: above `high` is an edge, and what is above `low` and joins one.
+
+    Raises:
+        FastsdError: OpenCV is not installed.
+    """
+    try:
+        import cv2
+    except ImportError:
+        raise FastsdError("edges are found by OpenCV, which is missing; pip install 'fastsd[control]'") from None
+    edges = cv2.Canny(np.asarray(image.convert("RGB")), low, high)
+    return Image.fromarray(edges).convert("RGB")
+
+
 def read_text(source: str | Path | bytes, name: str = "image") -> dict[str, str]:
     """The texts stored in a picture: a PNG's text chunks; "parameters" and "fastsd" from the EXIF of others.
 

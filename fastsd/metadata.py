@@ -44,11 +44,13 @@ SAMPLERS = {
 }
 # "Uniform" is written out: A1111 takes a missing schedule for the sampler's favourite, Karras for DPM++ 2M.
 SCHEDULES = {"default": "Uniform", "karras": "Karras", "exponential": "Exponential", "sgm_uniform": "SGM Uniform"}
+UPSCALERS = {"latent": "Latent", "lanczos": "Lanczos"}
 WITHOUT_SCHEDULE = ("ddpm", "ddim", "pndm", "lcm", "euler_maruyama")
 
 # What the JSON copy may hold. `image` and `mask` are {"name": ..., "sha256": ...} of the files that were given,
-# `embeddings` a list of such with "token", the name in the prompt; `loras` one with "strength" and "hash"; `vae`
-# is {"name": ..., "path": ...} with "fingerprint" or, of the hub's, "revision"; and "hash".
+# `embeddings` a list of such with "token", the name in the prompt; `loras` one with "strength" and "hash"; `controls`
+# one of {"name", "fingerprint", "image", "edges", "weight", "start", "end"}; `vae` and `refiner` are {"name": ...,
+# "path": ...} with "fingerprint" or, of the hub's, "revision"; and "hash".
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "prompt": str,
     "negative_prompt": str,
@@ -81,6 +83,13 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "embeddings": list,
     "loras": list,
     "few_step": str,
+    "hires_scale": (int, float),
+    "hires_strength": (int, float),
+    "hires_steps": int,
+    "hires_upscaler": str,
+    "refiner": dict,
+    "refiner_switch": (int, float),
+    "controls": list,
 }
 
 # Keys of A1111 that change nothing here, or that say what is known anyway.
@@ -160,10 +169,15 @@ def write_parameters(settings: Mapping[str, Any]) -> str:
         "Model": value("model"),
         "VAE hash": vae.get("hash"),
         "VAE": vae.get("name"),
-        "Denoising strength": value("strength"),
+        "Denoising strength": value("strength") or value("hires_strength"),
         "Clip skip": value("clip_skip") if settings.get("clip_skip") != 1 else None,
         "Eta DDIM": value("eta") if settings.get("eta") else None,
         "Guidance rescale": value("guidance_rescale") if settings.get("guidance_rescale") else None,
+        "Hires upscale": value("hires_scale"),
+        "Hires steps": value("hires_steps"),
+        "Hires upscaler": UPSCALERS.get(settings.get("hires_upscaler") or ""),
+        "Refiner": (settings.get("refiner") or {}).get("name"),
+        "Refiner switch at": value("refiner_switch"),
         "Lora hashes": _hashes(settings.get("loras"), lambda one: (PurePath(one["name"]).stem, one.get("hash"))),
         "TI hashes": _hashes(settings.get("embeddings"), lambda one: (one["token"], one["sha256"][:12])),
         "Prompt syntax": value("prompt_syntax"),
@@ -229,8 +243,12 @@ def _understand(key: str, value: str, pairs: Mapping[str, str]) -> dict[str, Any
             case "Size":
                 width, height = value.split("x")
                 return {"width": int(width), "height": int(height)}
-            case "Denoising strength":  # with "Hires ...", it belongs to an upscaling pass of text-to-image
-                return None if any(other.startswith("Hires") for other in pairs) else {"strength": _finite(value)}
+            case "Denoising strength" if not any(other.startswith("Hires") for other in pairs):
+                return {"strength": _finite(value)}
+            # With an upscaler that is known here, the strength is the second pass's.
+            case "Denoising strength" | "Hires upscale" | "Hires steps" | "Hires upscaler":
+                upscaler = _by_label(UPSCALERS, pairs.get("Hires upscaler", ""))
+                return _second_pass(key, value, upscaler) if upscaler in UPSCALERS else None
             case "Clip skip":
                 return {"clip_skip": int(value)}
             case "Eta DDIM":
@@ -244,6 +262,15 @@ def _understand(key: str, value: str, pairs: Mapping[str, str]) -> dict[str, Any
     except ValueError:
         pass
     return None
+
+
+def _second_pass(key: str, value: str, upscaler: str) -> dict[str, Any]:
+    """One pair about the second pass as settings."""
+    if key == "Hires steps":
+        return {"hires_steps": int(value)} if int(value) else {}  # 0: as many as of the first
+    if key == "Hires upscaler":
+        return {"hires_upscaler": upscaler}
+    return {"hires_scale" if key == "Hires upscale" else "hires_strength": _finite(value)}
 
 
 def split_pairs(line: str) -> dict[str, str]:

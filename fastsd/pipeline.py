@@ -433,7 +433,7 @@ class Pipeline:
             "hires_strength": request.hires.strength if request.hires else None,
             "hires_steps": request.hires.num_inference_steps if request.hires else None,
             "hires_upscaler": request.hires_upscaler if request.hires else None,
-            "refiner": self.refiner.name if self.refiner is not None else None,
+            "refiner": {"name": self.refiner.name} if self.refiner is not None else None,
             "refiner_switch": request.refiner_switch if self.refiner is not None else None,
             "few_step": self.few_step.kind.name if self.few_step is not None else self._own.asked,
         }

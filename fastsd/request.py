@@ -91,6 +91,7 @@ class Request:
     notes: tuple[str, ...] = ()
     controls: tuple[Control, ...] = ()  # their images RGB, width x height
     hires: Request | None = None  # the second pass, over the enlarged result of this one
+    hires_scale: float | None = None
     hires_upscaler: str = "latent"
     refiner_switch: float | None = None
 
@@ -98,11 +99,6 @@ class Request:
     def passes(self) -> tuple[Request, ...]:
         """This request and, where there is one, the second pass."""
         return (self,) if self.hires is None else (self, self.hires)
-
-    @property
-    def hires_scale(self) -> float | None:
-        """The second pass's size as a multiple of the first's."""
-        return None if self.hires is None else self.hires.width / self.width
 
     @property
     def refiner_row(self) -> int | None:
@@ -300,7 +296,7 @@ def with_second_pass(
         latents=None,
         controls=tuple(replace(one, image=resized(one.image, width, height)) for one in first.controls),
     )
-    return replace(first, hires=second, hires_upscaler=upscaler)
+    return replace(first, hires=second, hires_scale=scale, hires_upscaler=upscaler)
 
 
 def chosen_switch(switch: float | None) -> float:

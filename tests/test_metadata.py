@@ -114,6 +114,25 @@ WORKED = {
         },
         {"Denoising strength": "0.7", "Hires upscale": "2", "Hires steps": "10"},
     ),
+    "the second pass by an upscaler that is known here": (
+        "x\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 3, Size: 512x512, Denoising strength: 0.45, "
+        "Hires upscale: 1.5, Hires steps: 10, Hires upscaler: Latent, Version: v1.9.4",
+        {
+            "prompt": "x",
+            "negative_prompt": "",
+            "num_inference_steps": 20,
+            "sampler": "euler_a",
+            "guidance_scale": 7.0,
+            "seed": 3,
+            "width": 512,
+            "height": 512,
+            "hires_scale": 1.5,
+            "hires_strength": 0.45,
+            "hires_steps": 10,
+            "hires_upscaler": "latent",
+        },
+        {},
+    ),
     "an extension's lines below": (
         "a\nNegative prompt: b\nSteps: 2, Sampler: Heun, CFG scale: 3, Seed: 4, Size: 8x8\n\nTemplate: a\n"
         "Negative Template: b",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsd import __version__
-from fastsd.cli import embeddings, flags, loras, models, repeat
+from fastsd.cli import controls, embeddings, flags, loras, models, repeat
 from fastsd.cli.output import Output
 from fastsd.cli.parser import one_line
 from fastsd.cli.preview import Preview
@@ -39,6 +39,11 @@ PASSED_ON = (
     "strength",
     "vae_tiling",
     "prompt_syntax",
+    "hires_scale",
+    "hires_strength",
+    "hires_steps",
+    "hires_upscaler",
+    "refiner_switch",
 )
 
 
@@ -64,6 +69,7 @@ def draw(args: argparse.Namespace) -> int:
         arguments["mask_image"] = named(open_mask, given["mask"], f"--mask {args.mask}")
         if not arguments["mask_image"].getbbox():
             notes.append("the mask is black all over, so nothing is painted; white is what is painted anew")
+    steering = controls.read(args, before)
     count = args.count or 1
     output = Output(args.output or flags.DEFAULT_OUTPUT, count, args.overwrite)
     try:
@@ -71,6 +77,8 @@ def draw(args: argparse.Namespace) -> int:
         fixed |= {name: found.as_setting() for name, found in given.items()}
         fixed["embeddings"] = embeddings.load(pipe, args, before, notes) or None
         fixed["loras"] = loras.load(pipe, args, before, notes) or None
+        arguments["controls"], fixed["controls"] = controls.load(pipe, steering, args.allow_pickle, flags.in_flags)
+        notes += controls.differences(before, fixed["controls"])
         fixed |= {"vae_tiling": args.vae_tiling, "version": __version__}
         with Preview(output, args.preview) as preview:
             draw_batches(pipe, args, arguments, fixed, before, output, preview, notes)
@@ -99,6 +107,13 @@ def check(args: argparse.Namespace) -> None:
         raise FastsdError("--strength: given without --image; it says how much of a picture to redo")
     if args.preview_decoder is not None and args.preview is None:
         raise FastsdError("--preview-decoder: given without --preview; --preview 5 shows every fifth step")
+    for flag in ("strength", "steps", "upscaler"):
+        if getattr(args, f"hires_{flag}") is not None and args.hires_scale is None:
+            raise FastsdError(f"--hires-{flag}: given without --hires, which says by how much to enlarge")
+    if args.hires_scale is not None and args.image is not None:
+        raise FastsdError("--hires: given with --image; the second drawing belongs to pictures from text alone")
+    if args.refiner_switch is not None and args.refiner is None:
+        raise FastsdError("--refiner-switch: given without --refiner, the model that does the last steps")
     if args.seed is not None and args.seed + (args.count or 1) > flags.MAX_SEED:
         raise FastsdError(f"--seed: {args.seed} leaves no seeds for {args.count or 1} pictures below {flags.MAX_SEED}")
     if args.sampler is not None or args.schedule is not None:
@@ -150,6 +165,7 @@ def load(args: argparse.Namespace, before: dict[str, Any], notes: list[str]) -> 
                 dtype or "auto",
                 vae=args.vae,
                 preview=args.preview_decoder,
+                refiner=args.refiner,
                 prediction=args.prediction,
                 few_step=args.few_step,
                 revision=args.revision,
@@ -171,7 +187,8 @@ def load(args: argparse.Namespace, before: dict[str, Any], notes: list[str]) -> 
 
 def _flag_of(error: FastsdError, args: argparse.Namespace) -> str:
     """The flag whose path a message begins with, the longest where several do, and a space; or nothing."""
-    paths = {"--model": args.model, "--vae": args.vae, "--preview-decoder": args.preview_decoder}
+    paths = {"--model": args.model, "--vae": args.vae, "--refiner": args.refiner}
+    paths["--preview-decoder"] = args.preview_decoder
     given = {flag: str(Path(path)) for flag, path in paths.items() if path is not None}
     found = [(len(path), flag) for flag, path in given.items() if str(error).startswith(path)]
     return f"{max(found)[1]} " if found else ""

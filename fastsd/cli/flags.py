@@ -10,12 +10,15 @@ from typing import Any
 
 from fastsd import __version__
 from fastsd.cli.parser import Parser, real, whole
+from fastsd.errors import FastsdError
 
 MAX_IMAGES = 1000
 MAX_STEPS = 1000
 MAX_GUIDANCE = 100.0
 MIN_SIDE, MAX_SIDE = 8, 8192
 MAX_SEED = 2**63 - 1
+MAX_HIRES = 8.0
+MAX_CONTROL_WEIGHT = 10.0
 DEFAULT_BATCH = 8
 DEFAULT_OUTPUT = "outputs"
 
@@ -29,6 +32,13 @@ NUMBERS = {
     "seed": whole(-1, MAX_SEED),
     "eta": real(0, 1),
     "strength": real(0, 1),
+    "hires_scale": real(1, MAX_HIRES),
+    "hires_strength": real(0, 1),
+    "hires_steps": whole(1, MAX_STEPS),
+    "refiner_switch": real(0, 1),
+    "control_weight": real(-MAX_CONTROL_WEIGHT, MAX_CONTROL_WEIGHT),
+    "control_start": real(0, 1),
+    "control_end": real(0, 1),
     "clip_skip": whole(1, 99),
     "count": whole(1, MAX_IMAGES),
     "batch_size": whole(1, MAX_IMAGES),
@@ -47,8 +57,13 @@ FLAGS = {
     "vae_tiling": "--vae-tiling",
     "prompt_syntax": "--plain-prompt",
     "few_step": "--few-step",
+    "hires_scale": "--hires",
+    "hires_strength": "--hires-strength",
+    "hires_steps": "--hires-steps",
+    "hires_upscaler": "--hires-upscaler",
+    "refiner_switch": "--refiner-switch",
 }
-_SHORT = "prompt|prediction|revision|width|height|seed|sampler|schedule|eta|image|strength|device|dtype"
+_SHORT = "prompt|prediction|refiner|revision|width|height|seed|sampler|schedule|eta|image|strength|device|dtype"
 
 EXAMPLES = """\
 examples:
@@ -59,6 +74,8 @@ examples:
   fastsd -p "in winter" -m sd15 --image lighthouse-0.png --strength 0.6
   fastsd -p "a [sketch:photo:0.3] of a (red:1.2) door" -m sd15
   fastsd -p "a red door" -m sd15 --image house.png --mask door.png
+  fastsd -p "a fort" -m sd15 --control net.safetensors --control-canny fort.png
+  fastsd -p "a lighthouse" -m sdxl --refiner sdxl-refiner --hires 1.5
   fastsd --from-image outputs/00012-7-a-lighthouse.png --guidance 5
 """
 
@@ -150,6 +167,39 @@ def make_parser(commands: Mapping[str, str]) -> Parser:
     number(how, "--eta", dest="eta", metavar="X", help="ddim's share of fresh noise, 0 to 1 (default: 0)")
     number(how, "--clip-skip", dest="clip_skip", help="stop N layers before the text encoder's end; 1: at its end")
 
+    number(how, "--hires", dest="hires_scale", metavar="X", help="draw, enlarge by this, and draw over it (1 to 8)")
+    number(how, "--hires-strength", dest="hires_strength", metavar="X", help="how much that redoes (default: 0.5)")
+    number(how, "--hires-steps", dest="hires_steps", help="of the second drawing (default: as many as of the first)")
+    how.add_argument("--hires-upscaler", choices=("latent", "lanczos"), metavar="NAME", help="latent, lanczos")
+    how.add_argument("--refiner", metavar="PATH", help="a model that does the last steps: SDXL's refiner")
+    number(
+        how,
+        "--refiner-switch",
+        dest="refiner_switch",
+        metavar="X",
+        help="what it leaves to the model (default: 0.8)",
+    )
+
+    control = parser.add_argument_group("steering by pictures (flags may be given again, for the next --control)")
+    control.add_argument(
+        "--control", action="append", metavar="PATH", help="a ControlNet: a folder, a file or a hub id"
+    )
+    control.add_argument(
+        "--control-image", action=_Pictures, dest="control_images", metavar="FILE", help="what it reads: edges, a pose"
+    )
+    control.add_argument(
+        "--control-canny", action=_Pictures, dest="control_images", metavar="FILE", help="or a picture, for its edges"
+    )
+    for part, text in (
+        ("weight", "how strongly it steers (default: 1)"),
+        ("start", "from this share of the steps on (default: 0)"),
+        ("end", "up to this share (default: 1)"),
+    ):
+        dest = f"control_{part}"
+        control.add_argument(
+            f"--control-{part}", action="append", dest=dest, type=NUMBERS[dest], metavar="X", help=text
+        )
+
     start = parser.add_argument_group("starting from a picture")
     start.add_argument("--image", "--init-img", metavar="FILE", help="start from this picture; sets the size too")
     number(start, "--strength", dest="strength", metavar="X", help="how much of it to redo, 0 to 1 (default: 0.8)")
@@ -194,6 +244,29 @@ class _Autoencoder(argparse.Action):
         namespace.vae = values[-1]
 
 
+class _Pictures(argparse.Action):
+    """Collects (flag, file) of several flags in the order in which they are given."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or ()), (option, values)])
+
+
+def checked(name: str, value: Any, where: str) -> Any:
+    """A setting out of a picture, within the limits of its flag.
+
+    Raises:
+        FastsdError: it is not; the message begins with `where`.
+    """
+    if name not in NUMBERS:
+        return value
+    try:
+        return NUMBERS[name](str(value))
+    except argparse.ArgumentTypeError as error:
+        raise FastsdError(f"{where}: its {name} is {error}") from None
+
+
 def _device(text: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text):
         raise argparse.ArgumentTypeError(f"{text[:40]!r} should be auto, cpu, cuda or cuda:N")
@@ -203,6 +276,9 @@ def _device(text: str) -> str:
 def in_flags(message: str) -> str:
     """A message of the pipeline, with its arguments called by their flags."""
     message = message.replace("image and mask_image", "--image and --mask")
+    message = re.sub(
+        r"^controls\[(\d+)\]\.(\w+)", lambda found: f"--control-{found[2]} of --control {int(found[1]) + 1}", message
+    )
     names = "|".join(FLAGS)
     message = re.sub(rf"(?<![\w/\\.-])({names})(?![\w/\\.-])", lambda found: FLAGS[found[1]], message)
     return re.sub(rf"^({_SHORT})(?=:| is\b)", r"--\1", message)

@@ -27,10 +27,12 @@ def settings(pipe: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
         found |= {"model_path": "digits", "model_fingerprint": fingerprint(source.path)}
     else:
         found |= _of_place(source, args.model, "model_")
-    if pipe.vae_source is not None:
-        found["vae"] = {"name": _name(pipe.vae_source, args.vae), **_of_place(pipe.vae_source, args.vae)}
-        if digits := _hash(pipe.vae_source.path):
-            found["vae"]["hash"] = digits
+    for name, place in (("vae", pipe.vae_source), ("refiner", pipe.refiner_source)):
+        if place is not None:
+            given = getattr(args, name)
+            found[name] = {"name": _name(place, given), **_of_place(place, given)}
+            if digits := _hash(place.path):
+                found[name]["hash"] = digits
     return found
 
 
@@ -59,7 +61,7 @@ def _name(place: Place, given: str) -> str:
 
 
 def fill_in(args: argparse.Namespace, before: dict[str, Any], where: str, notes: list[str]) -> None:
-    """Give `args` the model that drew a picture, its revision, autoencoder and prediction.
+    """Give `args` the model that drew a picture, its revision, autoencoder, refiner and prediction.
 
     Flags come first; with another model than the picture's, what belongs to that is left alone.
 
@@ -84,14 +86,14 @@ def fill_in(args: argparse.Namespace, before: dict[str, Any], where: str, notes:
         return
     if args.prediction is None and before.get("prediction") in PREDICTIONS:
         args.prediction = before["prediction"]
-    wanted = before.get("vae")
-    if args.vae is None and wanted:
-        found = _here(wanted.get("path"), wanted.get("revision"), vae=True)
-        if found is None:
-            raise FastsdError(
-                f"{where}: it was drawn with --vae {_cut(wanted.get('path') or wanted.get('name'))}; give it again"
-            )
-        args.vae = str(found)
+    for flag in ("vae", "refiner"):
+        wanted = before.get(flag)
+        if getattr(args, flag) is None and wanted:
+            found = _here(wanted.get("path"), wanted.get("revision"), vae=flag == "vae")
+            if found is None:
+                said = _cut(wanted.get("path") or wanted.get("name"))
+                raise FastsdError(f"{where}: it was drawn with --{flag} {said}; give it again")
+            setattr(args, flag, str(found))
 
 
 def _fill_model(args: argparse.Namespace, before: dict[str, Any], where: str) -> None:
@@ -152,10 +154,11 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         notes.append(f"the model is not the one that drew the picture ({_cut(before.get('model'))}{commit})")
     if "version" not in before:  # another program's, which says less
         return notes
-    old, new = before.get("vae") or {}, now.get("vae") or {}
-    if any(old.get(key) != new.get(key) for key in ("fingerprint", "revision")):
-        said = _cut(old.get("name")) if old else "the model's own"
-        notes.append(f"the autoencoder is not the one that drew the picture ({said})")
+    for name, what, usual in (("vae", "autoencoder", "the model's own"), ("refiner", "refiner", "none")):
+        old, new = before.get(name) or {}, now.get(name) or {}
+        if any(old.get(key) != new.get(key) for key in ("fingerprint", "revision")):
+            said = _cut(old.get("name")) if old else usual
+            notes.append(f"the {what} is not the one that drew the picture ({said})")
     if before.get("prediction") != now.get("prediction"):
         said = f"with --prediction {_cut(before['prediction'])}" if before.get("prediction") else "without --prediction"
         notes.append(f"the picture was drawn {said}")

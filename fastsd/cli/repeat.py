@@ -12,9 +12,10 @@ from fastsd.errors import FastsdError
 from fastsd.images import fingerprint, read_file, read_text
 from fastsd.metadata import read_texts
 
-FOR_THE_RUN = ("count", "batch_size")  # no settings of one picture
+# No settings of one picture; or several, which `fastsd.cli.controls` takes from there.
+OTHERS = ("count", "batch_size", "control_weight", "control_start", "control_end")
 SETTINGS = (
-    *(name for name in flags.NUMBERS if name not in FOR_THE_RUN),
+    *(name for name in flags.NUMBERS if name not in OTHERS),
     "prompt",
     "negative_prompt",
     "sampler",
@@ -22,6 +23,7 @@ SETTINGS = (
     "vae_tiling",
     "prompt_syntax",
     "few_step",
+    "hires_upscaler",
 )
 OF_FEW_STEPS = ("num_inference_steps", "guidance_scale", "sampler", "schedule")
 
@@ -80,22 +82,12 @@ def fill_in(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
             continue  # they belong to the kind of model that was replaced
         if name == "schedule" and args.sampler != settings.get("sampler"):
             continue  # it belongs to the sampler that was replaced
-        setattr(args, name, _checked(name, value, where))
+        setattr(args, name, flags.checked(name, value, where))
     return settings, notes
 
 
 def _named(wanted: dict[str, Any]) -> str:
     return f"{str(wanted.get('name'))[:80]!r} (sha256 {str(wanted.get('sha256'))[:12]}...)"
-
-
-def _checked(name: str, value: Any, where: str) -> Any:
-    """A setting within the limits of its flag."""
-    if name not in flags.NUMBERS:
-        return value
-    try:
-        return flags.NUMBERS[name](str(value))
-    except argparse.ArgumentTypeError as error:
-        raise FastsdError(f"{where}: its {name} is {error}") from None
 
 
 def differences(settings: dict[str, Any], now: dict[str, Any], args: argparse.Namespace) -> list[str]:

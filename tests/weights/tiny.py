@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import torch
 
-from fastsd.config import CLIPConfig, SchedulerConfig, UNetConfig, VAEConfig
+from fastsd.config import CLIPConfig, ControlNetConfig, SchedulerConfig, UNetConfig, VAEConfig
 from fastsd.model.clip import TextEncoder
+from fastsd.model.controlnet import ControlNet
 from fastsd.model.tokenizer import Tokenizer
 from fastsd.model.unet import UNet
 from fastsd.model.vae import AutoencoderKL
 from fastsd.weights import Components
+from fastsd.weights.names import sources, stored_form
 
 UNET = UNetConfig(
     block_out_channels=(32, 64),
@@ -67,3 +69,17 @@ def tensors(components: Components) -> dict[str, torch.Tensor]:
     modules = {"unet": components.unet, "vae": components.vae}
     modules |= {f"text{i}": encoder for i, encoder in enumerate(components.text_encoders)}
     return {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
+
+
+def controlnet(unet: UNetConfig, seed: int = 7) -> dict[str, torch.Tensor]:
+    """A random ControlNet for a UNet with an autoencoder of three halvings, as diffusers stores it."""
+    torch.manual_seed(seed)
+    module = ControlNet(ControlNetConfig(replace(unet, in_channels=4), (8, 8, 8, 8)))
+    stored = {}
+    for _, parameter, parts in sources(module):
+        for part in parts:
+            rows = stored_form(part.key, parameter.detach()[part.rows], unet.use_linear_projection)
+            if part.key.startswith(("controlnet_down_blocks.", "controlnet_mid_block.")) and rows.ndim == 2:
+                rows = rows[:, :, None, None]
+            stored[part.key] = rows.contiguous().clone()
+    return stored

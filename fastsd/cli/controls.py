@@ -1,0 +1,128 @@
+"""--control and its kin: ControlNets with their pictures. The k-th of each flag belongs to the k-th --control."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from fastsd.cli import flags
+from fastsd.cli.models import fingerprint
+from fastsd.cli.repeat import Given
+from fastsd.errors import FastsdError
+from fastsd.images import draw_edges, open_image
+
+if TYPE_CHECKING:
+    from fastsd.pipeline import Pipeline
+    from fastsd.request import Control
+
+PARTS = ("weight", "start", "end")  # of a control, each a flag; what is not given is as `fastsd.Control` has it
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """One ControlNet as the flags give it."""
+
+    net: str
+    picture: Image.Image
+    given: Given
+    edges: bool  # the picture was made into its edges
+    parts: dict[str, float]
+
+
+def read(args: argparse.Namespace, before: dict[str, Any]) -> list[Chosen]:
+    """What the flags say of ControlNets, with the pictures read; nothing is loaded yet.
+
+    Args:
+        before: the settings of the picture that is repeated, whose weights and steps count where none are given.
+
+    Raises:
+        FastsdError: a picture that is missing or none, more values than ControlNets, or a picture drawn with ones that
+            are not given.
+    """
+    nets, pictures = args.control or [], args.control_images or []
+    old = [one for one in before.get("controls") or () if isinstance(one, dict)]
+    if len(old) > len(nets):
+        name = str(old[len(nets)].get("name"))[:80]
+        raise FastsdError(
+            f"--from-image {args.from_image}: it was drawn with --control {name!r}; give that and its picture again"
+        )
+    if len(pictures) != len(nets):
+        raise FastsdError(
+            f"--control: {len(nets)} given with {len(pictures)} pictures; each needs a --control-image (or "
+            "--control-canny), in the same order"
+        )
+    for part in PARTS:
+        values = getattr(args, f"control_{part}") or []
+        if len(values) > len(nets):
+            raise FastsdError(f"--control-{part}: given {len(values)} times for {len(nets)} of --control")
+    return [_chosen(args, k, old[k] if k < len(old) else {}) for k in range(len(nets))]
+
+
+def _chosen(args: argparse.Namespace, k: int, old: dict[str, Any]) -> Chosen:
+    flag, path = args.control_images[k]
+    given = Given.read(path, flag)
+    picture = open_image(given.data, f"{flag} {path}")
+    edges = flag == "--control-canny"
+    parts = {}
+    for part in PARTS:
+        values = getattr(args, f"control_{part}") or []
+        if k < len(values):
+            parts[part] = values[k]
+        elif isinstance(old.get(part), int | float):
+            parts[part] = flags.checked(f"control_{part}", old[part], f"--from-image {args.from_image}")
+    return Chosen(args.control[k], draw_edges(picture) if edges else picture, given, edges, parts)
+
+
+def load(
+    pipe: Pipeline, chosen: list[Chosen], allow_pickle: bool, in_flags: Callable[[str], str]
+) -> tuple[list[Control], list[dict[str, Any]]]:
+    """The controls, each file loaded once, and what metadata says of them.
+
+    Raises:
+        FastsdError: a file that is missing, malformed or for another family of models.
+    """
+    from fastsd.request import Control
+
+    nets, controls, settings = {}, [], []
+    for one in chosen:
+        if one.net not in nets:
+            try:
+                nets[one.net] = pipe.load_controlnet(one.net, allow_pickle)
+            except FastsdError as error:
+                raise FastsdError(f"--control {in_flags(str(error))}") from error
+        control = Control(nets[one.net], one.picture, **one.parts)
+        controls.append(control)
+        path = Path(one.net)
+        settings.append(
+            {
+                "name": path.name,
+                "fingerprint": fingerprint(path) if path.exists() else None,
+                "image": one.given.as_setting(),
+                "edges": one.edges,
+                **{part: getattr(control, part) for part in PARTS},
+            }
+        )
+    return controls, settings
+
+
+def differences(before: dict[str, Any], settings: list[dict[str, Any]]) -> list[str]:
+    """Notes on ControlNets and pictures that are not those that drew the repeated picture."""
+    notes = []
+    for old, now in zip(before.get("controls") or (), settings, strict=False):
+        if not isinstance(old, dict):
+            continue
+        if old.get("fingerprint") != now["fingerprint"]:
+            notes.append(f"--control is another file than {str(old.get('name'))[:80]!r}, which drew the picture")
+        image = old.get("image")
+        if (
+            isinstance(image, dict)
+            and image.get("sha256") != now["image"]["sha256"]
+            or old.get("edges") != now["edges"]
+        ):
+            notes.append("--control-image is another picture than the one that drew the picture")
+    return notes
