@@ -451,5 +451,6 @@ def _check_refiner(components: Components, refiner: Components) -> None:
     channels = components.vae.config.latent_channels
     if components.unet.config.in_channels != channels or refiner.unet.config.in_channels != channels:
         raise FastsdError(f"refiner: model and refiner should both read {channels} channels; one is for inpainting")
-    if components.vae.config.scaling_factor != refiner.vae.config.scaling_factor:
-        raise FastsdError("refiner: it reads latents of another scale than the model's; both should be of one family")
+    if components.xl != refiner.xl:  # the autoencoders of SD 1 and 2 and of SDXL make different latents
+        xl, other = ("model", "refiner") if components.xl else ("refiner", "model")
+        raise FastsdError(f"refiner: the {xl} is of SDXL's family and the {other} is not; both should be of one")

@@ -69,9 +69,8 @@ def test_the_refiner_decodes_with_the_models_autoencoder(families: Families) -> 
     assert pipe.refiner is not None and pipe.refiner.vae is pipe.components.vae
 
 
-@pytest.mark.parametrize("family", ["sd2", "inpainting"])
-def test_a_refiner_of_another_family_is_refused(families: Families, family: str) -> None:
-    said = "prediction_type" if family == "sd2" else "inpainting"
+@pytest.mark.parametrize(("family", "said"), [("sd2", "prediction_type"), ("inpainting", "inpainting"), ("sd1", "XL")])
+def test_a_refiner_of_another_family_is_refused(families: Families, family: str, said: str) -> None:
     with pytest.raises(FastsdError, match=said):
         Pipeline.from_pretrained(families.folder / "sdxl", device="cpu", dtype="fp32", refiner=families.folder / family)
 
