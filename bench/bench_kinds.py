@@ -22,7 +22,7 @@ def bench_kinds(bench: Session, model: str, part: str, dtype: torch.dtype) -> No
         shares = measured_kinds(unet, lambda: unet.denoise(given["rows"], given["times"], given["key_values"]), device)
     else:
         latent = torch.randn(1, side, side, vae.config.latent_channels, generator=torch.Generator().manual_seed(0))
-        latent = latent.to(device, dtype)
+        latent = latent.to(device, vae.quant_conv.weight.dtype)
         shares = measured_kinds(vae, lambda: vae.decode(latent), device)
     assert {"conv", "attention", "norm"} <= shares.keys() and abs(sum(shares.values()) - 1) < 1e-6
     labels = {"contest": part, "model": model, "size": size, "batch": batch, "dtype": dtype_name(dtype)}

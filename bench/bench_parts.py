@@ -163,7 +163,8 @@ def bench_decode(bench: Session, replay: Any, model: str, dtype: torch.dtype) ->
 
     def make(i: int) -> tuple[torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(i)
-        latent = torch.randn(1, vae.config.latent_channels, side, side, generator=generator).to(device, dtype)
+        latent = torch.randn(1, vae.config.latent_channels, side, side, generator=generator)
+        latent = latent.to(device, vae.quant_conv.weight.dtype)
         return latent, rows(latent)
 
     inputs = rotation(SETS, make)
@@ -187,7 +188,7 @@ def bench_encode(bench: Session, replay: Any, model: str, dtype: torch.dtype) ->
 
     def make(i: int) -> tuple[torch.Tensor, torch.Tensor]:
         image = 2 * torch.rand(1, vae.config.in_channels, size, size, generator=torch.Generator().manual_seed(i)) - 1
-        image = image.to(device, dtype)
+        image = image.to(device, vae.quant_conv.weight.dtype)
         return image, rows(image)
 
     inputs = rotation(SETS, make)

@@ -168,6 +168,8 @@ class Session:
             device = self.options.device
             if self.options.model is not None or model == "digits":
                 made = load_folder(self.options.model or BUNDLED, dtype, device)
+                if dtype == torch.float16 and made.vae.config.force_upcast:
+                    made.vae.float()  # as `Pipeline.from_pretrained` does
             else:
                 made = random_components(self.family(model), dtype, device)
             self._components = (key, made)
