@@ -95,10 +95,8 @@ def model(text: str, revision: str | None = None, halved: bool = False) -> Path:
         ("org/name@fp16/sub/a.safetensors", hub.HubId("org/name", "fp16", "sub/a.safetensors")),
         *((path, None) for path in ("name", "./org/name", "../org/name", "/org/name", "~/name", "org/name/", "")),
         *((path, None) for path in ("org/name.safetensors", "org/name.ckpt", "models/sd/v1.5", "org/name/a.ckpt")),
-        *(
-            (path, None)
-            for path in ("org/name.git", f"org/{'n' * 97}", "org/name/./a.safetensors", "org/name/c:a.safetensors")
-        ),
+        *((path, None) for path in ("org/name.git", f"org/{'n' * 97}", "org/name/./a.safetensors")),
+        ("org/name/c:a.safetensors", None),
         *((path, None) for path in ("org/na..me", "or--g/name", "-org/name", "org/name.", "org/ä", "org/name@../x")),
         *((path, None) for path in ("org/name/../a.safetensors", "org/name//a.safetensors", "org/name@", "org\\name")),
     ],
@@ -257,6 +255,7 @@ def test_progress_shows_on_a_terminal_only(served: Hub, tmp_path: Path) -> None:
 
     environment = os.environ | {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
     environment |= {"HF_ENDPOINT": served.url, "PYTHONPATH": str(ROOT)}
+    environment.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # of no size, tqdm shows nothing
     code = "from fastsd.weights.hub import locate_file; locate_file('org/digits/digits.safetensors')"
@@ -432,9 +431,16 @@ def test_without_the_extra(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None
     assert served.seen == []
 
 
-def test_a_token_opens_what_is_private(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_token_opens_what_is_private(
+    served: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kept: bool
+) -> None:
+    """The one that HF_TOKEN names, or the one that a login left."""
     served.add("org/private", DIGITS, token="hf_right")
-    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    if kept:
+        (tmp_path / "token").write_text("hf_right")
+    else:
+        monkeypatch.setenv("HF_TOKEN", "hf_right")
     assert model("org/private").name == NEW
 
 
