@@ -108,8 +108,8 @@ def make_parser(commands: Mapping[str, str]) -> Parser:
         "--vae",
         nargs="+",
         action=_Autoencoder,
-        metavar=("[taesd] PATH", "..."),
-        help="an autoencoder to take instead of the model's own; after the word taesd only TAESD, the tiny one",
+        metavar="PATH",
+        help="an autoencoder to take instead of the model's own; --vae taesd PATH: TAESD, the tiny one, and no other",
     )
     what.add_argument(
         "--prediction",

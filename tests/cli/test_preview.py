@@ -77,19 +77,28 @@ def test_a_name_that_is_taken_is_left_alone(cli: Callable, model: Path, shown: l
     assert sorted(path.name[:5] for path in Path("out").iterdir()) == ["00000", "00001", "previ", "previ"]
 
 
-def test_it_is_gone_after_a_failure_too(cli: Callable, model: Path, shown: list, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (OSError(28, "No space left on device"), 2, "error: --preview: cannot write beside out: the disk is full"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_it_is_gone_after_a_failure_too(
+    cli: Callable, model: Path, shown: list, monkeypatch: Any, error: BaseException, code: int, said: str
+) -> None:
     write, done = images.write_whole, []
 
     def full(path: Path, data: bytes, overwrite: bool = False) -> None:
         if len(done) == 2:
-            raise OSError(28, "No space left on device")
+            raise error
         done.append(path)
         write(path, data, overwrite)
 
     monkeypatch.setattr(preview, "write_whole", full)
     ran = cli("-p", "x", "-m", model, "--steps", 5, "--preview", 1, "-o", "out")
-    assert (ran.code, ran.out) == (2, "") and len(shown) == 2
-    assert ran.err.splitlines()[1:] == ["fastsd: error: --preview: cannot write beside out: the disk is full"]
+    assert (ran.code, ran.out) == (code, "") and len(shown) == 2
+    assert ran.err.splitlines()[1:] == [f"fastsd: {said}"]
     assert not Path("out").exists()
 
 
