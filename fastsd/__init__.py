@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from fastsd.errors import FastsdError
 
 if TYPE_CHECKING:
+    from fastsd.arguments import Control
     from fastsd.pipeline import Pipeline
-    from fastsd.request import Control
 
 # Large CPU tensors in huge pages, where Linux gives them on request: PyTorch reads this before its first tensor. The
 # autoencoder writes maps of 67 MB, which cost 24 ms each to page in by 4 kB and 4 ms by 2 MB.
@@ -25,7 +25,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
 __all__ = ["Control", "FastsdError", "Pipeline", "__version__"]
-_LATER = {"Control": "fastsd.request", "Pipeline": "fastsd.pipeline"}  # imported when they are first asked for
+_LATER = {"Control": "fastsd.arguments", "Pipeline": "fastsd.pipeline"}  # imported when they are first asked for
 
 
 def __getattr__(name: str) -> Any:

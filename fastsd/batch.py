@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from fastsd.denoiser import Controller, Denoiser, Estimate, Run, Told
+from fastsd.errors import FastsdError
 from fastsd.graph import Graphs, chosen_convolutions
 from fastsd.latents import Codec, InpaintMask, Noise, image_tensor, to_channels_last
 from fastsd.model.controlnet import ControlNet
@@ -192,3 +193,22 @@ def _encode(
         else:
             mask = regions.latents.to(engine.device)
     return image, mask, extra, start_noise
+
+
+def check_refiner(components: Components, refiner: Components) -> None:
+    """Refuse a second checkpoint that reads other latents, or noise of another schedule.
+
+    Raises:
+        FastsdError: it does; the message says in what they differ.
+    """
+    names = ("prediction_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+    for name in names:
+        first, second = getattr(components.scheduler, name), getattr(refiner.scheduler, name)
+        if first != second:
+            raise FastsdError(f"refiner: its {name} is {second} and the model's {first}; both should be of one family")
+    channels = components.vae.config.latent_channels
+    if components.unet.config.in_channels != channels or refiner.unet.config.in_channels != channels:
+        raise FastsdError(f"refiner: model and refiner should both read {channels} channels; one is for inpainting")
+    if components.xl != refiner.xl:  # the autoencoders of SD 1 and 2 and of SDXL make different latents
+        xl, other = ("model", "refiner") if components.xl else ("refiner", "model")
+        raise FastsdError(f"refiner: the {xl} is of SDXL's family and the {other} is not; both should be of one")

@@ -14,22 +14,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
 from fastsd import memory
-from fastsd.batch import Engine, begin, seconds
+from fastsd.batch import Engine, begin, check_refiner, seconds
 from fastsd.defaults import Defaults, few_step_note, steps_from_image
 from fastsd.denoiser import Estimate
 from fastsd.devices import dtype_name, resolve_device, resolve_dtype
-from fastsd.errors import FastsdError
 from fastsd.few_step import kind_named
 from fastsd.graph import MAX_GRAPHS, CudaRecorder, Graphs
 from fastsd.latents import Codec, InpaintMask, enlarge
 from fastsd.model.controlnet import ControlNet
 from fastsd.model.taesd import TAESD
 from fastsd.request import Request, make_request
+from fastsd.result import Result, in_form, joined, settings
 from fastsd.script import batches
 from fastsd.weights import Components, count_numbers, load_checkpoint, load_preview
 from fastsd.weights.adapters import Adapter, Adapters
@@ -38,26 +37,6 @@ from fastsd.weights.embeddings import Embedding, load_embedding
 from fastsd.weights.hub import Place, locate_controlnet, locate_file, locate_model, locate_vae
 
 BUNDLED = Path(__file__).parent / "assets" / "digits"
-
-
-@dataclass
-class Result:
-    """What a call returns.
-
-    Attributes:
-        images: a list of PIL images; or an array `[N, H, W, 3]` in [0, 1] ("np"), a tensor `[N, 3, H, W]` in [0, 1]
-            ("pt"), or scaled latents `[N, C, h, w]` ("latent").
-        seeds: one for each image.
-        timings: seconds for "text", "encode", "steps", "decode", "total"; "steps_per_second".
-        notes: what the user should know, a line each.
-        parameters: every setting that the images depend on, as used.
-    """
-
-    images: Any
-    seeds: list[int]
-    timings: dict[str, float]
-    notes: list[str]
-    parameters: dict[str, Any]
 
 
 @dataclass
@@ -120,7 +99,7 @@ class Pipeline:
         self._own = Defaults(components, few_step, prediction)
         self._take_defaults()
         if refiner is not None:
-            _check_refiner(self.components, refiner)
+            check_refiner(self.components, refiner)
 
     def _take_defaults(self) -> None:
         """The settings of the checkpoint with the adapters that are in it."""
@@ -367,10 +346,7 @@ class Pipeline:
         if request.image is not None and request.mask is not None:
             regions = InpaintMask.from_image(request.mask, self.components.vae.config.downscale)
             images = [regions.compose(request.image, image) for image in images]
-        if request.output_type == "pil":
-            return images
-        array = np.stack([np.asarray(image, dtype=np.float32) / 255.0 for image in images])
-        return array if request.output_type == "np" else torch.from_numpy(array).permute(0, 3, 1, 2)
+        return in_form(images, request.output_type)
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor, tiled: bool = False) -> list[Image.Image]:
@@ -402,55 +378,15 @@ class Pipeline:
             torch.cuda.synchronize(self.device)
 
     def _result(self, request: Request, finished: list[Any], clock: dict[str, float]) -> Result:
-        if request.output_type == "pil":
-            images: Any = [image for part in finished for image in part]
-        elif request.output_type == "np":
-            images = np.concatenate(finished)
-        else:
-            images = torch.cat(finished)
-        names = (
-            "num_inference_steps",
-            "guidance_scale",
-            "guidance_rescale",
-            "width",
-            "height",
-            "sampler",
-            "schedule",
-            "eta",
-            "clip_skip",
-        )
-        parameters = {name: getattr(request, name) for name in names}
-        parameters |= {
+        refiner, few_step = self.refiner, self.few_step
+        used = {
             "model": self.components.name,
             "device": self.device.type,
             "dtype": dtype_name(self.dtype),
-            "prompts": list(request.prompts),
-            "negative_prompts": list(request.negative_prompts),
-            "strength": request.strength if request.image is not None else None,
-            "prompt_syntax": request.prompt_syntax if request.prompt_syntax != "a1111" else None,
-            "embeddings": list(request.embeddings),
-            "hires_scale": request.hires_scale,
-            "hires_strength": request.hires.strength if request.hires else None,
-            "hires_steps": request.hires.num_inference_steps if request.hires else None,
-            "hires_upscaler": request.hires_upscaler if request.hires else None,
-            "refiner": {"name": self.refiner.name} if self.refiner is not None else None,
-            "refiner_switch": request.refiner_switch if self.refiner is not None else None,
-            "few_step": self.few_step.kind.name if self.few_step is not None else self._own.asked,
+            "refiner": {"name": refiner.name} if refiner is not None else None,
+            "few_step": few_step.kind.name if few_step is not None else self._own.asked,
         }
         notes = [*request.notes, *self._engine.codec.news(), *self._preview_codec.news()]
-        return Result(images, list(request.seeds), clock, notes, parameters)
-
-
-def _check_refiner(components: Components, refiner: Components) -> None:
-    """Refuse a second checkpoint that reads other latents, or noise of another schedule."""
-    names = ("prediction_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
-    for name in names:
-        first, second = getattr(components.scheduler, name), getattr(refiner.scheduler, name)
-        if first != second:
-            raise FastsdError(f"refiner: its {name} is {second} and the model's {first}; both should be of one family")
-    channels = components.vae.config.latent_channels
-    if components.unet.config.in_channels != channels or refiner.unet.config.in_channels != channels:
-        raise FastsdError(f"refiner: model and refiner should both read {channels} channels; one is for inpainting")
-    if components.xl != refiner.xl:  # the autoencoders of SD 1 and 2 and of SDXL make different latents
-        xl, other = ("model", "refiner") if components.xl else ("refiner", "model")
-        raise FastsdError(f"refiner: the {xl} is of SDXL's family and the {other} is not; both should be of one")
+        return Result(
+            joined(finished, request.output_type), list(request.seeds), clock, notes, settings(request) | used
+        )

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
 from fastsd import memory
+from fastsd.arguments import (
+    MAX_SIDE,
+    Control,
+    fit_controls,
+    fit_image,
+    fit_latents,
+    fit_mask,
+    number,
+    own_size,
+    resized,
+    side,
+    texts,
+    word,
+)
 from fastsd.conditioning import SYNTAXES, Reading, read_prompt
 from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
-from fastsd.model.controlnet import ControlNet
 from fastsd.model.taesd import DECODES_ONLY
 from fastsd.prompts import LoraTag
 from fastsd.sampling.rows import Table
@@ -27,32 +38,12 @@ MAX_IMAGES = 1000
 DEFAULT_BATCH = 8
 MAX_STEPS = 1000
 MAX_GUIDANCE = 100.0
-MAX_SIDE = 8192
 MAX_SEED = 2**63 - 1
 TILED_FROM = 2048 * 2048  # pixels above which the autoencoder works in tiles by itself
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 UPSCALERS = ("latent", "lanczos")
 MAX_HIRES = 8.0
-MAX_CONTROL_WEIGHT = 10.0
 REFINER_SWITCH = 0.8
-
-
-@dataclass(frozen=True)
-class Control:
-    """A picture that steers the drawing through a ControlNet.
-
-    Attributes:
-        net: from `Pipeline.load_controlnet`.
-        image: edges, depths, a pose: whatever the ControlNet was trained to read; scaled to the size of the result.
-        weight: multiplies what the ControlNet adds; 0 is without it.
-        start, end: the part of the steps in which it takes part, shares from 0 to 1.
-    """
-
-    net: ControlNet
-    image: Image.Image
-    weight: float = 1.0
-    start: float = 0.0
-    end: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -249,7 +240,9 @@ def make_request(
         notes=tuple(notes),
         controls=controls,
         trained_steps=components.scheduler.num_train_timesteps,
-        refiner_switch=number("refiner_switch", chosen_switch(refiner_switch), 0, 1) if refines else None,
+        refiner_switch=number("refiner_switch", REFINER_SWITCH if refiner_switch is None else refiner_switch, 0, 1)
+        if refines
+        else None,
     )
     if hires_scale is None:
         return request
@@ -299,59 +292,6 @@ def with_second_pass(
     return replace(first, hires=second, hires_scale=scale, hires_upscaler=upscaler)
 
 
-def chosen_switch(switch: float | None) -> float:
-    """Where the refiner takes over."""
-    return REFINER_SWITCH if switch is None else switch
-
-
-def fit_controls(
-    controls: Any, components: Components, width: int, height: int
-) -> tuple[tuple[Control, ...], list[str]]:
-    """The controls with their pictures as RGB at the size of the result, and notes on what was done to them."""
-    if not isinstance(controls, list | tuple) or not all(isinstance(one, Control) for one in controls):
-        raise FastsdError("controls should be a list of fastsd.Control")
-    fitted, notes = [], []
-    for k, control in enumerate(controls):
-        name = f"controls[{k}]"
-        if not isinstance(control.net, ControlNet):
-            raise FastsdError(f"{name}.net should come from Pipeline.load_controlnet, not {type(control.net).__name__}")
-        wanted, found = components.unet.config, control.net.config
-        if (found.block_out_channels, found.cross_attention_dim) != (
-            wanted.block_out_channels,
-            wanted.cross_attention_dim,
-        ):
-            raise FastsdError(f"{name}.net was loaded for a model of another family")
-        if not isinstance(control.image, Image.Image):
-            raise FastsdError(f"{name}.image should be a PIL image, not {type(control.image).__name__}")
-        number(f"{name}.weight", control.weight, -MAX_CONTROL_WEIGHT, MAX_CONTROL_WEIGHT)
-        start, end = (number(f"{name}.{part}", getattr(control, part), 0, 1) for part in ("start", "end"))
-        if start > end:
-            raise FastsdError(f"{name}.start is {start:g}, after its end {end:g}")
-        if control.image.size != (width, height):
-            was = f"{control.image.width}x{control.image.height}"
-            notes.append(f"the control picture was resized from {was} to {width}x{height}")
-        fitted.append(replace(control, image=resized(control.image.convert("RGB"), width, height)))
-    return tuple(fitted), notes
-
-
-def resized(image: Image.Image, width: int, height: int) -> Image.Image:
-    """`image` at a size, by Lanczos."""
-    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def own_size(image: Any, factor: int) -> tuple[int, int]:
-    """A picture's width and height, rounded down to multiples of `factor`."""
-    if not isinstance(image, Image.Image):
-        raise FastsdError(f"the control's image should be a PIL image, not {type(image).__name__}")
-    if max(image.size) > MAX_SIDE:
-        raise FastsdError(
-            f"the control's image is {image.width}x{image.height}; at most {MAX_SIDE} pixels a side are drawn, so give "
-            "width and height"
-        )
-    width, height = (max(n // factor * factor, factor) for n in image.size)
-    return width, height
-
-
 def read_all(
     components: Components, prompts: list[str], negatives: list[str], steps: int, syntax: Any
 ) -> list[tuple[Reading, Reading]]:
@@ -378,91 +318,3 @@ def make_table(sampler: str, steps: int, scheduler: SchedulerConfig, schedule: s
     table = build(sampler, steps, scheduler, schedule=schedule, start=steps - 1, eta=eta)
     none = {name: getattr(table, name)[:0] for name in ("rows", "save", "push", "draw", "keep", "step")}
     return replace(table, **none, mix=(1.0, 0.0))
-
-
-def word(name: str, value: Any) -> str:
-    """`value` if it is a text."""
-    if not isinstance(value, str):
-        raise FastsdError(f"{name} should be a name, not {value!r}")
-    return value
-
-
-def number(name: str, value: Any, low: float, high: float, whole: bool = False) -> Any:
-    """`value` if it is a number (a whole one) from `low` to `high`.
-
-    Raises:
-        FastsdError: it is not; the message names the argument and the range.
-    """
-    kind = "a whole number" if whole else "a number"
-    good = isinstance(value, int) or (isinstance(value, float | np.floating) and not whole)
-    if isinstance(value, np.integer):
-        good, value = True, int(value)
-    if isinstance(value, bool) or not good or not math.isfinite(value) or not low <= value <= high:
-        raise FastsdError(f"{name} is {value!r}; it should be {kind} from {low:g} to {high:g}")
-    return int(value) if whole else float(value)
-
-
-def texts(name: str, value: Any) -> list[str]:
-    """One prompt or a list of them, as a list."""
-    prompts = [value] if isinstance(value, str) else value
-    if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(p, str) for p in prompts):
-        raise FastsdError(f"{name} should be a text or a list of texts, not {str(value)[:60]!r}")
-    return list(prompts)
-
-
-def side(name: str, value: Any, factor: int) -> int:
-    """A width or height: a multiple of `factor` in range; otherwise the nearest right ones are named."""
-    value = number(name, value, factor, MAX_SIDE, whole=True)
-    if value % factor:
-        below = max(value // factor * factor, factor)
-        raise FastsdError(f"{name} is {value}; it should be a multiple of {factor}: {below} or {below + factor}")
-    return value
-
-
-def fit_image(image: Any, width: int | None, height: int | None, factor: int) -> tuple[Image.Image, list[str]]:
-    """The starting picture as RGB at the size of the result.
-
-    Without a width and height the size is the picture's own, rounded down to multiples of `factor`.
-
-    Returns:
-        The picture, and notes on what was done to it.
-    """
-    if not isinstance(image, Image.Image):
-        raise FastsdError(f"image should be a PIL image, not {type(image).__name__}")
-    if (width is None or height is None) and max(image.size) > MAX_SIDE:
-        raise FastsdError(
-            f"image is {image.width}x{image.height}; at most {MAX_SIDE} pixels a side are drawn, so give a smaller one"
-        )
-    own = tuple(max(n // factor * factor, factor) for n in image.size)
-    size = (
-        side("width", own[0] if width is None else width, factor),
-        side("height", own[1] if height is None else height, factor),
-    )
-    image = image.convert("RGB")
-    if image.size == size:
-        return image, []
-    note = f"the image was resized from {image.width}x{image.height} to {size[0]}x{size[1]}"
-    return image.resize(size, Image.Resampling.LANCZOS), [note]
-
-
-def fit_mask(mask: Any, image: Image.Image | None) -> tuple[Image.Image, list[str]]:
-    """The mask as one channel at the image's size: white is painted anew, black is kept."""
-    if image is None:
-        raise FastsdError("mask_image is given without image; a mask says which part of an image to paint anew")
-    if not isinstance(mask, Image.Image):
-        raise FastsdError(f"mask_image should be a PIL image, not {type(mask).__name__}")
-    mask = mask.convert("L")
-    if mask.size == image.size:
-        return mask, []
-    note = f"the mask was resized from {mask.width}x{mask.height} to {image.width}x{image.height}"
-    return mask.resize(image.size, Image.Resampling.NEAREST), [note]
-
-
-def fit_latents(latents: Any, shape: tuple[int, int, int, int]) -> torch.Tensor:
-    """Starting noise of the right shape `[N, C, h, w]`, as fp32 on the CPU."""
-    if not isinstance(latents, torch.Tensor) or tuple(latents.shape) != shape:
-        found = list(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
-        raise FastsdError(f"latents is {found}; it should be a tensor of shape {list(shape)}")
-    if not bool(torch.isfinite(latents).all()):
-        raise FastsdError("latents holds NaN or infinite values")
-    return latents.float().cpu()

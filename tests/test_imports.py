@@ -30,8 +30,10 @@ RANKS = {
     "latents": 4,
     "denoiser": 4,
     "defaults": 4,
+    "arguments": 4,
     "request": 5,
     "script": 6,
+    "result": 6,
     "batch": 7,
     "pipeline": 8,
     "train": 9,
@@ -51,7 +53,7 @@ ALLOWED = {
     ("tune", "verify"),
 }
 # `fastsd` itself hands these out, on demand; only the rooms that use the pipeline may import `fastsd` itself.
-FACE = {"errors", "pipeline", "request"}
+FACE = {"errors", "arguments", "pipeline"}
 
 
 def imported_modules(source: str, module: str, is_package: bool) -> list[str]:

@@ -17,8 +17,8 @@ from fastsd.errors import FastsdError
 from fastsd.images import draw_edges, open_image
 
 if TYPE_CHECKING:
+    from fastsd.arguments import Control
     from fastsd.pipeline import Pipeline
-    from fastsd.request import Control
 
 PARTS = ("weight", "start", "end")  # of a control, each a flag; what is not given is as `fastsd.Control` has it
 
@@ -86,7 +86,7 @@ def load(
     Raises:
         FastsdError: a file that is missing, malformed or for another family of models.
     """
-    from fastsd.request import Control
+    from fastsd.arguments import Control
 
     nets, controls, settings = {}, [], []
     for one in chosen:
