@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
 from bench import models
+from bench.bench_parts import COMPILING
+from bench.cold import dtype_argument
 from bench.families import family_of
 from bench.measure import Candidate, image_limit
 from bench.roofline import Work, decode_work, encode_work, step_work, text_work
@@ -20,7 +21,6 @@ from fastsd.weights import Components
 
 PROMPT = "a lighthouse at dusk"
 GUIDANCE = 7.5
-FEW = {"turbo": ("euler", 1), "lcm": ("lcm", 4)}  # few-step models: sampler and steps; no guidance
 
 
 def pixels(images: list[Image.Image]) -> torch.Tensor:
@@ -47,7 +47,8 @@ def theirs(bench: Session, model: str, components: Components, dtype: torch.dtyp
         return models.peer_pipeline(components)
     import diffusers
 
-    found = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, safety_checker=None)
+    kind = diffusers.DiffusionPipeline
+    found = kind.from_pretrained(folder, safety_checker=None, **dtype_argument(kind, dtype))
     found.set_progress_bar_config(disable=True)
     return found.to(bench.options.device)
 
@@ -72,13 +73,16 @@ def peers(
             models.channels_last(other.vae, name != "diffusers")
             other.unet = compiled if name == "diffusers-compiled" else eager
 
-        compiled = torch.compile(eager, mode="max-autotune", fullgraph=True) if name == "diffusers-compiled" else eager
+        compiled, needs = eager, 0.0
+        if name == "diffusers-compiled":
+            compiled = torch.compile(eager, mode="max-autotune", fullgraph=True)
+            needs = COMPILING if bench.options.device.type == "cuda" else 0.0
 
         def draw(i: int) -> Any:
             start = latents[i % len(latents)].to(bench.options.device, dtype)
             return other([PROMPT] * batch, latents=start, **arguments).images
 
-        return Candidate(name, draw, prepare, pixels)
+        return Candidate(name, draw, prepare, pixels, needs=needs)
 
     return [candidate(name) for name in wanted], {}
 
@@ -117,41 +121,5 @@ def bench_image(bench: Session, replay: Any, model: str, batch: int, steps: int,
         "image", lambda: pixels(forced(draw_eagerly, "reference")(0)), mine + others, dtype, 0,
         picture_work(components, batch, size, steps), limit=image_limit(dtype, GUIDANCE), psnr=True, missing=missing,
         model=model, size=size, batch=batch, steps=steps,
-    )  # fmt: skip
-    replay(outcomes)
-
-
-@pytest.mark.parametrize("kind", ["img2img", "inpaint", "turbo", "lcm"])
-def bench_other_ways(bench: Session, replay: Any, model: str, kind: str, dtype: torch.dtype) -> None:
-    """From a picture, around a mask, and with the step counts of distilled models; fastsd alone."""
-    components = bench.components(model, dtype)
-    size = bench.size(model, components)
-    device = bench.options.device
-    pipeline, eager = (models.pipeline_of(components, device, dtype, captured) for captured in (True, False))
-    steps = min(bench.options.steps)
-    arguments: dict[str, Any] = {"width": size, "height": size, "guidance_scale": GUIDANCE, "seed": 7}
-    runs, encodes = steps, 0
-    if kind in FEW:
-        arguments["sampler"], runs = FEW[kind]
-        arguments |= {"guidance_scale": 1.0, "num_inference_steps": runs}
-    else:
-        noise = np.random.RandomState(0).randint(0, 256, (size, size, 3), dtype=np.uint8)
-        arguments |= {"image": Image.fromarray(noise), "strength": 1.0 if kind == "inpaint" else 0.5}
-        arguments["num_inference_steps"], encodes = steps, 1
-        runs = max(1, int(steps * arguments["strength"]))
-        if kind == "inpaint":
-            area = np.zeros((size, size), dtype=np.uint8)
-            area[size // 4 : size // 2, size // 4 : size // 2] = 255
-            arguments["mask_image"] = Image.fromarray(area)
-
-    def draw(i: int, by: Pipeline = pipeline) -> Any:
-        return by(PROMPT, **arguments | {"seed": 7 + i % 3}).images
-
-    guidance = arguments["guidance_scale"]
-    work = picture_work(components, 1, size, runs, encodes) if guidance != 1.0 else None
-    outcomes = bench.contest(
-        kind, lambda: pixels(forced(lambda i: draw(i, eager), "reference")(0)),
-        [Candidate("fastsd", draw, read=pixels)], dtype, 0, work,
-        limit=image_limit(dtype, guidance), psnr=True, model=model, size=size, batch=1, steps=runs,
     )  # fmt: skip
     replay(outcomes)

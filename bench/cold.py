@@ -14,6 +14,7 @@ STARTED = time.time()  # before the imports, which are part of what is measured
 
 import argparse  # noqa: E402
 import json  # noqa: E402
+import re  # noqa: E402
 import resource  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -138,6 +139,12 @@ def _fastsd(arguments: argparse.Namespace) -> tuple[float, float, Draw]:
     return imported, time.time(), draw
 
 
+def dtype_argument(kind: Any, dtype: Any) -> dict[str, Any]:
+    """The dtype by the name that this diffusers' `from_pretrained` gives it: `torch_dtype` of old, now `dtype`."""
+    said = kind.from_pretrained.__doc__ or ""
+    return {"dtype" if re.search(r"^ +dtype \(", said, re.M) else "torch_dtype": dtype}
+
+
 def _diffusers(arguments: argparse.Namespace) -> tuple[float, float, Draw]:
     import torch
     from diffusers import DiffusionPipeline
@@ -145,9 +152,8 @@ def _diffusers(arguments: argparse.Namespace) -> tuple[float, float, Draw]:
     from fastsd.devices import DTYPES
 
     imported = time.time()
-    pipeline = DiffusionPipeline.from_pretrained(
-        arguments.folder, torch_dtype=DTYPES[arguments.dtype], safety_checker=None
-    )
+    named = dtype_argument(DiffusionPipeline, DTYPES[arguments.dtype])
+    pipeline = DiffusionPipeline.from_pretrained(arguments.folder, safety_checker=None, **named)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.candidate == "diffusers-channels-last":

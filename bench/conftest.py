@@ -15,7 +15,7 @@ from bench.session import Session, check_options
 from fastsd.errors import FastsdError
 
 # What --budget runs first. A file that is not listed comes last.
-ORDER = ("bench_parts", "bench_images", "bench_kinds", "bench_cold", "bench_kernels")
+ORDER = ("bench_parts", "bench_images", "bench_ways", "bench_kinds", "bench_cold", "bench_kernels")
 OPTIONS = {
     "--models": "families to measure: sd15, sd21, sdxl, digits (default: sd15,sdxl,sd21,digits; on a CPU sd15,digits)",
     "--batch": "pictures drawn together (default 1,4,8; on a CPU 1)",
