@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 import torch
 
+from fastsd.config import SD15_UNET, SD21_UNET, SDXL_UNET
 from fastsd.model.tokenizer import Tokenizer
 from fastsd.model.unet import AddedConditioning
 from fastsd.pipeline import Pipeline
 from fastsd.weights import Components, load_folder
+from fastsd.weights.controlnet import load_controlnet
 from tests.agreement.conftest import SCHEDULE
 
 Outputs = dict[str, torch.Tensor]
@@ -47,6 +49,7 @@ SDXL: dict[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
+SIZES = {"SD1.5": SD15, "SD2.1": SD21, "SDXL": SDXL}
 # The published text_encoder/config.json: width, feed-forward, layers, heads, activation, projection.
 CLIP_L = (768, 3072, 12, 12, "quick_gelu", 768)
 OPENCLIP_H = (1024, 4096, 23, 16, "gelu", 512)
@@ -64,7 +67,7 @@ def report() -> Any:
     print("\n".join(ROWS))
 
 
-@pytest.mark.parametrize("family", ["SD1.5", "SD2.1", "SDXL"])
+@pytest.mark.parametrize("family", SIZES)
 @torch.no_grad()
 def test_full_size(family: str, tmp_path: Path) -> None:
     """Every network at the model's own size, and two steps of a guided picture at 512 x 512."""
@@ -84,6 +87,41 @@ def test_full_size(family: str, tmp_path: Path) -> None:
         if not error < allowed:
             wrong.append(ROWS[-1])
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("family", SIZES)
+@torch.no_grad()
+def test_controlnet_at_full_size(family: str, tmp_path: Path) -> None:
+    """What a ControlNet adds to the UNet at the model's own size: each map by itself, the largest error of all."""
+    import diffusers
+
+    torch.manual_seed(0)
+    wanted_by = {key: value for key, value in SIZES[family].items() if key not in ("sample_size", "up_block_types")}
+    net = diffusers.ControlNetModel(**wanted_by)
+    disturb(net)
+    for name, parameter in net.named_parameters():
+        if name.startswith("controlnet_") and not parameter.any():  # made to add nothing
+            parameter.copy_(torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
+    size = SIZES[family]["sample_size"]
+    given = inputs(net, size, pooled=1280)
+    picture = torch.rand(1, 3, 8 * size, 8 * size, generator=torch.Generator().manual_seed(2))
+    added = {"text_embeds": given["pooled"], "time_ids": given["sizes"]} if family == "SDXL" else None
+    x, timestep, context = given["x"], given["timestep"], given["context"]
+    down, middle = net(x, timestep, context, picture, 0.7, added_cond_kwargs=added, return_dict=False)
+    net.save_pretrained(tmp_path)
+    del net
+    gc.collect()
+    ours = load_controlnet(tmp_path, {"SD1.5": SD15_UNET, "SD2.1": SD21_UNET, "SDXL": SDXL_UNET}[family], torch.float32)
+    shutil.rmtree(tmp_path)
+    told = AddedConditioning(given["pooled"], given["sizes"]) if family == "SDXL" else None
+    time, key_values = ours.embed_time(timestep, told), ours.project_context(context)
+    found = ours.denoise(last(x), time, key_values, ours.embed_hint(last(picture)), torch.tensor([0.7]))
+    errors = []
+    for one, wanted in zip(found, (*down, middle), strict=True):
+        assert wanted.isfinite().all() and float(wanted.std()) > 1e-3, "nothing to compare"
+        errors.append(float((first(one) - wanted).abs().max() / wanted.abs().max()))
+    ROWS.append(f"| {family} | ControlNet, the worst of {len(errors)} maps | {max(errors):.1e} | {MODULE:.0e} |")
+    assert max(errors) < MODULE, errors
 
 
 def inputs(unet: Any, sample_size: int, pooled: int) -> Outputs:
@@ -180,7 +218,7 @@ def make_pipeline(family: str, folder: Path) -> Any:
     Tokenizer().save(folder / "vocabulary")
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "vocabulary")
     parts: dict[str, Any] = {
-        "unet": diffusers.UNet2DConditionModel(**{"SD1.5": SD15, "SD2.1": SD21, "SDXL": SDXL}[family]),
+        "unet": diffusers.UNet2DConditionModel(**SIZES[family]),
         "vae": make_vae(0.13025 if family == "SDXL" else 0.18215),
         "text_encoder": make_text(OPENCLIP_H if family == "SD2.1" else CLIP_L, transformers.CLIPTextModel),
         "tokenizer": tokenizer,
