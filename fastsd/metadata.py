@@ -20,7 +20,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from pathlib import PurePath
 from typing import Any
 
 from fastsd.errors import FastsdError
@@ -48,9 +47,9 @@ UPSCALERS = {"latent": "Latent", "lanczos": "Lanczos"}
 WITHOUT_SCHEDULE = ("ddpm", "ddim", "pndm", "lcm", "euler_maruyama")
 
 # What the JSON copy may hold. `image` and `mask` are {"name": ..., "sha256": ...} of the files that were given,
-# `embeddings` a list of such with "token", the name in the prompt; `loras` one with "strength" and "hash"; `controls`
-# one of {"name", "fingerprint", "image", "edges", "weight", "start", "end"}; `vae` and `refiner` are {"name": ...,
-# "path": ...} with "fingerprint" or, of the hub's, "revision"; and "hash".
+# `embeddings` a list of such with "token", the name in the prompt; `loras` one with "strength" and "hash"; `vae` and
+# `refiner` are {"name": ..., "path": ...} with "fingerprint" or, of the hub's, "revision"; and "hash"; `controls` a
+# list of such with "image", "edges", "weight", "start", "end".
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "prompt": str,
     "negative_prompt": str,
@@ -176,9 +175,9 @@ def write_parameters(settings: Mapping[str, Any]) -> str:
         "Hires upscale": value("hires_scale"),
         "Hires steps": value("hires_steps"),
         "Hires upscaler": UPSCALERS.get(settings.get("hires_upscaler") or ""),
-        "Refiner": (settings.get("refiner") or {}).get("name"),
+        "Refiner": _title(settings.get("refiner") or {}),
         "Refiner switch at": value("refiner_switch"),
-        "Lora hashes": _hashes(settings.get("loras"), lambda one: (PurePath(one["name"]).stem, one.get("hash"))),
+        "Lora hashes": _hashes(settings.get("loras"), lambda one: (_bare(one["name"]), one.get("hash"))),
         "TI hashes": _hashes(settings.get("embeddings"), lambda one: (one["token"], one["sha256"][:12])),
         "Prompt syntax": value("prompt_syntax"),
         "Device": value("device"),
@@ -195,6 +194,17 @@ def _hashes(files: Any, named: Callable[[dict[str, Any]], tuple[str, str | None]
     """A1111's list, "name: hash, name: hash", of those whose hash is known; a name loses its colons and commas."""
     pairs = dict(named(one) for one in files or () if isinstance(one, dict))
     return ", ".join(f"{re.sub('[:,]', '', name)}: {digest}" for name, digest in pairs.items() if digest) or None
+
+
+def _title(model: Mapping[str, Any]) -> str | None:
+    """A1111's name of a model: without its ending, and with its hash where that is known."""
+    name, digits = model.get("name"), model.get("hash")
+    return name and f"{_bare(name)}{f' [{digits}]' if digits else ''}"
+
+
+def _bare(name: str) -> str:
+    """A file's name without its ending; a folder's, which may hold dots, as it is."""
+    return name.removesuffix(".safetensors").removesuffix(".ckpt")
 
 
 def parse_parameters(text: str) -> tuple[dict[str, Any], dict[str, str]]:

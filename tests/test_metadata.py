@@ -182,6 +182,10 @@ def test_hashes_are_where_a1111_has_them() -> None:
     text = metadata.write_parameters(FULL | more)
     assert "Size: 512x768, Model hash: 6ce0161689, Model: sd15, VAE hash: c6a580b13a, VAE: kl-f8.safetensors, " in text
     assert ', Lora hashes: "ink: aaaabbbbcccc, ab c: ddddeeeeffff", TI hashes: "face: 0123456789ab", Device: ' in text
+    refiner = FULL | {"refiner": {"name": "sd_xl_refiner_1.0.safetensors", "hash": "7440042bbd"}, "refiner_switch": 0.8}
+    assert ", Refiner: sd_xl_refiner_1.0 [7440042bbd], Refiner switch at: 0.8, " in metadata.write_parameters(refiner)
+    del refiner["refiner"]["hash"]
+    assert ", Refiner: sd_xl_refiner_1.0, Refiner switch at: " in metadata.write_parameters(refiner)
     pairs = metadata.split_pairs(text.split("\n")[-1])
     assert pairs["Lora hashes"] == "ink: aaaabbbbcccc, ab c: ddddeeeeffff"
     assert metadata.write_parameters(FULL | {"loras": [], "embeddings": ["a name alone"], "vae": {}}) == (

@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from fastsd.cli import flags
-from fastsd.cli.models import fingerprint
+from fastsd.cli import flags, models
 from fastsd.cli.repeat import Given
 from fastsd.errors import FastsdError
 from fastsd.images import draw_edges, open_image
@@ -86,22 +84,24 @@ def load(
     Raises:
         FastsdError: a file that is missing, malformed or for another family of models.
     """
-    from fastsd.arguments import Control
+    import torch
 
-    nets, controls, settings = {}, [], []
+    from fastsd.arguments import Control
+    from fastsd.weights.hub import locate_controlnet
+
+    nets, places, controls, settings = {}, {}, [], []
     for one in chosen:
         if one.net not in nets:
             try:
-                nets[one.net] = pipe.load_controlnet(one.net, allow_pickle)
+                places[one.net] = locate_controlnet(one.net, pipe.dtype != torch.float32)
+                nets[one.net] = pipe.load_controlnet(places[one.net].path, allow_pickle)
             except FastsdError as error:
                 raise FastsdError(f"--control {in_flags(str(error))}") from error
         control = Control(nets[one.net], one.picture, **one.parts)
         controls.append(control)
-        path = Path(one.net)
         settings.append(
             {
-                "name": path.name,
-                "fingerprint": fingerprint(path) if path.exists() else None,
+                **models.named(places[one.net], one.net),
                 "image": one.given.as_setting(),
                 "edges": one.edges,
                 **{part: getattr(control, part) for part in PARTS},
@@ -116,7 +116,7 @@ def differences(before: dict[str, Any], settings: list[dict[str, Any]]) -> list[
     for old, now in zip(before.get("controls") or (), settings, strict=False):
         if not isinstance(old, dict):
             continue
-        if old.get("fingerprint") != now["fingerprint"]:
+        if any(old.get(key) != now.get(key) for key in ("fingerprint", "revision")):
             notes.append(f"--control is another file than {str(old.get('name'))[:80]!r}, which drew the picture")
         image = old.get("image")
         if (

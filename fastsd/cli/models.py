@@ -30,7 +30,7 @@ def settings(pipe: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
     for name, place in (("vae", pipe.vae_source), ("refiner", pipe.refiner_source)):
         if place is not None:
             given = getattr(args, name)
-            found[name] = {"name": _name(place, given), **_of_place(place, given)}
+            found[name] = named(place, given)
             if digits := _hash(place.path):
                 found[name]["hash"] = digits
     return found
@@ -55,9 +55,10 @@ def _unpinned(found: HubId) -> str:
     return f"{found.repo}/{found.inside}" if found.inside else found.repo
 
 
-def _name(place: Place, given: str) -> str:
-    """The name of a file or folder, as A1111 shows it."""
-    return Path(given if place.hub is None else _unpinned(place.hub)).name
+def named(place: Place, given: str) -> dict[str, Any]:
+    """What metadata says of something beside the model: its name, as A1111 shows it, and `_of_place`."""
+    path = given if place.hub is None else _unpinned(place.hub)
+    return {"name": Path(path).name, **_of_place(place, given)}
 
 
 def fill_in(args: argparse.Namespace, before: dict[str, Any], where: str, notes: list[str]) -> None:

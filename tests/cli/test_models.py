@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file, save_file
+from PIL import Image
+from safetensors.torch import load, load_file, save, save_file
 
 from tests.cli.test_draw import pixels, refused, settings, write_picture
+from tests.weights import tiny
 from tests.weights.hub_server import Hub, taken_for_the_hub
 
 OLD, NEW = "a" * 40, "c" * 40
@@ -21,8 +23,6 @@ def files(model: Path, brighter: float = 0.0) -> dict[str, bytes]:
     found = {path.relative_to(model).as_posix(): path for path in model.rglob("*") if path.is_file()}
     data = {name: path.read_bytes() for name, path in found.items()}
     if brighter:
-        from safetensors.torch import load, save
-
         name = "vae/diffusion_pytorch_model.safetensors"
         weights = load(data[name])
         weights["decoder.conv_out.bias"] += brighter
@@ -113,6 +113,24 @@ def test_a_hub_model_is_remembered_by_its_id_and_commit(
     assert settings(newer.paths[0])["revision"] == NEW
     local = cli("--from-image", "a.png", "-m", model, "-o", "e.png")
     assert "the model is not the one that drew the picture ('tiny' at aaaaaaaaaaaa)" in local.err
+
+
+def test_a_controlnet_of_the_hub_is_remembered(cli: Callable, model: Path, served: Hub, tmp_path: Path) -> None:
+    weights = {seed: save(tiny.controlnet(tiny.UNET, seed=seed)) for seed in (0, 1)}
+    served.add("org/net", {"config.json": b"{}", "diffusion_pytorch_model.safetensors": weights[0]}, OLD)
+    served.repositories["org/net"].refs["v1"] = OLD
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "map.png")
+    words = ("--control-image", tmp_path / "map.png")
+    first = cli("-p", "x", "-s", 1, "-m", model, "--control", "org/net", *words, "-o", "a.png")
+    assert (first.code, first.err) == (0, "")
+    stored = settings(first.paths[0])["controls"][0]
+    assert (stored["name"], stored["path"], stored["revision"]) == ("net", "org/net", OLD)
+    served.add("org/net", {"config.json": b"{}", "diffusion_pytorch_model.safetensors": weights[1]}, NEW)
+    again = cli("--from-image", "a.png", "--control", "org/net@v1", *words, "-o", "b.png")
+    assert (again.code, again.err) == (0, "")
+    np.testing.assert_array_equal(pixels(again.paths[0]), pixels(first.paths[0]))
+    other = cli("--from-image", "a.png", "--control", "org/net", *words, "-o", "c.png")
+    assert "--control is another file than 'net'" in other.err
 
 
 def test_nothing_is_fetched_because_a_picture_says_so(cli: Callable, model: Path, served: Hub, tmp_path: Path) -> None:
