@@ -52,12 +52,14 @@ class Step:
     total: int
     latents: torch.Tensor
     _pipeline: Pipeline = field(repr=False)
+    _request: Request = field(repr=False)
     _estimate: Estimate = field(repr=False)
     result: Result | None = None
 
     def preview(self) -> Image.Image:
-        """The batch's first picture, as the network expects it to end."""
-        return self._pipeline.preview(self._estimate.denoised(self._pipeline.components.scheduler))
+        """The batch's first picture, as the network expects it to end; in tiles where the picture will be."""
+        latent = self._estimate.denoised(self._pipeline.components.scheduler)
+        return self._pipeline.preview(latent, self._request.vae_tiling)
 
 
 class Pipeline:
@@ -312,7 +314,7 @@ class Pipeline:
                         estimate, latents = batch.advance(self.device), batch.run.state.x.clone()
                     step_ends = i + 1 == len(one.table) or one.table.step[i + 1] != one.table.step[i]
                     if step_ends and (done := done + 1) < total:
-                        yield Step(done, total, latents, self, estimate)
+                        yield Step(done, total, latents, self, one, estimate)
                 with self._turn(one):
                     with seconds(clock, "steps"):
                         latents = batch.run.state.x.clone()
@@ -325,7 +327,7 @@ class Pipeline:
         clock["total"] = time.perf_counter() - started
         clock["steps_per_second"] = total / clock["steps"] if clock["steps"] else 0.0
         estimate = Estimate(latents[:1], latents[:1], None)
-        yield Step(total, total, latents, self, estimate, self._result(request, finished, clock))
+        yield Step(total, total, latents, self, one, estimate, self._result(request, finished, clock))
 
     @torch.inference_mode()
     def _enlarge(self, request: Request, latents: torch.Tensor) -> torch.Tensor | list[Image.Image]:
@@ -356,11 +358,11 @@ class Pipeline:
             return [Image.fromarray(self._engine.codec.decode(latent[None], tiled)[0]) for latent in latents]
 
     @torch.inference_mode()
-    def preview(self, latents: torch.Tensor) -> Image.Image:
+    def preview(self, latents: torch.Tensor, tiled: bool = False) -> Image.Image:
         """A scaled latent `[1, h, w, C]` to a picture, by the preview's decoder where there is one."""
         with self._lock:
             self.graphs.in_order(self.device)
-            return Image.fromarray(self._preview_codec.decode(latents, tiled=False)[0])
+            return Image.fromarray(self._preview_codec.decode(latents, tiled)[0])
 
     @contextmanager
     def _turn(self, request: Request) -> Iterator[None]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastsd import latents
 from fastsd.config import TAESDConfig
 from fastsd.errors import FastsdError
 from fastsd.kernels import dispatch
@@ -215,6 +216,19 @@ def test_previews_come_from_their_own_decoder(families: Any, theirs: Any, path: 
     assert steps[-1].result is not None
     plain = Pipeline.from_pretrained(folder, "cpu", "fp32")("a cat", num_inference_steps=3, seed=1)
     assert steps[-1].result.images[0].tobytes() == plain.images[0].tobytes()
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_previews_are_tiled_where_the_picture_is(
+    families: Any, path: Path, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a picture that is too large to be decoded whole could not be watched."""
+    tiled = []
+    monkeypatch.setattr(latents, "decode_tiled", lambda *given: tiled.append(given) or decode_tiled(*given))
+    pipe = Pipeline.from_pretrained(families.folder / "sd1", "cpu", "fp32", preview=path if own else None)
+    for tiles in (False, True):
+        next(pipe.stream("a cat", num_inference_steps=2, vae_tiling=tiles)).preview()
+        assert len(tiled) == tiles
 
 
 # Folders that have it for their own
