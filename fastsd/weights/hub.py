@@ -13,31 +13,20 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from fastsd.errors import FastsdError
 from fastsd.weights.hub_errors import first_line, refusal
+from fastsd.weights.hub_files import SUFFIX, Choose, model_files, network_files, one_file, with_shards
 from fastsd.weights.json_file import MAX_JSON
-from fastsd.weights.load import STEMS, candidates, shard_names
 
-SUFFIX = ".safetensors"
 _NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 _REVISION = r"refs/[\w.-]+/[\w.-]+|[\w.-]+"
 _ID = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>{_REVISION}))?(?P<inside>(?:/[^/\\:]+)*)", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FILES = (SUFFIX, ".ckpt", ".pt", ".bin", ".pth", ".onnx", ".png", ".git")  # a name that ends so is no model's
 MAX_NAME = 96  # characters of a repository's name
-
-_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_CONFIGS = (
-    "model_index.json",
-    "fastsd.json",
-    "scheduler/scheduler_config.json",
-    *(f"{part}/config.json" for part in STEMS),
-    *(f"{folder}/{name}" for folder in ("tokenizer", "tokenizer_2") for name in _TOKENIZER),
-)
 
 
 @dataclass(frozen=True)
@@ -114,7 +103,7 @@ def locate_model(text: str | Path, revision: str | None, half: bool) -> Place:
     wanted = parse(text, revision)
     if wanted is None:
         return Place(Path(text))
-    return _fetch(wanted, _one_file(wanted) if wanted.inside else _model_files(wanted, half), half)
+    return _fetch(wanted, one_file(wanted) if wanted.inside else model_files(wanted, half), half)
 
 
 def locate_vae(text: str | Path, half: bool) -> Place:
@@ -132,15 +121,15 @@ def _locate_network(text: str | Path, half: bool, part: str) -> Place:
     if wanted is None:
         return Place(Path(text))
     if wanted.inside:
-        return _fetch(wanted, _one_file(wanted), half)
-    place = _fetch(wanted, _network_files(wanted, half, part), half)
+        return _fetch(wanted, one_file(wanted), half)
+    place = _fetch(wanted, network_files(wanted, half, part), half)
     return place if (place.path / "config.json").is_file() else replace(place, path=place.path / part)
 
 
 def locate_file(text: str | Path) -> Place:
     """One file, fetched from the hub if `text` is the id of one."""
     wanted = parse(text)
-    return _fetch(wanted, _one_file(wanted), True) if wanted is not None and wanted.inside else Place(Path(text))
+    return _fetch(wanted, one_file(wanted), True) if wanted is not None and wanted.inside else Place(Path(text))
 
 
 def is_cached(wanted: HubId, vae: bool = False) -> bool:
@@ -149,75 +138,9 @@ def is_cached(wanted: HubId, vae: bool = False) -> bool:
         import huggingface_hub  # noqa: F401
     except ImportError:
         return False
-    files = _network_files(wanted, True, "vae") if vae else _model_files(wanted, True)
-    files = _one_file(wanted) if wanted.inside else files
+    files = network_files(wanted, True, "vae") if vae else model_files(wanted, True)
+    files = one_file(wanted) if wanted.inside else files
     return _in_cache(wanted, files, True) is not None
-
-
-# What is needed, out of the names of all that a repository holds
-
-Choose = Callable[[Set[str]], list[str]]
-
-
-def _one_file(wanted: HubId) -> Choose:
-    def choose(names: Set[str]) -> list[str]:
-        if wanted.inside not in names:
-            raise FastsdError(f"{wanted}: no such file in that repository{_single_files(names)}")
-        return [wanted.inside]
-
-    return choose
-
-
-def _model_files(wanted: HubId, half: bool) -> Choose:
-    def choose(names: Set[str]) -> list[str]:
-        if "model_index.json" not in names:
-            said = _single_files(names) or "; it holds no .safetensors file either"
-            raise FastsdError(f"{wanted}: no model_index.json in that repository{said}")
-        folders = {name.split("/")[0] for name in names if "/" in name}
-        for part in ("unet", "vae", "scheduler"):
-            if part not in folders:
-                raise FastsdError(f"{wanted}: no {part}/ in that repository; it is no Stable Diffusion 1, 2 or XL")
-        chosen = [name for name in _CONFIGS if name in names]
-        for folder in ("tokenizer", "tokenizer_2"):
-            whole = f"{folder}/tokenizer.json"
-            parts = [f"{folder}/vocab.json", f"{folder}/merges.txt"]
-            chosen += [whole] if whole in names else [name for name in parts if name in names]
-        networks = [part for part in STEMS if part in folders]
-        return chosen + [_weights(wanted, names, f"{part}/", STEMS[part], half) for part in networks]
-
-    return choose
-
-
-def _network_files(wanted: HubId, half: bool, part: str) -> Choose:
-    def choose(names: Set[str]) -> list[str]:
-        folder = "" if "config.json" in names else f"{part}/"
-        if f"{folder}config.json" not in names:
-            raise FastsdError(f"{wanted}: no config.json or {part}/ in that repository{_single_files(names)}")
-        return [f"{folder}config.json", _weights(wanted, names, folder, STEMS["vae"], half)]
-
-    return choose
-
-
-def _weights(wanted: HubId, names: Set[str], folder: str, stem: str, half: bool) -> str:
-    """The file of a component's weights, or the index of their shards."""
-    for name in candidates(stem, half):
-        if folder + name in names:
-            return folder + name
-    raise FastsdError(f"{wanted}: no {folder}{stem}{SUFFIX} in that repository; weights in other formats are not read")
-
-
-def _single_files(names: Set[str]) -> str:
-    """The models that a repository holds as single files, as the end of a message."""
-    files = sorted(name for name in names if name.endswith(SUFFIX) and "/" not in name)
-    return f"; it holds {', '.join(files[:4])}{', ...' if len(files) > 4 else ''}" if files else ""
-
-
-def _with_shards(files: list[str], get: Callable[[str], Path]) -> Iterator[str]:
-    """The files, each index of shards followed by the shards that it names; `get` gives a file's place."""
-    for name in files:
-        yield name
-        if ".safetensors.index." in name:
-            yield from (str(PurePosixPath(name).with_name(shard)) for shard in shard_names(get(name)))
 
 
 # Getting it
@@ -267,7 +190,7 @@ def _download(wanted: HubId, commit: str, chosen: list[str], sizes: dict[str, in
         return Path(hf_hub_download(wanted.repo, name, revision=commit))
 
     _check_listed(wanted, chosen, sizes)
-    files = list(_with_shards(chosen, get))
+    files = list(with_shards(chosen, get))
     _check_listed(wanted, files, sizes)
     _check_room(wanted, sum(sizes[name] for name in files if _cached_file(pinned, name) is None))
     paths = [get(name) for name in files]
@@ -295,7 +218,7 @@ def _in_cache(wanted: HubId, choose: Choose, half: bool) -> Place | None:
     root = place.path.parents[len(PurePosixPath(wanted.inside).parts) - 1] if wanted.inside else place.path
     names = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
     try:
-        files = list(_with_shards(choose(names), lambda name: root / name))
+        files = list(with_shards(choose(names), lambda name: root / name))
     except FastsdError:
         return None
     complete = names.issuperset(files) and (half or not any(".fp16." in name for name in files))
