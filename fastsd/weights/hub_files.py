@@ -22,7 +22,7 @@ _CONFIGS = (
     *(f"{folder}/{name}" for folder in ("tokenizer", "tokenizer_2") for name in _TOKENIZER),
 )
 
-# Picks what is needed, the configs first; raises FastsdError where something is missing. An index stands for its shards.
+# Picks what is needed, the configs first; raises FastsdError where something is missing. An index means its shards too.
 Choose = Callable[[Set[str]], list[str]]
 
 
