@@ -278,7 +278,7 @@ class Pipeline:
         request = make_request(self.components, self.defaults, prompt, refines=self.refiner is not None, **arguments)
         known = {adapter.path.stem for adapter in self.adapters.active}
         missing = [
-            f"<lora:{tag.name}:{tag.weight:g}> is left out of the prompt: no such adapter is set"
+            f"<lora:{tag.name}> is left out of the prompt: no such adapter is set"
             for tag in request.loras
             if tag.name not in known
         ]

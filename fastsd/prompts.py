@@ -35,10 +35,11 @@ Section = tuple[Span, ...]
 
 @dataclass(frozen=True)
 class LoraTag:
-    """`<lora:name:weight>`."""
+    """`<lora:name:text:unet>`: how strongly an adapter acts on the text encoders and on the UNet."""
 
     name: str
-    weight: float = 1.0
+    text: float = 1.0
+    unet: float = 1.0
 
 
 def check_length(prompt: str) -> None:
@@ -52,24 +53,34 @@ def check_length(prompt: str) -> None:
 
 
 def take_loras(prompt: str) -> tuple[str, tuple[LoraTag, ...]]:
-    """The prompt without its `<lora:name>` and `<lora:name:weight>` tags, and the tags in their order.
+    """The prompt without its `<lora:name>`, `<lora:name:weight>` and `<lora:name:text:unet>` tags, and these in order.
+
+    As in A1111, `te=` and `unet=` name the two strengths, and the UNet's is that of the text encoders where it is left
+    out.
 
     Raises:
-        FastsdError: a tag's name is empty, or its weight is no number from -MAX_WEIGHT to MAX_WEIGHT.
+        FastsdError: a tag's name is empty, or a weight is no number from -MAX_WEIGHT to MAX_WEIGHT.
     """
     tags = []
     for found in _LORA.finditer(prompt):
-        name, colon, number = found[1].partition(":")
-        weight = float(number) if re.fullmatch(rf"\s*{_NUMBER}\s*", number) else math.nan
-        if not colon:
-            weight = 1.0
-        if not name.strip() or not abs(weight) <= MAX_WEIGHT:
+        name, *values = found[1].split(":")
+        named = dict(value.split("=", 1) for value in values if "=" in value)
+        placed = [value for value in values if "=" not in value]
+        text = _weight(named.pop("te", placed[0] if placed else "1"))
+        unet = _weight(named.pop("unet", placed[1])) if len(placed) > 1 else _weight(named.pop("unet", str(text)))
+        if not name.strip() or named or len(placed) > 2 or text is None or unet is None:
             raise FastsdError(
-                f"prompt: {found[0][:80]!r} should be <lora:name:weight> with a weight from -100 to 100, as in "
-                "<lora:lighthouse:0.8>"
+                f"prompt: {found[0][:80]!r} should be <lora:name:weight> or <lora:name:text:unet> with weights from "
+                "-100 to 100, as in <lora:lighthouse:0.8>"
             )
-        tags.append(LoraTag(name.strip(), weight))
+        tags.append(LoraTag(name.strip(), text, unet))
     return _LORA.sub("", prompt), tuple(tags)
+
+
+def _weight(number: str) -> float | None:
+    """A tag's weight, or None where it is none."""
+    value = float(number) if re.fullmatch(rf"\s*{_NUMBER}\s*", number) else math.nan
+    return value if abs(value) <= MAX_WEIGHT else None
 
 
 _LORA = re.compile(r"<lora:([^<>]*)>")

@@ -133,11 +133,33 @@ def test_schedules(text: str, steps: int, parts: list[tuple[int, str]]) -> None:
 def test_loras_are_taken_out() -> None:
     text, tags = take_loras("a <lora:ink:0.8>cat<lora:two words> [<lora:x.y-z: -1 >:0.5]")
     assert text == "a cat [:0.5]"
-    assert tags == (LoraTag("ink", 0.8), LoraTag("two words", 1.0), LoraTag("x.y-z", -1.0))
+    assert tags == (LoraTag("ink", 0.8, 0.8), LoraTag("two words", 1.0, 1.0), LoraTag("x.y-z", -1.0, -1.0))
     assert take_loras("a < b <lore:x> <lora") == ("a < b <lore:x> <lora", ())
 
 
-@pytest.mark.parametrize("tag", ["<lora:>", "<lora::1>", "<lora:a:>", "<lora:a:b>", "<lora:a:1:2>", "<lora:a:1e9>"])
+@pytest.mark.parametrize(
+    ("tag", "text", "unet"),
+    [  # as A1111 reads them: by place, by name, and a name before a place
+        ("0.5:0.8", 0.5, 0.8),
+        ("te=0.5", 0.5, 0.5),
+        ("unet=0.5", 1.0, 0.5),
+        ("0.5:unet=0.8", 0.5, 0.8),
+        ("unet=0.8:te=0.5", 0.5, 0.8),
+        ("0.3:0.8:te=0.5", 0.5, 0.8),
+        ("0:1", 0.0, 1.0),
+    ],
+)
+def test_two_strengths_of_a_lora(tag: str, text: float, unet: float) -> None:
+    assert take_loras(f"<lora:a:{tag}>")[1] == (LoraTag("a", text, unet),)
+
+
+@pytest.mark.parametrize("tag", ["<lora:a:1:2:3>", "<lora:a:1:>", "<lora:a:te=>", "<lora:a:1:dyn=4>", "<lora:a:1:200>"])
+def test_what_is_no_strength_of_a_lora(tag: str) -> None:
+    with pytest.raises(FastsdError, match="<lora:name:text:unet>"):
+        take_loras(tag)
+
+
+@pytest.mark.parametrize("tag", ["<lora:>", "<lora::1>", "<lora:a:>", "<lora:a:b>", "<lora:a:1e9>"])
 def test_a_bad_tag_is_named(tag: str) -> None:
     with pytest.raises(FastsdError, match="<lora:name:weight>") as caught:
         take_loras(f"a {tag}")

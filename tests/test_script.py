@@ -227,7 +227,7 @@ def test_bad_prompts_get_one_line(sd1: Pipeline, name: str, value: Any) -> None:
 
 def test_lora_tags_are_named(sd1: Pipeline) -> None:
     result = sd1("a cat <lora:ink:0.8>", seed=1, num_inference_steps=1, width=32, height=32)
-    assert any("<lora:ink:0.8>" in note for note in result.notes)
+    assert any("<lora:ink>" in note for note in result.notes)
     assert result.parameters["prompts"] == ["a cat <lora:ink:0.8>"]
 
 

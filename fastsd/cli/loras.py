@@ -14,6 +14,7 @@ from fastsd.prompts import take_loras
 
 if TYPE_CHECKING:
     from fastsd.pipeline import Pipeline
+    from fastsd.weights.adapters import Adapter
 
 SUFFIX = ".safetensors"
 LIMIT = 100.0
@@ -27,7 +28,8 @@ def load(pipe: Pipeline, args: argparse.Namespace, before: dict[str, Any], notes
         notes: what the user should know is added.
 
     Returns:
-        What metadata says of them: {"name": file, "sha256": ..., "strength": ..., "hash": as A1111 shows it}.
+        What metadata says of them: {"name": file, "sha256": ..., "strength": ..., "hash": as A1111 shows it}, and
+        "text_strength" where that is another.
 
     Raises:
         FastsdError: a file that is missing, malformed or for another model; or one that the repeated picture was drawn
@@ -36,24 +38,21 @@ def load(pipe: Pipeline, args: argparse.Namespace, before: dict[str, Any], notes
     from fastsd.weights import hub
     from fastsd.weights.adapters import Adapter
 
-    chosen = [split(given) for given in args.lora or ()]
     try:
-        chosen = [(hub.locate_file(str(path)).path, strength) for path, strength in chosen]
+        files = [(hub.locate_file(str(path)).path, strength) for path, strength in map(split, args.lora or ())]
     except FastsdError as error:
         raise FastsdError(f"--lora {error}") from error
     try:
         tags = () if args.prompt_syntax == "plain" else take_loras(args.prompt)[1]
     except FastsdError as error:
         raise FastsdError(flags.in_flags(str(error))) from error
-    for tag in tags:
-        chosen.append((in_folder(args.lora_dir, tag.name), tag.weight))
+    chosen = [Adapter(path, strength, strength) for path, strength in files]
+    chosen += [Adapter(in_folder(args.lora_dir, tag.name), tag.unet, tag.text) for tag in tags]
     try:
-        notes += pipe.set_adapters(
-            [Adapter(path, strength, strength) for path, strength in chosen], bool(args.allow_partial)
-        )
+        notes += pipe.set_adapters(chosen, bool(args.allow_partial))
     except FastsdError as error:
         raise FastsdError(f"--lora {error}") from error
-    used = [_described(path, strength) for path, strength in chosen]
+    used = [_described(adapter) for adapter in chosen]
     for old in before.get("loras") or ():
         if isinstance(old, dict) and not any(one["sha256"] == old.get("sha256") for one in used):
             raise FastsdError(
@@ -101,11 +100,14 @@ def in_folder(folder: str | None, name: str) -> Path:
     return files[name]
 
 
-def _described(path: Path, strength: float) -> dict[str, Any]:
+def _described(adapter: Adapter) -> dict[str, Any]:
     from fastsd.weights.hashes import adapter_hash
 
-    data = content(path)
-    return {"name": path.name, "sha256": fingerprint(data), "strength": strength, "hash": adapter_hash(data)}
+    data = content(adapter.path)
+    said = {"name": adapter.path.name, "sha256": fingerprint(data), "strength": adapter.unet}
+    return (
+        said | {"hash": adapter_hash(data)} | ({"text_strength": adapter.text} if adapter.text != adapter.unet else {})
+    )
 
 
 def content(path: Path) -> bytes:

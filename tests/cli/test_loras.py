@@ -44,6 +44,7 @@ def test_loras(cli: Callable, model: Path, lora: Path) -> None:
     for words in (
         ("-p", "a cat<lora:ink:0.5>", "--lora-dir", lora.parent),
         ("-p", "a cat", "--lora", f"{lora}:0.25", "--lora", f"{lora}:0.25"),
+        ("-p", "a cat<lora:ink:0.9:0.5>", "--lora-dir", lora.parent),  # the file changes the UNet alone
     ):
         assert pixels(cli(*words, *base).paths[0]) == pixels(given.paths[0]), words
     assert pixels(cli("-p", "a cat", *base, "--lora", f"{lora}:0").paths[0]) == pixels(plain.paths[0])
