@@ -71,6 +71,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "model_hash": str,
     "revision": str,
     "prediction": str,
+    "ema": bool,
     "vae": dict,
     "device": str,
     "dtype": str,

@@ -124,6 +124,7 @@ class Pipeline:
         preview: str | Path | None = None,
         prediction: str | None = None,
         few_step: str | None = None,
+        ema: bool = False,
         revision: str | None = None,
         allow_pickle: bool = False,
         refiner: str | Path | None = None,
@@ -143,6 +144,7 @@ class Pipeline:
                 say or says it wrongly.
             few_step: "lcm", "turbo", "lightning", "lightning-1" or "hyper": a model (or a LoRA that will be set) that
                 was distilled to few steps, which changes the defaults; "none": not so, whatever the files say.
+            ema: take the weights of a single file's UNet as training averaged them (`model_ema.*`).
             revision: of a hub id: a branch, tag or commit.
             allow_pickle: read `.ckpt` files; nothing but tensors and plain values is unpickled.
             refiner: another checkpoint, which does the last steps (Podell et al. 2023, section 2.5): SDXL's refiner, or
@@ -161,7 +163,7 @@ class Pipeline:
         own_vae = None if vae is None else locate_vae(vae, half)
         memory.check_weights(found.path, count_numbers(found.path, precision), precision, place)
         components = load_checkpoint(
-            found.path, precision, place, own_vae.path if own_vae else None, prediction, allow_pickle
+            found.path, precision, place, own_vae.path if own_vae else None, prediction, allow_pickle, ema
         )
         components.name = found.name or components.name
         if precision == torch.float16 and components.vae.config.force_upcast:

@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="epsilon or v_prediction, where the file does not say",
     )
     parser.add_argument("--allow-pickle", action="store_true", help="read a .ckpt: tensors and plain values")
+    parser.add_argument("--ema", action="store_true", help="take the weights as training averaged them")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at OUT")
 
 
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     source = locate_model(args.source, None, half=args.dtype in ("fp16", "bf16")).path
     try:
         dtype = DTYPES[args.dtype] if args.dtype else None
-        notes = convert(source, args.target, dtype, args.prediction, args.allow_pickle, args.overwrite)
+        notes = convert(source, args.target, dtype, args.prediction, args.allow_pickle, args.overwrite, args.ema)
     except MemoryError as error:
         raise FastsdError(f"{args.source}: not enough memory for its largest tensor") from error
     for note in notes:

@@ -168,6 +168,7 @@ def load(args: argparse.Namespace, before: dict[str, Any], notes: list[str]) -> 
                 refiner=args.refiner,
                 prediction=args.prediction,
                 few_step=args.few_step,
+                ema=bool(args.ema),
                 revision=args.revision,
                 allow_pickle=args.allow_pickle,
                 graphs=not args.no_graphs,

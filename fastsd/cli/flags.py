@@ -118,10 +118,15 @@ def make_parser(commands: Mapping[str, str]) -> Parser:
         help="epsilon, v_prediction or sample, where the file does not say",
     )
     what.add_argument(
+        "--ema",
+        action="store_true",
+        default=None,
+        help="the averaged weights of a file that holds both",
+    )
+    what.add_argument(
         "--few-step",
         metavar="KIND",
-        help="lcm, turbo, lightning, lightning-1 or hyper: a model or LoRA distilled to few steps, where its file does "
-        "not say so; none: as any other model",
+        help="lcm turbo lightning lightning-1 hyper: how model or LoRA was distilled, where its file does not say",
     )
     what.add_argument(
         "--allow-pickle", action="store_true", help="read .ckpt, .pt, .bin files: tensors and plain values"

@@ -22,7 +22,7 @@ def settings(pipe: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
     """What tells the model from others: of the hub's, the id and the commit; of others, where and what it is."""
     source = pipe.source
     assert source is not None  # the command line has every model from a place
-    found: dict[str, Any] = {"prediction": args.prediction, "model_hash": _hash(source.path)}
+    found: dict[str, Any] = {"prediction": args.prediction, "ema": args.ema, "model_hash": _hash(source.path)}
     if args.model in (None, "digits"):
         found |= {"model_path": "digits", "model_fingerprint": fingerprint(source.path)}
     else:
@@ -62,7 +62,7 @@ def named(place: Place, given: str) -> dict[str, Any]:
 
 
 def fill_in(args: argparse.Namespace, before: dict[str, Any], where: str, notes: list[str]) -> None:
-    """Give `args` the model that drew a picture, its revision, autoencoder, refiner and prediction.
+    """Give `args` the model that drew a picture, and its revision, autoencoder, refiner, prediction and `--ema`.
 
     Flags come first; with another model than the picture's, what belongs to that is left alone.
 
@@ -87,6 +87,7 @@ def fill_in(args: argparse.Namespace, before: dict[str, Any], where: str, notes:
         return
     if args.prediction is None and before.get("prediction") in PREDICTIONS:
         args.prediction = before["prediction"]
+    args.ema = args.ema or before.get("ema")
     for flag in ("vae", "refiner"):
         wanted = before.get(flag)
         if getattr(args, flag) is None and wanted:

@@ -26,6 +26,7 @@ def load_checkpoint(
     vae: str | Path | Autoencoder | None = None,
     prediction: str | None = None,
     allow_pickle: bool = False,
+    ema: bool = False,
 ) -> Components:
     """Load a folder as `load_folder` does, anything else as `load_single_file` does.
 
@@ -34,6 +35,7 @@ def load_checkpoint(
         vae: an autoencoder to take instead of the checkpoint's own: what `load_vae` reads, or one that is loaded.
         prediction: "epsilon", "v_prediction" or "sample", where the checkpoint does not say or says it wrongly.
         allow_pickle: read pickles; nothing but tensors and plain values is unpickled.
+        ema: take the averaged weights of a single file's UNet.
 
     Raises:
         FastsdError: something is missing, malformed or does not fit; one line with file and key.
@@ -42,9 +44,11 @@ def load_checkpoint(
         raise FastsdError(f"prediction: {prediction!r} should be {', '.join(PREDICTIONS)}")
     other = None if vae is None else partial(given_vae, vae, dtype=dtype, device=device, allow_pickle=allow_pickle)
     if Path(path).is_dir():
+        if ema:
+            raise FastsdError(f"{path}: a folder holds one UNet, averaged or not; leave out --ema (ema=True)")
         components = load_folder(path, dtype, device, other)
     else:
-        components = load_single_file(path, dtype, device, other, prediction, allow_pickle)
+        components = load_single_file(path, dtype, device, other, prediction, allow_pickle, ema)
     if isinstance(vae, str | Path):
         check_latents(vae, components.vae, components.unet.config.out_channels)
     if prediction is not None:

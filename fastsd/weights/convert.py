@@ -60,6 +60,7 @@ def convert(
     prediction: str | None = None,
     allow_pickle: bool = False,
     overwrite: bool = False,
+    ema: bool = False,
 ) -> list[str]:
     """Write a checkpoint in the other layout, or in another precision.
 
@@ -73,6 +74,7 @@ def convert(
         prediction: what a single file's network predicts, where the file does not say.
         allow_pickle: read a `.ckpt`.
         overwrite: replace what is at `target`.
+        ema: take the averaged weights of a single file's UNet.
 
     Returns:
         Notes, a line each: what the target does not say.
@@ -87,7 +89,7 @@ def convert(
         raise FastsdError(f"{target}: pickles are not written; give a file that ends in .safetensors, or a folder")
     if source.exists() and target.exists() and source.samefile(target):
         raise FastsdError(f"{target}: it is the source itself; give another target")
-    checkpoint = _open(source, dtype, prediction, allow_pickle)
+    checkpoint = _open(source, dtype, prediction, allow_pickle, ema)
     if target.suffix.lower() == ".safetensors":
         tensors, metadata, notes = _as_file(checkpoint, dtype)
         if target.is_dir():
@@ -106,14 +108,16 @@ def convert(
     return []
 
 
-def _open(path: Path, dtype: torch.dtype | None, prediction: str | None, allow_pickle: bool) -> Checkpoint:
+def _open(path: Path, dtype: torch.dtype | None, prediction: str | None, allow_pickle: bool, ema: bool) -> Checkpoint:
     entries: dict[str, dict[str, Entry]] = {}
     if path.is_dir():
+        if ema:
+            raise FastsdError(f"{path}: a folder holds one UNet, averaged or not; leave out --ema (ema=True)")
         components, files = outline(path, half=dtype not in (None, torch.float32))
         where = {name: place_of(found) for name, found in files.items()}
         entries = {name: read_headers(found) for name, found in files.items()}
     else:
-        components, found_parts, family = outline_file(path, prediction, allow_pickle)
+        components, found_parts, family = outline_file(path, prediction, allow_pickle, ema)
         if family.vae is None:
             raise FastsdError(f"{path}: no autoencoder in this file ({VAE_PREFIX}*); it cannot be converted alone")
         for part in found_parts.values():

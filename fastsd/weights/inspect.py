@@ -62,7 +62,7 @@ def _of_family(family: Family, entries: dict[str, Entry]) -> Facts:
         ("few steps", _few_step(family.few_step)),
         ("UNet", f"{unet.in_channels} channels in, {'x'.join(map(str, unet.block_out_channels))} wide"),
         ("autoencoder", "in the file" if family.vae else "not in the file; --vae gives one"),
-        ("EMA", "in the file, not used" if any(key.startswith("model_ema.") for key in entries) else "no"),
+        ("EMA", "in the file; --ema takes it" if any(key.startswith("model_ema.") for key in entries) else "no"),
     ]
     missing, extra, wrong = keys(family, entries)
     for name, found in (("missing keys", missing), ("extra keys", extra), ("wrong shapes", wrong)):

@@ -79,6 +79,7 @@ def load_single_file(
     vae: Callable[[bool], Autoencoder] | None = None,
     prediction: str | None = None,
     allow_pickle: bool = False,
+    ema: bool = False,
 ) -> Components:
     """Load a checkpoint that is one file.
 
@@ -88,12 +89,13 @@ def load_single_file(
         vae: gives the autoencoder instead of the file's own; it is told whether the model is SDXL.
         prediction: "epsilon", "v_prediction" or "sample": what the network predicts, where the file does not say.
         allow_pickle: read pickles; nothing but tensors and plain values is unpickled.
+        ema: take the UNet's weights as training averaged them (`model_ema.*`), which many files leave out.
 
     Raises:
         FastsdError: as `read_file` and `find_family`; a key missing, extra or of another shape; SD2 without prediction.
     """
     path = Path(path)
-    components, found, family = outline_file(path, prediction, allow_pickle)
+    components, found, family = outline_file(path, prediction, allow_pickle, ema)
     if family.vae is None and vae is None:
         raise FastsdError(f"{path}: no autoencoder in this file ({VAE_PREFIX}*); give one with --vae FILE")
     for part in found.values():
@@ -108,14 +110,16 @@ def load_single_file(
 
 
 def outline_file(
-    path: Path, prediction: str | None, allow_pickle: bool = False
+    path: Path, prediction: str | None, allow_pickle: bool = False, ema: bool = False
 ) -> tuple[Components, dict[str, Part], Family]:
     """A single file with all networks on the meta device, and the tensors of each by the name of its folder.
 
     Raises:
-        FastsdError: as `read_file` and `find_family`; SD2 without prediction.
+        FastsdError: as `read_file` and `find_family`; SD2 without prediction; no averaged weights.
     """
     entries, metadata = read_file(path, allow_pickle)
+    if ema:
+        entries |= averaged(path, entries)
     family = find_family(path, {key: entry.shape for key, entry in entries.items()}, metadata)
     prediction = _prediction(path, family, prediction)
     found = {part.name: part for part in parts(family, entries)}
@@ -135,6 +139,26 @@ def outline_file(
         few_step=family.few_step,
     )
     return components, found, family
+
+
+def averaged(path: Path, entries: dict[str, Entry]) -> dict[str, Entry]:
+    """The averaged weights of a file's UNet, by the keys of those that they stand for.
+
+    Training keeps them under the parameters' names without their dots.
+
+    Raises:
+        FastsdError: there are none, or not for each weight.
+    """
+    if not any(key.startswith(AVERAGED) for key in entries):
+        raise FastsdError(f"{path}: no averaged weights ({AVERAGED}*) in this file; leave out --ema (ema=True)")
+    found = {}
+    for key in entries:
+        if key.startswith(UNET_PREFIX):
+            name = AVERAGED + key.removeprefix("model.").replace(".", "")
+            if name not in entries:
+                raise FastsdError(f"{path}: the key {name} is missing; without it --ema (ema=True) cannot be followed")
+            found[key] = entries[name]
+    return found
 
 
 def parts(family: Family, entries: dict[str, Entry]) -> Iterator[Part]:

@@ -63,7 +63,7 @@ def test_keys(originals: Any, capsys: Any) -> None:
     assert found["missing keys"] == ["model.diffusion_model.out.2.bias"]
     assert found["wrong shapes"] == ["model.diffusion_model.out.0.bias [31]"]
     assert found["extra keys"] == [f"stranger.{i:02}" for i in range(10)] + ["and 2 more"]
-    assert found["EMA"] == ["in the file, not used"]
+    assert found["EMA"] == ["in the file; --ema takes it"]
 
 
 def test_hashes(tmp_path: Path, originals: Any, capsys: Any) -> None:

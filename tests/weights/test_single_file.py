@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from fastsd.errors import FastsdError
 from fastsd.pipeline import Pipeline
-from fastsd.weights import load_folder, load_single_file, load_vae
+from fastsd.weights import load_checkpoint, load_folder, load_single_file, load_vae
+from fastsd.weights.convert import convert
 from fastsd.weights.safetensors_file import Entry
 from tests.weights import original
 from tests.weights.tiny import tensors as weights
@@ -112,15 +113,39 @@ def test_half_precision_files(originals: Any, dtype: torch.dtype) -> None:
     assert_same(weights(load(path)), {key: value.float() for key, value in wanted.items()})
 
 
-def test_what_else_original_files_hold_is_left_aside(originals: Any) -> None:
-    """EMA weights, the training schedule, the VAE's loss, marker scalars and others' keys."""
-    tensors = originals.tensors("sd1")
+def averages(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What training keeps beside a UNet; each value differs by 1."""
     more = {
         "model_ema." + key.removeprefix("model.").replace(".", ""): value + 1
         for key, value in tensors.items()
         if key.startswith("model.diffusion_model.")
     }
-    more |= {"model_ema.decay": torch.tensor(0.9), "model_ema.num_updates": torch.tensor(7)}
+    return more | {"model_ema.decay": torch.tensor(0.9), "model_ema.num_updates": torch.tensor(7)}
+
+
+def test_averaged_weights(originals: Any, tmp_path: Path) -> None:
+    """Taken instead of the UNet's where they are asked for, and no others; refused where they are not there."""
+    tensors = originals.tensors("sd1")
+    path = originals.save(tensors | averages(tensors), "averaged.safetensors")
+    plain = weights(load(originals.file("sd1")))
+    wanted = {key: value + 1 if key.startswith("unet.") else value for key, value in plain.items()}
+    assert_same(weights(load_single_file(path, FP32, ema=True)), wanted)
+    convert(path, tmp_path / "alone.safetensors", ema=True)
+    assert_same(weights(load(tmp_path / "alone.safetensors")), wanted)
+    with pytest.raises(FastsdError, match=r"no averaged weights \(model_ema\.\*\) in this file; leave out --ema"):
+        load_single_file(originals.file("sd1"), FP32, ema=True)
+    for use in (load_checkpoint, lambda path, _, ema: convert(path, tmp_path / "x", ema=ema)):
+        with pytest.raises(FastsdError, match="a folder holds one UNet"):
+            use(originals.folder("sd1"), FP32, ema=True)
+    gone = {key: value for key, value in averages(tensors).items() if not key.endswith("out2weight")}
+    with pytest.raises(FastsdError, match=r"the key model_ema\.diffusion_modelout2weight is missing"):
+        load_single_file(originals.save(tensors | gone, "gone.safetensors"), FP32, ema=True)
+
+
+def test_what_else_original_files_hold_is_left_aside(originals: Any) -> None:
+    """EMA weights, the training schedule, the VAE's loss, marker scalars and others' keys."""
+    tensors = originals.tensors("sd1")
+    more = averages(tensors)
     more |= {"betas": torch.ones(1000), "alphas_cumprod": torch.ones(1000), "denoiser.sigmas": torch.ones(1000)}
     more |= {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}
     more |= {"first_stage_model.loss.logvar": torch.ones(()), "first_stage_model.model_ema.decay": torch.ones(())}
