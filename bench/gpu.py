@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from bench import progress, record
-from bench.measure import Outcome, Spread, lines
+from bench.measure import time_text
 from bench.session import LEAST_BUDGET
 from fastsd.errors import FastsdError
 
@@ -148,8 +148,8 @@ def run(stage: Stage, path: Path, end: float) -> tuple[bool, str]:
 def _watched(stage: Stage, path: Path, progress_file: Path, budget: float, finish: float) -> tuple[int, str]:
     """One process of a stage; its exit code, and in a few words what ended it before its end, if anything did."""
     # -W default: a warning of a library that we never saw should not make an error of what works.
-    command = [sys.executable, "-m", "pytest", *stage.arguments, "-q", "-p", "no:cacheprovider", "-p", "bench.progress"]
-    command += ["-W", "default", "--continue-on-collection-errors", "--durations=5"]
+    command = [sys.executable, "-m", "pytest", *stage.arguments, "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+    command += ["-p", "bench.progress", "-W", "default", "--continue-on-collection-errors", "--durations=5"]
     if stage.arguments[0].startswith("bench"):
         command += ["--benchmark", "--budget", f"{budget:.0f}", "--results", str(path)]
     environment = os.environ | {progress.FILE: str(progress_file)}
@@ -196,37 +196,43 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 
 def summary(outcomes: list[tuple[bool, str]], records: list[dict[str, Any]]) -> list[str]:
-    """Stages, then every contest's figures, in at most 80 lines; what does not fit is counted."""
+    """Stages, then a line for every contest, at most 80 in all; what does not fit is counted."""
     text = ["", "== summary", *(line for _, line in outcomes)]
     contests: dict[str, list[dict[str, Any]]] = {}
     for one in records:
-        name = " ".join(str(one[key]) for key in record.KEY[:-1] if one.get(key) is not None)
+        labels = (one.get(key) for key in record.KEY[:-1])
+        name = " ".join(str(label) for label in labels if label is not None and label != "kernel")
         contests.setdefault(name, []).append(one)
     for name, group in contests.items():
-        kernel = group[0]["contest"] == "kernel"
-        found = [_outcome(one) for one in group]
-        limit = record.limit_of(group[0])
-        rows = list(lines(found, limit))
-        if kernel:  # one line: ours, and the best of PyTorch's
-            others = [o for o in found[1:] if o.spread]
-            best = min(others, key=lambda o: o.spread.median if o.spread else 0.0) if others else None
-            beside = ""
-            if best and best.spread:
-                rate = f", {limit.rate(best.spread.median)}" if limit else ""
-                beside = f"; {best.name} {best.spread.median * 1e6:.1f} µs{rate}"
-            text.append(f"{group[0]['model']}:{rows[0]}{beside}")
-        else:
-            text += [name, *rows]
+        own = min(group, key=lambda one: (one["candidate"] != "fastsd", not one["candidate"].startswith("fastsd")))
+        others = [_beside(one, own) for one in group if one is not own]
+        text.append("; ".join([f"{name}: {_own(own)}", *others]))
     if len(text) > MOST_LINES:
         left = len(text) - MOST_LINES + 1
         text = [*text[: MOST_LINES - 1], f"... and {left} more lines, in the file"]
     return text
 
 
-def _outcome(one: dict[str, Any]) -> Outcome:
-    s = one.get("seconds")
-    spread = Spread(s["median"], s["low"], s["high"], s["rounds"]) if s else None
-    return Outcome(one["candidate"], None, spread, one.get("problem", ""))
+def _own(one: dict[str, Any]) -> str:
+    """Time, rate, share of the limit, memory; or why there is none."""
+    seconds, limit = one.get("seconds"), record.limit_of(one)
+    if not seconds:
+        return str(one.get("problem", "no speed"))
+    found = [time_text(seconds["median"])]
+    if limit is not None:
+        found += [limit.rate(seconds["median"]), f"{limit.seconds / seconds['median']:.1%} of the limit"]
+    if one.get("peak"):
+        found.append("peak " + ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in one["peak"].items()))
+    return ", ".join(found)
+
+
+def _beside(one: dict[str, Any], own: dict[str, Any]) -> str:
+    """Another candidate in a few words: its time, and that as a multiple of fastsd's."""
+    seconds, base = one.get("seconds"), own.get("seconds")
+    if not seconds:
+        return f"{one['candidate']}: {str(one.get('problem', 'no speed'))[:60]}"
+    ratio = f" ({seconds['median'] / base['median']:.2f}x)" if base else ""
+    return f"{one['candidate']} {time_text(seconds['median'])}{ratio}"
 
 
 if __name__ == "__main__":

@@ -295,7 +295,8 @@ def lines(outcomes: list[Outcome], limit: Limit | None = None) -> Iterator[str]:
             share = f"{limit.rate(s.median):>12} {limit.seconds / s.median:5.1%} of the limit{by}"
         ratio = f"{s.median / first:.2f}x" if first else ""
         cut = f"; {o.cut}" if o.cut else ""
-        yield f"  {o.name:26} {_time(s.median):>9} ({_time(s.low)} to {_time(s.high)}) {ratio:>6} {share} {gate}{cut}"
+        times = f"{time_text(s.median):>9} ({time_text(s.low)} to {time_text(s.high)})"
+        yield f"  {o.name:26} {times} {ratio:>6} {share} {gate}{cut}".rstrip()
 
 
 def _digits(value: float) -> str:
@@ -303,7 +304,7 @@ def _digits(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"

@@ -108,9 +108,10 @@ class Results:
         }
 
     def add(self, **record: Any) -> None:
-        """Add a record and write the file."""
-        key = identity(record)
-        self.data["records"] = [r for r in self.data["records"] if identity(r) != key] + [record]
+        """Add a record, in the place of an older one if there is one, and write the file."""
+        records = self.data["records"]
+        place = next((i for i, r in enumerate(records) if identity(r) == identity(record)), len(records))
+        records[place : place + 1] = [record]
         self.write()
 
     def find(self, labels: dict[str, Any]) -> dict[str, Any] | None:

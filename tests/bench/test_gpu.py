@@ -29,21 +29,32 @@ def test_the_summary_is_at_most_80_lines_and_says_what_it_left_out() -> None:
         seconds = {"median": median, "low": median, "high": median, "rounds": 3}
         return {"contest": "step", "model": f"m{i}", "dtype": "fp16", "candidate": candidate, "seconds": seconds}
 
-    records = [one(i, name, 0.002) for i in range(50) for name in ("fastsd", "diffusers")]
+    records = [one(i, name, 0.002) for i in range(100) for name in ("fastsd", "diffusers")]
     text = gpu.summary([(True, "tests: green")], records)
     assert len(text) == gpu.MOST_LINES == 80
     assert "tests: green" in text and "more lines" in text[-1]
-    few = gpu.summary([(False, "tests: RED (3 s)")], [one(0, "fastsd", 0.002), one(0, "diffusers", 0.004)])
-    assert "tests: RED (3 s)" in few and any("diffusers" in line and "2.00x" in line for line in few)
+    few = gpu.summary([(False, "tests: RED (3 s)")], [one(0, "diffusers", 0.004), one(0, "fastsd", 0.002)])
+    assert "tests: RED (3 s)" in few and few[-1] == "step m0 fp16: 2 ms; diffusers 4 ms (2.00x)"
 
 
-def test_a_kernel_is_one_line_with_the_best_of_pytorchs() -> None:
-    seconds = {"low": 1e-5, "high": 1e-5, "rounds": 3}
+def test_a_line_of_the_summary_has_rates_memory_and_what_failed() -> None:
     base = {"contest": "kernel", "model": "linear-1x2x3", "dtype": "fp16"}
-    records = [base | {"candidate": name, "seconds": seconds | {"median": t}}
-               for name, t in (("fastsd", 1e-5), ("slow", 5e-5), ("F.linear", 2e-5))]  # fmt: skip
-    (line,) = [line for line in gpu.summary([], records) if "linear-1x2x3" in line]
-    assert "10 µs" in line and "F.linear 20.0 µs" in line and "slow" not in line
+    seconds = {"median": 1e-5, "low": 1e-5, "high": 1e-5, "rounds": 3}
+    own = base | {
+        "candidate": "fastsd",
+        "seconds": seconds,
+        "floor": 5e-6,
+        "flops": 1e9,
+        "bytes": 1.0,
+        "binds": "flops",
+    }
+    red = base | {"candidate": "SDPA", "seconds": None, "problem": "failed: RuntimeError: " + "no kernel " * 30}
+    line = gpu.summary([], [own, red])[-1]
+    assert line.startswith("linear-1x2x3 fp16: 10 µs, 100 TFLOP/s, 50.0% of the limit; SDPA: failed: RuntimeError: no")
+    assert len(line) < 160
+    cold = base | {"contest": "cold", "candidate": "fastsd, empty kernel cache", "seconds": seconds}
+    assert gpu.summary([], [cold | {"peak": {"driver": 2**31}}])[-1].endswith("10 µs, peak driver 2.00 GiB")
+    assert gpu.summary([], [base | {"candidate": "fastsd", "problem": "red gate: x"}])[-1].endswith(": red gate: x")
 
 
 FAULTY = """
