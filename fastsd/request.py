@@ -39,6 +39,7 @@ DEFAULT_BATCH = 8
 MAX_STEPS = 1000
 MAX_GUIDANCE = 100.0
 MAX_SEED = 2**63 - 1
+MAX_GROWTH = 2.25  # times the pixels of the training, without a note
 TILED_FROM = 2048 * 2048  # pixels above which the autoencoder works in tiles by itself
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 UPSCALERS = ("latent", "lanczos")
@@ -192,6 +193,11 @@ def make_request(
     notes |= dict.fromkeys(more)
     if refiner_switch is not None and not refines:
         raise FastsdError("refiner_switch is given and no refiner is loaded; give a refiner to load")
+    trained = components.sample_size * config.downscale
+    if width * height > MAX_GROWTH * trained**2:
+        notes[
+            f"the model was trained at {trained}x{trained}; at {width}x{height} it may repeat or tear what it draws"
+        ] = None
     if latents is not None:
         shape = (count, config.latent_channels, height // config.downscale, width // config.downscale)
         latents = fit_latents(latents, shape)

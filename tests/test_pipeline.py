@@ -261,3 +261,11 @@ def test_too_little_memory_names_what_fits(pipe: Pipeline, monkeypatch: pytest.M
     monkeypatch.setattr("fastsd.memory.available", lambda device: 200_000_000)
     with pytest.raises(FastsdError, match="would fit"):
         pipe("a cat", width=8192, height=8192)
+
+
+def test_sizes_far_beyond_the_training_are_said(pipe: Pipeline) -> None:
+    said = "trained at 64x64; at 128x96 it may repeat"
+    assert any(said in note for note in pipe("a", width=128, height=96).notes)
+    assert pipe("a", width=96, height=96).notes == []  # 1.5 times the side
+    # The second pass holds on to what the first has drawn.
+    assert pipe("a", hires_scale=2).notes == []
