@@ -23,6 +23,7 @@ RANKS = {
     "sampling": 2,
     "graph": 2,
     "images": 2,
+    "infotext": 1,
     "metadata": 2,
     "memory": 3,
     "weights": 3,

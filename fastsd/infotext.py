@@ -1,0 +1,246 @@
+"""A1111's text of a picture's settings, written and read.
+
+The PNG text chunk `parameters`:
+
+    a lighthouse at dusk
+    Negative prompt: fog
+    Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 1, Size: 512x512, Model: sd15, ...
+
+A1111's hashes are written where they cost nothing: `Lora hashes` and `TI hashes`, whose files are small, always;
+`Model hash` and `VAE hash` where they are known (`fastsd.weights.hashes`), since those files have gigabytes. They are
+short SHA-256s: 10 digits of a model's file, 12 of an embedding's file, 12 of a LoRA's tensors alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+# Our name of a sampler and A1111's. "DPM++ 2S", "DDPM" and "Euler Maruyama" are ours; A1111 has no such samplers.
+SAMPLERS = {
+    "ddpm": "DDPM",
+    "ddim": "DDIM",
+    "pndm": "PLMS",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "heun": "Heun",
+    "dpm++2m": "DPM++ 2M",
+    "dpm++2m_sde": "DPM++ 2M SDE",
+    "dpm++sde": "DPM++ SDE",
+    "dpm++2s": "DPM++ 2S",
+    "unipc": "UniPC",
+    "lms": "LMS",
+    "lcm": "LCM",
+    "euler_maruyama": "Euler Maruyama",
+}
+# "Uniform" is written out: A1111 takes a missing schedule for the sampler's favourite, Karras for DPM++ 2M.
+SCHEDULES = {"default": "Uniform", "karras": "Karras", "exponential": "Exponential", "sgm_uniform": "SGM Uniform"}
+UPSCALERS = {"latent": "Latent", "lanczos": "Lanczos"}
+WITHOUT_SCHEDULE = ("ddpm", "ddim", "pndm", "lcm", "euler_maruyama")
+# Keys of A1111 that change nothing here, or that say what is known anyway.
+HARMLESS = (
+    "Model hash",
+    "Version",
+    "RNG",
+    "Device",
+    "Dtype",
+    "Batch size",
+    "Batch pos",
+    "VAE hash",
+    "Face restoration",
+)
+
+
+def write_parameters(settings: Mapping[str, Any]) -> str:
+    """A1111's text. Settings that are missing or None are left out."""
+
+    def value(key: str) -> str | None:
+        found = settings.get(key)
+        return None if found is None else _number(found) if isinstance(found, int | float) else str(found)
+
+    sampler = settings.get("sampler")
+    schedule = settings.get("schedule")
+    vae = settings.get("vae") or {}
+    size = f"{settings['width']}x{settings['height']}" if settings.get("width") and settings.get("height") else None
+    pairs = {
+        "Steps": value("num_inference_steps"),
+        "Sampler": None if sampler is None else SAMPLERS.get(sampler, sampler),
+        "Schedule type": None if schedule is None or sampler in WITHOUT_SCHEDULE else SCHEDULES.get(schedule, schedule),
+        "CFG scale": value("guidance_scale"),
+        "Seed": value("seed"),
+        "Size": size,
+        "Model hash": value("model_hash"),
+        "Model": value("model"),
+        "VAE hash": vae.get("hash"),
+        "VAE": vae.get("name"),
+        "Denoising strength": value("strength") or value("hires_strength"),
+        "Clip skip": value("clip_skip") if settings.get("clip_skip") != 1 else None,
+        "Eta DDIM": value("eta") if settings.get("eta") else None,
+        "Guidance rescale": value("guidance_rescale") if settings.get("guidance_rescale") else None,
+        "Hires upscale": value("hires_scale"),
+        "Hires steps": value("hires_steps"),
+        "Hires upscaler": UPSCALERS.get(settings.get("hires_upscaler") or ""),
+        "Refiner": _title(settings.get("refiner") or {}),
+        "Refiner switch at": value("refiner_switch"),
+        "Lora hashes": _hashes(settings.get("loras"), lambda one: (_bare(one["name"]), one.get("hash"))),
+        "TI hashes": _hashes(settings.get("embeddings"), lambda one: (one["token"], one["sha256"][:12])),
+        "Prompt syntax": value("prompt_syntax"),
+        "Device": value("device"),
+        "Dtype": value("dtype"),
+        "RNG": "CPU",
+        "Version": f"fastsd {settings['version']}" if settings.get("version") else None,
+    }
+    line = ", ".join(f"{key}: {quote(text)}" for key, text in pairs.items() if text is not None)
+    negative = settings.get("negative_prompt")
+    return f"{settings.get('prompt', '')}{f'{chr(10)}Negative prompt: {negative}' if negative else ''}\n{line}".strip()
+
+
+def _hashes(files: Any, named: Callable[[dict[str, Any]], tuple[str, str | None]]) -> str | None:
+    """A1111's list, "name: hash, name: hash", of those whose hash is known; a name loses its colons and commas."""
+    pairs = dict(named(one) for one in files or () if isinstance(one, dict))
+    return ", ".join(f"{re.sub('[:,]', '', name)}: {digest}" for name, digest in pairs.items() if digest) or None
+
+
+def _title(model: Mapping[str, Any]) -> str | None:
+    """A1111's name of a model: without its ending, and with its hash where that is known."""
+    name, digits = model.get("name"), model.get("hash")
+    return name and f"{_bare(name)}{f' [{digits}]' if digits else ''}"
+
+
+def _bare(name: str) -> str:
+    """A file's name without its ending; a folder's, which may hold dots, as it is."""
+    return name.removesuffix(".safetensors").removesuffix(".ckpt")
+
+
+def parse_parameters(text: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """A1111's text, as it and its kin write it.
+
+    As A1111 has it, the last line holds the settings if at least three can be found in it. Failing that, the last line
+    that starts with "Steps:" does; extensions write more lines after it.
+
+    Returns:
+        The settings, and the pairs that are not understood.
+    """
+    lines = [line.strip() for line in text.strip().split("\n")]
+    pairs, end = split_pairs(lines[-1]), len(lines) - 1
+    if len(pairs) < 3:
+        steps = [i for i, line in enumerate(lines) if line.startswith("Steps:")]
+        pairs, end = (split_pairs(lines[steps[-1]]), steps[-1]) if steps else ({}, len(lines))
+    marker = "Negative prompt:"
+    start = next((i for i, line in enumerate(lines[:end]) if line.startswith(marker)), end)
+    negative = [line.removeprefix(marker).strip() for line in lines[start:end]]
+    settings: dict[str, Any] = {"prompt": "\n".join(lines[:start]), "negative_prompt": "\n".join(negative)}
+    others: dict[str, str] = {}
+    for key, value in pairs.items():
+        understood = _understand(key, value, pairs)
+        if understood is None and key not in HARMLESS:
+            others[key] = value
+        settings |= understood or {}
+    return settings, others
+
+
+def _understand(key: str, value: str, pairs: Mapping[str, str]) -> dict[str, Any] | None:
+    """One pair of A1111's line as settings, or None."""
+    try:
+        match key:
+            case "Steps":
+                return {"num_inference_steps": int(value)}
+            case "Sampler":
+                return {"sampler": _by_label(SAMPLERS, value)}
+            case "Schedule type":
+                return {"schedule": "default" if value == "Automatic" else _by_label(SCHEDULES, value)}
+            case "CFG scale":
+                return {"guidance_scale": _finite(value)}
+            case "Guidance rescale":
+                return {"guidance_rescale": _finite(value)}
+            case "Seed":
+                return {"seed": int(value)}
+            case "Size":
+                width, height = value.split("x")
+                return {"width": int(width), "height": int(height)}
+            case "Denoising strength" if not any(other.startswith("Hires") for other in pairs):
+                return {"strength": _finite(value)}
+            # With an upscaler that is known here, the strength is the second pass's.
+            case "Denoising strength" | "Hires upscale" | "Hires steps" | "Hires upscaler":
+                upscaler = _by_label(UPSCALERS, pairs.get("Hires upscaler", ""))
+                return _second_pass(key, value, upscaler) if upscaler in UPSCALERS else None
+            case "Clip skip":
+                return {"clip_skip": int(value)}
+            case "Eta DDIM":
+                return {"eta": _finite(value)}
+            case "Model":
+                return {"model": value}
+            case "Prompt syntax" if value in ("a1111", "plain"):
+                return {"prompt_syntax": value}
+            case "Device" | "Dtype" if pairs.get("Version", "").startswith("fastsd "):
+                return {key.lower(): value}
+    except ValueError:
+        pass
+    return None
+
+
+def _second_pass(key: str, value: str, upscaler: str) -> dict[str, Any]:
+    """One pair about the second pass as settings."""
+    if key == "Hires steps":
+        return {"hires_steps": int(value)} if int(value) else {}  # 0: as many as of the first
+    if key == "Hires upscaler":
+        return {"hires_upscaler": upscaler}
+    return {"hires_scale" if key == "Hires upscale" else "hires_strength": _finite(value)}
+
+
+def split_pairs(line: str) -> dict[str, str]:
+    """The `Key: value` pairs of a line; values in double quotes are JSON strings, others run to the next comma."""
+    pairs, at = {}, 0
+    while at < len(line):
+        found = _PAIR.match(line, at)
+        if found:
+            pairs[found["key"]] = unquote(found["value"].strip())
+            at = found.end()
+        else:
+            comma = line.find(",", at)
+            at = len(line) if comma < 0 else comma + 1
+    return pairs
+
+
+# A key of up to 60 characters; then a quoted text that ends the pair, or everything up to a comma.
+_PAIR = re.compile(
+    r"""\s*(?P<key>\w[\w \-/]{0,59}):\s*"""
+    r"""(?P<value>"(?:\\.|[^\\"])*"(?=\s*(?:,|$))|[^,]*)(?:\s*,|\s*$)"""
+)
+
+
+def quote(text: str) -> str:
+    """`text` as A1111 writes a value: as a JSON string where it could not be told apart from what stands around it."""
+    if re.search(r'[,:\n"\\]', text) or text != text.strip():
+        return json.dumps(text, ensure_ascii=False)
+    return text
+
+
+def unquote(text: str) -> str:
+    """The opposite of `quote`; what is no JSON string stays as it is."""
+    if len(text) < 2 or text[0] != '"' or text[-1] != '"':
+        return text
+    try:
+        return str(json.loads(text))
+    except (ValueError, RecursionError):
+        return text
+
+
+def _by_label(labels: Mapping[str, str], label: str) -> str:
+    """Our name for A1111's label, in any case; another program's label stays as it is."""
+    return next((name for name, known in labels.items() if known.lower() == label.lower()), label)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not finite")
+    return value
+
+
+def _number(value: int | float) -> str:
+    """Without a needless ".0", and otherwise as many digits as give the same number back."""
+    return str(int(value)) if value == int(value) and abs(value) < 2**63 else repr(value)
