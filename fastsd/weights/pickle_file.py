@@ -2,42 +2,27 @@
 
 `torch.load(weights_only=True)` unpickles tensors and plain values alone, but guards neither against a small zip that
 inflates nor against a tensor whose strides repeat one number 10^12 times. So the zip's members must be stored as they
-are, the pickle must name nothing but what tensors need, and it is unpickled onto the meta device, which takes no
-memory. What comes out is where each tensor's bytes are; they are read like those of a safetensors file.
+are, the pickle must name nothing but what `pickle_globals` allows, and it is unpickled onto the meta device, which
+takes no memory. What comes out is where each tensor's bytes are; they are read like those of a safetensors file.
 """
 
 from __future__ import annotations
 
-import pickletools
 import struct
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastsd.errors import FastsdError
+from fastsd.weights import pickle_globals
 from fastsd.weights.safetensors_file import Entry
 
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 MAX_PICKLE = 16 * 2**20  # bytes of data.pkl; the original checkpoints have a megabyte of it
 MAX_MEMBERS = 2**16
 _LOCAL_HEADER = 30  # bytes before the name of a zip's member
-
-# All that a pickle of tensors and plain values refers to.
-_ALLOWED = {
-    ("collections", "OrderedDict"),
-    ("torch._utils", "_rebuild_tensor"),
-    ("torch._utils", "_rebuild_tensor_v2"),
-    ("torch._utils", "_rebuild_parameter"),
-    ("torch.nn.parameter", "Parameter"),
-    ("torch", "Size"),
-    *(
-        ("torch", f"{kind}Storage")
-        for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
-    ),
-}
 
 
 def is_pickle(path: Path) -> bool:
@@ -83,9 +68,10 @@ def open_pickle(path: Path, allow: bool) -> tuple[Any, dict[int, int]]:
     if _torch_version() < (2, 6):
         raise FastsdError(f"{path}: reading a pickle safely needs torch 2.6 or newer, this is {torch.__version__}")
     members = _members(path)
-    _check_pickle(path, members)
+    names = _check_pickle(path, members)
     try:
-        with open(path, "rb") as file:  # by its content, whatever its name says
+        beside = torch.serialization.safe_globals(pickle_globals.stand_ins(names))
+        with beside, open(path, "rb") as file:  # by its content, whatever its name says
             content = torch.load(file, map_location="meta", weights_only=True)
     except Exception as error:  # whatever a hostile pickle makes the unpickler raise
         why = " ".join(str(error).split())[:100] or type(error).__name__
@@ -145,8 +131,12 @@ def _members(path: Path) -> dict[str, tuple[int, int]]:
     return members
 
 
-def _check_pickle(path: Path, members: dict[str, tuple[int, int]]) -> None:
-    """Refuse whatever refers to more than tensors need, before anything is unpickled, and name it."""
+def _check_pickle(path: Path, members: dict[str, tuple[int, int]]) -> set[tuple[str, str]]:
+    """Refuse whatever refers to more than `pickle_globals` allows, before anything is unpickled, and name it.
+
+    Returns:
+        The names that it refers to.
+    """
     pickles = [place for name, place in members.items() if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise FastsdError(f"{path}: a zip without a checkpoint in it: no data.pkl; give the checkpoint itself")
@@ -157,23 +147,18 @@ def _check_pickle(path: Path, members: dict[str, tuple[int, int]]) -> None:
         file.seek(start)
         raw = file.read(length)
     try:
-        for name in _globals(raw):
-            if name not in _ALLOWED:
+        names = set(pickle_globals.names(raw))
+        known = pickle_globals.TENSORS | {pickle_globals.ENCODE}
+        for name in sorted(names):
+            if name not in known and not pickle_globals.stands_in(name):
                 raise FastsdError(f"{path}: it refers to {'.'.join(name)[:120]}, not to tensors alone; it is not read")
+        if pickle_globals.ENCODE in names and not pickle_globals.only_bytes_are_encoded(raw):
+            raise FastsdError(f"{path}: it refers to _codecs.encode for more than bytes; it is not read")
+        return names
     except FastsdError:
         raise
     except (ValueError, IndexError, UnicodeDecodeError, OverflowError, struct.error) as error:
         raise FastsdError(f"{path}: its data.pkl is damaged; fetch it again") from error
-
-
-def _globals(raw: bytes) -> Iterator[tuple[str, str]]:
-    """Every module and name that a pickle would import; one that is put together while unpickling has none here."""
-    for opcode, argument, _ in pickletools.genops(raw):
-        if opcode.name in ("GLOBAL", "INST"):
-            module, _, name = str(argument).partition(" ")
-            yield module, name
-        elif opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
-            yield "a name", "made while unpickling"
 
 
 def _entry(path: Path, key: str, tensor: Any, sizes: dict[int, int]) -> Entry:

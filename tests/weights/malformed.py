@@ -145,6 +145,12 @@ def with_pickle(data: bytes) -> Any:
     return rewritten(lambda members: {k: data if k.endswith("data.pkl") else v for k, v in members.items()})
 
 
+def encoding(codec: bytes, text: bytes = b"abc", times: int = 1) -> bytes:
+    """A pickle of a list of texts turned into bytes: `codec` puts the codec's name on the stack."""
+    long = b"X" + struct.pack("<I", len(text)) + text
+    return b"\x80\x02]q\x00" + (b"c_codecs\nencode\n" + long + codec + b"\x86Ra") * times + b"."
+
+
 def cut(part: float) -> Callable[[Path, Tensors], Any]:
     """The beginning of a good .ckpt."""
 
@@ -394,6 +400,27 @@ CASES: dict[str, Case] = {
     ),
     "an empty pickle": Case(with_pickle(b""), "damaged", "x.ckpt", PICKLE),
     "a pickle cut short": Case(with_pickle(b"\x80\x02}q\x00X\x05\x00\x00\x00sta"), "damaged", "x.ckpt", PICKLE),
+    "bytes encoded by another codec": Case(
+        with_pickle(encoding(b"X\x03\x00\x00\x00hex")), "_codecs.encode for more than bytes", "x.ckpt", PICKLE
+    ),
+    "bytes encoded anew and anew": Case(
+        with_pickle(b"\x80\x02c_codecs\nencode\nq\x00X\x01\x00\x00\x00aX\x06\x00\x00\x00latin1\x86R0h\x00h\x00\x86R."),
+        "_codecs.encode for more than bytes",
+        "x.ckpt",
+        PICKLE,
+    ),
+    "a long text encoded often": Case(
+        with_pickle(encoding(b"X\x06\x00\x00\x00latin1", text=b"a" * 20_000, times=4)),
+        "_codecs.encode for more than bytes",
+        "x.ckpt",
+        PICKLE,
+    ),
+    "another's class with a call inside": Case(
+        with_pickle(b"\x80\x02cpytorch_lightning.callbacks\nX\ncposix\nsystem\nX\x09\x00\x00\x00touch ran\x85R\x85R."),
+        "it refers to posix.system",
+        "x.ckpt",
+        PICKLE,
+    ),
     "a list in a pickle": Case(saved([torch.ones(2)]), "a table of tensors is expected", "x.ckpt", PICKLE),
     "one member's bytes twice": Case(twice, "overlaps|not a whole file|stands twice", "x.ckpt", PICKLE),
     "half a .ckpt": Case(cut(0.5), "not a whole file", "x.ckpt", PICKLE),
