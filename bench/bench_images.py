@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -64,19 +65,26 @@ def peers(
     try:
         other = theirs(bench, model, components, dtype)
     except Exception as error:
-        return [], {name: f"missing: {type(error).__name__}: {str(error).splitlines()[0][:120]}" for name in wanted}
+        return [], {
+            name: f"missing: {type(error).__name__}: {str(error)[:120].partition(chr(10))[0]}" for name in wanted
+        }
     eager = other.unet
+    compiled: list[Any] = []
 
     def candidate(name: str) -> Candidate:
         def prepare() -> None:
-            models.channels_last(eager, name != "diffusers")
             models.channels_last(other.vae, name != "diffusers")
-            other.unet = compiled if name == "diffusers-compiled" else eager
+            if name != "diffusers-compiled":
+                models.channels_last(eager, name != "diffusers")
+                other.unet = eager
+                return
+            if not compiled:  # of its own: the CUDA graphs in it know its weights by their addresses
+                own = copy.deepcopy(eager)
+                models.channels_last(own, True)
+                compiled.append(torch.compile(own, mode="max-autotune", fullgraph=True))
+            other.unet = compiled[0]
 
-        compiled, needs = eager, 0.0
-        if name == "diffusers-compiled":
-            compiled = torch.compile(eager, mode="max-autotune", fullgraph=True)
-            needs = COMPILING if bench.options.device.type == "cuda" else 0.0
+        needs = COMPILING if name == "diffusers-compiled" and bench.options.device.type == "cuda" else 0.0
 
         def draw(i: int) -> Any:
             start = latents[i % len(latents)].to(bench.options.device, dtype)

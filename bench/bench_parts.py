@@ -46,19 +46,33 @@ def peers(
     try:
         other, call = make()
     except Exception as error:  # not installed, or it cannot hold this model: the line says which
-        return [], {name: f"missing: {type(error).__name__}: {str(error).splitlines()[0][:120]}" for name in wanted}
-    compiled = None
+        return [], {
+            name: f"missing: {type(error).__name__}: {str(error)[:120].partition(chr(10))[0]}" for name in wanted
+        }
     found = []
     for name in wanted:
-        last = name != "diffusers"
-        network = other
         if name == "diffusers-compiled":
-            compiled = compiled or torch.compile(other, mode="max-autotune", fullgraph=True)
-            network = compiled
-        prepare = lambda last=last: models.channels_last(other, last)  # noqa: E731
-        needs = COMPILING if name == "diffusers-compiled" and bench.options.device.type == "cuda" else 0.0
-        found.append(Candidate(name, lambda i, n=network: call(n, i), prepare, needs=needs))
+            found.append(compiled(make, bench.options.device))
+            continue
+        prepare = lambda last=name != "diffusers": models.channels_last(other, last)  # noqa: E731
+        found.append(Candidate(name, lambda i: call(other, i), prepare))
     return found, {}
+
+
+def compiled(
+    make: Callable[[], tuple[nn.Module, Callable[[Any, int], torch.Tensor]]], device: torch.device
+) -> Candidate:
+    """A peer under torch.compile, a network of its own: the CUDA graphs in it know its weights by their addresses."""
+    made: list[Any] = []
+
+    def prepare() -> None:
+        if not made:
+            other, call = make()
+            models.channels_last(other, True)
+            made.extend([torch.compile(other, mode="max-autotune", fullgraph=True), call])
+
+    needs = COMPILING if device.type == "cuda" else 0.0
+    return Candidate("diffusers-compiled", lambda i: made[1](made[0], i), prepare, needs=needs)
 
 
 def on_pytorch(bench: Session, run: Callable[[int], torch.Tensor]) -> list[Candidate]:
@@ -80,7 +94,9 @@ def on_reference(run: Callable[[int], torch.Tensor]) -> Callable[[], torch.Tenso
 
 
 def inference(candidates: list[Candidate]) -> list[Candidate]:
-    return [replace(c, run=torch.inference_mode()(c.run)) for c in candidates]
+    """Without gradients; peers in the mode of diffusers' own pipelines, in which torch.compile is at home."""
+    modes = ((c, torch.no_grad() if c.name.startswith("diffusers") else torch.inference_mode()) for c in candidates)
+    return [replace(c, run=mode(c.run)) for c, mode in modes]
 
 
 def as_drawn(run: Callable[[int], torch.Tensor], device: torch.device) -> Callable[[int], torch.Tensor]:

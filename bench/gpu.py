@@ -51,7 +51,7 @@ class Stage:
     title: str
     arguments: tuple[str, ...]
     share: float
-    patience: float = 90.0
+    patience: float = 120.0
     package: str = "torch"
 
 

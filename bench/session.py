@@ -203,7 +203,7 @@ class Session:
             labels: model, size, batch, steps.
         """
         measuring, device = self.options.measuring, self.options.device
-        bound = self.limit(work, dtype, per) if measuring and work is not None else None
+        bound = self._bound(work, dtype, per) if measuring and work is not None else None
         limit = measure.tolerance(dtype, depth) if limit is None else limit
 
         def note(outcome: Outcome) -> None:
@@ -248,6 +248,14 @@ class Session:
         median = found["seconds"]["median"]
         self.results.add(**found | {"kinds": {kind: float(f"{share * median:.4g}") for kind, share in shares.items()}})
         return True
+
+    def _bound(self, work: list[Work], dtype: torch.dtype, per: int) -> Limit | None:
+        """The limit; a device whose best cannot be measured still has times."""
+        try:
+            return self.limit(work, dtype, per)
+        except Exception as error:
+            self.tables.append(f"no limits: {type(error).__name__}: {str(error)[:160].partition(chr(10))[0]}")
+            return None
 
     def limit(self, work: list[Work], dtype: torch.dtype, per: int = 1) -> Limit:
         """What `per` times this work needs at least on this device."""

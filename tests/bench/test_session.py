@@ -115,6 +115,20 @@ def test_every_candidate_of_a_kernel_has_its_rate_and_its_share(tmp_path: Path) 
     assert session.tables[0].count("GB/s") == 2
 
 
+def test_a_device_whose_best_cannot_be_measured_still_has_times(tmp_path: Path, monkeypatch: Any) -> None:
+    def fails(device: torch.device, dtype: torch.dtype) -> Ceilings:
+        raise torch.OutOfMemoryError("no room for two matrices")
+
+    monkeypatch.setattr("bench.session.measure_ceilings", fails)
+    session = Session(options(results=str(tmp_path / "r.json")))
+    work = [Work("linear", flops=1e9, elements=1e8)]
+    own = Candidate("fastsd", lambda i: torch.ones(3))
+    session.contest("kernel", lambda: torch.ones(3), [own], torch.float32, 1, work, model="linear-1x2x3")
+    (found,) = session.results.data["records"]
+    assert found["seconds"]["median"] > 0 and "floor" not in found
+    assert "no room" in session.tables[0]
+
+
 def test_the_parts_of_a_step_add_up_to_what_was_measured(tmp_path: Path) -> None:
     session = Session(options(results=str(tmp_path / "r.json")))
     labels = {"contest": "step", "model": "tiny", "dtype": "fp32", "candidate": "fastsd"}
