@@ -211,3 +211,28 @@ def test_prepare_is_not_timed_and_inputs_rotate() -> None:
 
 def test_timed_is_for_each_run() -> None:
     assert 0.01 <= timed(lambda i: time.sleep(0.01), 0, 3, CPU) < 0.02
+
+
+def test_on_a_gpu_the_time_is_that_between_two_events_on_an_idle_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Played: each run takes 2 ms of the device, and the host is told at once."""
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool = False):
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = done.count("run")
+            done.append("record")
+
+        def synchronize(self) -> None:
+            done.append("wait")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 2.0 * (end.at - self.at)  # ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append("idle"))
+    seconds = timed(lambda i: done.append("run"), 0, 3, torch.device("cuda"))
+    assert seconds == pytest.approx(0.002)
+    assert done == ["idle", "record", "run", "run", "run", "record", "wait"]
