@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
-import random
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import safetensors
-import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fastsd.errors import FastsdError
 from fastsd.weights.safetensors_file import DTYPES, parse_header
 
-COUNT = 100_000
+EXAMPLES, HEADERS = 3_000, 50  # headers of an example, all from one good one; some are drawn twice
+BYTES = 24  # drawn for each header
+T = TypeVar("T")
 WORDS = [
     *(b'"', b"{", b"}", b"[", b"]", b",", b":", b"\\", b"-", b".", b"0", b"9", b" ", b"\n", b"\x00", b"\xff", b"\x7f"),
     *(b"null", b"true", b"NaN", b"Infinity", b"1e999", b"-0", b"1.0", b"1E1", b"18446744073709551616", b"9" * 30),
@@ -27,41 +32,57 @@ WORDS = [
 ]
 
 
-def make(rng: random.Random) -> tuple[bytes, int]:
+class Choices:
+    """Choices out of drawn bytes, so that hypothesis can make a failing example smaller; 0 where they have run out."""
+
+    def __init__(self, drawn: bytes):
+        self.drawn, self.at = drawn, 0
+
+    def below(self, count: int) -> int:
+        """A number from 0 to `count` - 1, at most 65535."""
+        size = 1 if count <= 256 else 2
+        self.at += size
+        return int.from_bytes(self.drawn[self.at - size : self.at], "little") % count
+
+    def one_of(self, values: Sequence[T]) -> T:
+        return values[self.below(len(values))]
+
+
+def make(rng: Choices) -> tuple[bytes, int]:
     """A small valid header and the size of its data."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}} if rng.random() < 0.5 else {}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}} if rng.below(2) else {}
     end = 0
-    for i in range(rng.randint(0, 3)):
-        kind = rng.choice(["F32", "F16", "BF16", "I64", "U8"])
-        shape = [rng.randint(0, 3) for _ in range(rng.randint(0, 3))]
-        size = torch.Size(shape).numel() * DTYPES[kind].itemsize
+    for i in range(rng.below(4)):
+        kind = rng.one_of(["F32", "F16", "BF16", "I64", "U8"])
+        shape = [rng.below(4) for _ in range(rng.below(4))]
+        size = math.prod(shape) * DTYPES[kind].itemsize
         header[f"key{i}"] = {"dtype": kind, "shape": shape, "data_offsets": [end, end + size]}
         end += size
-    return json.dumps(header, separators=(",", ":") if rng.random() < 0.5 else None).encode(), end
+    return json.dumps(header, separators=(",", ":") if rng.below(2) else None).encode(), end
 
 
-def mutated(raw: bytes, rng: random.Random) -> bytes:
+def mutated(raw: bytes, rng: Choices) -> bytes:
     """Up to three changes: a byte, a word, a piece gone, twice or elsewhere, a number."""
-    for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        at = rng.randrange(len(raw) + 1)
-        to = min(len(raw), at + rng.randint(0, 12))
-        kind = rng.randrange(6)
+    for _ in range(rng.one_of((1, 1, 1, 2, 3))):
+        at = rng.below(len(raw) + 1)
+        to = min(len(raw), at + rng.below(13))
+        kind = rng.below(6)
         if kind == 0:
-            raw = raw[:at] + bytes([rng.randrange(256)]) + raw[at + 1 :]
+            raw = raw[:at] + bytes([rng.below(256)]) + raw[at + 1 :]
         elif kind == 1:
-            raw = raw[:at] + rng.choice(WORDS) + raw[at + rng.randint(0, 1) :]
+            raw = raw[:at] + rng.one_of(WORDS) + raw[at + rng.below(2) :]
         elif kind == 2:
             raw = raw[:at] + raw[to:]
         elif kind == 3:
             raw = raw[:to] + raw[at:]
         elif kind == 4:
-            other = rng.randrange(len(raw) + 1)
+            other = rng.below(len(raw) + 1)
             raw = raw[:other] + raw[at:to] + raw[other:]
         else:
             digits = [i for i, byte in enumerate(raw) if 48 <= byte <= 57]
             if digits:
-                i = rng.choice(digits)
-                raw = raw[:i] + str(rng.choice((0, 1, 2, 4, 8, 16, -1, 2**63))).encode() + raw[i + 1 :]
+                i = rng.one_of(digits)
+                raw = raw[:i] + str(rng.one_of((0, 1, 2, 4, 8, 16, -1, 2**63))).encode() + raw[i + 1 :]
     return raw
 
 
@@ -77,21 +98,32 @@ def accepted(raw: bytes, size: int) -> dict[str, tuple[str, list[int]]] | None:
 
 
 def test_mutated_headers() -> None:
-    rng = random.Random(20240607)
+    """Nothing but `FastsdError`; what is taken, the safetensors library takes too, and reads the same out of it."""
+    seen: set[int] = set()
     taken = 0
-    for i in range(COUNT):
-        if i % 50 == 0:
-            base, size = make(rng)
-            assert accepted(base, size) is not None
-        raw = mutated(base, rng)
-        ours = accepted(raw, size)
-        if ours is None:
-            continue
-        taken += 1
-        file = len(raw).to_bytes(8, "little") + raw + bytes(size)
-        theirs = {name: (value["dtype"], value["shape"]) for name, value in safetensors.deserialize(file)}
-        assert ours == theirs, raw
-    assert taken > COUNT / 100, "nearly every mutation is refused, so the comparison says little"
+
+    @settings(
+        max_examples=EXAMPLES, derandomize=True, database=None, deadline=None, suppress_health_check=[*HealthCheck]
+    )
+    @given(st.binary(min_size=BYTES * (HEADERS + 1), max_size=BYTES * (HEADERS + 1)))
+    def check(drawn: bytes) -> None:
+        nonlocal taken
+        base, size = make(Choices(drawn[:BYTES]))
+        assert accepted(base, size) is not None
+        for k in range(1, HEADERS + 1):
+            raw = mutated(base, Choices(drawn[k * BYTES : (k + 1) * BYTES]))
+            seen.add(hash(raw))
+            ours = accepted(raw, size)
+            if ours is None:
+                continue
+            taken += 1
+            file = len(raw).to_bytes(8, "little") + raw + bytes(size)
+            theirs = {name: (value["dtype"], value["shape"]) for name, value in safetensors.deserialize(file)}
+            assert ours == theirs, raw
+
+    check()
+    assert len(seen) >= 100_000
+    assert taken > len(seen) / 100, "nearly every mutation is refused, so the comparison says little"
 
 
 @pytest.mark.parametrize("where", ["top", "entry", "metadata"])
