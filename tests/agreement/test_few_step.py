@@ -6,8 +6,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastsd.pipeline import Pipeline
 from tests.agreement.conftest import disturbed, make_unet
@@ -108,3 +110,39 @@ def test_guidance_as_an_input(lcm: tuple[Any, Path], guidance: float | None) -> 
     assert found.parameters["few_step"] == "lcm" and found.parameters["guidance_scale"] == (guidance or 8.0)
     other = ours("a cat", guidance_scale=6.0, latents=noise(), seed=SEED, output_type="latent")
     assert error(other.images, wanted) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["lcm", "turbo", "lightning"])
+def test_from_an_image(families: Any, kind: str) -> None:
+    """With the scheduler of the model card; Turbo takes as many steps as leave one to run, here two."""
+    import diffusers
+
+    theirs = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(families.folder / "sd1", safety_checker=None)
+    theirs.set_progress_bar_config(disable=True)
+    name, changes, steps = CARDS[kind]
+    theirs.scheduler = getattr(diffusers, name).from_config(theirs.scheduler.config, **changes)
+    generator = [torch.Generator().manual_seed(SEED)]
+    picture = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
+    arguments: dict[str, Any] = {"image": picture, "strength": 0.5}
+    wanted = run(theirs, "a cat", generator=generator, num_inference_steps=max(steps, 2), guidance_scale=0, **arguments)
+    ours = Pipeline.from_pretrained(families.folder / "sd1", device="cpu", dtype="fp32", few_step=kind)
+    assert error(run(ours, "a cat", seed=SEED, **arguments), wanted) < TOLERANCE
+
+
+def test_guidance_as_an_input_of_sdxl(families: Any, tmp_path: Path) -> None:
+    """As latent-consistency/lcm-sdxl is published: a UNet alone, in SDXL's pipeline."""
+    import diffusers
+
+    torch.manual_seed(5)
+    theirs = families.pipelines["sdxl"]
+    config = {key: value for key, value in theirs.unet.config.items() if not key.startswith("_")}
+    unet = disturbed(diffusers.UNet2DConditionModel(**config | {"time_cond_proj_dim": 16}))
+    pipeline = type(theirs)(**theirs.components | {"unet": unet}, add_watermarker=False)
+    pipeline.scheduler = diffusers.LCMScheduler.from_config(theirs.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(tmp_path / "model")
+    wanted = drawn_by_diffusers(pipeline, pipeline.scheduler, num_inference_steps=4, guidance_scale=8.0)
+    ours = Pipeline.from_pretrained(tmp_path / "model", device="cpu", dtype="fp32")
+    found = ours("a cat", latents=noise(), seed=SEED, output_type="latent")
+    assert error(found.images, wanted) < TOLERANCE
+    assert found.parameters["guidance_scale"] == 8.0
