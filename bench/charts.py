@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from bench.report import groups, peak, seconds, show, title
+from bench.figures import groups, peak, seconds, show, title
 
 COLOURS = {"fastsd": "#1f6feb", "pytorch": "#8b949e", "diffusers": "#d29922", "diffusers-channels-last": "#e3b341",
            "diffusers-compiled": "#bf8700", "floor": "#2da44e"}  # fmt: skip

@@ -34,7 +34,8 @@ from fastsd.weights import Components, count_numbers, load_checkpoint, load_prev
 from fastsd.weights.adapters import Adapter, Adapters
 from fastsd.weights.controlnet import load_controlnet
 from fastsd.weights.embeddings import Embedding, load_embedding
-from fastsd.weights.hub import Place, locate_controlnet, locate_file, locate_model, locate_vae
+from fastsd.weights.hub import locate_controlnet, locate_file, locate_model, locate_vae
+from fastsd.weights.hub_id import Place
 
 BUNDLED = Path(__file__).parent / "assets" / "digits"
 

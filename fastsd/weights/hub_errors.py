@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastsd.errors import FastsdError
-
-if TYPE_CHECKING:
-    from fastsd.weights.hub import HubId
+from fastsd.weights.hub_id import HubId
 
 
 def refusal(wanted: HubId, error: BaseException) -> FastsdError:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Set
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
 from fastsd.errors import FastsdError
+from fastsd.weights.hub_id import SUFFIX, HubId
 from fastsd.weights.load import STEMS, candidates, shard_names
 
-if TYPE_CHECKING:
-    from fastsd.weights.hub import HubId
-
-SUFFIX = ".safetensors"
 _TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _CONFIGS = (
     "model_index.json",

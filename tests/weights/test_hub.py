@@ -23,7 +23,7 @@ from fastsd.errors import FastsdError
 from fastsd.images import read_text
 from fastsd.metadata import read_texts
 from fastsd.pipeline import BUNDLED, Pipeline
-from fastsd.weights import hub
+from fastsd.weights import hub, hub_id
 from tests.weights.hub_server import Hub, offline, serving, taken_for_the_hub
 
 pytest.importorskip("huggingface_hub")
@@ -87,12 +87,12 @@ def model(text: str, revision: str | None = None, halved: bool = False) -> Path:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("org/name", hub.HubId("org/name")),
-        ("o.r-g_1/na.me-2_x", hub.HubId("o.r-g_1/na.me-2_x")),
-        ("org/name@v1.5", hub.HubId("org/name", "v1.5")),
-        ("org/name@refs/pr/1", hub.HubId("org/name", "refs/pr/1")),
-        ("org/name/a b.safetensors", hub.HubId("org/name", None, "a b.safetensors")),
-        ("org/name@fp16/sub/a.safetensors", hub.HubId("org/name", "fp16", "sub/a.safetensors")),
+        ("org/name", hub_id.HubId("org/name")),
+        ("o.r-g_1/na.me-2_x", hub_id.HubId("o.r-g_1/na.me-2_x")),
+        ("org/name@v1.5", hub_id.HubId("org/name", "v1.5")),
+        ("org/name@refs/pr/1", hub_id.HubId("org/name", "refs/pr/1")),
+        ("org/name/a b.safetensors", hub_id.HubId("org/name", None, "a b.safetensors")),
+        ("org/name@fp16/sub/a.safetensors", hub_id.HubId("org/name", "fp16", "sub/a.safetensors")),
         *((path, None) for path in ("name", "./org/name", "../org/name", "/org/name", "~/name", "org/name/", "")),
         *((path, None) for path in ("org/name.safetensors", "org/name.ckpt", "models/sd/v1.5", "org/name/a.ckpt")),
         *((path, None) for path in ("org/name.git", f"org/{'n' * 97}", "org/name/./a.safetensors")),
@@ -101,8 +101,8 @@ def model(text: str, revision: str | None = None, halved: bool = False) -> Path:
         *((path, None) for path in ("org/name/../a.safetensors", "org/name//a.safetensors", "org/name@", "org\\name")),
     ],
 )
-def test_what_an_id_looks_like(text: str, expected: hub.HubId | None) -> None:
-    assert hub.parse(text) == expected
+def test_what_an_id_looks_like(text: str, expected: hub_id.HubId | None) -> None:
+    assert hub_id.parse(text) == expected
     assert expected is None or str(expected) == text
 
 
@@ -112,28 +112,28 @@ def test_an_id_is_one_for_huggingface_hub_too(served: Hub, text: str) -> None:
     """What it would complain about by an exception of its own is a path to us; and none leaves the cache."""
     from huggingface_hub.utils import validate_repo_id
 
-    wanted = hub.parse(text)
+    wanted = hub_id.parse(text)
     if wanted is not None:
         validate_repo_id(wanted.repo)
-        for cached in (hub.is_cached(wanted), hub.is_cached(hub.HubId(wanted.repo, NEW, wanted.inside), vae=True)):
+        for cached in (hub.is_cached(wanted), hub.is_cached(hub_id.HubId(wanted.repo, NEW, wanted.inside), vae=True)):
             assert not cached
         assert str(wanted) == text and ".." not in Path(text).parts
 
 
 def test_what_is_there_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert hub.parse("org/name") is not None
-    assert hub.parse(Path("org/name")) is None
+    assert hub_id.parse("org/name") is not None
+    assert hub_id.parse(Path("org/name")) is None
     (tmp_path / "org" / "name").mkdir(parents=True)
-    assert hub.parse("org/name") is None
-    assert hub.locate_model("org/name", None, False) == hub.Place(Path("org/name"))
+    assert hub_id.parse("org/name") is None
+    assert hub.locate_model("org/name", None, False) == hub_id.Place(Path("org/name"))
 
 
 def test_revisions_that_cannot_be() -> None:
-    assert hub.parse("org/name", "v1") == hub.parse("org/name@v1", "v1") == hub.HubId("org/name", "v1")
+    assert hub_id.parse("org/name", "v1") == hub_id.parse("org/name@v1", "v1") == hub_id.HubId("org/name", "v1")
     for text, revision in (("org/name@v1", "v2"), ("./here", "v1"), ("org/name", "../x"), ("org/name", "a b")):
         with pytest.raises(FastsdError, match="^revision: "):
-            hub.parse(text, revision)
+            hub_id.parse(text, revision)
 
 
 # What is fetched
@@ -141,7 +141,7 @@ def test_revisions_that_cannot_be() -> None:
 
 def test_only_what_is_needed_is_fetched_and_once(served: Hub) -> None:
     place = hub.locate_model("org/digits", None, False)
-    assert place.hub == hub.HubId("org/digits", NEW)
+    assert place.hub == hub_id.HubId("org/digits", NEW)
     assert sorted(served.files()) == sorted(DIGITS)
     assert {path.relative_to(place.path).as_posix(): path.read_bytes() for path in place.path.rglob("*.*")} == DIGITS
     seen = len(served.seen)
@@ -220,13 +220,13 @@ def test_an_autoencoder_of_its_own_or_of_a_model(served: Hub, monkeypatch: pytes
     assert hub.locate_vae("org/vae", False).path.name == NEW
     assert sorted(served.files()) == sorted(own)
     place = hub.locate_vae("org/digits", False)
-    assert place.path.name == "vae" and place.hub == hub.HubId("org/digits", NEW)
+    assert place.path.name == "vae" and place.hub == hub_id.HubId("org/digits", NEW)
     assert sorted(served.files()) == sorted([*own, "vae/config.json", "vae/diffusion_pytorch_model.safetensors"])
     offline(monkeypatch)
     seen = len(served.seen)
     pipe = Pipeline.from_pretrained(BUNDLED, "cpu", "fp32", vae="org/vae")
     assert hub.locate_vae("org/digits", False) == place
-    assert pipe.vae_source is not None and pipe.vae_source.hub == hub.HubId("org/vae", NEW)
+    assert pipe.vae_source is not None and pipe.vae_source.hub == hub_id.HubId("org/vae", NEW)
     assert len(served.seen) == seen
 
 
@@ -236,7 +236,7 @@ def test_a_controlnet_and_files_for_the_other_commands(served: Hub, tmp_path: Pa
     weights = "diffusion_pytorch_model.safetensors"
     served.add("org/control", {"config.json": b"{}", weights: b"", "control_canny.pth": b"", "images/bird.png": b""})
     place = hub.locate_controlnet("org/control", True)
-    assert place.hub == hub.HubId("org/control", NEW)
+    assert place.hub == hub_id.HubId("org/control", NEW)
     assert sorted(path.name for path in place.path.iterdir()) == ["config.json", weights]
     assert main(["convert", "org/digits", "folder", "--dtype", "fp16"]) == 0
     assert Pipeline.from_pretrained("folder", "cpu", "fp32").components.sample_size == 8
@@ -282,7 +282,7 @@ def test_a_branch_moves_and_a_commit_does_not(served: Hub) -> None:
     assert model(f"org/digits@{OLD}") == model("org/digits", OLD) == first
     assert len(served.seen) == seen  # a commit that is whole in the cache is not asked for
     assert model("org/digits@v1") == model("org/digits", "v1") == first
-    assert hub.locate_model("org/digits@v1", None, False).hub == hub.HubId("org/digits", OLD)
+    assert hub.locate_model("org/digits@v1", None, False).hub == hub_id.HubId("org/digits", OLD)
 
 
 # Offline
@@ -294,7 +294,7 @@ def test_a_cached_model_loads_without_any_request(served: Hub, monkeypatch: pyte
     seen = len(served.seen)
     assert Pipeline.from_pretrained("org/digits", "cpu", "fp32").source == place
     assert hub.locate_model("org/digits", NEW, True) == place
-    assert hub.is_cached(hub.HubId("org/digits")) and not hub.is_cached(hub.HubId("org/digits", OLD))
+    assert hub.is_cached(hub_id.HubId("org/digits")) and not hub.is_cached(hub_id.HubId("org/digits", OLD))
     assert len(served.seen) == seen
 
 
@@ -427,7 +427,7 @@ def test_what_is_no_hub(served: Hub) -> None:
 def test_without_the_extra(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     refused("org/digits", "pip install huggingface_hub")
-    assert not hub.is_cached(hub.HubId("org/digits"))
+    assert not hub.is_cached(hub_id.HubId("org/digits"))
     assert served.seen == []
 
 
