@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from fastsd.cli import main
 from fastsd.errors import FastsdError
 from fastsd.pipeline import Pipeline
 from fastsd.weights import load_checkpoint, load_folder, load_single_file, load_vae
@@ -303,3 +304,22 @@ def test_what_does_not_fit_is_named_as_the_file_names_it(originals: Any, change:
     path = originals.save({k: v.contiguous() for k, v in tensors.items()}, f"{change}.safetensors")
     with pytest.raises(FastsdError, match=re.escape(str(path)) + ".*" + message):
         load(path, prediction="epsilon")
+
+
+def test_a_picture_remembers_averaged_weights(originals: Any, tmp_path: Path, capsys: Any) -> None:
+    """--ema draws another picture, and --from-image takes it again."""
+    tensors = originals.tensors("sd1")
+    near = {key: value - 0.99 if value.ndim else value for key, value in averages(tensors).items()}  # 0.01 away
+    path = originals.save(tensors | near, "both.safetensors")
+    base = ["-p", "x", "--seed", "1", "--steps", "1", "--device", "cpu", "--dtype", "fp32", "-W", "64", "-H", "64"]
+    drawn = {}
+    for name, words in (
+        ("plain", [*base, "-m", str(path)]),
+        ("ema", [*base, "-m", str(path), "--ema"]),
+        ("again", ["--from-image", str(tmp_path / "ema.png")]),
+    ):
+        assert main([*words, "-o", str(tmp_path / f"{name}.png")]) == 0, capsys.readouterr().err
+        drawn[name] = Image.open(tmp_path / f"{name}.png").tobytes()
+    assert drawn["again"] == drawn["ema"] != drawn["plain"]
+    assert main([*base, "-m", str(originals.file("sd1")), "--ema", "-o", str(tmp_path / "x.png")]) == 2
+    assert "no averaged weights (model_ema.*) in this file; leave out --ema" in capsys.readouterr().err
