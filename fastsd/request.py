@@ -217,9 +217,7 @@ def make_request(
         negative_prompts=tuple(text for text in negatives for _ in range(each)),
         texts=tuple(positive.texts for positive, _ in readings),
         negative_texts=tuple(negative.texts for _, negative in readings),
-        chunks=tuple(
-            max(positive.chunks, negative.chunks) if guided else positive.chunks for positive, negative in readings
-        ),
+        chunks=chunks_of(readings, guided),
         seeds=tuple(first + i for i in range(count)),
         table=make_table(sampler, steps, components.scheduler, schedule, start, eta),
         num_inference_steps=steps,
@@ -268,11 +266,12 @@ def with_second_pass(
     scale = number("hires_scale", scale, 1, MAX_HIRES)
     strength = number("hires_strength", strength, 0, 1)
     if steps is None:
-        steps, texts, negatives = first.num_inference_steps, first.texts, first.negative_texts
+        steps, texts, negatives, chunks = first.num_inference_steps, first.texts, first.negative_texts, first.chunks
     else:  # prompts with a schedule are read anew
         steps = number("hires_steps", steps, 1, MAX_STEPS, whole=True)
         told = read_all(components, [*first.prompts], [*first.negative_prompts], steps, first.prompt_syntax)
         texts, negatives = (tuple(readings[i].texts for readings in told) for i in (0, 1))
+        chunks = chunks_of(told, first.guided)
     factor = components.vae.config.downscale
     width, height = (max(round(n * scale / factor), 1) * factor for n in (first.width, first.height))
     if max(width, height) > MAX_SIDE:
@@ -285,6 +284,7 @@ def with_second_pass(
         first,
         texts=texts,
         negative_texts=negatives,
+        chunks=chunks,
         table=make_table(first.sampler, steps, components.scheduler, first.schedule, start, first.eta),
         num_inference_steps=steps,
         width=width,
@@ -310,6 +310,11 @@ def read_all(
     except FastsdError as error:
         raise FastsdError(f"negative_{error}" if str(error).startswith("prompt") else str(error)) from error
     return [(read[prompt], read[negative]) for prompt, negative in zip(prompts, negatives)]
+
+
+def chunks_of(readings: list[tuple[Reading, Reading]], guided: bool) -> tuple[int, ...]:
+    """How many chunks the texts of each image fill; negative ones count where they are used."""
+    return tuple(max(one.chunks, negative.chunks) if guided else one.chunks for one, negative in readings)
 
 
 def chosen_batch(batch_size: int | None, count: int) -> int:

@@ -47,10 +47,11 @@ class Script:
 
 
 def batches(request: Request) -> list[slice]:
-    """The images that run together: up to `batch_size` neighbours whose texts fill as many chunks."""
+    """The images that run together: up to `batch_size` neighbours whose texts fill as many chunks, in every pass."""
+    chunks = list(zip(*(one.chunks for one in request.passes), strict=True))
     found, start = [], 0
-    for i in range(1, len(request.prompts) + 1):
-        ends = i == len(request.prompts) or request.chunks[i] != request.chunks[start]
+    for i in range(1, len(chunks) + 1):
+        ends = i == len(chunks) or chunks[i] != chunks[start]
         if ends or i - start == request.batch_size:
             found.append(slice(start, i))
             start = i

@@ -140,6 +140,16 @@ def test_an_image_does_not_depend_on_longer_neighbours(pipe: Pipeline) -> None:
         np.testing.assert_array_equal(draw(pipe, prompt, negative_prompt=negative, seed=1 + i)[0], together[i])
 
 
+def test_a_second_pass_whose_texts_fill_more_chunks(pipe: Pipeline) -> None:
+    """A schedule may come to a longer text only in the second pass, which has steps of its own."""
+    prompts = [f"a [dog:{LONG}:2]", "a cat", "a bird"]
+    for arguments in ({"guidance_scale": 3.0}, {"guidance_scale": 1.0}, {"negative_prompt": f"[fog:{LONG}:1]"}):
+        settings = {"num_inference_steps": 1, "hires_scale": 1.5, "hires_steps": 6, "output_type": "latent"} | arguments
+        together = pipe(prompts, seed=1, **settings).images
+        for i, prompt in enumerate(prompts):
+            assert torch.equal(pipe(prompt, seed=1 + i, **settings).images[0], together[i])
+
+
 def test_the_shorter_of_prompt_and_negative_is_padded(sd1: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[tuple[int, ...]] = []
     denoise = sd1.components.unet.denoise
