@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,8 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fastsd.devices import dtype_name
 from fastsd.errors import FastsdError
+from fastsd.images import BLACK, WHITE, flatten
 from fastsd.model.controlnet import ControlNet
+from fastsd.sampling.rows import Table
 from fastsd.weights import Components
 
 MAX_SIDE = 8192
@@ -34,6 +38,13 @@ class Control:
     weight: float = 1.0
     start: float = 0.0
     end: float = 1.0
+
+    def active(self, table: Table) -> frozenset[int]:
+        """The rows of the table in which it takes part: of the steps that lie within its start and end."""
+        steps = [int(step - table.step[0]) for step in table.step]
+        count = max(steps, default=0) + 1
+        within = {step for step in steps if step / count >= self.start and (step + 1) / count <= self.end}
+        return frozenset(row for row, step in enumerate(steps) if self.weight and step in within)
 
 
 def texts(name: str, value: Any) -> list[str]:
@@ -94,7 +105,7 @@ def fit_image(image: Any, width: int | None, height: int | None, factor: int) ->
         side("width", own[0] if width is None else width, factor),
         side("height", own[1] if height is None else height, factor),
     )
-    image = image.convert("RGB")
+    image = flatten(image, "RGB", WHITE, "image")
     if image.size == size:
         return image, []
     note = f"the image was resized from {image.width}x{image.height} to {size[0]}x{size[1]}"
@@ -107,7 +118,7 @@ def fit_mask(mask: Any, image: Image.Image | None) -> tuple[Image.Image, list[st
         raise FastsdError("mask_image is given without image; a mask says which part of an image to paint anew")
     if not isinstance(mask, Image.Image):
         raise FastsdError(f"mask_image should be a PIL image, not {type(mask).__name__}")
-    mask = mask.convert("L")
+    mask = flatten(mask, "L", BLACK, "mask_image")
     if mask.size == image.size:
         return mask, []
     note = f"the mask was resized from {mask.width}x{mask.height} to {image.width}x{image.height}"
@@ -124,12 +135,17 @@ def fit_latents(latents: Any, shape: tuple[int, int, int, int]) -> torch.Tensor:
     return latents.float().cpu()
 
 
-def fit_controls(
-    controls: Any, components: Components, width: int, height: int
-) -> tuple[tuple[Control, ...], list[str]]:
-    """The controls with their pictures as RGB at the size of the result, and notes on what was done to them."""
+def listed(controls: Any) -> list[Control]:
+    """The controls, if they are a list of them."""
     if not isinstance(controls, list | tuple) or not all(isinstance(one, Control) for one in controls):
         raise FastsdError("controls should be a list of fastsd.Control")
+    return list(controls)
+
+
+def fit_controls(
+    controls: list[Control], components: Components, width: int, height: int
+) -> tuple[tuple[Control, ...], list[str]]:
+    """The controls with their pictures as RGB at the size of the result, and notes on what was done to them."""
     fitted, notes = [], []
     for k, control in enumerate(controls):
         name = f"controls[{k}]"
@@ -141,6 +157,12 @@ def fit_controls(
             wanted.cross_attention_dim,
         ):
             raise FastsdError(f"{name}.net was loaded for a model of another family")
+        own, model = control.net.conv_in.weight, components.unet.conv_in.weight
+        if (own.dtype, own.device) != (model.dtype, model.device):
+            raise FastsdError(
+                f"{name}.net is {dtype_name(own.dtype)} on {own.device} and the model {dtype_name(model.dtype)} on "
+                f"{model.device}; load it with this pipeline's load_controlnet"
+            )
         if not isinstance(control.image, Image.Image):
             raise FastsdError(f"{name}.image should be a PIL image, not {type(control.image).__name__}")
         number(f"{name}.weight", control.weight, -MAX_CONTROL_WEIGHT, MAX_CONTROL_WEIGHT)
@@ -150,8 +172,26 @@ def fit_controls(
         if control.image.size != (width, height):
             was = f"{control.image.width}x{control.image.height}"
             notes.append(f"the control picture was resized from {was} to {width}x{height}")
-        fitted.append(replace(control, image=resized(control.image.convert("RGB"), width, height)))
+        image = flatten(control.image, "RGB", WHITE, f"{name}.image")
+        fitted.append(replace(control, image=resized(image, width, height)))
     return tuple(fitted), notes
+
+
+def left_out(controls: Sequence[Control], table: Table) -> list[str]:
+    """Notes on controls in whose part of the steps there is no whole one."""
+    if not len(table):
+        return []
+    steps = int(table.step[-1] - table.step[0]) + 1
+    return [
+        f"control {k} takes part in no step: none of the {steps} lies within {control.start:g} and {control.end:g}"
+        for k, control in enumerate(controls, start=1)
+        if control.weight and not control.active(table)
+    ]
+
+
+def nothing_redone(name: str, strength: float, steps: int) -> str:
+    """A note on a strength that leaves no step."""
+    return f"nothing is redone: {name} {strength:g} of {steps} step{'s' * (steps > 1)} is less than one step"
 
 
 def own_size(image: Any, factor: int) -> tuple[int, int]:

@@ -144,19 +144,12 @@ def write_stages(engine: Engine, request: Request, which: slice) -> tuple[Stage,
 
 
 def _controller(engine: Engine, request: Request, k: int) -> Controller:
-    """A request's k-th ControlNet with its picture read, active in the steps that lie within its start and end."""
-    control, table = request.controls[k], request.table
+    """A request's k-th ControlNet with its picture read."""
+    control = request.controls[k]
     picture = (image_tensor(control.image) + 1.0) / 2.0  # [0, 1]
     hint = control.net.embed_hint(picture.to(engine.device, engine.dtype))
     weight = torch.tensor([control.weight], dtype=torch.float32, device=engine.device)
-    steps = [int(step - table.step[0]) for step in table.step]
-    count = max(steps, default=0) + 1
-    active = [
-        row
-        for row, step in enumerate(steps)
-        if control.weight and step / count >= control.start and (step + 1) / count <= control.end
-    ]
-    return Controller(control.net, Told(hint), hint, weight, frozenset(active))
+    return Controller(control.net, Told(hint), hint, weight, control.active(request.table))
 
 
 def _encode(

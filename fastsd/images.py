@@ -127,7 +127,7 @@ def _read(source: str | Path | bytes, name: str, mode: str, background: int) -> 
                 _check_size(opened.size, where)
                 opened.load()
                 texts = _texts(opened)
-                return _flatten(_upright(opened), mode, background, where), texts
+                return flatten(_upright(opened), mode, background, where), texts
     except FastsdError:
         raise
     except Image.DecompressionBombError:
@@ -157,8 +157,16 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _flatten(image: Image.Image, mode: str, background: int, where: str) -> Image.Image:
-    """`image` in `mode` ("RGB" or "L") without transparency."""
+def flatten(image: Image.Image, mode: str, background: int, where: str) -> Image.Image:
+    """`image` in `mode` ("RGB" or "L"), 8 bits a channel, without transparency.
+
+    Args:
+        background: what shows where it is transparent, `WHITE` or `BLACK`.
+        where: what the user calls it, for messages.
+
+    Raises:
+        FastsdError: its pixels are floating-point numbers or have more than 16 bits.
+    """
     if image.mode == "F":
         raise FastsdError(f"{where}: floating-point pixels are not read; save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16 bits; `convert` would clip at 255 instead of scaling

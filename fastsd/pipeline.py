@@ -235,11 +235,14 @@ class Pipeline:
         Raises:
             FastsdError: no such file, malformed, or one for another family of models.
         """
-        embedding = load_embedding(locate_file(path).path, self.components.text_encoders, token, allow_pickle)
-        self.components.embeddings |= dict.fromkeys(embedding.names, embedding)
-        if self.refiner is not None and self.refiner.xl:  # it has the second text encoder alone
-            second = Embedding(embedding.names, embedding.vectors[-len(self.refiner.text_encoders) :])
-            self.refiner.embeddings |= dict.fromkeys(embedding.names, second)
+        models = [one for one in (self.components, self.refiner) if one is not None]
+        most = max((one.text_encoders for one in models), key=len)
+        embedding = load_embedding(locate_file(path).path, most, token, allow_pickle)
+        for one in models:
+            vectors = embedding.vectors[-len(one.text_encoders) :]  # SDXL's refiner has the second encoder alone
+            fits = zip(vectors, one.text_encoders, strict=True)
+            if all(vector.shape[1] == encoder.config.hidden_size for vector, encoder in fits):
+                one.embeddings |= dict.fromkeys(embedding.names, Embedding(embedding.names, vectors))
         return embedding.names
 
     def load_controlnet(self, path: str | Path, allow_pickle: bool = False) -> ControlNet:

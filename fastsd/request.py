@@ -18,6 +18,9 @@ from fastsd.arguments import (
     fit_image,
     fit_latents,
     fit_mask,
+    left_out,
+    listed,
+    nothing_redone,
     number,
     own_size,
     resized,
@@ -173,7 +176,7 @@ def make_request(
     notes = dict.fromkeys(note for pair in told for reading in pair for note in reading.notes)
     if not guided and any(negatives):
         notes["the negative prompt has no effect: nothing is guided away from it"] = None
-    mask = None
+    mask, controls = None, listed(controls)
     if image is not None and components.vae.encoder is None:
         raise FastsdError(f"image: {DECODES_ONLY}")
     if image is not None:
@@ -189,7 +192,7 @@ def make_request(
         raise FastsdError("this is an inpainting checkpoint: give image and mask_image")
     width = side("width", chosen("width", width), config.downscale)
     height = side("height", chosen("height", height), config.downscale)
-    controls, more = fit_controls(controls, components, width, height)
+    fitted, more = fit_controls(controls, components, width, height)
     notes |= dict.fromkeys(more)
     if refiner_switch is not None and not refines:
         raise FastsdError("refiner_switch is given and no refiner is loaded; give a refiner to load")
@@ -212,6 +215,10 @@ def make_request(
         schedule = defaults["schedule"]  # belongs to the checkpoint's own sampler
     sampler, schedule = resolve(word("sampler", chosen("sampler", sampler)), word("schedule", schedule or "default"))
     start = 0 if image is None else steps - min(int(steps * strength), steps)
+    table = make_table(sampler, steps, components.scheduler, schedule, start, eta)
+    if not len(table) and strength > 0:
+        notes[nothing_redone("strength", strength, steps)] = None
+    notes |= dict.fromkeys(left_out(fitted, table))
     request = Request(
         prompts=tuple(text for text in prompts for _ in range(each)),
         negative_prompts=tuple(text for text in negatives for _ in range(each)),
@@ -219,7 +226,7 @@ def make_request(
         negative_texts=tuple(negative.texts for _, negative in readings),
         chunks=chunks_of(readings, guided),
         seeds=tuple(first + i for i in range(count)),
-        table=make_table(sampler, steps, components.scheduler, schedule, start, eta),
+        table=table,
         num_inference_steps=steps,
         guidance_scale=guidance,
         guided=guided,
@@ -242,7 +249,7 @@ def make_request(
         loras=loras,
         embeddings=embeddings,
         notes=tuple(notes),
-        controls=controls,
+        controls=fitted,
         trained_steps=components.scheduler.num_train_timesteps,
         refiner_switch=number("refiner_switch", REFINER_SWITCH if refiner_switch is None else refiner_switch, 0, 1)
         if refines
@@ -280,12 +287,15 @@ def with_second_pass(
     picture = replace(first.picture, width=width, height=height, tiled=tiled)
     memory.check_picture(picture, components.unet.conv_in.weight.device)
     start = steps - min(int(steps * strength), steps)
+    table = make_table(first.sampler, steps, components.scheduler, first.schedule, start, first.eta)
+    if not len(table) and strength > 0:
+        first = replace(first, notes=(*first.notes, nothing_redone("hires_strength", strength, steps)))
     second = replace(
         first,
         texts=texts,
         negative_texts=negatives,
         chunks=chunks,
-        table=make_table(first.sampler, steps, components.scheduler, first.schedule, start, first.eta),
+        table=table,
         num_inference_steps=steps,
         width=width,
         height=height,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from fastsd import conditioning, script
 from fastsd.errors import FastsdError
 from fastsd.graph import Graphs
+from fastsd.model.clip import TextEncoder
 from fastsd.pipeline import Pipeline
 from tests.tape import TapeRecorder
 from tests.weights import tiny
@@ -213,6 +215,33 @@ def test_an_embedding_changes_the_prompts_that_name_it(tmp_path: Path) -> None:
         np.testing.assert_array_equal(draw(pipe, "a cat, <ink>"), draw(pipe, "a cat, Ink-Style"))
         result = pipe("a <ink>", seed=1, num_inference_steps=1, negative_prompt="ink-style", output_type="latent")
         assert sorted(result.parameters["embeddings"]) == ["<ink>", "ink-style"]
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "sdxl after its refiner"])
+def test_a_refiner_reads_embeddings_too(tmp_path: Path, family: str) -> None:
+    """Its text encoders are as many as the model's, or the last of them, or more."""
+    keys = ("x",) if family == "sd1" else ("clip_l", "clip_g")
+    save_file({key: torch.randn(2, 32) for key in keys}, tmp_path / "ink-style.safetensors")
+    model, refiner = ((tiny.sd1 if family == "sd1" else tiny.sdxl)() for _ in range(2))
+    refiner.unet.conv_in.weight.data.mul_(1.5)
+    if "after" in family:
+        model = replace(model, text_encoders=model.text_encoders[1:], tokenizers=model.tokenizers[1:])
+        model.unet = tiny.sdxl(32).unet
+    pipe = Pipeline(model, CPU, torch.float32, refiner=refiner)
+    only_refined = {"refiner_switch": 0.0}
+    before = draw(pipe, "a cat, ink-style", **only_refined)
+    pipe.load_embedding(tmp_path / "ink-style.safetensors")
+    assert (draw(pipe, "a cat, ink-style", **only_refined) != before).any()
+
+
+def test_a_refiner_with_another_text_encoder_reads_the_name(tmp_path: Path) -> None:
+    wider = tiny.sd1(replace(tiny.UNET, cross_attention_dim=64))
+    wider.text_encoders = (TextEncoder(replace(tiny.CLIP, hidden_size=64)),)
+    pipe = Pipeline(tiny.sd1(), CPU, torch.float32, refiner=wider)
+    save_file({"x": torch.randn(2, 32)}, tmp_path / "ink-style.safetensors")
+    before = draw(pipe, "ink-style", refiner_switch=0.0)
+    pipe.load_embedding(tmp_path / "ink-style.safetensors")
+    np.testing.assert_array_equal(draw(pipe, "ink-style", refiner_switch=0.0), before)
 
 
 BAD = [

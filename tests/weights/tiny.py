@@ -40,13 +40,14 @@ def sd1(unet: UNetConfig = UNET) -> Components:
     )
 
 
-def sdxl() -> Components:
+def sdxl(text_features: int = 64) -> Components:
+    """text_features: of both text encoders; 32 is the second alone, as SDXL's refiner has it."""
     torch.manual_seed(1)
     unet = replace(
         UNET,
         transformer_layers_per_block=(0, 2),
         mid_transformer_layers=2,
-        cross_attention_dim=64,
+        cross_attention_dim=text_features,
         use_linear_projection=True,
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=24 + 6 * 8,
