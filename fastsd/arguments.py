@@ -157,6 +157,11 @@ def fit_controls(
             wanted.cross_attention_dim,
         ):
             raise FastsdError(f"{name}.net was loaded for a model of another family")
+        if control.net.downscale != components.vae.config.downscale:
+            raise FastsdError(
+                f"{name}.net shrinks its picture to 1/{control.net.downscale} and the model's autoencoder to "
+                f"1/{components.vae.config.downscale}; they should be of one family"
+            )
         own, model = control.net.conv_in.weight, components.unet.conv_in.weight
         if (own.dtype, own.device) != (model.dtype, model.device):
             raise FastsdError(
@@ -189,9 +194,9 @@ def left_out(controls: Sequence[Control], table: Table) -> list[str]:
     ]
 
 
-def nothing_redone(name: str, strength: float, steps: int) -> str:
+def nothing_redone(what: str, strength: float, steps: int) -> str:
     """A note on a strength that leaves no step."""
-    return f"nothing is redone: {name} {strength:g} of {steps} step{'s' * (steps > 1)} is less than one step"
+    return f"{what} redoes nothing: strength {strength:g} of {steps} step{'s' * (steps > 1)} is less than one"
 
 
 def own_size(image: Any, factor: int) -> tuple[int, int]:

@@ -217,7 +217,7 @@ def make_request(
     start = 0 if image is None else steps - min(int(steps * strength), steps)
     table = make_table(sampler, steps, components.scheduler, schedule, start, eta)
     if not len(table) and strength > 0:
-        notes[nothing_redone("strength", strength, steps)] = None
+        notes[nothing_redone("the run", strength, steps)] = None
     notes |= dict.fromkeys(left_out(fitted, table))
     request = Request(
         prompts=tuple(text for text in prompts for _ in range(each)),
@@ -289,7 +289,7 @@ def with_second_pass(
     start = steps - min(int(steps * strength), steps)
     table = make_table(first.sampler, steps, components.scheduler, first.schedule, start, first.eta)
     if not len(table) and strength > 0:
-        first = replace(first, notes=(*first.notes, nothing_redone("hires_strength", strength, steps)))
+        first = replace(first, notes=(*first.notes, nothing_redone("the second drawing", strength, steps)))
     second = replace(
         first,
         texts=texts,

@@ -48,6 +48,12 @@ def test_a_controlnet_of_another_pipeline(control: Control) -> None:
         latents(tiny_pipeline(dtype=torch.bfloat16), controls=[control])
 
 
+def test_a_controlnet_for_latents_of_another_size(pipe: Pipeline, control: Control) -> None:
+    net = ControlNet(ControlNetConfig(pipe.components.unet.config, (8, 8)))
+    with pytest.raises(FastsdError, match=r"controls\[0\].net shrinks its picture to 1/2 and .* to 1/8"):
+        latents(pipe, controls=[replace(control, net=net)])
+
+
 def test_controls_that_take_part_in_no_step_are_named(pipe: Pipeline, control: Control) -> None:
     idle = replace(control, start=0.3, end=0.4)
     result = pipe("a cat", seed=1, num_inference_steps=4, controls=[control, idle], output_type="latent")
@@ -58,10 +64,10 @@ def test_controls_that_take_part_in_no_step_are_named(pipe: Pipeline, control: C
 
 
 def test_a_strength_that_leaves_no_step_is_named(pipe: Pipeline) -> None:
-    said = "nothing is redone: strength 0.2 of 4 steps is less than one step"
+    said = "redoes nothing: strength 0.2 of 4 steps is less than one"
     settings: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent"}
-    assert pipe("a cat", image=PICTURE, strength=0.2, **settings).notes == [said]
-    assert pipe("a cat", hires_scale=2, hires_strength=0.2, **settings).notes == [said.replace("str", "hires_str", 1)]
+    assert pipe("a cat", image=PICTURE, strength=0.2, **settings).notes == [f"the run {said}"]
+    assert pipe("a cat", hires_scale=2, hires_strength=0.2, **settings).notes == [f"the second drawing {said}"]
     for quiet in ({"image": PICTURE, "strength": 0.0}, {"image": PICTURE, "strength": 0.25}, {"hires_scale": 2}):
         assert pipe("a cat", **quiet, **settings).notes == []
 

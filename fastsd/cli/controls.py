@@ -43,7 +43,7 @@ def read(args: argparse.Namespace, before: dict[str, Any]) -> list[Chosen]:
             are not given.
     """
     nets, pictures = args.control or [], args.control_images or []
-    old = [one for one in before.get("controls") or () if isinstance(one, dict)]
+    old = _earlier(before)
     if len(old) > len(nets):
         name = str(old[len(nets)].get("name"))[:80]
         raise FastsdError(
@@ -59,6 +59,11 @@ def read(args: argparse.Namespace, before: dict[str, Any]) -> list[Chosen]:
         if len(values) > len(nets):
             raise FastsdError(f"--control-{part}: given {len(values)} times for {len(nets)} of --control")
     return [_chosen(args, k, old[k] if k < len(old) else {}) for k in range(len(nets))]
+
+
+def _earlier(before: dict[str, Any]) -> list[dict[str, Any]]:
+    """The controls of the picture that is repeated."""
+    return [one for one in before.get("controls") or () if isinstance(one, dict)]
 
 
 def _chosen(args: argparse.Namespace, k: int, old: dict[str, Any]) -> Chosen:
@@ -113,16 +118,11 @@ def load(
 def differences(before: dict[str, Any], settings: list[dict[str, Any]]) -> list[str]:
     """Notes on ControlNets and pictures that are not those that drew the repeated picture."""
     notes = []
-    for old, now in zip(before.get("controls") or (), settings, strict=False):
-        if not isinstance(old, dict):
-            continue
+    for old, now in zip(_earlier(before), settings, strict=False):
         if any(old.get(key) != now.get(key) for key in ("fingerprint", "revision")):
             notes.append(f"--control is another file than {str(old.get('name'))[:80]!r}, which drew the picture")
         image = old.get("image")
-        if (
-            isinstance(image, dict)
-            and image.get("sha256") != now["image"]["sha256"]
-            or old.get("edges") != now["edges"]
-        ):
+        other = isinstance(image, dict) and image.get("sha256") != now["image"]["sha256"]
+        if other or old.get("edges") != now["edges"]:
             notes.append("--control-image is another picture than the one that drew the picture")
     return notes

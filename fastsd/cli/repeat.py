@@ -25,6 +25,7 @@ SETTINGS = (
     "few_step",
     "hires_upscaler",
 )
+OF_SECOND_PASS = ("hires_scale", "hires_strength", "hires_steps", "hires_upscaler")
 OF_FEW_STEPS = ("num_inference_steps", "guidance_scale", "sampler", "schedule")
 
 
@@ -72,12 +73,18 @@ def fill_in(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
             raise FastsdError(f"{where}: it was drawn with {flag} {_named(wanted)}; give that file again")
     if settings.get("strength") is not None and args.image is None:
         raise FastsdError(f"{where}: it was drawn from another picture; give that with --image")
+    if settings.get("hires_scale") is not None and args.image is not None:
+        notes.append("not repeated: --hires, as --image starts from a picture")
     models.fill_in(args, settings, where, notes)
     other_kind = args.few_step not in (None, settings.get("few_step"))
     for name in SETTINGS:
         value = settings.get(name)
         if value is None or getattr(args, name) is not None:
             continue
+        if name in OF_SECOND_PASS and args.image is not None:
+            continue  # it belongs to pictures from text alone
+        if name == "refiner_switch" and args.refiner is None:
+            continue  # the refiner went with the model that was replaced
         if name in OF_FEW_STEPS and other_kind:
             continue  # they belong to the kind of model that was replaced
         if name == "schedule" and args.sampler != settings.get("sampler"):

@@ -40,6 +40,7 @@ class ControlNet(ContractingPath):
     def __init__(self, config: ControlNetConfig):
         super().__init__(config.unet)
         self.bgr = config.bgr
+        self.downscale = 2 ** (len(config.hint_channels) - 1)  # from the picture to the latent
         self.controlnet_cond_embedding = HintEncoder(config.hint_channels, config.unet.block_out_channels[0])
         self.controlnet_down_blocks = nn.ModuleList([Linear(width, width) for width in self.skip_channels])
         lowest = config.unet.block_out_channels[-1]

@@ -63,6 +63,8 @@ def load_controlnet(
     path, device = Path(path), torch.device(device)
     bgr = False
     if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FastsdError(f"{path}: no config.json in this folder, so it is no ControlNet in the diffusers layout")
         bgr = _read_config(path / "config.json", model)
         files = find_files(path, "diffusion_pytorch_model", dtype != torch.float32)
         entries, where = read_headers(files), place_of(files)

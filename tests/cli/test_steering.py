@@ -144,6 +144,18 @@ def test_hires(cli: Callable, model: Path) -> None:
     np.testing.assert_array_equal(pixels(again.paths[0]), pixels(ran.paths[0]))
 
 
+def test_what_a_repeated_picture_leaves_out(cli: Callable, model: Path, maps: list[Path], tmp_path: Path) -> None:
+    """What cannot go with a flag that was given now: a second drawing with --image, a refiner with another model."""
+    enlarged = cli("-p", "x", "-m", model, "-s", 1, "--hires", 1.5).paths[0]
+    again = cli("--from-image", enlarged, "--image", maps[0])
+    assert again.err == "note: not repeated: --hires, as --image starts from a picture\n"
+    assert "hires_scale" not in stored(again.paths[0])
+    refined = cli("-p", "x", "-m", model, "-s", 1, "--refiner", model).paths[0]
+    again = cli("--from-image", refined, "-m", "digits")
+    assert again.code == 0 and "refiner" not in stored(again.paths[0])
+    assert "the refiner is not the one that drew the picture ('tiny')" in again.err
+
+
 def test_a_refiner(cli: Callable, model: Path, tmp_path: Path) -> None:
     import torch
 

@@ -87,7 +87,7 @@ def test_one_without_attention(tmp_path: Path) -> None:
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(FastsdError, match="no such"):
         load_controlnet(tmp_path / "nowhere.safetensors", tiny.UNET, torch.float32)
-    with pytest.raises(FastsdError, match="config.json"):
+    with pytest.raises(FastsdError, match="no config.json in this folder, so it is no ControlNet"):
         load_controlnet(tmp_path, tiny.UNET, torch.float32)
 
 
