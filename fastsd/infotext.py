@@ -38,6 +38,7 @@ SAMPLERS = {
 }
 # "Uniform" is written out: A1111 takes a missing schedule for the sampler's favourite, Karras for DPM++ 2M.
 SCHEDULES = {"default": "Uniform", "karras": "Karras", "exponential": "Exponential", "sgm_uniform": "SGM Uniform"}
+MAX_STEPS = 1000
 UPSCALERS = {"latent": "Latent", "lanczos": "Lanczos"}
 WITHOUT_SCHEDULE = ("ddpm", "ddim", "pndm", "lcm", "euler_maruyama")
 # Keys of A1111 that change nothing here, or that say what is known anyway.
@@ -81,7 +82,7 @@ def write_parameters(settings: Mapping[str, Any]) -> str:
         "Eta DDIM": value("eta") if settings.get("eta") else None,
         "Guidance rescale": value("guidance_rescale") if settings.get("guidance_rescale") else None,
         "Hires upscale": value("hires_scale"),
-        "Hires steps": value("hires_steps"),
+        "Hires steps": _steps_that_run(settings.get("hires_steps"), settings.get("hires_strength")),
         "Hires upscaler": UPSCALERS.get(settings.get("hires_upscaler") or ""),
         "Refiner": _title(settings.get("refiner") or {}),
         "Refiner switch at": value("refiner_switch"),
@@ -163,10 +164,8 @@ def _understand(key: str, value: str, pairs: Mapping[str, str]) -> dict[str, Any
                 return {"width": int(width), "height": int(height)}
             case "Denoising strength" if not any(other.startswith("Hires") for other in pairs):
                 return {"strength": _finite(value)}
-            # With an upscaler that is known here, the strength is the second pass's.
             case "Denoising strength" | "Hires upscale" | "Hires steps" | "Hires upscaler":
-                upscaler = _by_label(UPSCALERS, pairs.get("Hires upscaler", ""))
-                return _second_pass(key, value, upscaler) if upscaler in UPSCALERS else None
+                return _second_pass(pairs)
             case "Clip skip":
                 return {"clip_skip": int(value)}
             case "Eta DDIM":
@@ -182,13 +181,32 @@ def _understand(key: str, value: str, pairs: Mapping[str, str]) -> dict[str, Any
     return None
 
 
-def _second_pass(key: str, value: str, upscaler: str) -> dict[str, Any]:
-    """One pair about the second pass as settings."""
-    if key == "Hires steps":
-        return {"hires_steps": int(value)} if int(value) else {}  # 0: as many as of the first
-    if key == "Hires upscaler":
-        return {"hires_upscaler": upscaler}
-    return {"hires_scale" if key == "Hires upscale" else "hires_strength": _finite(value)}
+def _second_pass(pairs: Mapping[str, str]) -> dict[str, Any] | None:
+    """A1111's second pass as settings; None with an upscaler or a size ("Hires resize") that are not known here.
+
+    A1111's "Hires steps" all run, on the last part of a schedule that is as much longer (`setup_img2img_steps` in its
+    modules/sd_samplers_common.py); `hires_steps` are that schedule's. Without them, or 0: as many as of the first pass.
+    """
+    upscaler = _by_label(UPSCALERS, pairs.get("Hires upscaler", ""))
+    if upscaler not in UPSCALERS or not {"Steps", "Denoising strength", "Hires upscale"} <= pairs.keys():
+        return None
+    strength = _finite(pairs["Denoising strength"])
+    steps = run = int(pairs.get("Hires steps", 0)) or int(pairs["Steps"])
+    if 0 < strength <= 1:
+        steps = min(int(run / strength), MAX_STEPS)
+        steps += int(steps * strength) < run  # the division's remainder
+    return {
+        "hires_scale": _finite(pairs["Hires upscale"]),
+        "hires_strength": strength,
+        "hires_steps": min(steps, MAX_STEPS),
+        "hires_upscaler": upscaler,
+    }
+
+
+def _steps_that_run(steps: int | None, strength: float | None) -> str | None:
+    """What A1111 calls "Hires steps", see `_second_pass`; None where no step runs."""
+    run = 0 if steps is None or strength is None else int(steps * strength)
+    return str(run) if run else None
 
 
 def split_pairs(line: str) -> dict[str, str]:

@@ -127,10 +127,16 @@ WORKED = {
             "height": 512,
             "hires_scale": 1.5,
             "hires_strength": 0.45,
-            "hires_steps": 10,
+            "hires_steps": 23,  # of which A1111 runs 10
             "hires_upscaler": "latent",
         },
         {},
+    ),
+    "the second pass to a size of its own": (
+        "x\nSteps: 20, Sampler: Euler a, Seed: 3, Denoising strength: 0.45, Hires resize: 640x960, "
+        "Hires upscaler: Latent",
+        {"prompt": "x", "negative_prompt": "", "num_inference_steps": 20, "sampler": "euler_a", "seed": 3},
+        {"Denoising strength": "0.45", "Hires resize": "640x960", "Hires upscaler": "Latent"},
     ),
     "an extension's lines below": (
         "a\nNegative prompt: b\nSteps: 2, Sampler: Heun, CFG scale: 3, Seed: 4, Size: 8x8\n\nTemplate: a\n"
@@ -243,3 +249,15 @@ def test_long_junk_takes_linear_time(junk: str) -> None:
     started = time.process_time()
     infotext.parse_parameters(f"{junk}x")
     assert time.process_time() - started < 2.0  # quadratic time would be minutes
+
+
+@given(run=st.integers(1, 150), hundredths=st.integers(1, 100))
+def test_the_steps_of_the_second_pass_that_run(run: int, hundredths: int) -> None:
+    """As many as A1111 says, in a schedule that is as long as its, or by the remainder's one step longer."""
+    strength = hundredths / 100
+    line = f"Steps: {run}, Sampler: Euler, Denoising strength: {strength}, Hires upscale: 2, Hires upscaler: Latent"
+    found = infotext.parse_parameters(f"x\n{line}")[0]
+    steps = found["hires_steps"]
+    assert int(steps * strength) == min(run, int(1000 * strength))
+    assert steps in (1000, int(run / strength), int(run / strength) + 1)
+    assert infotext.parse_parameters(infotext.write_parameters(found))[0] == found

@@ -139,7 +139,7 @@ def test_hires(cli: Callable, model: Path) -> None:
     with Image.open(ran.paths[0]) as image:
         text = image.text["parameters"]
     assert "Denoising strength: 0.6" in text
-    assert "Hires upscale: 1.5, Hires steps: 5, Hires upscaler: Lanczos" in text
+    assert "Hires upscale: 1.5, Hires steps: 3, Hires upscaler: Lanczos" in text
     again = cli("--from-image", ran.paths[0])
     np.testing.assert_array_equal(pixels(again.paths[0]), pixels(ran.paths[0]))
 
