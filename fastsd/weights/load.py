@@ -114,25 +114,37 @@ def fill(module: M, entries: dict[str, Entry], where: Path, dtype: torch.dtype, 
             message names file, key and both shapes.
     """
     state = {}
+    # One buffer for all tensors: memory that was never touched takes longer to get than a tensor to read.
+    buffer = torch.empty(max((entry.nbytes for entry in entries.values()), default=0), dtype=torch.uint8)
     for name, parameter, parts in sources(module):
         layout = torch.channels_last if parameter.ndim == 4 else torch.contiguous_format
         target = torch.empty(parameter.shape, dtype=dtype, device=device, memory_format=layout)
         for part in parts:
             entry = take(entries, part, where)
-            target[part.rows].copy_(read_finite(entry, dtype).reshape(part.shape))
+            rows = target[part.rows]
+            as_stored = rows.is_contiguous() and rows.dtype == entry.dtype and entry.strides is None
+            if as_stored and rows.device.type == "cpu":
+                read_finite(entry, dtype, rows.view(-1).view(torch.uint8))
+            else:
+                rows.copy_(read_finite(entry, dtype, buffer).reshape(part.shape))
         state[name] = target
     refuse_rest(entries)
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval().requires_grad_(False)
 
 
-def read_finite(entry: Entry, dtype: torch.dtype) -> torch.Tensor:
+def read_finite(entry: Entry, dtype: torch.dtype, buffer: torch.Tensor | None = None) -> torch.Tensor:
     """A tensor of a file, whose values must be finite, in `dtype` too.
+
+    Args:
+        entry: of the file.
+        dtype: that it will be used in.
+        buffer: bytes to read it into; None: memory of its own.
 
     Raises:
         FastsdError: they are not; one weight of them makes every picture black.
     """
-    tensor = entry.read()
+    tensor = entry.read(buffer)
     if tensor.numel() == 0:
         return tensor
     low, high = (float(bound) for bound in torch.aminmax(tensor))  # NaN if any value is

@@ -57,18 +57,20 @@ class Entry:
         nbytes = self.nbytes // 3
         return replace(self, shape=(self.shape[0] // 3, *self.shape[1:]), start=self.start + i * nbytes, nbytes=nbytes)
 
-    def read(self) -> torch.Tensor:
-        """The tensor, in memory of its own, on the CPU."""
-        flat = torch.empty(self.nbytes // self.dtype.itemsize, dtype=self.dtype)
+    def read(self, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """The tensor, on the CPU: at the beginning of `buffer` (bytes, enough of them), or in memory of its own."""
+        if buffer is None:
+            buffer = torch.empty(self.nbytes, dtype=torch.uint8)
+        flat = buffer[: self.nbytes].view(self.dtype)
         tensor = flat.view(self.shape) if self.strides is None else flat.as_strided(self.shape, self.strides)
         if self.nbytes == 0:
             return tensor
-        buffer = memoryview(flat.view(torch.uint8).numpy().data)
+        target = memoryview(buffer[: self.nbytes].numpy().data)
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.start)
             done = 0
             while done < self.nbytes:
-                count = file.readinto(buffer[done:])
+                count = file.readinto(target[done:])
                 if not count:
                     raise FastsdError(f"{self.path}: the file ends in the middle of a tensor; fetch it again")
                 done += count

@@ -148,9 +148,9 @@ def test_each_tensor_is_read_once(original: Path, monkeypatch: pytest.MonkeyPatc
     reads: Counter[tuple[Path, int]] = Counter()
     read = Entry.read
 
-    def counted(entry: Entry) -> torch.Tensor:
+    def counted(entry: Entry, *buffer: torch.Tensor | None) -> torch.Tensor:
         reads[entry.path, entry.start] += 1
-        return read(entry)
+        return read(entry, *buffer)
 
     monkeypatch.setattr(Entry, "read", counted)
     load_folder(original, torch.float32)

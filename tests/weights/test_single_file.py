@@ -235,9 +235,9 @@ def test_every_byte_is_read_at_most_once(originals: Any, family: str, monkeypatc
     seen: list[tuple[int, int]] = []
     read = Entry.read
 
-    def counted(entry: Entry) -> torch.Tensor:
+    def counted(entry: Entry, *buffer: torch.Tensor | None) -> torch.Tensor:
         seen.append((entry.start, entry.start + entry.nbytes))
-        return read(entry)
+        return read(entry, *buffer)
 
     monkeypatch.setattr(Entry, "read", counted)
     load(originals.file(family), prediction="epsilon")
