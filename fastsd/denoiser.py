@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -177,6 +177,12 @@ class Denoiser:
         def copy(told: Told) -> Told:
             return Told(told.time[:1].clone(), tuple(x.clone() for x in told.key_values))
 
+        def steered(one: Controller) -> Controller:
+            # A graph keeps no ControlNet that nobody else has: it is found by where the weights are, so never again
+            # once they are gone, unless others of the same shapes are in the very same places.
+            net = cast(ControlNet, weakref.proxy(one.net))
+            return Controller(net, copy(one.told), one.hint.clone(), one.weight.clone())
+
         def own(x: torch.Tensor | None) -> torch.Tensor | None:
             return None if x is None else x.clone()
 
@@ -186,7 +192,7 @@ class Denoiser:
             own(run.guidance),
             own(run.rescale),
             own(run.extra_channels),
-            tuple(Controller(one.net, copy(one.told), one.hint.clone(), one.weight.clone()) for one in run.controllers),
+            tuple(steered(one) for one in run.controllers),
         )
         return _Static(buffers), lambda: self._row(buffers, 0)
 

@@ -5,9 +5,11 @@ CUDA's graphs are replaced by tapes, which freeze what they freeze; tests/gpu/ a
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -438,6 +440,19 @@ def test_networks_that_come_and_go(sampler: str) -> None:
     assert not torch.equal(first, latents(pipe, **(settings | {"controls": []})))
     assert torch.equal(first, latents(pipe, **settings))
     assert recorder.recorded == captures + 1  # without any
+
+
+def test_a_graph_keeps_no_controlnet() -> None:
+    """One that its owner gives up gives its memory back, though a graph was made with it."""
+    pipe, _ = graphed()
+    plain = tiny_pipeline()
+    for _ in range(3):
+        controls = controls_of(pipe, 1)
+        assert torch.equal(latents(pipe, controls=controls), latents(plain, controls=controls))
+        net = weakref.ref(controls[0].net)
+        del controls
+        gc.collect()
+        assert net() is None
 
 
 def test_two_streams_whose_networks_come_and_go() -> None:
