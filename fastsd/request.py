@@ -256,6 +256,8 @@ def make_request(
         else None,
     )
     if hires_scale is None:
+        if hires_steps is not None:
+            raise FastsdError("hires_steps is given without hires_scale, which says by how much to enlarge")
         return request
     return with_second_pass(components, request, hires_scale, hires_strength, hires_steps, hires_upscaler)
 

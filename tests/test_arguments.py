@@ -63,6 +63,11 @@ def test_controls_that_take_part_in_no_step_are_named(pipe: Pipeline, control: C
         assert pipe("a cat", num_inference_steps=4, controls=[quiet], output_type="latent").notes == []
 
 
+def test_steps_of_a_second_pass_that_is_not_asked_for(pipe: Pipeline) -> None:
+    with pytest.raises(FastsdError, match="hires_steps is given without hires_scale"):
+        latents(pipe, hires_steps=3)
+
+
 def test_a_strength_that_leaves_no_step_is_named(pipe: Pipeline) -> None:
     said = "redoes nothing: strength 0.2 of 4 steps is less than one"
     settings: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent"}

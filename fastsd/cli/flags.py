@@ -174,15 +174,15 @@ def make_parser(commands: Mapping[str, str]) -> Parser:
 
     number(how, "--hires", dest="hires_scale", metavar="X", help="draw, enlarge by this, and draw over it (1 to 8)")
     number(how, "--hires-strength", dest="hires_strength", metavar="X", help="how much that redoes (default: 0.5)")
-    number(how, "--hires-steps", dest="hires_steps", help="of the second drawing (default: as many as of the first)")
-    how.add_argument("--hires-upscaler", choices=("latent", "lanczos"), metavar="NAME", help="latent, lanczos")
+    number(how, "--hires-steps", dest="hires_steps", help="of the second, which runs that share of them (default: --steps)")
+    how.add_argument("--hires-upscaler", choices=("latent", "lanczos"), metavar="NAME", help="latent or lanczos (default: latent)")
     how.add_argument("--refiner", metavar="PATH", help="a model that does the last steps: SDXL's refiner")
     number(
         how,
         "--refiner-switch",
         dest="refiner_switch",
         metavar="X",
-        help="what it leaves to the model (default: 0.8)",
+        help="the share of the noise that it leaves to the model (default: 0.8)",
     )
 
     control = parser.add_argument_group("steering by pictures (flags may be given again, for the next --control)")
