@@ -174,8 +174,10 @@ def make_parser(commands: Mapping[str, str]) -> Parser:
 
     number(how, "--hires", dest="hires_scale", metavar="X", help="draw, enlarge by this, and draw over it (1 to 8)")
     number(how, "--hires-strength", dest="hires_strength", metavar="X", help="how much that redoes (default: 0.5)")
-    number(how, "--hires-steps", dest="hires_steps", help="of the second, which runs that share of them (default: --steps)")
-    how.add_argument("--hires-upscaler", choices=("latent", "lanczos"), metavar="NAME", help="latent or lanczos (default: latent)")
+    number(how, "--hires-steps", dest="hires_steps", help="steps that it runs that share of (default: --steps)")
+    how.add_argument(
+        "--hires-upscaler", choices=("latent", "lanczos"), metavar="NAME", help="latent or lanczos (default: latent)"
+    )
     how.add_argument("--refiner", metavar="PATH", help="a model that does the last steps: SDXL's refiner")
     number(
         how,
