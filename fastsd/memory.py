@@ -17,9 +17,13 @@ GIB = 2**30
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that can still be taken on `device`, or None where the system does not say."""
+    """Bytes that can still be taken on `device`, or None where the system does not say.
+
+    What PyTorch keeps of a GPU's memory after earlier work, to use it again, can be taken too.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

@@ -19,6 +19,13 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 MODEL = Path("a-model")
 
 
+def test_what_pytorch_keeps_for_later_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the second picture of a size could be refused for the memory that the first one took."""
+    for name, found in (("mem_get_info", (100, 9000)), ("memory_reserved", 700), ("memory_allocated", 300)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
+    assert memory.available(CUDA) == 500
+
+
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastsd.memory.available", lambda device: 6 * memory.GIB)

@@ -81,8 +81,8 @@ def fill_in(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         value = settings.get(name)
         if value is None or getattr(args, name) is not None:
             continue
-        if name in OF_SECOND_PASS and args.image is not None:
-            continue  # it belongs to pictures from text alone
+        if name in OF_SECOND_PASS and (args.image is not None or (name != "hires_scale" and args.hires_scale is None)):
+            continue  # it belongs to pictures from text alone, and to a scale
         if name == "refiner_switch" and args.refiner is None:
             continue  # the refiner went with the model that was replaced
         if name in OF_FEW_STEPS and other_kind:

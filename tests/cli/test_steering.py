@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from fastsd import Control, Pipeline
@@ -154,6 +155,10 @@ def test_what_a_repeated_picture_leaves_out(cli: Callable, model: Path, maps: li
     again = cli("--from-image", refined, "-m", "digits")
     assert again.code == 0 and "refiner" not in stored(again.paths[0])
     assert "the refiner is not the one that drew the picture ('tiny')" in again.err
+    info = PngInfo()
+    info.add_text("fastsd", json.dumps({"prompt": "x", "model": "digits", "seed": 1, "hires_strength": 0.5}))
+    Image.new("RGB", (8, 8)).save(tmp_path / "half.png", pnginfo=info)
+    assert "hires_strength" not in stored(cli("--from-image", tmp_path / "half.png").paths[0])
 
 
 def test_a_refiner(cli: Callable, model: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastsd import memory
 from fastsd.config import SD15_UNET, SD_VAE, CLIPConfig, SchedulerConfig
 from fastsd.errors import FastsdError
 from fastsd.graph import CudaRecorder, Graphs
@@ -203,6 +204,17 @@ def test_too_little_memory_for_a_capture(components: Components) -> None:
         torch.cuda.empty_cache()
     pipe.graphs.forget()
     assert torch.equal(latents(pipe, width=256, height=256), wanted) and len(pipe.graphs) == 2  # text and step
+
+
+def test_memory_that_was_given_back_is_free() -> None:
+    """As long as PyTorch keeps it for later, the driver does not count it."""
+    torch.cuda.empty_cache()
+    before = memory.available(DEVICE) or 0
+    ballast = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
+    assert (memory.available(DEVICE) or 0) <= before - 2**30
+    del ballast
+    assert torch.cuda.mem_get_info(DEVICE)[0] <= before - 2**30
+    assert (memory.available(DEVICE) or 0) >= before - 2**20
 
 
 def test_five_resolutions_in_a_row(components: Components) -> None:
