@@ -147,7 +147,8 @@ def _controller(engine: Engine, request: Request, k: int) -> Controller:
     """A request's k-th ControlNet with its picture read."""
     control = request.controls[k]
     picture = (image_tensor(control.image) + 1.0) / 2.0  # [0, 1]
-    hint = control.net.embed_hint(picture.to(engine.device, engine.dtype))
+    with chosen_convolutions(engine.device):
+        hint = control.net.embed_hint(picture.to(engine.device, engine.dtype))
     weight = torch.tensor([control.weight], dtype=torch.float32, device=engine.device)
     return Controller(control.net, Told(hint), hint, weight, control.active(request.table))
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fastsd import memory
-from fastsd.config import SD15_UNET, SD_VAE, CLIPConfig, SchedulerConfig
+from fastsd import Control, memory
+from fastsd.config import SD15_UNET, SD_VAE, CLIPConfig, ControlNetConfig, SchedulerConfig
 from fastsd.errors import FastsdError
 from fastsd.graph import CudaRecorder, Graphs
 from fastsd.model.clip import TextEncoder
+from fastsd.model.controlnet import ControlNet
 from fastsd.model.tokenizer import Tokenizer
 from fastsd.model.unet import UNet
 from fastsd.model.vae import AutoencoderKL
@@ -58,6 +61,43 @@ def test_graphs_change_no_bit(components: Components) -> None:
         assert torch.equal(latents(pipe, sampler=sampler), latents(plain, sampler=sampler)), sampler
     found, wanted = (p("a cat", seed=1, num_inference_steps=2, output_type="pt").images for p in (pipe, plain))
     assert torch.equal(found, wanted)
+
+
+def controls_of(components: Components, count: int, seed: int = 0) -> list[Control]:
+    """ControlNets of random weights, the first active early and the second late."""
+    torch.manual_seed(seed)
+    picture = Image.fromarray(np.random.RandomState(0).randint(0, 256, (256, 256, 3), dtype=np.uint8))
+    found = []
+    for i in range(count):
+        with DEVICE:
+            net = ControlNet(ControlNetConfig(components.unet.config, (16, 32, 96, 256)))
+        net.half().eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        found.append(Control(net, picture, weight=0.5, start=0.3 * i, end=0.7 + 0.3 * i))
+    return found
+
+
+def test_controlnets_that_come_and_go(components: Components) -> None:
+    plain, pipe = pipeline(components, graphs=False), pipeline(components)
+    controls = controls_of(components, 2)
+    for sampler in ("euler_a", "dpm++2m", "heun"):
+        settings = {"controls": controls, "sampler": sampler, "num_inference_steps": 4}
+        found = latents(pipe, **settings)
+        assert torch.equal(found, latents(plain, **settings))
+        assert not torch.equal(found, latents(pipe, **(settings | {"controls": []})))
+
+
+def test_a_graph_keeps_no_controlnet(components: Components) -> None:
+    """Another one may then lie where it was: the graph is found again, or it is not, and the picture is right."""
+    plain, pipe = pipeline(components, graphs=False), pipeline(components)
+    taken = []
+    for seed in range(4):
+        controls = controls_of(components, 1, seed)
+        assert torch.equal(latents(pipe, controls=controls), latents(plain, controls=controls))
+        taken.append(torch.cuda.memory_allocated(DEVICE))
+        del controls
+        gc.collect()
+    weights = sum(p.nbytes for p in controls_of(components, 1)[0].net.parameters())
+    assert taken[-1] - taken[0] < weights / 2, [f"{n / 2**20:.0f} MiB" for n in taken]
 
 
 def test_the_hundredth_replay_is_the_first(components: Components) -> None:
