@@ -283,6 +283,7 @@ def _device(text: str) -> str:
 def in_flags(message: str) -> str:
     """A message of the pipeline, with its arguments called by their flags."""
     message = message.replace("image and mask_image", "--image and --mask")
+    message = re.sub(r"^controls\[(\d+)\]\.net", lambda found: f"--control {int(found[1]) + 1}", message)
     message = re.sub(
         r"^controls\[(\d+)\]\.(\w+)", lambda found: f"--control-{found[2]} of --control {int(found[1]) + 1}", message
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
@@ -131,6 +132,14 @@ def test_controls_that_cannot_be(cli: Callable, model: Path, nets: list[Path], m
     )
 
 
+def test_a_net_for_latents_of_another_size(cli: Callable, nets: list[Path], maps: list[Path], tmp_path: Path) -> None:
+    from fastsd.weights import save_folder
+
+    save_folder(tiny.sd1(), tmp_path / "halving", torch.float32)
+    words = ("-p", "x", "-m", tmp_path / "halving", "--control", nets[0], "--control-image", maps[0])
+    refused(cli(*words), "--control 1 shrinks its picture to 1/8 and the model's autoencoder to 1/2")
+
+
 def test_hires(cli: Callable, model: Path) -> None:
     words = ("-p", "x", "-m", model, "-s", 1, "--steps", 4)
     ran = cli(*words, "--hires", 1.5, "--hires-strength", 0.6, "--hires-upscaler", "lanczos", "--hires-steps", 5)
@@ -162,8 +171,6 @@ def test_what_a_repeated_picture_leaves_out(cli: Callable, model: Path, maps: li
 
 
 def test_a_refiner(cli: Callable, model: Path, tmp_path: Path) -> None:
-    import torch
-
     from fastsd.weights import load_folder, save_folder
 
     other = load_folder(model, torch.float32)
