@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,11 +15,13 @@ from fastsd.devices import dtype_name
 from fastsd.errors import FastsdError
 from fastsd.images import BLACK, WHITE, flatten
 from fastsd.model.controlnet import ControlNet
+from fastsd.model.taesd import DECODES_ONLY
 from fastsd.sampling.rows import Table
 from fastsd.weights import Components
 
 MAX_SIDE = 8192
 MAX_CONTROL_WEIGHT = 10.0
+MAX_GROWTH = 2.25  # times the pixels of the training, without a note
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,63 @@ def side(name: str, value: Any, factor: int) -> int:
         below = max(value // factor * factor, factor)
         raise FastsdError(f"{name} is {value}; it should be a multiple of {factor}: {below} or {below + factor}")
     return value
+
+
+class Pictures(NamedTuple):
+    """The pictures of a call at the size of the result, `(width, height)`, and notes on what was done to them."""
+
+    image: Image.Image | None
+    mask: Image.Image | None
+    controls: tuple[Control, ...]
+    size: tuple[int, int]
+    notes: list[str]
+
+
+def fit_pictures(
+    components: Components,
+    image: Any,
+    mask: Any,
+    controls: list[Control],
+    width: int | None,
+    height: int | None,
+    default: tuple[int, int],
+) -> Pictures:
+    """All pictures of a call, at one size: the one asked for, else the starting picture's, else the first control's.
+
+    Args:
+        components: the checkpoint.
+        image, mask: as the caller gave them, or None.
+        controls: with their pictures as given.
+        width, height: as asked for, or None.
+        default: the size without any picture.
+
+    Raises:
+        FastsdError: one of them is none, or does not go with the checkpoint or the others.
+    """
+    config = components.vae.config
+    notes: list[str] = []
+    if image is not None:
+        if components.vae.encoder is None:
+            raise FastsdError(f"image: {DECODES_ONLY}")
+        image, notes = fit_image(image, width, height, config.downscale)
+        width, height = image.size
+    elif controls and width is None and height is None:
+        width, height = own_size(controls[0].image, config.downscale)
+    if mask is not None:
+        mask, more = fit_mask(mask, image)
+        notes += more
+    if components.unet.config.in_channels == 9 and mask is None:
+        raise FastsdError("this is an inpainting checkpoint: give image and mask_image")
+    width = side("width", default[0] if width is None else width, config.downscale)
+    height = side("height", default[1] if height is None else height, config.downscale)
+    fitted, more = fit_controls(controls, components, width, height)
+    notes += more
+    trained = components.sample_size * config.downscale
+    if width * height > MAX_GROWTH * trained**2:
+        notes.append(
+            f"the model was trained at {trained}x{trained}; at {width}x{height} it may repeat or tear what it draws"
+        )
+    return Pictures(image, mask, fitted, (width, height), notes)
 
 
 def fit_image(image: Any, width: int | None, height: int | None, factor: int) -> tuple[Image.Image, list[str]]:

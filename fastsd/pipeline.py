@@ -285,7 +285,7 @@ class Pipeline:
         known = {adapter.path.stem for adapter in self.adapters.active}
         missing = [
             f"<lora:{tag.name}> is left out of the prompt: no such adapter is set"
-            for tag in request.loras
+            for tag in request.wording.loras
             if tag.name not in known
         ]
         few = [few_step_note(self.few_step, self.defaults)] if self.few_step is not None else []

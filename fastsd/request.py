@@ -14,35 +14,29 @@ from fastsd import memory
 from fastsd.arguments import (
     MAX_SIDE,
     Control,
-    fit_controls,
-    fit_image,
     fit_latents,
-    fit_mask,
+    fit_pictures,
     left_out,
     listed,
     nothing_redone,
     number,
-    own_size,
     resized,
-    side,
     texts,
     word,
 )
-from fastsd.conditioning import SYNTAXES, Reading, read_prompt
 from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
 from fastsd.model.taesd import DECODES_ONLY
-from fastsd.prompts import LoraTag
 from fastsd.sampling.rows import Table
 from fastsd.sampling.tables import build, resolve
 from fastsd.weights import Components
+from fastsd.wording import Wording, read_wording
 
 MAX_IMAGES = 1000
 DEFAULT_BATCH = 8
 MAX_STEPS = 1000
 MAX_GUIDANCE = 100.0
 MAX_SEED = 2**63 - 1
-MAX_GROWTH = 2.25  # times the pixels of the training, without a note
 TILED_FROM = 2048 * 2048  # pixels above which the autoencoder works in tiles by itself
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 UPSCALERS = ("latent", "lanczos")
@@ -54,11 +48,7 @@ REFINER_SWITCH = 0.8
 class Request:
     """The arguments of one call, complete and in range. `Pipeline.__call__` documents the fields."""
 
-    prompts: tuple[str, ...]  # one for each image
-    negative_prompts: tuple[str, ...]
-    texts: tuple[tuple[str, ...], ...]  # of each image, for each step from the first that runs
-    negative_texts: tuple[tuple[str, ...], ...]
-    chunks: tuple[int, ...]  # how many the texts of each image fill, positive or negative
+    wording: Wording
     seeds: tuple[int, ...]
     table: Table  # the sampler, worked out for the steps that run
     num_inference_steps: int
@@ -77,9 +67,6 @@ class Request:
     vae_tiling: bool
     picture: memory.Picture  # what the memory that it takes depends on
     trained_steps: int  # of the noise schedule
-    prompt_syntax: str = "a1111"
-    loras: tuple[LoraTag, ...] = ()  # tags of the prompts, which say what the pipeline's adapters should be
-    embeddings: tuple[str, ...] = ()  # textual inversions in the texts, by name
     image: Image.Image | None = None  # RGB, width x height
     mask: Image.Image | None = None  # L, width x height
     latents: torch.Tensor | None = None  # [N, C, h, w]
@@ -168,39 +155,19 @@ def make_request(
     steps = number("num_inference_steps", chosen("num_inference_steps", num_inference_steps), 1, MAX_STEPS, whole=True)
     guidance = number("guidance_scale", chosen("guidance_scale", guidance_scale), 0, MAX_GUIDANCE)
     guided = guidance != 1.0 and not components.unet.config.time_cond_proj_dim  # which takes the scale as an input
-    negatives = [negatives[i % len(negatives)] for i in range(len(prompts))]
-    told = read_all(components, prompts, negatives, steps, prompt_syntax)
-    readings = [pair for pair in told for _ in range(each)]
-    loras = tuple(dict.fromkeys(tag for pair in told for reading in pair for tag in reading.loras))
-    embeddings = tuple(dict.fromkeys(name for pair in told for reading in pair for name in reading.embeddings))
-    notes = dict.fromkeys(note for pair in told for reading in pair for note in reading.notes)
-    if not guided and any(negatives):
-        notes["the negative prompt has no effect: nothing is guided away from it"] = None
-    mask, controls = None, listed(controls)
-    if image is not None and components.vae.encoder is None:
-        raise FastsdError(f"image: {DECODES_ONLY}")
-    if image is not None:
-        image, more = fit_image(image, width, height, config.downscale)
-        notes |= dict.fromkeys(more)
-        width, height = image.size
-    elif controls and width is None and height is None:
-        width, height = own_size(controls[0].image, config.downscale)
-    if mask_image is not None:
-        mask, more = fit_mask(mask_image, image)
-        notes |= dict.fromkeys(more)
-    if components.unet.config.in_channels == 9 and mask is None:
-        raise FastsdError("this is an inpainting checkpoint: give image and mask_image")
-    width = side("width", chosen("width", width), config.downscale)
-    height = side("height", chosen("height", height), config.downscale)
-    fitted, more = fit_controls(controls, components, width, height)
+    negatives = [negatives[i % len(negatives)] for i in range(len(prompts)) for _ in range(each)]
+    prompts = [text for text in prompts for _ in range(each)]
+    wording = read_wording(components, prompts, negatives, steps, prompt_syntax, guided)
+    notes = dict.fromkeys(wording.notes)
+    default = (defaults["width"], defaults["height"])
+    image, mask, fitted, (width, height), more = fit_pictures(
+        components, image, mask_image, listed(controls), width, height, default
+    )
     notes |= dict.fromkeys(more)
-    if refiner_switch is not None and not refines:
+    if refines:
+        refiner_switch = REFINER_SWITCH if refiner_switch is None else number("refiner_switch", refiner_switch, 0, 1)
+    elif refiner_switch is not None:
         raise FastsdError("refiner_switch is given and no refiner is loaded; give a refiner to load")
-    trained = components.sample_size * config.downscale
-    if width * height > MAX_GROWTH * trained**2:
-        notes[
-            f"the model was trained at {trained}x{trained}; at {width}x{height} it may repeat or tear what it draws"
-        ] = None
     if latents is not None:
         shape = (count, config.latent_channels, height // config.downscale, width // config.downscale)
         latents = fit_latents(latents, shape)
@@ -220,11 +187,7 @@ def make_request(
         notes[nothing_redone("the run", strength, steps)] = None
     notes |= dict.fromkeys(left_out(fitted, table))
     request = Request(
-        prompts=tuple(text for text in prompts for _ in range(each)),
-        negative_prompts=tuple(text for text in negatives for _ in range(each)),
-        texts=tuple(positive.texts for positive, _ in readings),
-        negative_texts=tuple(negative.texts for _, negative in readings),
-        chunks=chunks_of(readings, guided),
+        wording=wording,
         seeds=tuple(first + i for i in range(count)),
         table=table,
         num_inference_steps=steps,
@@ -245,15 +208,10 @@ def make_request(
         image=image,
         mask=mask,
         latents=latents,
-        prompt_syntax=prompt_syntax,
-        loras=loras,
-        embeddings=embeddings,
         notes=tuple(notes),
         controls=fitted,
         trained_steps=components.scheduler.num_train_timesteps,
-        refiner_switch=number("refiner_switch", REFINER_SWITCH if refiner_switch is None else refiner_switch, 0, 1)
-        if refines
-        else None,
+        refiner_switch=refiner_switch,
     )
     if hires_scale is None:
         if hires_steps is not None:
@@ -274,13 +232,13 @@ def with_second_pass(
         raise FastsdError(f"hires_upscaler: {DECODES_ONLY}")
     scale = number("hires_scale", scale, 1, MAX_HIRES)
     strength = number("hires_strength", strength, 0, 1)
+    wording = first.wording
     if steps is None:
-        steps, texts, negatives, chunks = first.num_inference_steps, first.texts, first.negative_texts, first.chunks
+        steps = first.num_inference_steps
     else:  # prompts with a schedule are read anew
         steps = number("hires_steps", steps, 1, MAX_STEPS, whole=True)
-        told = read_all(components, [*first.prompts], [*first.negative_prompts], steps, first.prompt_syntax)
-        texts, negatives = (tuple(readings[i].texts for readings in told) for i in (0, 1))
-        chunks = chunks_of(told, first.guided)
+        prompts, negatives = wording.prompts, wording.negative_prompts
+        wording = read_wording(components, prompts, negatives, steps, wording.syntax, first.guided)
     factor = components.vae.config.downscale
     width, height = (max(round(n * scale / factor), 1) * factor for n in (first.width, first.height))
     if max(width, height) > MAX_SIDE:
@@ -294,9 +252,7 @@ def with_second_pass(
         first = replace(first, notes=(*first.notes, nothing_redone("the second drawing", strength, steps)))
     second = replace(
         first,
-        texts=texts,
-        negative_texts=negatives,
-        chunks=chunks,
+        wording=wording,
         table=table,
         num_inference_steps=steps,
         width=width,
@@ -308,25 +264,6 @@ def with_second_pass(
         controls=tuple(replace(one, image=resized(one.image, width, height)) for one in first.controls),
     )
     return replace(first, hires=second, hires_scale=scale, hires_upscaler=upscaler)
-
-
-def read_all(
-    components: Components, prompts: list[str], negatives: list[str], steps: int, syntax: Any
-) -> list[tuple[Reading, Reading]]:
-    """Each prompt and its negative one, read; each distinct text once."""
-    if syntax not in SYNTAXES:
-        raise FastsdError(f"prompt_syntax is {syntax!r}; it should be one of {', '.join(SYNTAXES)}")
-    read = {text: read_prompt(components, text, steps, syntax) for text in dict.fromkeys(prompts)}
-    try:
-        read |= {text: read_prompt(components, text, steps, syntax) for text in dict.fromkeys(negatives)}
-    except FastsdError as error:
-        raise FastsdError(f"negative_{error}" if str(error).startswith("prompt") else str(error)) from error
-    return [(read[prompt], read[negative]) for prompt, negative in zip(prompts, negatives)]
-
-
-def chunks_of(readings: list[tuple[Reading, Reading]], guided: bool) -> tuple[int, ...]:
-    """How many chunks the texts of each image fill; negative ones count where they are used."""
-    return tuple(max(one.chunks, negative.chunks) if guided else one.chunks for one, negative in readings)
 
 
 def chosen_batch(batch_size: int | None, count: int) -> int:

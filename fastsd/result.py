@@ -65,11 +65,11 @@ def settings(request: Request) -> dict[str, Any]:
     """The settings of a request; None is not stored in pictures."""
     second = request.hires
     return {name: getattr(request, name) for name in SETTINGS} | {
-        "prompts": list(request.prompts),
-        "negative_prompts": list(request.negative_prompts),
+        "prompts": list(request.wording.prompts),
+        "negative_prompts": list(request.wording.negative_prompts),
         "strength": request.strength if request.image is not None else None,
-        "prompt_syntax": request.prompt_syntax if request.prompt_syntax != "a1111" else None,
-        "embeddings": list(request.embeddings),
+        "prompt_syntax": request.wording.syntax if request.wording.syntax != "a1111" else None,
+        "embeddings": list(request.wording.embeddings),
         "hires_strength": second.strength if second else None,
         "hires_steps": second.num_inference_steps if second else None,
         "hires_upscaler": request.hires_upscaler if second else None,

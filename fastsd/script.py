@@ -48,7 +48,7 @@ class Script:
 
 def batches(request: Request) -> list[slice]:
     """The images that run together: up to `batch_size` neighbours whose texts fill as many chunks, in every pass."""
-    chunks = list(zip(*(one.chunks for one in request.passes), strict=True))
+    chunks = list(zip(*(one.wording.chunks for one in request.passes), strict=True))
     found, start = [], 0
     for i in range(1, len(chunks) + 1):
         ends = i == len(chunks) or chunks[i] != chunks[start]
@@ -82,9 +82,9 @@ def write_script(
     """
     table = request.table
     steps = [int(step - table.step[0]) for step in table.step]  # a schedule counts the steps that run
-    said = [[(text, False) for text in texts] for texts in request.texts[which]]
+    said = [[(text, False) for text in texts] for texts in request.wording.texts[which]]
     if request.guided:
-        said = [[(text, True) for text in texts] for texts in request.negative_texts[which]] + said
+        said = [[(text, True) for text in texts] for texts in request.wording.negative_texts[which]] + said
     words = [tuple(texts[step] for texts in said) for step in steps]
     timesteps = torch.as_tensor(table.timesteps.copy(), dtype=torch.float32, device=device)
 
@@ -94,8 +94,8 @@ def write_script(
     # A run without rows (strength 0) is told nothing.
     for text, negative in dict.fromkeys(one for row in rows for one in words[row]):
         zeros = negative and not text and components.zeros_for_empty_prompt
-        chunks = request.chunks[which.start]
-        features = encode_text(components, text, request.clip_skip, zeros, request.prompt_syntax, chunks, graphs)
+        chunks = request.wording.chunks[which.start]
+        features = encode_text(components, text, request.clip_skip, zeros, request.wording.syntax, chunks, graphs)
         added = added_conditioning(components, features.pooled, negative, request.width, request.height)
         for network, own_times, own_projected in zip(networks, times, projected, strict=True):
             own_projected[text, negative] = network.project_context(features.context)
