@@ -21,10 +21,10 @@ from bench.measure import Outcome, distance, image_limit, spread
 from bench.memory import in_use
 from bench.models import pipeline_of
 from bench.session import Session
-from fastsd.devices import dtype_name
 from fastsd.kernels import dispatch
 from fastsd.pipeline import BUNDLED
-from fastsd.weights.save import save_folder
+from fastsd.runtime.devices import dtype_name
+from fastsd.weights.layouts.save import save_folder
 
 STEPS = 4
 PATIENCE = 900  # seconds that one process may take

@@ -16,9 +16,9 @@ from bench.families import family_of
 from bench.measure import Candidate, image_limit
 from bench.roofline import Work, decode_work, encode_work, step_work, text_work
 from bench.session import Session
+from fastsd.components import Components
 from fastsd.kernels import dispatch
 from fastsd.pipeline import BUNDLED, Pipeline
-from fastsd.weights import Components
 
 PROMPT = "a lighthouse at dusk"
 GUIDANCE = 7.5

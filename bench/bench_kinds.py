@@ -8,7 +8,7 @@ import torch
 from bench.bench_parts import step_inputs
 from bench.breakdown import measured_kinds
 from bench.session import Session
-from fastsd.devices import dtype_name
+from fastsd.runtime.devices import dtype_name
 
 
 @pytest.mark.parametrize("part", ["step", "decode"])

@@ -15,11 +15,11 @@ from bench.measure import Candidate, rotation
 from bench.profiling import profile_step
 from bench.roofline import decode_work, encode_work, meta_unet_inputs, step_work, text_work
 from bench.session import Session
+from fastsd.generate.latents import CAPTURED
+from fastsd.generate.request import make_table
 from fastsd.graph import chosen_convolutions
 from fastsd.kernels import dispatch
-from fastsd.latents import CAPTURED
 from fastsd.model.unet import AddedConditioning, UNet
-from fastsd.request import make_table
 from fastsd.sampling import advance
 
 # Roundings in a row, for the gates: ops on the longest way through the network.

@@ -15,9 +15,9 @@ from bench import models
 from bench.bench_images import GUIDANCE, PROMPT, forced, picture_work, pixels, theirs
 from bench.measure import Candidate, image_limit
 from bench.session import Session
-from fastsd.latents import FEATHER
+from fastsd.components import Components
+from fastsd.generate.latents import FEATHER
 from fastsd.pipeline import Pipeline
-from fastsd.weights import Components
 
 # Distilled models: the sampler, diffusers' name for it, steps; without guidance.
 FEW = {"turbo": ("euler", "EulerDiscreteScheduler", 1), "lcm": ("lcm", "LCMScheduler", 4)}

@@ -149,7 +149,7 @@ def _diffusers(arguments: argparse.Namespace) -> tuple[float, float, Draw]:
     import torch
     from diffusers import DiffusionPipeline
 
-    from fastsd.devices import DTYPES
+    from fastsd.runtime.devices import DTYPES
 
     imported = time.time()
     named = dtype_argument(DiffusionPipeline, DTYPES[arguments.dtype])

@@ -25,16 +25,14 @@ import torch
 import triton
 
 from bench.compiled import SHARED, Compiled, compile_kernel
-from fastsd.kernels import (
-    advance_triton,
-    flash_attn_few_keys_triton,
-    flash_attn_triton,
-    flash_attn_wide_triton,
-    geglu_triton,
-    groupnorm_silu_triton,
-    layernorm_triton,
-)
 from fastsd.kernels.launch import architecture
+from fastsd.kernels.triton import advance as advance_triton
+from fastsd.kernels.triton import flash_attn as flash_attn_triton
+from fastsd.kernels.triton import flash_attn_few_keys as flash_attn_few_keys_triton
+from fastsd.kernels.triton import flash_attn_wide as flash_attn_wide_triton
+from fastsd.kernels.triton import geglu as geglu_triton
+from fastsd.kernels.triton import groupnorm_silu as groupnorm_silu_triton
+from fastsd.kernels.triton import layernorm as layernorm_triton
 
 REPORT = Path(__file__).parent.parent / "docs" / "compile_report.txt"
 MODULES = (

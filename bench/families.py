@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from fastsd.components import Components
 from fastsd.config import (
     CLIP_L,
     OPENCLIP_BIGG,
@@ -19,7 +20,6 @@ from fastsd.config import (
     VAEConfig,
 )
 from fastsd.errors import FastsdError
-from fastsd.weights import Components
 
 
 @dataclass(frozen=True)

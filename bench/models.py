@@ -19,15 +19,16 @@ import torch
 from torch import nn
 
 from bench.families import Family
+from fastsd.components import Components
 from fastsd.graph import CudaRecorder, Graphs
-from fastsd.kernels import onednn
+from fastsd.kernels.cpu import onednn
 from fastsd.model.clip import TextEncoder
 from fastsd.model.tokenizer import Tokenizer
 from fastsd.model.unet import UNet
 from fastsd.model.vae import AutoencoderKL
 from fastsd.pipeline import Pipeline
-from fastsd.weights import Components, configs
-from fastsd.weights.names import sources, stored_form
+from fastsd.weights.layouts import configs
+from fastsd.weights.layouts.names import sources, stored_form
 
 
 def random_components(family: Family, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Components:

@@ -23,11 +23,11 @@ from torch import nn
 
 from bench.ceilings import Ceilings, measure_ceilings
 from bench.families import FAMILIES, Family, choose
-from fastsd.devices import DTYPES
 from fastsd.model import clip, layers
 from fastsd.model.clip import TextEncoder
 from fastsd.model.unet import AddedConditioning, UNet
 from fastsd.model.vae import AutoencoderKL
+from fastsd.runtime.devices import DTYPES
 
 KINDS = ("conv", "linear", "attention", "norm")
 

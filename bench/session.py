@@ -17,10 +17,11 @@ from bench.families import FAMILIES, TINY, Family, choose
 from bench.measure import Candidate, Limit, Outcome
 from bench.models import random_components
 from bench.roofline import KINDS, Work, binding
-from fastsd.devices import dtype_name, resolve_device, resolve_dtype
+from fastsd.components import Components
 from fastsd.errors import FastsdError
 from fastsd.pipeline import BUNDLED
-from fastsd.weights import Components, load_folder
+from fastsd.runtime.devices import dtype_name, resolve_device, resolve_dtype
+from fastsd.weights import load_folder
 
 PEERS = ("pytorch", "diffusers", "diffusers-channels-last", "diffusers-compiled")
 LEAST_BUDGET = 10.0  # seconds; in less, not even the smallest model is made and checked

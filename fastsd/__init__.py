@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fastsd.errors import FastsdError
 
 if TYPE_CHECKING:
-    from fastsd.arguments import Control
+    from fastsd.generate.validation import Control
     from fastsd.pipeline import Pipeline
 
 # Large CPU tensors in huge pages, where Linux gives them on request: PyTorch reads this before its first tensor. The
@@ -25,7 +25,10 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
 __all__ = ["Control", "FastsdError", "Pipeline", "__version__"]
-_LATER = {"Control": "fastsd.arguments", "Pipeline": "fastsd.pipeline"}  # imported when they are first asked for
+_LATER = {
+    "Control": "fastsd.generate.validation",
+    "Pipeline": "fastsd.pipeline",
+}  # imported when they are first asked for
 
 
 def __getattr__(name: str) -> Any:

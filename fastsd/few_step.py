@@ -106,7 +106,7 @@ KINDS: dict[str, FewStep] = {
 
 
 @dataclass(frozen=True)
-class Said:
+class Detection:
     """A kind, and what says that a model or an adapter is of it."""
 
     kind: FewStep

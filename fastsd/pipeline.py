@@ -17,25 +17,26 @@ from typing import Any
 import torch
 from PIL import Image
 
-from fastsd import memory
-from fastsd.batch import Engine, begin, check_refiner, seconds
-from fastsd.defaults import Defaults, few_step_note, steps_from_image
-from fastsd.denoiser import Estimate
-from fastsd.devices import dtype_name, resolve_device, resolve_dtype
+from fastsd.components import Components, Embedding
 from fastsd.few_step import kind_named
+from fastsd.generate.batch import Engine, begin, check_refiner, seconds
+from fastsd.generate.conditioning import batches
+from fastsd.generate.defaults import Defaults, few_step_note, steps_from_image
+from fastsd.generate.denoiser import Estimate
+from fastsd.generate.latents import Codec, InpaintMask, enlarge
+from fastsd.generate.request import Request, make_request
+from fastsd.generate.result import Result, in_form, joined, settings
 from fastsd.graph import MAX_GRAPHS, CudaRecorder, Graphs
-from fastsd.latents import Codec, InpaintMask, enlarge
 from fastsd.model.controlnet import ControlNet
 from fastsd.model.taesd import TAESD
-from fastsd.request import Request, make_request
-from fastsd.result import Result, in_form, joined, settings
-from fastsd.script import batches
-from fastsd.weights import Components, count_numbers, load_checkpoint, load_preview
-from fastsd.weights.adapters import Adapter, Adapters
-from fastsd.weights.controlnet import load_controlnet
-from fastsd.weights.embeddings import Embedding, load_embedding
-from fastsd.weights.hub import locate_controlnet, locate_file, locate_model, locate_vae
-from fastsd.weights.hub_id import Place
+from fastsd.runtime import memory
+from fastsd.runtime.devices import dtype_name, resolve_device, resolve_dtype
+from fastsd.weights import count_numbers, load_checkpoint, load_preview
+from fastsd.weights.adapters.apply import Adapter, Adapters
+from fastsd.weights.adapters.embeddings import load_embedding
+from fastsd.weights.hub.hub_id import Place
+from fastsd.weights.hub.locate import locate_controlnet, locate_file, locate_model, locate_vae
+from fastsd.weights.layouts.controlnet import load_controlnet
 
 BUNDLED = Path(__file__).parent / "assets" / "digits"
 
@@ -134,7 +135,7 @@ class Pipeline:
 
         Args:
             path: a folder in the diffusers layout, or a single file in the original one; a hub id, `org/name` or
-                `org/name/file.safetensors` (`fastsd.weights.hub`); None or "digits" is the bundled model.
+                `org/name/file.safetensors` (`fastsd.weights.hub.locate`); None or "digits" is the bundled model.
             device: "auto" (CUDA where there is a GPU), "cpu", "cuda", "cuda:1".
             dtype: "auto" (CUDA: fp16; a CPU with avx512_bf16 or amx_bf16: bf16; else fp32), "fp32", "fp16", "bf16".
             graphs: on CUDA, capture each shape's work in CUDA graphs at its first use and replay them afterwards.
@@ -194,7 +195,7 @@ class Pipeline:
             guidance_rescale: 0 to 1, pulls the guided prediction back to its old spread (Lin et al. 2024, section 3.4).
             width, height: pixels; multiples of the model's factor (8 for Stable Diffusion).
             seed: of the first image; the k-th image has seed + k. None: a random one, reported in the result.
-            sampler, schedule: names in `fastsd.sampling.tables.SAMPLERS`; "default", "karras", ...
+            sampler, schedule: names in `fastsd.sampling.samplers.SAMPLERS`; "default", "karras", ...
             eta: DDIM's share of fresh noise, 0 to 1.
             num_images_per_prompt: images for each prompt.
             batch_size: how many run together; changes speed and memory, not the pictures.

@@ -10,7 +10,7 @@ import pytest
 
 from fastsd import config
 from fastsd.errors import FastsdError
-from fastsd.weights import configs
+from fastsd.weights.layouts import configs
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 

@@ -12,13 +12,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fastsd.config import SchedulerConfig
-from fastsd.defaults import Defaults, steps_from_image
 from fastsd.errors import FastsdError
 from fastsd.few_step import KINDS
+from fastsd.generate.defaults import Defaults, steps_from_image
 from fastsd.pipeline import Pipeline
-from fastsd.weights.adapters import Adapter
-from fastsd.weights.few_step import said_by_metadata, said_by_scheduler
-from tests.weights import original
+from fastsd.weights.adapters.apply import Adapter
+from fastsd.weights.few_step import detect_in_metadata, detect_in_scheduler
+from tests.support import original
 
 PLAIN = SchedulerConfig(sampler="euler")
 TRAILING = replace(PLAIN, timestep_spacing="trailing")
@@ -45,7 +45,7 @@ def name(said: Any) -> str | None:
     ],
 )
 def test_what_a_scheduler_says(config: SchedulerConfig, xl: bool, kind: str | None) -> None:
-    assert name(said_by_scheduler(config, xl)) == kind
+    assert name(detect_in_scheduler(config, xl)) == kind
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_what_a_scheduler_says(config: SchedulerConfig, xl: bool, kind: str | No
     ],
 )
 def test_what_metadata_say(metadata: dict[str, str], kind: str | None) -> None:
-    assert name(said_by_metadata(metadata)) == kind
+    assert name(detect_in_metadata(metadata)) == kind
 
 
 def test_every_kind_changes_no_more_than_it_says() -> None:
@@ -81,7 +81,7 @@ def test_every_kind_changes_no_more_than_it_says() -> None:
 def test_whose_settings_win() -> None:
     """A call's own, those of the flag, the checkpoint's author's, what its files imply; in this order."""
     components = original.components("sd1")
-    said = said_by_metadata({"fastsd.few_step": "turbo"})
+    said = detect_in_metadata({"fastsd.few_step": "turbo"})
     components.few_step, components.defaults = said, {"num_inference_steps": 3}
     own, asked = Defaults(components), Defaults(components, "lightning")
     assert own.settings(own.few_step())["num_inference_steps"] == 3

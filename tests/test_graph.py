@@ -27,8 +27,8 @@ from fastsd.kernels import dispatch
 from fastsd.model.controlnet import ControlNet
 from fastsd.model.taesd import TAESD
 from fastsd.pipeline import Pipeline
-from fastsd.sampling.tables import SAMPLERS
-from tests.tape import TapeRecorder
+from fastsd.sampling.samplers import SAMPLERS
+from tests.support.tape import TapeRecorder
 from tests.test_pipeline import tiny_pipeline
 
 
@@ -337,7 +337,7 @@ def test_large_pictures_leave_the_autoencoder_uncaptured(monkeypatch: pytest.Mon
     pipe, recorder = graphed()
     latents(pipe, image=PICTURE)
     captures = recorder.recorded
-    monkeypatch.setattr("fastsd.latents.CAPTURED", 64 * 64 - 1)
+    monkeypatch.setattr("fastsd.generate.latents.CAPTURED", 64 * 64 - 1)
     picture = pipe("a cat", seed=1).images[0]
     assert recorder.recorded == captures
     monkeypatch.undo()

@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 
 import fastsd
+from fastsd.components import Components
 from fastsd.config import CLIPConfig, SchedulerConfig, UNetConfig, VAEConfig
-from fastsd.devices import resolve_dtype
 from fastsd.errors import FastsdError
 from fastsd.model.clip import TextEncoder
 from fastsd.model.tokenizer import Tokenizer
 from fastsd.model.unet import UNet
 from fastsd.model.vae import AutoencoderKL
 from fastsd.pipeline import Pipeline
-from fastsd.weights import Components
+from fastsd.runtime.devices import resolve_dtype
 
 
 def tiny_pipeline(in_channels: int = 4, dtype: torch.dtype = torch.float32) -> Pipeline:
@@ -174,7 +174,7 @@ def test_pixels_outside_the_mask_come_back_exactly(picture: Image.Image, mask: I
 
 
 def test_the_mask_fades_inside_only(picture: Image.Image, mask: Image.Image) -> None:
-    from fastsd.latents import InpaintMask
+    from fastsd.generate.latents import InpaintMask
 
     weights = np.asarray(InpaintMask.from_image(mask, 8).feathered, dtype=int)
     row = weights[32, 8:40]
@@ -258,7 +258,7 @@ def test_a_gpu_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_too_little_memory_names_what_fits(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastsd.memory.available", lambda device: 200_000_000)
+    monkeypatch.setattr("fastsd.runtime.memory.available", lambda device: 200_000_000)
     with pytest.raises(FastsdError, match="would fit"):
         pipe("a cat", width=8192, height=8192)
 

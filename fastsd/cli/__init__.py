@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     """Hand over to the command that the first word names; without one, draw."""
     if not words or words[0].startswith("-"):
-        from fastsd.cli.draw import draw
+        from fastsd.cli.generate import draw
 
         return draw(flags.make_parser(COMMANDS).parse(words))
     if words[0] not in COMMANDS:

@@ -12,10 +12,10 @@ from PIL import Image
 from fastsd.cli import flags, models
 from fastsd.cli.repeat import Given
 from fastsd.errors import FastsdError
-from fastsd.images import draw_edges, open_image
+from fastsd.image.files import draw_edges, open_image
 
 if TYPE_CHECKING:
-    from fastsd.arguments import Control
+    from fastsd.generate.validation import Control
     from fastsd.pipeline import Pipeline
 
 PARTS = ("weight", "start", "end")  # of a control, each a flag; what is not given is as `fastsd.Control` has it
@@ -91,8 +91,8 @@ def load(
     """
     import torch
 
-    from fastsd.arguments import Control
-    from fastsd.weights.hub import locate_controlnet
+    from fastsd.generate.validation import Control
+    from fastsd.weights.hub.locate import locate_controlnet
 
     nets, places, controls, settings = {}, {}, [], []
     for one in chosen:

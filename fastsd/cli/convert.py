@@ -25,9 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fastsd.devices import DTYPES
+    from fastsd.runtime.devices import DTYPES
     from fastsd.weights.convert import convert
-    from fastsd.weights.hub import locate_model
+    from fastsd.weights.hub.locate import locate_model
 
     source = locate_model(args.source, None, half=args.dtype in ("fp16", "bf16")).path
     try:

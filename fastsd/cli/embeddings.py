@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsd.errors import FastsdError
-from fastsd.images import fingerprint
+from fastsd.files import fingerprint
 
 if TYPE_CHECKING:
     from fastsd.pipeline import Pipeline
@@ -28,8 +28,8 @@ def load(pipe: Pipeline, args: argparse.Namespace, before: dict[str, Any], notes
     Raises:
         FastsdError: a file that cannot be read, or one that the repeated picture was drawn with and that is not given.
     """
-    from fastsd.model.chunks import find_names
-    from fastsd.weights import hub
+    from fastsd.text.chunks import find_names
+    from fastsd.weights.hub import locate as hub
 
     text = f"{args.prompt}\n{args.negative_prompt or ''}"
 
@@ -82,7 +82,7 @@ def in_folder(folder: Path) -> list[Path]:
 
 def _compare(before: dict[str, Any], used: list[dict[str, str]], text: str, notes: list[str], where: str) -> None:
     """Whether a repeated picture gets the embeddings that it was drawn with."""
-    from fastsd.model.chunks import find_names
+    from fastsd.text.chunks import find_names
 
     for old in before.get("embeddings") or ():
         if not isinstance(old, dict) or not all(isinstance(old.get(key), str) for key in ("name", "sha256", "token")):

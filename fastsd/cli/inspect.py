@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fastsd.weights.hub import locate_file
+    from fastsd.weights.hub.locate import locate_file
     from fastsd.weights.inspect import inspect
 
     facts = inspect(locate_file(args.file).path, args.allow_pickle)

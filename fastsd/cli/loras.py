@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from fastsd.cli import flags
 from fastsd.errors import FastsdError
-from fastsd.images import fingerprint
-from fastsd.prompts import take_loras
+from fastsd.files import fingerprint
+from fastsd.text.syntax import take_loras
 
 if TYPE_CHECKING:
     from fastsd.pipeline import Pipeline
-    from fastsd.weights.adapters import Adapter
+    from fastsd.weights.adapters.apply import Adapter
 
 SUFFIX = ".safetensors"
 LIMIT = 100.0
@@ -35,8 +35,8 @@ def load(pipe: Pipeline, args: argparse.Namespace, before: dict[str, Any], notes
         FastsdError: a file that is missing, malformed or for another model; or one that the repeated picture was drawn
             with and that is not given.
     """
-    from fastsd.weights import hub
-    from fastsd.weights.adapters import Adapter
+    from fastsd.weights.adapters.apply import Adapter
+    from fastsd.weights.hub import locate as hub
 
     try:
         files = [(hub.locate_file(str(path)).path, strength) for path, strength in map(split, args.lora or ())]

@@ -12,7 +12,7 @@ from fastsd.errors import FastsdError
 
 if TYPE_CHECKING:
     from fastsd.pipeline import Pipeline
-    from fastsd.weights.hub_id import HubId, Place
+    from fastsd.weights.hub.hub_id import HubId, Place
 
 BLOCK, BLOCKS = 4096, 16
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -118,7 +118,8 @@ def _here(path: Any, revision: Any, vae: bool = False) -> str | HubId | None:
     local = os.path.expanduser(path)
     if os.path.exists(local):
         return local
-    from fastsd.weights import hub, hub_id
+    from fastsd.weights.hub import hub_id
+    from fastsd.weights.hub import locate as hub
 
     try:
         wanted = hub_id.parse(path, revision if isinstance(revision, str) else None)
@@ -137,7 +138,7 @@ def _is_the_same(args: argparse.Namespace, before: dict[str, Any]) -> bool:
             return args.model == path or before.get("model_fingerprint") == fingerprint(Path(args.model))
         except OSError:
             return False  # why it cannot be read, loading says
-    from fastsd.weights import hub_id
+    from fastsd.weights.hub import hub_id
 
     wanted = hub_id.parse(args.model)
     if wanted is None or _unpinned(wanted) != path:

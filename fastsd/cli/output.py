@@ -12,7 +12,8 @@ from pathlib import Path
 from PIL import Image
 
 from fastsd.errors import FastsdError
-from fastsd.images import WRITABLE, encode, reason, write_whole
+from fastsd.files import reason, write_whole
+from fastsd.image.files import WRITABLE, encode
 
 OTHER_PICTURES = (".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".jxl", ".ppm", ".svg")
 

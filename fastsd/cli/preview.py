@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from fastsd.cli.output import Output
 from fastsd.errors import FastsdError
-from fastsd.images import encode, reason, write_whole
+from fastsd.files import reason, write_whole
+from fastsd.image.files import encode
 
 if TYPE_CHECKING:
     from fastsd.pipeline import Step

@@ -9,8 +9,9 @@ from typing import Any
 
 from fastsd.cli import flags, models
 from fastsd.errors import FastsdError
-from fastsd.images import fingerprint, read_file, read_text
-from fastsd.metadata import read_texts
+from fastsd.files import fingerprint
+from fastsd.image.files import read_file, read_text
+from fastsd.image.metadata import read_texts
 
 # No settings of one picture; or several, which `fastsd.cli.controls` takes from there.
 OTHERS = ("count", "batch_size", "control_weight", "control_start", "control_end")

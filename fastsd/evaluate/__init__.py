@@ -39,8 +39,10 @@ def run(args: argparse.Namespace) -> int:
         FastsdError: no such model or data, files in the way.
     """
     from fastsd.errors import FastsdError
-    from fastsd.evaluate import drawing, report
-    from fastsd.images import encode, write_whole
+    from fastsd.evaluate import report
+    from fastsd.evaluate import samples as drawing
+    from fastsd.files import write_whole
+    from fastsd.image.files import encode
     from fastsd.pipeline import Pipeline
 
     seeds = (report.QUICK_SEEDS if args.quick else 50) if args.seeds is None else args.seeds
@@ -77,7 +79,7 @@ def _make_room(flag: str, file: Path, overwrite: bool) -> None:
         FastsdError: it is there already, or its folder cannot be made.
     """
     from fastsd.errors import FastsdError
-    from fastsd.images import reason
+    from fastsd.files import reason
 
     if file.exists() and not overwrite:
         raise FastsdError(f"{flag} {file}: the file is there already; --overwrite replaces it")

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastsd.evaluate.drawing import Drawn
 from fastsd.evaluate.measures import canonical, diversity, effect, novelty
 from fastsd.evaluate.reader import Reader, read
+from fastsd.evaluate.samples import Drawn
 from fastsd.train.strokes import STYLE_WORDS, measure
 
 READER_LEAST = 0.99

@@ -12,9 +12,9 @@ import torch
 
 from fastsd.evaluate import checks
 from fastsd.evaluate.checks import Check
-from fastsd.evaluate.drawing import Progress, draw, draw_styles, plain_prompt
 from fastsd.evaluate.measures import canonical, real_effects
 from fastsd.evaluate.reader import load_reader, save_reader, train_reader
+from fastsd.evaluate.samples import Progress, draw, draw_styles, plain_prompt
 from fastsd.train.digits import Digits, augment, enlarge, read_digits
 from fastsd.train.settings import Data
 

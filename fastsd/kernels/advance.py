@@ -1,7 +1,7 @@
 """One step of any sampler: guidance, prediction, update of the latent, next model input.
 
 The coefficients come from a device table by a row index on the device, so one captured graph serves every step. Row
-format (`fastsd.sampling.rows` explains the columns), 16 floats: t, c_in, p, q, a, s, b0, b1, b2, b3, n, m, save,
+format (`fastsd.sampling.table` explains the columns), 16 floats: t, c_in, p, q, a, s, b0, b1, b2, b3, n, m, save,
 push, 0, 0. A last row stands behind the sampler's: its c_in scales what the caller sees after the end.
 """
 
@@ -109,7 +109,7 @@ def advance(
     if table.ndim != 2 or table.shape[1] != WIDTH or row.shape != (1,):
         raise ValueError(f"table needs shape [R + 1, {WIDTH}] and row [1]")
     if dispatch.backend(x, out) == "triton":
-        from fastsd.kernels import advance_triton
+        from fastsd.kernels.triton import advance as advance_triton
 
         advance_triton.advance(x, x_in, out, table, row, saved, history, noise, guidance, rescale)
     else:

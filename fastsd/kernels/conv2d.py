@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastsd.kernels import dispatch, onednn
+from fastsd.kernels import dispatch
+from fastsd.kernels.cpu import onednn
 
 Padding = tuple[int, int, int, int]  # left, right, top, bottom
 

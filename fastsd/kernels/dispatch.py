@@ -2,8 +2,8 @@
 
 Four backends can exist for an op: `reference` (the specification: a few lines of PyTorch that compute in fp32),
 `torch` (PyTorch's public operations in the tensor's dtype: runs everywhere, and is what training differentiates),
-`onednn` (the CPU's fast path, without gradients; see `fastsd.kernels.onednn`) and `triton` (our kernels, on CUDA, in
-`<op>_triton.py`; without gradients). An op that has no kernel of its own runs PyTorch's under `triton`.
+`onednn` (the CPU's fast path, without gradients; see `fastsd.kernels.cpu.onednn`) and `triton` (our kernels, on CUDA,
+in `fastsd.kernels.triton`; without gradients). An op that has no kernel of its own runs PyTorch's under `triton`.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fastsd.kernels import dispatch, onednn
+from fastsd.kernels import dispatch
+from fastsd.kernels.cpu import onednn
 
 # The CPU's own path.
 SMALLEST = 2**14  # scores; below that PyTorch's attention is as fast (measured)
@@ -55,7 +56,7 @@ def flash_attn(
     if backend == "reference":
         return flash_attn_ref(q, k, v, causal)
     if backend == "triton":
-        from fastsd.kernels import flash_attn_triton
+        from fastsd.kernels.triton import flash_attn as flash_attn_triton
 
         reason = flash_attn_triton.refusal(q, k, v)
         if reason is None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastsd.kernels import dispatch, onednn
+from fastsd.kernels import dispatch
+from fastsd.kernels.cpu import onednn
 
 CHUNK = 2**21  # elements of the result made at a time by the CPU's own path: they stay in its cache
 
@@ -33,7 +34,7 @@ def geglu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Te
     if backend == "onednn":
         return _geglu_onednn(x, weight, bias)
     if backend == "triton":
-        from fastsd.kernels import geglu_triton
+        from fastsd.kernels.triton import geglu as geglu_triton
 
         return geglu_triton.geglu_gate(F.linear(x, weight), bias)
     value, gate = F.linear(x, weight, bias).chunk(2, dim=-1)

@@ -70,7 +70,7 @@ def groupnorm_silu(
     if backend == "reference":
         return groupnorm_silu_ref(x, weight, bias, groups, eps, silu, add, skip)
     if backend == "triton":
-        from fastsd.kernels import groupnorm_silu_triton
+        from fastsd.kernels.triton import groupnorm_silu as groupnorm_silu_triton
 
         return groupnorm_silu_triton.groupnorm_silu(x, weight, bias, groups, eps, silu, add, skip)
     if skip is not None:

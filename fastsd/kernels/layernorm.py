@@ -49,7 +49,7 @@ def layernorm(
     if backend == "reference":
         return layernorm_ref(x, weight, bias, eps, residual)
     if backend == "triton":
-        from fastsd.kernels import layernorm_triton
+        from fastsd.kernels.triton import layernorm as layernorm_triton
 
         return layernorm_triton.layernorm(x, weight, bias, eps, residual)
     total = x if residual is None else x + residual

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastsd.kernels import dispatch, onednn
+from fastsd.kernels import dispatch
+from fastsd.kernels.cpu import onednn
 
 
 def activate(x: torch.Tensor, activation: str) -> torch.Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastsd.kernels import dispatch, onednn
+from fastsd.kernels import dispatch
 from fastsd.kernels.conv2d import Padding, conv2d, conv2d_ref
+from fastsd.kernels.cpu import onednn
 
 SAME: Padding = (1, 1, 1, 1)
 SMALLEST = 1024  # pixels; below that, adding up the weights costs more than it saves (measured)

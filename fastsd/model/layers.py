@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastsd.kernels import dispatch, onednn
+from fastsd.kernels import dispatch
 from fastsd.kernels.conv2d import Padding, conv2d
+from fastsd.kernels.cpu import onednn
 from fastsd.kernels.flash_attn import flash_attn
 from fastsd.kernels.geglu import geglu
 from fastsd.kernels.groupnorm_silu import groupnorm_silu

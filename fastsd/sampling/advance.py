@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastsd.kernels import advance as op
-from fastsd.sampling.rows import Table
+from fastsd.sampling.table import Table
 
 BUFFERS = ("x", "x_in", "saved", "history", "noise", "row")
 

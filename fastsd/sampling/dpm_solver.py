@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 
-from fastsd.sampling.rows import Row, Table, TableBuilder, vp_level_of_sigma, vp_prediction
 from fastsd.sampling.schedule import Schedule
+from fastsd.sampling.table import Row, Table, TableBuilder, vp_level_of_sigma, vp_prediction
 
 
 def dpmpp_2m(schedule: Schedule) -> Table:

@@ -10,8 +10,8 @@ import math
 
 import numpy as np
 
-from fastsd.sampling.rows import Row, Table, TableBuilder, karras_c_in, karras_prediction
 from fastsd.sampling.schedule import Schedule
+from fastsd.sampling.table import Row, Table, TableBuilder, karras_c_in, karras_prediction
 
 
 def euler(schedule: Schedule) -> Table:

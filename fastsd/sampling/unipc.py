@@ -15,8 +15,8 @@ import math
 
 import numpy as np
 
-from fastsd.sampling.rows import Row, Table, TableBuilder, vp_level_of_sigma, vp_prediction
 from fastsd.sampling.schedule import Float64, Schedule
+from fastsd.sampling.table import Row, Table, TableBuilder, vp_level_of_sigma, vp_prediction
 
 ORDER = 2
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 
 from fastsd.errors import FastsdError
-from fastsd.sampling.rows import Row, Table, TableBuilder, vp_level, vp_prediction
 from fastsd.sampling.schedule import Schedule
+from fastsd.sampling.table import Row, Table, TableBuilder, vp_level, vp_prediction
 
 
 def ddpm(schedule: Schedule) -> Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,21 +9,14 @@ from typing import Any
 import torch
 
 from fastsd.errors import FastsdError
+from fastsd.files import open_whole
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Write `state` (tensors, numbers, lists and dicts of them) so that `path` is either the old file or the new one.
-
-    The bytes go to a file beside it and reach the disk before the name changes hands, so neither a kill nor a loss of
-    power leaves half a checkpoint.
-    """
+    """Write `state` (tensors, numbers, lists, dicts); `path` is the old file or the new one, never a part of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
+    with open_whole(path, overwrite=True) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def load(path: Path) -> dict[str, Any]:

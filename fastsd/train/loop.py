@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastsd.devices import cpu_has_bf16
 from fastsd.errors import FastsdError
+from fastsd.runtime.devices import cpu_has_bf16
 from fastsd.train import checkpoint
 from fastsd.train.settings import Fit
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from fastsd.components import Components
 from fastsd.config import CLIPConfig
 from fastsd.errors import FastsdError
 from fastsd.model.tokenizer import Tokenizer
@@ -21,7 +22,7 @@ from fastsd.train.diffusion import Denoiser, denoising_loss
 from fastsd.train.digits import PICTURE, Digits, read_digits
 from fastsd.train.loop import Stage, Workers
 from fastsd.train.settings import Settings, read_settings
-from fastsd.weights import Components, save_folder
+from fastsd.weights import save_folder
 
 
 class Run:

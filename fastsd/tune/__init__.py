@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from fastsd.errors import FastsdError
+    from fastsd.files import cache_folder
     from fastsd.kernels import dispatch
     from fastsd.kernels.launch import architecture, tuned
     from fastsd.pipeline import Pipeline
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         print(tuned.save(launches, belongs))
     except OSError as error:
-        raise FastsdError(f"tune: cannot write to {tuned.folder()}: {error.strerror}") from error
+        raise FastsdError(f"tune: cannot write to {cache_folder()}: {error.strerror}") from error
     return 0
 
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from fastsd.kernels.launch import flash_attn, groupnorm_silu, rows
+from fastsd.kernels.launch import flash_attn, groupnorm_silu
+from fastsd.kernels.launch import rowwise as rows
 from fastsd.kernels.launch.groupnorm_silu import power_of_two
 from fastsd.kernels.launch.tuned import Question
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastsd.pipeline import Pipeline
-    from fastsd.verify.pictures import Drawing
+    from fastsd.verify.images import Drawing
     from fastsd.verify.rule import Row
 
 
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from fastsd.errors import FastsdError
     from fastsd.verify import report
-    from fastsd.verify.pictures import Drawing
+    from fastsd.verify.images import Drawing
 
     if not 1 <= args.steps <= 1000:
         raise FastsdError(f"--steps is {args.steps}; it should be 1 to 1000")
@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
 
 def verify(pipe: Pipeline, drawing: Drawing) -> Iterator[Row]:
     """Every comparison, level by level. On a CPU our kernels run in the interpreter, at small shapes."""
-    from fastsd.verify import interpreted, layers, ops, pictures
+    from fastsd.verify import images as pictures
+    from fastsd.verify import interpreted, layers, ops
     from fastsd.verify.clock import clock
     from fastsd.verify.drive import drive
 
@@ -80,9 +81,9 @@ def setting(pipe: Pipeline) -> dict[str, Any]:
     import torch
 
     from fastsd import __version__
-    from fastsd.devices import dtype_name
     from fastsd.kernels import dispatch
     from fastsd.kernels.launch import tuned
+    from fastsd.runtime.devices import dtype_name
 
     missing = dispatch.why_no_triton(pipe.device)
     cuda = pipe.device.type == "cuda"

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fastsd.conditioning import added_conditioning, encode_text
 from fastsd.kernels import dispatch
 from fastsd.model.clip import EncoderLayer
 from fastsd.model.layers import Downsample, ResBlock, TransformerBlock, Upsample
 from fastsd.model.vae import AttentionBlock
+from fastsd.text.encode import added_conditioning, encode_text
 from fastsd.verify.rule import Clock, Row, Tensors, attempted, exactly, judged, wider
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fastsd import kernels
-from fastsd.kernels import onednn
+from fastsd.kernels.cpu import onednn
 
 IN_PLACE = {"advance": ("x", "x_in", "saved", "history", "noise")}  # ops that return nothing, and what they change
 FIRST = {"flash_attn": "q"}  # the argument that shows an op's size; x elsewhere
@@ -35,7 +35,7 @@ def ops() -> dict[str, Op]:
     """Every op in `fastsd.kernels`: each function that stands beside its `<op>_ref`."""
     found = {}
     for module in pkgutil.iter_modules(kernels.__path__):
-        if module.ispkg or module.name.endswith("_triton"):
+        if module.ispkg:
             continue
         room = importlib.import_module(f"{kernels.__name__}.{module.name}")
         for name, reference in vars(room).items():
@@ -47,7 +47,7 @@ def ops() -> dict[str, Op]:
 
 def has_kernel(op: str) -> bool:
     """Whether a Triton kernel computes `op`, at least in part."""
-    return importlib.util.find_spec(f"{kernels.__name__}.{op}_triton") is not None
+    return importlib.util.find_spec(f"{kernels.__name__}.triton.{op}") is not None
 
 
 @dataclass(frozen=True)

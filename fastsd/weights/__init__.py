@@ -1,13 +1,12 @@
 """Checkpoints: the only code that knows file formats and checkpoint key names."""
 
 from fastsd.weights.checkpoint import count_numbers, load_checkpoint
-from fastsd.weights.folder import Components, load_folder
-from fastsd.weights.save import save_folder
-from fastsd.weights.single_file import load_single_file
-from fastsd.weights.vae_file import load_preview, load_vae
+from fastsd.weights.layouts.folder import load_folder
+from fastsd.weights.layouts.save import save_folder
+from fastsd.weights.layouts.single_file import load_single_file
+from fastsd.weights.layouts.vae_file import load_preview, load_vae
 
 __all__ = [
-    "Components",
     "count_numbers",
     "load_checkpoint",
     "load_folder",

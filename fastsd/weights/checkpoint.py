@@ -9,14 +9,15 @@ from pathlib import Path
 
 import torch
 
+from fastsd.components import Components
 from fastsd.errors import FastsdError
 from fastsd.model.taesd import Autoencoder
-from fastsd.weights.folder import Components, load_folder
+from fastsd.weights.formats.pickle_file import is_pickle
+from fastsd.weights.formats.safetensors_file import read_header
+from fastsd.weights.layouts.folder import load_folder
+from fastsd.weights.layouts.single_file import AVERAGED, PREDICTIONS, load_single_file
+from fastsd.weights.layouts.vae_file import check_latents, given_vae
 from fastsd.weights.load import STEMS, find_files
-from fastsd.weights.pickle_file import is_pickle
-from fastsd.weights.safetensors_file import read_header
-from fastsd.weights.single_file import AVERAGED, PREDICTIONS, load_single_file
-from fastsd.weights.vae_file import check_latents, given_vae
 
 
 def load_checkpoint(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,17 +12,27 @@ from pathlib import Path
 
 import torch
 
+from fastsd.components import Components
 from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
+from fastsd.files import replace_whole
 from fastsd.model.vae import AutoencoderKL
-from fastsd.weights.family import Family, find_family
-from fastsd.weights.folder import Components, outline
-from fastsd.weights.ldm_names import UNET_PREFIX, VAE_PREFIX, Place, openclip_place, unet_place, unet_table, vae_place
+from fastsd.weights.formats.safetensors_file import DTYPES, Entry
+from fastsd.weights.layouts.family import Family, find_family
+from fastsd.weights.layouts.folder import outline
+from fastsd.weights.layouts.ldm_names import (
+    UNET_PREFIX,
+    VAE_PREFIX,
+    Place,
+    openclip_place,
+    unet_place,
+    unet_table,
+    vae_place,
+)
+from fastsd.weights.layouts.names import sources, stored_form
+from fastsd.weights.layouts.save import describe, weights_file
+from fastsd.weights.layouts.single_file import outline_file, tokenizer
 from fastsd.weights.load import place_of, read_finite, read_headers, refuse_rest, take
-from fastsd.weights.names import sources, stored_form
-from fastsd.weights.safetensors_file import DTYPES, Entry
-from fastsd.weights.save import describe, weights_file
-from fastsd.weights.single_file import outline_file, tokenizer
 
 # What the original layout leaves to its readers' knowledge of the family; all families agree on it.
 _SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
@@ -296,26 +304,9 @@ def write_safetensors(path: Path, tensors: list[Tensor], metadata: dict[str, str
 
 @contextmanager
 def _replacing(target: Path, folder: bool) -> Iterator[Path]:
-    """A place beside `target` to write to, which becomes `target` when all went well and is gone otherwise."""
+    """`replace_whole`, whose errors name the file."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent))
+        with replace_whole(target, folder) as new:
+            yield new
     except OSError as error:
         raise FastsdError(f"{target}: cannot be written ({error.strerror})") from error
-    try:
-        inside, old = scratch / "new", scratch / "old"
-        if folder:
-            inside.mkdir()
-        yield inside
-        if folder and target.exists():
-            target.rename(old)
-        try:
-            os.replace(inside, target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
-    except OSError as error:
-        raise FastsdError(f"{target}: cannot be written ({error.strerror})") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

@@ -11,11 +11,10 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from fastsd.kernels.launch.tuned import folder
+from fastsd.files import cache_folder, write_whole
 
 LIMIT = 1000  # files that are remembered, the latest ones
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -40,11 +39,8 @@ def remember_sha256(path: Path, digest: str) -> None:
         name = str(path.resolve())
         known = {key: value for key, value in _remembered().items() if key != name} | {name: _entry(path, digest)}
         content = json.dumps(dict(list(known.items())[-LIMIT:]))
-        folder().mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder(), suffix=".tmp")
-        with os.fdopen(handle, "w") as file:
-            file.write(content)
-        os.replace(temporary, _file())
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        write_whole(_file(), content.encode(), overwrite=True)
 
 
 def adapter_hash(data: bytes) -> str:
@@ -58,7 +54,7 @@ def adapter_hash(data: bytes) -> str:
 
 
 def _file() -> Path:
-    return folder() / "hashes.json"
+    return cache_folder() / "hashes.json"
 
 
 def _remembered() -> dict[str, Any]:

@@ -8,14 +8,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fastsd.errors import FastsdError
-from fastsd.few_step import Said
-from fastsd.weights.family import Family, find_family
-from fastsd.weights.few_step import said_by_metadata
+from fastsd.few_step import Detection
+from fastsd.weights.few_step import detect_in_metadata
+from fastsd.weights.formats.safetensors_file import DTYPES, Entry
 from fastsd.weights.hashes import remember_sha256
-from fastsd.weights.ldm_names import UNET_PREFIX
-from fastsd.weights.names import same_matrix, sources
-from fastsd.weights.safetensors_file import DTYPES, Entry
-from fastsd.weights.single_file import parts, read_file
+from fastsd.weights.layouts.family import Family, find_family
+from fastsd.weights.layouts.ldm_names import UNET_PREFIX
+from fastsd.weights.layouts.names import same_matrix, sources
+from fastsd.weights.layouts.single_file import parts, read_file
 
 SHOWN, LONGEST = 10, 200  # keys of a list, characters of a value
 # What training leaves in a file, which is no part of the networks.
@@ -48,7 +48,7 @@ def inspect(path: Path, allow_pickle: bool = False) -> Facts:
         facts += _of_family(family, entries)
     except FastsdError as error:
         facts += [("family", "unknown: " + str(error).removeprefix(f"{path}: "))]
-        facts += [("few steps", _few_step(said)) for said in [said_by_metadata(metadata)] if said is not None]
+        facts += [("few steps", _few_step(said)) for said in [detect_in_metadata(metadata)] if said is not None]
     facts += [("metadata" if i == 0 else "", text) for i, text in enumerate(_metadata(metadata))]
     return facts + _hashes(path)
 
@@ -93,7 +93,7 @@ def keys(family: Family, entries: dict[str, Entry]) -> tuple[list[str], list[str
     return sorted(set(missing)), sorted(extra), sorted(set(wrong))
 
 
-def _few_step(said: Said | None) -> str:
+def _few_step(said: Detection | None) -> str:
     if said is None:
         return "no (nothing in the file says so); --few-step says it"
     kind = said.kind

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from fastsd.errors import FastsdError
-from fastsd.weights.json_file import read_json
-from fastsd.weights.names import Source, canonical, is_ignored, same_matrix, sources
-from fastsd.weights.safetensors_file import Entry, read_header
+from fastsd.weights.formats.json_file import read_json
+from fastsd.weights.formats.safetensors_file import Entry, read_header
+from fastsd.weights.layouts.names import Source, canonical, is_ignored, same_matrix, sources
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fastsd.components import Components
 from fastsd.errors import FastsdError
-from fastsd.weights import Components, load_folder
-from fastsd.weights.adapters import Adapter, Adapters
+from fastsd.weights import load_folder
+from fastsd.weights.adapters.apply import Adapter, Adapters
 
 peft = pytest.importorskip("peft", reason="compared with peft, which is not installed")
 lycoris = pytest.importorskip("lycoris", reason="compared with LyCORIS, which is not installed")

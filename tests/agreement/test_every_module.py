@@ -16,11 +16,12 @@ import pytest
 import torch
 from torch import nn
 
+from fastsd.components import Components
 from fastsd.model.clip import TextEncoder
 from fastsd.model.layers import timestep_embedding
 from fastsd.model.unet import AddedConditioning, UNet
-from fastsd.weights import Components, load_folder
-from tests.agreement.matching import Maps, UNetRun, expected, nchw, nhwc, record, run_layer
+from fastsd.weights import load_folder
+from tests.support.matching import Maps, UNetRun, expected, nchw, nhwc, record, run_layer
 
 FAMILIES = ("sd1", "sd2", "inpainting", "sdxl", "refiner")
 TOLERANCE = 1e-5

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from fastsd.components import Components
 from fastsd.kernels import dispatch
 from fastsd.model.layers import ResBlock, SpatialTransformer
 from fastsd.model.unet import AddedConditioning
-from fastsd.weights import Components, load_folder, save_folder
+from fastsd.weights import load_folder, save_folder
 
 FAMILIES = ("sd1", "sd2", "inpainting", "sdxl", "refiner")
 # What this processor runs by itself, what training runs, and the specification.

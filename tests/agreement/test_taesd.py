@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastsd import latents
 from fastsd.config import TAESDConfig
 from fastsd.errors import FastsdError
+from fastsd.generate import latents
 from fastsd.kernels import dispatch
 from fastsd.model.taesd import TAESD, Block, Decoder, Doubling, Encoder
 from fastsd.model.tiling import decode_tiled
@@ -21,8 +21,8 @@ from fastsd.model.vae import AutoencoderKL
 from fastsd.pipeline import Pipeline
 from fastsd.weights import load_folder, load_preview, load_vae, save_folder
 from fastsd.weights.convert import convert
-from tests.agreement import taesd_files
-from tests.agreement.matching import Call, nchw, nhwc, record
+from tests.support import taesd_files
+from tests.support.matching import Call, nchw, nhwc, record
 
 FP32 = torch.float32
 ROUNDING = 1e-5  # of the largest value: what roundings (6e-8 each) of some forty layers add up to

@@ -7,7 +7,7 @@ import torch
 
 from bench.bench_kernels import CASES, Replayed
 from bench.measure import Candidate, hold
-from tests.tape import TapeRecorder
+from tests.support.tape import TapeRecorder
 
 
 def test_work_is_captured_once_and_replayed_for_each_sample() -> None:

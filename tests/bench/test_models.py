@@ -10,8 +10,8 @@ import torch
 from bench import models
 from bench.bench_parts import step_inputs
 from bench.families import SDXL, TINY
-from fastsd.weights import Components
-from tests.tape import TapeRecorder
+from fastsd.components import Components
+from tests.support.tape import TapeRecorder
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 

@@ -14,8 +14,8 @@ from bench import bench_ways as ways
 from bench.families import SDXL, TINY
 from bench.models import random_components
 from bench.session import Session, check_options
-from fastsd.latents import InpaintMask, Noise
-from fastsd.weights import Components
+from fastsd.components import Components
+from fastsd.generate.latents import InpaintMask, Noise
 
 CPU = torch.device("cpu")
 NOTHING: dict[str, Any] = dict.fromkeys(

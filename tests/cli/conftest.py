@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from fastsd.cli import main
+from fastsd.components import Components
 from fastsd.config import CLIPConfig, SchedulerConfig, UNetConfig, VAEConfig
 from fastsd.model.clip import TextEncoder
 from fastsd.model.tokenizer import Tokenizer
 from fastsd.model.unet import UNet
 from fastsd.model.vae import AutoencoderKL
-from fastsd.weights import Components, save_folder
+from fastsd.weights import save_folder
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import pytest
 
 import fastsd
-from fastsd import request
 from fastsd.cli import COMMANDS, flags
 from fastsd.cli.parser import one_line
-from fastsd.sampling.tables import SAMPLERS, SCHEDULES
+from fastsd.generate import request
+from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
 
 
 def help_text(columns: int, monkeypatch: pytest.MonkeyPatch) -> str:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tests.cli.test_draw import refused
+from tests.cli.test_generate import refused
 
 
 @pytest.fixture

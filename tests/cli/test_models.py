@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from safetensors.torch import load, load_file, save, save_file
 
-from tests.cli.test_draw import pixels, refused, settings, write_picture
-from tests.weights import tiny
-from tests.weights.hub_server import Hub, taken_for_the_hub
+from tests.cli.test_generate import pixels, refused, settings, write_picture
+from tests.support import tiny
+from tests.support.hub_server import Hub, taken_for_the_hub
 
 OLD, NEW = "a" * 40, "c" * 40
 

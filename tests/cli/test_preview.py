@@ -11,12 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fastsd import images
 from fastsd.cli import preview
 from fastsd.config import TAESDConfig
 from fastsd.model.taesd import TAESD
 from fastsd.pipeline import Pipeline, Step
-from tests.cli.test_draw import pixels, refused
+from tests.cli.test_generate import pixels, refused
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +86,7 @@ def test_a_name_that_is_taken_is_left_alone(cli: Callable, model: Path, shown: l
 def test_it_is_gone_after_a_failure_too(
     cli: Callable, model: Path, shown: list, monkeypatch: Any, error: BaseException, code: int, said: str
 ) -> None:
-    write, done = images.write_whole, []
+    write, done = preview.write_whole, []
 
     def full(path: Path, data: bytes, overwrite: bool = False) -> None:
         if len(done) == 2:

@@ -12,7 +12,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
-from fastsd import images, metadata
+from fastsd.image import files as images
+from fastsd.image import metadata
 
 PROMPT = r"a (red:1.3) [cat|dog], \(x\) BREAK [[y]:0.5], 12:30"
 

@@ -15,8 +15,8 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from fastsd import Control, Pipeline
-from tests.cli.test_draw import refused
-from tests.weights import tiny
+from tests.cli.test_generate import refused
+from tests.support import tiny
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_edges(cli: Callable, model: Path, nets: list[Path], tmp_path: Path) -> 
     Image.fromarray(area).save(tmp_path / "square.png")
     words = ("-p", "x", "-m", model, "-s", 1, "--control", nets[0])
     found = cli(*words, "--control-canny", tmp_path / "square.png").paths[0]
-    from fastsd.images import draw_edges
+    from fastsd.image.files import draw_edges
 
     edges = draw_edges(Image.fromarray(area))
     drawn = np.asarray(edges)[..., 0]

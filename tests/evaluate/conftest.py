@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastsd.evaluate.drawing import Drawn
 from fastsd.evaluate.measures import canonical
 from fastsd.evaluate.reader import Reader, load_reader
 from fastsd.evaluate.report import as_drawn
+from fastsd.evaluate.samples import Drawn
 from fastsd.train.digits import Digits, enlarge, read_digits
 
 ROOT = Path(__file__).parent.parent.parent

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fastsd.evaluate.checks import check_diversity, check_novelty, check_reader, check_right, check_style
-from fastsd.evaluate.drawing import Drawn
 from fastsd.evaluate.reader import Reader
 from fastsd.evaluate.report import as_drawn
+from fastsd.evaluate.samples import Drawn
 from fastsd.train.digits import Digits, augment, enlarge
 from fastsd.train.strokes import measure, styles
 

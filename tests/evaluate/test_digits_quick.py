@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 
 from fastsd.evaluate.checks import check_right, check_style
-from fastsd.evaluate.drawing import draw, plain_prompt, style_prompt
 from fastsd.evaluate.measures import real_effects
 from fastsd.evaluate.reader import Reader
 from fastsd.evaluate.report import as_drawn
+from fastsd.evaluate.samples import draw, plain_prompt, style_prompt
 from fastsd.pipeline import Pipeline
 from fastsd.train.digits import Digits
 from fastsd.train.settings import Data

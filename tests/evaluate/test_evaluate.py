@@ -131,7 +131,7 @@ def test_bad_input(
 
 def test_the_drawn_frame_is_grey() -> None:
     """The pictures' channels are averaged, so that a tint that training never showed counts little."""
-    from fastsd.evaluate.drawing import grey
+    from fastsd.evaluate.samples import grey
 
     image = np.zeros((1, 2, 2, 3), dtype=np.float32)
     image[..., 0], image[..., 1] = 0.3, 0.9

@@ -6,14 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastsd.evaluate.measures import (
-    canonical,
-    effect,
-    nearest,
-    novelty,
-    pairwise_distance,
-    real_effects,
-)
+from fastsd.evaluate.measures import canonical, effect, nearest, novelty, pairwise_distance, real_effects
 from fastsd.evaluate.report import as_drawn
 from fastsd.train.digits import Digits, enlarge
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastsd import Control, memory
+from fastsd import Control
+from fastsd.components import Components
 from fastsd.config import SD15_UNET, SD_VAE, CLIPConfig, ControlNetConfig, SchedulerConfig
 from fastsd.errors import FastsdError
 from fastsd.graph import CudaRecorder, Graphs
@@ -22,8 +23,8 @@ from fastsd.model.tokenizer import Tokenizer
 from fastsd.model.unet import UNet
 from fastsd.model.vae import AutoencoderKL
 from fastsd.pipeline import Pipeline
-from fastsd.sampling.tables import SAMPLERS
-from fastsd.weights import Components
+from fastsd.runtime import memory
+from fastsd.sampling.samplers import SAMPLERS
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)

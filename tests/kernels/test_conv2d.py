@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastsd.kernels import dispatch, onednn
+from fastsd.kernels import dispatch
 from fastsd.kernels.conv2d import Padding, conv2d
+from fastsd.kernels.cpu import onednn
 from fastsd.model.layers import Conv2d
-from tests.kernels.precision import DTYPES, check, check_batch, rand
+from tests.support.precision import DTYPES, check, check_batch, rand
 
 SAME: Padding = (1, 1, 1, 1)
 needs_onednn = pytest.mark.skipif(not dispatch._onednn_dtypes(), reason="PyTorch has no oneDNN for this processor")

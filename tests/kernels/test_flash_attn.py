@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fastsd.kernels import dispatch
 from fastsd.kernels import flash_attn as module
 from fastsd.kernels.flash_attn import flash_attn
-from tests.kernels.precision import DTYPES, check, check_batch, rand
+from tests.support.precision import DTYPES, check, check_batch, rand
 
 SHAPES = [  # batch, S, T, heads, head size
     (2, 256, 256, 2, 40),  # SD1's head size: scale is no power of two, columns to spare

@@ -19,8 +19,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 
 from bench.compiled import SHARED, Compiled, compile_kernel, source_of
-from fastsd.kernels import flash_attn_few_keys_triton, flash_attn_triton, flash_attn_wide_triton
 from fastsd.kernels.launch.flash_attn import RESIDENT, TABLE, choose
+from fastsd.kernels.triton import flash_attn as flash_attn_triton
+from fastsd.kernels.triton import flash_attn_few_keys as flash_attn_few_keys_triton
+from fastsd.kernels.triton import flash_attn_wide as flash_attn_wide_triton
 
 CAPABILITIES = [capability for capability in SHARED if capability >= 80]
 HALF = (torch.float16, torch.bfloat16)

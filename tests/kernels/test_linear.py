@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fastsd.kernels import dispatch
 from fastsd.kernels.geglu import geglu
 from fastsd.kernels.linear import activate, linear
-from tests.kernels.precision import DTYPES, check, check_batch, rand
+from tests.support.precision import DTYPES, check, check_batch, rand
 
 SHAPES = [  # rows, in, out
     ((2, 20), 320, 960),  # a fused query-key-value projection

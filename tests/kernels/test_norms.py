@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fastsd.kernels import dispatch
 from fastsd.kernels.groupnorm_silu import groupnorm_silu
 from fastsd.kernels.layernorm import layernorm
-from tests.kernels.precision import DTYPES, check, check_batch, rand
+from tests.support.precision import DTYPES, check, check_batch, rand
 
 SHAPES = [  # batch, height, width, channels, groups, mean, standard deviation
     (2, 8, 8, 64, 32, 0.0, 1.0),  # two channels a group

@@ -20,8 +20,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from bench.compiled import SHARED, compile_kernel, source_of
-from fastsd.kernels import advance_triton, geglu_triton, groupnorm_silu_triton, layernorm_triton
-from fastsd.kernels.launch import OPTIONS, groupnorm_silu, rows
+from fastsd.kernels.launch import OPTIONS, groupnorm_silu
+from fastsd.kernels.launch import rowwise as rows
+from fastsd.kernels.triton import advance as advance_triton
+from fastsd.kernels.triton import geglu as geglu_triton
+from fastsd.kernels.triton import groupnorm_silu as groupnorm_silu_triton
+from fastsd.kernels.triton import layernorm as layernorm_triton
 
 AMD = 942  # gfx942, which takes the rows of sm_80: compiled, never run
 QUICK = (75, 90, AMD)

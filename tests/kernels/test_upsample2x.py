@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastsd.kernels import dispatch, onednn
+from fastsd.kernels import dispatch
+from fastsd.kernels.cpu import onednn
 from fastsd.kernels.upsample2x import upsample2x, upsample2x_conv
-from tests.kernels.precision import DTYPES, check, check_batch, rand
+from tests.support.precision import DTYPES, check, check_batch, rand
 
 SHAPES = [  # batch, height, width, in, out
     (2, 32, 32, 32, 64),  # large enough for the four small kernels

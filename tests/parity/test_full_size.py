@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 import torch
 
+from fastsd.components import Components
 from fastsd.config import SD15_UNET, SD21_UNET, SDXL_UNET
 from fastsd.model.tokenizer import Tokenizer
 from fastsd.model.unet import AddedConditioning
 from fastsd.pipeline import Pipeline
-from fastsd.weights import Components, load_folder
-from fastsd.weights.controlnet import load_controlnet
+from fastsd.weights import load_folder
+from fastsd.weights.layouts.controlnet import load_controlnet
 from tests.agreement.conftest import SCHEDULE
 
 Outputs = dict[str, torch.Tensor]

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from fastsd.components import Components
 from fastsd.config import CLIP_L, SD15_UNET, SD_VAE, SchedulerConfig
 from fastsd.model.clip import TextEncoder
 from fastsd.model.tokenizer import Tokenizer
 from fastsd.model.unet import UNet
 from fastsd.model.vae import AutoencoderKL
 from fastsd.pipeline import Pipeline
-from fastsd.weights import Components, save_folder
+from fastsd.weights import save_folder
 from fastsd.weights.convert import convert
 from fastsd.weights.inspect import inspect
 

@@ -11,8 +11,8 @@ import torch
 from fastsd.config import SchedulerConfig
 from fastsd.kernels import advance as op
 from fastsd.sampling import advance
-from fastsd.sampling.rows import Table
-from fastsd.sampling.tables import build
+from fastsd.sampling.samplers import build
+from fastsd.sampling.table import Table
 
 SHAPE = (2, 3, 5, 4)
 

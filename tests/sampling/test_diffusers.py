@@ -11,8 +11,8 @@ import torch
 
 from fastsd.config import SchedulerConfig
 from fastsd.sampling import advance
-from fastsd.sampling.tables import COLUMNS, SAMPLERS, Table, build
-from tests.sampling.lifted import DRAWS, IMAGE, NOISE, Case, Run, reference, toy_model
+from fastsd.sampling.samplers import COLUMNS, SAMPLERS, Table, build
+from tests.support.lifted import DRAWS, IMAGE, NOISE, Case, Run, reference, toy_model
 
 # numpy's advice to diffusers about __array__ is not ours to take.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")

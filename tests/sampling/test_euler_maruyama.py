@@ -9,9 +9,9 @@ import torch
 
 from fastsd.config import SchedulerConfig
 from fastsd.sampling import advance
-from fastsd.sampling.rows import Table
+from fastsd.sampling.samplers import build
 from fastsd.sampling.schedule import alphas_cumprod
-from fastsd.sampling.tables import build
+from fastsd.sampling.table import Table
 
 MEAN, STD = 0.6, 0.5  # of the data; neither the process's own (0, 1)
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from fastsd.cli import main
-from fastsd.kernels.launch import flash_attn, groupnorm_silu, rows
+from fastsd.kernels.launch import flash_attn, groupnorm_silu
+from fastsd.kernels.launch import rowwise as rows
 from fastsd.kernels.launch.tuned import Question
 from fastsd.tune.candidates import candidates
 from fastsd.tune.search import FINALISTS, search
@@ -125,7 +126,7 @@ clock = lambda runs: [len(runs) + 0 * len(run()) for run in runs]
 ((question, found),) = tune(lambda: norm(x), clock)
 assert (question.op, question.key) == ("layernorm", (40,)), question
 assert found.right == found.tried > 5, found
-from fastsd.kernels import layernorm_triton
+from fastsd.kernels.triton import layernorm as layernorm_triton
 right = layernorm_triton.layernorm
 def wrong(*args):
     return right(*args) * 1.01

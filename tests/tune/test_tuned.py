@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastsd.kernels.launch import architecture, flash_attn, groupnorm_silu, rows, tuned
+from fastsd.kernels.launch import architecture, flash_attn, groupnorm_silu, tuned
+from fastsd.kernels.launch import rowwise as rows
 from fastsd.kernels.launch.tuned import Question
 
 BELONGS = {"gpu": "NVIDIA H200 (fake)", "architecture": 90, "triton": "3.7.1", "fastsd": "0.1.0", "kernels": "abc"}
@@ -78,7 +80,7 @@ def test_a_failed_write_leaves_the_old_table(monkeypatch: pytest.MonkeyPatch, ca
     def fail(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(tuned.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="no space"):
         tuned.save({}, BELONGS)
     assert tuned.load(BELONGS) == LAUNCHES and list(cache.iterdir()) == [file]
@@ -106,12 +108,3 @@ def test_what_is_tried_goes_first_and_questions_are_told() -> None:
         assert groupnorm_silu.choose(90, *NORM.key) == launch
     assert questions == {NORM: groupnorm_silu.choose.__wrapped__(90, *NORM.key)}
     assert groupnorm_silu.choose(90, *NORM.key) != launch
-
-
-def test_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert tuned.folder() == tmp_path / "cache"
-    monkeypatch.delenv("FASTSD_CACHE")
-    assert tuned.folder() == tmp_path / "xdg" / "fastsd"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert tuned.folder() == Path.home() / ".cache" / "fastsd"

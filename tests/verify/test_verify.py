@@ -13,10 +13,11 @@ import torch
 from fastsd.cli import main
 from fastsd.kernels import flash_attn, groupnorm_silu
 from fastsd.pipeline import Pipeline
-from fastsd.verify import interpreted, layers, pictures
+from fastsd.verify import images as pictures
+from fastsd.verify import interpreted, layers
 from fastsd.verify.drive import drive
+from fastsd.verify.images import Drawing, compare_graphs, compare_pictures, psnr
 from fastsd.verify.ops import check_op, check_ops
-from fastsd.verify.pictures import Drawing, compare_graphs, compare_pictures, psnr
 from fastsd.verify.rule import Row
 from fastsd.verify.watch import Call, ops
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastsd.weights import save_folder
-from tests.weights import original
+from tests.support import original
 
 
 class Originals:

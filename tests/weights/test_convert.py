@@ -19,9 +19,9 @@ from fastsd.errors import FastsdError
 from fastsd.weights import convert as module
 from fastsd.weights import load_folder, load_single_file, save_folder
 from fastsd.weights.convert import convert
-from fastsd.weights.save import weights_file
-from tests.weights import original
-from tests.weights.tiny import tensors as weights
+from fastsd.weights.layouts.save import weights_file
+from tests.support import original
+from tests.support.tiny import tensors as weights
 
 FAMILIES = ["sd1", "sd2", "sdxl", "refiner", "sd1 inpainting"]
 

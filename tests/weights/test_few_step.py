@@ -16,7 +16,7 @@ from fastsd.model.unet import UNet
 from fastsd.pipeline import Pipeline
 from fastsd.weights import load_single_file, save_folder
 from fastsd.weights.convert import convert
-from tests.weights import original
+from tests.support import original
 
 
 def kind_of(pipe: Pipeline) -> str | None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fastsd.cli import main
-from fastsd.images import read_text
-from tests.weights import original
+from fastsd.image.files import read_text
+from tests.support import original
 
 
 def facts(path: Path, capsys: Any, *flags: str) -> dict[str, list[str]]:

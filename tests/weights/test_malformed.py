@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from fastsd.cli import main
-from fastsd.weights.pickle_file import read_pickle
-from tests.weights.malformed import CASES
+from fastsd.weights.formats.pickle_file import read_pickle
+from tests.support.malformed import CASES
 
 SECONDS, ALLOWANCE = 1.0, 50 * 2**20
 

@@ -16,10 +16,10 @@ from torch import nn
 
 from fastsd.config import SD15_UNET
 from fastsd.model.unet import UNet
-from fastsd.weights.configs import write_unet
-from fastsd.weights.names import sources, stored_form
-from fastsd.weights.save import describe, weights_file
-from tests.weights import original
+from fastsd.weights.layouts.configs import write_unet
+from fastsd.weights.layouts.names import sources, stored_form
+from fastsd.weights.layouts.save import describe, weights_file
+from tests.support import original
 
 ALLOWANCE = 22 * 2**20  # for headers and lists of keys
 
@@ -29,7 +29,7 @@ import gc, sys, torch
 from functools import partial
 from pathlib import Path
 from fastsd.model.unet import UNet
-from fastsd.weights.configs import read_unet
+from fastsd.weights.layouts.configs import read_unet
 from fastsd.weights.load import find_files, load_module
 def read(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
@@ -45,7 +45,7 @@ print(read("VmHWM") - before, sum(p.numel() * 2 for p in unet.parameters()))
 
 CONVERT = """
 import sys, torch
-from fastsd.devices import DTYPES
+from fastsd.runtime.devices import DTYPES
 from fastsd.weights.convert import convert
 def read(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))

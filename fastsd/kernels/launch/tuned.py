@@ -10,10 +10,8 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import os
 import re
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from fastsd.files import cache_folder, write_whole
 from fastsd.kernels.launch import architecture as architectures
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -89,13 +88,6 @@ def tried(question: Question, launch: Any) -> Iterator[None]:
         _tried.update(before)
 
 
-def folder() -> Path:
-    """Where the files are: $FASTSD_CACHE, else $XDG_CACHE_HOME/fastsd, else ~/.cache/fastsd."""
-    if os.environ.get("FASTSD_CACHE"):
-        return Path(os.environ["FASTSD_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastsd"
-
-
 def origin(gpu: str, architecture: int) -> dict[str, Any]:
     """What a table belongs to."""
     return {
@@ -116,7 +108,7 @@ def _digest_of_kernels() -> str:
 def path_of(belongs: Mapping[str, Any]) -> Path:
     """The file of a GPU."""
     name = re.sub(r"[^a-z0-9]+", "-", belongs["gpu"].lower()).strip("-")
-    return folder() / f"launches-{name}-sm{belongs['architecture']}.json"
+    return cache_folder() / f"launches-{name}-sm{belongs['architecture']}.json"
 
 
 def save(launches: Launches, belongs: Mapping[str, Any]) -> Path:
@@ -132,14 +124,7 @@ def save(launches: Launches, belongs: Mapping[str, Any]) -> Path:
     text = json.dumps({**belongs, "check": _check(entries), "launches": entries}, indent=1)
     file = path_of(belongs)
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name)
-    try:
-        with os.fdopen(handle, "w") as stream:
-            stream.write(text + "\n")
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_whole(file, f"{text}\n".encode(), overwrite=True)
     _in_use.cache_clear()
     return file
 

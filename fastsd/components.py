@@ -1,0 +1,74 @@
+"""What a checkpoint is once it is loaded: its networks, tokenizers, noise schedule and textual inversions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastsd.config import SchedulerConfig
+from fastsd.few_step import Detection
+from fastsd.model.clip import TextEncoder
+from fastsd.model.taesd import Autoencoder
+from fastsd.model.tokenizer import Tokenizer
+from fastsd.model.unet import UNet
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """One textual inversion.
+
+    Attributes:
+        names: what stands for it in a prompt.
+        vectors: `[n, hidden]` fp32 for each text encoder of the checkpoint.
+    """
+
+    names: tuple[str, ...]
+    vectors: tuple[torch.Tensor, ...]
+
+
+@dataclass
+class Components:
+    """Everything that a checkpoint holds.
+
+    Attributes:
+        unet, vae: the networks.
+        text_encoders, tokenizers: one of each, or two (SDXL), in the order in which their features are joined.
+        scheduler: training schedule and the checkpoint's own sampler.
+        sample_size: side of the latents that it was trained on.
+        name: for metadata and messages.
+        zeros_for_empty_prompt: an empty negative prompt is all zeros, not the encoding of "" (SDXL base).
+        aesthetic_score: the added conditioning holds a score (SDXL refiner).
+        defaults: settings of `Pipeline.__call__` that the checkpoint's author recommends.
+        known_words: the whole vocabulary of a model trained on few words, or empty.
+        few_step: how few steps its files say that it was distilled to, or None.
+        embeddings: textual inversions by the name that stands for them in a prompt.
+    """
+
+    unet: UNet
+    vae: Autoencoder
+    text_encoders: tuple[TextEncoder, ...]
+    tokenizers: tuple[Tokenizer, ...]
+    scheduler: SchedulerConfig
+    sample_size: int
+    name: str = "model"
+    zeros_for_empty_prompt: bool = False
+    aesthetic_score: bool = False
+    defaults: dict[str, Any] = field(default_factory=dict)
+    known_words: frozenset[str] = frozenset()
+    few_step: Detection | None = None
+    embeddings: dict[str, Embedding] = field(default_factory=dict)
+
+    @property
+    def xl(self) -> bool:
+        return self.unet.config.addition_time_embed_dim > 0
+
+    def networks(self) -> Iterator[tuple[str, nn.Module]]:
+        """Every network by the name of its folder. SDXL's refiner has the second text encoder alone."""
+        for i, encoder in enumerate(self.text_encoders):
+            yield "text_encoder_2" if i or (self.xl and len(self.text_encoders) == 1) else "text_encoder", encoder
+        yield "unet", self.unet
+        yield "vae", self.vae

@@ -1,0 +1,212 @@
+"""Images from and to file formats. Untrusted ones are read with limits."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
+
+from fastsd.errors import FastsdError
+from fastsd.files import reason
+
+MAX_PIXELS = 2**27  # 134 million: 384 MiB as RGB
+MAX_BYTES = 2**29
+# Formats whose readers are plain decoders. Pillow's others stay shut: some start programs (EPS), few are ever needed.
+READABLE = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+WRITABLE = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+WHITE, BLACK = 255, 0
+
+
+def open_image(source: str | Path | bytes, name: str = "image") -> Image.Image:
+    """A picture from a file or its bytes as RGB, 8 bits a channel.
+
+    Of an animation it is the first frame. The camera's orientation (EXIF) is applied. What is transparent becomes
+    white, as in A1111. 16 bits are scaled to 8.
+
+    Args:
+        source: a path, or a file's bytes.
+        name: what the user calls it ("--image"), for messages.
+
+    Raises:
+        FastsdError: no such file, too large, damaged or no picture.
+    """
+    return _read(source, name, "RGB", WHITE)[0]
+
+
+def open_mask(source: str | Path | bytes, name: str = "mask") -> Image.Image:
+    """A mask as one channel, 8 bits: white is painted anew. What is transparent becomes black, that is, kept.
+
+    Raises:
+        FastsdError: as `open_image`.
+    """
+    return _read(source, name, "L", BLACK)[0]
+
+
+def draw_edges(image: Image.Image, low: float = 100, high: float = 200) -> Image.Image:
+    """A picture's edges, white on black, as ControlNets for edges were trained on (Canny 1986; OpenCV's, with L1 norm).
+
+    Args:
+        image: RGB.
+        low, high: of the gradient: above `high` is an edge, and what is above `low` and joins one.
+
+    Raises:
+        FastsdError: OpenCV is not installed.
+    """
+    try:
+        import cv2
+    except ImportError:
+        raise FastsdError("edges are found by OpenCV, which is missing; pip install 'fastsd[control]'") from None
+    edges = cv2.Canny(np.asarray(image.convert("RGB")), low, high)
+    return Image.fromarray(edges).convert("RGB")
+
+
+def read_text(source: str | Path | bytes, name: str = "image") -> dict[str, str]:
+    """The texts stored in a picture: a PNG's text chunks; "parameters" and "fastsd" from the EXIF of others.
+
+    Raises:
+        FastsdError: as `open_image`.
+    """
+    return _read(source, name, "RGB", WHITE)[1]
+
+
+def read_file(path: str | Path, name: str) -> bytes:
+    """All of a regular file, up to `MAX_BYTES`.
+
+    Raises:
+        FastsdError: it is missing, empty, too large or cannot be read.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise FastsdError(f"{name} {path}: a folder, not a picture")
+        if path.exists() and not path.is_file():
+            raise FastsdError(f"{name} {path}: not a regular file")
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise FastsdError(f"{name} {path}: {size / 2**20:.0f} MiB; at most {MAX_BYTES // 2**20} MiB are read")
+        data = path.read_bytes()
+    except OSError as error:
+        raise FastsdError(f"{name} {path}: {reason(error)}") from error
+    if not data:
+        raise FastsdError(f"{name} {path}: the file is empty")
+    return data
+
+
+def _read(source: str | Path | bytes, name: str, mode: str, background: int) -> tuple[Image.Image, dict[str, str]]:
+    """The picture in `mode`, flattened on `background`, and the texts in it."""
+    if isinstance(source, bytes):
+        data, where = source, name
+    else:
+        data, where = read_file(source, name), f"{name} {source}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's doubts about odd files; what matters is checked here
+            with Image.open(io.BytesIO(data), formats=READABLE) as opened:
+                _check_size(opened.size, where)
+                opened.load()
+                texts = _texts(opened)
+                return flatten(_upright(opened), mode, background, where), texts
+    except FastsdError:
+        raise
+    except Image.DecompressionBombError:
+        raise FastsdError(f"{where}: too many pixels; at most {MAX_PIXELS // 10**6} million are read") from None
+    except Image.UnidentifiedImageError:
+        kinds = ", ".join(READABLE[:-1]) + " or " + READABLE[-1]
+        raise FastsdError(f"{where}: not a picture that can be read; use {kinds}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders meet junk with exceptions of every kind
+        cause = str(error) or type(error).__name__
+        raise FastsdError(f"{where}: the picture is damaged or cut short ({cause}); fetch or save it again") from error
+
+
+def _check_size(size: tuple[int, int], where: str) -> None:
+    """Refuse a decompression bomb by what its header says, before anything is decoded."""
+    width, height = size
+    if width * height > MAX_PIXELS:
+        raise FastsdError(f"{where}: {width}x{height} pixels; at most {MAX_PIXELS // 10**6} million are read")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """`image` turned as its camera says. A broken EXIF block is no reason to refuse the pixels."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image
+
+
+def flatten(image: Image.Image, mode: str, background: int, where: str) -> Image.Image:
+    """`image` in `mode` ("RGB" or "L"), 8 bits a channel, without transparency.
+
+    Args:
+        background: what shows where it is transparent, `WHITE` or `BLACK`.
+        where: what the user calls it, for messages.
+
+    Raises:
+        FastsdError: its pixels are floating-point numbers or have more than 16 bits.
+    """
+    if image.mode == "F":
+        raise FastsdError(f"{where}: floating-point pixels are not read; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 bits; `convert` would clip at 255 instead of scaling
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise FastsdError(f"{where}: 32-bit pixels are not read; save it with 8 or 16 bits")
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        canvas = Image.new("RGBA", rgba.size, (background, background, background, 255))
+        image = Image.alpha_composite(canvas, rgba)
+    converted = image.convert(mode)
+    converted.info = {}
+    return converted if converted is not image else image.copy()
+
+
+def _texts(image: Image.Image) -> dict[str, str]:
+    """A PNG's text chunks, or what `encode` put into the EXIF of another format."""
+    texts = getattr(image, "text", None)
+    if isinstance(texts, dict):
+        return {str(key): str(value) for key, value in texts.items()}
+    try:
+        exif = image.getexif()
+        comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+        own = exif.get(ExifTags.Base.ImageDescription, "")
+    except Exception:  # a broken EXIF block holds no texts
+        return {}
+    found = {}
+    if isinstance(comment, bytes) and comment[:8] == b"UNICODE\0":
+        found["parameters"] = comment[8:].decode("utf-16-be", errors="replace")
+    elif isinstance(comment, bytes) and comment[:8] == b"ASCII\0\0\0":
+        found["parameters"] = comment[8:].decode("ascii", errors="replace")
+    if isinstance(own, str) and own.startswith("{"):
+        found["fastsd"] = own
+    return found
+
+
+def encode(image: Image.Image, suffix: str, texts: Mapping[str, str]) -> bytes:
+    """A picture file's bytes, with `texts` in it.
+
+    PNG: text chunks. JPEG (quality 95) and WebP (lossless): "parameters" as the EXIF comment, where A1111 has it, and
+    "fastsd" as the description.
+    """
+    buffer, kind = io.BytesIO(), WRITABLE[suffix.lower()]
+    if kind == "PNG":
+        chunks = PngInfo()
+        for key, text in texts.items():
+            chunks.add_text(key, text)
+        image.save(buffer, kind, pnginfo=chunks)
+        return buffer.getvalue()
+    exif = Image.Exif()
+    if "fastsd" in texts:
+        exif[ExifTags.Base.ImageDescription] = texts["fastsd"]
+    comment = b"UNICODE\0" + texts.get("parameters", "").encode("utf-16-be")
+    exif[ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: comment}
+    data = exif.tobytes()
+    if kind == "JPEG" and len(data) > 65000:  # one JPEG segment; the picture is worth more than its text
+        data = b""
+    image.save(buffer, kind, exif=data, **({"quality": 95} if kind == "JPEG" else {"lossless": True}))
+    return buffer.getvalue()

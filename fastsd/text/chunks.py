@@ -1,0 +1,125 @@
+"""A weighted text of any length as chunks of the length that the text encoder reads, split as A1111 splits it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from fastsd.errors import FastsdError
+from fastsd.model.tokenizer import Tokenizer
+from fastsd.text.syntax import Section
+
+COMMA_REACH = 20  # A1111's default: a chunk ends after a comma that is at most so many tokens from its end
+
+
+@dataclass
+class Chunk:
+    """What the encoder reads at once, without start, end and padding: at most `max_length - 2` tokens.
+
+    Attributes:
+        ids: the tokens; 0 where vectors stand.
+        weights: one for each token.
+        vectors: `[n, hidden]` of textual inversions, and the position of their first in `ids`.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    vectors: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+
+
+def split(
+    sections: Sequence[Section],
+    tokenizer: Tokenizer,
+    embeddings: Mapping[str, torch.Tensor],
+    comma_reach: int = COMMA_REACH,
+) -> list[Chunk]:
+    """Fill chunks with the tokens of a text.
+
+    Where the text goes on after a full chunk, the chunk is cut after its last comma if that is one of its last
+    `comma_reach` tokens; what came after the comma begins the next chunk. The vectors of an embedding stay together. A
+    section's end (BREAK) ends the chunk, an empty one too; an empty section at the end gives none.
+
+    Args:
+        sections: of `fastsd.text.syntax.weigh`.
+        embeddings: the vectors `[n, hidden]` of each name that stands for them.
+
+    Returns:
+        At least one chunk.
+
+    Raises:
+        FastsdError: an embedding has more vectors than a chunk has room for.
+    """
+    room, comma_id = tokenizer.max_length - 2, tokenizer.comma_id
+    chunks, comma = [Chunk()], -1  # the position of the last comma in the last chunk
+    for number, section in enumerate(sections):
+        if number:
+            chunks.append(Chunk())
+            comma = -1
+        for token, weight in _tokens(section, tokenizer, embeddings):
+            size = len(chunks[-1].ids)
+            count = len(token) if isinstance(token, torch.Tensor) else 1
+            if count > room:
+                raise FastsdError(f"prompt: an embedding has {count} vectors; the text encoder reads {room} at once")
+            if size == room:
+                is_comma = isinstance(token, int) and token == comma_id
+                moves = not is_comma and comma >= 0 and size - comma <= comma_reach
+                chunks.append(_cut(chunks[-1], comma + 1) if moves else Chunk())
+                comma = -1
+            elif isinstance(token, int) and token == comma_id:
+                comma = size
+            if len(chunks[-1].ids) + count > room:
+                chunks.append(Chunk())
+                comma = -1
+            _add(chunks[-1], token, count, weight)
+    if len(chunks) > 1 and not chunks[-1].ids:
+        chunks.pop()
+    return chunks
+
+
+def _add(chunk: Chunk, token: int | torch.Tensor, count: int, weight: float) -> None:
+    if isinstance(token, torch.Tensor):
+        chunk.vectors.append((len(chunk.ids), token))
+    chunk.ids += [0] * count if isinstance(token, torch.Tensor) else [token]
+    chunk.weights += [weight] * count
+
+
+def _cut(chunk: Chunk, at: int) -> Chunk:
+    """Take everything from position `at` on out of the chunk, as a new one."""
+    rest = Chunk(chunk.ids[at:], chunk.weights[at:], [(i - at, v) for i, v in chunk.vectors if i >= at])
+    del chunk.ids[at:], chunk.weights[at:]
+    chunk.vectors = [(i, v) for i, v in chunk.vectors if i < at]
+    return rest
+
+
+def _tokens(
+    section: Section, tokenizer: Tokenizer, embeddings: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[int | torch.Tensor, float]]:
+    for span in section:
+        for text, name in find_names(span.text, embeddings):
+            for token in tokenizer.ids(text):
+                yield token, span.weight
+            if name is not None:
+                yield embeddings[name], span.weight
+
+
+def find_names(text: str, names: Iterable[str]) -> Iterator[tuple[str, str | None]]:
+    """Each text before a name, with the name after it (None at the end).
+
+    A name stands by itself, in any case: not as a part of a longer word. Of two that fit, the longer one counts.
+    """
+    ordered = sorted((name for name in names if name.strip()), key=lambda name: (-len(name), name))
+    at = 0
+    if ordered:
+        either = "|".join(f"({_SPACE.join(map(re.escape, name.split()))})" for name in ordered)
+        # A name that begins or ends with a sign, as "<toy>" does, needs no gap there.
+        for found in re.finditer(rf"(?:(?<!\w)|(?!\w))(?:{either})(?:(?!\w)|(?<!\w))", text, re.IGNORECASE):
+            assert found.lastindex is not None  # each alternative is a group
+            yield text[at : found.start()], ordered[found.lastindex - 1]
+            at = found.end()
+    yield text[at:], None
+
+
+_SPACE = r"\s+"

@@ -1,0 +1,107 @@
+"""Writing a checkpoint folder in the diffusers layout, which diffusers opens as it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from fastsd.components import Components
+from fastsd.errors import FastsdError
+from fastsd.kernels.cpu import onednn
+from fastsd.model.clip import TextEncoder
+from fastsd.weights.layouts import configs
+from fastsd.weights.layouts.folder import OWN_FILE
+from fastsd.weights.layouts.names import sources, stored_form
+
+
+def save_folder(components: Components, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
+    """Write every component of a model: SD1, SD2, SDXL base or refiner.
+
+    Args:
+        components: as `load_folder` gives them, or built in training.
+        path: a folder; made where it does not exist.
+        dtype: of the stored weights.
+
+    Raises:
+        FastsdError: its autoencoder cannot encode.
+    """
+    root = Path(path)
+    describe(components, root)
+    linear = components.unet.config.use_linear_projection
+    for name, module in components.networks():
+        _save_module(module, root / weights_file(name), dtype, linear)
+
+
+def weights_file(name: str) -> str:
+    """Where in a folder the weights of a network are."""
+    stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
+    return f"{name}/{stem}.safetensors"
+
+
+def describe(components: Components, root: Path) -> None:
+    """Write all of a folder but the weights, of networks that may be on the meta device."""
+    unet, vae = components.unet, components.vae
+    if vae.encoder is None:
+        raise FastsdError(f"{root}: not written: the autoencoder is TAESD's decoder alone, and a folder holds both")
+    size = components.sample_size
+    xl, refiner = components.xl, len(components.text_encoders) == 1
+    kind = "StableDiffusionPipeline"
+    if xl:
+        kind = "StableDiffusionXLImg2ImgPipeline" if refiner else "StableDiffusionXLPipeline"
+    index: dict[str, Any] = {
+        "_class_name": kind,
+        "_diffusers_version": "0.30.0",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+    }
+    _write_json(root / "unet" / "config.json", configs.write_unet(unet.config, size))
+    vae_json = configs.write_autoencoder(vae.config, size * vae.config.downscale)
+    _write_json(root / "vae" / "config.json", vae_json)
+    index["vae"] = ["diffusers", vae_json["_class_name"]]
+    texts = [(name, module) for name, module in components.networks() if isinstance(module, TextEncoder)]
+    for (name, encoder), tokenizer in zip(texts, components.tokenizers, strict=True):
+        text_json = configs.write_clip(encoder.config)
+        _write_json(root / name / "config.json", text_json)
+        tokenizer_name = name.replace("text_encoder", "tokenizer")
+        tokenizer.save(root / tokenizer_name)
+        index[name] = ["transformers", text_json["architectures"][0]]
+        index[tokenizer_name] = ["transformers", "CLIPTokenizer"]
+    scheduler = configs.write_scheduler(components.scheduler)
+    _write_json(root / "scheduler" / "scheduler_config.json", scheduler)
+    index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    if xl:
+        index["force_zeros_for_empty_prompt"] = components.zeros_for_empty_prompt
+        if refiner:
+            index |= {"text_encoder": [None, None], "tokenizer": [None, None]}
+            index["requires_aesthetics_score"] = components.aesthetic_score
+    else:
+        absent = {"safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None]}
+        index |= absent | {"requires_safety_checker": False}
+    _write_json(root / "model_index.json", index)
+    own: dict[str, Any] = {}
+    if components.defaults or components.known_words:
+        own = {"defaults": components.defaults, "known_words": sorted(components.known_words)}
+    if components.few_step is not None:
+        own["few_step"] = components.few_step.kind.name
+    if own:
+        _write_json(root / OWN_FILE, own)
+
+
+def _save_module(module: nn.Module, file: Path, dtype: torch.dtype, use_linear_projection: bool) -> None:
+    tensors = {}
+    for _, parameter, parts in sources(module):
+        for part in parts:
+            rows = onednn.dense(parameter.detach())[part.rows].to("cpu", dtype)
+            tensors[part.key] = stored_form(part.key, rows, use_linear_projection).contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    shutil.copymode(file.parent / "config.json", file)  # the library makes files that only their owner may read
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,94 @@
+"""Arguments of a call that are wrong, or right and without effect: one line that says so."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastsd import Control
+from fastsd.config import ControlNetConfig
+from fastsd.errors import FastsdError
+from fastsd.generate.validation import fit_image, fit_mask
+from fastsd.model.controlnet import ControlNet
+from fastsd.pipeline import Pipeline
+from tests.test_pipeline import tiny_pipeline
+
+PICTURE = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="module")
+def control(pipe: Pipeline) -> Control:
+    net = ControlNet(ControlNetConfig(pipe.components.unet.config, (8, 8, 8, 8)))
+    return Control(net.eval().requires_grad_(False), PICTURE)
+
+
+def latents(pipe: Pipeline, **arguments: Any) -> torch.Tensor:
+    return pipe("a cat", seed=1, output_type="latent", **arguments).images
+
+
+def test_controls_that_are_no_list(pipe: Pipeline, control: Control) -> None:
+    for wrong in (control, control.net, [control.net], None, 3):
+        with pytest.raises(FastsdError, match="controls should be a list of fastsd.Control"):
+            pipe("a cat", controls=wrong)
+
+
+def test_a_controlnet_of_another_pipeline(control: Control) -> None:
+    """In another precision it would fail somewhere in its first layer."""
+    with pytest.raises(FastsdError, match=r"controls\[0\].net is fp32 on cpu and the model bf16 on cpu; load it with"):
+        latents(tiny_pipeline(dtype=torch.bfloat16), controls=[control])
+
+
+def test_a_controlnet_for_latents_of_another_size(pipe: Pipeline, control: Control) -> None:
+    net = ControlNet(ControlNetConfig(pipe.components.unet.config, (8, 8)))
+    with pytest.raises(FastsdError, match=r"controls\[0\].net shrinks its picture to 1/2 and .* to 1/8"):
+        latents(pipe, controls=[replace(control, net=net)])
+
+
+def test_controls_that_take_part_in_no_step_are_named(pipe: Pipeline, control: Control) -> None:
+    idle = replace(control, start=0.3, end=0.4)
+    result = pipe("a cat", seed=1, num_inference_steps=4, controls=[control, idle], output_type="latent")
+    assert result.notes == ["control 2 takes part in no step: none of the 4 lies within 0.3 and 0.4"]
+    assert torch.equal(result.images, latents(pipe, num_inference_steps=4, controls=[control]))
+    for quiet in (replace(idle, end=0.75), replace(idle, weight=0.0)):
+        assert pipe("a cat", num_inference_steps=4, controls=[quiet], output_type="latent").notes == []
+
+
+def test_steps_of_a_second_pass_that_is_not_asked_for(pipe: Pipeline) -> None:
+    with pytest.raises(FastsdError, match="hires_steps is given without hires_scale"):
+        latents(pipe, hires_steps=3)
+
+
+def test_a_strength_that_leaves_no_step_is_named(pipe: Pipeline) -> None:
+    said = "redoes nothing: strength 0.2 of 4 steps is less than one"
+    settings: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent"}
+    assert pipe("a cat", image=PICTURE, strength=0.2, **settings).notes == [f"the run {said}"]
+    assert pipe("a cat", hires_scale=2, hires_strength=0.2, **settings).notes == [f"the second drawing {said}"]
+    for quiet in ({"image": PICTURE, "strength": 0.0}, {"image": PICTURE, "strength": 0.25}, {"hires_scale": 2}):
+        assert pipe("a cat", **quiet, **settings).notes == []
+
+
+def test_pictures_of_other_modes_are_read_as_from_files(pipe: Pipeline, control: Control) -> None:
+    """16 bits, as depths are stored, are scaled: Pillow's `convert` would cut them at 255."""
+    values = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
+    deep = Image.fromarray(values)
+    shallow = Image.fromarray(((values.astype(int) + 128) // 257).astype(np.uint8))
+    assert deep.mode.startswith("I") and len(np.unique(shallow)) == 256
+    assert np.array_equal(fit_image(deep, None, None, 8)[0], shallow.convert("RGB"))
+    assert np.array_equal(fit_mask(deep, PICTURE)[0], shallow)
+    found, wanted = (latents(pipe, controls=[replace(control, image=image)]) for image in (deep, shallow))
+    assert torch.equal(found, wanted)
+    clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    assert fit_image(clear, None, None, 8)[0].getpixel((0, 0)) == (255, 255, 255)
+    assert fit_mask(clear, PICTURE)[0].getpixel((0, 0)) == 0
+    with pytest.raises(FastsdError, match=r"controls\[0\].image: floating-point pixels"):
+        pipe("a cat", controls=[replace(control, image=Image.new("F", (64, 64)))])

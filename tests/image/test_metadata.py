@@ -1,0 +1,64 @@
+"""The settings in a picture: any prompt comes back, and junk is one line."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastsd.errors import FastsdError
+from fastsd.image import infotext, metadata
+from tests.image.test_infotext import FULL, HOSTILE
+
+
+def test_our_text_is_read_without_our_chunk() -> None:
+    found, others = metadata.read_texts({"parameters": infotext.write_parameters(FULL)})
+    assert others == {}
+    assert found == {key: value for key, value in FULL.items() if key not in ("eta", "version")}
+
+
+@settings(max_examples=150, deadline=None)
+@given(prompt=HOSTILE, negative=HOSTILE, model=HOSTILE, scale=st.floats(0, 100), seed=st.integers(0, 2**63 - 1))
+def test_every_setting_comes_back(prompt: str, negative: str, model: str, scale: float, seed: int) -> None:
+    given_settings = FULL | {
+        "prompt": prompt,
+        "negative_prompt": negative,
+        "model": model,
+        "guidance_scale": scale,
+        "seed": seed,
+    }
+    assert metadata.read_texts(metadata.write_texts(given_settings)) == (given_settings, {})
+
+
+@settings(max_examples=300, deadline=None)
+@given(parameters=HOSTILE, own=HOSTILE)
+def test_junk_is_never_more_than_an_error_line(parameters: str, own: str) -> None:
+    try:
+        found, others = metadata.read_texts({"parameters": parameters, "fastsd": own})
+    except FastsdError:
+        return
+    assert all(isinstance(value, metadata.FIELDS[key]) for key, value in found.items())
+    assert all(isinstance(value, str) for value in others.values())
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        "",
+        "[]",
+        "null",
+        '{"seed": 3}',
+        '{"prompt": 3}',
+        "[" * 100_000,
+        '{"prompt": "a", "seed": true, "guidance_scale": NaN, "width": "8", "height": 8.5, "image": [], "x": 1}',
+    ],
+)
+def test_a_damaged_chunk_is_passed_over(own: str) -> None:
+    found, _ = metadata.read_texts({"fastsd": own, "parameters": "a\nSteps: 1, Sampler: Euler, Seed: 1"})
+    assert found["prompt"] == "a" and "width" not in found and "guidance_scale" not in found
+
+
+def test_no_settings_at_all() -> None:
+    for texts in ({}, {"parameters": ""}, {"Software": "GIMP"}):
+        with pytest.raises(FastsdError, match="no settings"):
+            metadata.read_texts(texts)

@@ -1,0 +1,154 @@
+"""The kernel of the sampler's update against float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastsd.kernels.advance import advance_ref
+from fastsd.kernels.triton import advance as module
+from tests.support.triton_checks import DEVICE, DTYPES, SENTINEL, Guards, broken, compare, must_fail, rand
+
+CHANGED = ("x", "x_in", "saved", "history", "noise")
+
+
+def buffers(
+    shape: tuple[int, ...], dtype: torch.dtype, guided: bool, rescaled: bool, row: int, saves: int, pushes: int
+):
+    """What one update reads; every coefficient of the table differs from the others."""
+    wide = {"dtype": torch.float32}
+    table = rand(4, 16, **wide)
+    table[:, 12], table[:, 13] = saves, pushes
+    return {
+        "x": rand(*shape, **wide),
+        "x_in": rand(*shape, dtype=dtype, seed=1),
+        "out": rand((2 if guided else 1) * shape[0], *shape[1:], dtype=dtype, seed=2),
+        "table": table,
+        "row": torch.tensor([row]),
+        "saved": rand(*shape, **wide, seed=3),
+        "history": rand(3, *shape, **wide, seed=4),
+        "noise": rand(2, *shape, **wide, seed=5),
+        "guidance": torch.tensor([7.5]),
+        "rescale": rand(shape[0], **wide, seed=6) if rescaled and guided else None,
+    }
+
+
+def plain(*tensors):
+    """The specification's results, with x_in in the dtype of `out` unless all is float64."""
+    inputs = [None if t is None else t.clone() for t in tensors]
+    advance_ref(*inputs)
+    return inputs[0], inputs[1], inputs[5], inputs[6], inputs[7]
+
+
+def run(shape, dtype, guided=True, rescaled=True, row=1, saves=1, pushes=1, number=False, kernels: Any = module):
+    tensors = buffers(shape, dtype, guided, rescaled, row, saves, pushes)
+    guards = Guards()
+    placed = {name: None if t is None else guards.place(t, guard=SENTINEL) for name, t in tensors.items()}
+    with guards:
+        kernels.advance(**(placed | {"guidance": 7.5} if number else placed))
+    guards.intact()
+    for name, before in tensors.items():
+        if before is not None and name not in CHANGED:
+            assert torch.equal(placed[name].cpu(), before), f"{name} was changed"
+    compare([placed[name] for name in CHANGED], plain, *tensors.values())
+
+
+CASES = {
+    "one latent": ((1, 8, 8, 4), {}),
+    "odd everything": ((3, 5, 7, 3), {}),
+    "one number": ((1, 1, 1, 1), {}),
+    "no guidance": ((2, 5, 5, 4), {"guided": False}),
+    "no rescaling": ((2, 5, 5, 4), {"rescaled": False}),
+    "guidance as a number": ((2, 5, 5, 4), {"number": True}),
+    "neither saves nor pushes": ((2, 3, 3, 4), {"saves": 0, "pushes": 0}),
+    "saves without pushing": ((2, 3, 3, 4), {"pushes": 0}),
+    "pushes without saving": ((2, 3, 3, 4), {"saves": 0}),
+    "the first row": ((1, 3, 3, 4), {"row": 0}),
+    "the last row": ((1, 3, 3, 4), {"row": 2}),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reason", CASES)
+def test_advance(reason, dtype):
+    shape, how = CASES[reason]
+    run(shape, dtype, **how)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6), st.integers(1, 4)),
+    st.sampled_from(DTYPES),
+    *(st.booleans() for _ in range(2)),
+    st.integers(0, 2),
+    *(st.integers(0, 1) for _ in range(2)),
+)
+def test_advance_at_any_shape(shape, dtype, guided, rescaled, row, saves, pushes):
+    run(shape, dtype, guided, rescaled, row, saves, pushes)
+
+
+MUTATIONS = {
+    "writes past the end": ("mask = i < NL", "mask = i < NL + 1"),
+    "misses a block": ("tl.program_id(0).to(tl.int64) * BLOCK", "0 * tl.program_id(0).to(tl.int64)"),
+    "stays in the first row": ("row * 16", "0 * row"),
+    "takes this row's scale for the next input": ("coefficients + 17", "coefficients + 1"),
+    "swaps the halves": ("scale * (cond - guided)", "scale * (guided - cond)"),
+    "takes one half": ("out_ptr + NL + i", "out_ptr + i"),
+    "rescales by another image": ("rescale_ptr + i // L", "rescale_ptr + i * 0"),
+    "saves after the update": ("tl.where(saves, x, saved)", "saved"),
+    "always saves": ("tl.where(saves, x, saved)", "x"),
+    "always pushes": ("i, h0, mask=mask & pushes", "i, h0, mask=mask"),
+    "shifts history by one too few": ("2 * NL + i, h1", "2 * NL + i, h2"),
+    "pushes the update for the prediction": ("history_ptr + i, denoised", "history_ptr + i, x"),
+    "keeps the last noise": ("noise_ptr + NL + i, noise,", "noise_ptr + NL + i, last,"),
+    "swaps the noises": ("n * noise + m * last", "m * noise + n * last"),
+    "loses one coefficient": ("b3 * h2", "b2 * h2"),
+}
+
+
+@pytest.mark.parametrize("fault", MUTATIONS)
+def test_the_checks_notice_when_advance(fault: str, tmp_path: Path):
+    copy = broken(module, *MUTATIONS[fault], tmp_path)
+    with must_fail():
+        run((3, 5, 7, 3), torch.float32, kernels=copy)
+        run((2, 3, 3, 4), torch.float32, saves=0, pushes=0, kernels=copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"out": torch.ones(3, 2, 2, 4)}, "twice the batch"),
+        ({"x_in": torch.ones(1, 2, 3, 4)}, "x_in and saved"),
+        ({"history": torch.ones(2, 1, 2, 2, 4)}, "history needs"),
+        ({"row": torch.tensor([1], dtype=torch.int32)}, "row .1. int64"),
+        ({"rescale": torch.ones(2)}, r"needs \[1\]"),
+        ({"guidance": torch.ones(2)}, "guidance has 2 elements"),
+        ({"guidance": torch.ones(1, dtype=torch.float16)}, "float32"),
+        ({"x": torch.ones(1, 2, 2, 4, dtype=torch.float64)}, "float32"),
+        ({"x": torch.ones(1, 4, 2, 2).permute(0, 2, 3, 1)}, "contiguous"),
+        ({"out": torch.ones(1, 2, 2, 4, requires_grad=True)}, "no gradients"),
+    ],
+)
+def test_advance_refuses(changes: dict[str, Any], message: str):
+    good = buffers((1, 2, 2, 4), torch.float32, True, False, 0, 1, 1)
+    with pytest.raises(ValueError, match=message):
+        module.advance(**(good | changes))
+
+
+def test_advance_rows_follow_each_other_on_the_device():
+    """The same launch, with the row index counted up on the device, walks through the table."""
+    tensors = {
+        k: t.to(DEVICE) for k, t in buffers((1, 3, 3, 4), torch.float32, True, False, 0, 0, 1).items() if t is not None
+    }
+    expected = {name: t.clone() for name, t in tensors.items()}
+    for _ in range(3):
+        module.advance(**tensors)
+        tensors["row"] += 1
+        advance_ref(**expected, rescale=None)
+        expected["row"] += 1
+    torch.testing.assert_close(tensors["x"], expected["x"], rtol=1e-4, atol=1e-4)

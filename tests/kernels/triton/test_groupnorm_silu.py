@@ -1,0 +1,214 @@
+"""Group normalisation's kernels against float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastsd.kernels.launch.groupnorm_silu import TABLE, Launch, choose, power_of_two
+from fastsd.kernels.triton import groupnorm_silu as module
+from tests.support.triton_checks import DEVICE, DTYPES, LAYOUTS, broken, check, must_fail, rand
+
+EPS = 1e-5
+SPLIT = Launch(groups=1, block_p=16, warps=4, split_pixels=32, apply_pixels=48)
+MERGE = replace(SPLIT, merge=True)
+
+
+class Case(NamedTuple):
+    batch: int
+    height: int
+    width: int
+    channels: int
+    groups: int
+    skip: int = 0  # further channels
+    launch: Launch | None = None
+    mean: float = 0.0
+    std: float = 1.0
+
+
+CASES = {
+    "ten channels a group, as in SD1.5": Case(2, 8, 8, 40, 4),
+    "odd everything": Case(1, 5, 7, 33, 3),
+    "primes": Case(1, 7, 11, 39, 13),
+    "one number a group": Case(2, 1, 1, 8, 8),
+    "one pixel": Case(2, 1, 1, 64, 4),
+    "one group": Case(1, 3, 4, 20, 1),
+    "one channel": Case(1, 3, 4, 1, 1),
+    "more pixels than a tile": Case(1, 17, 15, 64, 2, launch=Launch(1, 32, 4)),
+    "several groups a program": Case(2, 9, 5, 36, 12, launch=Launch(3, 16, 4)),
+    "a group across the seam of the parts": Case(2, 4, 5, 40, 2, skip=20),
+    "a narrow first part": Case(1, 3, 5, 2, 3, skip=7),
+    "split, the last one short": Case(2, 9, 9, 20, 2, launch=SPLIT),
+    "split, one pixel in the last": Case(1, 3, 11, 20, 2, launch=SPLIT),
+    "split, one only": Case(1, 3, 5, 20, 2, launch=SPLIT),
+    "split and merged": Case(2, 9, 9, 24, 2, launch=MERGE),
+    "split, of two parts": Case(2, 7, 7, 20, 4, skip=12, launch=replace(SPLIT, groups=2)),
+    "E[x^2] - E[x]^2 would cancel": Case(1, 8, 8, 16, 4, mean=30.0, std=1e-3),
+    "the same, where the rounding of the mean shows": Case(
+        2, 8, 8, 64, 32, launch=Launch(16, 64, 4), mean=30.0, std=1e-3
+    ),
+    "the same, split": Case(1, 9, 9, 16, 4, launch=SPLIT, mean=30.0, std=1e-3),
+    "eps decides": Case(1, 8, 8, 16, 4, std=1e-6),
+    "large activations of the autoencoder": Case(1, 8, 8, 16, 4, std=1e4),
+}
+
+# Each case runs once for each dtype, in another variant of the op; hypothesis mixes them.
+VARIANTS = {
+    torch.float32: (True, 0, "contiguous"),
+    torch.float16: (False, "batch", "offset"),
+    torch.bfloat16: (True, 1, "gaps"),
+}
+
+
+def plain(groups: int, silu: bool, x, weight, bias, add, skip):
+    """In contiguous memory: there, unlike in channels-last, PyTorch's norm does not cancel."""
+    x = x if skip is None else torch.cat([x, skip], -1)
+    x = (x if add is None else x + add[:, None, None, :]).permute(0, 3, 1, 2).contiguous()
+    y = torch.group_norm(x, groups, weight, bias, EPS).permute(0, 2, 3, 1)
+    return F.silu(y) if silu else y
+
+
+def run(case: Case, dtype: torch.dtype, silu: bool, add: int, layout: str = "contiguous", kernels: Any = module):
+    """add: how many rows it has, 0 for none."""
+    channels, space = case.channels + case.skip, (case.batch, case.height, case.width)
+    like = {"dtype": dtype, "scale": case.std, "mean": case.mean}
+    check(
+        lambda x, w, b, a, s: kernels.groupnorm_silu(x, w, b, case.groups, EPS, silu, a, s, case.launch),
+        lambda *inputs: plain(case.groups, silu, *inputs),
+        rand(*space, case.channels, **like),
+        rand(channels, dtype=dtype),
+        rand(channels, dtype=dtype, seed=1),
+        rand(add, channels, dtype=dtype, scale=case.std) if add else None,
+        rand(*space, case.skip, **like, seed=2) if case.skip else None,
+        layout=layout,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reason", CASES)
+def test_groupnorm_silu(reason, dtype):
+    case, (silu, add, layout) = CASES[reason], VARIANTS[dtype]
+    run(case, dtype, silu, case.batch if add == "batch" else add, layout)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.data())
+def test_groupnorm_silu_at_any_shape(data):
+    groups, size = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 12))
+    height, width, batch = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9)), data.draw(st.integers(1, 2))
+    skip = data.draw(st.integers(0, groups * size - 1))
+    per_program = data.draw(st.sampled_from([g for g in range(1, groups + 1) if groups % g == 0]))
+    block = data.draw(st.sampled_from([16, 32]))
+    split = Launch(per_program, block, 4, block * data.draw(st.integers(1, 2)), block, data.draw(st.booleans()))
+    launch = data.draw(st.sampled_from([None, Launch(per_program, block, 4), split]))
+    case = Case(batch, height, width, groups * size - skip, groups, skip, launch)
+    dtype, layout = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(LAYOUTS))
+    run(case, dtype, data.draw(st.booleans()), data.draw(st.sampled_from([0, 1, batch])), layout)
+
+
+@pytest.mark.parametrize("launch", [None, SPLIT, MERGE])
+def test_groupnorm_silu_does_not_depend_on_the_batch(launch):
+    x, add = rand(3, 7, 7, 20, dtype=torch.float32).to(DEVICE), rand(3, 20, dtype=torch.float32).to(DEVICE)
+    w, b = torch.ones(20, device=DEVICE), torch.zeros(20, device=DEVICE)
+    whole = module.groupnorm_silu(x, w, b, 2, EPS, True, add, launch=launch)
+    for i in range(3):
+        alone = module.groupnorm_silu(x[i : i + 1], w, b, 2, EPS, True, add[i : i + 1], launch=launch)
+        assert torch.equal(whole[i : i + 1], alone)
+
+
+def test_groupnorm_silu_keeps_a_nan_in_its_group():
+    x = rand(1, 4, 4, 12, dtype=torch.float32).to(DEVICE)
+    x[0, 1, 2, 5] = float("nan")
+    for launch in (Launch(3, 16, 4), replace(SPLIT, groups=3), replace(MERGE, groups=3)):
+        y = module.groupnorm_silu(
+            x, torch.ones(12, device=DEVICE), torch.zeros(12, device=DEVICE), 3, EPS, launch=launch
+        )
+        assert bool(y[..., 4:8].isnan().all()) and bool(y[..., :4].isfinite().all() and y[..., 8:].isfinite().all())
+
+
+MUTATIONS = {
+    "reads past the pixels": ("offset + row < n\n", "offset + row < n + 1\n"),
+    "writes past the pixels": ("live = pixel < end", "live = pixel <= end"),
+    "writes past the channels": ("live[:, None] & within[None, :])\n", "live[:, None])\n"),
+    "takes the next group's channels": ("lane < G * CPG", "lane < G * CPG + 1"),
+    "forgets the size of a group": ("group_m2 / HW / CPG", "group_m2 / HW"),
+    "forgets eps": ("/ CPG + eps", "/ CPG"),
+    "forgets the mean": ("(y - mean[None, :]) * scale", "y * scale"),
+    "adds no shift": ("* scale[None, :] + shift[None, :]", "* scale[None, :]"),
+    "weighs every tile alike": ("delta * (1.0 / count)", "delta * 0.5"),
+    "weighs every lane alike": ("counts = ((n - row + BLOCK_P - 1) // BLOCK_P)", "counts = ((n - row * 0) // BLOCK_P)"),
+    "weighs every split alike": ("tl.minimum(split_pixels, HW - s * split_pixels)", "split_pixels + 0 * s"),
+    "forgets spread between channels": ("n * centred * centred, 1)", "0 * centred, 1)"),
+    "forgets spread between splits": ("m2 + n * CPG * centred * centred", "m2"),
+    "counts splits by pixels": ("n * CPG * centred", "n * centred"),
+    "one pivot for each channel": ("channel // CPG * CPG", "channel"),
+    "no pivot": ("zero == 0, first", "zero != 0, first"),
+    "other stride of pixels in x": ("p * stride_xp", "p * (stride_xp + 1)"),
+    "stride of the first part for the second": ("p * stride_x2p", "p * stride_xp"),
+    "seam one channel late": ("c < C1, pointers", "c <= C1, pointers"),
+    "second part from its end": ("(c - C1)", "c"),
+    "first image's skip for all": ("x2_ptr += b * stride_x2b", "x2_ptr += 0 * stride_x2b"),
+    "first image's addition for all": ("add_ptr += b * stride_ab", "add_ptr += 0 * stride_ab"),
+    "stride of the output": ("[:, None] * C + channel", "[:, None] * C1 + channel"),
+    "first image's moments for all": ("moments_ptr += b * 2", "moments_ptr += 0 * b * 2"),
+    "SiLU where there is none": ("if SILU:", "if not SILU:"),
+}
+
+
+@pytest.mark.parametrize("fault", MUTATIONS)
+def test_the_checks_notice_when_groupnorm_silu(fault: str, tmp_path: Path):
+    copy = broken(module, *MUTATIONS[fault], tmp_path)
+    with must_fail():
+        run(CASES["the same, split"], torch.float32, True, 0, kernels=copy)
+        run(CASES["several groups a program"], torch.float32, True, 2, kernels=copy)
+        run(CASES["split, of two parts"], torch.float32, True, 2, kernels=copy)
+        run(CASES["split and merged"], torch.float32, True, 0, kernels=copy)
+        run(CASES["eps decides"], torch.float32, True, 0, kernels=copy)
+        run(CASES["the same, where the rounding of the mean shows"], torch.float32, True, 0, kernels=copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.ones(1, 2, 2, 8, dtype=torch.float64)}, "float64"),
+        ({"groups": 3}, "3 groups do not divide 8"),
+        ({"weight": torch.ones(4)}, r"shape \[8\]"),
+        ({"add": torch.ones(2, 8)}, r"\[1 or 1, 8\]"),
+        ({"skip": torch.ones(1, 2, 3, 8)}, "skip needs shape"),
+        ({"x": torch.ones(1, 8, 2, 2).permute(0, 2, 3, 1)}, "channels next to each other"),
+        ({"x": torch.ones(1, 2, 3, 8)[:, :, :2]}, "rows of pixels without gaps"),
+        ({"weight": torch.ones(8, requires_grad=True)}, "no gradients"),
+    ],
+)
+def test_groupnorm_silu_refuses(changes: dict[str, Any], message: str):
+    good = {"x": torch.ones(1, 2, 2, 8), "weight": torch.ones(8), "bias": torch.ones(8), "groups": 2, "eps": EPS}
+    with pytest.raises(ValueError, match=message):
+        module.groupnorm_silu(**(good | changes))
+
+
+@pytest.mark.parametrize("architecture", TABLE)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_launches_of_groupnorm_silu_fit(architecture: int, itemsize: int):
+    """Every launch covers its channels with tiles of a sensible size, at the shapes of the models and odd ones."""
+    sizes = [(p * p, c, 32) for p in (1, 8, 15, 16, 32, 64, 128) for c in (320, 640, 960, 1280, 1920, 2560)]
+    sizes += [(p * p, c, 32) for p in (64, 512, 1024, 2048) for c in (128, 256, 512)]
+    sizes += [(1, 1, 1), (7, 33, 3), (81, 10007, 1), (10**6, 3, 3)]
+    for pixels, channels, groups in sizes:
+        launch, row = choose(architecture, pixels, channels, groups, itemsize), TABLE[architecture]
+        columns = power_of_two(launch.groups * channels // groups)
+        assert (
+            groups % launch.groups == 0
+            and launch.block_p == power_of_two(launch.block_p)
+            and launch.warps in (1, 2, 4, 8, 16)
+        )
+        assert launch.block_p * columns <= max(row.whole_tile, row.tile, columns)
+        assert launch.split_pixels % launch.block_p == 0 and launch.apply_pixels % launch.block_p == 0
+        if launch.split_pixels:
+            assert -(-pixels // launch.split_pixels) <= (1024 if launch.merge else row.merge)

@@ -1,0 +1,210 @@
+"""Tiny checkpoints in the original layout, written by counting blocks as the original code builds them.
+
+This writer shares nothing with `fastsd.weights.layouts.ldm_names`; the tests hold it against diffusers' converters too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from fastsd.components import Components
+from fastsd.config import CLIPConfig, SchedulerConfig, UNetConfig, VAEConfig
+from fastsd.model.clip import TextEncoder
+from fastsd.model.tokenizer import Tokenizer
+from fastsd.model.unet import UNet
+from fastsd.model.vae import AutoencoderKL
+
+Tensors = dict[str, torch.Tensor]
+
+CLIP = CLIPConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=1)
+OPENCLIP = replace(CLIP, hidden_act="gelu")
+UNETS = {
+    "sd1": UNetConfig(
+        block_out_channels=(32, 64, 64),
+        transformer_layers_per_block=(1, 1, 0),
+        num_attention_heads=(8, 8, 8),
+        cross_attention_dim=64,
+    ),
+    "sd2": UNetConfig(
+        block_out_channels=(64, 128),
+        layers_per_block=1,
+        transformer_layers_per_block=(1, 0),
+        num_attention_heads=(1, 2),
+        cross_attention_dim=64,
+        use_linear_projection=True,
+    ),
+    "sdxl": UNetConfig(
+        block_out_channels=(64, 128),
+        layers_per_block=2,
+        transformer_layers_per_block=(0, 2),
+        mid_transformer_layers=2,
+        num_attention_heads=(1, 2),
+        cross_attention_dim=128,
+        use_linear_projection=True,
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=32 + 6 * 8,
+    ),
+}
+UNETS["refiner"] = replace(
+    UNETS["sdxl"], cross_attention_dim=64, layers_per_block=1, projection_class_embeddings_input_dim=32 + 5 * 8
+)
+NAMES = {"sd1": "SD 1", "sd2": "SD 2", "sdxl": "SDXL", "refiner": "SDXL refiner"}
+TEXT_PREFIXES = {
+    "sd1": {"text_encoder": "cond_stage_model.transformer."},
+    "sd2": {"text_encoder": "cond_stage_model.model."},
+    "sdxl": {
+        "text_encoder": "conditioner.embedders.0.transformer.",
+        "text_encoder_2": "conditioner.embedders.1.model.",
+    },
+    "refiner": {"text_encoder_2": "conditioner.embedders.0.model."},
+}
+
+
+def components(family: str, inpainting: bool = False) -> Components:
+    """A tiny random model of a family; no parameter is left at an initial 0 or 1 that would hide a mistake."""
+    torch.manual_seed(sorted(UNETS).index(family))
+    xl = family in ("sdxl", "refiner")
+    unet = replace(UNETS[family], in_channels=9 if inpainting else 4)
+    vae = VAEConfig(block_out_channels=(32, 32, 64), layers_per_block=1)
+    if xl:
+        vae = replace(vae, scaling_factor=0.13025, force_upcast=True)
+    texts = {
+        "sd1": (CLIP,),
+        "sd2": (OPENCLIP,),
+        "sdxl": (CLIP, replace(OPENCLIP, projection_dim=32)),
+        "refiner": (replace(OPENCLIP, projection_dim=32),),
+    }[family]
+    prediction = "v_prediction" if family == "sd2" and not inpainting else "epsilon"
+    made = Components(
+        unet=UNet(unet),
+        vae=AutoencoderKL(vae),
+        text_encoders=tuple(TextEncoder(text) for text in texts),
+        tokenizers=tuple(Tokenizer() if text.hidden_act == "quick_gelu" else Tokenizer(pad="!") for text in texts),
+        scheduler=SchedulerConfig(
+            sampler="euler" if xl else "ddim" if family == "sd2" else "pndm", prediction_type=prediction
+        ),
+        sample_size=8,
+        zeros_for_empty_prompt=family == "sdxl",
+        aesthetic_score=family == "refiner",
+    )
+    for module in (made.unet, made.vae, *made.text_encoders):
+        for parameter in module.parameters():
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    return made
+
+
+def write(folder: Path, family: str) -> Tensors:
+    """The tensors of a folder, as a single file of the original layout has them."""
+    config = UNETS[family]
+    tensors = {
+        f"model.diffusion_model.{key}": value
+        for key, value in unet(load_file(folder / "unet/diffusion_pytorch_model.safetensors"), config).items()
+    }
+    tensors |= {
+        f"first_stage_model.{key}": value
+        for key, value in vae(load_file(folder / "vae/diffusion_pytorch_model.safetensors"), 3).items()
+    }
+    for name, prefix in TEXT_PREFIXES[family].items():
+        text = load_file(folder / name / "model.safetensors")
+        if prefix.endswith("model."):
+            text = openclip(text, whole=family == "sd2")
+        tensors |= {prefix + key: value.contiguous() for key, value in text.items()}
+    return tensors
+
+
+def unet(tensors: Tensors, config: UNetConfig) -> Tensors:
+    """Count the blocks in the order in which the original code appends them."""
+    levels, where = len(config.block_out_channels), {}
+    where |= {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+    where |= {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
+    where |= {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
+    where |= {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
+    where["mid_block.attentions.0"] = "middle_block.1"
+    count = 1
+    for level in range(levels):
+        for layer in range(config.layers_per_block):
+            where[f"down_blocks.{level}.resnets.{layer}"] = f"input_blocks.{count}.0"
+            where[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{count}.1"
+            count += 1
+        if level < levels - 1:
+            where[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{count}.0.op"
+            count += 1
+    count = 0
+    for level in range(levels):
+        attends = bool(config.transformer_layers_per_block[levels - 1 - level])
+        for layer in range(config.layers_per_block + 1):
+            block = [f"up_blocks.{level}.resnets.{layer}"]
+            block += [f"up_blocks.{level}.attentions.{layer}"] if attends else []
+            for place, module in enumerate(block):
+                where[module] = f"output_blocks.{count}.{place}"
+            if layer == config.layers_per_block and level < levels - 1:
+                where[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{count}.{len(block)}.conv"
+            count += 1
+    inside = [("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("norm2", "out_layers.0"), ("conv2", "out_layers.3")]
+    inside += [("time_emb_proj", "emb_layers.1"), ("conv_shortcut", "skip_connection")]
+    result = {}
+    for key, tensor in tensors.items():
+        module = next(m for m in where if key.startswith(f"{m}."))
+        rest = key[len(module) :]
+        if ".resnets." in module:
+            for new, old in inside:
+                rest = rest.replace(f".{new}.", f".{old}.")
+        result[where[module] + rest] = tensor
+    assert len(result) == len(tensors)
+    return result
+
+
+def vae(tensors: Tensors, levels: int) -> Tensors:
+    result = {}
+    for key, tensor in tensors.items():
+        for level in range(levels):
+            key = key.replace(f"decoder.up_blocks.{level}.", f"decoder.up.{levels - 1 - level}.")
+            key = key.replace(f"encoder.down_blocks.{level}.", f"encoder.down.{level}.")
+        for new, old in (
+            (".resnets.", ".block."),
+            ("mid_block.block.0", "mid.block_1"),
+            ("mid_block.block.1", "mid.block_2"),
+            ("mid_block.attentions.0", "mid.attn_1"),
+            ("group_norm", "norm"),
+            ("to_q", "q"),
+            ("to_k", "k"),
+            ("to_v", "v"),
+            ("to_out.0", "proj_out"),
+            ("conv_shortcut", "nin_shortcut"),
+            ("downsamplers.0", "downsample"),
+            ("upsamplers.0", "upsample"),
+            ("conv_norm_out", "norm_out"),
+        ):
+            key = key.replace(new, old)
+        result[key] = tensor[:, :, None, None] if "attn_1" in key and tensor.ndim == 2 else tensor
+    return result
+
+
+def openclip(tensors: Tensors, whole: bool) -> Tensors:
+    """`whole`: with the last layer and the projection, which SD2 does not use and its folder does not hold."""
+    result: Tensors = {"logit_scale": torch.tensor(4.6)}
+    layers = 1 + max(int(key.split(".")[3]) for key in tensors if ".layers." in key)
+    result["token_embedding.weight"] = tensors["text_model.embeddings.token_embedding.weight"]
+    result["positional_embedding"] = tensors["text_model.embeddings.position_embedding.weight"]
+    for kind in ("weight", "bias"):
+        result[f"ln_final.{kind}"] = tensors[f"text_model.final_layer_norm.{kind}"]
+        for i in range(layers):
+            new, old = f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
+            qkv = [tensors[f"{new}.self_attn.{name}_proj.{kind}"] for name in "qkv"]
+            result[f"{old}.attn.in_proj_{kind}"] = torch.cat(qkv)
+            result[f"{old}.attn.out_proj.{kind}"] = tensors[f"{new}.self_attn.out_proj.{kind}"]
+            for n in (1, 2):
+                result[f"{old}.ln_{n}.{kind}"] = tensors[f"{new}.layer_norm{n}.{kind}"]
+            result[f"{old}.mlp.c_fc.{kind}"] = tensors[f"{new}.mlp.fc1.{kind}"]
+            result[f"{old}.mlp.c_proj.{kind}"] = tensors[f"{new}.mlp.fc2.{kind}"]
+    if whole:
+        last = {key: torch.randn_like(value) for key, value in result.items() if f".resblocks.{layers - 1}." in key}
+        result |= {key.replace(f".{layers - 1}.", f".{layers}.", 1): value for key, value in last.items()}
+        result["text_projection"] = torch.randn(64, 64)
+    else:
+        result["text_projection"] = tensors["text_projection.weight"].T
+    return result
