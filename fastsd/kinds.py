@@ -1,0 +1,225 @@
+"""What a row of `fastsd.parameters` is: a parameter, and the kind of values that it takes."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from fastsd.errors import FastsdError, about
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What values a parameter takes. `stored` is their type in an image's metadata; None: it is not kept there."""
+
+    metavar: str = "TEXT"
+    stored: type | tuple[type, ...] | None = str
+
+    def read(self, text: str) -> Any:
+        """The value that a text stands for, whatever its range; a ValueError where it stands for none."""
+        return text
+
+    def parse(self, text: str) -> Any:
+        """The value that a text stands for; raises as `check`."""
+        return self.check(text)
+
+    def check(self, value: Any) -> Any:
+        """`value` in its usual form.
+
+        Raises:
+            FastsdError: it is none of these; the caller adds the argument.
+        """
+        return value
+
+    def __str__(self) -> str:
+        return ""
+
+
+@dataclass(frozen=True)
+class Number(Kind):
+    """A finite number from `low` to `high`."""
+
+    low: float = 0.0
+    high: float = math.inf
+    metavar: str = "X"
+    stored: type | tuple[type, ...] | None = (int, float)
+
+    def read(self, text: str) -> Any:
+        value = float(text)
+        if not math.isfinite(value):
+            raise ValueError(f"{text} is not finite")
+        return value
+
+    def parse(self, text: str) -> Any:
+        try:
+            return self.check(self.read(text))
+        except ValueError:
+            raise FastsdError(f"it should be {self}", value=text) from None
+
+    def check(self, value: Any) -> Any:
+        if not self._fits(value) or not math.isfinite(value) or not self.low <= value <= self.high:
+            raise FastsdError(f"it should be {self}", value=value)
+        return self._convert(value)
+
+    def _fits(self, value: Any) -> bool:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+    def _convert(self, value: Any) -> Any:
+        return float(value)
+
+    def __str__(self) -> str:
+        return f"a number from {self.low:g} to {self.high:g}"
+
+
+@dataclass(frozen=True)
+class Whole(Number):
+    """A whole number from `low` to `high`."""
+
+    low: int = 0
+    high: int = MAX_SEED
+    metavar: str = "N"
+    stored: type | tuple[type, ...] | None = int
+
+    def read(self, text: str) -> int:
+        return int(text)
+
+    def _fits(self, value: Any) -> bool:
+        return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+    def _convert(self, value: Any) -> int:
+        return int(value)
+
+    def __str__(self) -> str:
+        return f"a whole number from {self.low} to {self.high}"
+
+
+@dataclass(frozen=True)
+class Text(Kind):
+    """One text, or a list of them where the call takes several."""
+
+
+@dataclass(frozen=True)
+class Name(Kind):
+    """A name, resolved where its table is; one that a regular expression describes is checked at once."""
+
+    metavar: str = "NAME"
+    pattern: str = ""
+    expected: str = ""
+
+    def check(self, value: Any) -> str:
+        if not isinstance(value, str) or (self.pattern and not re.fullmatch(self.pattern, value)):
+            raise FastsdError(f"it should be {self.expected or 'a name'}", value=value)
+        return value
+
+
+@dataclass(frozen=True)
+class Choice(Kind):
+    """One of a few words."""
+
+    metavar: str = "NAME"
+    options: tuple[str, ...] = ()
+
+    def read(self, text: str) -> str:
+        return self.check(text)
+
+    def check(self, value: Any) -> str:
+        if value not in self.options:
+            raise FastsdError(f"it should be {self}", value=value)
+        return value
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(self.options)}"
+
+
+@dataclass(frozen=True)
+class Switch(Kind):
+    """On or off. `value` is what its flag stands for."""
+
+    stored: type | tuple[type, ...] | None = bool
+    value: Any = True
+
+    def check(self, value: Any) -> bool:
+        return bool(value)
+
+
+@dataclass(frozen=True)
+class Constant(Choice):
+    """One of a few words, of which the flag stands for one."""
+
+    value: Any = None
+
+
+@dataclass(frozen=True)
+class File(Kind):
+    """A path, or a hub id where a model is meant."""
+
+    metavar: str = "FILE"
+    stored: type | tuple[type, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Value(Kind):
+    """A Python object, which the code that takes it checks."""
+
+    stored: type | tuple[type, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter.
+
+    Attributes:
+        name: the argument in Python, and the key in an image's metadata.
+        kind: the values that it takes.
+        help: one line, for the command line and the reference. `{name}` in it stands for another parameter.
+        default: where none is given; None: the checkpoint's own, or none.
+        flags: on the command line, the main one first; none: Python alone takes it.
+        group: its heading in --help.
+        of: "call", an argument of `Pipeline.__call__`; "load", of `Pipeline.from_pretrained`; "cli", of neither.
+        needs: the parameter without which it has no effect, and what that one does.
+        excludes: the parameter that it cannot be combined with, and why.
+        label: its key in A1111's text, where one value stands for one parameter.
+        key: its key in the metadata, where that is not its name.
+        repeat: `--from-image` gives it the value in the image's metadata, where that is one value.
+        few_step: its default belongs to the kind of few-step model.
+        several: the flag may be given again.
+    """
+
+    name: str
+    kind: Kind
+    help: str
+    flags: tuple[str, ...] = ()
+    group: str = ""
+    default: Any = None
+    of: str = "call"
+    needs: tuple[str, str] | None = None
+    excludes: tuple[str, str] | None = None
+    label: str = ""
+    key: str = ""
+    repeat: bool = True
+    few_step: bool = False
+    several: bool = False
+
+    @property
+    def flag(self) -> str:
+        """The flag that messages use, or the name where there is none."""
+        return next((flag for flag in self.flags if flag.startswith("--")), self.name)
+
+    @property
+    def is_repeated(self) -> bool:
+        return self.repeat and self.kind.stored not in (None, dict, list)
+
+    def parse(self, text: str) -> Any:
+        """`Kind.parse`, with errors about this parameter."""
+        with about(self.name):
+            return self.kind.parse(text)
+
+    def check(self, value: Any) -> Any:
+        """`Kind.check`, with errors about this parameter."""
+        with about(self.name):
+            return self.kind.check(value)

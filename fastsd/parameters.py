@@ -1,0 +1,374 @@
+"""Every parameter, stated once: name, type, range, default, flags, help, what it needs, and its name in A1111's text.
+
+The call's validation, the command line with its help, an image's metadata, A1111's text, `--from-image` and
+docs/reference.md derive from `PARAMETERS`. To add a parameter, add a row; then use it where it acts, as
+`request.settings.<name>`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from fastsd.errors import FastsdError
+from fastsd.kinds import MAX_SEED, Choice, Constant, File, Name, Number, Parameter, Switch, Text, Value, Whole
+
+MAX_IMAGES = 1000
+MAX_STEPS = 1000
+MAX_SIDE = 8192
+MAX_CONTROL_WEIGHT = 10.0
+DEFAULT_BATCH = 8
+REFINER_SWITCH = 0.8
+RANDOM_SEED = -1
+
+
+WHAT, HOW = "what to generate", "how to generate it (defaults: the model's own)"
+CONTROL = "control (flags may be given again, for the next --control)"
+START, WHERE = "starting from an image", "where"
+SHARE = Number(low=0, high=1)
+HIRES = ("hires_scale", "which says by how much to enlarge")
+
+ROWS: tuple[Parameter, ...] = (
+    Parameter("prompt", Text(), "what to generate", ("-p", "--prompt"), WHAT),
+    Parameter("negative_prompt", Text(), "what to stay away from", ("-n", "--negative-prompt"), WHAT, ""),
+    Parameter(
+        "num_inference_steps",
+        Whole(low=1, high=MAX_STEPS),
+        f"denoising steps, 1 to {MAX_STEPS}",
+        ("--steps",),
+        HOW,
+        label="Steps",
+        few_step=True,
+    ),
+    Parameter(
+        "sampler",
+        Name(),
+        "ddpm ddim pndm euler euler_a heun dpm++2m dpm++2m_sde dpm++sde dpm++2s unipc lms lcm euler_maruyama",
+        ("--sampler", "--sampling-method"),
+        HOW,
+        few_step=True,
+    ),
+    Parameter("schedule", Name(), "default karras exponential sgm_uniform", ("--schedule",), HOW, few_step=True),
+    Parameter(
+        "guidance_scale",
+        Number(low=0, high=100),
+        "how closely to follow the prompt; 1: without guidance",
+        ("--guidance", "--cfg-scale"),
+        HOW,
+        label="CFG scale",
+        few_step=True,
+    ),
+    Parameter(
+        "seed",
+        Whole(low=RANDOM_SEED, high=MAX_SEED),
+        "of the first image, the next has one more; -1: random",
+        ("-s", "--seed"),
+        WHAT,
+        label="Seed",
+    ),
+    Parameter("width", Whole(low=8, high=MAX_SIDE), "pixels; a multiple of 8", ("-W", "--width"), WHAT),
+    Parameter("height", Whole(low=8, high=MAX_SIDE), "pixels; a multiple of 8", ("-H", "--height"), WHAT),
+    Parameter(
+        "model",
+        File(metavar="PATH"),
+        "a diffusers folder, a single file or a hub id, org/name (default: the bundled digits)",
+        ("-m", "--model"),
+        WHAT,
+        of="load",
+    ),
+    Parameter(
+        "revision",
+        Text(metavar="REV"),
+        "of a hub id: a branch, tag or commit",
+        ("--revision",),
+        WHAT,
+        of="load",
+        repeat=False,
+    ),
+    Parameter(
+        "vae",
+        File(metavar="PATH", stored=dict),
+        "replaces the model's autoencoder; --vae taesd PATH: TAESD, the tiny one, and no other",
+        ("--vae",),
+        WHAT,
+        of="load",
+    ),
+    Parameter(
+        "prediction",
+        Choice(options=("epsilon", "v_prediction", "sample")),
+        "epsilon, v_prediction or sample, where the file does not say",
+        ("--prediction",),
+        WHAT,
+        of="load",
+        repeat=False,
+    ),
+    Parameter(
+        "ema",
+        Switch(),
+        "the averaged weights (EMA) of a file that holds both",
+        ("--ema",),
+        WHAT,
+        of="load",
+        repeat=False,
+    ),
+    Parameter(
+        "few_step",
+        Name(metavar="KIND"),
+        "lcm turbo lightning lightning-1 hyper: how model or LoRA was distilled, where its file does not say",
+        ("--few-step",),
+        WHAT,
+        of="load",
+    ),
+    Parameter(
+        "allow_pickle",
+        Switch(stored=None),
+        "read .ckpt, .pt, .bin files: tensors and plain values",
+        ("--allow-pickle",),
+        WHAT,
+        False,
+        of="load",
+    ),
+    Parameter("image", File(stored=dict), "start from this image; sets the size too", ("--image", "--init-img"), START),
+    Parameter(
+        "strength",
+        SHARE,
+        "how much of it to change",
+        ("--strength",),
+        START,
+        0.8,
+        needs=("image", "the image to change"),
+    ),
+    Parameter(
+        "mask_image",
+        File(stored=dict),
+        "change only where this image is white",
+        ("--mask",),
+        START,
+        needs=("image", "the image to change"),
+        key="mask",
+    ),
+    Parameter(
+        "clip_skip",
+        Whole(low=1, high=99),
+        "stop N layers before the text encoder's end; 1: at its end",
+        ("--clip-skip",),
+        HOW,
+        1,
+        label="Clip skip",
+    ),
+    Parameter("eta", SHARE, "ddim's share of fresh noise", ("--eta",), HOW, 0.0, label="Eta DDIM"),
+    Parameter(
+        "guidance_rescale",
+        SHARE,
+        "against overexposed images",
+        ("--guidance-rescale",),
+        HOW,
+        0.0,
+        label="Guidance rescale",
+    ),
+    Parameter(
+        "hires_scale",
+        Number(low=1, high=8),
+        "hires fix: enlarge the image by this, 1 to 8, then a second pass",
+        ("--hires",),
+        HOW,
+        excludes=("image", "the second pass belongs to text-to-image"),
+        label="Hires upscale",
+    ),
+    Parameter(
+        "hires_strength", SHARE, "how much the second pass changes", ("--hires-strength",), HOW, 0.5, needs=HIRES
+    ),
+    Parameter(
+        "hires_steps",
+        Whole(low=1, high=MAX_STEPS),
+        "steps of the second pass, which runs that share of them (default: {num_inference_steps})",
+        ("--hires-steps",),
+        HOW,
+        needs=HIRES,
+    ),
+    Parameter(
+        "hires_upscaler",
+        Choice(options=("latent", "lanczos")),
+        "latent or lanczos",
+        ("--hires-upscaler",),
+        HOW,
+        "latent",
+        needs=HIRES,
+    ),
+    Parameter(
+        "refiner",
+        File(metavar="PATH", stored=dict),
+        "a model that does the last steps: SDXL's refiner",
+        ("--refiner",),
+        HOW,
+        of="load",
+    ),
+    Parameter(
+        "refiner_switch",
+        SHARE,
+        f"the share of the noise levels done before it, 0 to 1 (default: {REFINER_SWITCH:g})",
+        ("--refiner-switch",),
+        HOW,
+        needs=("refiner", "the model that does the last steps"),
+        label="Refiner switch at",
+    ),
+    Parameter("controls", Value(stored=list), "`fastsd.Control`s: ControlNets with their images", default=()),
+    Parameter(
+        "prompt_syntax",
+        Constant(options=("a1111", "plain"), value="plain"),
+        "read (), [], BREAK and the like as text, and only as much as fits the text encoder",
+        ("--plain-prompt",),
+        WHAT,
+        "a1111",
+        label="Prompt syntax",
+    ),
+    Parameter(
+        "num_images_per_prompt",
+        Whole(low=1, high=MAX_IMAGES, stored=None),
+        f"how many images, up to {MAX_IMAGES}",
+        ("--count",),
+        WHAT,
+        1,
+    ),
+    Parameter(
+        "device",
+        Name(pattern=r"auto|cpu|cuda(:\d{1,3})?", expected="auto, cpu, cuda or cuda:N"),
+        "auto, cpu, cuda, cuda:1",
+        ("--device",),
+        WHERE,
+        "auto",
+        of="load",
+        repeat=False,
+    ),
+    Parameter(
+        "dtype",
+        Choice(options=("auto", "fp32", "fp16", "bf16")),
+        "precision: auto, fp32, fp16, bf16",
+        ("--dtype",),
+        WHERE,
+        "auto",
+        of="load",
+        repeat=False,
+    ),
+    Parameter(
+        "batch_size",
+        Whole(low=1, high=MAX_IMAGES),
+        f"images generated together (default: {DEFAULT_BATCH})",
+        ("-b", "--batch-size"),
+        WHERE,
+        repeat=False,
+    ),
+    Parameter("vae_tiling", Switch(), "decode in tiles: less memory for large images", ("--vae-tiling",), WHERE),
+    Parameter(
+        "graphs",
+        Switch(stored=None, value=False),
+        "CUDA: launch each kernel alone, slower",
+        ("--no-graphs",),
+        WHERE,
+        True,
+        of="load",
+    ),
+    Parameter(
+        "preview",
+        File(metavar="PATH"),
+        "TAESD, which decodes the previews in almost no time",
+        ("--preview-decoder",),
+        WHERE,
+        of="load",
+        needs=("preview_every", "which says how often"),
+    ),
+    Parameter("latents", Value(), "starting noise `[N, C, h, w]`, unit variance"),
+    Parameter(
+        "output_type",
+        Choice(options=("pil", "np", "pt", "latent"), stored=None),
+        "the form of the images",
+        default="pil",
+    ),
+)
+
+PARAMETERS: dict[str, Parameter] = {row.name: row for row in ROWS}
+
+
+class Settings(dict[str, Any]):
+    """A value for each parameter of a call; `settings.seed` is `settings["seed"]`."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def replace(self, **changes: Any) -> Settings:
+        """The same settings with some of them changed."""
+        return Settings(self | changes)
+
+
+def of_call() -> list[Parameter]:
+    """The parameters of `Pipeline.__call__`."""
+    return [parameter for parameter in PARAMETERS.values() if parameter.of == "call"]
+
+
+def check_call(arguments: Mapping[str, Any], loaded: Collection[str] = ()) -> Settings:
+    """The arguments of a call, each within its range, with the defaults of those that are missing or None.
+
+    Args:
+        arguments: by name, as the caller gave them.
+        loaded: parameters of the loaded pipeline that arguments may need, such as "refiner".
+
+    Raises:
+        FastsdError: an argument that is unknown, out of range, or without effect beside the others.
+    """
+    known = {parameter.name: parameter for parameter in of_call()}
+    for name in arguments:
+        if name not in known:
+            raise FastsdError(f"no such argument{nearest(name, known)}", argument=name)
+    given = {name: value for name, value in arguments.items() if value is not None}
+    check_needs({*given, *loaded})
+    return Settings(
+        {
+            name: parameter.check(given[name]) if name in given else parameter.default
+            for name, parameter in known.items()
+        }
+    )
+
+
+def recorded(settings: Settings) -> dict[str, Any]:
+    """The settings of a call that an image's metadata keeps; prompts and seed, which each image has, are not among
+    them."""
+    given = {name for name, value in settings.items() if value is not None}
+    given |= {"refiner"} if settings.refiner_switch is not None else set()
+    return {
+        parameter.name: settings[parameter.name]
+        for parameter in of_call()
+        if parameter.is_repeated
+        and parameter.name not in ("prompt", "negative_prompt", "seed")
+        and (parameter.needs is None or parameter.needs[0] in given)
+        and not (isinstance(parameter.kind, Constant) and settings[parameter.name] == parameter.default)
+    }
+
+
+def check_needs(given: Collection[str]) -> None:
+    """Refuse parameters that have no effect, or no meaning, beside the others.
+
+    Args:
+        given: the names of all that were given.
+
+    Raises:
+        FastsdError: it names both.
+    """
+    for parameter in PARAMETERS.values():
+        if parameter.name not in given:
+            continue
+        if parameter.needs is not None and parameter.needs[0] not in given:
+            raise FastsdError(f"given without {{{parameter.needs[0]}}}, {parameter.needs[1]}", argument=parameter.name)
+        if parameter.excludes is not None and parameter.excludes[0] in given:
+            raise FastsdError(
+                f"given with {{{parameter.excludes[0]}}}; {parameter.excludes[1]}", argument=parameter.name
+            )
+
+
+def nearest(word: str, known: Collection[str]) -> str:
+    """ "; did you mean steps?", or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
