@@ -1,4 +1,4 @@
-"""A weighted text of any length as chunks of the length that the text encoder reads, split as A1111 splits it."""
+"""A weighted text of any length in chunks, which the text encoder reads one at a time; split where A1111 splits."""
 
 from __future__ import annotations
 
@@ -12,17 +12,26 @@ from fastsd.errors import FastsdError
 from fastsd.model.tokenizer import Tokenizer
 from fastsd.text.syntax import Section
 
-COMMA_REACH = 20  # A1111's default: a chunk ends after a comma that is at most so many tokens from its end
+COMMA_REACH = 20  # A1111's default: a chunk ends after its last comma if at most 20 tokens follow it
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A text of one weight, up to the name of a textual inversion; `embedding` is that name, or None."""
+
+    text: str
+    weight: float = 1.0
+    embedding: str | None = None
 
 
 @dataclass
 class Chunk:
-    """What the encoder reads at once, without start, end and padding: at most `max_length - 2` tokens.
+    """At most `max_length - 2` tokens, without start, end and padding.
 
     Attributes:
         ids: the tokens; 0 where vectors stand.
         weights: one for each token.
-        vectors: `[n, hidden]` of textual inversions, and the position of their first in `ids`.
+        vectors: `[n, hidden]` of textual inversions, each with the position of its first vector in `ids`.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -31,20 +40,20 @@ class Chunk:
 
 
 def split(
-    sections: Sequence[Section],
+    sections: Sequence[Sequence[Piece]],
     tokenizer: Tokenizer,
     embeddings: Mapping[str, torch.Tensor],
     comma_reach: int = COMMA_REACH,
 ) -> list[Chunk]:
     """Fill chunks with the tokens of a text.
 
-    Where the text goes on after a full chunk, the chunk is cut after its last comma if that is one of its last
-    `comma_reach` tokens; what came after the comma begins the next chunk. The vectors of an embedding stay together. A
-    section's end (BREAK) ends the chunk, an empty one too; an empty section at the end gives none.
+    A full chunk that more text follows is cut after its last comma, if that is one of its last `comma_reach` tokens;
+    the tokens after the comma move to the next chunk. The vectors of an embedding stay together. The end of a section
+    (BREAK) ends the chunk, even an empty one; an empty last section makes none.
 
     Args:
-        sections: of `fastsd.text.syntax.weigh`.
-        embeddings: the vectors `[n, hidden]` of each name that stands for them.
+        sections: from `pieces_of`.
+        embeddings: `[n, hidden]` for each name.
 
     Returns:
         At least one chunk.
@@ -62,7 +71,9 @@ def split(
             size = len(chunks[-1].ids)
             count = len(token) if isinstance(token, torch.Tensor) else 1
             if count > room:
-                raise FastsdError(f"prompt: an embedding has {count} vectors; the text encoder reads {room} at once")
+                raise FastsdError(
+                    f"an embedding has {count} vectors; the text encoder reads {room} at once", argument="prompt"
+                )
             if size == room:
                 is_comma = isinstance(token, int) and token == comma_id
                 moves = not is_comma and comma >= 0 and size - comma <= comma_reach
@@ -87,7 +98,7 @@ def _add(chunk: Chunk, token: int | torch.Tensor, count: int, weight: float) -> 
 
 
 def _cut(chunk: Chunk, at: int) -> Chunk:
-    """Take everything from position `at` on out of the chunk, as a new one."""
+    """Move everything from position `at` on to a new chunk."""
     rest = Chunk(chunk.ids[at:], chunk.weights[at:], [(i - at, v) for i, v in chunk.vectors if i >= at])
     del chunk.ids[at:], chunk.weights[at:]
     chunk.vectors = [(i, v) for i, v in chunk.vectors if i < at]
@@ -95,26 +106,39 @@ def _cut(chunk: Chunk, at: int) -> Chunk:
 
 
 def _tokens(
-    section: Section, tokenizer: Tokenizer, embeddings: Mapping[str, torch.Tensor]
+    section: Sequence[Piece], tokenizer: Tokenizer, embeddings: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[int | torch.Tensor, float]]:
-    for span in section:
-        for text, name in find_names(span.text, embeddings):
-            for token in tokenizer.ids(text):
-                yield token, span.weight
-            if name is not None:
-                yield embeddings[name], span.weight
+    for piece in section:
+        for token in tokenizer.ids(piece.text):
+            yield token, piece.weight
+        if piece.embedding is not None:
+            yield embeddings[piece.embedding], piece.weight
+
+
+def pieces_of(sections: Sequence[Section], names: Iterable[str]) -> tuple[tuple[Piece, ...], ...]:
+    """Weighted text cut at the names of textual inversions.
+
+    Args:
+        sections: from `fastsd.text.syntax.weigh`.
+        names: of the embeddings that are loaded.
+    """
+    known = list(names)
+    return tuple(
+        tuple(Piece(text, span.weight, name) for span in section for text, name in find_names(span.text, known))
+        for section in sections
+    )
 
 
 def find_names(text: str, names: Iterable[str]) -> Iterator[tuple[str, str | None]]:
     """Each text before a name, with the name after it (None at the end).
 
-    A name stands by itself, in any case: not as a part of a longer word. Of two that fit, the longer one counts.
+    Case does not matter. A name is not found inside a longer word. Of two that match, the longer one counts.
     """
     ordered = sorted((name for name in names if name.strip()), key=lambda name: (-len(name), name))
     at = 0
     if ordered:
         either = "|".join(f"({_SPACE.join(map(re.escape, name.split()))})" for name in ordered)
-        # A name that begins or ends with a sign, as "<toy>" does, needs no gap there.
+        # A name that begins or ends with punctuation, as "<toy>" does, needs no gap there.
         for found in re.finditer(rf"(?:(?<!\w)|(?!\w))(?:{either})(?:(?!\w)|(?<!\w))", text, re.IGNORECASE):
             assert found.lastindex is not None  # each alternative is a group
             yield text[at : found.start()], ordered[found.lastindex - 1]

@@ -1,77 +1,201 @@
-"""The prompts of a call, read: what each image is told in each step."""
+"""Prompts parsed once into values: tokens with weights, in chunks, for each step. Encoding reads these and no text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fastsd.components import Components
 from fastsd.errors import FastsdError
-from fastsd.text.encode import SYNTAXES, Reading, read_prompt
-from fastsd.text.syntax import LoraTag
+from fastsd.text.chunks import COMMA_REACH, Chunk, Piece, pieces_of, split
+from fastsd.text.syntax import LoraTag, Section, Span, by_step, take_loras, weigh
+
+MAX_CHUNKS = 100  # 7,500 tokens
 
 
-@dataclass(frozen=True)
-class Wording:
-    """One entry for each image, unless it says otherwise.
+@dataclass(frozen=True, eq=False)
+class ParsedText:
+    """The text of one step. Two are equal only if they are the same object: each distinct text is parsed once.
 
     Attributes:
-        prompts, negative_prompts: as they were given.
-        texts, negative_texts: of each image, for each step from the first that runs.
-        chunks: how many the texts of an image fill, positive or negative.
-        syntax: that they were read in.
-        loras: tags of all prompts, which say what the pipeline's adapters should be.
-        embeddings: textual inversions in all texts, by name.
+        text: as it reads once schedules are resolved.
+        sections: its weighted spans, between two BREAKs each.
+        pieces: the same, cut at the names of textual inversions.
+        chunks: for each text encoder, what it reads at once.
+        plain: the text has no syntax, and is cut to one chunk.
+    """
+
+    text: str
+    sections: tuple[Section, ...]
+    pieces: tuple[tuple[Piece, ...], ...]
+    chunks: tuple[tuple[Chunk, ...], ...]
+    plain: bool = False
+
+    @property
+    def length(self) -> int:
+        """Chunks of the text encoder that needs most."""
+        return max(map(len, self.chunks))
+
+
+@dataclass(frozen=True, eq=False)
+class ParsedPrompt:
+    """A prompt for a run of N steps.
+
+    Attributes:
+        prompt: as it was given.
+        texts: of each step, 0 .. N - 1.
+        loras: its LoRA tags.
         notes: what the user should know.
     """
 
-    prompts: tuple[str, ...]
-    negative_prompts: tuple[str, ...]
-    texts: tuple[tuple[str, ...], ...]
-    negative_texts: tuple[tuple[str, ...], ...]
-    chunks: tuple[int, ...]
-    syntax: str
-    loras: tuple[LoraTag, ...]
-    embeddings: tuple[str, ...]
+    prompt: str
+    texts: tuple[ParsedText, ...]
+    loras: tuple[LoraTag, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """Chunks of the longest text."""
+        return max(text.length for text in self.texts)
+
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        """Names of the textual inversions in it."""
+        pieces = (piece for text in self.texts for section in text.pieces for piece in section)
+        return tuple(dict.fromkeys(piece.embedding for piece in pieces if piece.embedding is not None))
+
+
+@dataclass(frozen=True)
+class ParsedPrompts:
+    """The prompts of a call, one entry for each image.
+
+    Attributes:
+        positive, negative: parsed; images with equal prompts share them.
+        lengths: chunks that an image's conditioning fills. The negative prompt counts where there is guidance.
+        notes: what the user should know.
+    """
+
+    positive: tuple[ParsedPrompt, ...]
+    negative: tuple[ParsedPrompt, ...]
+    lengths: tuple[int, ...]
     notes: tuple[str, ...]
 
+    @property
+    def loras(self) -> tuple[LoraTag, ...]:
+        return tuple(dict.fromkeys(tag for prompt in self._all() for tag in prompt.loras))
 
-def read_wording(
-    components: Components, prompts: Sequence[str], negatives: Sequence[str], steps: int, syntax: Any, guided: bool
-) -> Wording:
-    """Read a prompt and a negative one for each image, each distinct text once.
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for prompt in self._all() for name in prompt.embeddings))
+
+    def _all(self) -> tuple[ParsedPrompt, ...]:
+        return (*self.positive, *self.negative)
+
+
+def parse_prompts(
+    components: Components, prompts: Sequence[str], negatives: Sequence[str], steps: int, syntax: str, guided: bool
+) -> ParsedPrompts:
+    """Parse a prompt and a negative prompt for each image.
 
     Args:
-        components: whose tokenizers count and whose embeddings are found.
+        components: the checkpoint, whose tokenizers and embeddings are used.
         prompts, negatives: one for each image.
         steps: of the run.
         syntax: "a1111" or "plain".
-        guided: negative texts are used, and count for the chunks.
+        guided: the negative prompts are used.
 
     Raises:
-        FastsdError: an unknown syntax, or a text that is malformed or too long.
+        FastsdError: a prompt is malformed or too long.
     """
-    if syntax not in SYNTAXES:
-        raise FastsdError(f"prompt_syntax is {syntax!r}; it should be one of {', '.join(SYNTAXES)}")
-    read = {text: read_prompt(components, text, steps, syntax) for text in dict.fromkeys(prompts)}
+    texts: dict[str, ParsedText] = {}
+    parsed = {prompt: parse_prompt(components, prompt, steps, syntax, texts) for prompt in dict.fromkeys(prompts)}
     try:
-        read |= {text: read_prompt(components, text, steps, syntax) for text in dict.fromkeys(negatives)}
+        for prompt in dict.fromkeys(negatives):
+            if prompt not in parsed:
+                parsed[prompt] = parse_prompt(components, prompt, steps, syntax, texts)
     except FastsdError as error:
-        raise FastsdError(f"negative_{error}" if str(error).startswith("prompt") else str(error)) from error
-    readings = [(read[prompt], read[negative]) for prompt, negative in zip(prompts, negatives, strict=True)]
-    all_read: dict[int, Reading] = {id(one): one for pair in readings for one in pair}
-    notes = dict.fromkeys(note for one in all_read.values() for note in one.notes)
+        error.argument = "negative_prompt"
+        raise
+    positive = tuple(parsed[prompt] for prompt in prompts)
+    negative = tuple(parsed[prompt] for prompt in negatives)
+    lengths = [one.length for one in positive]
+    if guided:
+        lengths = [max(length, one.length) for length, one in zip(lengths, negative, strict=True)]
+    notes = dict.fromkeys(note for one in parsed.values() for note in one.notes)
     if not guided and any(negatives):
-        notes["the negative prompt has no effect: nothing is guided away from it"] = None
-    return Wording(
-        prompts=tuple(prompts),
-        negative_prompts=tuple(negatives),
-        texts=tuple(positive.texts for positive, _ in readings),
-        negative_texts=tuple(negative.texts for _, negative in readings),
-        chunks=tuple(max(one.chunks, negative.chunks) if guided else one.chunks for one, negative in readings),
-        syntax=syntax,
-        loras=tuple(dict.fromkeys(tag for one in all_read.values() for tag in one.loras)),
-        embeddings=tuple(dict.fromkeys(name for one in all_read.values() for name in one.embeddings)),
-        notes=tuple(notes),
-    )
+        notes["the negative prompt has no effect: without guidance nothing steers away from it"] = None
+    return ParsedPrompts(positive, negative, tuple(lengths), tuple(notes))
+
+
+def parse_prompt(
+    components: Components, prompt: str, steps: int, syntax: str, texts: dict[str, ParsedText] | None = None
+) -> ParsedPrompt:
+    """Parse one prompt for a run of `steps` steps.
+
+    Args:
+        syntax: "a1111" (weights, schedules, tags), or "plain".
+        texts: the texts parsed so far; new ones are added.
+
+    Raises:
+        FastsdError: it is malformed or too long.
+    """
+    texts = {} if texts is None else texts
+    loras: tuple[LoraTag, ...] = ()
+    by_step_texts = (prompt,) * steps
+    if syntax != "plain":
+        text, loras = take_loras(prompt)
+        by_step_texts = by_step(text, steps)
+    notes: dict[str, None] = {}
+    for text in dict.fromkeys(by_step_texts):
+        if text not in texts:
+            texts[text] = parse_text(components, text, syntax)
+        notes |= dict.fromkeys(notes_on(components, texts[text]))
+    return ParsedPrompt(prompt, tuple(texts[text] for text in by_step_texts), loras, tuple(notes))
+
+
+def parse_text(components: Components, text: str, syntax: str = "plain") -> ParsedText:
+    """Parse the text of one step: weights, embeddings, tokens.
+
+    Raises:
+        FastsdError: it is malformed or too long.
+    """
+    plain = syntax == "plain"
+    return tokenize(components, text, ((Span(text),),) if plain else weigh(text), plain)
+
+
+def tokenize(components: Components, text: str, sections: tuple[Section, ...], plain: bool) -> ParsedText:
+    """A weighted text as chunks for each text encoder of a checkpoint; plain text is cut to its first chunk.
+
+    Raises:
+        FastsdError: the text fills more than `MAX_CHUNKS`.
+    """
+    pieces = pieces_of(sections, components.embeddings)
+    found = []
+    for which, tokenizer in enumerate(components.tokenizers):
+        vectors = {name: embedding.vectors[which] for name, embedding in components.embeddings.items()}
+        chunks = split(pieces, tokenizer, vectors, comma_reach=0 if plain else COMMA_REACH)
+        found.append(tuple(chunks[:1] if plain else chunks))
+    longest = max(map(len, found))
+    if longest > MAX_CHUNKS:
+        raise FastsdError(
+            f"{longest} chunks of text; the longest prompt that is read fills {MAX_CHUNKS}", argument="prompt"
+        )
+    return ParsedText(text, sections, pieces, tuple(found), plain)
+
+
+def notes_on(components: Components, text: ParsedText) -> Iterator[str]:
+    """What a user should know of one text: unknown words, text that was cut, "AND"."""
+    plain = [piece.text for section in text.pieces for piece in section]
+    if components.known_words:
+        words = dict.fromkeys(word for part in plain for word in re.findall(r"\w+", part.lower()))
+        unknown = [word for word in words if word not in components.known_words]
+        if unknown:
+            known = ", ".join(sorted(components.known_words))
+            yield f"{components.name} does not know {', '.join(map(repr, unknown))}; its words are: {known}"
+    if text.plain:
+        cut = components.tokenizers[0].truncated(text.text)
+        if cut:
+            yield f"the prompt is too long; left out: {cut!r}"
+    elif any(re.search(r"\bAND\b", part) for part in plain):
+        yield "the prompt holds AND, which is read as a word: prompts are not composed"

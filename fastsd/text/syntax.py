@@ -1,8 +1,8 @@
-"""The prompt's own small language, as A1111 has it: weights, chunk breaks, schedules, alternation, LoRA tags.
+"""The prompt syntax, as A1111 has it: weights, chunk breaks, schedules, alternation, LoRA tags.
 
 `(word:1.2)` `(word)` `[word]` `BREAK`; `[a:b:0.5]` `[a:0.5]` `[a::0.5]`; `[a|b]`; `<lora:name:0.8>`. docs/prompts.md
-states the rules. A prompt is read in that order from the outside in: tags are taken out, schedules give each step its
-text, and weights are read in that text. What is not well-formed is text. Nothing here knows models or tensors.
+states the rules. A prompt is read from the outside in: first tags are taken out, then schedules give each step its
+text, then weights are read in that text. Malformed syntax is text. Nothing here knows models or tensors.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from fastsd.errors import FastsdError
 
-ROUND, SQUARE = 1.1, 1 / 1.1  # what a pair of brackets without a number multiplies a weight by
+ROUND, SQUARE = 1.1, 1 / 1.1  # the factor of a pair of brackets without a number
 MAX_WEIGHT = 100.0
 MAX_DEPTH = 100  # brackets within brackets
 MAX_CHARACTERS = 100_000
@@ -29,7 +29,7 @@ class Span:
     weight: float = 1.0
 
 
-# What stands between two BREAKs, of which each ends a chunk.
+# The text between two BREAKs; each BREAK ends a chunk.
 Section = tuple[Span, ...]
 
 
@@ -43,23 +43,22 @@ class LoraTag:
 
 
 def check_length(prompt: str) -> None:
-    """Refuse a text that is no prompt.
-
-    Raises:
-        FastsdError: it is longer than `MAX_CHARACTERS`.
-    """
+    """Refuse a text longer than `MAX_CHARACTERS` with a FastsdError."""
     if len(prompt) > MAX_CHARACTERS:
-        raise FastsdError(f"prompt: {len(prompt)} characters; the longest that is read has {MAX_CHARACTERS}")
+        raise FastsdError(f"{len(prompt)} characters; the longest that is read has {MAX_CHARACTERS}", argument="prompt")
+
+
+def _too_deep() -> FastsdError:
+    return FastsdError(f"brackets are nested more than {MAX_DEPTH} deep; write \\( for a bracket", argument="prompt")
 
 
 def take_loras(prompt: str) -> tuple[str, tuple[LoraTag, ...]]:
     """The prompt without its `<lora:name>`, `<lora:name:weight>` and `<lora:name:text:unet>` tags, and these in order.
 
-    As in A1111, `te=` and `unet=` name the two strengths, and the UNet's is that of the text encoders where it is left
-    out.
+    As in A1111, `te=` and `unet=` name the two strengths, and the UNet's defaults to that of the text encoders.
 
     Raises:
-        FastsdError: a tag's name is empty, or a weight is no number from -MAX_WEIGHT to MAX_WEIGHT.
+        FastsdError: a tag's name is empty, or a weight is not a number from -MAX_WEIGHT to MAX_WEIGHT.
     """
     tags = []
     for found in _LORA.finditer(prompt):
@@ -70,15 +69,16 @@ def take_loras(prompt: str) -> tuple[str, tuple[LoraTag, ...]]:
         unet = _weight(named.pop("unet", placed[1])) if len(placed) > 1 else _weight(named.pop("unet", str(text)))
         if not name.strip() or named or len(placed) > 2 or text is None or unet is None:
             raise FastsdError(
-                f"prompt: {found[0][:80]!r} should be <lora:name:weight> or <lora:name:text:unet> with weights from "
-                "-100 to 100, as in <lora:lighthouse:0.8>"
+                f"{found[0][:80]!r} should be <lora:name:weight> or <lora:name:text:unet> with weights from "
+                "-100 to 100, as in <lora:lighthouse:0.8>",
+                argument="prompt",
             )
         tags.append(LoraTag(name.strip(), text, unet))
     return _LORA.sub("", prompt), tuple(tags)
 
 
 def _weight(number: str) -> float | None:
-    """A tag's weight, or None where it is none."""
+    """A tag's weight, or None where the text is not one."""
     value = float(number) if re.fullmatch(rf"\s*{_NUMBER}\s*", number) else math.nan
     return value if abs(value) <= MAX_WEIGHT else None
 
@@ -87,11 +87,11 @@ _LORA = re.compile(r"<lora:([^<>]*)>")
 
 
 def by_step(prompt: str, steps: int) -> tuple[str, ...]:
-    """The text of each step, `steps` of them: schedules and alternations replaced by what holds in that step.
+    """The text of each step, `steps` of them, with schedules and alternations resolved.
 
     `[a:b:when]` is a in the first k steps and b after them; k is `when` if that has no decimal point, else `when *
     steps` rounded towards zero. `[b:when]` is nothing before, `[a::when]` nothing after. `[a|b|c]` is a in the first
-    step, b in the second, c in the third, a in the fourth. The parts may hold all of it again.
+    step, b in the second, c in the third, a in the fourth. The parts may be nested.
 
     Raises:
         FastsdError: the text is too long, or its brackets are nested too deeply.
@@ -128,14 +128,14 @@ _Item = str | _Schedule | _Alternation | list
 
 @dataclass
 class _Open:
-    """A bracket that is not closed yet. `marks`: where in `items` a separator stands, and which, outside of groups."""
+    """An open bracket. `marks`: positions in `items` of its separators, without those of inner groups."""
 
     bracket: str
     items: list[_Item] = field(default_factory=list)
     marks: list[int] = field(default_factory=list)
 
     def take(self, inner: _Open) -> None:
-        """Go on as if the inner bracket were text."""
+        """Treat the inner bracket as text."""
         self.items.append(inner.bracket)
         self.marks += [len(self.items) + mark for mark in inner.marks]
         self.items += inner.items
@@ -147,10 +147,10 @@ class _Open:
 
 
 def _read(prompt: str) -> tuple[list[_Item], bool]:
-    """The prompt as a tree, and whether there is anything in it that changes over the steps.
+    """The prompt as a tree, and whether anything in it changes over the steps.
 
-    A closing bracket belongs to the nearest open one of its kind; those opened in between are text, and so is a
-    bracket without a partner.
+    A closing bracket closes the nearest open one of its kind. Brackets opened in between are text, and so is a bracket
+    without a partner.
     """
     stack = [_Open("")]
     changes = False
@@ -158,7 +158,7 @@ def _read(prompt: str) -> tuple[list[_Item], bool]:
         top = stack[-1]
         if token in "([":
             if len(stack) > MAX_DEPTH:
-                raise FastsdError(f"prompt: brackets are nested more than {MAX_DEPTH} deep; write \\( for a bracket")
+                raise _too_deep()
             stack.append(_Open(token))
         elif token in "])":
             opening = "[" if token == "]" else "("
@@ -168,8 +168,8 @@ def _read(prompt: str) -> tuple[list[_Item], bool]:
                 continue
             group, inner = stack[at], stack[at + 1 :]
             del stack[at:]
-            for one in inner:
-                group.take(one)
+            for unclosed in inner:
+                group.take(unclosed)
             item = _close(group) if token == "]" else [group.bracket, *group.items, token]
             changes = changes or not isinstance(item, list)
             stack[-1].items.append(item)
@@ -178,8 +178,8 @@ def _read(prompt: str) -> tuple[list[_Item], bool]:
                 top.marks.append(len(top.items))
             top.items.append(token)
     root = stack[0]
-    for one in stack[1:]:
-        root.take(one)
+    for unclosed in stack[1:]:
+        root.take(unclosed)
     return root.items, changes
 
 
@@ -187,7 +187,7 @@ _TOKEN = re.compile(r"\\.|\\|[\[\]():|]|[^\\\[\]():|]+", re.S)
 
 
 def _close(group: _Open) -> _Item:
-    """What a pair of square brackets is: a schedule if it ends in a number, an alternation if it has a bar, or text."""
+    """The meaning of square brackets: a schedule if it ends in a number, an alternation if it has a bar, else text."""
     colons = [mark for mark in group.marks if group.items[mark] == ":"]
     if colons and len(colons) <= 2:
         *parts, last = group.parts(colons)
@@ -214,11 +214,11 @@ def _at_step(tree: list[_Item], step: int, steps: int) -> str:
 
 
 def weigh(text: str) -> tuple[Section, ...]:
-    """The weights of one step's text, in sections that BREAK ends.
+    """The weighted spans of one step's text, in sections that BREAK ends.
 
-    `(a:1.2)` multiplies by the number, `(a)` by 1.1, `[a]` by 1 / 1.1, and what is nested by all of them; a bracket
-    that is never closed reaches to the end of the text. A backslash makes a bracket or a backslash a character.
-    Neighbours of one weight are one span.
+    `(a:1.2)` multiplies by the number, `(a)` by 1.1, `[a]` by 1 / 1.1; nested brackets multiply. An unclosed bracket
+    reaches to the end of the text. A backslash escapes a bracket or a backslash. Neighbours of equal weight are one
+    span.
 
     Raises:
         FastsdError: a weight beyond MAX_WEIGHT, a text that is too long, or brackets nested too deeply.
@@ -235,7 +235,7 @@ def weigh(text: str) -> tuple[Section, ...]:
         if piece in opened:
             opened[piece].append(len(pieces))
             if sum(map(len, opened.values())) > MAX_DEPTH:
-                raise FastsdError(f"prompt: brackets are nested more than {MAX_DEPTH} deep; write \\( for a bracket")
+                raise _too_deep()
         elif number is not None and opened["("]:
             multiply(opened["("].pop(), float(number))
         elif piece == ")" and opened["("]:
@@ -255,19 +255,21 @@ def weigh(text: str) -> tuple[Section, ...]:
     return _sections(pieces)
 
 
-# An escaped bracket or backslash; a backslash before anything else, which vanishes; brackets; text.
+# An escaped bracket or backslash; a backslash before anything else, which is dropped; brackets; text.
 _PIECE = re.compile(rf"\\[()\[\]\\]|\\|[(\[]|:\s*({_NUMBER})\s*\)|[)\]]|[^\\()\[\]:]+|:")
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 
 
 def _sections(pieces: list[tuple[str | None, float]]) -> tuple[Section, ...]:
-    """Join neighbours of one weight, and cut at BREAK (None)."""
+    """Join neighbours of equal weight, and cut at BREAK (None)."""
     sections: list[list[Span]] = [[]]
     for text, weight in pieces:
         if text is None:
             sections.append([])
         elif not abs(weight) <= MAX_WEIGHT:
-            raise FastsdError(f"prompt: the weight of {text[:40]!r} comes to {weight:g}; weights go from -100 to 100")
+            raise FastsdError(
+                f"the weight of {text[:40]!r} comes to {weight:g}; weights go from -100 to 100", argument="prompt"
+            )
         elif sections[-1] and sections[-1][-1].weight == weight:
             sections[-1][-1] = Span(sections[-1][-1].text + text, weight)
         elif text:

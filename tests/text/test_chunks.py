@@ -12,13 +12,18 @@ from hypothesis import strategies as st
 import fastsd
 from fastsd.errors import FastsdError
 from fastsd.model.tokenizer import Tokenizer
-from fastsd.text.chunks import Chunk, find_names, split
-from fastsd.text.syntax import weigh
+from fastsd.text import chunks as under_test
+from fastsd.text.chunks import Chunk, find_names, pieces_of
+from fastsd.text.syntax import Section, weigh
 
 CLIP = Tokenizer()
 DIGITS = Tokenizer(Path(fastsd.__file__).parent / "assets" / "digits" / "tokenizer")
 A, COMMA = 320, 267
 NONE: dict[str, torch.Tensor] = {}
+
+
+def split(sections: tuple[Section, ...], tokenizer: Tokenizer, embeddings: dict[str, torch.Tensor]) -> list[Chunk]:
+    return under_test.split(pieces_of(sections, embeddings), tokenizer, embeddings)
 
 
 def a(count: int) -> str:

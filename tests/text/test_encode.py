@@ -7,12 +7,11 @@ import copy
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fastsd.components import Components, Embedding
-from fastsd.errors import FastsdError
-from fastsd.text.encode import encode_text, notes_on, read_prompt, weighted
+from fastsd.text import encode
+from fastsd.text.encode import TextFeatures, emphasize
+from fastsd.text.parse import parse_text
 from tests.support import tiny
 
 
@@ -22,6 +21,12 @@ def components(request: pytest.FixtureRequest) -> Components:
     for encoder in made.text_encoders:
         encoder.requires_grad_(False)
     return made
+
+
+def encode_text(
+    components: Components, text: str, clip_skip: int, zeros: bool = False, syntax: str = "plain", length: int = 1
+) -> TextFeatures:
+    return encode.encode_text(components, parse_text(components, text, syntax), clip_skip, zeros, length)
 
 
 def by_hand(components: Components, text: str, clip_skip: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,8 +85,8 @@ def test_weights_multiply_and_the_mean_is_restored(components: Components) -> No
 def test_the_mean_is_that_of_all_tokens_and_channels() -> None:
     hidden = torch.tensor([[[1.0, 3.0], [5.0, 7.0]]])  # mean 4
     weights = torch.tensor([[[1.0], [3.0]]])  # 1 3 15 21: mean 10
-    torch.testing.assert_close(weighted(hidden, weights), torch.tensor([[[0.4, 1.2], [6.0, 8.4]]]), rtol=1e-6, atol=0)
-    assert weighted(hidden, torch.tensor([[[1.0], [-1 / 3]]])).isfinite().all()  # 1 3 -5/3 -7/3: mean 0
+    torch.testing.assert_close(emphasize(hidden, weights), torch.tensor([[[0.4, 1.2], [6.0, 8.4]]]), rtol=1e-6, atol=0)
+    assert emphasize(hidden, torch.tensor([[[1.0], [-1 / 3]]])).isfinite().all()  # 1 3 -5/3 -7/3: mean 0
 
 
 def test_long_text_is_encoded_chunk_by_chunk(components: Components) -> None:
@@ -98,9 +103,9 @@ def test_break_and_padding_are_chunks(components: Components) -> None:
     (a, _), (b, _), (none, _) = (by_hand(components, text) for text in ("a cat", "a dog", ""))
     found = encode_text(components, "a cat BREAK a dog", 1, syntax="a1111")
     assert torch.equal(found.context, torch.cat([a, b], dim=1))
-    padded = encode_text(components, "a cat", 1, syntax="a1111", chunks=3)
+    padded = encode_text(components, "a cat", 1, syntax="a1111", length=3)
     assert torch.equal(padded.context, torch.cat([a, none, none], dim=1))
-    zeros = encode_text(components, "", 1, zeros=True, syntax="a1111", chunks=2)
+    zeros = encode_text(components, "", 1, zeros=True, syntax="a1111", length=2)
     assert zeros.context.shape == (1, 154, a.shape[-1]) and not zeros.context.any() and not zeros.pooled.any()
 
 
@@ -118,60 +123,3 @@ def test_vectors_stand_in_for_a_word(components: Components) -> None:
     wanted = encode_text(taught, "a zebra, (zebra:1.2) x", 1, syntax="a1111")
     assert torch.equal(found.context, wanted.context) and torch.equal(found.pooled, wanted.pooled)
     assert not torch.equal(found.context, encode_text(components, "a <toy>, (<toy>:1.2) x", 1, syntax="a1111").context)
-
-
-PIECES = [
-    "a cat",
-    ", ",
-    "(",
-    ")",
-    "[",
-    "]",
-    ":",
-    "|",
-    ":1.7)",
-    ":-0.5)",
-    ":0.5]",
-    "\\",
-    "BREAK",
-    "<lora:x:1>",
-    "toy",
-    "é\n",
-]
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.sampled_from(PIECES), max_size=30).map("".join), st.sampled_from(["plain", "a1111"]))
-def test_any_prompt_is_read_and_encoded(embedded: Components, prompt: str, syntax: str) -> None:
-    try:
-        reading = read_prompt(embedded, prompt, 3, syntax)
-    except FastsdError as error:
-        assert "\n" not in str(error)
-        return
-    for text in set(reading.texts):
-        found = encode_text(embedded, text, 1, syntax=syntax, chunks=reading.chunks)
-        assert found.context.shape == (1, 77 * reading.chunks, 32) and bool(found.context.isfinite().all())
-
-
-@pytest.fixture(scope="module")
-def embedded() -> Components:
-    components = tiny.sd1()
-    components.embeddings = {"toy": Embedding(("toy",), (torch.ones(9, 32),))}
-    return components
-
-
-def test_notes() -> None:
-    components = tiny.sd1()
-    components.known_words = frozenset({"a", "cat"})
-    components.embeddings = {"toy": Embedding(("toy",), (torch.ones(1, 32),))}
-    assert notes_on(components, "(a:1.2) cat BREAK toy", "a1111") == []
-    assert "'dog'" in notes_on(components, "a [dog]", "a1111")[0]
-    components.known_words = frozenset()
-    assert notes_on(components, "a " * 80, "a1111") == []
-    assert "left out: 'a a a a a '" in notes_on(components, "a " * 80)[0]
-    assert "AND" in notes_on(components, "a AND b", "a1111")[0]
-
-
-def test_a_text_of_too_many_chunks_is_refused() -> None:
-    with pytest.raises(FastsdError, match="101 chunks"):
-        encode_text(tiny.sd1(), "BREAK " * 100 + "a", 1, syntax="a1111")
