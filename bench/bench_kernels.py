@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from bench.measure import Candidate, rotation
 from bench.roofline import Work, attention_work, conv_work, linear_work, norm_work
 from bench.session import Session
-from fastsd.graph import CudaRecorder, Recorder, chosen_convolutions
+from fastsd.graph import CudaRecorder, Recorder, fixed_convolutions
 from fastsd.kernels import dispatch
 from fastsd.kernels.conv2d import conv2d
 from fastsd.kernels.flash_attn import flash_attn
@@ -191,7 +191,7 @@ def bench_kernel(bench: Session, replay: Any, case: Case, dtype: torch.dtype) ->
 
     def candidate(name: str, run: Callable[..., torch.Tensor]) -> Candidate:
         def once(i: int) -> torch.Tensor:
-            with torch.inference_mode(), chosen_convolutions(device) if name == "fastsd" else nullcontext():
+            with torch.inference_mode(), fixed_convolutions(device) if name == "fastsd" else nullcontext():
                 return run(*inputs(i))
 
         if device.type != "cuda" or not bench.options.measuring:

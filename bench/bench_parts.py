@@ -17,7 +17,7 @@ from bench.roofline import decode_work, encode_work, meta_unet_inputs, step_work
 from bench.session import Session
 from fastsd.generate.latents import CAPTURED
 from fastsd.generate.request import make_table
-from fastsd.graph import chosen_convolutions
+from fastsd.graph import fixed_convolutions
 from fastsd.kernels import dispatch
 from fastsd.model.unet import AddedConditioning, UNet
 from fastsd.sampling import advance
@@ -103,7 +103,7 @@ def as_drawn(run: Callable[[int], torch.Tensor], device: torch.device) -> Callab
     """With cuDNN's algorithms chosen as a pipeline has them chosen."""
 
     def chosen(i: int) -> torch.Tensor:
-        with chosen_convolutions(device):
+        with fixed_convolutions(device):
             return run(i)
 
     return chosen

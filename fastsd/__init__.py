@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fastsd.errors import FastsdError
 
 if TYPE_CHECKING:
-    from fastsd.generate.validation import Control
+    from fastsd.generate.control import Control
     from fastsd.pipeline import Pipeline
 
 # Large CPU tensors in huge pages, where Linux gives them on request: PyTorch reads this before its first tensor. The
@@ -26,7 +26,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 __version__ = "0.1.0"
 __all__ = ["Control", "FastsdError", "Pipeline", "__version__"]
 _LATER = {
-    "Control": "fastsd.generate.validation",
+    "Control": "fastsd.generate.control",
     "Pipeline": "fastsd.pipeline",
 }  # imported when they are first asked for
 

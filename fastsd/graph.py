@@ -1,8 +1,8 @@
-"""Callables captured once in CUDA graphs and replayed; who calls them cannot tell.
+"""Callables captured once in CUDA graphs and replayed; their callers cannot tell.
 
 A captured graph repeats the same launches on the same memory with the same numbers from the host. So everything that
 may differ between two calls is a tensor in a static buffer, and every shape has a graph of its own. Graphs share one
-memory pool: they never run at the same time, and each result is copied out before another one may run.
+memory pool: they never run at the same time, and each result is copied out before the next may run.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import nn
 
 from fastsd.kernels import dispatch
 
-WARM_UP = 3  # calls before a capture: kernels are compiled and chosen, workspaces taken
-MAX_GRAPHS = 16  # a resolution takes about four: text, step, decoder, and encoder with a picture
+WARM_UP = 3  # calls before a capture: kernels are compiled and chosen, workspaces allocated
+MAX_GRAPHS = 16  # a resolution takes about four: text, step, decoder, and with an image the encoder
 
 T = TypeVar("T")
 
@@ -29,12 +29,12 @@ class Recorder(Protocol):
     """Turns a callable into one that repeats its work on the device."""
 
     def record(self, function: Callable[[], T]) -> Callable[[], T]:
-        """Capture `function`, which may be called several times before. What comes back gives the same tensors each
-        time, with new contents."""
+        """Capture `function`, after calling it a few times. The replay returns the same tensors each time, with new
+        contents."""
         ...
 
     def free(self) -> None:
-        """Give back the memory of graphs that are gone."""
+        """Release the memory of dropped graphs."""
         ...
 
 
@@ -56,7 +56,7 @@ class CudaRecorder:
                     function()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # "thread_local": what other threads do on the device does not break the capture.
+            # "thread_local": other threads' work on the device does not break the capture.
             with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                 outputs = function()
             torch.cuda.current_stream().wait_stream(stream)
@@ -72,16 +72,40 @@ class CudaRecorder:
         torch.cuda.empty_cache()
 
 
+class Work(Protocol):
+    """Work on static buffers of its own, which is what a graph captures."""
+
+    def run(self) -> Any:
+        """Do it; the result is a tensor or a tuple of tensors."""
+        ...
+
+
 @dataclass
 class Captured:
-    """A callable on static buffers, which whoever replays it fills first."""
+    """Captured work. Its buffers are filled before each replay."""
 
-    buffers: Any
+    work: Any
     replay: Callable[[], Any]
 
 
+class FunctionOnBuffers:
+    """A function of tensors, called on copies of its first inputs."""
+
+    def __init__(self, function: Callable[..., Any], inputs: tuple[torch.Tensor, ...]):
+        self.function = function
+        self.buffers = tuple(torch.empty_like(x).copy_(x) for x in inputs)
+
+    def run(self) -> Any:
+        return self.function(*self.buffers)
+
+    def load(self, inputs: tuple[torch.Tensor, ...]) -> None:
+        """Fill the buffers."""
+        for buffer, x in zip(self.buffers, inputs, strict=True):
+            buffer.copy_(x)
+
+
 class Graphs:
-    """The graphs of one pipeline, the least recently used of which goes when there are too many."""
+    """The graphs of one pipeline. When there are too many, the least recently used is dropped."""
 
     def __init__(self, recorder: Recorder | None = None, max_graphs: int = MAX_GRAPHS):
         """recorder: None runs everything eagerly."""
@@ -89,48 +113,42 @@ class Graphs:
         self._captured: OrderedDict[Hashable, Captured] = OrderedDict()
         self._failed: set[Hashable] = set()
         self._warned = False
-        self._stream: torch.cuda.Stream | None = None  # of the last turn
+        self._stream: torch.cuda.Stream | None = None  # that the last caller launched on
 
     def __len__(self) -> int:
         return len(self._captured)
 
     @property
     def active(self) -> bool:
-        """Whether anything is captured."""
+        """Whether callables are captured at all."""
         return self.recorder is not None and self.max_graphs > 0
 
     def __call__(self, name: Hashable, function: Callable[..., T], *inputs: torch.Tensor, weights: nn.Module) -> T:
         """`function(*inputs)`, from a graph where there is one for these shapes.
 
         Args:
-            name: of the function: two calls with one name must be calls of the same function.
-            function: tensors to a tensor or a named tuple of tensors; it may depend on nothing else that changes,
-                except weights that are changed in place.
-            weights: the module whose they are; once others take their place, the function is captured anew.
+            name: of the function: calls with equal names must be calls of the same function.
+            function: tensors to a tensor or a named tuple of tensors. Besides its inputs it may depend only on
+                weights, which may change in place.
+            weights: the module that holds them; once other tensors replace them, the function is captured again.
 
         Returns:
             Fresh tensors.
         """
         if not self.active:
             return function(*inputs)
-        key = (name, circumstances(weights), *((tuple(x.shape), x.dtype) for x in inputs))
-
-        def make() -> tuple[Any, Callable[[], T]]:
-            buffers = tuple(torch.empty_like(x).copy_(x) for x in inputs)
-            return buffers, lambda: function(*buffers)
-
-        captured = self.captured(key, make)
+        key = (name, graph_key(weights), *((tuple(x.shape), x.dtype) for x in inputs))
+        captured = self.captured(key, lambda: FunctionOnBuffers(function, inputs))
         if captured is None:
             return function(*inputs)
-        for buffer, x in zip(captured.buffers, inputs, strict=True):
-            buffer.copy_(x)
+        captured.work.load(inputs)
         return _clone(captured.replay())
 
-    def captured(self, key: Hashable, make: Callable[[], tuple[Any, Callable[[], Any]]]) -> Captured | None:
-        """The capture for `key`; None where callables run eagerly.
+    def captured(self, key: Hashable, make: Callable[[], Work]) -> Captured | None:
+        """The captured work for `key`; None where callables run eagerly.
 
         Args:
-            make: gives the static buffers and the callable on them, when the capture has to be made.
+            make: makes the work where it is not captured yet.
         """
         if self.recorder is None or not self.active or key in self._failed:
             return None
@@ -146,10 +164,10 @@ class Graphs:
         return found
 
     def in_order(self, device: torch.device) -> None:
-        """Let what is launched from here on wait for what was launched before, on whatever stream that was.
+        """Let later launches wait for earlier ones, whatever their streams.
 
-        Callers take turns on the host; on streams of their own (one for each thread, say) their work on the buffers
-        could overlap all the same.
+        Callers take turns on the host. On different streams (one for each thread, say) their work on the buffers could
+        still overlap.
         """
         if device.type != "cuda" or not self.active:
             return
@@ -159,16 +177,15 @@ class Graphs:
         self._stream = stream
 
     def forget(self) -> None:
-        """Drop every graph, for the memory that they hold; what could not be captured may be tried again."""
+        """Drop every graph and release its memory. Failed captures may be tried again."""
         self._captured.clear()
         self._failed.clear()
         if self.recorder is not None:
             self.recorder.free()
 
-    def _capture(
-        self, recorder: Recorder, key: Hashable, make: Callable[[], tuple[Any, Callable[[], Any]]]
-    ) -> Captured | None:
-        """Capture; with too little memory once more without the other graphs; else run eagerly and say why."""
+    def _capture(self, recorder: Recorder, key: Hashable, make: Callable[[], Work]) -> Captured | None:
+        """Capture. Out of memory, drop the other graphs and try once more; after another failure warn, and run
+        eagerly."""
         try:
             return _record(recorder, make)
         except torch.OutOfMemoryError:
@@ -191,21 +208,21 @@ class Graphs:
             warnings.warn(f"fastsd runs without CUDA graphs, slower: the capture failed ({reason})", stacklevel=2)
 
 
-def circumstances(weights: nn.Module) -> Hashable:
-    """What a graph depends on beside its inputs: where the weights are, and a backend that this thread is forced to.
+def graph_key(weights: nn.Module) -> Hashable:
+    """What a graph depends on besides its inputs: the addresses of the weights, and a backend forced on this thread.
 
-    A packed weight tells no address; its identity stands for it.
+    A packed weight has no address; its identity stands for it.
     """
     return dispatch.forced_name(), *(id(p) if p.is_mkldnn else p.data_ptr() for p in weights.parameters())
 
 
-def _record(recorder: Recorder, make: Callable[[], tuple[Any, Callable[[], Any]]]) -> Captured:
-    buffers, function = make()
-    return Captured(buffers, recorder.record(function))
+def _record(recorder: Recorder, make: Callable[[], Work]) -> Captured:
+    work = make()
+    return Captured(work, recorder.record(work.run))
 
 
 def _clone(result: Any) -> Any:
-    """Fresh tensors for a tensor, or a tuple of them in its own class."""
+    """A copy of a tensor, or of a (named) tuple of tensors."""
     if isinstance(result, torch.Tensor):
         return result.clone()
     parts = [_clone(part) for part in result]
@@ -213,9 +230,11 @@ def _clone(result: Any) -> Any:
 
 
 @contextmanager
-def chosen_convolutions(device: torch.device) -> Iterator[None]:
-    """Inside this context cuDNN measures its algorithms at a shape's first call, and keeps to those whose sums have a
-    fixed order; with graphs and without, so that both compute the same. The switches are the whole process's."""
+def fixed_convolutions(device: torch.device) -> Iterator[None]:
+    """Inside this context cuDNN measures its algorithms at a shape's first call, among those that sum in a fixed order.
+
+    It holds with graphs and without, so that both compute the same. The switches apply to the whole process.
+    """
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic
     if device.type == "cuda":

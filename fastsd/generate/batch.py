@@ -1,208 +1,230 @@
-"""One batch of pictures: everything that is worked out before its loop, and one row of the loop."""
+"""One batch of images: everything that is computed before its loop, and one row of the loop."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from PIL import Image
 
 from fastsd.components import Components
+from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
-from fastsd.generate.conditioning import Script, write_script
-from fastsd.generate.denoiser import Controller, Denoiser, Estimate, Run, Told
-from fastsd.generate.latents import Codec, InpaintMask, Noise, image_tensor, to_channels_last
-from fastsd.generate.request import Request
-from fastsd.graph import Graphs, chosen_convolutions
+from fastsd.generate.conditioning import ConditioningSchedule, schedule_conditioning
+from fastsd.generate.control import Control
+from fastsd.generate.denoiser import ActiveControl, CapturedStep, Conditioning, StepInputs, denoise_row
+from fastsd.generate.latents import Codec, Noise, image_tensor
+from fastsd.generate.request import Pass
+from fastsd.generate.start import Start, start_batch
+from fastsd.graph import Graphs, fixed_convolutions
 from fastsd.model.controlnet import ControlNet
+from fastsd.model.unet import UNet
 from fastsd.sampling import advance
+from fastsd.sampling.schedule import alphas_cumprod
+
+Timings = dict[str, float]
 
 
 @contextmanager
-def seconds(clock: dict[str, float], name: str) -> Iterator[None]:
-    """Adds what passes to the clock."""
-    tick = time.perf_counter()
+def timed(timings: Timings, name: str) -> Iterator[None]:
+    """Adds the seconds that pass inside to `timings[name]`."""
+    started = time.perf_counter()
     yield
-    clock[name] += time.perf_counter() - tick
+    timings[name] += time.perf_counter() - started
 
 
+@dataclass
 class Engine:
-    """A checkpoint's networks with what runs them; and, for the last rows, another checkpoint's."""
+    """What runs a pipeline's networks: the checkpoint, a second one for the last rows, the device, the graphs."""
 
-    def __init__(
-        self,
-        components: Components,
-        device: torch.device,
-        dtype: torch.dtype,
-        graphs: Graphs,
-        refiner: Components | None = None,
-    ):
-        self.components, self.refiner = components, refiner
-        self.device, self.dtype, self.graphs = device, dtype, graphs
-        self.codec = Codec(components.vae, graphs)
-        self.denoiser = Denoiser(components.unet, dtype, graphs)
-        self.refining = None if refiner is None else Denoiser(refiner.unet, dtype, graphs)
+    components: Components
+    device: torch.device
+    dtype: torch.dtype
+    graphs: Graphs
+    refiner: Components | None = None
+
+    def __post_init__(self) -> None:
+        self.codec = Codec(self.components.vae, self.graphs)
+
+    @property
+    def inpaints(self) -> bool:
+        """The UNet reads mask and masked image."""
+        return self.components.unet.config.in_channels == 2 * self.components.vae.config.latent_channels + 1
 
 
 @dataclass(frozen=True)
-class Stage:
-    """The rows of the table that one checkpoint does, and what its networks are told in them."""
+class ScheduledControl:
+    """A ControlNet with its encoded image, and the rows in which it takes part."""
+
+    net: ControlNet
+    hint: torch.Tensor
+    weight: torch.Tensor
+    rows: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The rows of the table that one checkpoint does, with the conditioning of its networks."""
 
     rows: range
-    denoiser: Denoiser
-    script: Script
-    controllers: tuple[Controller, ...] = ()
+    unet: UNet
+    conditioning: ConditioningSchedule
+    controls: tuple[ScheduledControl, ...] = ()
+
+    def condition(self, inputs: StepInputs, row: int) -> None:
+        """Give the networks of a row their conditioning."""
+        inputs.conditioning, *others = self.conditioning.at(row)
+        inputs.controls = tuple(
+            ActiveControl(control.net, conditioning, control.hint, control.weight)
+            for control, conditioning in zip(self.controls, others, strict=True)
+            if row in control.rows
+        )
+
+
+class Estimate(NamedTuple):
+    """The network's input and output for a batch's first image, `[1, h, w, C]` each; without a timestep: the result."""
+
+    x_in: torch.Tensor
+    out: torch.Tensor
+    timestep: float | None
+
+    def denoised(self, scheduler: SchedulerConfig) -> torch.Tensor:
+        """The clean latent that the (conditional) output predicts, `[1, h, w, C]`."""
+        if self.timestep is None:
+            return self.x_in
+        levels, out = alphas_cumprod(scheduler), self.out.float()
+        signal = float(levels[min(max(round(self.timestep), 0), len(levels) - 1)])
+        alpha, sigma = signal**0.5, (1.0 - signal) ** 0.5
+        if scheduler.prediction_type == "sample":
+            return out
+        if scheduler.prediction_type == "v_prediction":
+            return alpha * self.x_in - sigma * out
+        return (self.x_in - sigma * out) / max(alpha, 1e-3)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch on its way: the denoiser's tensors, and what happens to them between its rows."""
+    """One batch on its way through the table."""
 
-    run: Run
-    stages: tuple[Stage, ...]
+    engine: Engine
+    inputs: StepInputs
+    segments: tuple[Segment, ...]
     noise: Noise
-    start_noise: torch.Tensor  # [n, h, w, C]
-    image: torch.Tensor | None  # [n, h, w, C]
-    mask: torch.Tensor | None  # [1, h, w, 1]: latents outside it follow the picture
+    start: Start
 
     @torch.inference_mode()
-    def advance(self, device: torch.device) -> Estimate:
-        """One row of the table: one call of the UNet, one update of the state."""
-        run, state = self.run, self.run.state
-        row = state.index
-        stage = next(stage for stage in self.stages if row in stage.rows)
-        run.told, *others = stage.script.at(row)
-        for controller, told in zip(stage.controllers, others, strict=True):
-            controller.told = told
-        run.controllers = tuple(one for one in stage.controllers if row in one.active)
-        x_in, timestep = advance.model_input(state)[:1].clone(), advance.timestep(state)
-        fresh = self.noise.draw() if advance.draws(state) else None
-        with chosen_convolutions(device):
-            out = stage.denoiser.step(run, fresh)
-        state = run.state
-        if self.mask is not None and self.image is not None:
-            advance.hold(state, self.image, self.start_noise, self.mask)
-        return Estimate(x_in, out[-len(state.x) :][:1].clone(), timestep)
+    def denoise(self) -> Estimate:
+        """One row of the table: one call of the UNet, one update of the latent."""
+        inputs, row = self.inputs, self.inputs.state.index
+        segment = next(segment for segment in self.segments if row in segment.rows)
+        segment.condition(inputs, row)
+        x_in, timestep = inputs.state.x_in[:1].clone(), advance.timestep(inputs.state)
+        with fixed_convolutions(self.engine.device):
+            step = self._load_graph(segment.unet)
+            if advance.draws(inputs.state):
+                inputs.state.noise[0].copy_(self.noise.sample())
+            out = denoise_row(segment.unet, inputs, row) if step is None else step()
+        inputs.state.index += 1
+        if self.start.mask is not None and self.start.image is not None:
+            advance.hold(inputs.state, self.start.image, self.start.noise, self.start.mask)
+        return Estimate(x_in, out[-len(inputs.state.x) :][:1].clone(), timestep)
+
+    def _load_graph(self, unet: UNet) -> Callable[[], torch.Tensor] | None:
+        """The replay of a captured row, loaded with this batch; None where nothing is captured."""
+        graphs = self.engine.graphs
+        if not graphs.active:
+            return None
+        captured = graphs.captured(CapturedStep.key(unet, self.inputs), lambda: CapturedStep(unet, self.inputs))
+        if captured is None:
+            return None
+        captured.work.load(self.inputs)
+        return captured.replay
+
+    @property
+    def latents(self) -> torch.Tensor:
+        """The state `[n, h, w, C]` fp32, as a copy that later rows do not change."""
+        return self.inputs.state.x.clone()
 
 
 @torch.inference_mode()
-def begin(
-    engine: Engine,
-    request: Request,
-    which: slice,
-    clock: dict[str, float],
-    start: torch.Tensor | list[Image.Image] | None = None,
+def prepare(
+    engine: Engine, stage: Pass, seeds: tuple[int, ...], which: slice, first: torch.Tensor | None, timings: Timings
 ) -> Batch:
-    """Everything that does not depend on the loop: text, time, pictures, noise.
+    """Everything that does not depend on the loop: text, time, images, noise.
 
     Args:
-        engine: what runs the networks.
-        request, which: the images.
-        clock: "text" and "encode" are counted up.
-        start: what to start from instead of the request's picture: latents `[n, h, w, C]`, or a picture for each image.
+        stage: the pass.
+        seeds: of all images; `which`: the images of this batch.
+        first: `[n, h, w, C]`, the first pass's latents, in the second pass.
+        timings: "text" and "encode" are counted up.
     """
     config = engine.components.vae.config
-    seeds = request.seeds[which]
-    height, width = request.height // config.downscale, request.width // config.downscale
-    noise = Noise(seeds, config.latent_channels, height, width, engine.device)
-    with seconds(clock, "text"):
-        stages = write_stages(engine, request, which)
-
-    with seconds(clock, "encode"):
-        image, mask, extra, start_noise = _encode(engine, request, which, noise, start)
-    pure_noise = request.mask is not None and request.strength == 1.0
-    state = advance.begin(request.table, start_noise, None if pure_noise else image)
-    guided, rescaled = request.guided, request.guidance_rescale > 0
-    run = Run(
+    height, width = stage.height // config.downscale, stage.width // config.downscale
+    noise = Noise(seeds[which], config.latent_channels, height, width, engine.device)
+    with timed(timings, "text"):
+        segments = tuple(_segments(engine, stage, which))
+    with timed(timings, "encode"):
+        start = start_batch(engine.codec, stage, which, noise, engine.inpaints, first)
+    pure_noise = stage.mask is not None and stage.strength == 1.0
+    state = advance.begin(stage.table, start.noise, None if pure_noise else start.image)
+    settings, rescaled = stage.settings, stage.guided and stage.settings.guidance_rescale > 0
+    inputs = StepInputs(
         state,
-        Told(state.x),  # each row's own, see `Batch.advance`
-        guidance=state.x.new_tensor([request.guidance_scale]) if guided else None,
-        rescale=state.x.new_tensor([request.guidance_rescale]) if guided and rescaled else None,
-        extra_channels=extra,
+        Conditioning(state.x),  # `Segment.condition` replaces it before each row
+        guidance=state.x.new_tensor([settings.guidance_scale]) if stage.guided else None,
+        rescale=state.x.new_tensor([settings.guidance_rescale]) if rescaled else None,
+        extra_channels=start.extra_channels,
     )
-    return Batch(run, stages, noise, start_noise, image, mask)
+    return Batch(engine, inputs, segments, noise, start)
 
 
-def write_stages(engine: Engine, request: Request, which: slice) -> tuple[Stage, ...]:
-    """What each checkpoint's networks are told in its rows."""
-    rows = len(request.table)
-    turn = rows if request.refiner_row is None else request.refiner_row
-    nets = [control.net for control in request.controls]
+def _segments(engine: Engine, stage: Pass, which: slice) -> Iterator[Segment]:
+    """The checkpoint's rows, then the refiner's."""
+    rows, own = len(stage.table), engine.components
+    nets = [control.net for control in stage.controls]
+    first = range(stage.refiner_row)
+    conditioning = schedule_conditioning(own, stage, which, first, engine.graphs, engine.device, nets)
+    controls = tuple(_encode_control(engine, control, stage) for control in stage.controls)
+    yield Segment(first, own.unet, conditioning, controls)
+    if engine.refiner is not None and len(first) < rows:
+        last = range(len(first), rows)
+        conditioning = schedule_conditioning(
+            engine.refiner, stage, which, last, engine.graphs, engine.device, retokenize=True
+        )
+        yield Segment(last, engine.refiner.unet, conditioning)
 
-    def script(components: Components, own: range, told: list[ControlNet]) -> Script:
-        return write_script(components, request, which, engine.device, engine.graphs, own, told)
 
-    controllers = tuple(_controller(engine, request, k) for k in range(len(nets)))
-    stages = [Stage(range(turn), engine.denoiser, script(engine.components, range(turn), nets), controllers)]
-    if engine.refiner is not None and engine.refining is not None and turn < rows:
-        own = range(turn, rows)
-        stages.append(Stage(own, engine.refining, script(engine.refiner, own, [])))
-    return tuple(stages)
-
-
-def _controller(engine: Engine, request: Request, k: int) -> Controller:
-    """A request's k-th ControlNet with its picture read."""
-    control = request.controls[k]
-    picture = (image_tensor(control.image) + 1.0) / 2.0  # [0, 1]
-    with chosen_convolutions(engine.device):
-        hint = control.net.embed_hint(picture.to(engine.device, engine.dtype))
+def _encode_control(engine: Engine, control: Control, stage: Pass) -> ScheduledControl:
+    image = (image_tensor(control.image) + 1.0) / 2.0  # [0, 1]
+    with fixed_convolutions(engine.device):
+        hint = control.net.embed_hint(image.to(engine.device, engine.dtype))
     weight = torch.tensor([control.weight], dtype=torch.float32, device=engine.device)
-    return Controller(control.net, Told(hint), hint, weight, control.active(request.table))
-
-
-def _encode(
-    engine: Engine,
-    request: Request,
-    which: slice,
-    noise: Noise,
-    start: torch.Tensor | list[Image.Image] | None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-    """What the batch starts from: latents of the picture, the mask, an inpainting UNet's channels, the noise."""
-    config, codec = engine.components.vae.config, engine.codec
-    image = mask = extra = None
-    inpaints = engine.components.unet.config.in_channels == 2 * config.latent_channels + 1
-    if isinstance(start, torch.Tensor):
-        image = start
-    elif start is not None:
-        drawn = noise.draw()
-        parts = [
-            codec.encode(image_tensor(picture), own[None], request.vae_tiling)
-            for picture, own in zip(start, drawn, strict=True)
-        ]
-        image = torch.cat(parts)
-    elif request.image is not None and not (inpaints and request.strength == 1.0):
-        image = codec.encode(image_tensor(request.image), noise.draw(), request.vae_tiling)
-    given = request.latents
-    start_noise = noise.draw() if given is None else to_channels_last(given[which]).to(engine.device)
-    if request.image is not None and request.mask is not None:
-        regions = InpaintMask.from_image(request.mask, config.downscale)
-        if inpaints:
-            kept = image_tensor(request.image) * (regions.pixels < 0.5)
-            masked = codec.encode(kept, noise.draw(), request.vae_tiling)
-            count = len(request.seeds[which])
-            extra = torch.cat([regions.latents.to(engine.device).expand(count, -1, -1, -1), masked], dim=-1)
-        else:
-            mask = regions.latents.to(engine.device)
-    return image, mask, extra, start_noise
+    return ScheduledControl(control.net, hint, weight, control.rows(stage.table))
 
 
 def check_refiner(components: Components, refiner: Components) -> None:
     """Refuse a second checkpoint that reads other latents, or noise of another schedule.
 
     Raises:
-        FastsdError: it does; the message says in what they differ.
+        FastsdError: it names the difference.
     """
     names = ("prediction_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
     for name in names:
         first, second = getattr(components.scheduler, name), getattr(refiner.scheduler, name)
         if first != second:
-            raise FastsdError(f"refiner: its {name} is {second} and the model's {first}; both should be of one family")
+            raise FastsdError(
+                f"its {name} is {second} and the model's {first}; both should be of one family", argument="refiner"
+            )
     channels = components.vae.config.latent_channels
     if components.unet.config.in_channels != channels or refiner.unet.config.in_channels != channels:
-        raise FastsdError(f"refiner: model and refiner should both read {channels} channels; one is for inpainting")
+        raise FastsdError(
+            f"model and refiner should both read {channels} channels; one is for inpainting", argument="refiner"
+        )
     if components.xl != refiner.xl:  # the autoencoders of SD 1 and 2 and of SDXL make different latents
         xl, other = ("model", "refiner") if components.xl else ("refiner", "model")
-        raise FastsdError(f"refiner: the {xl} is of SDXL's family and the {other} is not; both should be of one")
+        raise FastsdError(
+            f"the {xl} is of SDXL's family and the {other} is not; both should be of one", argument="refiner"
+        )

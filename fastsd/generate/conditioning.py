@@ -1,122 +1,119 @@
-"""What every UNet sample of a batch is told in every row of the sampler's table: the text, the time, the sizes."""
+"""What the networks are given in every row of the sampler's table beside the latent: the text, the time, the sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from fastsd.components import Components
-from fastsd.generate.denoiser import Told
-from fastsd.generate.request import Request
+from fastsd.generate.denoiser import Conditioning
+from fastsd.generate.request import Pass
 from fastsd.graph import Graphs
 from fastsd.model.controlnet import ControlNet
 from fastsd.model.unet import ContractingPath
-from fastsd.text.encode import added_conditioning, encode_text, is_xl
+from fastsd.text.encode import added_conditioning, encode_text
+from fastsd.text.parse import ParsedText, tokenize
 
-Words = tuple[str, bool]  # a text, and whether it is a negative one
+Texts = tuple[tuple[ParsedText, bool], ...]  # of each UNet sample: its text, and whether that is a negative one
 KeyValues = tuple[torch.Tensor, ...]  # of every cross-attention, in order of use
 
 
 @dataclass
-class Script:
-    """The conditioning of one batch.
+class ConditioningSchedule:
+    """The conditioning of one batch, row by row.
 
     Attributes:
-        words: of each row, for each sample.
+        texts: of each row.
         times: for each network `[rows, 1 or samples, channels]`, the UNet's first.
-        projected: for each network, keys and values of each text, `[1, tokens, ...]` each.
+        key_values: for each network, of each text, `[1, tokens, ...]` each.
     """
 
-    words: Sequence[tuple[Words, ...]]
+    texts: Sequence[Texts]
     times: list[torch.Tensor]
-    projected: list[dict[Words, KeyValues]]
-    _held: tuple[tuple[Words, ...], list[KeyValues]] = ((), [])
+    key_values: list[dict[tuple[ParsedText, bool], KeyValues]]
+    _last: tuple[Texts, list[KeyValues]] = field(default=((), []), repr=False)
 
-    def at(self, row: int) -> list[Told]:
-        """What each network is told in a row; the very same keys and values while no text changes."""
-        words = self.words[row]
-        if words != self._held[0]:
+    def at(self, row: int) -> list[Conditioning]:
+        """The conditioning of each network in a row. While no text changes, the keys and values are the same object."""
+        texts = self.texts[row]
+        if texts != self._last[0]:
             joined = []
-            for projected in self.projected:
-                layers = zip(*(projected[one] for one in words), strict=True)
+            for key_values in self.key_values:
+                layers = zip(*(key_values[text] for text in texts), strict=True)
                 joined.append(tuple(torch.cat(layer) for layer in layers))
-            self._held = words, joined
-        return [Told(time, key_values) for time, key_values in zip(self.times, self._held[1], strict=True)]
+            self._last = texts, joined
+        return [Conditioning(time, key_values) for time, key_values in zip(self.times, self._last[1], strict=True)]
 
 
-def batches(request: Request) -> list[slice]:
-    """The images that run together: up to `batch_size` neighbours whose texts fill as many chunks, in every pass."""
-    chunks = list(zip(*(one.wording.chunks for one in request.passes), strict=True))
-    found, start = [], 0
-    for i in range(1, len(chunks) + 1):
-        ends = i == len(chunks) or chunks[i] != chunks[start]
-        if ends or i - start == request.batch_size:
-            found.append(slice(start, i))
-            start = i
-    return found
-
-
-def write_script(
+def schedule_conditioning(
     components: Components,
-    request: Request,
+    stage: Pass,
     which: slice,
-    device: torch.device,
-    graphs: Graphs,
     rows: range,
-    controls: Sequence[ControlNet] = (),
-) -> Script:
-    """Encode what a batch is told.
+    graphs: Graphs,
+    device: torch.device,
+    controlnets: Sequence[ControlNet] = (),
+    retokenize: bool = False,
+) -> ConditioningSchedule:
+    """Encode the texts of a batch and project them for its networks.
 
-    Each distinct text is encoded and projected once and by itself, padded to the chunks of its image, so that an image
-    does not depend on its neighbours in the batch. With guidance, the negative half comes first.
+    Each distinct text is encoded once and alone, padded to the chunks of its image, so that an image does not depend
+    on its neighbours in the batch. With guidance, the negative half comes first.
 
     Args:
-        components: whose text encoders read and whose UNet is told.
-        request, which: the images.
-        device: of the tensors.
+        components: the checkpoint whose text encoders and UNet run.
+        which: the images of the batch.
+        rows: of the table, those that this checkpoint does; texts of other rows are not encoded.
         graphs: where captured encoders are kept.
-        rows: of the table, those that this checkpoint does; other rows' texts are not encoded.
-        controls: ControlNets that are told the same.
+        device: of the tensors.
+        controlnets: networks that get the same conditioning.
+        retokenize: the texts were parsed for another checkpoint.
     """
-    table = request.table
-    steps = [int(step - table.step[0]) for step in table.step]  # a schedule counts the steps that run
-    said = [[(text, False) for text in texts] for texts in request.wording.texts[which]]
-    if request.guided:
-        said = [[(text, True) for text in texts] for texts in request.wording.negative_texts[which]] + said
-    words = [tuple(texts[step] for texts in said) for step in steps]
-    timesteps = torch.as_tensor(table.timesteps.copy(), dtype=torch.float32, device=device)
-
-    networks: list[ContractingPath] = [components.unet, *controls]
-    times: list[dict[Words, torch.Tensor]] = [{} for _ in networks]
-    projected: list[dict[Words, KeyValues]] = [{} for _ in networks]
-    # A run without rows (strength 0) is told nothing.
-    for text, negative in dict.fromkeys(one for row in rows for one in words[row]):
-        zeros = negative and not text and components.zeros_for_empty_prompt
-        chunks = request.wording.chunks[which.start]
-        features = encode_text(components, text, request.clip_skip, zeros, request.wording.syntax, chunks, graphs)
-        added = added_conditioning(components, features.pooled, negative, request.width, request.height)
-        for network, own_times, own_projected in zip(networks, times, projected, strict=True):
-            own_projected[text, negative] = network.project_context(features.context)
-            if added is not None or not own_times:
-                embedded = network.embed_time(timesteps, added, request.guidance_scale)
+    texts = texts_by_row(stage, which)
+    timesteps = torch.as_tensor(stage.table.timesteps.copy(), dtype=torch.float32, device=device)
+    networks: list[ContractingPath] = [components.unet, *controlnets]
+    times: list[dict[tuple[ParsedText, bool], torch.Tensor]] = [{} for _ in networks]
+    key_values: list[dict[tuple[ParsedText, bool], KeyValues]] = [{} for _ in networks]
+    # A table without rows (strength 0) has no texts to encode.
+    for text, negative in dict.fromkeys(pair for row in rows for pair in texts[row]):
+        parsed = tokenize(components, text.text, text.sections, text.plain) if retokenize else text
+        zeros = negative and not text.text and components.zeros_for_empty_prompt
+        length = stage.prompts.lengths[which.start]
+        features = encode_text(components, parsed, stage.settings.clip_skip, zeros, length, graphs)
+        added = added_conditioning(components, features.pooled, negative, stage.width, stage.height)
+        for network, own_times, own_key_values in zip(networks, times, key_values, strict=True):
+            own_key_values[text, negative] = network.project_context(features.context)
+            if added is not None or not own_times:  # without added conditioning, all texts share one
+                embedded = network.embed_time(timesteps, added, stage.settings.guidance_scale)
                 own_times[text, negative] = embedded  # [rows, channels]
-    return Script(words, [_join(own, words, rows, is_xl(components)) for own in times], projected)
+    return ConditioningSchedule(texts, [_join(own, texts, rows, components.xl) for own in times], key_values)
+
+
+def texts_by_row(stage: Pass, which: slice) -> list[Texts]:
+    """The texts of a batch in each row of the table; schedules in prompts count the steps that run."""
+    samples = [[(text, False) for text in prompt.texts] for prompt in stage.prompts.positive[which]]
+    if stage.guided:
+        samples = [[(text, True) for text in prompt.texts] for prompt in stage.prompts.negative[which]] + samples
+    return [tuple(sample[step] for sample in samples) for step in stage.table.step - stage.table.step[:1]]
 
 
 def _join(
-    times: dict[Words, torch.Tensor], words: Sequence[tuple[Words, ...]], rows: range, each: bool
+    times: dict[tuple[ParsedText, bool], torch.Tensor], texts: Sequence[Texts], rows: range, each: bool
 ) -> torch.Tensor:
     """`[rows, samples, channels]`, each sample's own; or `[rows, 1, channels]` where all samples share one.
 
-    What stands in other rows than `rows` is never read.
+    Rows outside `rows` hold arbitrary values, which nothing reads.
     """
     if not rows:
         return torch.empty(0)
     if not each:
         return next(iter(times.values()))[:, None]
-    first = words[rows.start]
+    known = texts[rows.start]
     return torch.stack(
-        [torch.stack([times[one][row] for one in (words[row] if row in rows else first)]) for row in range(len(words))]
+        [
+            torch.stack([times[pair][row] for pair in (texts[row] if row in rows else known)])
+            for row in range(len(texts))
+        ]
     )

@@ -1,4 +1,4 @@
-"""One row of the sampler's table: the UNet, guidance and the update, eagerly or as the replay of one graph.
+"""One row of the sampler's table on the device, eagerly or as the replay of one captured graph.
 
 What a graph must not fix is in buffers: the state with its table and row, the row's time embedding, keys and values of
 the text, guidance. So one graph serves every sampler, number of steps, prompt, seed, guidance scale and strength.
@@ -7,220 +7,178 @@ the text, guidance. So one graph serves every sampler, number of steps, prompt, 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
+from torch import nn
 
-from fastsd.config import SchedulerConfig
-from fastsd.graph import Graphs, circumstances
+from fastsd.graph import graph_key
+from fastsd.kernels.advance import advance, guidance_rescale
 from fastsd.model.controlnet import ControlNet
 from fastsd.model.unet import UNet
-from fastsd.sampling import advance
-from fastsd.sampling.schedule import alphas_cumprod
+from fastsd.sampling.advance import State
 
-MAX_ROWS = 2048  # of a static table: 1000 steps of a sampler that calls the network twice
+MAX_ROWS = 2048  # of a captured table: 1000 steps of a sampler that calls the network twice
 
 
 @dataclass(eq=False)
-class Told:
-    """What a network is told beside the latent.
+class Conditioning:
+    """What a network is given beside the latent.
 
     Attributes:
         time: `[rows, 1 or UNet samples, sum of channels]`, the projected time embeddings.
-        key_values: of every cross-attention, `[UNet samples, L, 2, heads, D]` each; another tuple of the same shapes
-            may take their place between two rows.
+        key_values: of every cross-attention, `[UNet samples, L, 2, heads, D]` each. Between two rows another tuple of
+            the same shapes may replace it.
     """
 
     time: torch.Tensor
     key_values: tuple[torch.Tensor, ...] = ()
 
+    def buffers(self) -> Conditioning:
+        """A copy for one row."""
+        return Conditioning(self.time[:1].clone(), tuple(x.clone() for x in self.key_values))
+
 
 @dataclass(eq=False)
-class Controller:
-    """A ControlNet at work.
+class ActiveControl:
+    """A ControlNet that takes part in the current row.
 
     Attributes:
-        hint: `[1, h, w, C]`, its picture as its first layers see it.
+        hint: `[1, h, w, C]`, its image after its first layers.
         weight: `[1]` fp32.
-        active: the rows in which it takes part.
     """
 
     net: ControlNet
-    told: Told
+    conditioning: Conditioning
     hint: torch.Tensor
     weight: torch.Tensor
-    active: frozenset[int] = frozenset()
 
 
 @dataclass(eq=False)
-class Run:
-    """The tensors of one batch on its way through the table.
+class StepInputs:
+    """The tensors that a row reads and writes.
 
     Attributes:
-        state: the sampler's; while a graph works on this run, its buffers are the graph's.
-        told: what the UNet is told.
+        state: the sampler's; while a graph works on this batch, its tensors are the graph's buffers.
+        conditioning: the UNet's.
         guidance: `[1]` fp32, or None: no unconditional half.
         rescale: `[1]` fp32, the share of guidance rescaling, or None.
-        extra_channels: `[n, h, w, 5]`, mask and masked picture of an inpainting UNet, or None.
-        controllers: the ControlNets that take part in the current row.
+        extra_channels: `[n, h, w, C + 1]`, mask and masked image of an inpainting UNet, or None.
+        controls: the ControlNets that take part in the current row.
     """
 
-    state: advance.State
-    told: Told
+    state: State
+    conditioning: Conditioning
     guidance: torch.Tensor | None = None
     rescale: torch.Tensor | None = None
     extra_channels: torch.Tensor | None = None
-    controllers: tuple[Controller, ...] = ()
-    keys: dict[Hashable, Hashable] = field(default_factory=dict)  # of its graphs, by who takes part
+    controls: tuple[ActiveControl, ...] = ()
+    _keys: dict[Hashable, Hashable] = field(default_factory=dict, repr=False)  # of graphs, by the networks
 
-    def constants(self) -> tuple[torch.Tensor | None, ...]:
+    def constants(self) -> Iterator[torch.Tensor | None]:
         """What stays the same over the rows."""
-        controls = (x for controller in self.controllers for x in (controller.hint, controller.weight))
-        return (self.guidance, self.rescale, self.extra_channels, *controls)
+        yield from (self.guidance, self.rescale, self.extra_channels)
+        for control in self.controls:
+            yield from (control.hint, control.weight)
 
-    def all_told(self) -> tuple[Told, ...]:
-        """What each network that takes part is told, the UNet first."""
-        return (self.told, *(controller.told for controller in self.controllers))
-
-
-@dataclass
-class _Static:
-    """A graph's buffers: those of a run, with the time embeddings of one row; and whose contents they have."""
-
-    buffers: Run
-    owner: Callable[[], Run | None] = lambda: None
-    key_values: list[tuple[torch.Tensor, ...]] = field(default_factory=list)  # the owner's, which were copied
+    def conditionings(self) -> list[Conditioning]:
+        """The UNet's, then the ControlNets'."""
+        return [self.conditioning, *(control.conditioning for control in self.controls)]
 
 
-class Estimate(NamedTuple):
-    """What the network was given and said of a batch's first image, `[1, h, w, C]` each; at no timestep it is done."""
+def denoise_row(unet: UNet, inputs: StepInputs, row: int) -> torch.Tensor:
+    """Call the UNet and update the latent. Nothing here depends on a number of the host but `row`, of the times.
 
-    x_in: torch.Tensor
-    out: torch.Tensor
-    timestep: float | None
+    Returns:
+        The UNet's output, `[n or 2n, h, w, C]`.
+    """
+    state, guided = inputs.state, inputs.guidance is not None
+    dtype = unet.conv_in.weight.dtype
+    latent = torch.cat([state.x_in, state.x_in]) if guided else state.x_in
+    residuals: list[torch.Tensor] | None = None
+    for control in inputs.controls:
+        given = control.conditioning
+        added = control.net.denoise(latent.to(dtype), given.time[row], given.key_values, control.hint, control.weight)
+        residuals = added if residuals is None else [a + b for a, b in zip(residuals, added, strict=True)]
+    if inputs.extra_channels is not None:
+        latent = torch.cat([state.x_in, inputs.extra_channels], dim=-1)
+        latent = torch.cat([latent, latent]) if guided else latent
+    out = unet.denoise(latent.to(dtype), inputs.conditioning.time[row], inputs.conditioning.key_values, residuals)
+    scale = 1.0 if inputs.guidance is None else inputs.guidance
+    rescale = None if inputs.rescale is None else guidance_rescale(out, scale, inputs.rescale)
+    advance(out=out, guidance=scale, rescale=rescale, **state.operands())
+    state.row += 1
+    return out
 
-    def denoised(self, scheduler: SchedulerConfig) -> torch.Tensor:
-        """The clean latent that the network's (conditional) output speaks for, `[1, h, w, C]`."""
-        if self.timestep is None:
-            return self.x_in
-        levels, out = alphas_cumprod(scheduler), self.out.float()
-        signal = float(levels[min(max(round(self.timestep), 0), len(levels) - 1)])
-        alpha, sigma = signal**0.5, (1.0 - signal) ** 0.5
-        if scheduler.prediction_type == "sample":
-            return out
-        if scheduler.prediction_type == "v_prediction":
-            return alpha * self.x_in - sigma * out
-        return (self.x_in - sigma * out) / max(alpha, 1e-3)
 
+class CapturedStep:
+    """A row captured on buffers of its own, which one batch at a time owns."""
 
-class Denoiser:
-    """Takes runs forward row by row."""
+    def __init__(self, unet: UNet, inputs: StepInputs):
+        """Buffers of the shapes of `inputs`, with its contents."""
 
-    def __init__(self, unet: UNet, dtype: torch.dtype, graphs: Graphs):
-        self.unet, self.dtype, self.graphs = unet, dtype, graphs
-
-    def step(self, run: Run, noise: torch.Tensor | None) -> torch.Tensor:
-        """Do the current row of `run`.
-
-        Args:
-            noise: `[n, h, w, C]`, where the row draws.
-
-        Returns:
-            The UNet's output, `[n or 2n, h, w, C]`; good until the next step of any run.
-        """
-        captured = None
-        if self.graphs.active:
-            captured = self.graphs.captured(self._key(run), lambda: self._make(run))
-        if captured is not None:
-            static: _Static = captured.buffers
-            _claim(static, run)
-        if noise is not None:
-            run.state.noise[0].copy_(noise)
-        row = run.state.index
-        if captured is None:
-            out = self._row(run, row)
-        else:
-            for buffer, told in zip(static.buffers.all_told(), run.all_told(), strict=True):
-                buffer.time[0].copy_(told.time[row])
-            out = captured.replay()
-        run.state.index += 1
-        return out
-
-    def _row(self, run: Run, row: int) -> torch.Tensor:
-        """All that happens on the device; nothing here may depend on a number of the host but `row`, of the times."""
-        x = run.state.x_in
-        guided = run.guidance is not None
-        control = None
-        for one in run.controllers:
-            latent = (torch.cat([x, x]) if guided else x).to(self.dtype)
-            added = one.net.denoise(latent, one.told.time[row], one.told.key_values, one.hint, one.weight)
-            control = added if control is None else [a + b for a, b in zip(control, added, strict=True)]
-        if run.extra_channels is not None:
-            x = torch.cat([x, run.extra_channels], dim=-1)
-        if guided:
-            x = torch.cat([x, x])
-        out = self.unet.denoise(x.to(self.dtype), run.told.time[row], run.told.key_values, control)
-        advance.update(run.state, out, run.guidance, run.rescale)
-        return out
-
-    def _key(self, run: Run) -> Hashable:
-        """Of the graph for the networks that take part in this row; worked out once for each such set."""
-        taking_part = (id(self), *map(id, run.controllers))
-        if taking_part not in run.keys:
-            networks = (self.unet, *(controller.net for controller in run.controllers))
-            run.keys[taking_part] = (*map(circumstances, networks), _shapes(run))
-        return run.keys[taking_part]
-
-    def _make(self, run: Run) -> tuple[_Static, Callable[[], torch.Tensor]]:
-        def copy(told: Told) -> Told:
-            return Told(told.time[:1].clone(), tuple(x.clone() for x in told.key_values))
-
-        def steered(one: Controller) -> Controller:
-            # A graph keeps no ControlNet that nobody else has: it is found by where the weights are, so never again
-            # once they are gone, unless others of the same shapes are in the very same places.
-            net = cast(ControlNet, weakref.proxy(one.net))
-            return Controller(net, copy(one.told), one.hint.clone(), one.weight.clone())
-
-        def own(x: torch.Tensor | None) -> torch.Tensor | None:
+        def copy(x: torch.Tensor | None) -> torch.Tensor | None:
             return None if x is None else x.clone()
 
-        buffers = Run(
-            run.state.copy(MAX_ROWS),
-            copy(run.told),
-            own(run.guidance),
-            own(run.rescale),
-            own(run.extra_channels),
-            tuple(steered(one) for one in run.controllers),
+        def copy_control(control: ActiveControl) -> ActiveControl:
+            # A graph must not keep a ControlNet alive that its owner gave up: the key holds addresses of weights,
+            # which are never seen again once they are freed, unless equal shapes land in the very same places.
+            net = cast(ControlNet, weakref.proxy(control.net))
+            return ActiveControl(net, control.conditioning.buffers(), control.hint.clone(), control.weight.clone())
+
+        self.unet = unet
+        self.buffers = StepInputs(
+            inputs.state.copy(MAX_ROWS),
+            inputs.conditioning.buffers(),
+            copy(inputs.guidance),
+            copy(inputs.rescale),
+            copy(inputs.extra_channels),
+            tuple(map(copy_control, inputs.controls)),
         )
-        return _Static(buffers), lambda: self._row(buffers, 0)
+        self._owner: Callable[[], StepInputs | None] = lambda: None
+        self._key_values: list[tuple[torch.Tensor, ...]] = []  # whose contents the buffers hold
 
+    @staticmethod
+    def key(unet: UNet, inputs: StepInputs) -> Hashable:
+        """Equal for batches that one capture serves: the same networks and backend, tensors of the same shapes."""
+        networks = (unet, *(control.net for control in inputs.controls))
+        which = tuple(map(id, networks))
+        if which not in inputs._keys:  # a key reads the address of every weight
+            inputs._keys[which] = CapturedStep._make_key(networks, inputs)
+        return inputs._keys[which]
 
-def _shapes(run: Run) -> Hashable:
-    shapes = tuple(None if x is None else (tuple(x.shape), x.dtype) for x in run.constants())
-    told = tuple((tuple(one.time.shape[1:]), *(tuple(x.shape) for x in one.key_values)) for one in run.all_told())
-    return ("step", tuple(run.state.x.shape), shapes, told)
+    @staticmethod
+    def _make_key(networks: Sequence[nn.Module], inputs: StepInputs) -> Hashable:
+        shapes: list[Hashable] = [None if x is None else (tuple(x.shape), x.dtype) for x in inputs.constants()]
+        for conditioning in inputs.conditionings():
+            shapes += [tuple(conditioning.time.shape[1:]), *(tuple(x.shape) for x in conditioning.key_values)]
+        return ("step", *map(graph_key, networks), tuple(inputs.state.x.shape), tuple(shapes))
 
+    def run(self) -> torch.Tensor:
+        """The row that is captured."""
+        return denoise_row(self.unet, self.buffers, 0)
 
-def _claim(static: _Static, run: Run) -> None:
-    """Make the graph's buffers those of `run`, after saving the state of the run whose they were.
+    def load(self, inputs: StepInputs) -> None:
+        """Make the buffers those of `inputs` for its current row, after saving the state of the batch before it.
 
-    A run whose networks change from row to row goes from graph to graph: it may have been here before, and its state be
-    elsewhere since.
-    """
-    before, buffers = static.owner(), static.buffers
-    if before is not run or run.state.x is not buffers.state.x:
-        if before is not None and before is not run and before.state.x is buffers.state.x:
-            before.state = before.state.copy()
-        for buffer, x in zip(buffers.constants(), run.constants(), strict=True):
-            if buffer is not None and x is not None:
-                buffer.copy_(x)
-        buffers.state.load(run.state)
-        run.state = replace(buffers.state, plan=run.state.plan, index=run.state.index)
-        static.owner, static.key_values = weakref.ref(run), [() for _ in run.all_told()]
-    for i, (buffer_told, told) in enumerate(zip(buffers.all_told(), run.all_told(), strict=True)):
-        if static.key_values[i] is not told.key_values:
-            for buffer_one, x in zip(buffer_told.key_values, told.key_values, strict=True):
-                buffer_one.copy_(x)
-            static.key_values[i] = told.key_values
+        A batch whose networks change from row to row moves between graphs: it may have owned these buffers before, and
+        its state be elsewhere since.
+        """
+        owner, buffers = self._owner(), self.buffers
+        if owner is not inputs or inputs.state.x is not buffers.state.x:
+            if owner is not None and owner is not inputs and owner.state.x is buffers.state.x:
+                owner.state = owner.state.copy()
+            for buffer, x in zip(buffers.constants(), inputs.constants(), strict=True):
+                if buffer is not None and x is not None:
+                    buffer.copy_(x)
+            buffers.state.load(inputs.state)
+            inputs.state = replace(buffers.state, plan=inputs.state.plan, index=inputs.state.index)
+            self._owner, self._key_values = weakref.ref(inputs), [() for _ in inputs.conditionings()]
+        for i, (own, given) in enumerate(zip(buffers.conditionings(), inputs.conditionings(), strict=True)):
+            if self._key_values[i] is not given.key_values:
+                for buffer, x in zip(own.key_values, given.key_values, strict=True):
+                    buffer.copy_(x)
+                self._key_values[i] = given.key_values
+            own.time[0].copy_(given.time[inputs.state.index])

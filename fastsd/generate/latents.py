@@ -1,4 +1,4 @@
-"""Noise, pictures and masks as the latents that the denoising loop works on."""
+"""Noise, images and masks as latents."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 from PIL import Image, ImageFilter
 
 from fastsd.errors import FastsdError
-from fastsd.graph import Graphs, chosen_convolutions
+from fastsd.graph import Graphs, fixed_convolutions
 from fastsd.model.taesd import Autoencoder
 from fastsd.model.tiling import decode_tiled, encode_tiled
 from fastsd.runtime.devices import dtype_name
 
-FEATHER = 4  # pixels over which an inpainted region fades into the kept picture, inside the mask
-CAPTURED = 1024 * 1024  # pixels above which the autoencoder is no graph: launches are nothing, its maps gigabytes
+FEATHER = 4  # pixels over which an inpainted region fades into the kept image, inside the mask
+CAPTURED = 1024 * 1024  # most pixels for a graph of the autoencoder: above, launches cost nothing and maps gigabytes
 
 T = TypeVar("T")
 
@@ -26,20 +26,23 @@ T = TypeVar("T")
 class Noise:
     """Standard normal noise, from one CPU generator for each image.
 
-    An image's noise depends on its seed alone: not on the device, the batch, or its place in the batch.
+    An image's noise depends on its seed alone: not on the device, the batch, or its position in the batch.
+
+    Args:
+        shape: `(C, h, w)`.
     """
 
     def __init__(self, seeds: Sequence[int], channels: int, height: int, width: int, device: torch.device):
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         self.shape = (channels, height, width)
         self.device = device
 
-    def draw(self) -> torch.Tensor:
+    def sample(self) -> torch.Tensor:
         """The next noise of every image, `[N, h, w, C]` fp32."""
-        drawn = torch.stack([torch.randn(self.shape, generator=generator) for generator in self.generators])
-        drawn = to_channels_last(drawn)
-        # From pinned memory the copy waits for nothing, and PyTorch keeps that memory until the copy is done.
-        return drawn.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else drawn
+        noise = torch.stack([torch.randn(self.shape, generator=generator) for generator in self.generators])
+        noise = to_channels_last(noise)
+        # A copy from pinned memory does not wait, and PyTorch keeps that memory until the copy is done.
+        return noise.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else noise
 
 
 def to_channels_last(x: torch.Tensor) -> torch.Tensor:
@@ -48,23 +51,23 @@ def to_channels_last(x: torch.Tensor) -> torch.Tensor:
 
 
 def image_tensor(image: Image.Image) -> torch.Tensor:
-    """An RGB picture as `[1, H, W, 3]` fp32 in [-1, 1]."""
+    """An RGB image as `[1, H, W, 3]` fp32 in [-1, 1]."""
     return torch.from_numpy(np.array(image, dtype=np.float32)).div_(127.5).sub_(1.0)[None]
 
 
 class Codec:
-    """The autoencoder between pictures and scaled latents.
+    """The autoencoder between images and scaled latents.
 
-    A single value that is not finite (fp16 ends at 65504; the maps of some checkpoints do not) is no picture: the
-    autoencoder then goes to fp32 for good, so that only this picture is computed twice, and `news` says so once.
+    Some checkpoints overflow fp16, whose largest number is 65504. If a single value is not finite, the autoencoder is
+    converted to fp32 and the image computed again; later images run in fp32 at once. `take_notes` reports it once.
     """
 
     def __init__(self, vae: Autoencoder, graphs: Graphs):
         self.vae, self.graphs = vae, graphs
-        self._news: list[str] = []
+        self._notes: list[str] = []
 
     def encode(self, image: torch.Tensor, noise: torch.Tensor, tiled: bool) -> torch.Tensor:
-        """One picture to a sampled, scaled latent for every image of `noise`. TAESD's is the same for all.
+        """One image to a sampled, scaled latent for each image of `noise`; with TAESD all are the same.
 
         Args:
             image: `[1, H, W, 3]` in [-1, 1].
@@ -82,7 +85,7 @@ class Codec:
         return (mean.float() + torch.exp(0.5 * logvar.float()) * noise) * self.vae.config.scaling_factor
 
     def decode(self, latent: torch.Tensor, tiled: bool) -> np.ndarray:
-        """A scaled latent `[1, h, w, C]` to a picture `[1, H, W, 3]` uint8; in overlapping tiles where asked.
+        """A scaled latent `[1, h, w, C]` to an image `[1, H, W, 3]` uint8; in overlapping tiles where `tiled`.
 
         Raises:
             FastsdError: it is not finite even in fp32.
@@ -93,40 +96,40 @@ class Codec:
         image = self._finite("decode", run, latent / config.scaling_factor, tiled or large)
         return (image.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
 
-    def news(self) -> list[str]:
-        """What the next result should say."""
-        news, self._news = self._news, []
-        return news
+    def take_notes(self) -> list[str]:
+        """Notes since the last call."""
+        notes, self._notes = self._notes, []
+        return notes
 
     def _finite(self, name: str, run: Callable[[torch.Tensor], T], x: torch.Tensor, eager: bool) -> T:
-        """`run(x)`, in fp32 if need be."""
+        """`run(x)`; again in fp32 if it is not finite."""
         weight = next(self.vae.parameters())
         given = x.to(weight.device, weight.dtype)
-        with chosen_convolutions(given.device):
+        with fixed_convolutions(given.device):
             result = run(given) if eager else self.graphs(name, run, given, weights=self.vae)
         if is_finite(result):
             return result
         if weight.dtype == torch.float32 or not is_finite(x):
-            raise FastsdError("the picture is not finite: the model overflowed; dtype fp32 or bf16 may help")
-        self._news.append(f"the autoencoder overflowed in {dtype_name(weight.dtype)}; it runs in fp32 from now on")
+            raise FastsdError("the image is not finite: the model overflowed; {dtype} fp32 or bf16 may help")
+        self._notes.append(f"the autoencoder overflowed in {dtype_name(weight.dtype)}; it runs in fp32 from now on")
         self.vae.float()
-        self.graphs.forget()  # for the memory of those that read the weights of before
+        self.graphs.forget()  # they read the old weights, and hold memory
         return self._finite(name, run, x, eager)
 
 
 def is_finite(tensors: Any) -> bool:
-    """Whether every value of a tensor, or of a tuple of them, is a number. The device is waited for."""
+    """Whether all values of a tensor, or of a tuple of them, are finite. Waits for the device."""
     return all(bool(torch.isfinite(x).all()) for x in (tensors if isinstance(tensors, tuple) else (tensors,)))
 
 
 @dataclass(frozen=True)
 class InpaintMask:
-    """Which part of a picture is painted anew.
+    """The part of an image that changes.
 
     Attributes:
-        pixels: `[1, H, W, 1]` fp32, 1 where the picture is painted anew.
-        latents: `[1, h, w, 1]`, 1 where any pixel under the latent pixel is.
-        feathered: picture-sized, 0 outside the mask, rising to 255 over `FEATHER` pixels inside it.
+        pixels: `[1, H, W, 1]` fp32, 1 where the image changes.
+        latents: `[1, h, w, 1]`, 1 where any pixel under the latent pixel changes.
+        feathered: of the image's size, 0 outside the mask, rising to 255 over `FEATHER` pixels inside it.
     """
 
     pixels: torch.Tensor
@@ -135,25 +138,25 @@ class InpaintMask:
 
     @classmethod
     def from_image(cls, mask: Image.Image, downscale: int) -> InpaintMask:
-        """`mask`: one channel; 128 and above is painted anew."""
+        """`mask`: one channel; 128 and above changes."""
         binary = mask.point([0] * 128 + [255] * 128)
         pixels = torch.from_numpy(np.array(binary, dtype=np.float32) / 255.0)[None, None]
         latents = torch.nn.functional.max_pool2d(pixels, downscale)
         return cls(to_channels_last(pixels), to_channels_last(latents), feather(binary))
 
-    def compose(self, original: Image.Image, painted: Image.Image) -> Image.Image:
-        """`painted` inside the mask; outside it `original`, to the bit."""
-        return Image.composite(painted, original, self.feathered)
+    def compose(self, original: Image.Image, generated: Image.Image) -> Image.Image:
+        """`generated` inside the mask; outside it `original`, bit for bit."""
+        return Image.composite(generated, original, self.feathered)
 
 
 def feather(binary: Image.Image) -> Image.Image:
-    """Soften a mask towards its inside: a blur is one half at the edge; what is above one half is stretched."""
+    """Soften a mask towards its inside: a blur is one half at the edge, so values above one half are stretched."""
     blurred = np.asarray(binary.filter(ImageFilter.GaussianBlur(FEATHER / 2)), dtype=np.float32) / 255.0
     inside = np.clip(blurred * 2.0 - 1.0, 0.0, 1.0) * (np.asarray(binary) > 0)
     return Image.fromarray((inside * 255.0).round().astype(np.uint8))
 
 
 def enlarge(latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """`[n, h, w, C]` to `[n, height, width, C]`, bilinear with pixels' centres kept, as A1111's "Latent" does."""
+    """`[n, h, w, C]` to `[n, height, width, C]`, bilinear with aligned pixel centres, as A1111's "Latent" does."""
     maps = torch.nn.functional.interpolate(latents.permute(0, 3, 1, 2), size=(height, width), mode="bilinear")
     return to_channels_last(maps)

@@ -1,4 +1,4 @@
-"""What a caller asks of the pipeline, checked before any work is done."""
+"""A call as a plan: every argument checked, every default filled in, everything worked out that needs no network."""
 
 from __future__ import annotations
 
@@ -13,268 +13,301 @@ from PIL import Image
 from fastsd.components import Components
 from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
-from fastsd.generate.validation import (
-    MAX_SIDE,
-    Control,
-    fit_latents,
-    fit_pictures,
-    left_out,
-    listed,
-    nothing_redone,
-    number,
-    resized,
-    texts,
-    word,
-)
+from fastsd.generate.control import Control, idle_controls, resize_control
+from fastsd.generate.defaults import steps_from_image
+from fastsd.generate.inputs import Images, check_prompts, fit_images, fit_latents
+from fastsd.generate.latents import InpaintMask
 from fastsd.model.taesd import DECODES_ONLY
+from fastsd.parameters import (
+    DEFAULT_BATCH,
+    MAX_IMAGES,
+    MAX_SEED,
+    MAX_SIDE,
+    PARAMETERS,
+    RANDOM_SEED,
+    REFINER_SWITCH,
+    Settings,
+    check_call,
+)
 from fastsd.runtime import memory
 from fastsd.sampling.samplers import build, resolve
 from fastsd.sampling.table import Table
-from fastsd.text.parse import Wording, read_wording
+from fastsd.text.parse import ParsedPrompts, parse_prompts
 
-MAX_IMAGES = 1000
-DEFAULT_BATCH = 8
-MAX_STEPS = 1000
-MAX_GUIDANCE = 100.0
-MAX_SEED = 2**63 - 1
-TILED_FROM = 2048 * 2048  # pixels above which the autoencoder works in tiles by itself
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-UPSCALERS = ("latent", "lanczos")
-MAX_HIRES = 8.0
-REFINER_SWITCH = 0.8
+TILED_FROM = 2048 * 2048  # pixels above which the autoencoder works in tiles by default
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One walk through the noise levels: the only one, or one of the hires fix's two.
+
+    Attributes:
+        settings: of the call, complete.
+        prompts: parsed for the steps of this pass.
+        table: the sampler's, for the steps that run.
+        width, height: in pixels.
+        strength: how much of an image it changes.
+        vae_tiling: the autoencoder works in tiles.
+        guided: an unconditional half runs beside the conditional one.
+        workload: what its memory depends on.
+        controls: with RGB images, width x height.
+        image: RGB, width x height, or None.
+        mask: of the image, or None.
+        latents: starting noise `[N, C, h, w]`, or None.
+        refiner_row: the first row of the table that the refiner does; without one, past the last.
+    """
+
+    settings: Settings
+    prompts: ParsedPrompts
+    table: Table
+    width: int
+    height: int
+    strength: float
+    vae_tiling: bool
+    guided: bool
+    workload: memory.Picture
+    controls: tuple[Control, ...]
+    image: Image.Image | None = None
+    mask: InpaintMask | None = None
+    latents: torch.Tensor | None = None
+    refiner_row: int = 0
+
+    def ends_step(self, row: int) -> bool:
+        """Whether `row` is the last of one of the user's steps."""
+        steps = self.table.step
+        return row + 1 == len(steps) or bool(steps[row + 1] != steps[row])
 
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of one call, complete and in range. `Pipeline.__call__` documents the fields."""
+    """One call, complete and in range.
 
-    wording: Wording
-    seeds: tuple[int, ...]
-    table: Table  # the sampler, worked out for the steps that run
-    num_inference_steps: int
-    guidance_scale: float
-    guided: bool  # an unconditional half runs beside the conditional one
-    guidance_rescale: float
-    width: int
-    height: int
-    sampler: str
-    schedule: str
-    eta: float
-    clip_skip: int
-    strength: float
-    batch_size: int
-    output_type: str
-    vae_tiling: bool
-    picture: memory.Picture  # what the memory that it takes depends on
-    trained_steps: int  # of the noise schedule
-    image: Image.Image | None = None  # RGB, width x height
-    mask: Image.Image | None = None  # L, width x height
-    latents: torch.Tensor | None = None  # [N, C, h, w]
-    notes: tuple[str, ...] = ()
-    controls: tuple[Control, ...] = ()  # their images RGB, width x height
-    hires: Request | None = None  # the second pass, over the enlarged result of this one
-    hires_scale: float | None = None
-    hires_upscaler: str = "latent"
-    refiner_switch: float | None = None
-
-    @property
-    def passes(self) -> tuple[Request, ...]:
-        """This request and, where there is one, the second pass."""
-        return (self,) if self.hires is None else (self, self.hires)
-
-    @property
-    def refiner_row(self) -> int | None:
-        """The first row of the table that the refiner does.
-
-        It takes over at the first step whose timestep lies below the share of them that `refiner_switch` leaves, as
-        diffusers counts it.
-        """
-        if self.refiner_switch is None:
-            return None
-        times, steps = self.table.timesteps, self.table.step
-        below = round(self.trained_steps * (1.0 - self.refiner_switch))
-        starts = (row for row in range(len(times)) if row == 0 or steps[row] != steps[row - 1])
-        return next((row for row in starts if times[row] < below), len(times))
-
-
-def make_request(
-    components: Components,
-    defaults: dict[str, Any],
-    prompt: str | list[str],
-    negative_prompt: str | list[str] = "",
-    num_inference_steps: int | None = None,
-    guidance_scale: float | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    seed: int | None = None,
-    sampler: str | None = None,
-    schedule: str | None = None,
-    num_images_per_prompt: int = 1,
-    batch_size: int | None = None,
-    image: Image.Image | None = None,
-    mask_image: Image.Image | None = None,
-    strength: float = 0.8,
-    guidance_rescale: float = 0.0,
-    eta: float = 0.0,
-    clip_skip: int = 1,
-    latents: torch.Tensor | None = None,
-    output_type: str = "pil",
-    vae_tiling: bool | None = None,
-    prompt_syntax: str = "a1111",
-    controls: Sequence[Control] = (),
-    hires_scale: float | None = None,
-    hires_strength: float = 0.5,
-    hires_steps: int | None = None,
-    hires_upscaler: str = "latent",
-    refiner_switch: float | None = None,
-    refines: bool = False,
-) -> Request:
-    """Check the arguments of a call and fill in the checkpoint's defaults; `Pipeline.__call__` says what they mean.
-
-    Raises:
-        FastsdError: something is missing, unknown or out of range; one line that names it.
+    Attributes:
+        settings: a value for every parameter.
+        seeds: one for each image.
+        passes: one, or two with the hires fix.
+        notes: what the user should know.
     """
 
-    def chosen(name: str, value: Any) -> Any:
-        return defaults[name] if value is None else value
+    settings: Settings
+    seeds: tuple[int, ...]
+    passes: tuple[Pass, ...]
+    notes: tuple[str, ...]
 
-    config = components.vae.config
-    prompts, negatives = texts("prompt", prompt), texts("negative_prompt", negative_prompt)
-    if not all(text.strip() for text in prompts):
-        raise FastsdError("prompt is empty; say what to draw")
-    if len(negatives) not in (1, len(prompts)):
-        raise FastsdError(f"negative_prompt holds {len(negatives)} texts for {len(prompts)} prompts; give 1 or as many")
-    each = number("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES, whole=True)
-    count = number("the number of images", len(prompts) * each, 1, MAX_IMAGES, whole=True)
-    first = secrets.randbelow(2**32) if seed is None else number("seed", seed, 0, MAX_SEED - count, whole=True)
-    batch_size = number("batch_size", chosen_batch(batch_size, count), 1, MAX_IMAGES, whole=True)
+    @property
+    def batches(self) -> list[slice]:
+        """The images that run together: up to `batch_size` neighbours whose texts fill as many chunks in every pass."""
+        lengths = list(zip(*(stage.prompts.lengths for stage in self.passes), strict=True))
+        found, start = [], 0
+        for i in range(1, len(lengths) + 1):
+            differs = i == len(lengths) or lengths[i] != lengths[start]
+            if differs or i - start == self.settings.batch_size:
+                found.append(slice(start, i))
+                start = i
+        return found
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all batches and passes."""
+        return len(self.batches) * sum(stage.table.steps for stage in self.passes)
+
+
+def plan(
+    components: Components,
+    defaults: dict[str, Any],
+    arguments: dict[str, Any],
+    has_refiner: bool = False,
+    few_step: bool = False,
+) -> Request:
+    """Check the arguments of a call, fill in the defaults, and work out what needs no network.
+
+    Args:
+        components: the checkpoint.
+        defaults: its own settings.
+        arguments: of `Pipeline.__call__`.
+        has_refiner: another checkpoint does the last steps.
+        few_step: the checkpoint was distilled to few steps.
+
+    Raises:
+        FastsdError: something is missing, unknown or out of range; it names the argument.
+    """
+    settings = check_call(arguments, ("refiner",) if has_refiner else ())
+    if has_refiner and settings.refiner_switch is None:
+        settings = settings.replace(refiner_switch=REFINER_SWITCH)
+    settings = _fill_steps(settings, defaults, few_step)
+    settings = _fill_sampling(settings, components, defaults)
+    prompts, negatives = _prompts(settings)
+    count = len(prompts)
+    settings = _fill_counts(settings, count)
+    guided = settings.guidance_scale != 1.0 and not components.unet.config.time_cond_proj_dim  # takes it as an input
+    parsed = parse_prompts(components, prompts, negatives, settings.num_inference_steps, settings.prompt_syntax, guided)
+    images = fit_images(components, settings, (defaults["width"], defaults["height"]))
+    settings = settings.replace(width=images.size[0], height=images.size[1])
+    first = _first_pass(components, settings, parsed, images, guided, count)
+    notes = [*parsed.notes, *images.notes]
+    if not len(first.table) and first.strength > 0:
+        notes.append(_nothing_changes("the run", first.strength, settings.num_inference_steps))
+    notes += idle_controls(first.controls, first.table)
+    passes: tuple[Pass, ...] = (first,)
+    if settings.hires_scale is not None:
+        second = _second_pass(components, first, prompts, negatives)
+        if not len(second.table) and second.strength > 0:
+            notes.append(_nothing_changes("the second pass", second.strength, settings.hires_steps))
+        passes = (first, second)
+    seeds = tuple(settings.seed + i for i in range(count))
+    return Request(settings, seeds, passes, tuple(dict.fromkeys(notes)))
+
+
+def _fill_steps(settings: Settings, defaults: dict[str, Any], few_step: bool) -> Settings:
+    """Steps and guidance. A few-step model that starts from an image gets steps enough for one of them to run."""
+
+    def enough(steps: int, strength: float) -> int:
+        return steps_from_image(steps, strength) if few_step else steps
+
+    steps = settings.num_inference_steps
+    if steps is None:
+        steps = PARAMETERS["num_inference_steps"].check(defaults["num_inference_steps"])
+        if settings.image is not None:
+            steps = enough(steps, settings.strength)
+    guidance = settings.guidance_scale
+    if guidance is None:
+        guidance = PARAMETERS["guidance_scale"].check(defaults["guidance_scale"])
+    hires_steps = settings.hires_steps or enough(steps, settings.hires_strength)
+    return settings.replace(num_inference_steps=steps, guidance_scale=guidance, hires_steps=hires_steps)
+
+
+def _fill_sampling(settings: Settings, components: Components, defaults: dict[str, Any]) -> Settings:
+    """The sampler and schedule by their names here. The checkpoint's schedule belongs to its own sampler."""
     layers = min(encoder.config.num_hidden_layers for encoder in components.text_encoders)
-    if output_type not in OUTPUT_TYPES:
-        raise FastsdError(f"output_type is {output_type!r}; it should be one of {', '.join(OUTPUT_TYPES)}")
+    if settings.clip_skip > layers:
+        raise FastsdError(
+            f"it should be a whole number from 1 to {layers}", argument="clip_skip", value=settings.clip_skip
+        )
+    own = settings.sampler is None
+    schedule = settings.schedule or (defaults["schedule"] if own else "default")
+    sampler, schedule = resolve(defaults["sampler"] if own else settings.sampler, schedule)
+    return settings.replace(sampler=sampler, schedule=schedule)
 
-    steps = number("num_inference_steps", chosen("num_inference_steps", num_inference_steps), 1, MAX_STEPS, whole=True)
-    guidance = number("guidance_scale", chosen("guidance_scale", guidance_scale), 0, MAX_GUIDANCE)
-    guided = guidance != 1.0 and not components.unet.config.time_cond_proj_dim  # which takes the scale as an input
+
+def _prompts(settings: Settings) -> tuple[list[str], list[str]]:
+    """A prompt and a negative prompt for each image."""
+    prompts = check_prompts("prompt", settings.prompt)
+    negatives = check_prompts("negative_prompt", settings.negative_prompt)
+    if not all(text.strip() for text in prompts):
+        raise FastsdError("it is empty; say what to generate", argument="prompt")
+    if len(negatives) not in (1, len(prompts)):
+        raise FastsdError(
+            f"{len(negatives)} texts for {len(prompts)} prompts; give 1 or as many", argument="negative_prompt"
+        )
+    each = settings.num_images_per_prompt
+    if len(prompts) * each > MAX_IMAGES:
+        raise FastsdError(
+            f"{len(prompts) * each} images are too many; at most {MAX_IMAGES} are generated",
+            argument="num_images_per_prompt",
+        )
     negatives = [negatives[i % len(negatives)] for i in range(len(prompts)) for _ in range(each)]
-    prompts = [text for text in prompts for _ in range(each)]
-    wording = read_wording(components, prompts, negatives, steps, prompt_syntax, guided)
-    notes = dict.fromkeys(wording.notes)
-    default = (defaults["width"], defaults["height"])
-    image, mask, fitted, (width, height), more = fit_pictures(
-        components, image, mask_image, listed(controls), width, height, default
-    )
-    notes |= dict.fromkeys(more)
-    if refines:
-        refiner_switch = REFINER_SWITCH if refiner_switch is None else number("refiner_switch", refiner_switch, 0, 1)
-    elif refiner_switch is not None:
-        raise FastsdError("refiner_switch is given and no refiner is loaded; give a refiner to load")
+    return [text for text in prompts for _ in range(each)], negatives
+
+
+def _fill_counts(settings: Settings, count: int) -> Settings:
+    """The seed and the batch size of `count` images."""
+    seed = secrets.randbelow(2**32) if settings.seed in (None, RANDOM_SEED) else settings.seed
+    if seed > MAX_SEED - count:
+        raise FastsdError(f"it leaves no seeds for {count} images below {MAX_SEED}", argument="seed", value=seed)
+    return settings.replace(seed=seed, batch_size=min(settings.batch_size or DEFAULT_BATCH, count))
+
+
+def _first_pass(
+    components: Components, settings: Settings, prompts: ParsedPrompts, images: Images, guided: bool, count: int
+) -> Pass:
+    config = components.vae.config
+    width, height = images.size
+    latents = settings.latents
     if latents is not None:
         shape = (count, config.latent_channels, height // config.downscale, width // config.downscale)
         latents = fit_latents(latents, shape)
     weight = components.unet.conv_in.weight
-    tiled = width * height > TILED_FROM if vae_tiling is None else bool(vae_tiling)
-    batch_size = min(batch_size, count)
-    picture = memory.Picture(components.unet.config, config, width, height, batch_size, weight.dtype, tiled)
-    memory.check_picture(picture, weight.device)
-
-    strength, eta = number("strength", strength, 0, 1), number("eta", eta, 0, 1)
-    if schedule is None and sampler is None:
-        schedule = defaults["schedule"]  # belongs to the checkpoint's own sampler
-    sampler, schedule = resolve(word("sampler", chosen("sampler", sampler)), word("schedule", schedule or "default"))
-    start = 0 if image is None else steps - min(int(steps * strength), steps)
-    table = make_table(sampler, steps, components.scheduler, schedule, start, eta)
-    if not len(table) and strength > 0:
-        notes[nothing_redone("the run", strength, steps)] = None
-    notes |= dict.fromkeys(left_out(fitted, table))
-    request = Request(
-        wording=wording,
-        seeds=tuple(first + i for i in range(count)),
+    tiled = width * height > TILED_FROM if settings.vae_tiling is None else settings.vae_tiling
+    workload = memory.Picture(components.unet.config, config, width, height, settings.batch_size, weight.dtype, tiled)
+    memory.check_picture(workload, weight.device)
+    strength = 1.0 if images.image is None else settings.strength
+    table = make_table(settings, components.scheduler, settings.num_inference_steps, strength)
+    return Pass(
+        settings=settings,
+        prompts=prompts,
         table=table,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
+        width=width,
+        height=height,
+        strength=strength,
+        vae_tiling=tiled,
         guided=guided,
-        guidance_rescale=number("guidance_rescale", guidance_rescale, 0, 1),
-        width=width,
-        height=height,
-        sampler=sampler,
-        schedule=schedule,
-        eta=eta,
-        clip_skip=number("clip_skip", clip_skip, 1, layers, whole=True),
-        strength=strength,
-        batch_size=batch_size,
-        output_type=output_type,
-        vae_tiling=tiled,
-        picture=picture,
-        image=image,
-        mask=mask,
+        workload=workload,
+        controls=images.controls,
+        image=images.image,
+        mask=images.mask,
         latents=latents,
-        notes=tuple(notes),
-        controls=fitted,
-        trained_steps=components.scheduler.num_train_timesteps,
-        refiner_switch=refiner_switch,
+        refiner_row=refiner_row(table, components.scheduler, settings.refiner_switch),
     )
-    if hires_scale is None:
-        if hires_steps is not None:
-            raise FastsdError("hires_steps is given without hires_scale, which says by how much to enlarge")
-        return request
-    return with_second_pass(components, request, hires_scale, hires_strength, hires_steps, hires_upscaler)
 
 
-def with_second_pass(
-    components: Components, first: Request, scale: float, strength: float, steps: int | None, upscaler: str
-) -> Request:
-    """`first` with a second pass, image-to-image over its enlarged result; `Pipeline.__call__` says what they mean."""
-    if first.image is not None:
-        raise FastsdError("hires_scale is given with image; the second pass belongs to text-to-image")
-    if upscaler not in UPSCALERS:
-        raise FastsdError(f"hires_upscaler is {upscaler!r}; it should be one of {', '.join(UPSCALERS)}")
-    if upscaler != "latent" and components.vae.encoder is None:
-        raise FastsdError(f"hires_upscaler: {DECODES_ONLY}")
-    scale = number("hires_scale", scale, 1, MAX_HIRES)
-    strength = number("hires_strength", strength, 0, 1)
-    wording = first.wording
-    if steps is None:
-        steps = first.num_inference_steps
-    else:  # prompts with a schedule are read anew
-        steps = number("hires_steps", steps, 1, MAX_STEPS, whole=True)
-        prompts, negatives = wording.prompts, wording.negative_prompts
-        wording = read_wording(components, prompts, negatives, steps, wording.syntax, first.guided)
+def _second_pass(components: Components, first: Pass, prompts: Sequence[str], negatives: Sequence[str]) -> Pass:
+    """The hires fix: image-to-image over the enlarged result of the first pass."""
+    settings, weight = first.settings, components.unet.conv_in.weight
+    if settings.hires_upscaler != "latent" and components.vae.encoder is None:
+        raise FastsdError(DECODES_ONLY, argument="hires_upscaler")
+    steps, strength = settings.hires_steps, settings.hires_strength
+    parsed = first.prompts
+    if steps != settings.num_inference_steps:  # schedules in prompts count steps
+        parsed = parse_prompts(components, prompts, negatives, steps, settings.prompt_syntax, first.guided)
     factor = components.vae.config.downscale
-    width, height = (max(round(n * scale / factor), 1) * factor for n in (first.width, first.height))
+    width, height = (max(round(n * settings.hires_scale / factor), 1) * factor for n in (first.width, first.height))
     if max(width, height) > MAX_SIDE:
-        raise FastsdError(f"hires_scale: {width}x{height} would be drawn; at most {MAX_SIDE} pixels a side are")
+        raise FastsdError(
+            f"it makes {width}x{height}; at most {MAX_SIDE} pixels a side are generated",
+            argument="hires_scale",
+            value=settings.hires_scale,
+        )
     tiled = first.vae_tiling or width * height > TILED_FROM
-    picture = replace(first.picture, width=width, height=height, tiled=tiled)
-    memory.check_picture(picture, components.unet.conv_in.weight.device)
-    start = steps - min(int(steps * strength), steps)
-    table = make_table(first.sampler, steps, components.scheduler, first.schedule, start, first.eta)
-    if not len(table) and strength > 0:
-        first = replace(first, notes=(*first.notes, nothing_redone("the second drawing", strength, steps)))
-    second = replace(
+    workload = replace(first.workload, width=width, height=height, tiled=tiled)
+    memory.check_picture(workload, weight.device)
+    table = make_table(settings, components.scheduler, steps, strength)
+    return replace(
         first,
-        wording=wording,
+        prompts=parsed,
         table=table,
-        num_inference_steps=steps,
         width=width,
         height=height,
         strength=strength,
         vae_tiling=tiled,
-        picture=picture,
+        workload=workload,
         latents=None,
-        controls=tuple(replace(one, image=resized(one.image, width, height)) for one in first.controls),
+        controls=tuple(resize_control(control, width, height) for control in first.controls),
+        refiner_row=refiner_row(table, components.scheduler, settings.refiner_switch),
     )
-    return replace(first, hires=second, hires_scale=scale, hires_upscaler=upscaler)
 
 
-def chosen_batch(batch_size: int | None, count: int) -> int:
-    """The images that run together: as asked, else all up to `DEFAULT_BATCH`."""
-    return min(count, DEFAULT_BATCH) if batch_size is None else batch_size
+def make_table(settings: Settings, scheduler: SchedulerConfig, steps: int, strength: float) -> Table:
+    """The sampler's table for the share `strength` of `steps`; without rows where that is less than one step."""
+    start = steps - min(int(steps * strength), steps)
+    last = min(start, steps - 1)
+    table = build(settings.sampler, steps, scheduler, schedule=settings.schedule, start=last, eta=settings.eta)
+    return table if start == last else table.without_rows()
 
 
-def make_table(sampler: str, steps: int, scheduler: SchedulerConfig, schedule: str, start: int, eta: float) -> Table:
-    """The sampler's table; one without rows where a low strength leaves no step, so that the picture stays."""
-    if start < steps:
-        return build(sampler, steps, scheduler, schedule=schedule, start=start, eta=eta)
-    table = build(sampler, steps, scheduler, schedule=schedule, start=steps - 1, eta=eta)
-    none = {name: getattr(table, name)[:0] for name in ("rows", "save", "push", "draw", "keep", "step")}
-    return replace(table, **none, mix=(1.0, 0.0))
+def refiner_row(table: Table, scheduler: SchedulerConfig, switch: float | None) -> int:
+    """The first row of the table that the refiner does; past the last where there is none.
+
+    It takes over at the first step whose timestep lies below the share of them that `switch` leaves, as diffusers
+    counts it.
+    """
+    times, steps = table.timesteps, table.step
+    if switch is None:
+        return len(times)
+    below = round(scheduler.num_train_timesteps * (1.0 - switch))
+    starts = (row for row in range(len(times)) if row == 0 or steps[row] != steps[row - 1])
+    return next((row for row in starts if times[row] < below), len(times))
+
+
+def _nothing_changes(what: str, strength: float, steps: int) -> str:
+    """A note on a strength that leaves no step."""
+    return f"{what} changes nothing: strength {strength:g} of {steps} step{'s' * (steps > 1)} is less than one"

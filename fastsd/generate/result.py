@@ -1,4 +1,4 @@
-"""What a call returns: pictures in the form asked for, and every setting that they depend on."""
+"""What a call returns: images in the form asked for, and every setting that they depend on."""
 
 from __future__ import annotations
 
@@ -10,20 +10,7 @@ import torch
 from PIL import Image
 
 from fastsd.generate.request import Request
-
-SETTINGS = (
-    "num_inference_steps",
-    "guidance_scale",
-    "guidance_rescale",
-    "width",
-    "height",
-    "sampler",
-    "schedule",
-    "eta",
-    "clip_skip",
-    "hires_scale",
-    "refiner_switch",
-)
+from fastsd.parameters import recorded
 
 
 @dataclass
@@ -46,31 +33,26 @@ class Result:
     parameters: dict[str, Any]
 
 
-def in_form(images: list[Image.Image], output_type: str) -> Any:
-    """Pictures as "pil", "np" or "pt", see `Result`."""
+def convert_images(images: list[Image.Image], output_type: str) -> Any:
+    """Images as "pil", "np" or "pt", see `Result`."""
     if output_type == "pil":
         return images
     array = np.stack([np.asarray(image, dtype=np.float32) / 255.0 for image in images])
     return array if output_type == "np" else torch.from_numpy(array).permute(0, 3, 1, 2)
 
 
-def joined(parts: list[Any], output_type: str) -> Any:
-    """The pictures of all batches as one."""
+def join_batches(batches: list[Any], output_type: str) -> Any:
+    """The images of all batches as one list, array or tensor."""
     if output_type == "pil":
-        return [image for part in parts for image in part]
-    return np.concatenate(parts) if output_type == "np" else torch.cat(parts)
+        return [image for batch in batches for image in batch]
+    return np.concatenate(batches) if output_type == "np" else torch.cat(batches)
 
 
-def settings(request: Request) -> dict[str, Any]:
-    """The settings of a request; None is not stored in pictures."""
-    second = request.hires
-    return {name: getattr(request, name) for name in SETTINGS} | {
-        "prompts": list(request.wording.prompts),
-        "negative_prompts": list(request.wording.negative_prompts),
-        "strength": request.strength if request.image is not None else None,
-        "prompt_syntax": request.wording.syntax if request.wording.syntax != "a1111" else None,
-        "embeddings": list(request.wording.embeddings),
-        "hires_strength": second.strength if second else None,
-        "hires_steps": second.num_inference_steps if second else None,
-        "hires_upscaler": request.hires_upscaler if second else None,
+def used_settings(request: Request) -> dict[str, Any]:
+    """The settings that the images depend on; the prompts are lists, one for each image."""
+    prompts = request.passes[0].prompts
+    return recorded(request.settings) | {
+        "prompts": [prompt.prompt for prompt in prompts.positive],
+        "negative_prompts": [prompt.prompt for prompt in prompts.negative],
+        "embeddings": list(prompts.embeddings),
     }

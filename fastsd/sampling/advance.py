@@ -39,6 +39,10 @@ class State:
     row: torch.Tensor
     index: int = 0
 
+    def operands(self) -> dict[str, torch.Tensor]:
+        """The tensors that `fastsd.kernels.advance.advance` reads and writes."""
+        return {name: getattr(self, name) for name in (*BUFFERS, "table")}
+
     def copy(self, rows: int = 0) -> State:
         """The same state in buffers of its own, the table padded to at least `rows`."""
         table = self.table.new_zeros(max(rows, len(self.table)), op.WIDTH)
@@ -129,39 +133,12 @@ def step(
         if noise_i is None:
             raise ValueError(f"row {state.index} draws noise; pass noise_i")
         state.noise[0].copy_(noise_i)
-    update(state, out, guidance_scale, guidance_rescale if guidance_rescale > 0 else None)
-    state.index += 1
-
-
-@torch.no_grad()
-def update(
-    state: State,
-    out: torch.Tensor,
-    guidance_scale: float | torch.Tensor | None,
-    guidance_rescale: float | torch.Tensor | None,
-) -> None:
-    """The part of `step` that happens on the device, without a look at the host: a graph can hold it.
-
-    Whoever calls it counts `state.index` up. guidance_scale, guidance_rescale: numbers, or `[1]` in the dtype of the
-    state, which a graph reads anew each time.
-    """
-    guidance = 1.0 if guidance_scale is None else guidance_scale
     rescale = None
-    if guidance_rescale is not None and out.shape[0] == 2 * len(state.x):
-        rescale = op.guidance_rescale(out, guidance, guidance_rescale)
-    op.advance(
-        state.x,
-        state.x_in,
-        out,
-        state.table,
-        state.row,
-        state.saved,
-        state.history,
-        state.noise,
-        guidance,
-        rescale,
-    )
+    if guidance_rescale > 0 and len(out) == 2 * len(state.x):
+        rescale = op.guidance_rescale(out, guidance_scale, guidance_rescale)
+    op.advance(out=out, guidance=guidance_scale, rescale=rescale, **state.operands())
     state.row += 1
+    state.index += 1
 
 
 @torch.no_grad()

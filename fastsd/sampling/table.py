@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +65,16 @@ class Table:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def steps(self) -> int:
+        """How many of the user's steps run."""
+        return int(self.step[-1] - self.step[0]) + 1 if len(self) else 0
+
+    def without_rows(self) -> Table:
+        """A table that leaves an image as it is: with an image, the run starts and ends with that image."""
+        per_row = ("rows", "save", "push", "draw", "keep", "step")
+        return replace(self, **{name: getattr(self, name)[:0] for name in per_row}, mix=(1.0, 0.0))
 
     @property
     def timesteps(self) -> Float64:

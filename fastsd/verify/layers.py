@@ -17,6 +17,7 @@ from fastsd.model.clip import EncoderLayer
 from fastsd.model.layers import Downsample, ResBlock, TransformerBlock, Upsample
 from fastsd.model.vae import AttentionBlock
 from fastsd.text.encode import added_conditioning, encode_text
+from fastsd.text.parse import parse_text
 from fastsd.verify.rule import Clock, Row, Tensors, attempted, exactly, judged, wider
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def check_networks(pipe: Pipeline, prompt: str, clock: Clock | None) -> list[Row
     for i, (encoder, tokenizer) in enumerate(zip(parts.text_encoders, parts.tokenizers)):
         ids = tokenizer(prompt).to(pipe.device)
         rows.append(_network(f"text_encoder{i + 1}", encoder, lambda m, x: m(x), ids, clock, pipe.dtype))
-    features = encode_text(parts, prompt, 1)
+    features = encode_text(parts, parse_text(parts, prompt), 1)
     added = added_conditioning(parts, features.pooled, False, width, height)
     latent = (height // config.downscale, width // config.downscale)
     # Whole numbers, so that the angles of the time embedding are the same in every precision.

@@ -1,0 +1,123 @@
+"""ControlNets in a call: the control images, checked against the model and the size of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from PIL import Image
+
+from fastsd.components import Components
+from fastsd.errors import FastsdError, about
+from fastsd.image.files import WHITE, flatten
+from fastsd.kinds import Number
+from fastsd.model.controlnet import ControlNet
+from fastsd.parameters import MAX_CONTROL_WEIGHT, SHARE
+from fastsd.runtime.devices import dtype_name
+from fastsd.sampling.table import Table
+
+WEIGHT = Number(low=-MAX_CONTROL_WEIGHT, high=MAX_CONTROL_WEIGHT)
+PARTS = {"weight": WEIGHT, "start": SHARE, "end": SHARE}  # the numbers of a control
+
+
+@dataclass(frozen=True)
+class Control:
+    """An image that steers the result through a ControlNet.
+
+    Attributes:
+        net: from `Pipeline.load_controlnet`.
+        image: edges, depths, a pose: what the ControlNet was trained to read; scaled to the size of the result.
+        weight: multiplies what the ControlNet adds; 0 turns it off.
+        start, end: the share of the steps in which it takes part, 0 to 1.
+    """
+
+    net: ControlNet
+    image: Image.Image
+    weight: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+    def rows(self, table: Table) -> frozenset[int]:
+        """The rows of the table in which it takes part: those of steps that lie within its start and end."""
+        if not self.weight:
+            return frozenset()
+        count = table.steps
+        return frozenset(
+            row
+            for row, step in enumerate(table.step - table.step[:1])
+            if step / count >= self.start and (step + 1) / count <= self.end
+        )
+
+
+def check_controls(controls: Any) -> list[Control]:
+    """`controls` as a list of them, or a FastsdError."""
+    if not isinstance(controls, list | tuple) or not all(isinstance(control, Control) for control in controls):
+        raise FastsdError("should be a list of fastsd.Control", argument="controls")
+    return list(controls)
+
+
+def fit_controls(
+    controls: Sequence[Control], components: Components, width: int, height: int
+) -> tuple[tuple[Control, ...], list[str]]:
+    """The controls with RGB images at the size of the result, and notes on what was changed.
+
+    Raises:
+        FastsdError: a ControlNet of another family or pipeline, an image that is none, a number out of range.
+    """
+    fitted, notes = [], []
+    for k, control in enumerate(controls):
+        name = f"controls[{k}]"
+        with about(f"{name}.net"):
+            _check_net(control.net, components)
+        with about(f"{name}.image"):
+            if not isinstance(control.image, Image.Image):
+                raise FastsdError(f"should be a PIL image, not {type(control.image).__name__}")
+            image = flatten(control.image, "RGB", WHITE)
+        for part, kind in PARTS.items():
+            with about(f"{name}.{part}"):
+                kind.check(getattr(control, part))
+        if control.start > control.end:
+            raise FastsdError(f"{control.start:g} comes after its end {control.end:g}", argument=f"{name}.start")
+        if image.size != (width, height):
+            notes.append(f"the control image was resized from {image.width}x{image.height} to {width}x{height}")
+        fitted.append(resize_control(replace(control, image=image), width, height))
+    return tuple(fitted), notes
+
+
+def resize_control(control: Control, width: int, height: int) -> Control:
+    """The same control with its image at another size, by Lanczos."""
+    if control.image.size == (width, height):
+        return control
+    return replace(control, image=control.image.resize((width, height), Image.Resampling.LANCZOS))
+
+
+def idle_controls(controls: Sequence[Control], table: Table) -> Iterator[str]:
+    """A note on each control that takes part in no step, although its weight is not 0."""
+    for k, control in enumerate(controls, start=1):
+        if len(table) and control.weight and not control.rows(table):
+            within = f"none of the {table.steps} lies within {control.start:g} and {control.end:g}"
+            yield f"control {k} takes part in no step: {within}"
+
+
+def _check_net(net: Any, components: Components) -> None:
+    """Refuse a ControlNet that cannot steer this checkpoint's UNet."""
+    if not isinstance(net, ControlNet):
+        raise FastsdError(f"should come from Pipeline.load_controlnet, not {type(net).__name__}")
+    wanted, found = components.unet.config, net.config
+    if (found.block_out_channels, found.cross_attention_dim) != (
+        wanted.block_out_channels,
+        wanted.cross_attention_dim,
+    ):
+        raise FastsdError("it was loaded for a model of another family")
+    if net.downscale != components.vae.config.downscale:
+        raise FastsdError(
+            f"it shrinks its image to 1/{net.downscale} and the model's autoencoder to "
+            f"1/{components.vae.config.downscale}; they should be of one family"
+        )
+    own, model = net.conv_in.weight, components.unet.conv_in.weight
+    if (own.dtype, own.device) != (model.dtype, model.device):
+        raise FastsdError(
+            f"it is {dtype_name(own.dtype)} on {own.device} and the model {dtype_name(model.dtype)} on {model.device}; "
+            "load it with this pipeline's load_controlnet"
+        )

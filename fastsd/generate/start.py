@@ -1,0 +1,101 @@
+"""What a batch starts from: noise, an image, an image with a mask, or the first pass of the hires fix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from PIL import Image
+
+from fastsd.generate.latents import Codec, Noise, enlarge, image_tensor, to_channels_last
+from fastsd.generate.request import Pass
+
+
+@dataclass(frozen=True)
+class Start:
+    """The tensors that a batch starts from.
+
+    Attributes:
+        noise: `[n, h, w, C]`, unit variance.
+        image: `[n, h, w, C]`, scaled latents that the noise is added to; None: pure noise.
+        mask: `[1, h, w, 1]`: latents outside it follow `image`; or None.
+        extra_channels: `[n, h, w, C + 1]`, mask and masked image, which an inpainting UNet reads; or None.
+    """
+
+    noise: torch.Tensor
+    image: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    extra_channels: torch.Tensor | None = None
+
+
+def start_batch(
+    codec: Codec, stage: Pass, which: slice, noise: Noise, inpaints: bool, first: torch.Tensor | None
+) -> Start:
+    """The start of one batch of a pass, by its mode.
+
+    Args:
+        which: the images of the batch.
+        noise: of these images.
+        inpaints: the UNet reads mask and masked image.
+        first: `[n, h, w, C]`, the first pass's latents, in the second pass.
+    """
+    if first is not None:
+        return second_pass(codec, stage, noise, first)
+    if stage.image is None:
+        return text_to_image(stage, which, noise)
+    if stage.mask is None:
+        return image_to_image(codec, stage, which, noise)
+    return (inpaint_by_unet if inpaints else inpaint_by_mask)(codec, stage, which, noise)
+
+
+def text_to_image(stage: Pass, which: slice, noise: Noise) -> Start:
+    """Pure noise: the caller's, or fresh."""
+    if stage.latents is None:
+        return Start(noise.sample())
+    return Start(to_channels_last(stage.latents[which]).to(noise.device))
+
+
+def image_to_image(codec: Codec, stage: Pass, which: slice, noise: Noise) -> Start:
+    """The encoded image; noise is added to it."""
+    assert stage.image is not None
+    image = codec.encode(image_tensor(stage.image), noise.sample(), stage.vae_tiling)
+    return replace(text_to_image(stage, which, noise), image=image)
+
+
+def inpaint_by_mask(codec: Codec, stage: Pass, which: slice, noise: Noise) -> Start:
+    """Latents outside the mask follow the image after each step, for any UNet."""
+    assert stage.mask is not None
+    return replace(image_to_image(codec, stage, which, noise), mask=stage.mask.latents.to(noise.device))
+
+
+def inpaint_by_unet(codec: Codec, stage: Pass, which: slice, noise: Noise) -> Start:
+    """An inpainting UNet reads mask and masked image; at full strength it starts from pure noise."""
+    assert stage.image is not None and stage.mask is not None
+    start = text_to_image(stage, which, noise) if stage.strength == 1.0 else image_to_image(codec, stage, which, noise)
+    kept = image_tensor(stage.image) * (stage.mask.pixels < 0.5)
+    masked = codec.encode(kept, noise.sample(), stage.vae_tiling)
+    mask = stage.mask.latents.to(noise.device).expand(len(masked), -1, -1, -1)
+    return replace(start, extra_channels=torch.cat([mask, masked], dim=-1))
+
+
+def second_pass(codec: Codec, stage: Pass, noise: Noise, first: torch.Tensor) -> Start:
+    """The first pass's latents, enlarged; or its decoded images, enlarged and encoded again."""
+    if stage.settings.hires_upscaler == "lanczos":
+        images = [Image.fromarray(codec.decode(latent[None], stage.vae_tiling)[0]) for latent in first]
+        size = stage.width, stage.height
+        image = encode_each(
+            codec, [image.resize(size, Image.Resampling.LANCZOS) for image in images], noise, stage.vae_tiling
+        )
+    else:
+        image = enlarge(first, *noise.shape[1:])
+    return Start(noise.sample(), image)
+
+
+def encode_each(codec: Codec, images: Sequence[Image.Image], noise: Noise, tiled: bool) -> torch.Tensor:
+    """An image for each latent of a batch, `[n, h, w, C]`."""
+    parts = [
+        codec.encode(image_tensor(image), sample[None], tiled)
+        for image, sample in zip(images, noise.sample(), strict=True)
+    ]
+    return torch.cat(parts)
