@@ -10,14 +10,15 @@ import traceback
 from collections.abc import Sequence
 
 from fastsd.cli import flags
-from fastsd.cli.parser import Parser, nearest, one_line
-from fastsd.errors import FastsdError
+from fastsd.cli.parser import Parser, one_line
+from fastsd.errors import FastsdError, describe
+from fastsd.parameters import nearest
 
-# A command is the module of that name, of the package or (BESIDE) of this one; it has add_arguments(parser) and
-# run(args). It is imported when it is called.
+# A command is the module of that name, in fastsd or, for those in BESIDE, in fastsd.cli. It has add_arguments(parser)
+# and run(args), and is imported when it is called.
 COMMANDS = {
     "train": "train a model from a config file",
-    "evaluate": "measure how good a model's pictures are",
+    "evaluate": "measure how good a model's images are",
     "inspect": "what a model file is: family, prediction, keys, hashes",
     "convert": "between folder and single file, or precisions",
     "verify": "prove on this machine that the fast path is right",
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         after Ctrl-C. A mistake in fastsd itself is an exception, and stays one.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a path may hold what the terminal's encoding lacks
+        if isinstance(stream, io.TextIOWrapper):  # a path may hold characters that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
     try:
         code = _run(list(sys.argv[1:] if argv is None else argv))
@@ -47,26 +48,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # --help and --version
         return stop.code if isinstance(stop.code, int) else 0
     except FastsdError as error:
-        return _complain(str(error))
+        return _complain(describe(error, flags.flag_of))
     except MemoryError:
-        return _complain("not enough memory; close other programs, or ask for smaller or fewer pictures")
+        return _complain("not enough memory; close other programs, or ask for smaller or fewer images")
     except KeyboardInterrupt:
         print("fastsd: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has gone
+    except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
         return 1
 
 
 def _run(words: list[str]) -> int:
-    """Hand over to the command that the first word names; without one, draw."""
+    """Run the command that the first word names; without one, generate."""
     if not words or words[0].startswith("-"):
-        from fastsd.cli.generate import draw
+        from fastsd.cli.generate import generate
 
-        return draw(flags.make_parser(COMMANDS).parse(words))
+        return generate(flags.parse(flags.make_parser(COMMANDS), words))
     if words[0] not in COMMANDS:
         raise FastsdError(
-            f'{words[0]!r} is no command{nearest(words[0], COMMANDS)}; to draw a picture: fastsd --prompt "..."'
+            f'{words[0]!r} is no command{nearest(words[0], COMMANDS)}; to generate an image: fastsd --prompt "..."'
         )
     command = importlib.import_module(f"fastsd.{'cli.' if words[0] in BESIDE else ''}{words[0]}")
     parser = Parser(prog=f"fastsd {words[0]}", description=COMMANDS[words[0]])
@@ -75,7 +76,7 @@ def _run(words: list[str]) -> int:
 
 
 def _complain(message: str) -> int:
-    """One line on stderr, after the traceback where that is asked for."""
+    """One line on stderr, after the traceback where FASTSD_DEBUG asks for it."""
     if os.environ.get("FASTSD_DEBUG", "0") not in ("", "0"):
         traceback.print_exc()
     print(f"fastsd: error: {one_line(message)}", file=sys.stderr)

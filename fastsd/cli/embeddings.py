@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsd.errors import FastsdError
+from fastsd.errors import FastsdError, about
 from fastsd.files import fingerprint
 
 if TYPE_CHECKING:
@@ -19,49 +19,48 @@ def load(pipe: Pipeline, args: argparse.Namespace, before: dict[str, Any], notes
     """Load the textual inversions that the flags give.
 
     Args:
-        before: the settings of the picture that is repeated, or nothing.
+        before: the settings of the repeated image, or nothing.
         notes: what the user should know is added.
 
     Returns:
         What metadata says of those that the prompts name: {"name": file, "sha256": ..., "token": name in the prompt}.
 
     Raises:
-        FastsdError: a file that cannot be read, or one that the repeated picture was drawn with and that is not given.
+        FastsdError: a file that cannot be read, or one that the repeated image was generated with and that is not
+            given.
     """
     from fastsd.text.chunks import find_names
-    from fastsd.weights.hub import locate as hub
+    from fastsd.weights.hub.locate import locate_file
 
     text = f"{args.prompt}\n{args.negative_prompt or ''}"
 
     def named(names: tuple[str, ...]) -> str | None:
         return next((name for _, name in find_names(text, names) if name is not None), None)
 
-    chosen = [(*split(given), f"--embedding {given}") for given in args.embedding or ()]
+    chosen = [(*split(given), "embedding", given) for given in args.embedding or ()]
     if args.embedding_dir is not None:
         files = {file.stem: file for file in reversed(in_folder(Path(args.embedding_dir)))}
         chosen += [
-            (file, None, f"--embedding-dir {file}")
+            (file, None, "embedding_dir", str(file))
             for stem, file in sorted(files.items())
             if named((stem,)) is not None
         ]
     used = []
-    for path, token, flag in chosen:
-        try:
-            path = hub.locate_file(str(path)).path
+    for path, token, argument, given in chosen:
+        with about(argument, given):
+            path = locate_file(str(path)).path
             name = named(pipe.load_embedding(path, token, allow_pickle=bool(args.allow_pickle)))
-        except FastsdError as error:
-            said = str(error).removeprefix(f"{path}: ")
-            raise FastsdError(f"{flag}: {said}") from error
         if name is None:
             notes.append(f"the prompt does not name the embedding {path.name!r}")
         else:
             used.append({"name": path.name, "sha256": fingerprint(path.read_bytes()), "token": name})
-    _compare(before, used, text, notes, f"--from-image {args.from_image}")
+    with about("from_image", args.from_image):
+        _compare(before, used, text, notes)
     return used
 
 
 def split(given: str) -> tuple[Path, str | None]:
-    """`FILE` or `FILE:token`; a colon in the name of a file that is there belongs to the name."""
+    """`FILE` or `FILE:token`; a colon in the name of an existing file belongs to the name."""
     path, colon, token = given.rpartition(":")
     if not colon or Path(given).is_file() or not Path(path).suffix:
         return Path(given), None
@@ -75,26 +74,24 @@ def in_folder(folder: Path) -> list[Path]:
         FastsdError: no such folder.
     """
     if not folder.is_dir():
-        raise FastsdError(f"--embedding-dir {folder}: no such folder")
+        raise FastsdError("no such folder", argument="embedding_dir", path=folder)
     files = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in SUFFIXES]
     return sorted(files, key=lambda file: SUFFIXES.index(file.suffix.lower()))
 
 
-def _compare(before: dict[str, Any], used: list[dict[str, str]], text: str, notes: list[str], where: str) -> None:
-    """Whether a repeated picture gets the embeddings that it was drawn with."""
+def _compare(before: dict[str, Any], used: list[dict[str, str]], text: str, notes: list[str]) -> None:
+    """Check that a repeated image gets the embeddings that it was generated with."""
     from fastsd.text.chunks import find_names
 
     for old in before.get("embeddings") or ():
         if not isinstance(old, dict) or not all(isinstance(old.get(key), str) for key in ("name", "sha256", "token")):
             continue
-        if any(one["sha256"] == old["sha256"] for one in used):
+        if any(embedding["sha256"] == old["sha256"] for embedding in used):
             continue
-        if any(one["token"].lower() == old["token"].lower() for one in used):
-            notes.append(
-                f"the embedding {old['token'][:80]!r} is another file than {old['name'][:80]!r} of that picture"
-            )
+        if any(embedding["token"].lower() == old["token"].lower() for embedding in used):
+            notes.append(f"the embedding {old['token'][:80]!r} is another file than {old['name'][:80]!r} of that image")
         elif any(name is not None for _, name in find_names(text, [old["token"]])):
             raise FastsdError(
-                f"{where}: it was drawn with --embedding {old['name'][:80]!r} (sha256 {old['sha256'][:12]}...); "
+                f"it was generated with {{embedding}} {old['name'][:80]!r} (sha256 {old['sha256'][:12]}...); "
                 "give that file again"
             )

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsd.cli import flags
-from fastsd.errors import FastsdError
+from fastsd.errors import FastsdError, about
 from fastsd.files import fingerprint
-from fastsd.text.syntax import take_loras
+from fastsd.kinds import Number
+from fastsd.parameters import nearest
+from fastsd.text.syntax import MAX_WEIGHT, take_loras
 
 if TYPE_CHECKING:
     from fastsd.pipeline import Pipeline
     from fastsd.weights.adapters.apply import Adapter
 
 SUFFIX = ".safetensors"
-LIMIT = 100.0
+STRENGTH = Number(low=-MAX_WEIGHT, high=MAX_WEIGHT)
 
 
 def load(pipe: Pipeline, args: argparse.Namespace, before: dict[str, Any], notes: list[str]) -> list[dict[str, Any]]:
     """Put the adapters that the flags and the prompt name into the model.
 
     Args:
-        before: the settings of the picture that is repeated, or nothing.
+        before: the settings of the repeated image, or nothing.
         notes: what the user should know is added.
 
     Returns:
@@ -32,84 +32,73 @@ def load(pipe: Pipeline, args: argparse.Namespace, before: dict[str, Any], notes
         "text_strength" where that is another.
 
     Raises:
-        FastsdError: a file that is missing, malformed or for another model; or one that the repeated picture was drawn
-            with and that is not given.
+        FastsdError: a file that is missing, malformed or for another model; or one that the repeated image was
+            generated with and that is not given.
     """
     from fastsd.weights.adapters.apply import Adapter
-    from fastsd.weights.hub import locate as hub
+    from fastsd.weights.hub.locate import locate_file
 
-    try:
-        files = [(hub.locate_file(str(path)).path, strength) for path, strength in map(split, args.lora or ())]
-    except FastsdError as error:
-        raise FastsdError(f"--lora {error}") from error
-    try:
-        tags = () if args.prompt_syntax == "plain" else take_loras(args.prompt)[1]
-    except FastsdError as error:
-        raise FastsdError(flags.in_flags(str(error))) from error
+    with about("lora"):
+        files = [(locate_file(str(path)).path, strength) for path, strength in map(split, args.lora or ())]
     chosen = [Adapter(path, strength, strength) for path, strength in files]
-    chosen += [Adapter(in_folder(args.lora_dir, tag.name), tag.unet, tag.text) for tag in tags]
-    try:
+    tags = () if args.prompt_syntax == "plain" else take_loras(args.prompt)[1]
+    chosen += [Adapter(find_in_folder(args.lora_dir, tag.name), tag.unet, tag.text) for tag in tags]
+    with about("lora"):
         notes += pipe.set_adapters(chosen, bool(args.allow_partial))
-    except FastsdError as error:
-        raise FastsdError(f"--lora {error}") from error
-    used = [_described(adapter) for adapter in chosen]
+    used = [_describe(adapter) for adapter in chosen]
     for old in before.get("loras") or ():
-        if isinstance(old, dict) and not any(one["sha256"] == old.get("sha256") for one in used):
+        if isinstance(old, dict) and not any(lora["sha256"] == old.get("sha256") for lora in used):
             raise FastsdError(
-                f"--from-image {args.from_image}: it was drawn with --lora {str(old.get('name'))[:80]!r} "
-                f"(sha256 {str(old.get('sha256'))[:12]}...); give that file again"
+                f"it was generated with {{lora}} {str(old.get('name'))[:80]!r} "
+                f"(sha256 {str(old.get('sha256'))[:12]}...); give that file again",
+                argument="from_image",
+                path=args.from_image,
             )
     return used
 
 
 def split(given: str) -> tuple[Path, float]:
-    """`FILE` or `FILE:strength`; a colon in the name of a file that is there belongs to the name.
+    """`FILE` or `FILE:strength`; a colon in the name of an existing file belongs to the name.
 
     Raises:
-        FastsdError: the strength is no number from -100 to 100.
+        FastsdError: the strength is not a number from -100 to 100.
     """
     path, colon, text = given.rpartition(":")
     if not colon or Path(given).exists():
         return Path(given), 1.0
     try:
-        strength = float(text)
-    except ValueError:
-        strength = math.nan
-    if not abs(strength) <= LIMIT:
-        raise FastsdError(f"--lora {given}: {text[:40]!r} should be a strength from -{LIMIT:g} to {LIMIT:g}")
-    return Path(path), strength
+        return Path(path), STRENGTH.parse(text)
+    except FastsdError:
+        raise FastsdError(f"{text[:40]!r} should be a strength, {STRENGTH}", argument="lora", path=given) from None
 
 
-def in_folder(folder: str | None, name: str) -> Path:
+def find_in_folder(folder: str | None, name: str) -> Path:
     """The file that <lora:name> means.
 
     Raises:
         FastsdError: no folder was given, or it does not hold that file.
     """
     if folder is None:
-        raise FastsdError(f"--prompt: <lora:{name}> needs --lora-dir, the folder that holds {name}{SUFFIX}")
-    if not Path(folder).is_dir():
-        raise FastsdError(f"--lora-dir {folder}: no such folder")
-    files = {file.stem: file for file in sorted(Path(folder).rglob(f"*{SUFFIX}"))}
-    if name not in files:
-        import difflib
-
-        near = difflib.get_close_matches(name, files, n=1, cutoff=0.6)
-        hint = f"; did you mean {near[0]}?" if near else f", but {', '.join(sorted(files)[:5]) or 'no such files'}"
-        raise FastsdError(f"--lora-dir {folder}: no {name}{SUFFIX} in it{hint}")
+        raise FastsdError(f"<lora:{name}> needs {{lora_dir}}, the folder that holds {name}{SUFFIX}", argument="prompt")
+    with about("lora_dir", folder):
+        if not Path(folder).is_dir():
+            raise FastsdError("no such folder")
+        files = {file.stem: file for file in sorted(Path(folder).rglob(f"*{SUFFIX}"))}
+        if name not in files:
+            hint = nearest(name, files) or f", but {', '.join(sorted(files)[:5]) or 'no such files'}"
+            raise FastsdError(f"no {name}{SUFFIX} in it{hint}")
     return files[name]
 
 
-def _described(adapter: Adapter) -> dict[str, Any]:
+def _describe(adapter: Adapter) -> dict[str, Any]:
     from fastsd.weights.hashes import adapter_hash
 
     data = content(adapter.path)
-    said = {"name": adapter.path.name, "sha256": fingerprint(data), "strength": adapter.unet}
-    return (
-        said | {"hash": adapter_hash(data)} | ({"text_strength": adapter.text} if adapter.text != adapter.unet else {})
-    )
+    setting = {"name": adapter.path.name, "sha256": fingerprint(data), "strength": adapter.unet}
+    setting["hash"] = adapter_hash(data)
+    return setting | ({"text_strength": adapter.text} if adapter.text != adapter.unet else {})
 
 
 def content(path: Path) -> bytes:
-    """The bytes that tell an adapter from others: its file's, or those of PEFT's folder."""
+    """The bytes that identify an adapter: its file's, or those of PEFT's folder."""
     return (path / "adapter_model.safetensors" if path.is_dir() else path).read_bytes()

@@ -1,4 +1,4 @@
-"""The model that draws a picture: what metadata says of it, and how a repeated picture finds it again."""
+"""The model that generates an image: what metadata says of it, and how a repeated image finds it again."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 def settings(pipe: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
-    """What tells the model from others: of the hub's, the id and the commit; of others, where and what it is."""
+    """What identifies the model: for the hub, its id and commit; otherwise its path and a fingerprint."""
     source = pipe.source
-    assert source is not None  # the command line has every model from a place
+    assert source is not None  # the command line loads every model from somewhere
     found: dict[str, Any] = {"prediction": args.prediction, "ema": args.ema, "model_hash": _hash(source.path)}
     if args.model in (None, "digits"):
         found |= {"model_path": "digits", "model_fingerprint": fingerprint(source.path)}
@@ -37,14 +37,14 @@ def settings(pipe: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _of_place(place: Place, given: str, prefix: str = "") -> dict[str, Any]:
-    """Where something is, and its commit or samples of its files."""
+    """The path of a model, with its commit or its fingerprint."""
     if place.hub is not None:
         return {f"{prefix}path": _unpinned(place.hub), "revision": place.hub.revision}
     return {f"{prefix}path": without_home(given), f"{prefix}fingerprint": fingerprint(place.path)}
 
 
 def _hash(path: Path) -> str | None:
-    """A1111's short hash of a model's file, if it is known."""
+    """A1111's short hash of a model file, if it is known."""
     from fastsd.weights.hashes import known_sha256
 
     found = known_sha256(path) if path.is_file() else None
@@ -56,32 +56,31 @@ def _unpinned(found: HubId) -> str:
 
 
 def named(place: Place, given: str) -> dict[str, Any]:
-    """What metadata says of something beside the model: its name, as A1111 shows it, and `_of_place`."""
+    """What metadata says of a file besides the model: its name, as A1111 shows it, and `_of_place`."""
     path = given if place.hub is None else _unpinned(place.hub)
     return {"name": Path(path).name, **_of_place(place, given)}
 
 
-def fill_in(args: argparse.Namespace, before: dict[str, Any], where: str, notes: list[str]) -> None:
-    """Give `args` the model that drew a picture, and its revision, autoencoder, refiner, prediction and `--ema`.
+def fill_in(args: argparse.Namespace, before: dict[str, Any], notes: list[str]) -> None:
+    """Give `args` the model that generated an image, with its revision, autoencoder, refiner, prediction and `--ema`.
 
-    Flags come first; with another model than the picture's, what belongs to that is left alone.
+    Flags come first. With another model than the image's, these are left alone.
 
     Args:
-        before: the picture's settings. They are a stranger's: nothing is fetched for their sake.
-        where: the flag and the file, for messages.
+        before: the image's settings. They are untrusted: nothing is downloaded because of them.
         notes: what the user should know is added.
 
     Raises:
-        FastsdError: something of it is not on this machine.
+        FastsdError: one of them is not on this machine.
     """
     path, name = before.get("model_path"), before.get("model")
     if args.model is None:
         if "digits" in (path, name if path is None else None):
             args.model = "digits"
         elif path or name:
-            _fill_model(args, before, where)
+            _fill_model(args, before)
         else:
-            notes.append("the picture does not say which model drew it; the digits model does now")
+            notes.append("the image does not say which model generated it; the digits model does now")
             args.model = "digits"
     elif not _is_the_same(args, before):
         return
@@ -94,11 +93,11 @@ def fill_in(args: argparse.Namespace, before: dict[str, Any], where: str, notes:
             found = _here(wanted.get("path"), wanted.get("revision"), vae=flag == "vae")
             if found is None:
                 said = _cut(wanted.get("path") or wanted.get("name"))
-                raise FastsdError(f"{where}: it was drawn with --{flag} {said}; give it again")
+                raise FastsdError(f"it was generated with {{{flag}}} {said}; give it again")
             setattr(args, flag, str(found))
 
 
-def _fill_model(args: argparse.Namespace, before: dict[str, Any], where: str) -> None:
+def _fill_model(args: argparse.Namespace, before: dict[str, Any]) -> None:
     path, revision = before.get("model_path"), args.revision or before.get("revision")
     found = _here(path, revision)
     if found is not None:
@@ -106,14 +105,14 @@ def _fill_model(args: argparse.Namespace, before: dict[str, Any], where: str) ->
         args.revision = args.revision if isinstance(found, str) else None  # the id holds it
         return
     if revision and path:
-        flags = f"--model {path[:80]} --revision {revision[:40]}"
-        raise FastsdError(f"{where}: it was drawn with the hub's {_cut(path)}; fetch it with {flags}")
-    raise FastsdError(f"{where}: it was drawn with the model {_cut(before.get('model') or path)}; give it with --model")
+        flags = f"{{model}} {path[:80]} {{revision}} {revision[:40]}"
+        raise FastsdError(f"it was generated with the hub's {_cut(path)}; fetch it with {flags}")
+    raise FastsdError(f"it was generated with the model {_cut(before.get('model') or path)}; give it with {{model}}")
 
 
 def _here(path: Any, revision: Any, vae: bool = False) -> str | HubId | None:
-    """What metadata names, if it is on this machine: a path, or in the hub's cache."""
-    if not isinstance(path, str) or path.startswith(("//", "\\\\")):  # no foreign network paths
+    """The model that metadata names, if it is on this machine: a path, or in the hub's cache."""
+    if not isinstance(path, str) or path.startswith(("//", "\\\\")):  # no network paths of others
         return None
     local = os.path.expanduser(path)
     if os.path.exists(local):
@@ -129,7 +128,7 @@ def _here(path: Any, revision: Any, vae: bool = False) -> str | HubId | None:
 
 
 def _is_the_same(args: argparse.Namespace, before: dict[str, Any]) -> bool:
-    """Whether --model is the picture's; the picture's commit is then taken where the flags name no revision."""
+    """Whether --model is the image's; then the image's commit is taken where the flags name no revision."""
     path = before.get("model_path")
     if args.model == "digits":
         return path == "digits"
@@ -137,7 +136,7 @@ def _is_the_same(args: argparse.Namespace, before: dict[str, Any]) -> bool:
         try:
             return args.model == path or before.get("model_fingerprint") == fingerprint(Path(args.model))
         except OSError:
-            return False  # why it cannot be read, loading says
+            return False  # loading reports why it cannot be read
     from fastsd.weights.hub import hub_id
 
     wanted = hub_id.parse(args.model)
@@ -149,22 +148,22 @@ def _is_the_same(args: argparse.Namespace, before: dict[str, Any]) -> bool:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Notes on what of the model is not as it was the first time."""
+    """Notes on how the model differs from the first time."""
     notes = []
     known = [key for key in ("model_fingerprint", "revision") if before.get(key)]
     if any(now.get(key) != before[key] for key in known):
         commit = f" at {before['revision'][:12]}" if before.get("revision") else ""
-        notes.append(f"the model is not the one that drew the picture ({_cut(before.get('model'))}{commit})")
+        notes.append(f"the model is not the one that generated the image ({_cut(before.get('model'))}{commit})")
     if "version" not in before:  # another program's, which says less
         return notes
     for name, what, usual in (("vae", "autoencoder", "the model's own"), ("refiner", "refiner", "none")):
         old, new = before.get(name) or {}, now.get(name) or {}
         if any(old.get(key) != new.get(key) for key in ("fingerprint", "revision")):
             said = _cut(old.get("name")) if old else usual
-            notes.append(f"the {what} is not the one that drew the picture ({said})")
+            notes.append(f"the {what} is not the one that generated the image ({said})")
     if before.get("prediction") != now.get("prediction"):
         said = f"with --prediction {_cut(before['prediction'])}" if before.get("prediction") else "without --prediction"
-        notes.append(f"the picture was drawn {said}")
+        notes.append(f"the image was generated {said}")
     return notes
 
 
@@ -173,13 +172,13 @@ def _cut(text: Any) -> str:
 
 
 def without_home(path: str) -> str:
-    """How metadata names a place: as it was given, but without the user's name."""
+    """A path for metadata: as it was given, but without the user's name."""
     home = os.path.expanduser("~")
     return "~" + path[len(home) :] if home != "/" and path.startswith(home + os.sep) else path
 
 
 def fingerprint(root: Path) -> str:
-    """What tells models apart without reading gigabytes.
+    """What tells models apart, without reading gigabytes.
 
     Returns:
         The first 16 hexadecimal digits of the SHA-256 of names, sizes, JSON files and samples of the weights.

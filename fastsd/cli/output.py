@@ -1,4 +1,4 @@
-"""Where pictures go: a file or a folder, found writable before the work; nothing is replaced unasked."""
+"""Where images go: a file or a folder, checked to be writable before the work; nothing is replaced unasked."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from fastsd.errors import FastsdError
 from fastsd.files import reason, write_whole
 from fastsd.image.files import WRITABLE, encode
 
-OTHER_PICTURES = (".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".jxl", ".ppm", ".svg")
+OTHER_IMAGES = (".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".jxl", ".ppm", ".svg")
 
 
 class Output:
-    """Where the pictures of one run go. Made, and found writable, before any work.
+    """Where the images of one run go. Made, and checked to be writable, before any work.
 
-    `where` with a picture's suffix is a file; of several pictures it becomes name-0.png, name-1.png, ... Anything else
-    is a folder, whose files are called 00012-<seed>-<words of the prompt>.png, numbered on from what is there.
+    `where` with an image suffix is a file; several images become name-0.png, name-1.png, ... Anything else is a folder,
+    whose files are called 00012-<seed>-<words of the prompt>.png, numbered on from those that are there.
 
     Args:
         where: a file or a folder.
-        count: how many pictures will come.
-        overwrite: replace files that are there; only with a file name.
+        count: how many images will be saved.
+        overwrite: replace existing files; only with a file name.
 
     Raises:
-        FastsdError: it cannot be written, or a file is there already.
+        FastsdError: it cannot be written, or a file exists already.
     """
 
     def __init__(self, where: str | Path, count: int, overwrite: bool = False):
@@ -49,14 +49,14 @@ class Output:
             self._make_folder()
             self._number = 0 if self.files else _next_number(self.folder)
         except OSError as error:
-            self.give_up()
-            raise FastsdError(f"--output {where}: cannot write there: {reason(error)}") from error
+            self.remove_empty_folders()
+            raise FastsdError(f"cannot write there: {reason(error)}", argument="output", path=where) from error
 
     def save(self, image: Image.Image, seed: int, prompt: str, texts: Mapping[str, str]) -> Path:
-        """Write the next picture.
+        """Write the next image.
 
         Raises:
-            FastsdError: the disk is full, or somebody took the name meanwhile.
+            FastsdError: the disk is full, or the name was taken meanwhile.
         """
         path = self.files[self._saved] if self.files else self.folder / _file_name(self._number, seed, prompt)
         data = encode(image, path.suffix, texts)
@@ -71,13 +71,13 @@ class Output:
                     self._number += 1
                     path = self.folder / _file_name(self._number, seed, prompt)
         except OSError as error:
-            raise FastsdError(f"--output {path}: cannot write the picture: {reason(error)}") from error
+            raise FastsdError(f"cannot write the image: {reason(error)}", argument="output", path=path) from error
         self._saved += 1
         self._number += 1
         return path
 
-    def give_up(self) -> None:
-        """Remove the folders that were made for this run and stayed empty."""
+    def remove_empty_folders(self) -> None:
+        """Remove the folders that this run made and left empty."""
         for folder in reversed(self._made):
             try:
                 folder.rmdir()
@@ -89,33 +89,35 @@ class Output:
         """Whether the user means a file.
 
         Raises:
-            FastsdError: a picture format that is not written, or a file that is no picture.
+            FastsdError: an image format that is not written, or a file that is no image.
         """
         path = Path(where)
         if where.endswith(("/", os.sep)) or path.is_dir():
             return False
-        if path.suffix.lower() in OTHER_PICTURES:
-            raise FastsdError(f"--output {where}: {path.suffix} is not written; use {', '.join(WRITABLE)}")
+        if path.suffix.lower() in OTHER_IMAGES:
+            raise FastsdError(f"{path.suffix} is not written; use {', '.join(WRITABLE)}", argument="output", path=where)
         if path.suffix.lower() in WRITABLE:
             return True
         if os.path.lexists(path):
-            raise FastsdError(f"--output {where}: neither a folder nor the name of a picture, such as name.png")
+            raise FastsdError(
+                "neither a folder nor the name of an image, such as name.png", argument="output", path=where
+            )
         return False
 
     def _refuse_existing(self) -> None:
-        """Find taken and impossible names before the work."""
+        """Find names that are taken or impossible before the work."""
         for file in self.files or ():
             try:
                 os.lstat(file)
             except FileNotFoundError:
                 continue
             if file.is_dir():
-                raise FastsdError(f"--output {file}: a folder of this name is there already")
+                raise FastsdError("a folder of this name exists already", argument="output", path=file)
             if not self.overwrite:
-                raise FastsdError(f"--output {file}: the file is there already; --overwrite replaces it")
+                raise FastsdError("the file exists already; {overwrite} replaces it", argument="output", path=file)
 
     def _make_folder(self) -> None:
-        """Make the folder and those above it, and try to write in it: permissions alone do not tell."""
+        """Make the folder and those above it, and write a file into it: permissions alone do not tell."""
         missing = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         for folder in reversed(missing):
             folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""--preview: a picture of what is coming, beside the output while the model draws."""
+"""--preview: what the image is becoming, in a file beside the output."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 class Preview:
-    """A file that is replaced whole every few steps, and gone at the end, however that comes.
+    """A file that is replaced whole every few steps, and removed at the end, also after an error.
 
-    `lighthouse.png` has `lighthouse.preview.png`; a folder has `preview.png` in it. Where the name is taken, a number
+    `lighthouse.png` gets `lighthouse.preview.png`; a folder gets `preview.png` in it. Where the name is taken, a number
     follows it.
 
     Args:
-        output: what it is beside.
-        every: write at every so many steps; None: never.
+        output: where the images go.
+        every: write every so many steps; None: never.
     """
 
     def __init__(self, output: Output, every: int | None):
@@ -43,13 +43,13 @@ class Preview:
             try:
                 self.path.unlink(missing_ok=True)
             except OSError:
-                pass  # what was drawn matters more
+                pass  # the images matter more
 
     def show(self, step: Step) -> Path | None:
-        """Write what is coming, if it is this step's turn. The last step shows nothing: the picture itself comes.
+        """Write a preview, if it is this step's turn. The last step has none: the image itself follows.
 
         Returns:
-            The file's name, when it is new.
+            The file's name, the first time.
 
         Raises:
             FastsdError: it cannot be written.
@@ -63,11 +63,13 @@ class Preview:
                 return None
             self.path = self._write_new(data)
         except OSError as error:
-            raise FastsdError(f"--preview: cannot write beside {self.folder}: {reason(error)}") from error
+            raise FastsdError(
+                f"cannot write beside {self.folder}: {reason(error)}", argument="preview_every"
+            ) from error
         return self.path
 
     def _write_new(self, data: bytes) -> Path:
-        """Write under the first name that nobody has."""
+        """Write under the first name that is free."""
         number = 0
         while True:
             path = self.folder / f"{self.stem}{f'-{number}' * bool(number)}.png"

@@ -1,4 +1,4 @@
-"""--from-image: the settings that a picture was drawn with, as flags that were not given."""
+"""--from-image: the settings that an image was generated with, as flags that were not given."""
 
 from __future__ import annotations
 
@@ -7,91 +7,95 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastsd.cli import flags, models
-from fastsd.errors import FastsdError
+from fastsd.cli import models
+from fastsd.errors import FastsdError, about
 from fastsd.files import fingerprint
 from fastsd.image.files import read_file, read_text
 from fastsd.image.metadata import read_texts
+from fastsd.kinds import Number, Parameter
+from fastsd.parameters import PARAMETERS
 
-# No settings of one picture; or several, which `fastsd.cli.controls` takes from there.
-OTHERS = ("count", "batch_size", "control_weight", "control_start", "control_end")
-SETTINGS = (
-    *(name for name in flags.NUMBERS if name not in OTHERS),
-    "prompt",
-    "negative_prompt",
-    "sampler",
-    "schedule",
-    "vae_tiling",
-    "prompt_syntax",
-    "few_step",
-    "hires_upscaler",
-)
-OF_SECOND_PASS = ("hires_scale", "hires_strength", "hires_steps", "hires_upscaler")
-OF_FEW_STEPS = ("num_inference_steps", "guidance_scale", "sampler", "schedule")
+IMAGES = {"image": "image", "mask_image": "mask"}  # parameters, and their keys in the metadata
 
 
 @dataclass(frozen=True)
-class Given:
-    """A picture that the user gave: its bytes, and how metadata tells it from others."""
+class GivenImage:
+    """An image file of the user: its bytes, and how metadata tells it from others."""
 
     data: bytes
-    name: str
+    path: str
     sha256: str
 
     @classmethod
-    def read(cls, path: str, flag: str) -> Given:
-        data = read_file(path, flag)
-        return cls(data, Path(path).name, fingerprint(data))
+    def read(cls, path: str, argument: str) -> GivenImage:
+        data = read_file(path, argument)
+        return cls(data, path, fingerprint(data))
 
     def as_setting(self) -> dict[str, str]:
-        return {"name": self.name, "sha256": self.sha256}
+        return {"name": Path(self.path).name, "sha256": self.sha256}
 
 
 def fill_in(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """Fill in what `args` leaves open from the picture `args.from_image`.
+    """Fill in what `args` leaves open from the image `args.from_image`.
 
     Returns:
-        The picture's settings, to compare with, and notes for the user.
+        The image's settings, to compare with, and notes for the user.
 
     Raises:
-        FastsdError: it holds no settings, or they are out of range, or its model or starting picture must be given.
+        FastsdError: it holds no settings, or they are out of range, or its model or starting image must be given.
     """
-    where = f"--from-image {args.from_image}"
-    texts = read_text(args.from_image, "--from-image")
-    try:
-        settings, others = read_texts(texts)
-    except FastsdError as error:
-        raise FastsdError(f"{where}: {error}") from None
-    notes = []
+    with about("from_image", args.from_image):
+        settings, others = read_texts(read_text(args.from_image, "from_image"))
+        notes = _notes_on(settings, others)
+        _check_images(args, settings)
+        if settings.get("hires_scale") is not None and args.image is not None:
+            notes.append("not repeated: --hires, as --image starts from an image")
+        models.fill_in(args, settings, notes)
+        kind_changed = args.few_step not in (None, settings.get("few_step"))
+        for row in PARAMETERS.values():
+            value = settings.get(row.name)
+            if row.is_repeated and value is not None and getattr(args, row.name) is None:
+                if _applies(row, args, settings, kind_changed):
+                    setattr(args, row.name, _checked(row, value))
+    return settings, notes
+
+
+def _notes_on(settings: dict[str, Any], others: dict[str, str]) -> list[str]:
+    """Which of another program's settings have no effect here."""
     ignored = f"not repeated: {', '.join(others)}" if others else ""
     if "version" not in settings and "device" not in settings:
-        notes.append(f"the settings are another program's; the picture will differ{ignored and '; '}{ignored}")
-    elif ignored:
-        notes.append(ignored)
-    for flag, name in (("--image", "image"), ("--mask", "mask")):
-        wanted = settings.get(name)
-        if wanted and getattr(args, name) is None:
-            raise FastsdError(f"{where}: it was drawn with {flag} {_named(wanted)}; give that file again")
+        return [f"the settings are another program's; the image will differ{ignored and '; '}{ignored}"]
+    return [ignored] if ignored else []
+
+
+def _check_images(args: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """Refuse to repeat an image without the image that it was generated from."""
+    for name, key in IMAGES.items():
+        if settings.get(key) and getattr(args, name) is None:
+            raise FastsdError(f"it was generated with {{{name}}} {_named(settings[key])}; give that file again")
     if settings.get("strength") is not None and args.image is None:
-        raise FastsdError(f"{where}: it was drawn from another picture; give that with --image")
-    if settings.get("hires_scale") is not None and args.image is not None:
-        notes.append("not repeated: --hires, as --image starts from a picture")
-    models.fill_in(args, settings, where, notes)
-    other_kind = args.few_step not in (None, settings.get("few_step"))
-    for name in SETTINGS:
-        value = settings.get(name)
-        if value is None or getattr(args, name) is not None:
-            continue
-        if name in OF_SECOND_PASS and (args.image is not None or (name != "hires_scale" and args.hires_scale is None)):
-            continue  # it belongs to pictures from text alone, and to a scale
-        if name == "refiner_switch" and args.refiner is None:
-            continue  # the refiner went with the model that was replaced
-        if name in OF_FEW_STEPS and other_kind:
-            continue  # they belong to the kind of model that was replaced
-        if name == "schedule" and args.sampler != settings.get("sampler"):
-            continue  # it belongs to the sampler that was replaced
-        setattr(args, name, flags.checked(name, value, where))
-    return settings, notes
+        raise FastsdError("it was generated from another image; give that with {image}")
+
+
+def _applies(row: Parameter, args: argparse.Namespace, settings: dict[str, Any], kind_changed: bool) -> bool:
+    """Whether a setting still has its meaning beside the flags."""
+    if row.needs is not None and getattr(args, row.needs[0]) is None:
+        return False
+    if row.excludes is not None and getattr(args, row.excludes[0]) is not None:
+        return False
+    if row.few_step and kind_changed:
+        return False  # it belongs to the kind of model that was replaced
+    return row.name != "schedule" or args.sampler == settings.get("sampler")  # it belongs to its sampler
+
+
+def _checked(row: Parameter, value: Any) -> Any:
+    """A setting within the limits of its flag."""
+    if not isinstance(row.kind, Number):
+        return value
+    try:
+        return row.kind.parse(str(value))
+    except FastsdError as error:
+        raise FastsdError(f"its {row.name} is {str(value)[:60]!r}; {error.message}") from None
 
 
 def _named(wanted: dict[str, Any]) -> str:
@@ -99,15 +103,17 @@ def _named(wanted: dict[str, Any]) -> str:
 
 
 def differences(settings: dict[str, Any], now: dict[str, Any], args: argparse.Namespace) -> list[str]:
-    """Notes on what is not as it was the first time, and whose effect a user may not expect."""
+    """Notes on what differs from the first time, and whose effect a user may not expect."""
     notes = []
-    for name, said in (("image", "--image is another file"), ("mask", "--mask is another file")):
-        before, after = settings.get(name), now.get(name)
+    for flag, key in (("--image", "image"), ("--mask", "mask")):
+        before, after = settings.get(key), now.get(key)
         if before and after and before.get("sha256") != after["sha256"]:
-            notes.append(f"{said} than {_named(before)}, which drew the picture")
+            notes.append(f"{flag} is another file than {_named(before)}, which was used the first time")
     notes += models.differences(settings, now)
     if args.device is None and settings.get("device") not in (None, now.get("device")):
-        notes.append(f"drawn on {now.get('device')} instead of {settings['device'][:20]}; pixels may differ slightly")
+        notes.append(
+            f"generated on {now.get('device')} instead of {settings['device'][:20]}; pixels may differ slightly"
+        )
     elif now.get("device") == "cuda" and settings.get("batch_size", 1) != now.get("batch_size"):
-        notes.append(f"first drawn in a batch of {settings.get('batch_size')}; pixels may differ slightly")
+        notes.append(f"first generated in a batch of {settings.get('batch_size')}; pixels may differ slightly")
     return notes

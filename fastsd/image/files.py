@@ -11,7 +11,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from fastsd.errors import FastsdError
+from fastsd.errors import FastsdError, about
 from fastsd.files import reason
 
 MAX_PIXELS = 2**27  # 134 million: 384 MiB as RGB
@@ -22,37 +22,46 @@ WRITABLE = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 WHITE, BLACK = 255, 0
 
 
-def open_image(source: str | Path | bytes, name: str = "image") -> Image.Image:
-    """A picture from a file or its bytes as RGB, 8 bits a channel.
+def open_image(source: str | Path | bytes, argument: str | None = "image") -> Image.Image:
+    """An image from a file or its bytes as RGB, 8 bits a channel.
 
-    Of an animation it is the first frame. The camera's orientation (EXIF) is applied. What is transparent becomes
-    white, as in A1111. 16 bits are scaled to 8.
+    An animation gives its first frame. The camera's orientation (EXIF) is applied. Transparent pixels become white, as
+    in A1111. 16 bits are scaled to 8.
 
     Args:
         source: a path, or a file's bytes.
-        name: what the user calls it ("--image"), for messages.
+        argument: the parameter that it is for, which errors are about.
 
     Raises:
-        FastsdError: no such file, too large, damaged or no picture.
+        FastsdError: no such file, too large, damaged or no image.
     """
-    return _read(source, name, "RGB", WHITE)[0]
+    return _read(source, argument, "RGB", WHITE)[0]
 
 
-def open_mask(source: str | Path | bytes, name: str = "mask") -> Image.Image:
-    """A mask as one channel, 8 bits: white is painted anew. What is transparent becomes black, that is, kept.
+def open_mask(source: str | Path | bytes, argument: str | None = "mask_image") -> Image.Image:
+    """A mask as one channel, 8 bits: white is changed. Transparent pixels become black, that is, kept.
 
     Raises:
         FastsdError: as `open_image`.
     """
-    return _read(source, name, "L", BLACK)[0]
+    return _read(source, argument, "L", BLACK)[0]
 
 
-def draw_edges(image: Image.Image, low: float = 100, high: float = 200) -> Image.Image:
-    """A picture's edges, white on black, as ControlNets for edges were trained on (Canny 1986; OpenCV's, with L1 norm).
+def read_text(source: str | Path | bytes, argument: str | None = "image") -> dict[str, str]:
+    """The texts stored in an image: a PNG's text chunks; "parameters" and "fastsd" from the EXIF of others.
+
+    Raises:
+        FastsdError: as `open_image`.
+    """
+    return _read(source, argument, "RGB", WHITE)[1]
+
+
+def find_edges(image: Image.Image, low: float = 100, high: float = 200) -> Image.Image:
+    """An image's edges, white on black, as ControlNets for edges were trained on (Canny 1986; OpenCV's, with L1 norm).
 
     Args:
         image: RGB.
-        low, high: of the gradient: above `high` is an edge, and what is above `low` and joins one.
+        low, high: thresholds of the gradient: above `high` is an edge, and above `low` what is connected to one.
 
     Raises:
         FastsdError: OpenCV is not installed.
@@ -65,97 +74,89 @@ def draw_edges(image: Image.Image, low: float = 100, high: float = 200) -> Image
     return Image.fromarray(edges).convert("RGB")
 
 
-def read_text(source: str | Path | bytes, name: str = "image") -> dict[str, str]:
-    """The texts stored in a picture: a PNG's text chunks; "parameters" and "fastsd" from the EXIF of others.
-
-    Raises:
-        FastsdError: as `open_image`.
-    """
-    return _read(source, name, "RGB", WHITE)[1]
-
-
-def read_file(path: str | Path, name: str) -> bytes:
+def read_file(path: str | Path, argument: str | None = None) -> bytes:
     """All of a regular file, up to `MAX_BYTES`.
 
     Raises:
         FastsdError: it is missing, empty, too large or cannot be read.
     """
     path = Path(path)
-    try:
-        if path.is_dir():
-            raise FastsdError(f"{name} {path}: a folder, not a picture")
-        if path.exists() and not path.is_file():
-            raise FastsdError(f"{name} {path}: not a regular file")
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise FastsdError(f"{name} {path}: {size / 2**20:.0f} MiB; at most {MAX_BYTES // 2**20} MiB are read")
-        data = path.read_bytes()
-    except OSError as error:
-        raise FastsdError(f"{name} {path}: {reason(error)}") from error
-    if not data:
-        raise FastsdError(f"{name} {path}: the file is empty")
+    with about(argument, path):
+        try:
+            if path.is_dir():
+                raise FastsdError("a folder, not an image")
+            if path.exists() and not path.is_file():
+                raise FastsdError("not a regular file")
+            size = path.stat().st_size
+            if size > MAX_BYTES:
+                raise FastsdError(f"{size / 2**20:.0f} MiB; at most {MAX_BYTES // 2**20} MiB are read")
+            data = path.read_bytes()
+        except OSError as error:
+            raise FastsdError(reason(error)) from error
+        if not data:
+            raise FastsdError("the file is empty")
     return data
 
 
-def _read(source: str | Path | bytes, name: str, mode: str, background: int) -> tuple[Image.Image, dict[str, str]]:
-    """The picture in `mode`, flattened on `background`, and the texts in it."""
-    if isinstance(source, bytes):
-        data, where = source, name
-    else:
-        data, where = read_file(source, name), f"{name} {source}"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's doubts about odd files; what matters is checked here
-            with Image.open(io.BytesIO(data), formats=READABLE) as opened:
-                _check_size(opened.size, where)
-                opened.load()
-                texts = _texts(opened)
-                return flatten(_upright(opened), mode, background, where), texts
-    except FastsdError:
-        raise
-    except Image.DecompressionBombError:
-        raise FastsdError(f"{where}: too many pixels; at most {MAX_PIXELS // 10**6} million are read") from None
-    except Image.UnidentifiedImageError:
-        kinds = ", ".join(READABLE[:-1]) + " or " + READABLE[-1]
-        raise FastsdError(f"{where}: not a picture that can be read; use {kinds}") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders meet junk with exceptions of every kind
-        cause = str(error) or type(error).__name__
-        raise FastsdError(f"{where}: the picture is damaged or cut short ({cause}); fetch or save it again") from error
+def _read(
+    source: str | Path | bytes, argument: str | None, mode: str, background: int
+) -> tuple[Image.Image, dict[str, str]]:
+    """The image in `mode`, flattened on `background`, and the texts in it."""
+    path = None if isinstance(source, bytes) else Path(source)
+    data = source if isinstance(source, bytes) else read_file(source, argument)
+    with about(argument, path):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow warns about odd files; what matters is checked here
+                with Image.open(io.BytesIO(data), formats=READABLE) as opened:
+                    _check_size(opened.size)
+                    opened.load()
+                    texts = _texts(opened)
+                    return flatten(_upright(opened), mode, background), texts
+        except FastsdError:
+            raise
+        except Image.DecompressionBombError:
+            raise FastsdError(f"too many pixels; at most {MAX_PIXELS // 10**6} million are read") from None
+        except Image.UnidentifiedImageError:
+            kinds = ", ".join(READABLE[:-1]) + " or " + READABLE[-1]
+            raise FastsdError(f"not an image that can be read; use {kinds}") from None
+        except MemoryError:
+            raise
+        except Exception as error:  # decoders meet junk with exceptions of every kind
+            cause = str(error) or type(error).__name__
+            raise FastsdError(f"the image is damaged or cut short ({cause}); fetch or save it again") from error
 
 
-def _check_size(size: tuple[int, int], where: str) -> None:
-    """Refuse a decompression bomb by what its header says, before anything is decoded."""
+def _check_size(size: tuple[int, int]) -> None:
+    """Refuse a decompression bomb by its header, before anything is decoded."""
     width, height = size
     if width * height > MAX_PIXELS:
-        raise FastsdError(f"{where}: {width}x{height} pixels; at most {MAX_PIXELS // 10**6} million are read")
+        raise FastsdError(f"{width}x{height} pixels; at most {MAX_PIXELS // 10**6} million are read")
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """`image` turned as its camera says. A broken EXIF block is no reason to refuse the pixels."""
+    """`image` turned by its EXIF orientation. A broken EXIF block is no reason to refuse the pixels."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:
         return image
 
 
-def flatten(image: Image.Image, mode: str, background: int, where: str) -> Image.Image:
+def flatten(image: Image.Image, mode: str, background: int) -> Image.Image:
     """`image` in `mode` ("RGB" or "L"), 8 bits a channel, without transparency.
 
     Args:
-        background: what shows where it is transparent, `WHITE` or `BLACK`.
-        where: what the user calls it, for messages.
+        background: the colour of transparent pixels, `WHITE` or `BLACK`.
 
     Raises:
         FastsdError: its pixels are floating-point numbers or have more than 16 bits.
     """
     if image.mode == "F":
-        raise FastsdError(f"{where}: floating-point pixels are not read; save it with 8 or 16 bits")
+        raise FastsdError("floating-point pixels are not read; save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16 bits; `convert` would clip at 255 instead of scaling
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
-            raise FastsdError(f"{where}: 32-bit pixels are not read; save it with 8 or 16 bits")
+            raise FastsdError("32-bit pixels are not read; save it with 8 or 16 bits")
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
@@ -188,7 +189,7 @@ def _texts(image: Image.Image) -> dict[str, str]:
 
 
 def encode(image: Image.Image, suffix: str, texts: Mapping[str, str]) -> bytes:
-    """A picture file's bytes, with `texts` in it.
+    """An image file's bytes, with `texts` in it.
 
     PNG: text chunks. JPEG (quality 95) and WebP (lossless): "parameters" as the EXIF comment, where A1111 has it, and
     "fastsd" as the description.
@@ -206,7 +207,7 @@ def encode(image: Image.Image, suffix: str, texts: Mapping[str, str]) -> bytes:
     comment = b"UNICODE\0" + texts.get("parameters", "").encode("utf-16-be")
     exif[ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: comment}
     data = exif.tobytes()
-    if kind == "JPEG" and len(data) > 65000:  # one JPEG segment; the picture is worth more than its text
+    if kind == "JPEG" and len(data) > 65000:  # one JPEG segment holds no more; the image is worth more than its text
         data = b""
     image.save(buffer, kind, exif=data, **({"quality": 95} if kind == "JPEG" else {"lossless": True}))
     return buffer.getvalue()

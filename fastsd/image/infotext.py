@@ -1,4 +1,4 @@
-"""A1111's text of a picture's settings, written and read.
+"""A1111's text of an image's settings, written and read.
 
 The PNG text chunk `parameters`:
 
@@ -19,6 +19,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fastsd.parameters import MAX_STEPS, PARAMETERS
+
 # Our name of a sampler and A1111's. "DPM++ 2S", "DDPM" and "Euler Maruyama" are ours; A1111 has no such samplers.
 SAMPLERS = {
     "ddpm": "DDPM",
@@ -38,7 +40,6 @@ SAMPLERS = {
 }
 # "Uniform" is written out: A1111 takes a missing schedule for the sampler's favourite, Karras for DPM++ 2M.
 SCHEDULES = {"default": "Uniform", "karras": "Karras", "exponential": "Exponential", "sgm_uniform": "SGM Uniform"}
-MAX_STEPS = 1000
 UPSCALERS = {"latent": "Latent", "lanczos": "Lanczos"}
 WITHOUT_SCHEDULE = ("ddpm", "ddim", "pndm", "lcm", "euler_maruyama")
 # Keys of A1111 that change nothing here, or that say what is known anyway.
@@ -57,46 +58,58 @@ HARMLESS = (
 
 def write_parameters(settings: Mapping[str, Any]) -> str:
     """A1111's text. Settings that are missing or None are left out."""
-
-    def value(key: str) -> str | None:
-        found = settings.get(key)
-        return None if found is None else _number(found) if isinstance(found, int | float) else str(found)
-
-    sampler = settings.get("sampler")
-    schedule = settings.get("schedule")
-    vae = settings.get("vae") or {}
-    size = f"{settings['width']}x{settings['height']}" if settings.get("width") and settings.get("height") else None
-    pairs = {
-        "Steps": value("num_inference_steps"),
-        "Sampler": None if sampler is None else SAMPLERS.get(sampler, sampler),
-        "Schedule type": None if schedule is None or sampler in WITHOUT_SCHEDULE else SCHEDULES.get(schedule, schedule),
-        "CFG scale": value("guidance_scale"),
-        "Seed": value("seed"),
-        "Size": size,
-        "Model hash": value("model_hash"),
-        "Model": value("model"),
-        "VAE hash": vae.get("hash"),
-        "VAE": vae.get("name"),
-        "Denoising strength": value("strength") or value("hires_strength"),
-        "Clip skip": value("clip_skip") if settings.get("clip_skip") != 1 else None,
-        "Eta DDIM": value("eta") if settings.get("eta") else None,
-        "Guidance rescale": value("guidance_rescale") if settings.get("guidance_rescale") else None,
-        "Hires upscale": value("hires_scale"),
-        "Hires steps": _steps_that_run(settings.get("hires_steps"), settings.get("hires_strength")),
-        "Hires upscaler": UPSCALERS.get(settings.get("hires_upscaler") or ""),
-        "Refiner": _title(settings.get("refiner") or {}),
-        "Refiner switch at": value("refiner_switch"),
-        "Lora hashes": _hashes(settings.get("loras"), lambda one: (_bare(one["name"]), one.get("hash"))),
-        "TI hashes": _hashes(settings.get("embeddings"), lambda one: (one["token"], one["sha256"][:12])),
-        "Prompt syntax": value("prompt_syntax"),
-        "Device": value("device"),
-        "Dtype": value("dtype"),
+    pairs: dict[str, Any] = {}
+    for parameter in PARAMETERS.values():
+        if parameter.name in _WRITERS:
+            pairs |= _WRITERS[parameter.name](settings)
+        elif parameter.label and settings.get(parameter.name) != parameter.default:
+            pairs[parameter.label] = settings.get(parameter.name)
+    pairs |= {
+        "Lora hashes": _hashes(settings.get("loras"), lambda lora: (_bare(lora["name"]), lora.get("hash"))),
+        "TI hashes": _hashes(settings.get("embeddings"), lambda found: (found["token"], found["sha256"][:12])),
+        "Device": settings.get("device"),
+        "Dtype": settings.get("dtype"),
         "RNG": "CPU",
         "Version": f"fastsd {settings['version']}" if settings.get("version") else None,
     }
-    line = ", ".join(f"{key}: {quote(text)}" for key, text in pairs.items() if text is not None)
+    line = ", ".join(f"{key}: {quote(_text(value))}" for key, value in pairs.items() if value is not None)
     negative = settings.get("negative_prompt")
     return f"{settings.get('prompt', '')}{f'{chr(10)}Negative prompt: {negative}' if negative else ''}\n{line}".strip()
+
+
+def _write_schedule(settings: Mapping[str, Any]) -> dict[str, Any]:
+    schedule = settings.get("schedule")
+    if schedule is None or settings.get("sampler") in WITHOUT_SCHEDULE:
+        return {}
+    return {"Schedule type": SCHEDULES.get(schedule, schedule)}
+
+
+def _write_size(settings: Mapping[str, Any]) -> dict[str, Any]:
+    width, height = settings.get("width"), settings.get("height")
+    return {"Size": f"{width}x{height}" if width and height else None}
+
+
+# Parameters whose value is not one pair of A1111's text, by what they write.
+_WRITERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "sampler": lambda settings: {"Sampler": SAMPLERS.get(str(settings.get("sampler")), settings.get("sampler"))},
+    "schedule": _write_schedule,
+    "width": _write_size,
+    "model": lambda settings: {"Model hash": settings.get("model_hash"), "Model": settings.get("model")},
+    "vae": lambda settings: {
+        "VAE hash": (settings.get("vae") or {}).get("hash"),
+        "VAE": (settings.get("vae") or {}).get("name"),
+    },
+    "strength": lambda settings: {
+        "Denoising strength": settings.get("strength")
+        if settings.get("strength") is not None
+        else settings.get("hires_strength")
+    },
+    "hires_steps": lambda settings: {
+        "Hires steps": _steps_that_run(settings.get("hires_steps"), settings.get("hires_strength"))
+    },
+    "hires_upscaler": lambda settings: {"Hires upscaler": UPSCALERS.get(settings.get("hires_upscaler") or "")},
+    "refiner": lambda settings: {"Refiner": _title(settings.get("refiner") or {})},
+}
 
 
 def _hashes(files: Any, named: Callable[[dict[str, Any]], tuple[str, str | None]]) -> str | None:
@@ -145,37 +158,28 @@ def parse_parameters(text: str) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _understand(key: str, value: str, pairs: Mapping[str, str]) -> dict[str, Any] | None:
     """One pair of A1111's line as settings, or None."""
+    simple = next((row for row in PARAMETERS.values() if row.label == key), None)
     try:
         match key:
-            case "Steps":
-                return {"num_inference_steps": int(value)}
+            case "Hires upscale" | "Hires steps" | "Hires upscaler":
+                return _second_pass(pairs)
+            case "Denoising strength" if any(other.startswith("Hires") for other in pairs):
+                return _second_pass(pairs)
+            case "Denoising strength":
+                return {"strength": _finite(value)}
             case "Sampler":
                 return {"sampler": _by_label(SAMPLERS, value)}
             case "Schedule type":
                 return {"schedule": "default" if value == "Automatic" else _by_label(SCHEDULES, value)}
-            case "CFG scale":
-                return {"guidance_scale": _finite(value)}
-            case "Guidance rescale":
-                return {"guidance_rescale": _finite(value)}
-            case "Seed":
-                return {"seed": int(value)}
             case "Size":
                 width, height = value.split("x")
                 return {"width": int(width), "height": int(height)}
-            case "Denoising strength" if not any(other.startswith("Hires") for other in pairs):
-                return {"strength": _finite(value)}
-            case "Denoising strength" | "Hires upscale" | "Hires steps" | "Hires upscaler":
-                return _second_pass(pairs)
-            case "Clip skip":
-                return {"clip_skip": int(value)}
-            case "Eta DDIM":
-                return {"eta": _finite(value)}
             case "Model":
                 return {"model": value}
-            case "Prompt syntax" if value in ("a1111", "plain"):
-                return {"prompt_syntax": value}
             case "Device" | "Dtype" if pairs.get("Version", "").startswith("fastsd "):
                 return {key.lower(): value}
+            case _ if simple is not None:
+                return {simple.name: simple.kind.read(value)}
     except ValueError:
         pass
     return None
@@ -259,6 +263,8 @@ def _finite(text: str) -> float:
     return value
 
 
-def _number(value: int | float) -> str:
-    """Without a needless ".0", and otherwise as many digits as give the same number back."""
+def _text(value: Any) -> str:
+    """A number without a needless ".0", and otherwise with as many digits as give the same number back."""
+    if not isinstance(value, int | float):
+        return str(value)
     return str(int(value)) if value == int(value) and abs(value) < 2**63 else repr(value)

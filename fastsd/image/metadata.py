@@ -1,8 +1,8 @@
-"""A picture's settings as text inside it: what A1111 writes and others read, and our own unambiguous copy.
+"""An image's settings as text inside it: A1111's form, which other programs read, and an unambiguous copy.
 
 A1111's form, the PNG text chunk `parameters` (`fastsd.image.infotext`), cannot always be read back, since a prompt may
-itself hold such lines. The second chunk, `fastsd`, is JSON and is preferred where it is there. Settings carry the names
-of `Pipeline.__call__`'s arguments.
+itself look like it. The second chunk, `fastsd`, is JSON and is preferred where it is there. Settings carry the names of
+`fastsd.parameters`.
 """
 
 from __future__ import annotations
@@ -14,65 +14,41 @@ from typing import Any
 
 from fastsd.errors import FastsdError
 from fastsd.image.infotext import parse_parameters, write_parameters
+from fastsd.parameters import PARAMETERS
 
-# What the JSON copy may hold. `image` and `mask` are {"name": ..., "sha256": ...} of the files that were given,
-# `embeddings` a list of such with "token", the name in the prompt; `loras` one with "strength" and "hash"; `vae` and
-# `refiner` are {"name": ..., "path": ...} with "fingerprint" or, of the hub's, "revision"; and "hash"; `controls` a
-# list of such with "image", "edges", "weight", "start", "end".
-FIELDS: dict[str, type | tuple[type, ...]] = {
-    "prompt": str,
-    "negative_prompt": str,
-    "num_inference_steps": int,
-    "guidance_scale": (int, float),
-    "guidance_rescale": (int, float),
-    "width": int,
-    "height": int,
-    "seed": int,
-    "sampler": str,
-    "schedule": str,
-    "eta": (int, float),
-    "clip_skip": int,
-    "strength": (int, float),
-    "vae_tiling": bool,
+# What metadata holds besides parameters. `embeddings` is a list of {"name", "sha256", "token"}, `loras` a list of
+# {"name", "sha256", "strength", "hash"}. Of the parameters, `image` and `mask` are {"name", "sha256"}; `vae` and
+# `refiner` {"name", "path"} with "fingerprint" (or "revision", for the hub) and "hash"; `controls` a list of such with
+# "image", "edges", "weight", "start", "end".
+RECORDS: dict[str, type] = {
     "model": str,
     "model_path": str,
     "model_fingerprint": str,
     "model_hash": str,
-    "revision": str,
-    "prediction": str,
-    "ema": bool,
-    "vae": dict,
-    "device": str,
-    "dtype": str,
-    "batch_size": int,
     "version": str,
-    "image": dict,
-    "mask": dict,
-    "prompt_syntax": str,
     "embeddings": list,
     "loras": list,
-    "few_step": str,
-    "hires_scale": (int, float),
-    "hires_strength": (int, float),
-    "hires_steps": int,
-    "hires_upscaler": str,
-    "refiner": dict,
-    "refiner_switch": (int, float),
-    "controls": list,
 }
 
 
+def stored_types() -> dict[str, Any]:
+    """What the JSON copy may hold: keys, and the types of their values."""
+    stored = {row.key or row.name: row.kind.stored for row in PARAMETERS.values() if row.kind.stored is not None}
+    return RECORDS | stored
+
+
 def write_texts(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The two text chunks of a picture."""
-    kept = {key: value for key, value in settings.items() if key in FIELDS and value is not None}
+    """The two text chunks of an image."""
+    known = stored_types()
+    kept = {key: value for key, value in settings.items() if key in known and value is not None}
     return {"parameters": write_parameters(settings), "fastsd": json.dumps(kept)}
 
 
 def read_texts(texts: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The settings in a picture's text chunks.
+    """The settings in an image's text chunks.
 
     Returns:
-        The settings, those that were found; and what else A1111's form says, which fastsd does not act on.
+        The settings that were found; and the pairs of A1111's form that fastsd does not act on.
 
     Raises:
         FastsdError: there are none.
@@ -82,22 +58,24 @@ def read_texts(texts: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]
         return own, {}
     settings, others = parse_parameters(texts.get("parameters", ""))
     if not settings.get("prompt") and len(settings) < 3:
-        raise FastsdError("no settings are stored in this picture (a PNG text `parameters` or `fastsd`)")
+        raise FastsdError("no settings are stored in this image (a PNG text `parameters` or `fastsd`)")
     return settings, others
 
 
 def parse_json(text: str) -> dict[str, Any]:
-    """Our own chunk; whatever is not of the right type is left out."""
+    """The JSON copy; values of the wrong type are left out."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
         return {}
-    return {key: value for key, value in found.items() if _fits(key, value)} if isinstance(found, dict) else {}
+    known = stored_types()
+    if not isinstance(found, dict):
+        return {}
+    return {key: value for key, value in found.items() if key in known and _fits(known[key], value)}
 
 
-def _fits(key: str, value: Any) -> bool:
-    """Whether `value` is what `FIELDS` says of `key`."""
-    kind = FIELDS.get(key)
-    if kind is None or not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether a value is of its type. JSON's true is not a number here, nor is NaN."""
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         return False
     return not isinstance(value, float) or math.isfinite(value)
