@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,3 +30,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint of random weights that generates 64x64 in two steps."""
+    import torch
+
+    from fastsd.weights import save_folder
+    from tests.support.pipelines import tiny_components
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_folder(tiny_components(steps=2), folder, torch.float32)
+    return folder
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """`cli("--prompt", "x", ...)` in an empty folder; returns how it ended."""
+    from fastsd.cli import main
+    from tests.support.cli import Ran
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.delenv("FASTSD_DEBUG", raising=False)
+    assert os.listdir() == []
+
+    def run(*words: object) -> Ran:
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return Ran(code, captured.out, captured.err)
+
+    return run

@@ -28,8 +28,8 @@ from fastsd.model.controlnet import ControlNet
 from fastsd.model.taesd import TAESD
 from fastsd.pipeline import Pipeline
 from fastsd.sampling.samplers import SAMPLERS
+from tests.support.pipelines import tiny_pipeline
 from tests.support.tape import TapeRecorder
-from tests.test_pipeline import tiny_pipeline
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import pytest
 import fastsd
 from fastsd.cli import COMMANDS, flags
 from fastsd.cli.parser import one_line
-from fastsd.generate import request
+from fastsd.errors import FastsdError, describe
 from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
 
 
@@ -39,16 +39,6 @@ def test_every_example_in_help_parses() -> None:
     for line in flags.EXAMPLES.splitlines()[1:]:
         program, *words = shlex.split(line)
         assert program == "fastsd" and flags.make_parser({}).parse(words)
-
-
-def test_limits_are_the_pipelines() -> None:
-    assert (flags.MAX_IMAGES, flags.MAX_STEPS, flags.MAX_GUIDANCE) == (1000, request.MAX_STEPS, request.MAX_GUIDANCE)
-    assert (flags.MAX_IMAGES, flags.MAX_SIDE, flags.MAX_SEED) == (
-        request.MAX_IMAGES,
-        request.MAX_SIDE,
-        request.MAX_SEED,
-    )
-    assert flags.DEFAULT_BATCH == request.DEFAULT_BATCH
 
 
 def test_aliases_mean_the_same() -> None:
@@ -107,7 +97,7 @@ def test_a_bad_value_is_one_line_with_the_flag(cli: Callable, flag: str, value: 
         (["--prompt"], "--prompt: takes a value; one that starts with a dash is written --prompt=VALUE"),
         (["trian", "--config", "x"], "'trian' is no command; did you mean train?"),
         (["a cat"], 'fastsd --prompt "..."'),
-        (["--prompt", "x", "--steps", "1\n2"], r"'1\n2' should be a whole number"),
+        (["--prompt", "x", "--steps", "1\n2"], r"--steps is '1\n2'; it should be a whole number"),
     ],
 )
 def test_what_is_unknown_is_said_with_the_nearest(cli: Callable, words: list[str], said: str) -> None:
@@ -131,13 +121,22 @@ def test_help_loads_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_the_pipelines_words_become_flags() -> None:
-    assert flags.in_flags("num_inference_steps is 0") == "--steps is 0"
-    assert flags.in_flags("width is 63; it should be 56 or 64") == "--width is 63; it should be 56 or 64"
-    assert flags.in_flags("9x9 does not fit; batch_size 4 would fit") == "9x9 does not fit; --batch-size 4 would fit"
-    assert flags.in_flags("give image and mask_image") == "give --image and --mask"
-    assert flags.in_flags("/a/batch_size/x: no such model") == "/a/batch_size/x: no such model"
-    assert flags.in_flags("the image was resized") == "the image was resized"
+def test_arguments_become_flags() -> None:
+    for argument, flag in {
+        "num_inference_steps": "--steps",
+        "mask_image": "--mask",
+        "controls": "--control",
+        "controls[0].net": "--control 1",
+        "controls[1].weight": "--control-weight of --control 2",
+        "--train-flag": "--train-flag",
+    }.items():
+        assert flags.flag_of(argument) == flag
+    error = FastsdError("at most 4; {batch_size} 2 would fit", argument="num_images_per_prompt", value=9)
+    assert describe(error, flags.flag_of) == "--count is 9; at most 4; --batch-size 2 would fit"
+    assert str(error) == "num_images_per_prompt is 9; at most 4; batch_size 2 would fit"
+    assert describe(FastsdError("no such file", argument="vae", path="/a/vae/x"), flags.flag_of) == (
+        "--vae /a/vae/x: no such file"
+    )
 
 
 def test_nothing_breaks_the_line() -> None:

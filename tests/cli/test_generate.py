@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,27 +19,10 @@ import torch
 from PIL import Image
 
 from fastsd.image import files as images
-from fastsd.image import metadata
 from fastsd.pipeline import Pipeline
+from tests.support.cli import pixels, refused, settings, write_picture
 
 ROOT = Path(__file__).parent.parent.parent
-
-
-def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image)
-
-
-def settings(path: Path) -> dict[str, Any]:
-    return metadata.read_texts(images.read_text(path))[0]
-
-
-def refused(ran: Any, *said: str) -> None:
-    """Exit code 2, one line that says this, and nothing on stdout."""
-    assert (ran.code, ran.out) == (2, ""), ran
-    assert ran.err.startswith("fastsd: error: ") and ran.err.count("\n") == 1
-    for words in said:
-        assert words in ran.err
 
 
 @pytest.fixture
@@ -171,16 +153,11 @@ def test_from_image_with_a_model_that_moved_or_changed(cli: Callable, model: Pat
     cli("-p", "x", "-m", tmp_path / "copy", "-s", 1, "-o", "a.png")
     config = tmp_path / "copy" / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace('"beta_end": 0.012', '"beta_end": 0.013'))
-    assert "not the one that drew the picture" in cli("--from-image", "a.png", "-o", "b.png").err
+    assert "not the one that generated the image" in cli("--from-image", "a.png", "-o", "b.png").err
     shutil.rmtree(tmp_path / "copy")
     refused(cli("--from-image", "a.png", "-o", "c.png"), "the model 'copy'", "--model")
     assert cli("--from-image", "a.png", "-m", model, "-o", "c.png").err == ""
     np.testing.assert_array_equal(pixels(Path("a.png")), pixels(Path("c.png")))
-
-
-def write_picture(path: Path, **texts: str) -> Path:
-    path.write_bytes(images.encode(Image.new("RGB", (64, 64)), ".png", texts))
-    return path
 
 
 def test_from_image_of_another_program(cli: Callable, model: Path, tmp_path: Path) -> None:
@@ -214,9 +191,9 @@ def test_from_image_of_what_cannot_be_repeated(cli: Callable, model: Path, tmp_p
 # What is refused
 
 
-def test_nothing_to_draw(cli: Callable) -> None:
+def test_no_prompt(cli: Callable) -> None:
     for words in ([], ["--prompt", ""], ["--prompt", " \n "], ["--steps", "3"]):
-        refused(cli(*words), "--prompt", "say what to draw")
+        refused(cli(*words), "--prompt", "say what to generate")
     refused(cli("--prompt", "a\udc80b"), "--prompt", "UTF-8")
 
 
@@ -253,13 +230,13 @@ def test_pictures_and_masks_that_are_none(cli: Callable, model: Path, picture: P
     wide, bomb = picture.with_name("wide.png"), picture.with_name("bomb.png")
     Image.new("RGB", (8200, 16)).save(wide)
     Image.new("1", (20_000, 20_000)).save(bomb)  # 50 KB
-    refused(cli(*base, "--image", wide), "--image is 8200x16", "8192 pixels a side")
+    refused(cli(*base, "--image", wide), "--image: 8200x16 pixels", "8192 a side")
     refused(cli(*base, "--image", bomb), "--image", "bomb.png", "134 million")
     refused(cli(*base, "--image", picture, "--mask", bomb), "--mask", "bomb.png", "134 million")
     assert cli(*base, "--image", wide, "-W", 64, "-H", 64).code == 0
     shutil.rmtree("outputs")
     refused(cli(*base, "--image", cut), "--image", "cut.png", "cut short")
-    refused(cli(*base, "--image", picture, "--mask", text), "--mask", "text.png", "not a picture")
+    refused(cli(*base, "--image", picture, "--mask", text), "--mask", "text.png", "not an image")
     refused(cli(*base, "--image", picture.with_name("none.png")), "--image", "none.png", "no such file")
     refused(cli(*base, "--image", picture.parent), "--image", "a folder")
     refused(cli(*base, "--mask", mask), "--mask", "without --image")
@@ -297,7 +274,7 @@ def test_too_little_memory_says_what_to_try(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("fastsd.generate.batch.Batch.advance", fail)
+    monkeypatch.setattr("fastsd.generate.batch.Batch.denoise", fail)
     refused(cli("-p", "x", "-m", model, "--count", count), "not enough memory", said)
     monkeypatch.setattr("fastsd.pipeline.load_checkpoint", fail)
     refused(cli("-p", "x", "-m", model, "--dtype", "fp32"), "not enough memory for the model", "--dtype fp16")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tests.cli.test_generate import refused
+from tests.support.cli import refused
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_a_picture_remembers_its_loras(cli: Callable, model: Path, lora: Path) -
     given = cli("-p", "a cat", "-m", model, "--seed", "1", "--lora", f"{lora}:0.5").paths[0]
     stored = json.loads(Image.open(given).text["fastsd"])["loras"]
     assert [(one["name"], one["strength"]) for one in stored] == [("ink.safetensors", 0.5)]
-    refused(cli("--from-image", given), "it was drawn with --lora 'ink.safetensors'", "give that file again")
+    refused(cli("--from-image", given), "it was generated with --lora 'ink.safetensors'", "give that file again")
     again = cli("--from-image", given, "--lora", f"{lora}:0.5")
     assert pixels(again.paths[0]) == pixels(given)
 
@@ -63,7 +63,7 @@ def test_a_picture_remembers_its_loras(cli: Callable, model: Path, lora: Path) -
 def test_loras_that_cannot_be(cli: Callable, model: Path, lora: Path) -> None:
     base = ("-p", "a cat", "-m", model)
     refused(cli(*base, "--lora", "nowhere.safetensors"), "--lora nowhere.safetensors: no such adapter")
-    refused(cli(*base, "--lora", f"{lora}:much"), "'much' should be a strength from -100 to 100")
+    refused(cli(*base, "--lora", f"{lora}:much"), "'much' should be a strength, a number from -100 to 100")
     refused(cli("-p", "a <lora:ink>", "-m", model), "--prompt: <lora:ink> needs --lora-dir")
     refused(cli("-p", "a <lora:inc>", "-m", model, "--lora-dir", lora.parent), "did you mean ink?")
     refused(cli("-p", "a <lora:ink>", "-m", model, "--lora-dir", "nowhere"), "--lora-dir nowhere: no such folder")

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load, load_file, save, save_file
 
-from tests.cli.test_generate import pixels, refused, settings, write_picture
 from tests.support import tiny
+from tests.support.cli import pixels, refused, settings, write_picture
 from tests.support.hub_server import Hub, taken_for_the_hub
 
 OLD, NEW = "a" * 40, "c" * 40
@@ -63,9 +63,9 @@ def test_the_autoencoder_is_remembered(cli: Callable, model: Path, vae: Path, tm
     assert cli("--from-image", "a.png", "-m", tmp_path / "moved", "-o", "c.png").err == ""
     np.testing.assert_array_equal(pixels(Path("c.png")), pixels(first.paths[0]))
     other = cli("--from-image", "a.png", "--vae", model / "vae", "-o", "d.png")
-    assert "the autoencoder is not the one that drew the picture ('bright')" in other.err
+    assert "the autoencoder is not the one that generated the image ('bright')" in other.err
     other = cli("--from-image", "own.png", "--vae", vae, "-o", "e.png")
-    assert "the autoencoder is not the one that drew the picture (the model's own)" in other.err
+    assert "the autoencoder is not the one that generated the image (the model's own)" in other.err
     shutil.rmtree(vae)
     refused(cli("--from-image", "a.png", "-o", "f.png"), "--from-image a.png", f"--vae {str(vae)!r}; give it again")
 
@@ -77,7 +77,7 @@ def test_another_model_does_not_take_the_autoencoder_with_it(cli: Callable, mode
     for said in (
         "the model is not the one",
         "the autoencoder is not the one",
-        "drawn with --prediction 'v_prediction'",
+        "generated with --prediction 'v_prediction'",
     ):
         assert said in other.err
 
@@ -88,7 +88,7 @@ def test_what_the_network_predicts_is_remembered(cli: Callable, model: Path) -> 
     assert (again.code, again.err) == (0, "") and settings(again.paths[0])["prediction"] == "v_prediction"
     np.testing.assert_array_equal(pixels(again.paths[0]), pixels(first.paths[0]))
     other = cli("--from-image", "a.png", "--prediction", "epsilon", "-o", "c.png")
-    assert "the picture was drawn with --prediction 'v_prediction'" in other.err
+    assert "the image was generated with --prediction 'v_prediction'" in other.err
     assert (pixels(other.paths[0]) != pixels(first.paths[0])).any()
 
 
@@ -109,10 +109,10 @@ def test_a_hub_model_is_remembered_by_its_id_and_commit(
     assert cli("--from-image", "a.png", "-m", "org/tiny", "-o", "c.png").err == ""
     assert len(served.seen) == seen  # the commit is in the cache
     newer = cli("--from-image", "a.png", "-m", "org/tiny", "--revision", "main", "-o", "d.png")
-    assert "the model is not the one that drew the picture ('tiny' at aaaaaaaaaaaa)" in newer.err
+    assert "the model is not the one that generated the image ('tiny' at aaaaaaaaaaaa)" in newer.err
     assert settings(newer.paths[0])["revision"] == NEW
     local = cli("--from-image", "a.png", "-m", model, "-o", "e.png")
-    assert "the model is not the one that drew the picture ('tiny' at aaaaaaaaaaaa)" in local.err
+    assert "the model is not the one that generated the image ('tiny' at aaaaaaaaaaaa)" in local.err
 
 
 def test_a_controlnet_of_the_hub_is_remembered(cli: Callable, model: Path, served: Hub, tmp_path: Path) -> None:

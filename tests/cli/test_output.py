@@ -29,10 +29,10 @@ def test_names_in_a_folder_count_on(tmp_path: Path) -> None:
     assert len(Output(tmp_path, 1).save(gradient(), 1, "\U0001d54f" * 300 + "猫" * 300, {}).name.encode()) < 200
 
 
-def test_several_pictures_to_one_file_name(tmp_path: Path) -> None:
+def test_several_images_to_one_file_name(tmp_path: Path) -> None:
     output = Output(tmp_path / "new" / "a.webp", 2)
     assert [output.save(gradient(), 1, "x", {}).name for _ in range(2)] == ["a-0.webp", "a-1.webp"]
-    with pytest.raises(FastsdError, match=r"a-1\.webp.*--overwrite"):
+    with pytest.raises(FastsdError, match=r"a-1\.webp.*overwrite replaces"):
         (tmp_path / "new" / "a-0.webp").unlink()
         Output(tmp_path / "new" / "a.webp", 2)
     Output(tmp_path / "new" / "a.webp", 2, overwrite=True)
@@ -47,13 +47,13 @@ def test_an_output_that_cannot_be_is_refused_before_the_work(tmp_path: Path) -> 
         "file": "neither a folder",
         "file/a.png": "cannot write",
         "a.gif": "not written; use .png",
-        "link.png": "there already",
+        "link.png": "exists already",
         "x" * 300 + ".png": "cannot write",
         "new/" + "x" * 300: "cannot write",
     }.items():
         with pytest.raises(FastsdError, match=said) as caught:
             Output(tmp_path / where, 1)
-        assert str(caught.value).startswith("--output") and "\n" not in str(caught.value)
+        assert caught.value.argument == "output" and "\n" not in str(caught.value)
     with pytest.raises(FastsdError, match="a folder of this name"):
         Output(tmp_path / "folder.png" / ".." / "taken.png", 2)
     assert sorted(os.listdir(tmp_path)) == ["file", "folder.png", "link.png", "taken-1.png"]
@@ -69,12 +69,12 @@ def test_a_folder_without_permission(tmp_path: Path) -> None:
 def test_giving_up_removes_only_what_was_made(tmp_path: Path) -> None:
     output = Output(tmp_path / "a" / "b", 1)
     assert (tmp_path / "a" / "b").is_dir()
-    output.give_up()
+    output.remove_empty_folders()
     assert os.listdir(tmp_path) == []
     (tmp_path / "a").mkdir()
     output = Output(tmp_path / "a" / "b", 1)
     output.save(gradient(), 1, "x", {})
-    output.give_up()
+    output.remove_empty_folders()
     assert len(os.listdir(tmp_path / "a" / "b")) == 1
 
 
@@ -87,4 +87,4 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(FastsdError, match="the disk is full") as caught:
         output.save(gradient(), 1, "x", {})
-    assert str(caught.value).startswith("--output") and os.listdir(tmp_path) == []
+    assert caught.value.argument == "output" and os.listdir(tmp_path) == []

@@ -15,7 +15,7 @@ from fastsd.cli import preview
 from fastsd.config import TAESDConfig
 from fastsd.model.taesd import TAESD
 from fastsd.pipeline import Pipeline, Step
-from tests.cli.test_generate import pixels, refused
+from tests.support.cli import pixels, refused
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, bytes, int]]:
 def test_every_n_steps_a_whole_picture_that_is_gone_at_the_end(cli: Callable, model: Path, shown: list) -> None:
     ran = cli("-p", "x", "-m", model, "--steps", 5, "-s", 1, "--dtype", "fp32", "--preview", 2, "-o", "a.png")
     assert (ran.code, ran.paths) == (0, [Path("a.png")])
-    assert ran.err == "note: what is coming is in a.preview.png until it is done\n"
+    assert ran.err == "note: a preview is in a.preview.png until the image is done\n"
     assert [(path, index) for path, _, index in shown] == [(Path("a.preview.png"), i) for i in (2, 3, 4, 5)]
     assert shown[0][1] == shown[1][1] != shown[2][1] == shown[3][1]  # the last step's is the picture itself
     steps = list(Pipeline.from_pretrained(model, dtype="fp32").stream("x", num_inference_steps=5, seed=1))
@@ -139,6 +139,6 @@ def test_what_is_refused(cli: Callable, model: Path, taesd: Path) -> None:
     refused(cli(*common, "--preview-decoder", taesd), "--preview-decoder: given without --preview")
     refused(cli(*common, "--preview", 1, "--preview-decoder", full), f"--preview-decoder {full}: not TAESD")
     refused(cli(*common, "--preview", 1, "--preview-decoder", "none"), "--preview-decoder none: no such")
-    refused(cli(*common, "--preview", 0), "--preview: '0' should be a whole number from 1")
+    refused(cli(*common, "--preview", 0), "--preview is '0'; it should be a whole number from 1")
     Path("taesd").mkdir()
     refused(cli(*common, "--vae", "taesd"), "--vae taesd/config.json: cannot be read")

@@ -15,8 +15,8 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from fastsd import Control, Pipeline
-from tests.cli.test_generate import refused
 from tests.support import tiny
+from tests.support.cli import refused
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +68,12 @@ def test_a_picture_remembers_its_controls(cli: Callable, model: Path, nets: list
     given = ("--control", nets[0], "--control-image", maps[0])
     first = cli("-p", "x", "-m", model, "-s", 1, *given, "--control-weight", 0.5).paths[0]
     assert stored(first)["controls"][0]["weight"] == 0.5 and stored(first)["controls"][0]["name"] == "net0.safetensors"
-    refused(cli("--from-image", first), "it was drawn with --control 'net0.safetensors'; give that")
+    refused(cli("--from-image", first), "it was generated with --control 'net0.safetensors'; give that")
     again = cli("--from-image", first, *given)
     assert again.err == ""
     np.testing.assert_array_equal(pixels(again.paths[0]), pixels(first))
     other = cli("--from-image", first, "--control", nets[1], "--control-image", maps[1])
-    assert "--control is another file" in other.err and "--control-image is another picture" in other.err
+    assert "--control is another file" in other.err and "--control-image is another image than" in other.err
 
 
 def test_the_size_is_the_first_maps(cli: Callable, model: Path, nets: list[Path], tmp_path: Path) -> None:
@@ -91,9 +91,9 @@ def test_edges(cli: Callable, model: Path, nets: list[Path], tmp_path: Path) -> 
     Image.fromarray(area).save(tmp_path / "square.png")
     words = ("-p", "x", "-m", model, "-s", 1, "--control", nets[0])
     found = cli(*words, "--control-canny", tmp_path / "square.png").paths[0]
-    from fastsd.image.files import draw_edges
+    from fastsd.image.files import find_edges
 
-    edges = draw_edges(Image.fromarray(area))
+    edges = find_edges(Image.fromarray(area))
     drawn = np.asarray(edges)[..., 0]
     # The outline and nothing else: Canny's edge is one pixel wide, and may lie on either side of the step.
     near = np.zeros((64, 64), dtype=bool)
@@ -117,18 +117,18 @@ def test_edges_without_opencv(
 def test_controls_that_cannot_be(cli: Callable, model: Path, nets: list[Path], maps: list[Path]) -> None:
     base = ("-p", "x", "-m", model)
     one = (*base, "--control", nets[0], "--control-image", maps[0])
-    refused(cli(*base, "--control", nets[0]), "--control: 1 given with 0 pictures")
-    refused(cli(*base, "--control-image", maps[0]), "--control: 0 given with 1 pictures")
+    refused(cli(*base, "--control", nets[0]), "--control: 1 given with 0 images")
+    refused(cli(*base, "--control-image", maps[0]), "--control: 0 given with 1 images")
     refused(cli(*one, "--control-weight", 1, "--control-weight", 2), "--control-weight: given 2 times for 1")
-    refused(cli(*one, "--control-weight", 11), "--control-weight: '11' should be a number from -10 to 10")
-    refused(cli(*one, "--control-start", 0.8, "--control-end", 0.2), "--control-start of --control 1 is 0.8, after")
+    refused(cli(*one, "--control-weight", 11), "--control-weight is '11'; it should be a number from -10 to 10")
+    refused(cli(*one, "--control-start", 0.8, "--control-end", 0.2), "--control-start of --control 1: 0.8 comes after")
     refused(cli(*base, "--control", "nowhere", "--control-image", maps[0]), "--control nowhere", "no such")
     refused(cli(*base, "--control", model, "--control-image", maps[0]), f"--control {model}")
     refused(cli(*base, "--control", nets[0], "--control-image", "no.png"), "--control-image no.png")
     refused(
         cli(*base, "--control", nets[0], "--control-image", nets[0]),
         "--control-image",
-        "not a picture that can be read",
+        "not an image that can be read",
     )
 
 
@@ -137,7 +137,7 @@ def test_a_net_for_latents_of_another_size(cli: Callable, nets: list[Path], maps
 
     save_folder(tiny.sd1(), tmp_path / "halving", torch.float32)
     words = ("-p", "x", "-m", tmp_path / "halving", "--control", nets[0], "--control-image", maps[0])
-    refused(cli(*words), "--control 1 shrinks its picture to 1/8 and the model's autoencoder to 1/2")
+    refused(cli(*words), "--control 1: it shrinks its image to 1/8 and the model's autoencoder to 1/2")
 
 
 def test_hires(cli: Callable, model: Path) -> None:
@@ -158,12 +158,12 @@ def test_what_a_repeated_picture_leaves_out(cli: Callable, model: Path, maps: li
     """What cannot go with a flag that was given now: a second drawing with --image, a refiner with another model."""
     enlarged = cli("-p", "x", "-m", model, "-s", 1, "--hires", 1.5).paths[0]
     again = cli("--from-image", enlarged, "--image", maps[0])
-    assert again.err == "note: not repeated: --hires, as --image starts from a picture\n"
+    assert again.err == "note: not repeated: --hires, as --image starts from an image\n"
     assert "hires_scale" not in stored(again.paths[0])
     refined = cli("-p", "x", "-m", model, "-s", 1, "--refiner", model).paths[0]
     again = cli("--from-image", refined, "-m", "digits")
     assert again.code == 0 and "refiner" not in stored(again.paths[0])
-    assert "the refiner is not the one that drew the picture ('tiny')" in again.err
+    assert "the refiner is not the one that generated the image ('tiny')" in again.err
     info = PngInfo()
     info.add_text("fastsd", json.dumps({"prompt": "x", "model": "digits", "seed": 1, "hires_strength": 0.5}))
     Image.new("RGB", (8, 8)).save(tmp_path / "half.png", pnginfo=info)
@@ -184,12 +184,12 @@ def test_a_refiner(cli: Callable, model: Path, tmp_path: Path) -> None:
     assert again.err == ""
     np.testing.assert_array_equal(pixels(again.paths[0]), pixels(found))
     (tmp_path / "other").rename(tmp_path / "moved")
-    refused(cli("--from-image", found), "it was drawn with --refiner", "give it again")
+    refused(cli("--from-image", found), "it was generated with --refiner", "give it again")
 
 
 def test_passes_that_cannot_be(cli: Callable, model: Path, maps: list[Path]) -> None:
     base = ("-p", "x", "-m", model)
-    refused(cli(*base, "--hires", 0.5), "--hires: '0.5' should be a number from 1 to 8")
+    refused(cli(*base, "--hires", 0.5), "--hires is '0.5'; it should be a number from 1 to 8")
     refused(cli(*base, "--hires-strength", 0.5), "--hires-strength: given without --hires")
     refused(cli(*base, "--hires", 2, "--image", maps[0]), "--hires: given with --image")
     refused(cli(*base, "--hires", 2, "--hires-upscaler", "esrgan"), "--hires-upscaler", "latent", "lanczos")

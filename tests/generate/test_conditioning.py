@@ -13,11 +13,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fastsd.errors import FastsdError
-from fastsd.generate import conditioning as script
+from fastsd.generate import batch, conditioning
 from fastsd.graph import Graphs
 from fastsd.model.clip import TextEncoder
 from fastsd.pipeline import Pipeline
-from fastsd.text import encode as conditioning
+from fastsd.text.parse import ParsedText
 from tests.support import tiny
 from tests.support.tape import TapeRecorder
 
@@ -40,21 +40,21 @@ def pipe(request: pytest.FixtureRequest) -> Pipeline:
     return request.getfixturevalue(request.param)
 
 
-def draw(pipe: Pipeline, prompt: Any, **arguments: Any) -> np.ndarray:
+def generate(pipe: Pipeline, prompt: Any, **arguments: Any) -> np.ndarray:
     given = {"seed": 1, "num_inference_steps": STEPS, "sampler": "euler", "width": 32, "height": 32}
     return pipe(prompt, **(given | {"output_type": "latent"} | arguments)).images.numpy()
 
 
-def told(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, prompt: str, **arguments: Any) -> list[str]:
+def conditioned_texts(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, prompt: str, **arguments: Any) -> list[str]:
     """The positive text whose keys, values and time every call of the UNet got, worked out from what it got."""
     texts: dict[bytes, str] = {}
     calls: list[str] = []
     unet = pipe.components.unet
-    project, denoise, encode = unet.project_context, unet.denoise, script.encode_text
+    project, denoise, encode = unet.project_context, unet.denoise, conditioning.encode_text
     last: list[str] = []
 
-    def encoded(components: Any, text: str, *rest: Any) -> Any:
-        last[:] = [text]
+    def encoded(components: Any, text: ParsedText, *rest: Any) -> Any:
+        last[:] = [text.text]
         return encode(components, text, *rest)
 
     def projected(context: torch.Tensor) -> Any:
@@ -66,14 +66,14 @@ def told(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, prompt: str, **argumen
         calls.append(texts[key_values[0][-1].contiguous().numpy().tobytes()])
         return denoise(x, time, key_values, control)
 
-    monkeypatch.setattr(script, "encode_text", encoded)
+    monkeypatch.setattr(conditioning, "encode_text", encoded)
     monkeypatch.setattr(unet, "project_context", projected)
     monkeypatch.setattr(unet, "denoise", denoised)
-    draw(pipe, prompt, **arguments)
+    generate(pipe, prompt, **arguments)
     return calls
 
 
-SCRIPTS = [
+SCHEDULES = [
     # (prompt, arguments, text of each call of the UNet)
     ("[a:b:0.5]", {}, ["a"] * 3 + ["b"] * 3),
     ("[a:b:2]", {}, ["a"] * 2 + ["b"] * 4),
@@ -89,13 +89,13 @@ SCRIPTS = [
 ]
 
 
-@pytest.mark.parametrize(("prompt", "arguments", "expected"), SCRIPTS, ids=[str(i) for i in range(len(SCRIPTS))])
+@pytest.mark.parametrize(("prompt", "arguments", "expected"), SCHEDULES, ids=[str(i) for i in range(len(SCHEDULES))])
 def test_the_text_of_every_call(
     sd1: Pipeline, monkeypatch: pytest.MonkeyPatch, prompt: str, arguments: dict[str, Any], expected: list[str]
 ) -> None:
     if "image" in arguments:
         arguments = arguments | {"image": Image.new("RGB", (32, 32), "red")}
-    assert told(sd1, monkeypatch, prompt, **arguments) == expected
+    assert conditioned_texts(sd1, monkeypatch, prompt, **arguments) == expected
 
 
 def test_a_schedule_is_the_one_picture_up_to_its_step(pipe: Pipeline) -> None:
@@ -112,22 +112,22 @@ def test_a_schedule_is_the_one_picture_up_to_its_step(pipe: Pipeline) -> None:
 
 
 def test_a_negative_prompt_has_a_script_too(pipe: Pipeline) -> None:
-    plain, late = draw(pipe, "a cat", negative_prompt="fog"), draw(pipe, "a cat", negative_prompt="[fog:0.5]")
-    assert (plain != late).any() and (late != draw(pipe, "a cat")).any()
-    np.testing.assert_array_equal(draw(pipe, "a cat", negative_prompt="[fog::1.0]"), plain)
+    plain, late = generate(pipe, "a cat", negative_prompt="fog"), generate(pipe, "a cat", negative_prompt="[fog:0.5]")
+    assert (plain != late).any() and (late != generate(pipe, "a cat")).any()
+    np.testing.assert_array_equal(generate(pipe, "a cat", negative_prompt="[fog::1.0]"), plain)
 
 
 @pytest.mark.parametrize("prompt", ["(a cat:1.0)", "((a cat:2):0.5)", "a cat<lora:x:1>", "[a cat|a cat]", "a c\\at"])
 def test_what_says_the_same_draws_the_same(pipe: Pipeline, prompt: str) -> None:
-    np.testing.assert_array_equal(draw(pipe, prompt), draw(pipe, "a cat"))
-    np.testing.assert_array_equal(draw(pipe, "a cat", prompt_syntax="plain"), draw(pipe, "a cat"))
+    np.testing.assert_array_equal(generate(pipe, prompt), generate(pipe, "a cat"))
+    np.testing.assert_array_equal(generate(pipe, "a cat", prompt_syntax="plain"), generate(pipe, "a cat"))
 
 
 def test_weights_and_length_matter(pipe: Pipeline) -> None:
-    base = draw(pipe, "a cat")
+    base = generate(pipe, "a cat")
     for other in ("a (cat:1.3)", "a [cat]", "a BREAK cat", "a cat" + ", red" * 80, "a cat" + ", red" * 79):
-        assert (draw(pipe, other) != base).any(), other
-    assert (draw(pipe, "a (cat:1.3)", prompt_syntax="plain") != draw(pipe, "a (cat:1.3)")).any()
+        assert (generate(pipe, other) != base).any(), other
+    assert (generate(pipe, "a (cat:1.3)", prompt_syntax="plain") != generate(pipe, "a (cat:1.3)")).any()
 
 
 LONG = "a red cat on a mat, " * 20
@@ -136,11 +136,11 @@ LONG = "a red cat on a mat, " * 20
 def test_an_image_does_not_depend_on_longer_neighbours(pipe: Pipeline) -> None:
     prompts = ["a cat", LONG, "a [dog|BREAK] x", "a dog", LONG + LONG, "(a) bird"]
     negatives = ["", "", "fog", LONG, "", "[fog:0.5]"]
-    together = draw(pipe, prompts, negative_prompt=negatives)
-    in_twos = draw(pipe, prompts, negative_prompt=negatives, batch_size=2)
+    together = generate(pipe, prompts, negative_prompt=negatives)
+    in_twos = generate(pipe, prompts, negative_prompt=negatives, batch_size=2)
     np.testing.assert_array_equal(together, in_twos)
     for i, (prompt, negative) in enumerate(zip(prompts, negatives)):
-        np.testing.assert_array_equal(draw(pipe, prompt, negative_prompt=negative, seed=1 + i)[0], together[i])
+        np.testing.assert_array_equal(generate(pipe, prompt, negative_prompt=negative, seed=1 + i)[0], together[i])
 
 
 def test_a_second_pass_whose_texts_fill_more_chunks(pipe: Pipeline) -> None:
@@ -164,39 +164,48 @@ def test_the_shorter_of_prompt_and_negative_is_padded(sd1: Pipeline, monkeypatch
     monkeypatch.setattr(sd1.components.unet, "denoise", denoised)
     for prompt, negative, chunks in (("a", LONG, 2), (LONG, "", 2), ("a", "", 1), ("[a:" + LONG + ":3]", "", 2)):
         lengths.clear()
-        draw(sd1, prompt, negative_prompt=negative)
+        generate(sd1, prompt, negative_prompt=negative)
         assert {n for layers in lengths for n in layers} == {77 * chunks}
     lengths.clear()
-    draw(sd1, "a", negative_prompt=LONG, guidance_scale=1.0)  # a negative prompt that is not used pads nothing
+    generate(sd1, "a", negative_prompt=LONG, guidance_scale=1.0)  # a negative prompt that is not used pads nothing
     assert {n for layers in lengths for n in layers} == {77}
 
 
 def test_each_text_is_encoded_once(sd1: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[str] = []
     encode = conditioning.encode_text
-    monkeypatch.setattr(script, "encode_text", lambda c, text, *rest: encoded.append(text) or encode(c, text, *rest))
-    draw(sd1, "[a|b] x", num_images_per_prompt=3, negative_prompt="b x")
+
+    def recorded(components: Any, text: ParsedText, *rest: Any) -> Any:
+        encoded.append(text.text)
+        return encode(components, text, *rest)
+
+    monkeypatch.setattr(conditioning, "encode_text", recorded)
+    generate(sd1, "[a|b] x", num_images_per_prompt=3, negative_prompt="b x")
     assert sorted(encoded) == ["a x", "b x", "b x"]  # as a prompt and as a negative prompt
 
 
 def test_keys_and_values_are_the_same_while_the_text_is(sd1: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """The very same tuple, by which a graph knows that it has nothing to copy."""
     seen: list[Any] = []
-    denoiser = sd1._engine.denoiser
-    step = denoiser.step
-    monkeypatch.setattr(denoiser, "step", lambda run, noise: seen.append(run.told.key_values) or step(run, noise))
-    draw(sd1, "[a:b:2] x")
-    assert [one is other for one, other in zip(seen, seen[1:])] == [True, False, True, True, True]
+    denoise = batch.denoise_row
+
+    def recorded(unet: Any, inputs: Any, row: int) -> torch.Tensor:
+        seen.append(inputs.conditioning.key_values)
+        return denoise(unet, inputs, row)
+
+    monkeypatch.setattr(batch, "denoise_row", recorded)
+    generate(sd1, "[a:b:2] x")
+    assert [before is after for before, after in zip(seen, seen[1:])] == [True, False, True, True, True]
 
 
 def test_digits_follow_a_schedule_and_chunks_of_their_own_length() -> None:
     pipe = Pipeline.from_pretrained(dtype="fp32")
     size = {"num_inference_steps": 4, "width": 64, "height": 64}
-    eight, three = draw(pipe, "a thick eight", **size), draw(pipe, "a three", **size)
-    np.testing.assert_array_equal(draw(pipe, "a [thick eight:three:1.0]", **size), eight)
-    np.testing.assert_array_equal(draw(pipe, "a [thick eight:three:0]", **size), three)
-    np.testing.assert_array_equal(draw(pipe, "a (three:1)", **size), three)
-    both = draw(pipe, "a [thick eight:three:2]", **size)
+    eight, three = generate(pipe, "a thick eight", **size), generate(pipe, "a three", **size)
+    np.testing.assert_array_equal(generate(pipe, "a [thick eight:three:1.0]", **size), eight)
+    np.testing.assert_array_equal(generate(pipe, "a [thick eight:three:0]", **size), three)
+    np.testing.assert_array_equal(generate(pipe, "a (three:1)", **size), three)
+    both = generate(pipe, "a [thick eight:three:2]", **size)
     assert (both != eight).any() and (both != three).any()
     long = pipe("a thick eight " * 11, **size, seed=1)
     assert long.notes == [] and np.isfinite(np.asarray(long.images[0])).all()
@@ -208,12 +217,12 @@ def test_an_embedding_changes_the_prompts_that_name_it(tmp_path: Path) -> None:
     for make, widths in ((tiny.sd1, {"x": 32}), (tiny.sdxl, {"clip_l": 32, "clip_g": 32})):
         pipe = Pipeline(make(), CPU, torch.float32)
         save_file({key: torch.randn(2, width) for key, width in widths.items()}, tmp_path / "ink-style.safetensors")
-        named, other = draw(pipe, "a cat, ink-style"), draw(pipe, "a cat, ink")
+        named, other = generate(pipe, "a cat, ink-style"), generate(pipe, "a cat, ink")
         assert "ink-style" in pipe.load_embedding(tmp_path / "ink-style.safetensors")
-        assert (draw(pipe, "a cat, ink-style") != named).any()
-        np.testing.assert_array_equal(draw(pipe, "a cat, ink"), other)
+        assert (generate(pipe, "a cat, ink-style") != named).any()
+        np.testing.assert_array_equal(generate(pipe, "a cat, ink"), other)
         assert pipe.load_embedding(str(tmp_path / "ink-style.safetensors"), token="<ink>") == ("<ink>",)
-        np.testing.assert_array_equal(draw(pipe, "a cat, <ink>"), draw(pipe, "a cat, Ink-Style"))
+        np.testing.assert_array_equal(generate(pipe, "a cat, <ink>"), generate(pipe, "a cat, Ink-Style"))
         result = pipe("a <ink>", seed=1, num_inference_steps=1, negative_prompt="ink-style", output_type="latent")
         assert sorted(result.parameters["embeddings"]) == ["<ink>", "ink-style"]
 
@@ -230,9 +239,9 @@ def test_a_refiner_reads_embeddings_too(tmp_path: Path, family: str) -> None:
         model.unet = tiny.sdxl(32).unet
     pipe = Pipeline(model, CPU, torch.float32, refiner=refiner)
     only_refined = {"refiner_switch": 0.0}
-    before = draw(pipe, "a cat, ink-style", **only_refined)
+    before = generate(pipe, "a cat, ink-style", **only_refined)
     pipe.load_embedding(tmp_path / "ink-style.safetensors")
-    assert (draw(pipe, "a cat, ink-style", **only_refined) != before).any()
+    assert (generate(pipe, "a cat, ink-style", **only_refined) != before).any()
 
 
 def test_a_refiner_with_another_text_encoder_reads_the_name(tmp_path: Path) -> None:
@@ -240,9 +249,9 @@ def test_a_refiner_with_another_text_encoder_reads_the_name(tmp_path: Path) -> N
     wider.text_encoders = (TextEncoder(replace(tiny.CLIP, hidden_size=64)),)
     pipe = Pipeline(tiny.sd1(), CPU, torch.float32, refiner=wider)
     save_file({"x": torch.randn(2, 32)}, tmp_path / "ink-style.safetensors")
-    before = draw(pipe, "ink-style", refiner_switch=0.0)
+    before = generate(pipe, "ink-style", refiner_switch=0.0)
     pipe.load_embedding(tmp_path / "ink-style.safetensors")
-    np.testing.assert_array_equal(draw(pipe, "ink-style", refiner_switch=0.0), before)
+    np.testing.assert_array_equal(generate(pipe, "ink-style", refiner_switch=0.0), before)
 
 
 BAD = [
@@ -275,4 +284,4 @@ def test_graphs_follow_a_script(sd1: Pipeline) -> None:
     recorder = TapeRecorder()
     graphed = Pipeline(sd1.components, CPU, torch.float32, Graphs(recorder))
     for prompt in ("a [cat:dog:2]", "[a|b] x", "a [x:" + LONG + ":3]", "a (cat:1.3)", "a [cat:dog:2]"):
-        np.testing.assert_array_equal(draw(graphed, prompt), draw(sd1, prompt), prompt)
+        np.testing.assert_array_equal(generate(graphed, prompt), generate(sd1, prompt), prompt)

@@ -103,14 +103,14 @@ def test_the_first_frame_of_an_animation() -> None:
 
 def test_what_is_no_picture(tmp_path: Path) -> None:
     cases = {
-        "text.png": (b"not a picture at all", "not a picture"),
+        "text.png": (b"not an image at all", "not an image"),
         "empty.png": (b"", "empty"),
         "cut.png": (saved(Image.effect_noise((64, 64), 90))[:-600], "damaged or cut short"),
         "cut.jpg": (saved(gradient().resize((200, 200)), "JPEG")[:900], "damaged or cut short"),
         "bomb.png": (png_header(60_000, 60_000), "million"),
         "wide.png": (png_header(2**31 - 1, 1), "million"),
-        "program.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
-        "script.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a picture"),
+        "program.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+        "script.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
         "float.tiff": (saved(Image.new("F", (4, 4)), "TIFF"), "8 or 16 bits"),
         "deep.tiff": (saved(Image.new("I", (4, 4), 2**30), "TIFF"), "8 or 16 bits"),
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import time
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,26 +12,7 @@ from hypothesis import strategies as st
 
 from fastsd.image import infotext
 from fastsd.sampling import samplers as tables
-
-FULL: dict[str, Any] = {
-    "prompt": "a lighthouse at dusk, oil on canvas",
-    "negative_prompt": "fog, rain",
-    "num_inference_steps": 20,
-    "guidance_scale": 7.0,
-    "guidance_rescale": 0.7,
-    "width": 512,
-    "height": 768,
-    "seed": 1,
-    "sampler": "dpm++2m",
-    "schedule": "karras",
-    "eta": 0.0,
-    "clip_skip": 2,
-    "strength": 0.55,
-    "model": "sd15",
-    "device": "cpu",
-    "dtype": "fp32",
-    "version": "0.1.0",
-}
+from tests.support.infotext import FULL, HOSTILE
 
 # A1111's texts, as found in its documentation, its tests and pictures made with it.
 WORKED = {
@@ -222,17 +202,6 @@ def test_every_sampler_and_schedule_has_a_label() -> None:
     for name, label in infotext.SAMPLERS.items():
         assert infotext.parse_parameters(f"a\nSteps: 1, Sampler: {label}, Seed: 1")[0]["sampler"] == name
         assert tables.resolve(label)[0] == name
-
-
-# Texts that look like the form itself, beside any text at all.
-HOSTILE = st.one_of(
-    st.text(),
-    st.lists(
-        st.sampled_from(
-            ["\n", "Negative prompt:", "Steps: 20", ", ", "Seed: 1", "Size: 1x1", '"', "\\", " ", "a", "\r"]
-        )
-    ).map("".join),
-)
 
 
 @settings(max_examples=150, deadline=None)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fastsd.errors import FastsdError
 from fastsd.image import infotext, metadata
-from tests.image.test_infotext import FULL, HOSTILE
+from tests.support.infotext import FULL, HOSTILE
 
 
 def test_our_text_is_read_without_our_chunk() -> None:
@@ -37,7 +37,7 @@ def test_junk_is_never_more_than_an_error_line(parameters: str, own: str) -> Non
         found, others = metadata.read_texts({"parameters": parameters, "fastsd": own})
     except FastsdError:
         return
-    assert all(isinstance(value, metadata.FIELDS[key]) for key, value in found.items())
+    assert all(isinstance(value, metadata.stored_types()[key]) for key, value in found.items())
     assert all(isinstance(value, str) for value in others.values())
 
 

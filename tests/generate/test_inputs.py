@@ -13,10 +13,10 @@ from PIL import Image
 from fastsd import Control
 from fastsd.config import ControlNetConfig
 from fastsd.errors import FastsdError
-from fastsd.generate.validation import fit_image, fit_mask
+from fastsd.generate.inputs import fit_image, fit_mask
 from fastsd.model.controlnet import ControlNet
 from fastsd.pipeline import Pipeline
-from tests.test_pipeline import tiny_pipeline
+from tests.support.pipelines import tiny_pipeline
 
 PICTURE = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
 
@@ -37,20 +37,22 @@ def latents(pipe: Pipeline, **arguments: Any) -> torch.Tensor:
 
 
 def test_controls_that_are_no_list(pipe: Pipeline, control: Control) -> None:
-    for wrong in (control, control.net, [control.net], None, 3):
-        with pytest.raises(FastsdError, match="controls should be a list of fastsd.Control"):
+    for wrong in (control, control.net, [control.net], 3):
+        with pytest.raises(FastsdError, match="^controls: should be a list of fastsd.Control"):
             pipe("a cat", controls=wrong)
 
 
 def test_a_controlnet_of_another_pipeline(control: Control) -> None:
     """In another precision it would fail somewhere in its first layer."""
-    with pytest.raises(FastsdError, match=r"controls\[0\].net is fp32 on cpu and the model bf16 on cpu; load it with"):
+    with pytest.raises(
+        FastsdError, match=r"controls\[0\].net: it is fp32 on cpu and the model bf16 on cpu; load it with"
+    ):
         latents(tiny_pipeline(dtype=torch.bfloat16), controls=[control])
 
 
 def test_a_controlnet_for_latents_of_another_size(pipe: Pipeline, control: Control) -> None:
     net = ControlNet(ControlNetConfig(pipe.components.unet.config, (8, 8)))
-    with pytest.raises(FastsdError, match=r"controls\[0\].net shrinks its picture to 1/2 and .* to 1/8"):
+    with pytest.raises(FastsdError, match=r"controls\[0\].net: it shrinks its image to 1/2 and .* to 1/8"):
         latents(pipe, controls=[replace(control, net=net)])
 
 
@@ -64,15 +66,15 @@ def test_controls_that_take_part_in_no_step_are_named(pipe: Pipeline, control: C
 
 
 def test_steps_of_a_second_pass_that_is_not_asked_for(pipe: Pipeline) -> None:
-    with pytest.raises(FastsdError, match="hires_steps is given without hires_scale"):
+    with pytest.raises(FastsdError, match="hires_steps: given without hires_scale"):
         latents(pipe, hires_steps=3)
 
 
 def test_a_strength_that_leaves_no_step_is_named(pipe: Pipeline) -> None:
-    said = "redoes nothing: strength 0.2 of 4 steps is less than one"
+    said = "changes nothing: strength 0.2 of 4 steps is less than one"
     settings: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent"}
     assert pipe("a cat", image=PICTURE, strength=0.2, **settings).notes == [f"the run {said}"]
-    assert pipe("a cat", hires_scale=2, hires_strength=0.2, **settings).notes == [f"the second drawing {said}"]
+    assert pipe("a cat", hires_scale=2, hires_strength=0.2, **settings).notes == [f"the second pass {said}"]
     for quiet in ({"image": PICTURE, "strength": 0.0}, {"image": PICTURE, "strength": 0.25}, {"hires_scale": 2}):
         assert pipe("a cat", **quiet, **settings).notes == []
 
