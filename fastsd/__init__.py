@@ -4,7 +4,7 @@
 >>> pipe = fastsd.Pipeline.from_pretrained("folder with a model")  # no argument: the bundled digits model
 >>> pipe("a handwritten eight", seed=7).images[0].save("eight.png")
 
-Importing this module is light: torch and the models are imported when `Pipeline` or `Control` is first used.
+Importing this module is light: torch and the models are imported when `Pipeline`, `Control` or `Adapter` is first used.
 """
 
 from __future__ import annotations
@@ -18,23 +18,26 @@ from fastsd.errors import FastsdError
 if TYPE_CHECKING:
     from fastsd.generate.control import Control
     from fastsd.pipeline import Pipeline
+    from fastsd.weights.adapters.apply import Adapter
 
 # Large CPU tensors in huge pages, where Linux gives them on request: PyTorch reads this before its first tensor. The
 # autoencoder writes maps of 67 MB, which cost 24 ms each to page in by 4 kB and 4 ms by 2 MB.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
-__all__ = ["Control", "FastsdError", "Pipeline", "__version__"]
-_LATER = {
+__all__ = ["Adapter", "Control", "FastsdError", "Pipeline", "__version__"]
+# Imported when they are first used.
+_LAZY = {
+    "Adapter": "fastsd.weights.adapters.apply",
     "Control": "fastsd.generate.control",
     "Pipeline": "fastsd.pipeline",
-}  # imported when they are first asked for
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    if name not in _LAZY:
         raise AttributeError(f"module 'fastsd' has no attribute {name!r}")
-    found = getattr(importlib.import_module(_LATER[name]), name)
+    found = getattr(importlib.import_module(_LAZY[name]), name)
     globals()[name] = found  # found directly the next time
     return found
 

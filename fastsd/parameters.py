@@ -309,6 +309,15 @@ def of_call() -> list[Parameter]:
     return [parameter for parameter in PARAMETERS.values() if parameter.of == "call"]
 
 
+def describe_call() -> str:
+    """The arguments of a call, a line each, for its docstring."""
+    lines = ["        Arguments:"]
+    for row in of_call():
+        default = "" if row.default in (None, "", ()) else f" (default: {row.default})"
+        lines.append(f"            {row.name}: {row.help.replace('{', '`').replace('}', '`')}{default}")
+    return "\n".join(lines) + "\n        "
+
+
 def check_call(arguments: Mapping[str, Any], loaded: Collection[str] = ()) -> Settings:
     """The arguments of a call, each within its range, with the defaults of those that are missing or None.
 

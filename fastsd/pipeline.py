@@ -28,6 +28,7 @@ from fastsd.generate.result import Result, convert_images, join_batches, used_se
 from fastsd.graph import MAX_GRAPHS, CudaRecorder, Graphs
 from fastsd.model.controlnet import ControlNet
 from fastsd.model.taesd import TAESD
+from fastsd.parameters import describe_call
 from fastsd.runtime import memory
 from fastsd.runtime.devices import dtype_name, resolve_device, resolve_dtype
 from fastsd.weights import count_numbers, load_checkpoint, load_preview
@@ -194,9 +195,7 @@ class Pipeline:
 
         Args:
             prompt: a text, or a list of texts, in the syntax of docs/prompts.md.
-            arguments: docs/reference.md lists them all: `negative_prompt`, `num_inference_steps`, `guidance_scale`,
-                `width`, `height`, `seed`, `sampler`, `schedule`, `image`, `strength`, `mask_image`, ... Where one is
-                missing or None, the checkpoint's own default applies.
+            arguments: see below. Where one is missing or None, its default applies, or the checkpoint's own.
 
         Raises:
             FastsdError: an argument is missing, unknown or out of range; one line that names it.
@@ -357,3 +356,6 @@ class Pipeline:
             if self._own.few_step(self.adapters.active) != self.few_step:
                 self._take_defaults()
             return notes
+
+
+Pipeline.__call__.__doc__ = f"{Pipeline.__call__.__doc__}\n{describe_call()}"

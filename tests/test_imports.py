@@ -43,7 +43,7 @@ ALLOWED = {
     ("tune", "verify"),
 }
 # `fastsd` itself hands these out, on demand; only the rooms that use the pipeline may import `fastsd` itself.
-FACE = {"errors", "generate", "pipeline"}
+FACE = {"errors", "generate", "pipeline", "weights"}
 
 
 def imported_modules(source: str, module: str, is_package: bool) -> list[str]:

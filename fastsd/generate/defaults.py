@@ -1,4 +1,4 @@
-"""The settings that a call of the pipeline has where the caller gives none."""
+"""The settings of a call where the caller gives none."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ USUAL: dict[str, Any] = {"num_inference_steps": 30, "guidance_scale": 7.5}
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a checkpoint's own settings come from.
+    """A checkpoint's own settings.
 
     Attributes:
         components: as they were loaded.
         asked: a kind of few-step model (`fastsd.few_step.KINDS`), or "none"; None: what the files say.
-        prediction: what the caller said that the network predicts; no kind changes it.
+        prediction: the caller's word on what the network predicts, which no kind overrides; or None.
 
     Raises:
         FastsdError: there is no such kind.
@@ -38,43 +38,43 @@ class Defaults:
             kind_named(self.asked)
 
     def few_step(self, adapters: Sequence[Adapter] = ()) -> Detection | None:
-        """The kind in force: the one asked for, else what an adapter says, else what the model's files say."""
+        """The kind that applies: the one asked for, else an adapter's, else that of the model's files."""
         if self.asked is not None:
             kind = kind_named(self.asked)
             return Detection(kind, "as asked for") if kind is not None else None
         for adapter in adapters:
-            said = detect_in_adapter(adapter.path) if adapter.unet else None
-            if said is not None:
-                return said
+            detection = detect_in_adapter(adapter.path) if adapter.unet else None
+            if detection is not None:
+                return detection
         return self.components.few_step
 
-    def scheduler(self, said: Detection | None) -> SchedulerConfig:
+    def scheduler(self, detection: Detection | None) -> SchedulerConfig:
         """The noise schedule and how it is sampled."""
         own = self.components.scheduler
-        if said is None:
+        if detection is None:
             return own
-        scheduler = said.kind.scheduler(own)
+        scheduler = detection.kind.scheduler(own)
         return replace(scheduler, prediction_type=self.prediction or scheduler.prediction_type)
 
-    def settings(self, said: Detection | None) -> dict[str, Any]:
-        """Arguments of a call. What a checkpoint's author recommends comes before what its own files imply."""
-        components, scheduler = self.components, self.scheduler(said)
+    def settings(self, detection: Detection | None) -> dict[str, Any]:
+        """Arguments of a call. The author's recommendation precedes what the files imply."""
+        components, scheduler = self.components, self.scheduler(detection)
         side = components.sample_size * components.vae.config.downscale
         settings = USUAL | {"width": side, "height": side}
         settings |= {"sampler": scheduler.sampler, "schedule": scheduler.schedule}
-        if said is None:
+        if detection is None:
             return settings | components.defaults
         guidance_is_input = components.unet.config.time_cond_proj_dim > 0
-        few = said.kind.defaults(scheduler.sampler, side, side, guidance_is_input)
-        return settings | (few | components.defaults if said is components.few_step else components.defaults | few)
+        few = detection.kind.defaults(scheduler.sampler, side, side, guidance_is_input)
+        return settings | (few | components.defaults if detection is components.few_step else components.defaults | few)
 
 
-def few_step_note(said: Detection, settings: dict[str, Any]) -> str:
-    """What the user should know of the defaults in force."""
+def few_step_note(detection: Detection, settings: dict[str, Any]) -> str:
+    """A note on the defaults that apply."""
     steps, guidance = settings["num_inference_steps"], settings["guidance_scale"]
     return (
-        f"few-step model ({said.kind.name}, {said.why}): {steps} step{'s' * (steps > 1)} of {settings['sampler']} and "
-        f"guidance {guidance:g} where not asked otherwise; few_step='none' (--few-step none) takes it as any other"
+        f"few-step model ({detection.kind.name}, {detection.why}): by default {steps} step{'s' * (steps > 1)} of "
+        f"{settings['sampler']} and guidance {guidance:g}; few_step='none' (--few-step none) treats it as any other"
     )
 
 
