@@ -49,7 +49,7 @@ def latents(pipe: Pipeline, prompt: str | list[str] = "a cat", **arguments: Any)
     return pipe(prompt, **({"seed": 1, "output_type": "latent"} | arguments)).images
 
 
-PICTURE = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
+PHOTO = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
 MASK = Image.fromarray(np.kron(np.eye(2, dtype=np.uint8) * 255, np.ones((32, 32), dtype=np.uint8)))
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -58,9 +58,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "another seed": {"seed": 99},
     "more steps": {"num_inference_steps": 11},
     "another guidance scale": {"guidance_scale": 2.25},
-    "a picture": {"image": PICTURE, "strength": 0.6},
-    "less of the picture": {"image": PICTURE, "strength": 0.3},
-    "a mask": {"image": PICTURE, "mask_image": MASK, "strength": 0.7},
+    "an image": {"image": PHOTO, "strength": 0.6},
+    "less of the image": {"image": PHOTO, "strength": 0.3},
+    "a mask": {"image": PHOTO, "mask_image": MASK, "strength": 0.7},
     **{f"sampler {name}": {"sampler": name} for name in SAMPLERS},
 }
 
@@ -71,7 +71,7 @@ def test_one_graph_serves_everything_that_keeps_the_shape() -> None:
     for change in ({}, *CHANGES.values(), {}):
         settings = {"prompt": "a cat"} | change
         assert torch.equal(latents(pipe, **settings), latents(plain, **settings)), change
-    # The text encoder, the step, and for pictures the encoder.
+    # The text encoder, the step, and for images the encoder.
     assert recorder.recorded == 3
 
 
@@ -98,14 +98,14 @@ def test_shapes_have_graphs_of_their_own(change: dict[str, Any]) -> None:
     assert recorder.recorded == captures + 1
 
 
-def test_pictures_and_inpainting_networks() -> None:
+def test_images_and_inpainting_networks() -> None:
     """The decoder's graph, and the channels that an inpainting network reads beside the latent."""
     pipe, _ = graphed()
     assert np.array_equal(pipe("a cat", seed=1).images[0], tiny_pipeline()("a cat", seed=1).images[0])
     pipe, recorder = graphed(in_channels=9)
     plain = tiny_pipeline(9)
     for seed, strength in ((1, 1.0), (2, 0.6), (3, 1.0)):
-        settings: dict[str, Any] = {"image": PICTURE, "mask_image": MASK, "seed": seed, "strength": strength}
+        settings: dict[str, Any] = {"image": PHOTO, "mask_image": MASK, "seed": seed, "strength": strength}
         assert torch.equal(latents(pipe, **settings), latents(plain, **settings))
     assert recorder.recorded == 3
 
@@ -120,7 +120,7 @@ def test_tiny_autoencoders() -> None:
     recorder = TapeRecorder()
     eager = Pipeline(plain.components, plain.device, plain.dtype, preview=shown)
     pipe = Pipeline(plain.components, plain.device, plain.dtype, Graphs(recorder), preview=shown)
-    for settings in ({"image": PICTURE, "strength": 0.5}, {"image": PICTURE.rotate(90), "strength": 0.9}, {}):
+    for settings in ({"image": PHOTO, "strength": 0.5}, {"image": PHOTO.rotate(90), "strength": 0.9}, {}):
         steps, wanted = (list(p.stream("a cat", seed=1, num_inference_steps=4, **settings)) for p in (pipe, eager))
         assert np.array_equal(steps[0].preview(), wanted[0].preview())
         assert np.array_equal(steps[-1].result.images[0], wanted[-1].result.images[0])
@@ -243,7 +243,7 @@ def test_too_little_memory_for_a_capture_frees_the_others_first() -> None:
 
 
 def test_the_autoencoder_that_overflows_is_widened_once() -> None:
-    """20 of 20 pictures; the graphs of the old weights are dropped, and one note says so."""
+    """20 of 20 images; the graphs of the old weights are dropped, and one note says so."""
     plain = tiny_pipeline(dtype=torch.float16)
     pipe = Pipeline(plain.components, plain.device, plain.dtype, Graphs(TapeRecorder()))
     with torch.no_grad():
@@ -333,15 +333,15 @@ def test_a_stream_left_half_way_holds_no_other_thread_up() -> None:
     assert found and torch.equal(found[0], wanted)
 
 
-def test_large_pictures_leave_the_autoencoder_uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images_leave_the_autoencoder_uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, recorder = graphed()
-    latents(pipe, image=PICTURE)
+    latents(pipe, image=PHOTO)
     captures = recorder.recorded
     monkeypatch.setattr("fastsd.generate.latents.CAPTURED", 64 * 64 - 1)
-    picture = pipe("a cat", seed=1).images[0]
+    photo = pipe("a cat", seed=1).images[0]
     assert recorder.recorded == captures
     monkeypatch.undo()
-    assert np.array_equal(pipe("a cat", seed=1).images[0], picture) and recorder.recorded == captures + 1
+    assert np.array_equal(pipe("a cat", seed=1).images[0], photo) and recorder.recorded == captures + 1
 
 
 def test_an_encoder_that_overflows_is_widened_too() -> None:
@@ -351,7 +351,7 @@ def test_an_encoder_that_overflows_is_widened_too() -> None:
         plain.components.vae.encoder.conv_in.weight.mul_(1e5)  # itself within fp16, its map not
     notes = []
     for seed in range(3):
-        result = pipe("a cat", image=PICTURE, seed=seed, strength=0.5, num_inference_steps=2, output_type="latent")
+        result = pipe("a cat", image=PHOTO, seed=seed, strength=0.5, num_inference_steps=2, output_type="latent")
         assert torch.isfinite(result.images).all()
         notes += result.notes
     assert notes == ["the autoencoder overflowed in fp16; it runs in fp32 from now on"]
@@ -373,7 +373,7 @@ def test_one_value_that_is_not_finite_is_enough(value: float, monkeypatch: pytes
     monkeypatch.setattr(vae, "decode", spoilt)
     for _ in range(3):
         assert plain("a cat", seed=1, num_inference_steps=1).images[0].size == (64, 64)
-    assert ran == [torch.float16] + [torch.float32] * 3  # one picture is decoded twice, and the weights converted once
+    assert ran == [torch.float16] + [torch.float32] * 3  # one image is decoded twice, and the weights converted once
 
 
 def test_a_model_that_is_not_finite_is_an_error_and_leaves_the_autoencoder_as_it_is() -> None:
@@ -416,7 +416,7 @@ def controls_of(pipe: Pipeline, count: int = 2) -> list[Control]:
         torch.manual_seed(20 + i)
         net = ControlNet(ControlNetConfig(replace(pipe.components.unet.config, in_channels=4), (8, 8, 8, 8)))
         net.eval().requires_grad_(False)
-        found.append(Control(net, PICTURE, weight=0.5 + i, start=0.4 * i, end=0.6 + 0.4 * i))
+        found.append(Control(net, PHOTO, weight=0.5 + i, start=0.4 * i, end=0.6 + 0.4 * i))
     return found
 
 

@@ -22,7 +22,7 @@ def pipe() -> Pipeline:
 
 
 @pytest.fixture(scope="module")
-def picture() -> Image.Image:
+def photo() -> Image.Image:
     y, x = np.mgrid[0:64, 0:64]
     return Image.fromarray(np.stack([4 * x, 4 * y, 2 * (x + y)], axis=-1).astype(np.uint8))
 
@@ -46,7 +46,7 @@ def test_result_says_what_was_done(pipe: Pipeline) -> None:
     assert set(result.timings) == {"text", "encode", "steps", "decode", "total", "steps_per_second"}
 
 
-def test_a_random_seed_is_reported_and_repeats_the_picture(pipe: Pipeline) -> None:
+def test_a_random_seed_is_reported_and_repeats_the_image(pipe: Pipeline) -> None:
     first = pipe("a cat")
     again = pipe("a cat", seed=first.seeds[0])
     np.testing.assert_array_equal(pixels(first), pixels(again))
@@ -121,11 +121,11 @@ def test_given_latents_replace_the_seeds_noise(pipe: Pipeline) -> None:
     np.testing.assert_array_equal(pixels(pipe("a", seed=9)), pixels(pipe("a", seed=1, latents=noise)))
 
 
-def test_strength_decides_how_far_the_picture_moves(pipe: Pipeline, picture: Image.Image) -> None:
-    start = np.asarray(picture, dtype=np.float32)
-    untouched = pixels(pipe("a cat", image=picture, strength=0.0, seed=1))[0]
+def test_strength_decides_how_far_the_image_moves(pipe: Pipeline, photo: Image.Image) -> None:
+    start = np.asarray(photo, dtype=np.float32)
+    untouched = pixels(pipe("a cat", image=photo, strength=0.0, seed=1))[0]
     latents = [
-        pipe("a", image=picture, strength=s, seed=1, num_inference_steps=10, output_type="latent").images
+        pipe("a", image=photo, strength=s, seed=1, num_inference_steps=10, output_type="latent").images
         for s in (0.0, 0.2, 0.9)
     ]
     near, far = ((latents[0] - other).abs().mean() for other in latents[1:])
@@ -133,16 +133,16 @@ def test_strength_decides_how_far_the_picture_moves(pipe: Pipeline, picture: Ima
     assert untouched.shape == start.shape
 
 
-def test_pixels_outside_the_mask_come_back_exactly(picture: Image.Image, mask: Image.Image) -> None:
+def test_pixels_outside_the_mask_come_back_exactly(photo: Image.Image, mask: Image.Image) -> None:
     outside = np.asarray(mask) == 0
     for pipe in (tiny_pipeline(), tiny_pipeline(in_channels=9)):
-        painted = pixels(pipe("a cat", image=picture, mask_image=mask, strength=1.0, seed=1))[0]
-        np.testing.assert_array_equal(painted[outside], np.asarray(picture)[outside])
+        painted = pixels(pipe("a cat", image=photo, mask_image=mask, strength=1.0, seed=1))[0]
+        np.testing.assert_array_equal(painted[outside], np.asarray(photo)[outside])
         middle = (slice(24, 40), slice(16, 32))
-        assert (painted[middle] != np.asarray(picture)[middle]).mean() > 0.5
+        assert (painted[middle] != np.asarray(photo)[middle]).mean() > 0.5
 
 
-def test_the_mask_fades_inside_only(picture: Image.Image, mask: Image.Image) -> None:
+def test_the_mask_fades_inside_only(photo: Image.Image, mask: Image.Image) -> None:
     from fastsd.generate.latents import InpaintMask
 
     weights = np.asarray(InpaintMask.from_image(mask, 8).feathered, dtype=int)
@@ -151,19 +151,19 @@ def test_the_mask_fades_inside_only(picture: Image.Image, mask: Image.Image) -> 
     assert row[16] == 255 and (np.diff(row[:16]) >= 0).all() and 0 < row[1] < 255
 
 
-def test_an_image_and_mask_are_fitted_with_a_note(pipe: Pipeline, picture: Image.Image) -> None:
-    odd = picture.resize((61, 75))
+def test_an_image_and_mask_are_fitted_with_a_note(pipe: Pipeline, photo: Image.Image) -> None:
+    odd = photo.resize((61, 75))
     result = pipe("a cat", image=odd, mask_image=Image.new("L", (10, 10), 255), seed=1)
     assert result.images[0].size == (56, 72)
     assert any("61x75 to 56x72" in note for note in result.notes) and any("mask was resized" in n for n in result.notes)
 
 
-def test_a_black_picture_is_decoded_again_in_fp32() -> None:
+def test_a_black_image_is_decoded_again_in_fp32() -> None:
     pipe = tiny_pipeline(dtype=torch.float16)
     with torch.no_grad():  # beyond fp16's 65504 in the decoder's last map, fine in fp32
         pipe.components.vae.decoder.conv_in.weight.mul_(1e5)
-    picture = pipe.decode(torch.randn(1, 8, 8, 4))[0]
-    assert np.asarray(picture).std() > 0
+    photo = pipe.decode(torch.randn(1, 8, 8, 4))[0]
+    assert np.asarray(photo).std() > 0
 
 
 BAD = {

@@ -1,4 +1,4 @@
-"""--few-step, and a picture that remembers it."""
+"""--few-step, and an image that remembers it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def test_the_command_line_and_from_image(cli: Callable, model: Path) -> None:
-    """The flag, one note, and a picture that is repeated with what it was drawn with; a new kind brings its own."""
+    """The flag, one note, and an image that is repeated with its own settings; a new kind brings its own."""
     flags = ("-m", model, "-p", "a cat", "--seed", "1")
     first = cli(*flags, "--few-step", "turbo", "--count", "3", "-b", "1")
     assert first.code == 0 and first.err.count("few-step model (turbo, as asked for)") == 1

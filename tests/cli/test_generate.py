@@ -20,13 +20,13 @@ from PIL import Image
 
 from fastsd.image import files as images
 from fastsd.pipeline import Pipeline
-from tests.support.cli import pixels, refused, settings, write_picture
+from tests.support.cli import pixels, refused, settings, write_image
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
+def photo(tmp_path: Path) -> Path:
     y, x = np.mgrid[0:64, 0:64]
     path = tmp_path / "picture.png"
     Image.fromarray(np.stack([4 * x, 4 * y, 2 * (x + y)], axis=-1).astype(np.uint8)).save(path)
@@ -44,7 +44,7 @@ def mask(tmp_path: Path) -> Path:
 # What is written
 
 
-def test_a_picture_with_its_settings(cli: Callable, model: Path) -> None:
+def test_an_image_with_its_settings(cli: Callable, model: Path) -> None:
     ran = cli("-p", "a cat, sitting", "-n", "a dog", "-m", model, "--seed", 7, "--guidance", 3)
     assert (ran.code, ran.err) == (0, "")
     assert ran.paths == [Path("outputs/00000-7-a-cat-sitting.png")]
@@ -57,7 +57,7 @@ def test_a_picture_with_its_settings(cli: Callable, model: Path) -> None:
     assert cli("-p", "a cat, sitting", "-m", model, "--seed", 7).paths == [Path("outputs/00001-7-a-cat-sitting.png")]
 
 
-def test_the_command_line_draws_what_the_pipeline_draws(cli: Callable, model: Path) -> None:
+def test_the_command_line_generates_what_the_pipeline_generates(cli: Callable, model: Path) -> None:
     ran = cli("-p", "x", "-m", model, "-s", 3, "--sampler", "Euler a", "--count", 3, "-b", 2, "--dtype", "fp32")
     expected = Pipeline.from_pretrained(model, dtype="fp32")("x", seed=3, sampler="euler_a", num_images_per_prompt=3)
     assert [settings(path)["seed"] for path in ran.paths] == [3, 4, 5]
@@ -87,8 +87,8 @@ def test_output_is_a_file_a_folder_or_several_files(cli: Callable, model: Path) 
 def test_notes_are_a_line_each_on_stderr(cli: Callable, model: Path, tmp_path: Path) -> None:
     Image.new("RGB", (61, 75), "red").save(tmp_path / "odd.png")
     Image.new("L", (10, 10)).save(tmp_path / "black.png")
-    pictures = ("--image", tmp_path / "odd.png", "--mask", tmp_path / "black.png")
-    ran = cli("-p", "x " * 100, "-m", model, *pictures, "--plain-prompt")
+    photos = ("--image", tmp_path / "odd.png", "--mask", tmp_path / "black.png")
+    ran = cli("-p", "x " * 100, "-m", model, *photos, "--plain-prompt")
     lines = ran.err.splitlines()
     assert ran.code == 0 and all(line.startswith("note: ") for line in lines)
     for said in ("61x75 to 56x72", "mask was resized", "mask is black all over", "too long"):
@@ -102,11 +102,11 @@ def test_the_progress_bar_shows_on_terminals_or_when_asked(cli: Callable, model:
     assert re.search(r"4/4 .*(it/s|s/it)", shown.err) and len(shown.paths) == 2
 
 
-def test_inpainting_keeps_what_the_mask_keeps(cli: Callable, model: Path, picture: Path, mask: Path) -> None:
-    ran = cli("-p", "x", "-m", model, "--image", picture, "--mask", mask, "--strength", 1, "-o", "a.png")
+def test_inpainting_keeps_what_the_mask_keeps(cli: Callable, model: Path, photo: Path, mask: Path) -> None:
+    ran = cli("-p", "x", "-m", model, "--image", photo, "--mask", mask, "--strength", 1, "-o", "a.png")
     outside = pixels(mask) == 0
-    np.testing.assert_array_equal(pixels(ran.paths[0])[outside], pixels(picture)[outside])
-    assert (pixels(ran.paths[0]) != pixels(picture)).any()
+    np.testing.assert_array_equal(pixels(ran.paths[0])[outside], pixels(photo)[outside])
+    assert (pixels(ran.paths[0]) != pixels(photo)).any()
 
 
 # Repeating
@@ -134,10 +134,10 @@ def test_from_image_repeats_to_the_pixel(cli: Callable, model: Path, words: list
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_picture_from_a_picture_asks_for_it_again(
-    cli: Callable, model: Path, picture: Path, mask: Path, masked: bool
+def test_an_image_from_an_image_asks_for_it_again(
+    cli: Callable, model: Path, photo: Path, mask: Path, masked: bool
 ) -> None:
-    files = ["--image", picture, *(["--mask", mask] if masked else [])]
+    files = ["--image", photo, *(["--mask", mask] if masked else [])]
     first = cli("-p", "x", "-m", model, *files, "--strength", 0.6, "-s", 1, "-o", "a.png")
     refused(cli("--from-image", "a.png", "-o", "b.png"), "--from-image a.png", "--image 'picture.png' (sha256 ")
     assert not Path("b.png").exists()
@@ -165,7 +165,7 @@ def test_from_image_of_another_program(cli: Callable, model: Path, tmp_path: Pat
         "a cat\nSteps: 3, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 2, Seed: 8, Size: 72x64, "
         "Model: dreams, Variation seed: 3, Version: v1.9.4"
     )
-    foreign = write_picture(tmp_path / "foreign.png", parameters=text)
+    foreign = write_image(tmp_path / "foreign.png", parameters=text)
     refused(cli("--from-image", foreign), "the model 'dreams'", "--model")
     ran = cli("--from-image", foreign, "-m", model)
     assert ran.code == 0 and ran.err.count("\n") == 1 and "not repeated: Variation seed" in ran.err
@@ -183,7 +183,7 @@ def test_from_image_of_what_cannot_be_repeated(cli: Callable, model: Path, tmp_p
         "network": ({"fastsd": '{"prompt": "x", "model_path": "//host/share"}'}, "--model"),
     }
     for name, (texts, said) in cases.items():
-        refused(cli("--from-image", write_picture(tmp_path / f"{name}.png", **texts)), said)
+        refused(cli("--from-image", write_image(tmp_path / f"{name}.png", **texts)), said)
     refused(cli("--from-image", tmp_path / "none.png"), "--from-image", "no such file")
     assert os.listdir() == []
 
@@ -221,27 +221,27 @@ def test_what_the_model_refuses_is_in_words_of_the_command_line(cli: Callable, m
     assert os.listdir() == []
 
 
-def test_pictures_and_masks_that_are_none(cli: Callable, model: Path, picture: Path, mask: Path) -> None:
-    cut, text = picture.with_name("cut.png"), picture.with_name("text.png")
+def test_images_and_masks_that_are_none(cli: Callable, model: Path, photo: Path, mask: Path) -> None:
+    cut, text = photo.with_name("cut.png"), photo.with_name("text.png")
     Image.effect_noise((64, 64), 90).save(cut)
     cut.write_bytes(cut.read_bytes()[:-900])
     text.write_text("hello")
     base = ("-p", "x", "-m", model)
-    wide, bomb = picture.with_name("wide.png"), picture.with_name("bomb.png")
+    wide, bomb = photo.with_name("wide.png"), photo.with_name("bomb.png")
     Image.new("RGB", (8200, 16)).save(wide)
     Image.new("1", (20_000, 20_000)).save(bomb)  # 50 KB
     refused(cli(*base, "--image", wide), "--image: 8200x16 pixels", "8192 a side")
     refused(cli(*base, "--image", bomb), "--image", "bomb.png", "134 million")
-    refused(cli(*base, "--image", picture, "--mask", bomb), "--mask", "bomb.png", "134 million")
+    refused(cli(*base, "--image", photo, "--mask", bomb), "--mask", "bomb.png", "134 million")
     assert cli(*base, "--image", wide, "-W", 64, "-H", 64).code == 0
     shutil.rmtree("outputs")
     refused(cli(*base, "--image", cut), "--image", "cut.png", "cut short")
-    refused(cli(*base, "--image", picture, "--mask", text), "--mask", "text.png", "not an image")
-    refused(cli(*base, "--image", picture.with_name("none.png")), "--image", "none.png", "no such file")
-    refused(cli(*base, "--image", picture.parent), "--image", "a folder")
+    refused(cli(*base, "--image", photo, "--mask", text), "--mask", "text.png", "not an image")
+    refused(cli(*base, "--image", photo.with_name("none.png")), "--image", "none.png", "no such file")
+    refused(cli(*base, "--image", photo.parent), "--image", "a folder")
     refused(cli(*base, "--mask", mask), "--mask", "without --image")
     refused(cli(*base, "--strength", 0.5), "--strength", "without --image")
-    refused(cli(*base, "--image", picture, "--strength", 1.5), "--strength", "0 to 1")
+    refused(cli(*base, "--image", photo, "--strength", 1.5), "--strength", "0 to 1")
     assert os.listdir() == []
 
 
@@ -281,7 +281,7 @@ def test_too_little_memory_says_what_to_try(
     assert os.listdir() == []
 
 
-def test_a_picture_that_cannot_fit_is_refused_before_it_is_drawn(
+def test_an_image_that_cannot_fit_is_refused_before_it_is_generated(
     cli: Callable, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastsd.runtime.memory.available", lambda device: 200_000_000)
@@ -313,14 +313,14 @@ def test_a_mistake_of_our_own_is_not_hidden(cli: Callable, model: Path, monkeypa
 # Interruption
 
 
-def test_ctrl_c_while_a_picture_is_written_leaves_nothing_of_it(
+def test_ctrl_c_while_an_image_is_written_leaves_nothing_of_it(
     cli: Callable, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = []
 
     def interrupt(descriptor: int) -> None:
         done.append(descriptor)
-        if len(done) > 2:  # the first picture takes two, its file and its folder
+        if len(done) > 2:  # the first image takes two, its file and its folder
             raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "fsync", interrupt)
@@ -330,7 +330,7 @@ def test_ctrl_c_while_a_picture_is_written_leaves_nothing_of_it(
 
 
 def test_ctrl_c_stops_a_real_run(model: Path, tmp_path: Path) -> None:
-    """SIGINT in the middle of the loop: exit code 130, the finished pictures whole, nothing else."""
+    """SIGINT in the middle of the loop: exit code 130, the finished images whole, nothing else."""
     command = [
         sys.executable,
         "-m",
@@ -352,7 +352,7 @@ def test_ctrl_c_stops_a_real_run(model: Path, tmp_path: Path) -> None:
     command[1:3] = ["-c", restore + "runpy.run_module('fastsd', run_name='__main__')"]
     with subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
         assert run.stdout is not None and run.stderr is not None
-        run.stdout.readline()  # a picture is done, so it is in the loop
+        run.stdout.readline()  # an image is done, so it is in the loop
         time.sleep(0.05)
         run.send_signal(signal.SIGINT)
         paths, err = run.communicate(timeout=30)
@@ -376,7 +376,7 @@ def test_a_reader_that_has_gone(model: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(
     not (ROOT / "fastsd" / "assets" / "digits" / "model_index.json").is_file(), reason="needs the model"
 )
-def test_the_bundled_model_draws_and_repeats(cli: Callable) -> None:
+def test_the_bundled_model_generates_and_repeats(cli: Callable) -> None:
     first = cli("--prompt", "a handwritten eight", "--seed", 7)
     assert (first.code, first.err) == (0, "") and pixels(first.paths[0]).shape == (64, 64, 3)
     assert cli("--prompt", "a handwritten eight", "--seed", 7, "--model", "digits").code == 0

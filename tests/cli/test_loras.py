@@ -1,4 +1,4 @@
-"""LoRAs from the command line and from the prompt, and in a picture's metadata."""
+"""LoRAs from the command line and from the prompt, and in an image's metadata."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_loras(cli: Callable, model: Path, lora: Path) -> None:
     assert pixels(cli("-p", "a cat", *base, "--lora", lora).paths[0]) != pixels(given.paths[0])
 
 
-def test_a_picture_remembers_its_loras(cli: Callable, model: Path, lora: Path) -> None:
+def test_an_image_remembers_its_loras(cli: Callable, model: Path, lora: Path) -> None:
     given = cli("-p", "a cat", "-m", model, "--seed", "1", "--lora", f"{lora}:0.5").paths[0]
     stored = json.loads(Image.open(given).text["fastsd"])["loras"]
     assert [(one["name"], one["strength"]) for one in stored] == [("ink.safetensors", 0.5)]

@@ -1,4 +1,4 @@
-"""What a picture remembers of its model: the hub's id and commit, the autoencoder, what the network predicts."""
+"""What an image remembers of its model: the hub's id and commit, the autoencoder, what the network predicts."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from PIL import Image
 from safetensors.torch import load, load_file, save, save_file
 
 from tests.support import tiny
-from tests.support.cli import pixels, refused, settings, write_picture
+from tests.support.cli import pixels, refused, settings, write_image
 from tests.support.hub_server import Hub, taken_for_the_hub
 
 OLD, NEW = "a" * 40, "c" * 40
 
 
 def files(model: Path, brighter: float = 0.0) -> dict[str, bytes]:
-    """A model's files by their names in a repository, the pictures that it draws brighter by so much."""
+    """A model's files by their names in a repository, whose images are brighter by so much."""
     found = {path.relative_to(model).as_posix(): path for path in model.rglob("*") if path.is_file()}
     data = {name: path.read_bytes() for name, path in found.items()}
     if brighter:
@@ -32,7 +32,7 @@ def files(model: Path, brighter: float = 0.0) -> dict[str, bytes]:
 
 @pytest.fixture
 def vae(model: Path, tmp_path: Path) -> Path:
-    """An autoencoder of its own, whose pictures are brighter."""
+    """An autoencoder of its own, whose images are brighter."""
     folder = tmp_path / "bright"
     shutil.copytree(model / "vae", folder)
     weights = load_file(folder / "diffusion_pytorch_model.safetensors")
@@ -133,11 +133,11 @@ def test_a_controlnet_of_the_hub_is_remembered(cli: Callable, model: Path, serve
     assert "--control is another file than 'net'" in other.err
 
 
-def test_nothing_is_fetched_because_a_picture_says_so(cli: Callable, model: Path, served: Hub, tmp_path: Path) -> None:
+def test_nothing_is_fetched_because_an_image_says_so(cli: Callable, model: Path, served: Hub, tmp_path: Path) -> None:
     served.add("org/tiny", files(model))
 
     def refused_for(own: str, *said: str) -> None:
-        refused(cli("--from-image", write_picture(tmp_path / "a.png", fastsd=own)), *said)
+        refused(cli("--from-image", write_image(tmp_path / "a.png", fastsd=own)), *said)
 
     id, commit = '"prompt": "x", "version": "1", "model_path": "org/tiny"', f'"revision": "{NEW}"'
     refused_for(f"{{{id}, {commit}}}", "the hub's 'org/tiny'; fetch it with", f"--model org/tiny --revision {NEW}")
@@ -149,6 +149,6 @@ def test_nothing_is_fetched_because_a_picture_says_so(cli: Callable, model: Path
     assert served.seen == []
     assert cli("-p", "x", "-m", "org/tiny", "-o", "b.png").code == 0
     seen = len(served.seen)
-    assert cli("--from-image", write_picture(tmp_path / "a.png", fastsd=f"{{{id}, {commit}}}"), "-o", "c.png").code == 0
+    assert cli("--from-image", write_image(tmp_path / "a.png", fastsd=f"{{{id}, {commit}}}"), "-o", "c.png").code == 0
     refused_for(f'{{{id}, "revision": "main"}}', "fetch it with")
     assert len(served.seen) == seen

@@ -1,4 +1,4 @@
-"""Names of pictures, and places that cannot be written."""
+"""Names of images, and places that cannot be written."""
 
 from __future__ import annotations
 

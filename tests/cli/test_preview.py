@@ -51,12 +51,12 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, bytes, int]]:
     return seen
 
 
-def test_every_n_steps_a_whole_picture_that_is_gone_at_the_end(cli: Callable, model: Path, shown: list) -> None:
+def test_every_n_steps_a_whole_image_that_is_gone_at_the_end(cli: Callable, model: Path, shown: list) -> None:
     ran = cli("-p", "x", "-m", model, "--steps", 5, "-s", 1, "--dtype", "fp32", "--preview", 2, "-o", "a.png")
     assert (ran.code, ran.paths) == (0, [Path("a.png")])
     assert ran.err == "note: a preview is in a.preview.png until the image is done\n"
     assert [(path, index) for path, _, index in shown] == [(Path("a.preview.png"), i) for i in (2, 3, 4, 5)]
-    assert shown[0][1] == shown[1][1] != shown[2][1] == shown[3][1]  # the last step's is the picture itself
+    assert shown[0][1] == shown[1][1] != shown[2][1] == shown[3][1]  # the last step's is the image itself
     steps = list(Pipeline.from_pretrained(model, dtype="fp32").stream("x", num_inference_steps=5, seed=1))
     for at, index in ((0, 2), (2, 4)):
         Path("shown.png").write_bytes(shown[at][1])
@@ -120,7 +120,7 @@ def test_taesd_as_the_autoencoder(cli: Callable, model: Path, taesd: Path, words
     assert cli(*common, "-o", "again.png", *words, taesd, "--image", "first.png", "--vae-tiling").code == 0
 
 
-def test_a_decoder_alone_and_a_picture_to_start_from(cli: Callable, model: Path, taesd: Path) -> None:
+def test_a_decoder_alone_and_an_image_to_start_from(cli: Callable, model: Path, taesd: Path) -> None:
     alone = Path("alone.safetensors")
     alone.write_bytes(taesd.read_bytes())
     Image.new("RGB", (64, 64)).save("a.png")

@@ -1,4 +1,4 @@
-"""Prompt syntax and embeddings from the command line, and in a picture's metadata."""
+"""Prompt syntax and embeddings from the command line, and in an image's metadata."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_embeddings(cli: Callable, model: Path, ink: Path) -> None:
     assert old.code == 0
 
 
-def test_a_repeated_picture_asks_for_its_embedding(cli: Callable, model: Path, ink: Path, tmp_path: Path) -> None:
+def test_a_repeated_image_asks_for_its_embedding(cli: Callable, model: Path, ink: Path, tmp_path: Path) -> None:
     first = cli("-p", "a cat, ink", "-m", model, "--seed", 3, "--embedding", ink).paths[0]
     ran = cli("--from-image", first)
     assert ran.code == 2 and ran.err.count("\n") == 1 and "--embedding 'ink.safetensors'" in ran.err

@@ -98,7 +98,7 @@ def test_the_text_of_every_call(
     assert conditioned_texts(sd1, monkeypatch, prompt, **arguments) == expected
 
 
-def test_a_schedule_is_the_one_picture_up_to_its_step(pipe: Pipeline) -> None:
+def test_a_schedule_is_the_one_image_up_to_its_step(pipe: Pipeline) -> None:
     def states(prompt: str) -> list[torch.Tensor]:
         steps = pipe.stream(prompt, seed=1, num_inference_steps=STEPS, sampler="euler", width=32, height=32)
         return [step.latents for step in steps]
@@ -118,7 +118,7 @@ def test_a_negative_prompt_has_a_script_too(pipe: Pipeline) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["(a cat:1.0)", "((a cat:2):0.5)", "a cat<lora:x:1>", "[a cat|a cat]", "a c\\at"])
-def test_what_says_the_same_draws_the_same(pipe: Pipeline, prompt: str) -> None:
+def test_what_says_the_same_generates_the_same(pipe: Pipeline, prompt: str) -> None:
     np.testing.assert_array_equal(generate(pipe, prompt), generate(pipe, "a cat"))
     np.testing.assert_array_equal(generate(pipe, "a cat", prompt_syntax="plain"), generate(pipe, "a cat"))
 

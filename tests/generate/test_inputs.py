@@ -18,7 +18,7 @@ from fastsd.model.controlnet import ControlNet
 from fastsd.pipeline import Pipeline
 from tests.support.pipelines import tiny_pipeline
 
-PICTURE = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
+PHOTO = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def pipe() -> Pipeline:
 @pytest.fixture(scope="module")
 def control(pipe: Pipeline) -> Control:
     net = ControlNet(ControlNetConfig(pipe.components.unet.config, (8, 8, 8, 8)))
-    return Control(net.eval().requires_grad_(False), PICTURE)
+    return Control(net.eval().requires_grad_(False), PHOTO)
 
 
 def latents(pipe: Pipeline, **arguments: Any) -> torch.Tensor:
@@ -73,24 +73,24 @@ def test_steps_of_a_second_pass_that_is_not_asked_for(pipe: Pipeline) -> None:
 def test_a_strength_that_leaves_no_step_is_named(pipe: Pipeline) -> None:
     said = "changes nothing: strength 0.2 of 4 steps is less than one"
     settings: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent"}
-    assert pipe("a cat", image=PICTURE, strength=0.2, **settings).notes == [f"the run {said}"]
+    assert pipe("a cat", image=PHOTO, strength=0.2, **settings).notes == [f"the run {said}"]
     assert pipe("a cat", hires_scale=2, hires_strength=0.2, **settings).notes == [f"the second pass {said}"]
-    for quiet in ({"image": PICTURE, "strength": 0.0}, {"image": PICTURE, "strength": 0.25}, {"hires_scale": 2}):
+    for quiet in ({"image": PHOTO, "strength": 0.0}, {"image": PHOTO, "strength": 0.25}, {"hires_scale": 2}):
         assert pipe("a cat", **quiet, **settings).notes == []
 
 
-def test_pictures_of_other_modes_are_read_as_from_files(pipe: Pipeline, control: Control) -> None:
+def test_images_of_other_modes_are_read_as_from_files(pipe: Pipeline, control: Control) -> None:
     """16 bits, as depths are stored, are scaled: Pillow's `convert` would cut them at 255."""
     values = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
     deep = Image.fromarray(values)
     shallow = Image.fromarray(((values.astype(int) + 128) // 257).astype(np.uint8))
     assert deep.mode.startswith("I") and len(np.unique(shallow)) == 256
     assert np.array_equal(fit_image(deep, None, None, 8)[0], shallow.convert("RGB"))
-    assert np.array_equal(fit_mask(deep, PICTURE)[0], shallow)
+    assert np.array_equal(fit_mask(deep, PHOTO)[0], shallow)
     found, wanted = (latents(pipe, controls=[replace(control, image=image)]) for image in (deep, shallow))
     assert torch.equal(found, wanted)
     clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
     assert fit_image(clear, None, None, 8)[0].getpixel((0, 0)) == (255, 255, 255)
-    assert fit_mask(clear, PICTURE)[0].getpixel((0, 0)) == 0
+    assert fit_mask(clear, PHOTO)[0].getpixel((0, 0)) == 0
     with pytest.raises(FastsdError, match=r"controls\[0\].image: floating-point pixels"):
         pipe("a cat", controls=[replace(control, image=Image.new("F", (64, 64)))])

@@ -1,4 +1,4 @@
-"""Pictures from files that nobody vouches for, and pictures written whole or not at all."""
+"""Images from files that nobody vouches for, and images written whole or not at all."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def line(caught: pytest.ExceptionInfo[FastsdError]) -> str:
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "WEBP", "GIF"])
 def test_formats_give_the_same_pixels(kind: str) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
-    picture = gradient().quantize(256) if kind == "GIF" else gradient()
-    read = open_image(saved(picture, kind, **options))
+    photo = gradient().quantize(256) if kind == "GIF" else gradient()
+    read = open_image(saved(photo, kind, **options))
     assert read.mode == "RGB"
-    np.testing.assert_array_equal(np.asarray(read), np.asarray(picture.convert("RGB")))
+    np.testing.assert_array_equal(np.asarray(read), np.asarray(photo.convert("RGB")))
 
 
 def test_every_depth_of_grey_spans_black_to_white() -> None:
@@ -65,7 +65,7 @@ def test_every_depth_of_grey_spans_black_to_white() -> None:
     assert open_image(saved(Image.new("CMYK", (4, 4), (0, 0, 0, 0)), "TIFF")).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_transparency_is_white_in_a_picture_and_kept_in_a_mask() -> None:
+def test_transparency_is_white_in_an_image_and_kept_in_a_mask() -> None:
     clear = Image.new("RGBA", (4, 4), (200, 0, 0, 0))
     clear.putpixel((0, 0), (255, 255, 255, 255))
     half = Image.new("LA", (4, 4), (0, 128))
@@ -86,7 +86,7 @@ def test_the_cameras_orientation_is_applied() -> None:
     assert open_mask(data).size == (24, 16)
 
 
-def test_a_broken_exif_block_does_not_hide_the_picture() -> None:
+def test_a_broken_exif_block_does_not_hide_the_image() -> None:
     data = saved(gradient(), "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
     assert open_image(data).size == (16, 24)
 
@@ -101,7 +101,7 @@ def test_the_first_frame_of_an_animation() -> None:
         )
 
 
-def test_what_is_no_picture(tmp_path: Path) -> None:
+def test_what_is_no_image(tmp_path: Path) -> None:
     cases = {
         "text.png": (b"not an image at all", "not an image"),
         "empty.png": (b"", "empty"),

@@ -1,4 +1,4 @@
-"""A1111's text of a picture's settings: theirs are read, ours are what A1111 reads."""
+"""A1111's text of an image's settings: theirs are read, ours are what A1111 reads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastsd.image import infotext
 from fastsd.sampling import samplers as tables
 from tests.support.infotext import FULL, HOSTILE
 
-# A1111's texts, as found in its documentation, its tests and pictures made with it.
+# A1111's texts, as found in its documentation, its tests and images made with it.
 WORKED = {
     "the example of its source": (
         "girl with an artist's beret, determined, by Alphonse Mucha, ((eyeshadow)), intricate\n"

@@ -1,4 +1,4 @@
-"""The settings in a picture: any prompt comes back, and junk is one line."""
+"""The settings in an image: any prompt comes back, and junk is one line."""
 
 from __future__ import annotations
 

@@ -43,6 +43,6 @@ def refused(ran: Any, *said: str) -> None:
         assert words in ran.err
 
 
-def write_picture(path: Path, **texts: str) -> Path:
+def write_image(path: Path, **texts: str) -> Path:
     path.write_bytes(images.encode(Image.new("RGB", (64, 64)), ".png", texts))
     return path

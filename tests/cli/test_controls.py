@@ -1,4 +1,4 @@
-"""ControlNets, the refiner and the second drawing from the command line, and in a picture's metadata."""
+"""ControlNets, the refiner and the second pass from the command line, and in an image's metadata."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def stored(path: Path) -> dict:
         return json.loads(image.text["fastsd"])
 
 
-def test_what_the_pipeline_draws(cli: Callable, model: Path, nets: list[Path], maps: list[Path]) -> None:
+def test_what_the_pipeline_generates(cli: Callable, model: Path, nets: list[Path], maps: list[Path]) -> None:
     """Several, each with the values at its place; what is not given is as usual."""
     words = ("-p", "x", "-m", model, "-s", 1, "--dtype", "fp32", "--steps", 4)
     ran = cli(
@@ -57,14 +57,14 @@ def test_what_the_pipeline_draws(cli: Callable, model: Path, nets: list[Path], m
     )
     pipe = Pipeline.from_pretrained(model, dtype="fp32")
     loaded = [pipe.load_controlnet(net) for net in nets]
-    pictures = [Image.open(file).convert("RGB") for file in maps]
-    controls = [Control(loaded[0], pictures[0], weight=0.5, end=0.5), Control(loaded[1], pictures[1])]
+    photos = [Image.open(file).convert("RGB") for file in maps]
+    controls = [Control(loaded[0], photos[0], weight=0.5, end=0.5), Control(loaded[1], photos[1])]
     wanted = pipe("x", seed=1, num_inference_steps=4, controls=controls).images[0]
     np.testing.assert_array_equal(pixels(ran.paths[0]), np.asarray(wanted))
     assert (pixels(cli(*words).paths[0]) != np.asarray(wanted)).any()
 
 
-def test_a_picture_remembers_its_controls(cli: Callable, model: Path, nets: list[Path], maps: list[Path]) -> None:
+def test_an_image_remembers_its_controls(cli: Callable, model: Path, nets: list[Path], maps: list[Path]) -> None:
     given = ("--control", nets[0], "--control-image", maps[0])
     first = cli("-p", "x", "-m", model, "-s", 1, *given, "--control-weight", 0.5).paths[0]
     assert stored(first)["controls"][0]["weight"] == 0.5 and stored(first)["controls"][0]["name"] == "net0.safetensors"
@@ -154,8 +154,8 @@ def test_hires(cli: Callable, model: Path) -> None:
     np.testing.assert_array_equal(pixels(again.paths[0]), pixels(ran.paths[0]))
 
 
-def test_what_a_repeated_picture_leaves_out(cli: Callable, model: Path, maps: list[Path], tmp_path: Path) -> None:
-    """What cannot go with a flag that was given now: a second drawing with --image, a refiner with another model."""
+def test_what_a_repeated_image_leaves_out(cli: Callable, model: Path, maps: list[Path], tmp_path: Path) -> None:
+    """What cannot go with a flag that was given now: a second pass with --image, a refiner with another model."""
     enlarged = cli("-p", "x", "-m", model, "-s", 1, "--hires", 1.5).paths[0]
     again = cli("--from-image", enlarged, "--image", maps[0])
     assert again.err == "note: not repeated: --hires, as --image starts from an image\n"
