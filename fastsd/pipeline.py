@@ -31,10 +31,10 @@ from fastsd.model.taesd import TAESD
 from fastsd.parameters import describe_call
 from fastsd.runtime import memory
 from fastsd.runtime.devices import dtype_name, resolve_device, resolve_dtype
-from fastsd.weights import count_numbers, load_checkpoint, load_preview
+from fastsd.weights import count_parameters, load_checkpoint, load_preview
 from fastsd.weights.adapters.apply import Adapter, Adapters
 from fastsd.weights.adapters.embeddings import load_embedding
-from fastsd.weights.hub.hub_id import Place
+from fastsd.weights.hub.hub_id import ModelLocation
 from fastsd.weights.hub.locate import locate_controlnet, locate_file, locate_model, locate_vae
 from fastsd.weights.layouts.controlnet import load_controlnet
 
@@ -74,9 +74,9 @@ class Pipeline:
             own, a refiner.
     """
 
-    source: Place | None = None
-    vae_source: Place | None = None
-    refiner_source: Place | None = None
+    source: ModelLocation | None = None
+    vae_source: ModelLocation | None = None
+    refiner_source: ModelLocation | None = None
 
     def __init__(
         self,
@@ -162,8 +162,8 @@ class Pipeline:
         precision = resolve_dtype(dtype, place)
         half = precision != torch.float32
 
-        def load(found: Place, vae: Any, prediction: str | None = None, ema: bool = False) -> Components:
-            memory.check_weights(found.path, count_numbers(found.path, precision), precision, place)
+        def load(found: ModelLocation, vae: Any, prediction: str | None = None, ema: bool = False) -> Components:
+            memory.check_weights(found.path, count_parameters(found.path, precision), precision, place)
             components = load_checkpoint(found.path, precision, place, vae, prediction, allow_pickle, ema)
             components.name = found.name or components.name
             return components

@@ -136,7 +136,7 @@ def test_an_adapter_that_says_so(lora: Path) -> None:
     pipe.set_adapters([Adapter(lora)])
     assert (pipe.defaults["sampler"], pipe.defaults["num_inference_steps"], name(pipe.few_step)) == ("lcm", 4, "lcm")
     result = pipe("x", negative_prompt="y", output_type="latent")
-    assert "quick.safetensors's metadata say so" in result.notes[0] and "negative prompt has no effect" in str(result)
+    assert "quick.safetensors's metadata says so" in result.notes[0] and "negative prompt has no effect" in str(result)
     for others in ([Adapter(lora, 0.0)], []):
         pipe.set_adapters(others)
         assert pipe.few_step is None and pipe.defaults == before and pipe.components.scheduler == scheduler

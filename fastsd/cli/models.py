@@ -12,7 +12,7 @@ from fastsd.errors import FastsdError
 
 if TYPE_CHECKING:
     from fastsd.pipeline import Pipeline
-    from fastsd.weights.hub.hub_id import HubId, Place
+    from fastsd.weights.hub.hub_id import HubId, ModelLocation
 
 BLOCK, BLOCKS = 4096, 16
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -36,7 +36,7 @@ def settings(pipe: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def _of_place(place: Place, given: str, prefix: str = "") -> dict[str, Any]:
+def _of_place(place: ModelLocation, given: str, prefix: str = "") -> dict[str, Any]:
     """The path of a model, with its commit or its fingerprint."""
     if place.hub is not None:
         return {f"{prefix}path": _unpinned(place.hub), "revision": place.hub.revision}
@@ -52,10 +52,10 @@ def _hash(path: Path) -> str | None:
 
 
 def _unpinned(found: HubId) -> str:
-    return f"{found.repo}/{found.inside}" if found.inside else found.repo
+    return f"{found.repo}/{found.file}" if found.file else found.repo
 
 
-def named(place: Place, given: str) -> dict[str, Any]:
+def named(place: ModelLocation, given: str) -> dict[str, Any]:
     """What metadata says of a file besides the model: its name, as A1111 shows it, and `_of_place`."""
     path = given if place.hub is None else _unpinned(place.hub)
     return {"name": Path(path).name, **_of_place(place, given)}
@@ -121,7 +121,7 @@ def _here(path: Any, revision: Any, vae: bool = False) -> str | HubId | None:
     from fastsd.weights.hub import locate as hub
 
     try:
-        wanted = hub_id.parse(path, revision if isinstance(revision, str) else None)
+        wanted = hub_id.parse_hub_id(path, revision if isinstance(revision, str) else None)
     except FastsdError:
         return None
     return wanted if wanted is not None and wanted.pinned and hub.is_cached(wanted, vae) else None
@@ -139,7 +139,7 @@ def _is_the_same(args: argparse.Namespace, before: dict[str, Any]) -> bool:
             return False  # loading reports why it cannot be read
     from fastsd.weights.hub import hub_id
 
-    wanted = hub_id.parse(args.model)
+    wanted = hub_id.parse_hub_id(args.model)
     if wanted is None or _unpinned(wanted) != path:
         return False
     if wanted.revision is None and args.revision is None:

@@ -1,4 +1,4 @@
-"""A checkpoint in any layout: a diffusers folder or a single file."""
+"""Checkpoints in every layout: a diffusers folder or a single file."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fastsd.model.taesd import Autoencoder
 from fastsd.weights.formats.pickle_file import is_pickle
 from fastsd.weights.formats.safetensors_file import read_header
 from fastsd.weights.layouts.folder import load_folder
-from fastsd.weights.layouts.single_file import AVERAGED, PREDICTIONS, load_single_file
-from fastsd.weights.layouts.vae_file import check_latents, given_vae
+from fastsd.weights.layouts.single_file import EMA_PREFIX, PREDICTIONS, load_single_file
+from fastsd.weights.layouts.vae_file import check_latents, resolve_vae
 from fastsd.weights.load import STEMS, find_files
 
 
@@ -29,27 +29,27 @@ def load_checkpoint(
     allow_pickle: bool = False,
     ema: bool = False,
 ) -> Components:
-    """Load a folder as `load_folder` does, anything else as `load_single_file` does.
+    """Load a folder by `load_folder`, anything else by `load_single_file`.
 
     Args:
-        path, dtype, device: as there.
-        vae: an autoencoder to take instead of the checkpoint's own: what `load_vae` reads, or one that is loaded.
-        prediction: "epsilon", "v_prediction" or "sample", where the checkpoint does not say or says it wrongly.
-        allow_pickle: read pickles; nothing but tensors and plain values is unpickled.
-        ema: take the averaged weights of a single file's UNet.
+        path, dtype, device: as in those functions.
+        vae: replaces the checkpoint's autoencoder: a path that `load_vae` reads, or a loaded autoencoder.
+        prediction: "epsilon", "v_prediction" or "sample"; needed if the checkpoint does not say, or says it wrongly.
+        allow_pickle: read pickles; only tensors and plain values are unpickled.
+        ema: use the exponential moving average of a single file's UNet weights.
 
     Raises:
         FastsdError: something is missing, malformed or does not fit; one line with file and key.
     """
     if prediction is not None and prediction not in PREDICTIONS:
         raise FastsdError(f"prediction: {prediction!r} should be {', '.join(PREDICTIONS)}")
-    other = None if vae is None else partial(given_vae, vae, dtype=dtype, device=device, allow_pickle=allow_pickle)
+    make_vae = None if vae is None else partial(resolve_vae, vae, dtype=dtype, device=device, allow_pickle=allow_pickle)
     if Path(path).is_dir():
         if ema:
-            raise FastsdError(f"{path}: a folder holds one UNet, averaged or not; leave out --ema (ema=True)")
-        components = load_folder(path, dtype, device, other)
+            raise FastsdError(f"{path}: a folder holds only one set of UNet weights; leave out --ema (ema=True)")
+        components = load_folder(path, dtype, device, make_vae)
     else:
-        components = load_single_file(path, dtype, device, other, prediction, allow_pickle, ema)
+        components = load_single_file(path, dtype, device, make_vae, prediction, allow_pickle, ema)
     if isinstance(vae, str | Path):
         check_latents(vae, components.vae, components.unet.config.out_channels)
     if prediction is not None:
@@ -57,12 +57,12 @@ def load_checkpoint(
     return components
 
 
-def count_numbers(path: str | Path, dtype: torch.dtype) -> int:
-    """How many numbers the weights of a checkpoint are, from its files' headers; of a pickle, at least how many.
+def count_parameters(path: str | Path, dtype: torch.dtype) -> int:
+    """The parameter count of a checkpoint, from its files' headers; for a pickle, the count if all values were fp32.
 
     Args:
         path: a folder or a single file.
-        dtype: that it will be loaded in; folders may hold files for each.
+        dtype: the dtype it will be loaded in, because a folder may hold files for several.
 
     Raises:
         FastsdError: a file is missing or malformed.
@@ -70,10 +70,10 @@ def count_numbers(path: str | Path, dtype: torch.dtype) -> int:
     root = Path(path)
     if root.is_dir():
         half = dtype != torch.float32
-        found = [find_files(root / part, stem, half) for part, stem in STEMS.items() if (root / part).is_dir()]
-        files = [file for files in found for file in files]
+        networks = [find_files(root / name, stem, half) for name, stem in STEMS.items() if (root / name).is_dir()]
+        files = [file for network in networks for file in network]
     elif not root.is_file():
-        return 0  # what it is instead, loading says
+        return 0  # loading reports what is wrong
     elif is_pickle(root):
         return root.stat().st_size // torch.float32.itemsize
     else:
@@ -82,5 +82,5 @@ def count_numbers(path: str | Path, dtype: torch.dtype) -> int:
         math.prod(entry.shape)
         for file in files
         for key, entry in read_header(file)[0].items()
-        if not key.startswith(AVERAGED)
+        if not key.startswith(EMA_PREFIX)
     )

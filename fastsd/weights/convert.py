@@ -17,30 +17,23 @@ from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
 from fastsd.files import replace_whole
 from fastsd.model.vae import AutoencoderKL
-from fastsd.weights.formats.safetensors_file import DTYPES, Entry
-from fastsd.weights.layouts.family import Family, find_family
-from fastsd.weights.layouts.folder import outline
-from fastsd.weights.layouts.ldm_names import (
-    UNET_PREFIX,
-    VAE_PREFIX,
-    Place,
-    openclip_place,
-    unet_place,
-    unet_table,
-    vae_place,
-)
+from fastsd.weights.formats.safetensors_file import DTYPES, TensorEntry
+from fastsd.weights.layouts.family import CheckpointFamily, find_family
+from fastsd.weights.layouts.file_layouts import FileLayout, layout_for
+from fastsd.weights.layouts.folder import outline_folder
+from fastsd.weights.layouts.ldm_names import OriginalKey, openclip_key, unet_key, unet_table, vae_key
 from fastsd.weights.layouts.names import sources, stored_form
-from fastsd.weights.layouts.save import describe, weights_file
-from fastsd.weights.layouts.single_file import outline_file, tokenizer
-from fastsd.weights.load import place_of, read_finite, read_headers, refuse_rest, take
+from fastsd.weights.layouts.save import weights_file, write_configs
+from fastsd.weights.layouts.single_file import outline_file, tokenizer_for
+from fastsd.weights.load import error_path, pop_entry, read_finite, read_headers, refuse_unused
 
-# What the original layout leaves to its readers' knowledge of the family; all families agree on it.
+# Settings that a single file does not store, because they are the same in every family.
 _SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """A tensor to write: `pieces` one below the other, each read when it is its turn."""
+class OutputTensor:
+    """A tensor to write. `pieces` return its row ranges from top to bottom; each is read only when it is written."""
 
     key: str
     dtype: torch.dtype
@@ -53,12 +46,12 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """What is converted: the networks on the meta device, and their tensors by network and key of a folder."""
+class SourceCheckpoint:
+    """The checkpoint to convert: components on the meta device, and the tensors of each network by a folder's keys."""
 
     path: Path
     components: Components
-    entries: dict[str, dict[str, Entry]]
+    entries: dict[str, dict[str, TensorEntry]]
 
 
 def convert(
@@ -72,162 +65,175 @@ def convert(
 ) -> list[str]:
     """Write a checkpoint in the other layout, or in another precision.
 
-    Memory is taken for one tensor at a time. The target appears when it is whole, or not at all. A checkpoint that was
-    converted and converted back is the same to the bit; what does not fit the target's layout is refused.
+    Memory holds one tensor at a time. The target appears only when it is complete. Converting a checkpoint and
+    converting it back preserves every bit; what the target's layout cannot express is refused.
 
     Args:
         source: a folder or a single file.
         target: a file that ends in `.safetensors`, or a folder.
         dtype: of the weights; None: each tensor keeps its own.
-        prediction: what a single file's network predicts, where the file does not say.
+        prediction: what a single file's network predicts, if the file does not say.
         allow_pickle: read a `.ckpt`.
         overwrite: replace what is at `target`.
-        ema: take the averaged weights of a single file's UNet.
+        ema: use the moving average of a single file's UNet weights.
 
     Returns:
-        Notes, a line each: what the target does not say.
+        Notes, a line each: the settings that the target does not store.
 
     Raises:
-        FastsdError: the source cannot be read, or its model cannot be written so, or the target exists.
+        FastsdError: the source cannot be read, the target cannot express its model, or the target exists.
     """
     source, target = Path(source), Path(target)
-    if (target.exists() or target.is_symlink()) and not overwrite:
-        raise FastsdError(f"{target}: it exists; --overwrite replaces it")
-    if target.suffix.lower() in (".ckpt", ".pt", ".bin"):
-        raise FastsdError(f"{target}: pickles are not written; give a file that ends in .safetensors, or a folder")
-    if source.exists() and target.exists() and source.samefile(target):
-        raise FastsdError(f"{target}: it is the source itself; give another target")
+    _check_target(source, target, overwrite)
     checkpoint = _open(source, dtype, prediction, allow_pickle, ema)
     if target.suffix.lower() == ".safetensors":
         tensors, metadata, notes = _as_file(checkpoint, dtype)
         if target.is_dir():
-            raise FastsdError(f"{target}: a folder stands there; give another name")
+            raise FastsdError(f"{target}: it is a folder; give another name")
         with _replacing(target, folder=False) as temporary:
             write_safetensors(temporary, tensors, metadata)
         return notes
     if target.exists() and not (target / "model_index.json").is_file():
-        raise FastsdError(f"{target}: it is no model folder, and is not replaced; give another target")
+        raise FastsdError(f"{target}: not a model folder, so it is not replaced; give another target")
     with _replacing(target, folder=True) as temporary:
-        describe(checkpoint.components, temporary)
+        write_configs(checkpoint.components, temporary)
         for name, _ in checkpoint.components.networks():
-            write_safetensors(
-                temporary / weights_file(name), list(_as_folder(checkpoint, name, dtype)), {"format": "pt"}
-            )
+            tensors = list(_as_folder(checkpoint, name, dtype))
+            write_safetensors(temporary / weights_file(name), tensors, {"format": "pt"})
     return []
 
 
-def _open(path: Path, dtype: torch.dtype | None, prediction: str | None, allow_pickle: bool, ema: bool) -> Checkpoint:
-    entries: dict[str, dict[str, Entry]] = {}
+def _check_target(source: Path, target: Path, overwrite: bool) -> None:
+    if (target.exists() or target.is_symlink()) and not overwrite:
+        raise FastsdError(f"{target}: already exists; --overwrite replaces it")
+    if target.suffix.lower() in (".ckpt", ".pt", ".bin"):
+        raise FastsdError(f"{target}: fastsd writes no pickles; give a file that ends in .safetensors, or a folder")
+    if source.exists() and target.exists() and source.samefile(target):
+        raise FastsdError(f"{target}: source and target are the same; give another target")
+
+
+def _open(
+    path: Path, dtype: torch.dtype | None, prediction: str | None, allow_pickle: bool, ema: bool
+) -> SourceCheckpoint:
+    entries: dict[str, dict[str, TensorEntry]] = {}
     if path.is_dir():
         if ema:
-            raise FastsdError(f"{path}: a folder holds one UNet, averaged or not; leave out --ema (ema=True)")
-        components, files = outline(path, half=dtype not in (None, torch.float32))
-        where = {name: place_of(found) for name, found in files.items()}
-        entries = {name: read_headers(found) for name, found in files.items()}
+            raise FastsdError(f"{path}: a folder holds only one set of UNet weights; leave out --ema (ema=True)")
+        components, files = outline_folder(path, half=dtype not in (None, torch.float32))
+        error_paths = {name: error_path(weights) for name, weights in files.items()}
+        entries = {name: read_headers(weights) for name, weights in files.items()}
     else:
-        components, found_parts, family = outline_file(path, prediction, allow_pickle, ema)
+        components, networks, family = outline_file(path, prediction, allow_pickle, ema)
         if family.vae is None:
-            raise FastsdError(f"{path}: no autoencoder in this file ({VAE_PREFIX}*); it cannot be converted alone")
-        for part in found_parts.values():
-            part.check(path)
-            entries[part.name] = dict(part.entries)
-        where = dict.fromkeys(entries, path)
+            raise FastsdError(
+                f"{path}: no autoencoder in this file ({family.layout.vae_prefix}*), so it cannot be converted"
+            )
+        for network in networks.values():
+            network.check_complete(path)
+            entries[network.name] = dict(network.entries)
+        error_paths = dict.fromkeys(entries, path)
     for name, module in components.networks():
         rest = dict(entries[name])
-        entries[name] = {part.key: take(rest, part, where[name]) for _, _, found in sources(module) for part in found}
-        refuse_rest(rest)
-    return Checkpoint(path, components, entries)
+        entries[name] = {
+            part.key: pop_entry(rest, part, error_paths[name]) for _, _, parts in sources(module) for part in parts
+        }
+        refuse_unused(rest)
+    return SourceCheckpoint(path, components, entries)
 
 
-def _as_folder(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None) -> Iterator[Tensor]:
-    """The tensors of one network as a folder stores them."""
+def _as_folder(checkpoint: SourceCheckpoint, name: str, dtype: torch.dtype | None) -> Iterator[OutputTensor]:
+    """The tensors of one network in a folder's form."""
     linear = checkpoint.components.unet.config.use_linear_projection
     for key, entry in checkpoint.entries[name].items():
         yield _tensor(key, (entry,), linear, dtype)
 
 
-def _as_file(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[list[Tensor], dict[str, str], list[str]]:
-    """The tensors and metadata of a single file, and notes on what it does not say."""
+def _as_file(
+    checkpoint: SourceCheckpoint, dtype: torch.dtype | None
+) -> tuple[list[OutputTensor], dict[str, str], list[str]]:
+    """The tensors and metadata of a single file, and notes on the settings it does not store."""
     components, path = checkpoint.components, checkpoint.path
     if not isinstance(components.vae, AutoencoderKL):
-        raise FastsdError(f"{path}: its autoencoder is TAESD, which single files do not hold; give a folder to write")
-    unet, linear = components.unet.config, components.unet.config.use_linear_projection
-    table = unet_table(unet)
+        raise FastsdError(f"{path}: its autoencoder is TAESD, which single files cannot hold; convert to a folder")
+    layout = _layout(path, components)
+    linear = components.unet.config.use_linear_projection
     tensors = []
     for name, _ in components.networks():
-        prefix, openclip = _prefix(components, name)
-        grouped: dict[str, list[tuple[Place, Entry]]] = {}
+        prefix, original_key = _naming(components, layout, name)
+        grouped: dict[str, list[tuple[OriginalKey, TensorEntry]]] = {}
         for key, entry in checkpoint.entries[name].items():
-            if name == "unet":
-                place = unet_place(table, key)
-            elif name == "vae":
-                place = vae_place(components.vae.config, key)
-            else:
-                place = openclip_place(key) if openclip else Place(key)
-            grouped.setdefault(prefix + place.key, []).append((place, entry))
-        for key, places in grouped.items():
-            places.sort(key=lambda item: item[0].third or 0)
-            pieces = tuple(entry.transposed() if place.transposed else entry for place, entry in places)
+            original = original_key(key)
+            grouped.setdefault(prefix + original.key, []).append((original, entry))
+        for key, parts in grouped.items():
+            parts.sort(key=lambda item: item[0].third or 0)
+            pieces = tuple(entry.transposed() if original.transposed else entry for original, entry in parts)
             tensors.append(_tensor(key, pieces, linear, dtype, vae_attention=".attn_1." in key and name == "vae"))
     prediction, zero_snr = components.scheduler.prediction_type, components.scheduler.rescale_betas_zero_snr
     metadata = {"format": "pt", "modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction}
     if components.few_step is not None:
         metadata["fastsd.few_step"] = components.few_step.kind.name
     if prediction == "v_prediction":
-        tensors.append(Tensor("v_pred", torch.float32, (0,)))
+        tensors.append(OutputTensor("v_pred", torch.float32, (0,)))
     if zero_snr:
-        tensors.append(Tensor("ztsnr", torch.float32, (0,)))
+        tensors.append(OutputTensor("ztsnr", torch.float32, (0,)))
     return tensors, metadata, _compare(path, components, {tensor.key: tensor.shape for tensor in tensors}, metadata)
 
 
-def _prefix(components: Components, name: str) -> tuple[str, bool]:
-    """Where a network's keys start in a single file, and whether it is a text encoder in OpenCLIP's layout."""
-    if name in ("unet", "vae"):
-        return (UNET_PREFIX if name == "unet" else VAE_PREFIX), False
-    if not components.xl:
-        openclip = components.text_encoders[0].config.hidden_act == "gelu"
-        return f"cond_stage_model.{'model' if openclip else 'transformer'}.", openclip
-    if name == "text_encoder":
-        return "conditioner.embedders.0.transformer.", False
-    return f"conditioner.embedders.{len(components.text_encoders) - 1}.model.", True
+def _layout(path: Path, components: Components) -> FileLayout:
+    folders = [name for name, _ in components.networks() if name.startswith("text_encoder")]
+    layout = layout_for(folders, components.xl, components.text_encoders[-1].config.hidden_act == "gelu")
+    if layout is None:
+        raise FastsdError(f"{path}: no single-file layout has the text encoders {', '.join(folders)} with this UNet")
+    return layout
+
+
+def _naming(components: Components, layout: FileLayout, name: str) -> tuple[str, Callable[[str], OriginalKey]]:
+    """The prefix of a network's keys in a single file, and what maps its keys in a folder to those after the prefix."""
+    if name == "unet":
+        return layout.unet_prefix, partial(unet_key, unet_table(components.unet.config))
+    if name == "vae":
+        assert isinstance(components.vae, AutoencoderKL)
+        return layout.vae_prefix, partial(vae_key, components.vae.config)
+    text = next(text for text in layout.texts if text.folder == name)
+    return text.prefix, openclip_key if text.openclip else OriginalKey
 
 
 def _tensor(
-    key: str, entries: tuple[Entry, ...], linear: bool, dtype: torch.dtype | None, vae_attention: bool = False
-) -> Tensor:
-    """What is written under `key`; matrices that the layout stores as 1 x 1 convolutions get their two dimensions."""
-    wanted = dtype or entries[0].dtype
-    if dtype is None and any(entry.dtype != wanted for entry in entries):
+    key: str, entries: tuple[TensorEntry, ...], linear: bool, dtype: torch.dtype | None, vae_attention: bool = False
+) -> OutputTensor:
+    """The tensor to write under `key`. A matrix that the layout stores as a 1 x 1 convolution gets four dimensions."""
+    target_dtype = dtype or entries[0].dtype
+    if dtype is None and any(entry.dtype != target_dtype for entry in entries):
         raise FastsdError(
-            f"{entries[0].path}: {key} is put together from tensors of several dtypes; say which, --dtype"
+            f"{entries[0].path}: {key} is assembled from tensors of several dtypes; choose one with --dtype"
         )
     shape = entries[0].shape
     if len(shape) == 4 and shape[2:] == (1, 1):
         shape = shape[:2]
     if len(shape) == 2:
         empty = torch.empty(shape, device="meta")
-        as_map = vae_attention or len(stored_form(_layer_name(key), empty, linear).shape) == 4
-        shape = (*shape, 1, 1) if as_map else shape
+        convolution = vae_attention or len(stored_form(_layer_name(key), empty, linear).shape) == 4
+        shape = (*shape, 1, 1) if convolution else shape
     rows = shape[0] * len(entries) if shape else 0
     full = (rows, *shape[1:]) if shape else shape
-    return Tensor(key, wanted, full, tuple(partial(_read, entry, wanted) for entry in entries))
+    return OutputTensor(key, target_dtype, full, tuple(partial(_read, entry, target_dtype) for entry in entries))
 
 
-def _read(entry: Entry, dtype: torch.dtype) -> torch.Tensor:
+def _read(entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:
     return read_finite(entry, dtype).to(dtype)
 
 
 def _layer_name(key: str) -> str:
-    """A key with the original layout's names of 1 x 1 convolutions in the house's."""
+    """A key with diffusers' names for the original layout's 1 x 1 convolutions."""
     return key.replace(".skip_connection.", ".conv_shortcut.").replace(".nin_shortcut.", ".conv_shortcut.")
 
 
 def _compare(
     path: Path, components: Components, shapes: dict[str, tuple[int, ...]], metadata: dict[str, str]
 ) -> list[str]:
-    """Refuse a model that its single file would not be read back as; note what the file only leaves unsaid.
+    """Refuse a model that would be read back as another one; return notes on the settings that the file omits.
 
-    A single file holds no configs. So this reads the one that would be written, and compares.
+    A single file holds no configs, so this derives them from the tensors that would be written, and compares.
     """
     family = find_family(path, shapes, metadata)
     assert family.vae is not None
@@ -239,50 +245,51 @@ def _compare(
         ("text encoder", encoder.config, text.config)
         for encoder, text in zip(components.text_encoders, family.texts, strict=True)
     ]
-    quiet = ("force_upcast", "eos_is_largest_id", "eos_token_id")  # the end is the largest id of CLIP's vocabulary
-    for what, have, would in pairs:
-        for field, value in vars(have).items():
-            if field not in quiet and value != getattr(would, field):
+    # Not compared: force_upcast gets a note; the end token is always the largest id of CLIP's vocabulary.
+    skipped = ("force_upcast", "eos_is_largest_id", "eos_token_id")
+    for network, config, read_back in pairs:
+        for field, value in vars(config).items():
+            if field not in skipped and value != getattr(read_back, field):
                 raise FastsdError(
-                    f"{path}: a single file cannot say that its {what} has {field} {value!r}; it would be read as "
-                    f"{getattr(would, field)!r}"
+                    f"{path}: a single file cannot store that its {network} has {field} {value!r}; it would be read as "
+                    f"{getattr(read_back, field)!r}"
                 )
     prediction = components.scheduler.prediction_type
     if prediction not in ("epsilon", "v_prediction"):
-        raise FastsdError(f"{path}: a single file cannot say that its network predicts {prediction!r}")
+        raise FastsdError(f"{path}: a single file cannot store that its network predicts {prediction!r}")
     standard = SchedulerConfig()
     for field in _SCHEDULE:
         if getattr(components.scheduler, field) != getattr(standard, field):
             raise FastsdError(
-                f"{path}: a single file cannot say that {field} is {getattr(components.scheduler, field)!r}; every "
+                f"{path}: a single file cannot store that {field} is {getattr(components.scheduler, field)!r}; every "
                 f"family has {getattr(standard, field)!r}"
             )
     return list(_notes(components, family))
 
 
-def _notes(components: Components, family: Family) -> Iterator[str]:
-    """What a single file leaves unsaid, where that is not what its readers will assume."""
+def _notes(components: Components, family: CheckpointFamily) -> Iterator[str]:
+    """The settings that a single file does not store and that differ from what its readers will assume."""
     assert family.vae is not None
-    for i, (own, text) in enumerate(zip(components.tokenizers, family.texts, strict=True)):
-        usual = tokenizer(text)
-        if len(own) != len(usual) or own.pad_id != usual.pad_id:
-            yield f"tokenizer {i + 1} is not its family's; a single file holds none, so the family's is taken"
+    for i, (tokenizer, text) in enumerate(zip(components.tokenizers, family.layout.texts, strict=True)):
+        assumed = tokenizer_for(text)
+        if len(tokenizer) != len(assumed) or tokenizer.pad_id != assumed.pad_id:
+            yield f"tokenizer {i + 1} is not its family's; a single file stores none, so readers use the family's"
     if components.vae.config.force_upcast != family.vae.force_upcast:
-        yield "a single file does not say whether its autoencoder needs fp32; SDXL's is taken to need it"
-    usual_scheduler = family.scheduler(components.scheduler.prediction_type)
-    differing = [name for name, value in vars(components.scheduler).items() if value != getattr(usual_scheduler, name)]
+        yield "a single file does not store whether its autoencoder needs fp32; readers assume so for SDXL only"
+    scheduler = family.scheduler(components.scheduler.prediction_type)
+    differing = [name for name, value in vars(components.scheduler).items() if value != getattr(scheduler, name)]
     if components.sample_size != family.sample_size(components.scheduler.prediction_type):
         differing.append("sample_size")
     if differing:
-        yield f"a single file does not say {', '.join(differing)}; {family.name}'s are taken"
+        yield f"a single file does not store {', '.join(differing)}; readers use the values of {family.name}"
     if components.defaults or components.known_words:
-        yield "a single file holds no default settings and no list of known words; those are left out"
+        yield "a single file stores no default settings and no list of known words; they are left out"
 
 
-def write_safetensors(path: Path, tensors: list[Tensor], metadata: dict[str, str]) -> None:
-    """Write a file tensor by tensor; it takes the memory of one."""
+def write_safetensors(path: Path, tensors: list[OutputTensor], metadata: dict[str, str]) -> None:
+    """Write a file tensor by tensor, with one tensor in memory at a time."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.key))  # so that all are aligned
+    ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.key))  # keeps every tensor aligned
     header: dict[str, object] = {"__metadata__": metadata}
     end = 0
     for tensor in ordered:
@@ -297,16 +304,16 @@ def write_safetensors(path: Path, tensors: list[Tensor], metadata: dict[str, str
             for piece in tensor.pieces:
                 file.write(piece().contiguous().view(-1).view(torch.uint8).numpy().data)
         if file.tell() != 8 + len(text) + end:
-            raise RuntimeError(f"{path}: wrote {file.tell()} bytes where the header says {8 + len(text) + end}")
+            raise RuntimeError(f"{path}: wrote {file.tell()} bytes, the header says {8 + len(text) + end}")
         file.flush()
         os.fsync(file.fileno())
 
 
 @contextmanager
 def _replacing(target: Path, folder: bool) -> Iterator[Path]:
-    """`replace_whole`, whose errors name the file."""
+    """`replace_whole`, with errors that name the target."""
     try:
-        with replace_whole(target, folder) as new:
-            yield new
+        with replace_whole(target, folder) as temporary:
+            yield temporary
     except OSError as error:
         raise FastsdError(f"{target}: cannot be written ({error.strerror})") from error

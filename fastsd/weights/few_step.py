@@ -1,4 +1,4 @@
-"""Whether a file says that its model was distilled to draw in a few steps. A file's name says nothing."""
+"""Whether a file states that its model was distilled to few steps. File names are ignored."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from fastsd.config import SchedulerConfig, UNetConfig
 from fastsd.few_step import KINDS, Detection
 from fastsd.weights.formats.safetensors_file import read_header
 
-# ModelSpec: the architecture differs where inference does. Titles and training records (ss_*) name what a model was
-# made from or is called, which says nothing of how to sample it.
+# In ModelSpec, models that are sampled differently have different architectures. Titles and training records (ss_*)
+# are not read: they name the model's parent, or are free text, and say nothing about sampling.
 _KEYS = ("fastsd.few_step", "modelspec.architecture", "modelspec.tags")
 _WORDS = {"lcm": "lcm", "turbo": "turbo", "lightning": "lightning", "hyper": "hyper", "hypersd": "hyper"}
 
 
 def detect_in_unet(config: UNetConfig) -> Detection | None:
-    """A UNet that takes the guidance scale as an input is a latent consistency model (Luo et al. 2023, section 4.2)."""
+    """A UNet with the guidance scale as an input is a latent consistency model (Luo et al. 2023, section 4.2)."""
     if config.time_cond_proj_dim:
         return Detection(KINDS["lcm"], "its UNet takes the guidance scale as an input")
     return None
 
 
 def detect_in_scheduler(config: SchedulerConfig, xl: bool) -> Detection | None:
-    """What the scheduler of a folder says.
+    """The few-step method that a folder's scheduler implies.
 
-    Turbo's and Lightning's have Euler start at the last timestep. Models with zero terminal signal-to-noise do so too,
-    and most of them predict v; they want as many steps as any other.
+    The schedulers of Turbo and Lightning start Euler at the last timestep. Models with zero terminal signal-to-noise,
+    most of which predict v, do the same but need the usual number of steps; they are excluded.
     """
     if config.sampler == "lcm":
         return Detection(KINDS["lcm"], "its scheduler is LCM's")
@@ -42,27 +42,33 @@ def detect_in_scheduler(config: SchedulerConfig, xl: bool) -> Detection | None:
     return None
 
 
-def detect_in_metadata(metadata: Mapping[str, str]) -> Detection | None:
-    """What the metadata of a single file or an adapter say."""
+def detect_in_metadata(metadata: Mapping[str, str], owner: str = "its") -> Detection | None:
+    """The few-step method that the metadata of a single file or an adapter states.
+
+    Args:
+        metadata: of the file.
+        owner: whose metadata it is, for the reason.
+    """
     for key in _KEYS:
         text = metadata.get(key, "").strip().lower()
+        reason = f"{owner} metadata says so ({key})"
         if key == "fastsd.few_step" and text in KINDS:
-            return Detection(KINDS[text], f"its metadata say so ({key})")
+            return Detection(KINDS[text], reason)
         if key == "modelspec.architecture":
-            found = re.split(r"[^a-z]+", text)
+            words = re.split(r"[^a-z]+", text)
         else:
-            found = [re.sub(r"[^a-z]", "", tag) for tag in text.split(",")]
-        for word in found:
+            words = [re.sub(r"[^a-z]", "", tag) for tag in text.split(",")]
+        for word in words:
             if word in _WORDS:
-                return Detection(KINDS[_WORDS[word]], f"its metadata say so ({key})")
+                return Detection(KINDS[_WORDS[word]], reason)
     return None
 
 
 def detect_in_adapter(path: Path) -> Detection | None:
-    """What an adapter's metadata say of the model that it makes; `path` as in `fastsd.weights.adapters.apply.Adapter`.
+    """The few-step method that an adapter's metadata states; `path` as in `fastsd.weights.adapters.apply.Adapter`.
 
     Raises:
         FastsdError: malformed.
     """
-    said = detect_in_metadata(read_header(path / "adapter_model.safetensors" if path.is_dir() else path)[1])
-    return said and Detection(said.kind, said.why.replace("its", f"{path.name}'s", 1))
+    metadata = read_header(path / "adapter_model.safetensors" if path.is_dir() else path)[1]
+    return detect_in_metadata(metadata, owner=f"{path.name}'s")

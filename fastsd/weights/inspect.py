@@ -1,4 +1,4 @@
-"""What a single file is, said as lines: family, precision, prediction, keys, metadata, hashes."""
+"""A description of a single file, line by line: family, precision, prediction, keys, metadata, hashes."""
 
 from __future__ import annotations
 
@@ -10,27 +10,29 @@ from pathlib import Path
 from fastsd.errors import FastsdError
 from fastsd.few_step import Detection
 from fastsd.weights.few_step import detect_in_metadata
-from fastsd.weights.formats.safetensors_file import DTYPES, Entry
+from fastsd.weights.formats.safetensors_file import DTYPES, TensorEntry
 from fastsd.weights.hashes import remember_sha256
-from fastsd.weights.layouts.family import Family, find_family
-from fastsd.weights.layouts.ldm_names import UNET_PREFIX
+from fastsd.weights.layouts.family import CheckpointFamily, find_family
 from fastsd.weights.layouts.names import same_matrix, sources
-from fastsd.weights.layouts.single_file import parts, read_file
+from fastsd.weights.layouts.single_file import EMA_PREFIX, file_networks, read_file
 
-SHOWN, LONGEST = 10, 200  # keys of a list, characters of a value
-# What training leaves in a file, which is no part of the networks.
-_OF_TRAINING = (
-    ("model_ema.", "first_stage_model.loss.", "first_stage_model.model_ema.", "embedding_manager.", "denoiser."),
-    ("betas", "alphas_", "sqrt_", "log_one_minus", "posterior_", "logvar", "lvlb_weights", "scale_factor"),
-    ("v_pred", "ztsnr", "global_step"),
+MAX_KEYS, MAX_TEXT = 10, 200  # keys shown of a list, characters shown of a value
+# Keys that training leaves in a file, which belong to no network.
+_TRAINING_PREFIXES = (
+    *(EMA_PREFIX, "first_stage_model.loss.", "first_stage_model.model_ema.", "embedding_manager.", "denoiser."),
+    *("betas", "alphas_", "sqrt_", "log_one_minus", "posterior_", "logvar", "lvlb_weights", "scale_factor"),
+    *("v_pred", "ztsnr", "global_step"),
 )
-_SILENT = ("position_ids", "logit_scale", "attn_mask", "text_projection", "text_projection.weight")
+# Keys of text encoders that no model uses.
+_UNUSED_SUFFIXES = ("position_ids", "logit_scale", "attn_mask", "text_projection", "text_projection.weight")
 
 Facts = list[tuple[str, str]]
 
 
 def inspect(path: Path, allow_pickle: bool = False) -> Facts:
-    """Names and values, in the order of reading. The whole file is read once, for its hash, which is remembered.
+    """The facts about a file as (name, value); an empty name continues the fact before.
+
+    Reads the whole file once for its hash, which is stored for later (`fastsd.weights.hashes`).
 
     Raises:
         FastsdError: no file, malformed, or a pickle that is not allowed.
@@ -42,76 +44,88 @@ def inspect(path: Path, allow_pickle: bool = False) -> Facts:
         sizes[names.get(entry.dtype, str(entry.dtype))] += entry.nbytes
     total = path.stat().st_size
     facts = [("file", str(path)), ("size", f"{total} bytes ({total / 2**30:.2f} GiB), {len(entries)} tensors")]
-    facts += [("dtype", ", ".join(f"{name} {share / max(1, sum(sizes.values())):.0%}" for name, share in _most(sizes)))]
+    shares = (f"{name} {size / max(1, sum(sizes.values())):.0%}" for name, size in sizes.most_common())
+    facts += [("dtype", ", ".join(shares) or "none")]
     try:
         family = find_family(path, {key: entry.shape for key, entry in entries.items()}, metadata)
-        facts += _of_family(family, entries)
+        facts += _family_facts(family, entries)
     except FastsdError as error:
         facts += [("family", "unknown: " + str(error).removeprefix(f"{path}: "))]
-        facts += [("few steps", _few_step(said)) for said in [detect_in_metadata(metadata)] if said is not None]
-    facts += [("metadata" if i == 0 else "", text) for i, text in enumerate(_metadata(metadata))]
+        if (detection := detect_in_metadata(metadata)) is not None:
+            facts += [("few steps", _few_step(detection))]
+    facts += _named("metadata", _metadata(metadata))
     return facts + _hashes(path)
 
 
-def _of_family(family: Family, entries: dict[str, Entry]) -> Facts:
+def _family_facts(family: CheckpointFamily, entries: dict[str, TensorEntry]) -> Facts:
     unet = family.unet
+    has_ema = any(key.startswith(EMA_PREFIX) for key in entries)
     facts = [
-        ("family", f"{family.name} ({_why(family)})"),
-        ("prediction", f"{family.prediction or 'unknown, --prediction says it'} ({family.why})"),
+        ("family", f"{family.name} ({_reason(family)})"),
+        ("prediction", f"{family.prediction or 'unknown, set it with --prediction'} ({family.prediction_reason})"),
         ("zero SNR", "yes (marker key ztsnr)" if family.zero_snr else "no (no marker key ztsnr)"),
         ("few steps", _few_step(family.few_step)),
-        ("UNet", f"{unet.in_channels} channels in, {'x'.join(map(str, unet.block_out_channels))} wide"),
-        ("autoencoder", "in the file" if family.vae else "not in the file; --vae gives one"),
-        ("EMA", "in the file; --ema takes it" if any(key.startswith("model_ema.") for key in entries) else "no"),
+        ("UNet", f"{unet.in_channels} input channels, level widths {', '.join(map(str, unet.block_out_channels))}"),
+        ("autoencoder", "in the file" if family.vae else "not in the file; add one with --vae"),
+        ("EMA", "in the file; --ema uses it" if has_ema else "no"),
     ]
-    missing, extra, wrong = keys(family, entries)
-    for name, found in (("missing keys", missing), ("extra keys", extra), ("wrong shapes", wrong)):
-        facts += [(name if i == 0 else "", text) for i, text in enumerate(_some(found))]
+    missing, extra, wrong = compare_keys(family, entries)
+    for name, keys in (("missing keys", missing), ("extra keys", extra), ("wrong shapes", wrong)):
+        facts += _named(name, _shortened(keys))
     return facts
 
 
-def keys(family: Family, entries: dict[str, Entry]) -> tuple[list[str], list[str], list[str]]:
-    """The keys that the family has and the file has not, those that no network knows, and those of another shape."""
+def compare_keys(family: CheckpointFamily, entries: dict[str, TensorEntry]) -> tuple[list[str], list[str], list[str]]:
+    """The keys that the file lacks, those that no network has, and those with wrong shapes."""
     missing, wrong, known = [], [], set()
-    for part in parts(family, entries):
-        shapes = {source.key: source.shape for _, _, found in sources(part.module) for source in found}
-        for key, place in part.places.items():
-            known.add(place.key)
-            if key not in part.entries:
-                missing.append(place.key)
-            elif not same_matrix(part.entries[key].shape, shapes[key]):
-                stored = entries[place.key].shape
-                wrong.append(f"{place.key} {list(stored)}")
-    layers = {text.prefix: text.config.num_hidden_layers for text in family.texts if text.openclip}
-    dropped = tuple(f"{prefix}transformer.resblocks.{n}." for prefix, n in layers.items())
-    training = sum(_OF_TRAINING, ())
+    for network in file_networks(family, entries):
+        shapes = {source.key: source.shape for _, _, parts in sources(network.module) for source in parts}
+        for key, original in network.keys.items():
+            known.add(original.key)
+            if key not in network.entries:
+                missing.append(original.key)
+            elif not same_matrix(network.entries[key].shape, shapes[key]):
+                wrong.append(f"{original.key} {list(entries[original.key].shape)}")
+    unloaded = tuple(
+        f"{text.layout.prefix}transformer.resblocks.{text.config.num_hidden_layers}."
+        for text in family.texts
+        if text.layout.openclip
+    )
     extra = [
         key
         for key in entries
-        if key not in known and not key.startswith((*training, *dropped)) and not key.endswith(_SILENT)
+        if key not in known
+        and not key.startswith((*_TRAINING_PREFIXES, *unloaded))
+        and not key.endswith(_UNUSED_SUFFIXES)
     ]
     return sorted(set(missing)), sorted(extra), sorted(set(wrong))
 
 
-def _few_step(said: Detection | None) -> str:
-    if said is None:
-        return "no (nothing in the file says so); --few-step says it"
-    kind = said.kind
-    return f"{kind.name}: {kind.samplers[0]}, {kind.steps} step{'s' * (kind.steps > 1)} ({said.why})"
+def _few_step(detection: Detection | None) -> str:
+    if detection is None:
+        return "no (the file does not say so); set it with --few-step"
+    kind = detection.kind
+    return f"{kind.name}: {kind.samplers[0]}, {kind.steps} step{'s' * (kind.steps > 1)} ({detection.why})"
 
 
-def _why(family: Family) -> str:
-    texts = " and ".join("OpenCLIP" if text.openclip else "CLIP" for text in family.texts)
-    return f"text from {texts}, {family.unet.cross_attention_dim} features wide, at {UNET_PREFIX}*.attn2.to_k"
+def _reason(family: CheckpointFamily) -> str:
+    encoders = " and ".join("OpenCLIP" if text.layout.openclip else "CLIP" for text in family.texts)
+    width = family.unet.cross_attention_dim
+    return f"text from {encoders}, {width} features in {family.layout.unet_prefix}*.attn2.to_k"
 
 
-def _some(found: list[str]) -> Iterator[str]:
-    if not found:
+def _named(name: str, lines: Iterable[str]) -> Facts:
+    """One fact of several lines."""
+    return [(name if i == 0 else "", line) for i, line in enumerate(lines)]
+
+
+def _shortened(keys: list[str]) -> Iterator[str]:
+    if not keys:
         yield "none"
-    for key in found[:SHOWN]:
+    for key in keys[:MAX_KEYS]:
         yield _cut(key)
-    if len(found) > SHOWN:
-        yield f"and {len(found) - SHOWN} more"
+    if len(keys) > MAX_KEYS:
+        yield f"and {len(keys) - MAX_KEYS} more"
 
 
 def _metadata(metadata: dict[str, str]) -> Iterator[str]:
@@ -122,25 +136,23 @@ def _metadata(metadata: dict[str, str]) -> Iterator[str]:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text)} characters)"
-
-
-def _most(sizes: Counter[str]) -> Iterable[tuple[str, int]]:
-    return sizes.most_common() or [("none", 0)]
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}... ({len(text)} characters)"
 
 
 def _hashes(path: Path) -> Facts:
-    """SHA-256 of the file; its first ten digits, which A1111 shows; and the eight of A1111 before November 2022, which
-    are of 64 KiB from 1 MiB on alone."""
-    whole, legacy = hashlib.sha256(), hashlib.sha256()
+    """The SHA-256, A1111's short hash (its first ten digits), and A1111's hash from before November 2022.
+
+    The last is the first eight digits of the SHA-256 of 64 KiB that start at 1 MiB.
+    """
+    digest, legacy = hashlib.sha256(), hashlib.sha256()
     try:
         with open(path, "rb") as file:
             while block := file.read(2**20):
-                whole.update(block)
+                digest.update(block)
             file.seek(2**20)
             legacy.update(file.read(2**16))
     except OSError as error:
         raise FastsdError(f"{path}: cannot be read ({error.strerror})") from error
-    digits = whole.hexdigest()
+    digits = digest.hexdigest()
     remember_sha256(path, digits)
     return [("sha256", digits), ("short hash", digits[:10]), ("legacy hash", legacy.hexdigest()[:8])]

@@ -90,7 +90,7 @@ def test_a_repeated_image_asks_for_its_embedding(cli: Callable, model: Path, ink
 BAD = [
     (("-p", "ink", "--embedding", "{}/none.safetensors"), "no such file"),
     (("-p", "ink", "--embedding", "{}/old.pt"), "--allow-pickle"),
-    (("-p", "broken", "--embedding-dir", "{}"), "broken.safetensors: not a whole"),
+    (("-p", "broken", "--embedding-dir", "{}"), "broken.safetensors: not a complete"),
     (("-p", "old", "--embedding-dir", "{}"), "--allow-pickle"),
     (("-p", "ink", "--embedding-dir", "{}/none"), "no such folder"),
     (("-p", "ink", "--embedding", "{}/notes.txt"), "ends in"),

@@ -13,7 +13,7 @@ from fastsd.config import SD15_UNET, SD_VAE
 from fastsd.errors import FastsdError
 from fastsd.pipeline import BUNDLED, Pipeline
 from fastsd.runtime import memory
-from fastsd.weights import count_numbers, load_folder
+from fastsd.weights import count_parameters, load_folder
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 MODEL = Path("a-model")
@@ -56,16 +56,16 @@ def test_the_numbers_are_those_that_are_loaded(tmp_path: Path) -> None:
     components = load_folder(BUNDLED, torch.float32)
     modules = (components.unet, components.vae, *components.text_encoders)
     wanted = sum(parameter.numel() for module in modules for parameter in module.state_dict().values())
-    assert count_numbers(BUNDLED, torch.float32) == wanted
+    assert count_parameters(BUNDLED, torch.float32) == wanted
     stored = load_file(BUNDLED / "vae/diffusion_pytorch_model.safetensors")
     inside = sum(tensor.numel() for tensor in stored.values())
     save_file(stored | {"model_ema.weight": torch.zeros(1000)}, tmp_path / "one.safetensors")
-    assert count_numbers(tmp_path / "one.safetensors", torch.float16) == inside  # an average is left aside
-    assert count_numbers(tmp_path / "nothing", torch.float32) == 0
+    assert count_parameters(tmp_path / "one.safetensors", torch.float16) == inside  # an average is left aside
+    assert count_parameters(tmp_path / "nothing", torch.float32) == 0
 
 
 def test_a_model_that_does_not_fit_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    size = 2 * count_numbers(BUNDLED, torch.float32)
+    size = 2 * count_parameters(BUNDLED, torch.float32)
     monkeypatch.setattr("fastsd.runtime.memory.available", lambda device: size)
     with monkeypatch.context() as patched:
         patched.setattr("fastsd.pipeline.load_checkpoint", lambda *_: pytest.fail("loaded"))

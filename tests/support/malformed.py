@@ -236,8 +236,8 @@ CASES: dict[str, Case] = {
     "200,000 objects deep": Case(header('{"a":' * 200_000 + "1" + "}" * 200_000), "nested too deeply"),
     "1e999": Case(header('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,1e999]}}', 8), "impossible shape or off"),
     "NaN": Case(header('{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,8]}}', 8), "not JSON"),
-    "a key twice": Case(header("{" + ONE + "," + ONE + "}", 8), "the key 'a' stands twice"),
-    "a field twice": Case(header("{" + ONE[:-1] + ',"dtype":"F16"}}', 8), "the key 'dtype' stands twice"),
+    "a key twice": Case(header("{" + ONE + "," + ONE + "}", 8), "the key 'a' appears twice"),
+    "a field twice": Case(header("{" + ONE[:-1] + ',"dtype":"F16"}}', 8), "the key 'dtype' appears twice"),
     "something after it": Case(header("{" + ONE + "}x", 8), "not JSON"),
     "half a surrogate": Case(header('{"\\ud800":' + ONE[4:] + "}", 8), "not Unicode"),
     "control character": Case(header('{"a\x01":' + ONE[4:] + "}", 8), "not JSON"),
@@ -246,23 +246,23 @@ CASES: dict[str, Case] = {
         header('{"a":{"dtype":"F32","shape":[' + LONG + '],"data_offsets":[0,8]}}'), "impos"
     ),
     # Fields.
-    "no dtype": Case(entry(dtype=None), "the key 'the.key' lacks"),
-    "no shape": Case(entry(shape=None), "the key 'the.key' lacks"),
-    "no offsets": Case(entry(data_offsets=None), "the key 'the.key' lacks"),
-    "one field more": Case(entry(extra=1), "or has more"),
-    "unknown dtype": Case(entry(dtype="F12"), "'the.key' has the dtype 'F12'; fastsd knows"),
+    "no dtype": Case(entry(dtype=None), "the key 'the.key' should have exactly"),
+    "no shape": Case(entry(shape=None), "the key 'the.key' should have exactly"),
+    "no offsets": Case(entry(data_offsets=None), "the key 'the.key' should have exactly"),
+    "one field more": Case(entry(extra=1), "should have exactly"),
+    "unknown dtype": Case(entry(dtype="F12"), "'the.key' has the dtype 'F12'; fastsd reads"),
     "dtype a list": Case(entry(dtype=["F32"]), "has the dtype"),
-    "entry a number": Case(header('{"the.key":3}'), "'the.key' lacks"),
-    "entry null": Case(header('{"the.key":null}'), "'the.key' lacks"),
+    "entry a number": Case(header('{"the.key":3}'), "'the.key' should have exactly"),
+    "entry null": Case(header('{"the.key":null}'), "'the.key' should have exactly"),
     "negative shape": Case(entry(shape=[-1, -2]), "impossible shape"),
     "shape of fractions": Case(entry(shape=[2.0]), "impossible shape"),
     "shape of truths": Case(entry(shape=[True, 2]), "impossible shape"),
     "shape that overflows": Case(entry(shape=[2**62, 2**62]), "impossible shape"),
-    "shape that wraps around": Case(entry(shape=[2**33, 2**33]), "where its shape needs"),
+    "shape that wraps around": Case(entry(shape=[2**33, 2**33]), "its shape needs"),
     "10,000 dimensions": Case(entry(shape=[1] * 9999 + [2]), "10000 dimensions"),
-    "more bytes than shape": Case(entry(shape=[1]), "holds 8 bytes where its shape needs 4"),
+    "more bytes than shape": Case(entry(shape=[1]), "holds 8 bytes, its shape needs 4"),
     "reversed offsets": Case(entry(data_offsets=[8, 0]), "offsets 8 to 0"),
-    "three offsets": Case(entry(data_offsets=[0, 4, 8]), "lacks a shape or offsets"),
+    "three offsets": Case(entry(data_offsets=[0, 4, 8]), "should have a list for its shape and two data_offsets"),
     "offsets of text": Case(entry(data_offsets=["0", "8"]), "impossible shape or offset"),
     "offsets beyond the file": Case(entry(data_offsets=[0, 800]), "offsets 0 to 800, beyond the file"),
     # Layout.
@@ -273,28 +273,26 @@ CASES: dict[str, Case] = {
     "trailing bytes": Case(entries((0, 16), data=17), "header accounts for"),
     "short by one": Case(entries((0, 16), data=15), "beyond the file's 15 bytes"),
     # Metadata.
-    "metadata a list": Case(header('{"__metadata__":[]}'), "metadata are not strings"),
-    "metadata null": Case(header('{"__metadata__":null}'), "metadata are not strings"),
-    "metadata numbers": Case(header('{"__metadata__":{"a":1}}'), "metadata are not strings"),
+    "metadata a list": Case(header('{"__metadata__":[]}'), "metadata is not a table of strings"),
+    "metadata null": Case(header('{"__metadata__":null}'), "metadata is not a table of strings"),
+    "metadata numbers": Case(header('{"__metadata__":{"a":1}}'), "metadata is not a table of strings"),
     "metadata of 90 MB": Case(header('{"__metadata__":{"a":"%s"}}' % ("x" * 90_000_000)), "its header has 900"),
     "metadata of 19 MB alone": Case(header('{"__metadata__":{"a":"%s"}}' % ("x" * 19_000_000)), "holds no tensors"),
     # Meaning.
     "missing key": Case(
         model(lambda t: t.pop(f"{UNET}out.2.bias")), "the key model.diffusion_model.out.2.bias is miss"
     ),
-    "extra key": Case(
-        model(lambda t: t.update({f"{UNET}out.2.scale": torch.ones(4)})), "out.2.scale .4. belongs to no"
-    ),
+    "extra key": Case(model(lambda t: t.update({f"{UNET}out.2.scale": torch.ones(4)})), "out.2.scale .4. matches no"),
     "wrong shape": Case(model(lambda t: t.update({f"{UNET}out.2.bias": torch.ones(5)})), "out.2.bias is .5."),
     "transposed": Case(
         model(lambda t: t.update({f"{UNET}time_embed.0.weight": t[f"{UNET}time_embed.0.weight"].T})),
-        "time_embed.0.weight is .32, 128.; the config wants .128, 32.",
+        "time_embed.0.weight is .32, 128.; the config expects .128, 32.",
     ),
     "NaN among the weights": Case(poisoned(f"{VAE}decoder.conv_out.bias", float("nan")), "conv_out.bias holds NaN"),
     "infinity among the weights": Case(poisoned(f"{TEXT}final_layer_norm.bias", float("inf")), "bias holds infinite"),
     "minus infinity": Case(poisoned(f"{UNET}out.2.weight", -float("inf")), "out.2.weight holds infinite"),
     "beyond fp16": Case(
-        poisoned(f"{UNET}out.2.bias", 70000.0), "out.2.bias holds 70000, beyond fl", flags=("--dtype", "fp16")
+        poisoned(f"{UNET}out.2.bias", 70000.0), "out.2.bias holds 70000, but float16 ends at", flags=("--dtype", "fp16")
     ),
     "whole numbers": Case(
         model(lambda t: t.update({f"{UNET}out.2.bias": torch.ones(4, dtype=torch.int64)})), "is torch.int64"
@@ -335,11 +333,13 @@ CASES: dict[str, Case] = {
     ),
     "TAESD that says it is wide": Case(
         lambda path, _: save_file(taesd() | {"1.weight": torch.zeros(1024, 4, 3, 3)}, path),
-        r"the key 1\.bias is \[8\]; the config wants \[1024\]",
+        r"the key 1\.bias is \[8\]; the config expects \[1024\]",
         as_vae=True,
     ),
     "TAESD's encoder alone": Case(
-        lambda path, _: save_file(taesd() | {"0.weight": torch.zeros(8, 3, 3, 3)}, path), "encoder alone", as_vae=True
+        lambda path, _: save_file(taesd() | {"0.weight": torch.zeros(8, 3, 3, 3)}, path),
+        "only TAESD's encoder",
+        as_vae=True,
     ),
     "no tensors": Case(header("{}"), "it holds no tensors"),
     # No model at all.
@@ -356,15 +356,15 @@ CASES: dict[str, Case] = {
     "nothing": Case(lambda path, _: None, "no such model"),
     # Pickles.
     "os.system": Case(calls(os.system, "touch {}"), "it refers to posix.system", "x.ckpt", PICKLE),
-    "os.system, made while unpickling": Case(
-        calls(os.system, "touch {}", 4), "made while unpickling", "x.ckpt", PICKLE
+    "os.system, computed during unpickling": Case(
+        calls(os.system, "touch {}", 4), "computed during unpickling", "x.ckpt", PICKLE
     ),
     "eval": Case(calls(eval, "open('{}', 'w')"), "it refers to (__builtin__|builtins).eval", "x.ckpt", PICKLE),
     "runpy": Case(calls(runpy.run_path, "{}"), "it refers to runpy", "x.ckpt", PICKLE),
     "a class of its own": Case(saved({"state_dict": Own()}), "it refers to .*Own", "x.ckpt", PICKLE),
     "a pickle without a zip": Case(
         lambda path, _: path.write_bytes(pickle.dumps(Call(os.system, f"touch {path.parent}/ran"), 2)),
-        "not a whole file as torch.save",
+        "not a complete file of torch.save",
         "x.ckpt",
         PICKLE,
     ),
@@ -375,7 +375,7 @@ CASES: dict[str, Case] = {
     ),
     "a pickle that nobody allowed": Case(saved({"a": torch.ones(2)}), "--allow-pickle", "x.ckpt"),
     "a zip in a zip": Case(
-        zipped({"inner/x.ckpt": b"PK\x03\x04" + bytes(100)}), "without a checkpoint in it", "x.ckpt", PICKLE
+        zipped({"inner/x.ckpt": b"PK\x03\x04" + bytes(100)}), "holds no checkpoint", "x.ckpt", PICKLE
     ),
     "a deflate bomb": Case(
         rewritten(
@@ -421,10 +421,10 @@ CASES: dict[str, Case] = {
         "x.ckpt",
         PICKLE,
     ),
-    "a list in a pickle": Case(saved([torch.ones(2)]), "a table of tensors is expected", "x.ckpt", PICKLE),
-    "one member's bytes twice": Case(twice, "overlaps|not a whole file|stands twice", "x.ckpt", PICKLE),
-    "half a .ckpt": Case(cut(0.5), "not a whole file", "x.ckpt", PICKLE),
-    "nearly a .ckpt": Case(cut(0.9999), "not a whole file", "x.ckpt", PICKLE),
-    "the first bytes of a .ckpt": Case(cut(0.000003), "not a whole file", "x.ckpt", PICKLE),
-    "a document": Case(zipped({"word/document.xml": b"<w/>"}), "without a checkpoint in it", "x.ckpt", PICKLE),
+    "a list in a pickle": Case(saved([torch.ones(2)]), "not a table of tensors", "x.ckpt", PICKLE),
+    "one member's bytes twice": Case(twice, "overlaps|not a complete file|appears twice", "x.ckpt", PICKLE),
+    "half a .ckpt": Case(cut(0.5), "not a complete file", "x.ckpt", PICKLE),
+    "nearly a .ckpt": Case(cut(0.9999), "not a complete file", "x.ckpt", PICKLE),
+    "the first bytes of a .ckpt": Case(cut(0.000003), "not a complete file", "x.ckpt", PICKLE),
+    "a document": Case(zipped({"word/document.xml": b"<w/>"}), "holds no checkpoint", "x.ckpt", PICKLE),
 }

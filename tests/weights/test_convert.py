@@ -128,7 +128,7 @@ def test_nothing_is_overwritten_unasked(originals: Any, tmp_path: Path, capsys: 
     source, target = str(originals.file("sd1")), tmp_path / "x.safetensors"
     target.write_bytes(b"mine")
     assert main(["convert", source, str(target)]) == 2
-    assert capsys.readouterr().err == f"fastsd: error: {target}: it exists; --overwrite replaces it\n"
+    assert capsys.readouterr().err == f"fastsd: error: {target}: already exists; --overwrite replaces it\n"
     assert target.read_bytes() == b"mine"
     assert main(["convert", source, str(target), "--overwrite"]) == 0
     assert target.stat().st_size > 10_000
@@ -136,11 +136,11 @@ def test_nothing_is_overwritten_unasked(originals: Any, tmp_path: Path, capsys: 
     folder.mkdir()
     (folder / "letter").write_bytes(b"mine")
     assert main(["convert", source, str(folder), "--overwrite"]) == 2
-    assert "it is no model folder, and is not replaced" in capsys.readouterr().err
+    assert "not a model folder, so it is not replaced" in capsys.readouterr().err
     assert files(folder) == {"letter": b"mine"}
-    with pytest.raises(FastsdError, match="it is the source itself"):
+    with pytest.raises(FastsdError, match="source and target are the same"):
         convert(source, source, overwrite=True)
-    with pytest.raises(FastsdError, match="pickles are not written"):
+    with pytest.raises(FastsdError, match="fastsd writes no pickles"):
         convert(source, tmp_path / "x.ckpt")
 
 
@@ -172,7 +172,7 @@ def test_values_that_do_not_fit_are_refused(originals: Any, tmp_path: Path) -> N
     key = "model.diffusion_model.out.2.bias"
     tensors[key] = tensors[key] + 1e6
     path = originals.save(tensors, "large.safetensors")
-    with pytest.raises(FastsdError, match=r"large.safetensors: the key .*out.2.bias holds 1e\+06, beyond float16's"):
+    with pytest.raises(FastsdError, match=r"large.safetensors: the key .*out.2.bias holds 1e\+06, but float16 ends at"):
         convert(path, tmp_path / "x.safetensors", torch.float16)
     convert(path, tmp_path / "x.safetensors", torch.bfloat16)
 
@@ -188,7 +188,7 @@ def test_what_a_single_file_cannot_say_is_refused(originals: Any, tmp_path: Path
         "unet/config.json": ({"attention_head_dim": [4, 4, 4]}, "its UNet has num_attention_heads .4, 4, 4."),
         "vae/config.json": ({"scaling_factor": 0.5}, "its autoencoder has scaling_factor 0.5"),
         "text_encoder/config.json": ({"num_attention_heads": 2}, "its text encoder has num_attention_heads 2"),
-        "scheduler/scheduler_config.json": ({"beta_end": 0.02}, "cannot say that beta_end is 0.02"),
+        "scheduler/scheduler_config.json": ({"beta_end": 0.02}, "cannot store that beta_end is 0.02"),
     }
     for i, (name, (changes, message)) in enumerate(cases.items()):
         folder = tmp_path / str(i)
@@ -205,7 +205,7 @@ def test_what_a_single_file_leaves_unsaid_is_noted(tmp_path: Path) -> None:
     components.defaults = {"num_inference_steps": 4}
     save_folder(components, tmp_path / "folder", torch.float32)
     notes = convert(tmp_path / "folder", tmp_path / "x.safetensors")
-    assert "does not say timestep_spacing, sampler, sample_size; SD 1's are taken" in notes[0]
+    assert "does not store timestep_spacing, sampler, sample_size; readers use the values of SD 1" in notes[0]
     assert "no default settings" in notes[1] and len(notes) == 2
 
 
@@ -229,6 +229,6 @@ def test_several_dtypes_in_one_matrix_need_one(originals: Any, tmp_path: Path) -
     tensors = load_file(path)
     key = "text_model.encoder.layers.0.self_attn.k_proj.weight"
     save_file(tensors | {key: tensors[key].half()}, path)
-    with pytest.raises(FastsdError, match="in_proj_weight is put together from tensors of several dtypes.*--dtype"):
+    with pytest.raises(FastsdError, match="in_proj_weight is assembled from tensors of several dtypes.*--dtype"):
         convert(tmp_path / "folder", tmp_path / "x.safetensors")
     convert(tmp_path / "folder", tmp_path / "x.safetensors", torch.float16)

@@ -45,7 +45,7 @@ def test_a_single_file_with_guidance_as_an_input(originals: Any, tmp_path: Path,
     assert "few steps: lcm: lcm, 4 steps (its UNet takes the guidance scale as an input)" in said
     key = "model.diffusion_model.time_embed.cond_proj.weight"
     wrong = originals.save(originals.tensors("sd1") | {key: torch.ones(32, 2)}, "wrong.safetensors")
-    with pytest.raises(FastsdError, match=r"time_embed\.cond_proj\.weight reads 2 numbers"):
+    with pytest.raises(FastsdError, match=r"time_embed\.cond_proj\.weight reads 2 features"):
         load_single_file(wrong, torch.float32)
 
 

@@ -42,14 +42,16 @@ def test_families(originals: Any, family: str, capsys: Any) -> None:
 
 def test_prediction_and_why(originals: Any, capsys: Any) -> None:
     tensors = originals.tensors("sd2")
-    assert facts(originals.file("sd2"), capsys)["prediction"][0].startswith("unknown, --prediction says it (SD 2 was")
+    assert facts(originals.file("sd2"), capsys)["prediction"][0].startswith(
+        "unknown, set it with --prediction (SD 2 was"
+    )
     marked = originals.save(tensors | {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, "i.safetensors")
     found = facts(marked, capsys)
     assert found["prediction"] == ["v_prediction (the file holds the marker key v_pred)"]
     assert found["zero SNR"] == ["yes (marker key ztsnr)"] and found["extra keys"] == ["none"]
     said = originals.save(tensors, "s.safetensors", {"modelspec.prediction_type": "epsilon", "author": "A\nB"})
     found = facts(said, capsys)
-    assert found["prediction"] == ["epsilon (its metadata say so (modelspec.prediction_type))"]
+    assert found["prediction"] == ["epsilon (its metadata says so (modelspec.prediction_type))"]
     assert sorted(found["metadata"]) == ["author = A\\nB", "modelspec.prediction_type = epsilon"]
 
 
@@ -63,7 +65,7 @@ def test_keys(originals: Any, capsys: Any) -> None:
     assert found["missing keys"] == ["model.diffusion_model.out.2.bias"]
     assert found["wrong shapes"] == ["model.diffusion_model.out.0.bias [31]"]
     assert found["extra keys"] == [f"stranger.{i:02}" for i in range(10)] + ["and 2 more"]
-    assert found["EMA"] == ["in the file; --ema takes it"]
+    assert found["EMA"] == ["in the file; --ema uses it"]
 
 
 def test_hashes(tmp_path: Path, originals: Any, capsys: Any) -> None:
@@ -81,7 +83,7 @@ def test_halves_and_files_without_an_autoencoder(originals: Any, capsys: Any) ->
     key = "model.diffusion_model.out.2.bias"
     found = facts(originals.save(bare | {key: bare[key].bfloat16()}, "halves.safetensors"), capsys)
     assert found["dtype"] == ["F16 100%, BF16 0%"]
-    assert found["autoencoder"] == ["not in the file; --vae gives one"]
+    assert found["autoencoder"] == ["not in the file; add one with --vae"]
 
 
 def test_what_is_no_checkpoint(originals: Any, capsys: Any) -> None:

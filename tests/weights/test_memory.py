@@ -18,7 +18,7 @@ from fastsd.config import SD15_UNET
 from fastsd.model.unet import UNet
 from fastsd.weights.layouts.configs import write_unet
 from fastsd.weights.layouts.names import sources, stored_form
-from fastsd.weights.layouts.save import describe, weights_file
+from fastsd.weights.layouts.save import weights_file, write_configs
 from tests.support import original
 
 ALLOWANCE = 22 * 2**20  # for headers and lists of keys
@@ -97,7 +97,7 @@ def test_converting_takes_the_memory_of_one_tensor(dtype: str, originals: Any, t
     with torch.device("meta"):
         components = replace(components, unet=UNet(config))
     folder, file, back = tmp_path / "folder", tmp_path / "file.safetensors", tmp_path / "back"
-    describe(components, folder)
+    write_configs(components, folder)
     for name, module in components.networks():
         write_zeros(module, folder / weights_file(name), "F32", 4)
     sizes = [part.shape for _, _, parts in sources(components.unet) for part in parts]

@@ -1,7 +1,7 @@
-"""Adapters in a loaded checkpoint: put into the weights in place, and taken out again to the bit.
+"""Adapters in a loaded checkpoint: merged into the weights in place, and removed again bit for bit.
 
-The engine's weights are fused (q, k and v in one matrix) and may be captured in graphs, so their memory stays where it
-is: the rows that an adapter touches are kept aside and rewritten.
+The engine's weights are fused (q, k and v in one matrix) and CUDA graphs may hold their addresses, so they are never
+reallocated: the original rows that an adapter changes are saved, and the rows are rewritten.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from fastsd.components import Components
 from fastsd.errors import FastsdError
 from fastsd.model.layers import Conv2d
 from fastsd.weights.adapters.arithmetic import adapted
-from fastsd.weights.adapters.file import Layer, names, read_adapter
-from fastsd.weights.layouts.ldm_names import unet_place, unet_table
+from fastsd.weights.adapters.file import AdapterLayer, layer_names, read_adapter
+from fastsd.weights.layouts.ldm_names import unet_key, unet_table
 from fastsd.weights.layouts.names import Source, sources
 
 MAX_STRENGTH = 100.0
@@ -27,7 +27,7 @@ MAX_STRENGTH = 100.0
 
 @dataclass(frozen=True)
 class Adapter:
-    """One file and how strongly it acts; 0 not at all, 1 as trained, negative values turn away from it."""
+    """An adapter file and its strengths: 0 has no effect, 1 is as trained, negative values reverse the effect."""
 
     path: Path
     unet: float = 1.0
@@ -35,27 +35,28 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class _Target:
-    """A run of rows of one parameter: what a layer of a file can change."""
+class _AdapterTarget:
+    """The rows of one parameter that a layer of a file can change."""
 
-    component: str
+    network: str
     owner: nn.Module
     parameter: str  # its name in `owner`
     source: Source
 
     def rows(self) -> torch.Tensor:
-        """The rows as they are, `source.shape`; not of a packed weight."""
+        """The current rows, with `source.shape`. The weight must not be packed."""
         return getattr(self.owner, self.parameter).detach()[self.source.rows]
 
 
-Key = tuple[str, str]  # component and the stored key, which is unique in it
+Key = tuple[str, str]  # network and stored key
+Changes = dict[Key, list[tuple[AdapterLayer, str, float]]]  # layers that change a key, each with its file and strength
 
 
 class Adapters:
     """The adapters of one checkpoint.
 
     Attributes:
-        active: what is in the weights now, in the order given.
+        active: the adapters in the weights now, in the order given.
     """
 
     def __init__(self, components: Components):
@@ -64,55 +65,55 @@ class Adapters:
         self._base: dict[Key, torch.Tensor] = {}
 
     @functools.cached_property
-    def _targets(self) -> dict[Key, _Target]:
-        """What can be changed: each stored tensor's rows."""
+    def _targets(self) -> dict[Key, _AdapterTarget]:
+        """Everything that an adapter can change: the rows of each stored tensor."""
         return {
-            (component, target.source.key): target
-            for component, module in _modules(self._components)
-            for target in _targets(component, module)
+            (network, target.source.key): target
+            for network, module in _networks(self._components)
+            for target in _targets(network, module)
         }
 
     @functools.cached_property
     def _names(self) -> dict[str, tuple[str, str]]:
-        """Each name of a layer in files, with its component and its name in a folder."""
-        found: dict[str, tuple[str, str]] = {}
+        """The network and the folder's name of each layer, by every name that files use for it."""
+        names: dict[str, tuple[str, str]] = {}
         table = unet_table(self._components.unet.config)
-        for component, key in self._targets:
+        for network, key in self._targets:
             layer = key.rpartition(".")[0]
-            ldm = unet_place(table, key).key.rpartition(".")[0] if component == "unet" else None
-            for name in names(component, layer, ldm):
-                found.setdefault(name, (component, layer))
-        return found
+            original = unet_key(table, key).key.rpartition(".")[0] if network == "unet" else None
+            for name in layer_names(network, layer, original):
+                names.setdefault(name, (network, layer))
+        return names
 
     @torch.no_grad()
-    def set(self, wanted: Sequence[Adapter], allow_partial: bool = False) -> list[str]:
-        """Make `wanted` the adapters that are in the weights; what was in them and is not wanted is taken out.
+    def set(self, adapters: Sequence[Adapter], allow_partial: bool = False) -> list[str]:
+        """Make `adapters` the only adapters in the weights.
 
         Args:
-            wanted: any number, added up. Each changes a weight W to W + strength * (W' - W), W' being what the file
-                makes of the checkpoint's W.
-            allow_partial: leave out layers that the model does not have; otherwise they are an error.
+            adapters: any number; their changes add up. Each changes a weight W to W + strength * (W' - W), where W' is
+                the weight that the file makes of the checkpoint's W.
+            allow_partial: skip layers that the model does not have; otherwise they are an error.
 
         Returns:
-            Notes: what was left out, a line for each file.
+            Notes: what was skipped, one line per file.
 
         Raises:
-            FastsdError: no adapter, or not one for this model; the weights are then as before.
+            FastsdError: not an adapter, or not for this model; the weights are then unchanged.
         """
-        changes: dict[Key, list[tuple[Layer, str, float]]] = {}
+        changes: Changes = {}
         notes = []
-        for adapter in wanted:
-            strangers = self._collect(adapter, changes)
-            if strangers:
+        for adapter in adapters:
+            unknown = self._collect(adapter, changes)
+            if unknown:
                 text = (
-                    f"{adapter.path}: {len(strangers)} of its layers are not in this model: {', '.join(strangers[:4])}"
-                    + (", ..." if len(strangers) > 4 else "")
+                    f"{adapter.path}: {len(unknown)} of its layers are not in this model: {', '.join(unknown[:4])}"
+                    + (", ..." if len(unknown) > 4 else "")
                 )
                 if not allow_partial:
-                    raise FastsdError(f"{text}; is it for another model? --allow-partial leaves them out")
+                    raise FastsdError(f"{text}; is it for another model? --allow-partial skips them")
                 notes.append(text)
         if not changes and not self._base:
-            self.active = tuple(wanted)
+            self.active = tuple(adapters)
             return notes
         previous = self.active
         try:
@@ -123,33 +124,33 @@ class Adapters:
             if previous:
                 self.set(previous, allow_partial=True)
             raise
-        self.active = tuple(wanted)
+        self.active = tuple(adapters)
         return notes
 
-    def _collect(self, adapter: Adapter, changes: dict[Key, list[tuple[Layer, str, float]]]) -> list[str]:
-        """Enter the layers of a file by what they change; returns the names that match nothing."""
+    def _collect(self, adapter: Adapter, changes: Changes) -> list[str]:
+        """Add the layers of a file to `changes`; return the names of layers that the model does not have."""
         for strength in (adapter.unet, adapter.text):
             if not -MAX_STRENGTH <= strength <= MAX_STRENGTH:
                 raise FastsdError(f"{adapter.path}: strength {strength:g}; it should be within ±{MAX_STRENGTH:g}")
-        strangers = []
+        unknown = []
         for layer in read_adapter(adapter.path):
-            component, module = self._names.get(layer.name, ("", ""))
+            network, module = self._names.get(layer.name, ("", ""))
             kinds = [kind for kind, roles in _kinds(layer).items() if roles]
-            known = [(component, f"{module}.{kind}") for kind in kinds]
-            if not component or not all(key in self._targets for key in known):
-                strangers.append(layer.name)
+            keys = [(network, f"{module}.{kind}") for kind in kinds]
+            if not network or not all(key in self._targets for key in keys):
+                unknown.append(layer.name)
                 continue
-            for key in known:
-                strength = adapter.unet if component == "unet" else adapter.text
+            for key in keys:
+                strength = adapter.unet if network == "unet" else adapter.text
                 changes.setdefault(key, []).append((layer, str(adapter.path), strength))
-        return strangers
+        return unknown
 
-    def _write(self, changes: dict[Key, list[tuple[Layer, str, float]]]) -> None:
-        """Rewrite every row that is changed, or was."""
+    def _write(self, changes: Changes) -> None:
+        """Rewrite every row that `changes` changes or that an earlier call changed."""
         for key in [*self._base, *(key for key in changes if key not in self._base)]:
             target = self._targets[key]
             if isinstance(target.owner, Conv2d):
-                target.owner.unpack()  # it is packed again at its next call
+                target.owner.unpack()  # its next call packs it again
             base = self._base.setdefault(key, target.rows().clone())
             if key in changes:
                 target.rows().copy_(_sum(base, target.source, changes[key]))
@@ -159,8 +160,8 @@ class Adapters:
             del self._base[key]
 
 
-def _sum(base: torch.Tensor, source: Source, changes: list[tuple[Layer, str, float]]) -> torch.Tensor:
-    """base + the strength-weighted changes, in fp32."""
+def _sum(base: torch.Tensor, source: Source, changes: list[tuple[AdapterLayer, str, float]]) -> torch.Tensor:
+    """The base plus the changes, each times its strength, in fp32."""
     weight = base.float()
     total = weight.clone()
     for layer, path, strength in changes:
@@ -179,19 +180,19 @@ def _sum(base: torch.Tensor, source: Source, changes: list[tuple[Layer, str, flo
     return total
 
 
-def _kinds(layer: Layer) -> dict[str, list[str]]:
-    """The roles that change a layer's weight, and those that change its bias."""
+def _kinds(layer: AdapterLayer) -> dict[str, list[str]]:
+    """The roles that change the layer's weight, and those that change its bias."""
     bias = [role for role in layer.entries if role == "bias_difference"]
     return {"weight": [role for role in layer.entries if role not in bias], "bias": bias}
 
 
-def _modules(components: Components) -> Iterator[tuple[str, nn.Module]]:
+def _networks(components: Components) -> Iterator[tuple[str, nn.Module]]:
     yield "unet", components.unet
     yield from zip(("text_encoder", "text_encoder_2"), components.text_encoders)
 
 
-def _targets(component: str, module: nn.Module) -> Iterator[_Target]:
+def _targets(network: str, module: nn.Module) -> Iterator[_AdapterTarget]:
     for name, _, parts in sources(module):
         path, _, kind = name.rpartition(".")
         for source in parts:
-            yield _Target(component, module.get_submodule(path), kind, source)
+            yield _AdapterTarget(network, module.get_submodule(path), kind, source)

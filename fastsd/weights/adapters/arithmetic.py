@@ -1,4 +1,4 @@
-"""What an adapter adds to a weight: LoRA, LoCon, LoHa, LoKr, plain differences, and DoRA's decomposition."""
+"""The changes that adapters make to a weight: LoRA, LoCon, LoHa, LoKr, plain differences, and DoRA's decomposition."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ def adapted(base: torch.Tensor, parts: Tensors, scale: float | None) -> torch.Te
 
     Args:
         base: fp32, `[out, in]`, `[out, in, k, k]`, or `[channels]` of a norm or a bias.
-        parts: an adapter's tensors for this layer, by role (`adapter_file.ROLES`).
+        parts: an adapter's tensors for this layer, by role (`fastsd.weights.adapters.file.ROLES`).
         scale: alpha / rank; None: from `parts`.
 
     Returns:
         fp32, the shape of `base`.
 
     Raises:
-        ValueError: the tensors make no change of that shape. That is seen before memory is taken for it.
+        ValueError: the tensors make no change of that shape; raised before memory is allocated for it.
     """
     form = next((form for form in _FORMS if form.needs <= parts.keys()), None)
     if form is None:
@@ -35,7 +35,7 @@ def adapted(base: torch.Tensor, parts: Tensors, scale: float | None) -> torch.Te
 
 
 class _Difference:
-    """The change itself; LyCORIS's "full" and "norm"."""
+    """The tensor is the change itself; LyCORIS's "full" and "norm"."""
 
     needs = {"difference"}
 
@@ -45,12 +45,12 @@ class _Difference:
     def change(self, parts: Tensors) -> torch.Tensor:
         return parts["difference"]
 
-    def scale(self, parts: Tensors, given: float | None) -> float:
+    def scale(self, parts: Tensors, peft_scale: float | None) -> float:
         return 1.0
 
 
 class _LowRank(_Difference):
-    """LoRA (Hu et al. 2021, equation 3): up down. The kernel of a convolution is in down, or in a Tucker core, mid."""
+    """LoRA (Hu et al. 2021, equation 3): up @ down. A convolution's kernel is in down, or in the Tucker core mid."""
 
     needs = {"up", "down"}
 
@@ -62,12 +62,12 @@ class _LowRank(_Difference):
         up, down = parts["up"].flatten(1), parts["down"].flatten(1)
         return up @ down if "mid" not in parts else torch.einsum("ijkl,oi,jc->ockl", parts["mid"], up, down)
 
-    def scale(self, parts: Tensors, given: float | None) -> float:
-        return _alpha_over(parts, len(parts["down"]), given)
+    def scale(self, parts: Tensors, peft_scale: float | None) -> float:
+        return _alpha_over(parts, len(parts["down"]), peft_scale)
 
 
 class _Hadamard(_Difference):
-    """LoHa (Hyeon-Woo et al. 2022, "FedPara", proposition 2): the product, entry by entry, of two low ranks."""
+    """LoHa (Hyeon-Woo et al. 2022, "FedPara", proposition 2): the elementwise product of two low-rank matrices."""
 
     needs = {"w1_a", "w1_b", "w2_a", "w2_b"}
 
@@ -79,42 +79,42 @@ class _Hadamard(_Difference):
         first = _product(parts["w1_a"], parts["w1_b"], parts.get("t1"))
         return first * _product(parts["w2_a"], parts["w2_b"], parts.get("t2"))
 
-    def scale(self, parts: Tensors, given: float | None) -> float:
-        return _alpha_over(parts, len(parts["w1_b"]), given)
+    def scale(self, parts: Tensors, peft_scale: float | None) -> float:
+        return _alpha_over(parts, len(parts["w1_b"]), peft_scale)
 
 
 class _Kronecker(_Difference):
-    """LoKr (Yeh et al. 2024, "LyCORIS", section 3.3): the Kronecker product of two factors, each whole or low rank."""
+    """LoKr (Yeh et al. 2024, "LyCORIS", section 3.3): the Kronecker product of two factors, each full or low-rank."""
 
     def __init__(self, first: set[str], second: set[str]):
         self.needs = first | second
 
     def size(self, parts: Tensors) -> tuple[int, int]:
         rows, columns = 1, 1
-        for which in ("1", "2"):
-            whole, core = parts.get(f"kron_w{which}"), parts.get(f"kron_t{which}")
-            if whole is not None:
-                size = _matrix(whole)
+        for factor in ("1", "2"):
+            full, core = parts.get(f"kron_w{factor}"), parts.get(f"kron_t{factor}")
+            if full is not None:
+                size = _matrix(full)
             else:
-                a, b = parts[f"kron_w{which}_a"], parts[f"kron_w{which}_b"]
+                a, b = parts[f"kron_w{factor}_a"], parts[f"kron_w{factor}_b"]
                 size = (a.shape[-1] if core is not None else len(a)), _matrix(b)[1] * _kernel(core)
             rows, columns = rows * size[0], columns * size[1]
         return rows, columns
 
     def change(self, parts: Tensors) -> torch.Tensor:
         factors = []
-        for which in ("1", "2"):
-            whole = parts.get(f"kron_w{which}")
-            if whole is None:
-                a, b = parts[f"kron_w{which}_a"], parts[f"kron_w{which}_b"]
-                whole = _product(a, b.flatten(1), parts.get(f"kron_t{which}"))
-            factors.append(whole)
+        for factor in ("1", "2"):
+            full = parts.get(f"kron_w{factor}")
+            if full is None:
+                a, b = parts[f"kron_w{factor}_a"], parts[f"kron_w{factor}_b"]
+                full = _product(a, b.flatten(1), parts.get(f"kron_t{factor}"))
+            factors.append(full)
         first, second = factors
         return torch.kron(first.reshape(*first.shape, *(1,) * (second.ndim - first.ndim)), second.contiguous())
 
-    def scale(self, parts: Tensors, given: float | None) -> float:
+    def scale(self, parts: Tensors, peft_scale: float | None) -> float:
         low = [parts[name] for name in ("kron_w1_b", "kron_w2_b") if name in parts]
-        return _alpha_over(parts, len(low[0]), given) if low else 1.0  # alpha belongs to a rank
+        return _alpha_over(parts, len(low[0]), peft_scale) if low else 1.0  # alpha belongs to a rank
 
 
 _FIRST = ({"kron_w1"}, {"kron_w1_a", "kron_w1_b"})
@@ -123,7 +123,7 @@ _FORMS = (_Difference(), _LowRank(), _Hadamard(), *(_Kronecker(a, b) for a in _F
 
 
 def _matrix(x: torch.Tensor) -> tuple[int, int]:
-    """Rows and columns of a weight; the columns of a convolution are its input channels and kernel."""
+    """Rows and columns of a weight; the columns of a convolution are its input channels times its kernel."""
     return len(x), x.numel() // max(len(x), 1)
 
 
@@ -132,21 +132,21 @@ def _kernel(core: torch.Tensor | None) -> int:
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, core: torch.Tensor | None) -> torch.Tensor:
-    """a b; or with a Tucker core `[i, j, k, k]`, a `[i, out]` and b `[j, in]`."""
+    """a @ b; or with a Tucker core `[i, j, k, k]`, a `[i, out]` and b `[j, in]`."""
     return a @ b if core is None else torch.einsum("ijkl,ip,jr->prkl", core, a, b)
 
 
-def _alpha_over(parts: Tensors, rank: int, given: float | None) -> float:
-    """alpha / rank; 1 where neither file nor config gives an alpha."""
-    if given is not None:
-        return given
+def _alpha_over(parts: Tensors, rank: int, peft_scale: float | None) -> float:
+    """alpha / rank; 1 if neither file nor config gives alpha."""
+    if peft_scale is not None:
+        return peft_scale
     return float(parts["alpha"]) / rank if "alpha" in parts else 1.0
 
 
 def _with_magnitude(weight: torch.Tensor, magnitude: torch.Tensor, of_outputs: bool) -> torch.Tensor:
-    """DoRA (Liu et al. 2024, equation 5): the direction of `weight`, with learned lengths by output or by input."""
+    """DoRA (Liu et al. 2024, equation 5): the direction of `weight`, with a learned norm per output or per input."""
     if of_outputs or magnitude.ndim == 1 or magnitude.shape[0] != 1 or weight.shape[0] == 1:
-        lengths = weight.flatten(1).norm(dim=1).view(-1, *(1,) * (weight.ndim - 1))
-        return weight * (magnitude.reshape(lengths.shape) / lengths)
-    lengths = weight.transpose(0, 1).flatten(1).norm(dim=1).view(1, -1, *(1,) * (weight.ndim - 2))
-    return weight * (magnitude.reshape(lengths.shape) / lengths)
+        norms = weight.flatten(1).norm(dim=1).view(-1, *(1,) * (weight.ndim - 1))
+        return weight * (magnitude.reshape(norms.shape) / norms)
+    norms = weight.transpose(0, 1).flatten(1).norm(dim=1).view(1, -1, *(1,) * (weight.ndim - 2))
+    return weight * (magnitude.reshape(norms.shape) / norms)

@@ -1,7 +1,7 @@
-"""Adapter files (LoRA and its relatives): which tensors change which layer, whoever wrote the file.
+"""Adapter files (LoRA and its variants): which tensors change which layer, whichever program wrote the file.
 
-A file's keys are a layer's name and a tensor's role. Roles are the suffixes below. Names are looked up in a table that
-is built from the model's own keys, in every spelling that programs use; underscores are never taken apart.
+A key in a file is a layer's name followed by a tensor's role. Roles are the suffixes below. Names are looked up in a
+table of every spelling that programs use, built from the model's own keys; underscores are never split.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastsd.errors import FastsdError
 from fastsd.weights.formats.json_file import read_json
-from fastsd.weights.formats.safetensors_file import Entry, read_header
+from fastsd.weights.formats.safetensors_file import TensorEntry, read_header
 
-# What a tensor is to its layer. kohya and A1111; PEFT; diffusers before PEFT; LyCORIS.
+# The role of a tensor in its layer, by suffix: of kohya and A1111; PEFT; diffusers before PEFT; LyCORIS.
 ROLES = {
     "lora_down.weight": "down",
     "lora_up.weight": "up",
@@ -41,33 +39,32 @@ ROLES = {
     "w_norm": "difference",
     "b_norm": "bias_difference",
 }
-# Attention processors, diffusers before 0.20: `...attn1.processor.to_q_lora.down.weight`, text `...to_q_lora....`.
+# Attention processors of diffusers before 0.20: `...attn1.processor.to_q_lora.down.weight`, and in text encoders
+# `...to_q_lora.down.weight`.
 PROCESSOR = re.compile(r"^(.*?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight$")
-METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's configs, as JSON
+METADATA = "lora_adapter_metadata"  # the metadata key under which diffusers stores PEFT's configs, as JSON
 
 
 @dataclass(frozen=True)
-class Layer:
+class AdapterLayer:
     """What a file holds for one layer.
 
     Attributes:
-        name: as the file has it. entries: by role. scale: PEFT's, from its config; None where `alpha` decides.
+        name: the layer's name in the file.
+        entries: the tensors, by role.
+        scale: PEFT's scale, from its config; None: `alpha` in `entries` decides.
     """
 
     name: str
-    entries: dict[str, Entry]
+    entries: dict[str, TensorEntry]
     scale: float | None = None
 
-    def read(self) -> dict[str, torch.Tensor]:
-        """The tensors in fp32."""
-        return {role: entry.read().float() for role, entry in self.entries.items()}
 
-
-def read_adapter(path: Path) -> list[Layer]:
-    """The layers of an adapter file, or of the folder that PEFT saves.
+def read_adapter(path: Path) -> list[AdapterLayer]:
+    """The layers of an adapter file, or of a folder that PEFT saved.
 
     Raises:
-        FastsdError: no such file, malformed, or no adapter.
+        FastsdError: no such file, malformed, or not an adapter.
     """
     configs: dict[str, dict[str, Any]] = {}
     if path.is_dir():
@@ -83,34 +80,34 @@ def read_adapter(path: Path) -> list[Layer]:
     entries, metadata = read_header(path)
     if METADATA in metadata:
         configs |= _configs(path, metadata[METADATA])
-    found: dict[str, dict[str, Entry]] = {}
-    strangers = []
+    layers: dict[str, dict[str, TensorEntry]] = {}
+    unknown = []
     for key, entry in entries.items():
-        name, role = split(key)
+        name, role = split_key(key)
         if role is None:
-            strangers.append(key)
-        elif role in found.setdefault(name, {}):
+            unknown.append(key)
+        elif role in layers.setdefault(name, {}):
             raise FastsdError(f"{path}: the key {key} gives {name} a second {role!r}")
         else:
-            found[name][role] = entry
-    if not found:
-        what = f"; its first key is {strangers[0][:80]!r}" if strangers else ""
-        raise FastsdError(f"{path}: not an adapter (LoRA, LoHa, LoKr, DoRA or a difference){what}")
-    if strangers:
-        raise FastsdError(f"{path}: the key {strangers[0][:120]!r} has no known role in an adapter")
-    return [Layer(name, parts, _peft_scale(name, parts, configs)) for name, parts in found.items()]
+            layers[name][role] = entry
+    if not layers:
+        first = f"; its first key is {unknown[0][:80]!r}" if unknown else ""
+        raise FastsdError(f"{path}: not an adapter (LoRA, LoHa, LoKr, DoRA or a difference){first}")
+    if unknown:
+        raise FastsdError(f"{path}: the key {unknown[0][:120]!r} has no known role in an adapter")
+    return [AdapterLayer(name, roles, _peft_scale(name, roles, configs)) for name, roles in layers.items()]
 
 
-def split(key: str) -> tuple[str, str | None]:
-    """A key as the layer's name and the tensor's role; None where it has none."""
+def split_key(key: str) -> tuple[str, str | None]:
+    """The layer's name and the tensor's role in a key; the role is None if no suffix is known."""
     processor = PROCESSOR.match(key)
     if processor:
-        parent, which, role = processor.groups()
+        parent, projection, role = processor.groups()
         text = parent.endswith("self_attn")
         out = "out_proj" if text else "to_out.0"
-        layer = out if which == "out" else (f"{which}_proj" if text else f"to_{which}")
+        layer = out if projection == "out" else (f"{projection}_proj" if text else f"to_{projection}")
         return f"{parent}.{layer}", role
-    key = key.replace(".default.weight", ".weight")  # PEFT's own name for an adapter without one
+    key = key.replace(".default.weight", ".weight")  # PEFT's name for an adapter that has none
     parts = key.split(".")
     for count in (3, 2, 1):
         role = ROLES.get(".".join(parts[-count:]))
@@ -119,45 +116,45 @@ def split(key: str) -> tuple[str, str | None]:
     return key, None
 
 
-def names(component: str, module: str, ldm: str | None = None) -> Iterator[str]:
+def layer_names(network: str, module: str, original: str | None = None) -> Iterator[str]:
     """Every name that programs give a layer.
 
     Args:
-        component: "unet", "text_encoder" or "text_encoder_2".
+        network: "unet", "text_encoder" or "text_encoder_2".
         module: the layer's name in a diffusers folder.
-        ldm: its name in the original layout, for the UNet.
+        original: its name in the original layout, for the UNet.
     """
-    yield f"{component}.{module}"
-    if component == "unet":
+    yield f"{network}.{module}"
+    if network == "unet":
         yield f"lora_unet_{module.replace('.', '_')}"
         yield f"lycoris_{module.replace('.', '_')}"
         yield module
         yield f"base_model.model.{module}"
-        if ldm is not None:
-            yield f"lora_unet_{ldm.replace('.', '_')}"
-            yield f"diffusion_model.{ldm}"
+        if original is not None:
+            yield f"lora_unet_{original.replace('.', '_')}"
+            yield f"diffusion_model.{original}"
         return
-    for prefix in {"text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}[component]:
+    for prefix in {"text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}[network]:
         yield prefix + module.replace(".", "_")
-    yield f"{component}.{module.removeprefix('text_model.')}"  # transformers 5 has no such level
+    yield f"{network}.{module.removeprefix('text_model.')}"  # transformers 5 has no level text_model
 
 
 def _configs(path: Path, text: str) -> dict[str, dict[str, Any]]:
-    """PEFT's config of each component, from keys like "unet.lora_alpha"."""
+    """PEFT's config of each network, from keys like "unet.lora_alpha"."""
     try:
         flat = json.loads(text)
         pairs = [(*key.split(".", 1), value) for key, value in flat.items() if "." in key]
     except (ValueError, AttributeError, RecursionError) as error:
-        raise FastsdError(f"{path}: its metadata {METADATA} are not a JSON object") from error
+        raise FastsdError(f"{path}: its metadata {METADATA} is not a JSON object") from error
     configs: dict[str, dict[str, Any]] = {}
-    for component, key, value in pairs:
-        configs.setdefault(component, {})[key] = value
+    for network, key, value in pairs:
+        configs.setdefault(network, {})[key] = value
     return configs
 
 
-def _peft_scale(name: str, parts: Mapping[str, Entry], configs: dict[str, dict[str, Any]]) -> float | None:
-    """alpha / rank, or alpha / sqrt(rank) (rank-stabilised LoRA, Kalajdzievski 2023), where a config says so."""
-    if "down" not in parts or "alpha" in parts:
+def _peft_scale(name: str, roles: Mapping[str, TensorEntry], configs: dict[str, dict[str, Any]]) -> float | None:
+    """alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA (Kalajdzievski 2023); None without a config."""
+    if "down" not in roles or "alpha" in roles:
         return None
     config = configs.get(name.split(".", 1)[0], configs.get("", None))
     if config is None:
@@ -165,9 +162,9 @@ def _peft_scale(name: str, parts: Mapping[str, Entry], configs: dict[str, dict[s
     alpha = config.get("lora_alpha")
     patterns = config.get("alpha_pattern")
     if isinstance(patterns, dict):
-        # PEFT's rule: the pattern is the end of the layer's name.
+        # PEFT's rule: a pattern matches the end of the layer's name.
         alpha = next((a for p, a in patterns.items() if re.search(rf"(^|\.){re.escape(p)}$", name)), alpha)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
         return None
-    rank = parts["down"].shape[0]
+    rank = roles["down"].shape[0]
     return alpha / rank**0.5 if config.get("use_rslora") is True else alpha / rank

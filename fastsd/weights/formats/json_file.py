@@ -1,4 +1,4 @@
-"""JSON that nobody vouches for: objects out of files, and values out of objects by their types and limits."""
+"""Untrusted JSON: objects read from files, and their values checked for type and range."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-# What each number may be. Beyond are no models, but ways to fill memory or to build layers for ever.
+# The range of each number. Values outside it belong to no model; they would fill memory or build layers endlessly.
 _WIDTH = (1, 2**16)
 _LIMITS: dict[str, tuple[float, float]] = {
     "layers_per_block": (1, 8),
@@ -53,19 +53,19 @@ _LIMITS: dict[str, tuple[float, float]] = {
 }
 
 
-class Reader:
-    """Typed access to one JSON config; every complaint names the file and the key."""
+class ConfigReader:
+    """Typed access to one JSON config; every error names the file and the key."""
 
     def __init__(self, path: Path):
         self.path = path
         self.data = read_json(path)
 
-    def error(self, key: str, wanted: str) -> FastsdError:
+    def error(self, key: str, expected: str) -> FastsdError:
         value = repr(self.data.get(key))
-        return FastsdError(f"{self.path}: {key} is {value if len(value) <= 80 else value[:77] + '...'}; {wanted}")
+        return FastsdError(f"{self.path}: {key} is {value if len(value) <= 80 else value[:77] + '...'}; {expected}")
 
     def get(self, key: str, kind: type, default: Any) -> Any:
-        """A value of one type, within its limits; `default` where the file does not have it."""
+        """A value of type `kind`, within its range; `default` if the file lacks the key."""
         value: Any = self.data.get(key)
         if value is None:
             value = default
@@ -75,7 +75,7 @@ class Reader:
             raise self.error(key, f"it should be of type {kind.__name__}")
         low, high = _LIMITS.get(key, (0, 2**31 - 1))
         number: Any = value
-        if kind is not bool and not low <= number <= high:  # neither holds for NaN
+        if kind is not bool and not low <= number <= high:  # false for NaN too
             raise self.error(key, f"it should be a number from {low} to {high}")
         return value
 
@@ -83,15 +83,15 @@ class Reader:
         value = self.data.get(key)
         value = default if value is None else value
         if value not in allowed:
-            raise self.error(key, f"fastsd knows {', '.join(map(repr, allowed))}")
+            raise self.error(key, f"it should be {' or '.join(map(repr, allowed))}")
         return value
 
     def per_level(self, key: str, levels: int, default: Any) -> tuple[int, ...]:
-        """A number for all levels or a list with one for each."""
+        """One integer for all levels, or a list with one per level."""
         value = self.data.get(key)
         value = default if value is None else value
         numbers = tuple(value) if isinstance(value, list | tuple) else (value,) * levels
         low, high = _LIMITS[key]
         if len(numbers) != levels or not all(type(n) is int and low <= n <= high for n in numbers):
-            raise self.error(key, f"it should be a whole number from {low} to {high}, or a list of {levels}")
+            raise self.error(key, f"it should be an integer from {low} to {high}, or a list of {levels}")
         return numbers

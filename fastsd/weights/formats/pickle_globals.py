@@ -1,7 +1,7 @@
-"""What a pickled checkpoint may refer to: the parts of tensors; and, without effect, what training leaves beside them.
+"""The names a pickled checkpoint may refer to: the parts of tensors, and what training leaves beside them.
 
-Nothing is imported for a name in the second list. An empty object stands in for whatever it would make, so that the
-original checkpoints, which hold numpy's scalars and the states of PyTorch Lightning's callbacks, can be read.
+Nothing is imported for the names in the second group. A placeholder object replaces whatever they would build, which
+is enough to read the original checkpoints: they hold numpy scalars and the states of PyTorch Lightning callbacks.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import pickletools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-Name = tuple[str, str]  # module and name
+GlobalName = tuple[str, str]  # module and name
 
-# All that a pickle of tensors and plain values refers to.
+# Every name that a pickle of tensors and plain values refers to.
 TENSORS = {
     ("collections", "OrderedDict"),
     ("torch._utils", "_rebuild_tensor"),
@@ -25,23 +25,23 @@ TENSORS = {
         for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
     ),
 }
-# In today's and in older spelling: losses and scores as numpy's numbers, the states of callbacks, configs.
+# Losses and scores as numpy scalars, under today's name and the older one.
 _NUMPY = {
     ("numpy", "dtype"),
     ("numpy.core.multiarray", "scalar"),
     ("numpy._core.multiarray", "scalar"),
 }
 _PLAIN = {("__builtin__", "set"), ("builtins", "set")}
-_BESIDE = ("pytorch_lightning.", "lightning.", "omegaconf.")
+_TRAINING_PACKAGES = ("pytorch_lightning.", "lightning.", "omegaconf.")  # callback states and configs
 # How protocol 2 writes bytes: `_codecs.encode(text, "latin1")`.
 ENCODE = ("_codecs", "encode")
-MAX_ENCODED = 2**16  # characters in all; a number of numpy's has eight
+MAX_ENCODED = 2**16  # characters in total; a numpy scalar has eight
 
 
-class StandIn:
-    """Stands for an object that is not made: takes whatever it is given, and keeps nothing."""
+class Placeholder:
+    """Replaces an object that is never built: accepts any arguments and any state, and keeps nothing."""
 
-    def __new__(cls, *_: Any, **__: Any) -> StandIn:
+    def __new__(cls, *_: Any, **__: Any) -> Placeholder:
         return super().__new__(cls)
 
     def __init__(self, *_: Any, **__: Any): ...
@@ -49,38 +49,38 @@ class StandIn:
     def __setstate__(self, _: Any) -> None: ...
 
 
-def stands_in(name: Name) -> bool:
-    """Whether a name is one that `StandIn` may take the place of."""
-    return name in _NUMPY or name in _PLAIN or f"{name[0]}.".startswith(_BESIDE)
+def has_placeholder(name: GlobalName) -> bool:
+    """Whether a `Placeholder` may replace what `name` refers to."""
+    return name in _NUMPY or name in _PLAIN or f"{name[0]}.".startswith(_TRAINING_PACKAGES)
 
 
-def stand_ins(names: Iterable[Name]) -> list[Any]:
-    """Stand-ins for those of `names` that have one, as `torch.serialization.safe_globals` takes them."""
-    return [(StandIn, ".".join(name)) for name in names if stands_in(name)]
+def placeholders(names: Iterable[GlobalName]) -> list[Any]:
+    """The placeholders for those of `names` that have one, in the form of `torch.serialization.safe_globals`."""
+    return [(Placeholder, ".".join(name)) for name in names if has_placeholder(name)]
 
 
-def names(raw: bytes) -> Iterator[Name]:
-    """Every module and name that a pickle would import; one that is put together while unpickling has none here.
+def global_names(raw: bytes) -> Iterator[GlobalName]:
+    """Every name that a pickle would import. A name computed during unpickling yields a pair that is never allowed.
 
     Raises:
-        ValueError and others of pickletools: no pickle.
+        ValueError and other errors of pickletools: not a pickle.
     """
     for opcode, argument, _ in pickletools.genops(raw):
         if opcode.name in ("GLOBAL", "INST"):
             module, _, name = str(argument).partition(" ")
             yield module, name
         elif opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
-            yield "a name", "made while unpickling"
+            yield "a name", "computed during unpickling"
 
 
-def only_bytes_are_encoded(raw: bytes) -> bool:
+def encodes_bytes_only(raw: bytes) -> bool:
     """Whether each `_codecs.encode` is called at once, with a text and "latin1", and all texts together are short.
 
-    With other codecs, or with its own results, a small pickle could make it fill the memory. So what follows the
-    function on its way to the stack, from its name or from the memo, must be those two texts and the call.
+    Other codecs, or encoding its own results again, would let a small pickle fill the memory. So whenever the function
+    reaches the stack, by name or from the memo, the next opcodes must be exactly those two texts and the call.
     """
     memo: dict[Any, Any] = {}
-    wanted: list[str] = []  # what must come next
+    expected: list[str] = []  # the opcodes that must come next
     pushed: Any = None
     encoded = 0
     for opcode, argument, _ in pickletools.genops(raw):
@@ -96,7 +96,7 @@ def only_bytes_are_encoded(raw: bytes) -> bool:
             pushed = argument
         else:
             pushed = None
-        step = wanted.pop(0) if wanted else ""
+        step = expected.pop(0) if expected else ""
         if step in ("TUPLE2", "REDUCE"):
             if name != step:
                 return False
@@ -105,7 +105,7 @@ def only_bytes_are_encoded(raw: bytes) -> bool:
                 return False
             encoded += len(pushed)
         elif pushed is ENCODE:
-            wanted = ["text", "latin1", "TUPLE2", "REDUCE"]
+            expected = ["text", "latin1", "TUPLE2", "REDUCE"]
         if name in ("DUP", "MEMOIZE") or encoded > MAX_ENCODED:
             return False
-    return not wanted
+    return not expected

@@ -1,8 +1,8 @@
-"""Reading tensors out of `.safetensors` files that nobody vouches for.
+"""Reading tensors from untrusted `.safetensors` files.
 
 The format: eight bytes of header length, a JSON header, then the tensors' bytes. The safetensors library maps whole
-files into memory, where read pages count as resident; here each tensor is read by itself, once, into memory of its
-own, so that loading takes little more than the weights. Sizes are checked against the file before memory is taken.
+files into memory, where the pages it reads count as resident. Here each tensor is read once, separately, into memory
+of its own, so loading takes little more than the weights. Sizes are checked against the file before memory is taken.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-MAX_HEADER = 20_000_000  # bytes; the library allows five times as much, checkpoints have less than one million
-MAX_ITEMS = 300_000  # commas and brackets in the header, so that its objects take little memory
+MAX_HEADER = 20_000_000  # bytes; the library allows five times as many, checkpoints have fewer than one million
+MAX_ITEMS = 300_000  # commas and brackets in the header; bounds the memory of its objects
 MAX_DIMENSIONS = 8
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor of a file: where its bytes are and what they mean."""
+class TensorEntry:
+    """One tensor of a file: where its bytes are and how to read them."""
 
     path: Path
     dtype: torch.dtype
@@ -45,20 +45,20 @@ class Entry:
     start: int  # from the beginning of the file
     nbytes: int
     key: str = ""  # its name in the file
-    strides: tuple[int, ...] | None = None  # of its elements, where their order in the file is not the shape's
+    strides: tuple[int, ...] | None = None  # of its elements, if the file does not store them contiguously
 
-    def transposed(self) -> Entry:
-        """The same bytes as a matrix of the other orientation."""
+    def transposed(self) -> TensorEntry:
+        """The transposed matrix, on the same bytes."""
         rows, columns = self.shape
         return replace(self, shape=(columns, rows), strides=(1, columns) if self.strides is None else None)
 
-    def third(self, i: int) -> Entry:
-        """The i-th third of the rows (q, k and v of one product)."""
+    def third(self, i: int) -> TensorEntry:
+        """The i-th third of the rows: q, k or v of a fused matrix."""
         nbytes = self.nbytes // 3
         return replace(self, shape=(self.shape[0] // 3, *self.shape[1:]), start=self.start + i * nbytes, nbytes=nbytes)
 
     def read(self, buffer: torch.Tensor | None = None) -> torch.Tensor:
-        """The tensor, on the CPU: at the beginning of `buffer` (bytes, enough of them), or in memory of its own."""
+        """The tensor on the CPU, at the beginning of `buffer` (uint8, large enough) or in memory of its own."""
         if buffer is None:
             buffer = torch.empty(self.nbytes, dtype=torch.uint8)
         flat = buffer[: self.nbytes].view(self.dtype)
@@ -72,16 +72,16 @@ class Entry:
             while done < self.nbytes:
                 count = file.readinto(target[done:])
                 if not count:
-                    raise FastsdError(f"{self.path}: the file ends in the middle of a tensor; fetch it again")
+                    raise FastsdError(f"{self.path}: the file ends in the middle of a tensor; download it again")
                 done += count
         return tensor
 
 
-def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """The tensors of a file by name, and its metadata.
 
     Raises:
-        FastsdError: not a whole, well-formed safetensors file; the message names the file and what is wrong.
+        FastsdError: not a complete, well-formed safetensors file; the message names the file and the defect.
     """
     try:
         if not path.is_file():
@@ -91,25 +91,25 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > size - 8:
-                raise _malformed(path, _instead(prefix) or "its header is longer than the file")
+                raise _malformed(path, _common_mistake(prefix) or "its header is longer than the file")
             if length > MAX_HEADER:
-                raise _malformed(path, f"its header has {length} bytes; checkpoints have less than {MAX_HEADER}")
+                raise _malformed(path, f"its header has {length} bytes; checkpoints have fewer than {MAX_HEADER}")
             raw = file.read(length)
     except OSError as error:
         raise FastsdError(f"{path}: cannot be read ({error.strerror})") from error
     return parse_header(path, raw, size)
 
 
-def parse_header(path: Path, raw: bytes, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
-    """As `read_header`, of the header's bytes, for a file of `size` bytes."""
+def parse_header(path: Path, raw: bytes, size: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """What `read_header` returns, from the header's bytes of a file of `size` bytes."""
     if sum(raw.count(character) for character in (b",", b"[", b"{")) > MAX_ITEMS:
         raise _malformed(path, f"its header has more than {MAX_ITEMS} items")
     try:
         header = json.loads(
             raw.decode("utf-8"),
             object_pairs_hook=lambda pairs: _unique(path, pairs),
-            parse_int=_whole,
-            parse_constant=_no_number,
+            parse_int=_size_or_offset,
+            parse_constant=_refuse_constant,
         )
     except RecursionError as error:
         raise _malformed(path, "its header is nested too deeply") from error
@@ -121,54 +121,54 @@ def parse_header(path: Path, raw: bytes, size: int) -> tuple[dict[str, Entry], d
         raise _malformed(path, "its header is not a JSON object")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _malformed(path, "its metadata are not strings")
+        raise _malformed(path, "its metadata is not a table of strings")
     try:
         for text in (*header, *metadata, *metadata.values()):
             text.encode()
     except UnicodeEncodeError as error:
-        raise _malformed(path, "a text in its header is not Unicode") from error
+        raise _malformed(path, "a string in its header is not Unicode") from error
     data = 8 + len(raw)
     entries = {name: _entry(path, name, value, data, size) for name, value in header.items()}
     _check_layout(path, entries, data, size)
     return entries, metadata
 
 
-def _instead(start: bytes) -> str:
-    """What a file is that begins so, where people often have it in place of a checkpoint."""
+def _common_mistake(start: bytes) -> str:
+    """What a file that begins so really is: people often have these in place of a checkpoint."""
     text = start.lstrip().lower()
     if start.startswith(b"version "):
         return "it is a Git LFS pointer, not the file itself"
     return "it is a web page" if text.startswith((b"<!doct", b"<html", b"<head")) else ""
 
 
-def _whole(digits: str) -> int:
-    """A number of the header; what no offset or size can be is -1, which is refused where it stands."""
+def _size_or_offset(digits: str) -> int:
+    """An integer of the header; -1, which every field refuses, if it is too large or negative."""
     return int(digits) if len(digits) <= 19 and digits[0] != "-" else -1
 
 
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in result if names.count(name) > 1) if len(pairs) < 10000 else ""
-        raise _malformed(path, f"the key {twice[:80]!r} stands twice in its header")
+        duplicate = next(name for name in result if names.count(name) > 1) if len(pairs) < 10000 else ""
+        raise _malformed(path, f"the key {duplicate[:80]!r} appears twice in its header")
     return result
 
 
-def _entry(path: Path, name: str, value: Any, data: int, size: int) -> Entry:
+def _entry(path: Path, name: str, value: Any, data: int, size: int) -> TensorEntry:
     """Check one header entry against the file's size and its own shape."""
     what = f"the key {name[:80]!r}"
     if not isinstance(value, dict) or set(value) != _FIELDS:
-        raise _malformed(path, f"{what} lacks a dtype, a shape or offsets, or has more")
+        raise _malformed(path, f"{what} should have exactly a dtype, a shape and data_offsets")
     kind, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(kind, str) or kind not in DTYPES:
-        raise _malformed(path, f"{what} has the dtype {str(kind)[:20]!r}; fastsd knows {', '.join(DTYPES)}")
+        raise _malformed(path, f"{what} has the dtype {str(kind)[:20]!r}; fastsd reads {', '.join(DTYPES)}")
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
-        raise _malformed(path, f"{what} lacks a shape or offsets")
+        raise _malformed(path, f"{what} should have a list for its shape and two data_offsets")
     if len(shape) > MAX_DIMENSIONS:
         raise _malformed(path, f"{what} has {len(shape)} dimensions")
     if not all(type(n) is int and 0 <= n < 2**48 for n in (*shape, *offsets)):
@@ -181,21 +181,21 @@ def _entry(path: Path, name: str, value: Any, data: int, size: int) -> Entry:
     for n in shape:
         count *= n
     if count != end - begin:
-        raise _malformed(path, f"{what} holds {end - begin} bytes where its shape needs {count}")
-    return Entry(path, dtype, tuple(shape), data + begin, end - begin, name)
+        raise _malformed(path, f"{what} holds {end - begin} bytes, its shape needs {count}")
+    return TensorEntry(path, dtype, tuple(shape), data + begin, end - begin, name)
 
 
-def _check_layout(path: Path, entries: dict[str, Entry], data: int, size: int) -> None:
-    """The tensors must fill the rest of the file without holes or overlaps (the format's rule)."""
+def _check_layout(path: Path, entries: dict[str, TensorEntry], data: int, size: int) -> None:
+    """Check the format's rule: the tensors fill the rest of the file without holes or overlaps."""
     position = data
     for entry in sorted(entries.values(), key=lambda e: (e.start, e.nbytes)):
         if entry.start != position:
-            how = "overlaps another" if entry.start < position else "leaves a hole before it"
-            raise _malformed(path, f"the key {entry.key[:80]!r} {how}")
+            defect = "overlaps another" if entry.start < position else "leaves a hole before it"
+            raise _malformed(path, f"the key {entry.key[:80]!r} {defect}")
         position += entry.nbytes
     if position != size:
-        raise _malformed(path, f"it has {size} bytes where its header accounts for {position}")
+        raise _malformed(path, f"it has {size} bytes, its header accounts for {position}")
 
 
-def _malformed(path: Path, why: str) -> FastsdError:
-    return FastsdError(f"{path}: not a whole safetensors file: {why}; fetch it again")
+def _malformed(path: Path, reason: str) -> FastsdError:
+    return FastsdError(f"{path}: not a complete safetensors file: {reason}; download it again")

@@ -1,4 +1,4 @@
-"""The JSON configs of a diffusers folder, to and from the dataclasses of `fastsd.config`."""
+"""The JSON configs of a diffusers folder, converted to and from the dataclasses of `fastsd.config`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fastsd.config import AutoencoderConfig, CLIPConfig, SchedulerConfig, TAESDConfig, UNetConfig, VAEConfig
-from fastsd.weights.formats.json_file import Reader
+from fastsd.weights.formats.json_file import ConfigReader
 
-# Scheduler classes of a folder and the samplers they stand for.
+# The sampler for each scheduler class that a folder may name.
 SAMPLER_OF_CLASS = {
     "DDPMScheduler": "ddpm",
     "DDIMScheduler": "ddim",
@@ -24,7 +24,7 @@ SAMPLER_OF_CLASS = {
     "LMSDiscreteScheduler": "lms",
     "LCMScheduler": "lcm",
 }
-# What diffusers' classes take for keys that a file lacks; old files lack those that came later.
+# The defaults of diffusers' classes for keys that a file lacks; old files lack those that were added later.
 _SCHEDULER_DEFAULTS: dict[str, Any] = {
     "beta_start": 0.0001,
     "beta_end": 0.02,
@@ -45,8 +45,8 @@ CLASS_OF_SAMPLER = {sampler: name for name, sampler in SAMPLER_OF_CLASS.items()}
 
 
 def read_unet(path: Path) -> tuple[UNetConfig, int]:
-    """The UNet's config, and the latent size (pixels of a side) that it was trained at."""
-    r = Reader(path)
+    """The UNet's config, and the side of the latents that it was trained on."""
+    r = ConfigReader(path)
     channels = r.data.get("block_out_channels")
     if not isinstance(channels, list) or not 1 <= len(channels) <= 8:
         raise r.error("block_out_channels", "it should be a list of channel counts")
@@ -54,7 +54,7 @@ def read_unet(path: Path) -> tuple[UNetConfig, int]:
     attention = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
     down = r.data.get("down_block_types", [])
     if not isinstance(down, list) or len(down) != levels or not all(d in list(attention) for d in down):
-        raise r.error("down_block_types", f"fastsd knows {levels} of DownBlock2D and CrossAttnDownBlock2D")
+        raise r.error("down_block_types", f"it should list {levels} of DownBlock2D and CrossAttnDownBlock2D")
     mirrored = [name.replace("Down", "Up") for name in reversed(down)]
     if r.data.get("up_block_types") != mirrored:
         raise r.error("up_block_types", f"it should mirror down_block_types: {mirrored}")
@@ -84,15 +84,15 @@ def read_unet(path: Path) -> tuple[UNetConfig, int]:
         time_cond_proj_dim=r.get("time_cond_proj_dim", int, 0),
         skip=r.one_of("fastsd_skip", ("concat", "add"), "concat"),
     )
-    for heads_here, width in zip(config.num_attention_heads, config.block_out_channels, strict=True):
-        if width % heads_here or width % config.norm_num_groups:
+    for level_heads, width in zip(config.num_attention_heads, config.block_out_channels, strict=True):
+        if width % level_heads or width % config.norm_num_groups:
             raise r.error("block_out_channels", "each should be a multiple of its heads and of norm_num_groups")
     if config.time_cond_proj_dim % 2 or config.time_cond_proj_dim == 2:
         raise r.error("time_cond_proj_dim", "it should be an even number from 4 on")
     return config, r.get("sample_size", int, 64)
 
 
-# Values of keys that no Stable Diffusion checkpoint changes and that the models here take for granted.
+# Keys that have the same value in every Stable Diffusion checkpoint; the models here support no other.
 _UNET_FIXED = {
     "act_fn": "silu",
     "class_embed_type": None,
@@ -139,8 +139,8 @@ def write_unet(config: UNetConfig, sample_size: int) -> dict[str, Any]:
 
 
 def read_autoencoder(path: Path) -> AutoencoderConfig:
-    """The config of an autoencoder of either kind."""
-    return read_taesd(path) if Reader(path).data.get("_class_name") == TINY else read_vae(path)
+    """The config of an autoencoder: Stable Diffusion's or TAESD."""
+    return read_taesd(path) if ConfigReader(path).data.get("_class_name") == TINY else read_vae(path)
 
 
 def write_autoencoder(config: AutoencoderConfig, sample_size: int) -> dict[str, Any]:
@@ -149,12 +149,12 @@ def write_autoencoder(config: AutoencoderConfig, sample_size: int) -> dict[str, 
 
 
 def read_taesd(path: Path) -> TAESDConfig:
-    """TAESD's config. Its `latent_magnitude` and `latent_shift` are for storing latents as pictures."""
-    r = Reader(path)
+    """TAESD's config. Its `latent_magnitude` and `latent_shift` are for storing latents as images."""
+    r = ConfigReader(path)
     blocks = {name: r.data.get(name) for name in ("num_encoder_blocks", "num_decoder_blocks")}
     for name, counts in blocks.items():
         if not isinstance(counts, list) or not 1 <= len(counts) <= 8:
-            raise r.error(name, "it should be a list of 1 to 8 numbers of blocks")
+            raise r.error(name, "it should be a list of 1 to 8 block counts")
     levels = len(r.data["num_decoder_blocks"])
     widths = [r.per_level(f"{side}_block_out_channels", levels, None) for side in ("encoder", "decoder")]
     if len(set(widths[0] + widths[1])) != 1:
@@ -193,7 +193,7 @@ def write_taesd(config: TAESDConfig) -> dict[str, Any]:
 
 def read_vae(path: Path) -> VAEConfig:
     """The autoencoder's config."""
-    r = Reader(path)
+    r = ConfigReader(path)
     channels = r.data.get("block_out_channels")
     if not isinstance(channels, list) or not 1 <= len(channels) <= 8:
         raise r.error("block_out_channels", "it should be a list of channel counts")
@@ -230,18 +230,18 @@ def write_vae(config: VAEConfig, sample_size: int) -> dict[str, Any]:
 
 def read_clip(path: Path) -> CLIPConfig:
     """A text encoder's config."""
-    r = Reader(path)
+    r = ConfigReader(path)
     base = CLIPConfig()
     numbers = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     architectures = str(r.data.get("architectures"))
-    end = r.get("eos_token_id", int, base.eos_token_id)
+    eos = r.get("eos_token_id", int, base.eos_token_id)
     config = CLIPConfig(
         **{name: r.get(name, int, getattr(base, name)) for name in (*numbers, "max_position_embeddings")},
         hidden_act=r.one_of("hidden_act", ("quick_gelu", "gelu"), base.hidden_act),
         layer_norm_eps=r.get("layer_norm_eps", float, base.layer_norm_eps),
         projection_dim=r.get("projection_dim", int, 512) if "WithProjection" in architectures else 0,
-        eos_token_id=end,
-        eos_is_largest_id=end == 2,
+        eos_token_id=eos,
+        eos_is_largest_id=eos == 2,
     )
     if config.hidden_size % config.num_attention_heads:
         raise r.error("num_attention_heads", f"it should divide hidden_size = {config.hidden_size}")
@@ -257,30 +257,32 @@ def write_clip(config: CLIPConfig) -> dict[str, Any]:
 
 
 def read_scheduler(path: Path) -> SchedulerConfig:
-    """The noise schedule, and the sampler that the folder's scheduler class stands for."""
-    r = Reader(path)
+    """The noise schedule, and the sampler of the folder's scheduler class."""
+    r = ConfigReader(path)
     name = r.data.get("_class_name")
     if not isinstance(name, str) or name not in SAMPLER_OF_CLASS:
-        raise r.error("_class_name", f"fastsd knows {', '.join(SAMPLER_OF_CLASS)}")
+        raise r.error("_class_name", f"fastsd supports {', '.join(SAMPLER_OF_CLASS)}")
     sampler = SAMPLER_OF_CLASS[name]
-    absent = _SCHEDULER_DEFAULTS | _SCHEDULER_DEFAULTS_OF.get(sampler, {})
+    defaults = _SCHEDULER_DEFAULTS | _SCHEDULER_DEFAULTS_OF.get(sampler, {})
     if sampler == "dpm++2m" and str(r.data.get("algorithm_type", "")).startswith("sde"):
         sampler = "dpm++2m_sde"
     karras, exponential = (r.get(key, bool, False) for key in ("use_karras_sigmas", "use_exponential_sigmas"))
     r.one_of("use_flow_sigmas", (False,), False)
     if r.data.get("trained_betas") is not None:
-        raise r.error("trained_betas", "only schedules given by beta_start and beta_end are known")
+        raise r.error("trained_betas", "fastsd supports only schedules given by beta_start and beta_end")
     return SchedulerConfig(
         num_train_timesteps=r.get("num_train_timesteps", int, 1000),
-        beta_start=r.get("beta_start", float, absent["beta_start"]),
-        beta_end=r.get("beta_end", float, absent["beta_end"]),
+        beta_start=r.get("beta_start", float, defaults["beta_start"]),
+        beta_end=r.get("beta_end", float, defaults["beta_end"]),
         beta_schedule=r.one_of(
-            "beta_schedule", ("linear", "scaled_linear", "squaredcos_cap_v2"), absent["beta_schedule"]
+            "beta_schedule", ("linear", "scaled_linear", "squaredcos_cap_v2"), defaults["beta_schedule"]
         ),
         prediction_type=r.one_of("prediction_type", ("epsilon", "v_prediction", "sample"), "epsilon"),
-        timestep_spacing=r.one_of("timestep_spacing", ("leading", "trailing", "linspace"), absent["timestep_spacing"]),
+        timestep_spacing=r.one_of(
+            "timestep_spacing", ("leading", "trailing", "linspace"), defaults["timestep_spacing"]
+        ),
         steps_offset=r.get("steps_offset", int, 0),
-        set_alpha_to_one=r.get("set_alpha_to_one", bool, absent["set_alpha_to_one"]),
+        set_alpha_to_one=r.get("set_alpha_to_one", bool, defaults["set_alpha_to_one"]),
         rescale_betas_zero_snr=r.get("rescale_betas_zero_snr", bool, False),
         sampler=sampler,
         schedule="karras" if karras else "exponential" if exponential else "default",

@@ -1,7 +1,7 @@
 """ControlNets from a diffusers folder or a single file, in diffusers' or the original layout.
 
-A ControlNet is a copy of its model's contracting path, so its config is the model's; a file made for another family has
-other shapes, and is refused by the first of them.
+A ControlNet is a copy of its model's contracting path, so its config is the model's. A file for another family has
+other shapes, and the first that differs is refused.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ from fastsd.config import ControlNetConfig, UNetConfig
 from fastsd.errors import FastsdError
 from fastsd.model.controlnet import ControlNet
 from fastsd.runtime import memory
-from fastsd.weights.formats.json_file import Reader
-from fastsd.weights.formats.safetensors_file import Entry
-from fastsd.weights.layouts.ldm_names import unet_place, unet_table
-from fastsd.weights.layouts.single_file import keys, read_file
-from fastsd.weights.load import fill, find_files, place_of, read_headers
+from fastsd.weights.formats.json_file import ConfigReader
+from fastsd.weights.formats.safetensors_file import TensorEntry
+from fastsd.weights.layouts.ldm_names import unet_key, unet_table
+from fastsd.weights.layouts.names import folder_keys
+from fastsd.weights.layouts.single_file import read_file
+from fastsd.weights.load import error_path, fill, find_files, read_headers
 
 PREFIX = "control_model."
 HINT = "controlnet_cond_embedding."
 ORIGINAL_HINT = "input_hint_block."
-MAX_HINTS = 16  # layers that shrink the picture
+MAX_HINTS = 16  # layers that shrink the image
 
-# What keys that hold such a part belong to, where a file is no ControlNet that is read.
-_OTHERS = {
-    "lora_controlnet": "a Control-LoRA, which is not read",
-    "task_embedding": "a ControlNet for several tasks (union), which is not read",
-    "control_add_embedding": "a ControlNet for several tasks (union), which is not read",
-    "adapter.body.": "a T2I adapter, which is not read",
-    "body.0.resnets": "a T2I adapter, which is not read",
-    "ip_adapter": "an IP-Adapter, which is not read",
+# What a file is if it is not a ControlNet that fastsd reads, by a part of its keys.
+_NOT_CONTROLNETS = {
+    "lora_controlnet": "a Control-LoRA, which fastsd does not read",
+    "task_embedding": "a ControlNet for several tasks (union), which fastsd does not read",
+    "control_add_embedding": "a ControlNet for several tasks (union), which fastsd does not read",
+    "adapter.body.": "a T2I adapter, which fastsd does not read",
+    "body.0.resnets": "a T2I adapter, which fastsd does not read",
+    "ip_adapter": "an IP-Adapter, which fastsd does not read",
     "model.diffusion_model.": "a whole checkpoint, which --model takes",
     "lora": "a LoRA, which --lora takes",
     "encoder.conv_in": "an autoencoder, which --vae takes",
@@ -53,21 +54,23 @@ def load_controlnet(
 
     Args:
         path: a diffusers folder, or a single file in either layout.
-        model: of the UNet that it will steer.
+        model: the config of the UNet that it will steer.
         dtype, device: of all weights.
-        allow_pickle: read pickles; nothing but tensors and plain values is unpickled.
+        allow_pickle: read pickles; only tensors and plain values are unpickled.
 
     Raises:
-        FastsdError: no ControlNet, malformed, or one for another family of models.
+        FastsdError: not a ControlNet, malformed, or one for another family of models.
     """
     path, device = Path(path), torch.device(device)
     bgr = False
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise FastsdError(f"{path}: no config.json in this folder, so it is no ControlNet in the diffusers layout")
+            raise FastsdError(
+                f"{path}: no config.json in this folder, so it is not a ControlNet in the diffusers layout"
+            )
         bgr = _read_config(path / "config.json", model)
         files = find_files(path, "diffusion_pytorch_model", dtype != torch.float32)
-        entries, where = read_headers(files), place_of(files)
+        entries, where = read_headers(files), error_path(files)
     else:
         (entries, _), where = read_file(path, allow_pickle), path
     entries = {key.removeprefix(PREFIX): entry for key, entry in entries.items()}
@@ -84,8 +87,8 @@ def load_controlnet(
 
 
 def _read_config(path: Path, model: UNetConfig) -> bool:
-    """What a folder says that its keys and shapes do not: whether pictures are read blue first."""
-    r = Reader(path)
+    """Check a folder's config; return what its keys and shapes do not tell: whether images are read as BGR."""
+    r = ConfigReader(path)
     if r.data.get("_class_name") not in ("ControlNetModel", None):
         raise r.error("_class_name", "it should be ControlNetModel")
     r.one_of("global_pool_conditions", (False,), False)
@@ -98,72 +101,74 @@ def _read_config(path: Path, model: UNetConfig) -> bool:
     return r.one_of("controlnet_conditioning_channel_order", ("rgb", "bgr"), "rgb") == "bgr"
 
 
-def _config(path: Path, model: UNetConfig, entries: Mapping[str, Entry], original: bool, bgr: bool) -> ControlNetConfig:
-    """The model's contracting path, with the hint's widths and the depth of each level as the keys tell."""
+def _config(
+    path: Path, model: UNetConfig, entries: Mapping[str, TensorEntry], original: bool, bgr: bool
+) -> ControlNetConfig:
+    """The model's contracting path, with the widths of the hint and the depths of the levels that the keys show."""
     name = f"{ORIGINAL_HINT}{{}}.weight" if original else f"{HINT}blocks.{{}}.weight"
     first = entries[f"{ORIGINAL_HINT}0.weight" if original else f"{HINT}conv_in.weight"]
     layers = [name.format(2 * i + 2 if original else i) for i in range(MAX_HINTS)]
-    found = [entries[layer] for layer in layers if layer in entries]
-    shapes = [entry.shape for entry in (first, *(found[:-1] if original else found))]  # the original's last is conv_out
+    later = [entries[layer] for layer in layers if layer in entries]
+    shapes = [entry.shape for entry in (first, *(later[:-1] if original else later))]  # the original's last is conv_out
     if any(len(shape) != 4 or not 0 < shape[0] <= 4096 for shape in shapes):
-        raise FastsdError(f"{path}: the key {first.key} and those after it are no layers that shrink a picture")
+        raise FastsdError(f"{path}: the key {first.key} and those after it are not layers that shrink an image")
     depths, middle = model.transformer_layers_per_block, model.mid_transformer_layers
     if not original:  # small ones have no attention
-        held = [any(key.startswith(f"down_blocks.{i}.attentions.") for key in entries) for i in range(len(depths))]
-        depths = tuple(depth if here else 0 for depth, here in zip(depths, held, strict=True))
+        attends = [any(key.startswith(f"down_blocks.{i}.attentions.") for key in entries) for i in range(len(depths))]
+        depths = tuple(depth if attention else 0 for depth, attention in zip(depths, attends, strict=True))
         middle = middle if any(key.startswith("mid_block.attentions.") for key in entries) else 0
     unet = replace(
         model,
         in_channels=model.out_channels,
         transformer_layers_per_block=depths,
         mid_transformer_layers=middle,
-        time_cond_proj_dim=0,  # no ControlNet is told the guidance scale
+        time_cond_proj_dim=0,  # no ControlNet reads the guidance scale
     )
     return ControlNetConfig(unet, (shapes[0][0], *(shape[0] for shape in shapes[2::2])), bgr)
 
 
-def _renamed(path: Path, module: ControlNet, entries: dict[str, Entry]) -> dict[str, Entry]:
-    """The original layout's tensors by the house's keys; what belongs to none keeps its name, for `fill` to refuse."""
+def _renamed(path: Path, module: ControlNet, entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """The original layout's tensors by diffusers' keys; others keep their key, for `fill` to refuse."""
     table = unet_table(module.config)
-    places = {key: _place(module, table, key) for key in keys(module)}
-    for place in places.values():
-        if place not in entries:
-            raise FastsdError(f"{path}: the key {place} is missing")
-    known = set(places.values())
-    return {key: entries[place] for key, place in places.items()} | {
+    originals = {key: _original_key(module, table, key) for key in folder_keys(module)}
+    for original in originals.values():
+        if original not in entries:
+            raise FastsdError(f"{path}: the key {original} is missing")
+    known = set(originals.values())
+    return {key: entries[original] for key, original in originals.items()} | {
         key: entry for key, entry in entries.items() if key not in known
     }
 
 
-def _place(module: ControlNet, table: dict[str, str], key: str) -> str:
-    """Where a key of the house stands in the original layout."""
+def _original_key(module: ControlNet, table: dict[str, str], key: str) -> str:
+    """The original key for diffusers' `key`."""
     if key.startswith(HINT):
         layer, kind = key.removeprefix(HINT).rsplit(".", 1)
         blocks = len(module.controlnet_cond_embedding.blocks)
         ends = {"conv_in": 0, "conv_out": 2 * (blocks + 1)}
-        place = ends[layer] if layer in ends else 2 * (int(layer.removeprefix("blocks.")) + 1)
-        return f"{ORIGINAL_HINT}{place}.{kind}"
+        index = ends[layer] if layer in ends else 2 * (int(layer.removeprefix("blocks.")) + 1)
+        return f"{ORIGINAL_HINT}{index}.{kind}"
     if key.startswith("controlnet_down_blocks."):
         number, kind = key.removeprefix("controlnet_down_blocks.").split(".")
         return f"zero_convs.{number}.0.{kind}"
     if key.startswith("controlnet_mid_block."):
         return key.replace("controlnet_mid_block.", "middle_block_out.0.")
-    return unet_place(table, key).key
+    return unet_key(table, key).key
 
 
-def _check_family(path: Path, module: ControlNet, entries: Mapping[str, Entry]) -> None:
-    """Say of a file for another family that it is one, rather than that some key is missing."""
-    wanted = module.config.cross_attention_dim
-    texts = [entry for key, entry in entries.items() if key.endswith("attn2.to_k.weight") and len(entry.shape) == 2]
-    if texts and texts[0].shape[1] != wanted:
+def _check_family(path: Path, module: ControlNet, entries: Mapping[str, TensorEntry]) -> None:
+    """Refuse a ControlNet of another family as such; otherwise the message would name some missing key."""
+    expected = module.config.cross_attention_dim
+    keys = [entry for key, entry in entries.items() if key.endswith("attn2.to_k.weight") and len(entry.shape) == 2]
+    if keys and keys[0].shape[1] != expected:
         raise FastsdError(
-            f"{path}: this ControlNet reads {texts[0].shape[1]} features of text and the model's text has {wanted}; it "
-            "belongs to another family of models (SD 1: 768, SD 2: 1024, SDXL: 2048)"
+            f"{path}: this ControlNet reads {keys[0].shape[1]} text features and the model's text has {expected}; it "
+            "belongs to another family (SD 1: 768, SD 2: 1024, SDXL: 2048)"
         )
 
 
-def _what_else(entries: Mapping[str, Entry]) -> str:
-    for part, name in _OTHERS.items():
+def _what_else(entries: Mapping[str, TensorEntry]) -> str:
+    for part, name in _NOT_CONTROLNETS.items():
         if any(part in key for key in entries):
             return f"not a ControlNet: it looks like {name}"
     first = f"; its first key is {min(entries)[:80]!r}" if entries else ": it holds no tensors"

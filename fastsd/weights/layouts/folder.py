@@ -1,4 +1,4 @@
-"""A checkpoint folder in the diffusers layout, as a set of models ready to run."""
+"""Checkpoint folders in the diffusers layout, loaded as models ready to run."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from fastsd.model.unet import UNet
 from fastsd.weights.few_step import detect_in_scheduler, detect_in_unet
 from fastsd.weights.formats.json_file import read_json
 from fastsd.weights.layouts import configs
-from fastsd.weights.load import fill, find_files, place_of, read_headers
+from fastsd.weights.load import error_path, fill, find_files, read_headers
 
-OWN_FILE = "fastsd.json"  # what only fastsd reads: default settings, known words
+FASTSD_FILE = "fastsd.json"  # what only fastsd reads: default settings, known words, the few-step method
 
 
 def load_folder(
@@ -34,36 +34,36 @@ def load_folder(
     Args:
         path: the folder with `model_index.json`.
         dtype: of all weights.
-        device: where they go; each tensor goes there straight from its file.
-        vae: gives the autoencoder instead of the folder's own; it is told whether the model is SDXL.
+        device: of all weights; each tensor goes there straight from its file.
+        vae: makes the autoencoder that replaces the folder's own; its argument is whether the model is SDXL.
 
     Raises:
         FastsdError: something is missing, malformed or does not fit; one line with file and key.
     """
-    components, files = outline(Path(path), dtype != torch.float32)
+    components, files = outline_folder(Path(path), dtype != torch.float32)
     for name, module in components.networks():
         if name != "vae" or vae is None:
-            fill(module, read_headers(files[name]), place_of(files[name]), dtype, torch.device(device))
+            fill(module, read_headers(files[name]), error_path(files[name]), dtype, torch.device(device))
     if vae is not None:
         components.vae = vae(components.xl)
     return components
 
 
-def outline(root: Path, half: bool) -> tuple[Components, dict[str, list[Path]]]:
-    """A folder with all networks on the meta device, and the files of each network's weights.
+def outline_folder(root: Path, half: bool) -> tuple[Components, dict[str, list[Path]]]:
+    """A folder as components on the meta device, and the files of each network's weights.
 
     Args:
         root: the folder with `model_index.json`.
-        half: prefer the fp16 variant where both are there.
+        half: prefer the fp16 variant if both exist.
 
     Raises:
         FastsdError: something is missing, or a config is malformed.
     """
-    check_is_model(root)
+    check_model_folder(root)
     index = read_json(root / "model_index.json")
     unet_config, sample_size = configs.read_unet(root / "unet" / "config.json")
     vae_config = configs.read_autoencoder(root / "vae" / "config.json")
-    own = read_json(root / OWN_FILE) if (root / OWN_FILE).is_file() else {}
+    extras = read_json(root / FASTSD_FILE) if (root / FASTSD_FILE).is_file() else {}
     files = {}
     clip_configs, tokenizers = [], []
     for suffix in ("", "_2"):
@@ -74,7 +74,7 @@ def outline(root: Path, half: bool) -> tuple[Components, dict[str, list[Path]]]:
         tokenizers.append(Tokenizer(root / f"tokenizer{suffix}"))
     if not clip_configs:
         raise FastsdError(f"{root}: no text_encoder folder; a Stable Diffusion checkpoint has one or two")
-    _check_they_fit(root, unet_config, vae_config, clip_configs, index.get("requires_aesthetics_score") is True)
+    _check_compatible(root, unet_config, vae_config, clip_configs, index.get("requires_aesthetics_score") is True)
     for name in ("unet", "vae"):
         files[name] = find_files(root / name, "diffusion_pytorch_model", half)
     with torch.device("meta"):
@@ -82,8 +82,8 @@ def outline(root: Path, half: bool) -> tuple[Components, dict[str, list[Path]]]:
         text_encoders = tuple(TextEncoder(config) for config in clip_configs)
     scheduler = configs.read_scheduler(root / "scheduler" / "scheduler_config.json")
     few_step = detect_in_unet(unet_config) or detect_in_scheduler(scheduler, xl=unet_config.addition_time_embed_dim > 0)
-    if own.get("few_step") in KINDS:
-        few_step = Detection(KINDS[own["few_step"]], f"its {OWN_FILE} says so")
+    if extras.get("few_step") in KINDS:
+        few_step = Detection(KINDS[extras["few_step"]], f"its {FASTSD_FILE} says so")
     components = Components(
         unet=unet,
         vae=vae,
@@ -94,40 +94,38 @@ def outline(root: Path, half: bool) -> tuple[Components, dict[str, list[Path]]]:
         name=root.resolve().name,
         zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt") is True,
         aesthetic_score=index.get("requires_aesthetics_score") is True,
-        defaults=own.get("defaults", {}),
-        known_words=frozenset(own.get("known_words", ())),
+        defaults=extras.get("defaults", {}),
+        known_words=frozenset(extras.get("known_words", ())),
         few_step=few_step,
     )
     if set(files) != {name for name, _ in components.networks()}:
-        raise FastsdError(f"{root}: the text_encoder folders should be text_encoder, with text_encoder_2 for SDXL")
+        raise FastsdError(f"{root}: its text encoders should be text_encoder/, and for SDXL text_encoder_2/ too")
     return components, files
 
 
-def _check_they_fit(
+def _check_compatible(
     root: Path, unet: UNetConfig, vae: AutoencoderConfig, clips: list[CLIPConfig], scored: bool
 ) -> None:
-    """Refuse networks that could not be run together, before their weights are read."""
+    """Refuse networks that do not fit together, before their weights are read."""
     width = sum(config.hidden_size for config in clips)
     if width != unet.cross_attention_dim:
-        raise FastsdError(
-            f"{root}: the text encoders give {width} features where the UNet reads {unet.cross_attention_dim}"
-        )
+        raise FastsdError(f"{root}: the text encoders give {width} features, the UNet reads {unet.cross_attention_dim}")
     channels = vae.latent_channels
     if unet.out_channels != channels or unet.in_channels not in (channels, 2 * channels + 1):
         raise FastsdError(
-            f"{root}: the UNet takes {unet.in_channels} channels and gives {unet.out_channels}; with this autoencoder "
-            f"it should take {channels} (or {2 * channels + 1}, for inpainting) and give {channels}"
+            f"{root}: the UNet reads {unet.in_channels} channels and gives {unet.out_channels}; with this autoencoder "
+            f"it should read {channels} (or {2 * channels + 1}, for inpainting) and give {channels}"
         )
     if unet.addition_time_embed_dim:
         pooled = clips[-1].projection_dim or clips[-1].hidden_size
-        given = pooled + (5 if scored else 6) * unet.addition_time_embed_dim
-        wanted = unet.projection_class_embeddings_input_dim
-        if given != wanted:
-            raise FastsdError(f"{root}: text and sizes give {given} added features where the UNet reads {wanted}")
+        features = pooled + (5 if scored else 6) * unet.addition_time_embed_dim
+        expected = unet.projection_class_embeddings_input_dim
+        if features != expected:
+            raise FastsdError(f"{root}: text and sizes give {features} added features, the UNet reads {expected}")
 
 
-def check_is_model(root: Path) -> None:
-    """Refuse what is no checkpoint folder, saying what it is."""
+def check_model_folder(root: Path) -> None:
+    """Refuse what is not a checkpoint folder; the message says what it is."""
     if not root.exists():
         raise FastsdError(f"{root}: no such model; give a folder that holds model_index.json")
     if not root.is_dir():
@@ -135,7 +133,7 @@ def check_is_model(root: Path) -> None:
     if not any(root.iterdir()):
         raise FastsdError(f"{root}: the folder is empty; a model folder holds model_index.json, unet/, vae/, ...")
     if not (root / "model_index.json").is_file():
-        raise FastsdError(f"{root}: no model_index.json in this folder, so it is no model in the diffusers layout")
-    for part in ("unet", "vae", "scheduler"):
-        if not (root / part).is_dir():
-            raise FastsdError(f"{root}: the folder {part}/ is missing; fetch the model again")
+        raise FastsdError(f"{root}: no model_index.json in this folder, so it is not a model in the diffusers layout")
+    for name in ("unet", "vae", "scheduler"):
+        if not (root / name).is_dir():
+            raise FastsdError(f"{root}: the folder {name}/ is missing; download the model again")

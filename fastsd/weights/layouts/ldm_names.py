@@ -1,7 +1,7 @@
-"""The original layout's key names (Rombach et al.'s code, OpenCLIP, Stability's generative-models), as tables.
+"""Key names of the original layout (Rombach et al.'s code, OpenCLIP, Stability's generative-models), as tables.
 
-Each function tells where a key of the house, which is a diffusers folder's, stands in a single file. Loading reads the
-tables from right to left and converting from left to right, so they are written once.
+Each `*_key` function maps a diffusers key, which is also the name of a parameter here, to its key in a single file.
+Loading looks up the file's key for each parameter; converting writes it. So each name is stated once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 
 _UNET_FIXED = {
-    "time_embedding.cond_proj": "time_embed.cond_proj",  # of latent consistency models; the original has none
+    "time_embedding.cond_proj": "time_embed.cond_proj",  # latent consistency models only; no name in the original code
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
     "add_embedding.linear_1": "label_emb.0.0",
@@ -53,13 +53,13 @@ _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tensor of the house stands in a single file.
+class OriginalKey:
+    """A key of the original layout, and the part of its tensor that is meant.
 
     Attributes:
-        key: without the component's prefix.
-        third: which third of the rows it is, of a product that holds q, k and v; None: all rows.
-        transposed: the file holds its transpose.
+        key: without the network's prefix.
+        third: the third of the rows to use, from a matrix that stacks q, k and v; None: all rows.
+        transposed: the file stores the transpose.
     """
 
     key: str
@@ -68,7 +68,7 @@ class Place:
 
 
 def unet_table(config: UNetConfig) -> dict[str, str]:
-    """Modules of the house's UNet, down to residual blocks and transformers, by their names in a single file."""
+    """The UNet's modules, down to residual blocks and transformers, and their names in a single file."""
     table = dict(_UNET_FIXED)
     levels, n = len(config.block_out_channels), config.layers_per_block
     for level in range(levels):
@@ -80,60 +80,60 @@ def unet_table(config: UNetConfig) -> dict[str, str]:
         for layer in range(n + 1):
             table[f"{up}.resnets.{layer}"] = f"output_blocks.{level * (n + 1) + layer}.0"
             table[f"{up}.attentions.{layer}"] = f"output_blocks.{level * (n + 1) + layer}.1"
-        # The upsampler follows what the last block of the level holds: a residual block, or a transformer after it.
-        after = 2 if config.transformer_layers_per_block[levels - 1 - level] else 1
-        table[f"{up}.upsamplers.0.conv"] = f"output_blocks.{level * (n + 1) + n}.{after}.conv"
+        # The upsampler comes after the level's last residual block, or after the transformer that follows it.
+        index = 2 if config.transformer_layers_per_block[levels - 1 - level] else 1
+        table[f"{up}.upsamplers.0.conv"] = f"output_blocks.{level * (n + 1) + n}.{index}.conv"
     return table
 
 
-def unet_place(table: dict[str, str], key: str) -> Place:
-    """Where the UNet's `key` stands, by `unet_table`."""
+def unet_key(table: dict[str, str], key: str) -> OriginalKey:
+    """The original key of the UNet's `key`, by `unet_table`."""
     for head, rest in _splits(key):
         if head in table:
             inner = rest if ".resnets." not in head else _renamed(rest, _UNET_RESNET)
-            return Place(f"{table[head]}.{inner}")
+            return OriginalKey(f"{table[head]}.{inner}")
     raise KeyError(key)
 
 
-def vae_place(config: VAEConfig, key: str) -> Place:
-    """Where the autoencoder's `key` stands. The original counts the decoder's levels from the finest on."""
+def vae_key(config: VAEConfig, key: str) -> OriginalKey:
+    """The original key of the autoencoder's `key`. The original numbers the decoder's levels from the finest."""
     parts = key.split(".")
     if parts[0] not in ("encoder", "decoder"):
-        return Place(key)  # quant_conv, post_quant_conv
+        return OriginalKey(key)  # quant_conv, post_quant_conv
     side, block, rest = parts[0], parts[1], ".".join(parts[2:])
     if block == "conv_norm_out":
-        return Place(f"{side}.norm_out.{rest}")
+        return OriginalKey(f"{side}.norm_out.{rest}")
     if block == "mid_block":
         kind, index, inner = rest.split(".", 2)
         if kind == "attentions":
-            return Place(f"{side}.mid.attn_1.{_renamed(inner, _VAE_ATTENTION)}")
-        return Place(f"{side}.mid.block_{int(index) + 1}.{_renamed(inner, {'conv_shortcut': 'nin_shortcut'})}")
+            return OriginalKey(f"{side}.mid.attn_1.{_renamed(inner, _VAE_ATTENTION)}")
+        return OriginalKey(f"{side}.mid.block_{int(index) + 1}.{_renamed(inner, {'conv_shortcut': 'nin_shortcut'})}")
     if block in ("down_blocks", "up_blocks"):
         level, kind, index, inner = rest.split(".", 3)
         number = int(level) if block == "down_blocks" else len(config.block_out_channels) - 1 - int(level)
-        where = f"{side}.{block.removesuffix('_blocks')}.{number}"
+        parent = f"{side}.{block.removesuffix('_blocks')}.{number}"
         if kind == "resnets":
-            return Place(f"{where}.block.{index}.{_renamed(inner, {'conv_shortcut': 'nin_shortcut'})}")
-        return Place(f"{where}.{_RESAMPLER[kind]}.{inner}")
-    return Place(key)  # conv_in, conv_out
+            return OriginalKey(f"{parent}.block.{index}.{_renamed(inner, {'conv_shortcut': 'nin_shortcut'})}")
+        return OriginalKey(f"{parent}.{_RESAMPLER[kind]}.{inner}")
+    return OriginalKey(key)  # conv_in, conv_out
 
 
-def openclip_place(key: str) -> Place:
-    """Where a text encoder's `key` stands in OpenCLIP's layout."""
+def openclip_key(key: str) -> OriginalKey:
+    """The key of a text encoder's `key` in OpenCLIP's layout."""
     if key == "text_projection.weight":
-        return Place("text_projection", transposed=True)
+        return OriginalKey("text_projection", transposed=True)
     if key in _OPENCLIP_FIXED:
-        return Place(_OPENCLIP_FIXED[key])
+        return OriginalKey(_OPENCLIP_FIXED[key])
     layer, inner = key.removeprefix("text_model.encoder.layers.").split(".", 1)
-    where = f"transformer.resblocks.{layer}"
+    parent = f"transformer.resblocks.{layer}"
     module, _, kind = inner.rpartition(".")
     if module in _QKV:
-        return Place(f"{where}.attn.in_proj_{kind}", third=_QKV.index(module))
-    return Place(f"{where}.{_OPENCLIP_LAYER[module]}.{kind}")
+        return OriginalKey(f"{parent}.attn.in_proj_{kind}", third=_QKV.index(module))
+    return OriginalKey(f"{parent}.{_OPENCLIP_LAYER[module]}.{kind}")
 
 
 def _splits(key: str) -> list[tuple[str, str]]:
-    """Every way to cut a key at a dot, the longest head first."""
+    """Every way to split a key at a dot, longest head first."""
     parts = key.split(".")
     return [(".".join(parts[:i]), ".".join(parts[i:])) for i in range(len(parts) - 1, 0, -1)]
 

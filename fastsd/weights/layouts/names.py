@@ -1,7 +1,7 @@
-"""Which keys of a diffusers folder each parameter of a model is made from.
+"""The keys of a diffusers folder that each parameter of a model is made from.
 
-The models' parameters carry the folder's names, but for two things. A `Linear` with `parts` stacks several of the
-folder's matrices; and what is a `Linear` there or a 1 x 1 convolution is a `Linear` here.
+The models' parameters carry the folder's names, with two exceptions. A `Linear` with `parts` stacks several of the
+folder's matrices; and what a folder stores as a matrix or as a 1 x 1 convolution is always a `Linear` here.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import nn
 
 from fastsd.model.layers import Linear
 
-# Older folders name the VAE's attention in a way of their own.
+# The names that older folders use in the VAE's attention.
 OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-# Text encoders that transformers flattened. TAESD has encoder.layers.0.conv, of which this is to keep clear.
+# Keys of text encoders that transformers saves without `text_model.`. TAESD's encoder.layers.0.conv must not match.
 _FLAT_TEXT = re.compile(r"(embeddings|final_layer_norm|encoder\.layers\.\d+\.(self_attn|mlp|layer_norm\d))\.")
-# Linear here, stored as a 1 x 1 convolution; proj_in and proj_out only where the UNet's config says so.
+# Linear here, stored as a 1 x 1 convolution: the first group always, the second unless the UNet's config says linear.
 ALWAYS_CONVOLUTION = ("conv_shortcut", "quant_conv", "post_quant_conv")
 MAYBE_CONVOLUTION = ("proj_in", "proj_out")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A run of rows of a parameter, and the key that it is stored under."""
+    """A range of a parameter's rows, and the key that stores them."""
 
     key: str
     rows: slice
@@ -34,7 +34,7 @@ class Source:
 
 
 def sources(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, list[Source]]]:
-    """Every parameter of `module` with the keys it is made from, in order of its rows."""
+    """Every parameter of `module` with the sources it is made from, in the order of its rows."""
     for name, parameter in module.named_parameters():
         path, _, kind = name.rpartition(".")
         owner = module.get_submodule(path)
@@ -42,16 +42,21 @@ def sources(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, list[Source]
             yield name, parameter, [Source(name, slice(None), tuple(parameter.shape))]
             continue
         parent = path.rpartition(".")[0]
-        found, row = [], 0
+        stacked, row = [], 0
         for part, size in zip(owner.parts, owner.part_sizes, strict=True):
             key = ".".join(filter(None, (parent, part, kind)))
-            found.append(Source(key, slice(row, row + size), (size, *parameter.shape[1:])))
+            stacked.append(Source(key, slice(row, row + size), (size, *parameter.shape[1:])))
             row += size
-        yield name, parameter, found
+        yield name, parameter, stacked
 
 
-def canonical(key: str) -> str:
-    """The name by which `sources` knows a stored key (old VAE names, transformers' flattened text encoders)."""
+def folder_keys(module: nn.Module) -> list[str]:
+    """Every key that a folder stores of a model."""
+    return [source.key for _, _, parts in sources(module) for source in parts]
+
+
+def canonical_key(key: str) -> str:
+    """The name that `sources` uses for a stored key, which may have older names of the VAE or flat ones of the text."""
     head, _, kind = key.rpartition(".")
     if ".attentions." in head and head.rpartition(".")[2] in OLD_VAE_ATTENTION:
         head, _, old = head.rpartition(".")
@@ -62,13 +67,13 @@ def canonical(key: str) -> str:
 
 
 def is_ignored(key: str) -> bool:
-    """Stored keys that carry no weights: position numbers of old text encoders."""
+    """Whether a stored key holds no weights: the position ids of old text encoders."""
     return key.endswith("position_ids")
 
 
-def same_matrix(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Equal shapes, or a 1 x 1 convolution where a matrix is wanted."""
-    return stored == wanted or (len(wanted) == 2 and stored == (*wanted, 1, 1))
+def same_matrix(stored: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether the shapes are equal, or a 1 x 1 convolution is stored for a matrix."""
+    return stored == expected or (len(expected) == 2 and stored == (*expected, 1, 1))
 
 
 def stored_form(key: str, tensor: torch.Tensor, use_linear_projection: bool) -> torch.Tensor:

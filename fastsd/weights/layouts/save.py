@@ -1,4 +1,4 @@
-"""Writing a checkpoint folder in the diffusers layout, which diffusers opens as it is."""
+"""Writing a checkpoint folder in the diffusers layout, which diffusers can open."""
 
 from __future__ import annotations
 
@@ -16,46 +16,48 @@ from fastsd.errors import FastsdError
 from fastsd.kernels.cpu import onednn
 from fastsd.model.clip import TextEncoder
 from fastsd.weights.layouts import configs
-from fastsd.weights.layouts.folder import OWN_FILE
+from fastsd.weights.layouts.folder import FASTSD_FILE
 from fastsd.weights.layouts.names import sources, stored_form
 
 
 def save_folder(components: Components, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
-    """Write every component of a model: SD1, SD2, SDXL base or refiner.
+    """Write every component of a model: SD 1, SD 2, SDXL base or refiner.
 
     Args:
-        components: as `load_folder` gives them, or built in training.
-        path: a folder; made where it does not exist.
+        components: from `load_folder`, or built in training.
+        path: a folder; created if it does not exist.
         dtype: of the stored weights.
 
     Raises:
         FastsdError: its autoencoder cannot encode.
     """
     root = Path(path)
-    describe(components, root)
+    write_configs(components, root)
     linear = components.unet.config.use_linear_projection
     for name, module in components.networks():
         _save_module(module, root / weights_file(name), dtype, linear)
 
 
 def weights_file(name: str) -> str:
-    """Where in a folder the weights of a network are."""
+    """The path of a network's weights in a folder."""
     stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
     return f"{name}/{stem}.safetensors"
 
 
-def describe(components: Components, root: Path) -> None:
-    """Write all of a folder but the weights, of networks that may be on the meta device."""
+def write_configs(components: Components, root: Path) -> None:
+    """Write everything in a folder except the weights. The networks may be on the meta device."""
     unet, vae = components.unet, components.vae
     if vae.encoder is None:
-        raise FastsdError(f"{root}: not written: the autoencoder is TAESD's decoder alone, and a folder holds both")
+        raise FastsdError(
+            f"{root}: not written: the autoencoder is only TAESD's decoder, and a folder needs its encoder too"
+        )
     size = components.sample_size
     xl, refiner = components.xl, len(components.text_encoders) == 1
-    kind = "StableDiffusionPipeline"
+    pipeline = "StableDiffusionPipeline"
     if xl:
-        kind = "StableDiffusionXLImg2ImgPipeline" if refiner else "StableDiffusionXLPipeline"
+        pipeline = "StableDiffusionXLImg2ImgPipeline" if refiner else "StableDiffusionXLPipeline"
     index: dict[str, Any] = {
-        "_class_name": kind,
+        "_class_name": pipeline,
         "_diffusers_version": "0.30.0",
         "unet": ["diffusers", "UNet2DConditionModel"],
     }
@@ -83,13 +85,13 @@ def describe(components: Components, root: Path) -> None:
         absent = {"safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None]}
         index |= absent | {"requires_safety_checker": False}
     _write_json(root / "model_index.json", index)
-    own: dict[str, Any] = {}
+    extras: dict[str, Any] = {}
     if components.defaults or components.known_words:
-        own = {"defaults": components.defaults, "known_words": sorted(components.known_words)}
+        extras = {"defaults": components.defaults, "known_words": sorted(components.known_words)}
     if components.few_step is not None:
-        own["few_step"] = components.few_step.kind.name
-    if own:
-        _write_json(root / OWN_FILE, own)
+        extras["few_step"] = components.few_step.kind.name
+    if extras:
+        _write_json(root / FASTSD_FILE, extras)
 
 
 def _save_module(module: nn.Module, file: Path, dtype: torch.dtype, use_linear_projection: bool) -> None:
@@ -99,7 +101,7 @@ def _save_module(module: nn.Module, file: Path, dtype: torch.dtype, use_linear_p
             rows = onednn.dense(parameter.detach())[part.rows].to("cpu", dtype)
             tensors[part.key] = stored_form(part.key, rows, use_linear_projection).contiguous()
     save_file(tensors, file, metadata={"format": "pt"})
-    shutil.copymode(file.parent / "config.json", file)  # the library makes files that only their owner may read
+    shutil.copymode(file.parent / "config.json", file)  # the library creates files that only their owner may read
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

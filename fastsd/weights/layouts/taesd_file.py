@@ -1,8 +1,8 @@
-"""TAESD's files: decoder and encoder in one or each in its own, numbered as the author or as diffusers numbers layers.
+"""TAESD's files: decoder and encoder in one file or in two, with the author's or with diffusers' layer numbers.
 
-The author's networks are sequences, so his keys are numbers: `3.conv.0.weight`, behind `decoder.` or `encoder.` where
-both are in one file. diffusers calls the sequence `layers` and leaves out the decoder's first layer, which has no
-weights, so its decoder's numbers are one less. Shapes are the same for SD's TAESD and SDXL's; nothing tells them apart.
+The author's networks are sequences, so his keys are numbers: `3.conv.0.weight`, after `decoder.` or `encoder.` if both
+are in one file. diffusers calls the sequence `layers` and omits the decoder's first layer, which has no weights, so
+the numbers of its decoder are one less. The shapes of SD's TAESD and SDXL's are the same; nothing tells them apart.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ import torch
 from fastsd.config import TAESDConfig
 from fastsd.errors import FastsdError
 from fastsd.model.taesd import TAESD
-from fastsd.weights.formats.safetensors_file import Entry
+from fastsd.weights.formats.safetensors_file import TensorEntry
 from fastsd.weights.layouts.names import sources
-from fastsd.weights.load import fill, take
+from fastsd.weights.load import fill, pop_entry
 
-Entries = dict[str, Entry]
+Entries = dict[str, TensorEntry]
 
+# Prefix; number of the layer; the rest of the key.
 _KEY = re.compile(r"((?:(?:encoder|decoder)\.(?:layers\.)?)?)(\d{1,3})\.((?:conv\.\d\.)?(?:weight|bias))")
 MAX_LEVELS, MAX_BLOCKS, MAX_WIDTH = 8, 16, 1024
 
 
 def is_taesd(keys: Iterable[str]) -> bool:
-    """Whether keys are TAESD's, of either half: no other network here has numbered blocks of convolutions."""
-    found = (_KEY.fullmatch(key) for key in keys)
-    return any(match is not None and match[3] == "conv.0.weight" for match in found)
+    """Whether the keys are those of TAESD or of one half: no other network here has numbered blocks of convolutions."""
+    matches = (_KEY.fullmatch(key) for key in keys)
+    return any(match is not None and match[3] == "conv.0.weight" for match in matches)
 
 
 def load_taesd(
@@ -41,47 +42,48 @@ def load_taesd(
     read: Callable[[Path], Entries],
     encodes: bool = True,
 ) -> TAESD:
-    """TAESD from a file of both halves or of one. The other is looked for beside it, under the name that says so.
+    """Load TAESD from a file of both halves or of one; the other is then read from the file of the matching name.
 
     Args:
-        path, entries: the file and its tensors, of which `is_taesd` holds.
+        path, entries: the file and its tensors, for which `is_taesd` is true.
         dtype, device: of the weights.
-        read: gives another file's tensors.
-        encodes: take the encoder too, where there is one.
+        read: returns another file's tensors.
+        encodes: load the encoder too, if there is one.
 
     Raises:
         FastsdError: no decoder; a key missing, extra or of another shape; halves that do not fit together.
     """
     halves, extra = _halves(path, entries)
-    for side, other in (("decoder", "encoder"), ("encoder", "decoder")):
-        beside = path.with_name(path.name.replace(other, side))
-        if side not in halves and beside != path and beside.is_file() and (encodes or side == "decoder"):
-            more = _halves(beside, read(beside))[0]
-            halves |= {side: more[side]} if side in more else {}
+    for side, opposite in (("decoder", "encoder"), ("encoder", "decoder")):
+        sibling = path.with_name(path.name.replace(opposite, side))
+        if side not in halves and sibling != path and sibling.is_file() and (encodes or side == "decoder"):
+            sibling_halves = _halves(sibling, read(sibling))[0]
+            halves |= {side: sibling_halves[side]} if side in sibling_halves else {}
     if "decoder" not in halves:
-        raise FastsdError(f"{path}: it is TAESD's encoder alone; give the file of its decoder")
+        raise FastsdError(f"{path}: only TAESD's encoder; give the file of its decoder")
     if not encodes:
         halves.pop("encoder", None)
     with torch.device("meta"):
         module = TAESD(_config(halves["decoder"], halves.get("encoder")), encodes="encoder" in halves)
-    parts = [part for _, _, found in sources(module) for part in found]
-    for part in parts:
-        half = halves[part.key.split(".")[0]]
-        if part.key not in half.entries:
-            raise FastsdError(f"{half.path}: the key {half.called(part.key)} {list(part.shape)} is missing")
+    needed = [source for _, _, parts in sources(module) for source in parts]
+    for source in needed:
+        half = halves[source.key.split(".")[0]]
+        if source.key not in half.entries:
+            raise FastsdError(f"{half.path}: the key {half.file_key(source.key)} {list(source.shape)} is missing")
     merged = {key: entry for half in halves.values() for key, entry in half.entries.items()} | extra
-    rest = dict(merged)
-    for part in parts:  # all shapes before memory is taken for one
-        take(rest, part, path)
+    unchecked = dict(merged)
+    for source in needed:  # all shapes are checked before memory is allocated
+        pop_entry(unchecked, source, path)
     return fill(module, merged, path, dtype, device)
 
 
 @dataclass(frozen=True)
 class _Half:
-    """Encoder or decoder in a file.
+    """The encoder or the decoder in a file.
 
     Attributes:
-        prefix: what the file puts before its numbers.
+        side: "encoder" or "decoder".
+        prefix: what comes before the layer numbers in the file.
         entries: its tensors, by diffusers' keys.
     """
 
@@ -92,30 +94,30 @@ class _Half:
 
     @property
     def shift(self) -> int:
-        """How much larger the file's numbers are."""
+        """The difference between the file's layer numbers and diffusers'."""
         return 1 if self.side == "decoder" and not self.prefix.endswith("layers.") else 0
 
-    def called(self, key: str) -> str:
-        """The file's name for diffusers' `key`."""
+    def file_key(self, key: str) -> str:
+        """The file's key for diffusers' `key`."""
         number, inner = key.removeprefix(f"{self.side}.layers.").split(".", 1)
         return f"{self.prefix}{int(number) + self.shift}.{inner}"
 
     def shape(self, number: int) -> tuple[int, ...]:
-        """Of a convolution's weight.
+        """The shape of a convolution's weight.
 
         Raises:
-            FastsdError: it is not there, or none of a possible size.
+            FastsdError: it is missing, or its size is impossible.
         """
         key = f"{self.side}.layers.{number}.weight"
         entry = self.entries.get(key)
         if entry is None:
-            raise FastsdError(f"{self.path}: the key {self.called(key)} is missing")
+            raise FastsdError(f"{self.path}: the key {self.file_key(key)} is missing")
         if len(entry.shape) != 4 or not all(0 < n <= MAX_WIDTH for n in entry.shape):
             raise FastsdError(f"{self.path}: the key {entry.key} is {list(entry.shape)}; no TAESD has such a layer")
         return entry.shape
 
     def layers(self) -> list[tuple[int, bool]]:
-        """The numbers of its layers that hold weights, and whether each is a block."""
+        """The number of each layer that holds weights, and whether it is a block."""
         blocks: dict[int, bool] = {}
         for key in self.entries:
             number, inner = key.removeprefix(f"{self.side}.layers.").split(".", 1)
@@ -123,8 +125,7 @@ class _Half:
         return sorted(blocks.items())
 
     def blocks(self) -> tuple[int, ...]:
-        """How many there are at each level. A level begins with a convolution in an encoder, and ends with one in a
-        decoder.
+        """The count of blocks at each level. A convolution begins a level of the encoder and ends one of the decoder.
 
         Raises:
             FastsdError: more than any TAESD has.
@@ -135,16 +136,16 @@ class _Half:
                 counts[-1] += 1
             else:
                 counts.append(0)
-        inner = counts[1:-1]  # nothing before the first convolution, nothing after the last
+        inner = counts[1:-1]  # no block comes before the first convolution or after the last
         if not 1 <= len(inner) <= MAX_LEVELS or max(counts) > MAX_BLOCKS:
-            raise FastsdError(f"{self.path}: TAESD's {self.side} with {counts} blocks between convolutions; none has")
+            raise FastsdError(f"{self.path}: no TAESD {self.side} has {counts} blocks between its convolutions")
         return tuple(inner)
 
 
 def _halves(path: Path, entries: Entries) -> tuple[dict[str, _Half], Entries]:
-    """Encoder and decoder of a file, as far as they are there, and what belongs to neither."""
+    """The halves that a file holds, by side, and the entries that belong to neither."""
     matches = {key: _KEY.fullmatch(key) for key in entries}
-    alone = "encoder" if "0.weight" in entries else "decoder"  # the decoder's layer 0 has no weights
+    unprefixed_side = "encoder" if "0.weight" in entries else "decoder"  # the decoder's layer 0 has no weights
     halves: dict[str, _Half] = {}
     extra: Entries = {}
     for key, match in matches.items():
@@ -152,7 +153,7 @@ def _halves(path: Path, entries: Entries) -> tuple[dict[str, _Half], Entries]:
             extra[key] = entries[key]
             continue
         prefix = match[1]
-        side = prefix.split(".")[0] or alone
+        side = prefix.split(".")[0] or unprefixed_side
         half = halves.setdefault(side, _Half(path, side, prefix, {}))
         number = int(match[2]) - half.shift
         if prefix == half.prefix and number >= 0:
@@ -163,7 +164,7 @@ def _halves(path: Path, entries: Entries) -> tuple[dict[str, _Half], Entries]:
 
 
 def _config(decoder: _Half, encoder: _Half | None) -> TAESDConfig:
-    """What the shape of the first convolution and the numbers of the blocks say."""
+    """The config, from the shape of the first convolution and the counts of blocks."""
     (width, latent, *_), blocks = decoder.shape(0), decoder.blocks()
     config = TAESDConfig(
         latent_channels=latent,
@@ -173,7 +174,7 @@ def _config(decoder: _Half, encoder: _Half | None) -> TAESDConfig:
     )
     if encoder is not None and len(config.num_encoder_blocks) != len(blocks):
         raise FastsdError(
-            f"{encoder.path}: the encoder has {len(config.num_encoder_blocks)} levels where the decoder has "
-            f"{len(blocks)}; they do not belong together"
+            f"{encoder.path}: the encoder has {len(config.num_encoder_blocks)} levels, the decoder {len(blocks)}; "
+            "they do not belong together"
         )
     return config

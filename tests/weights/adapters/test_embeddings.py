@@ -137,7 +137,7 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], tuple[TextEncoder, ...], str]] 
         "x.safetensors",
         lambda path: save_file({"clip_l": vectors(1, 16), "clip_g": vectors(2, 24)}, path),
         SDXL,
-        "as many for each",
+        "as many for one text encoder as for the other",
     ),
     "nothing": ("x.safetensors", lambda path: save_file({"x": torch.zeros(0, 16)}, path), SD1, "1 to 75"),
     "long": ("x.safetensors", lambda path: save_file({"x": torch.zeros(76, 16)}, path), SD1, "1 to 75"),

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from fastsd.errors import FastsdError
 from fastsd.weights.formats.pickle_file import read_pickle
-from fastsd.weights.formats.pickle_globals import ENCODE, names, only_bytes_are_encoded
+from fastsd.weights.formats.pickle_globals import ENCODE, encodes_bytes_only, global_names
 
 CALLBACK = "pytorch_lightning.callbacks.model_checkpoint"
 
@@ -77,7 +77,7 @@ def test_what_training_leaves_is_passed_over(checkpoint: Path, tmp_path: Path, m
 def test_the_checkpoint_is_such_a_one(checkpoint: Path) -> None:
     """Or the test above would say nothing."""
     with zipfile.ZipFile(checkpoint) as archive:
-        found = set(names(archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))))
+        found = set(global_names(archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))))
     assert {(CALLBACK, "ModelCheckpoint"), ENCODE, ("numpy", "dtype")} <= found
     assert {name for module, name in found if module.endswith("core.multiarray")} == {"scalar"}
 
@@ -94,7 +94,7 @@ def test_other_names_are_still_refused(name: str, tmp_path: Path) -> None:
     module, _, function = name.rpartition(".")
     with zipfile.ZipFile(tmp_path / "x.ckpt", "w") as archive:
         archive.writestr("x/data.pkl", b"\x80\x02" + f"c{module}\n{function}\n.".encode())
-    with pytest.raises(FastsdError, match=f"it refers to {name}, not to tensors alone"):
+    with pytest.raises(FastsdError, match=f"it refers to {name}, not only to tensors"):
         read_pickle(tmp_path / "x.ckpt", allow=True)
 
 
@@ -116,7 +116,7 @@ def test_programs_of_encodings() -> None:
         nonlocal ran
         raw = b"\x80\x02" + b"".join(program) + b"N."
         try:
-            if ENCODE not in set(names(raw)) or not only_bytes_are_encoded(raw):
+            if ENCODE not in set(global_names(raw)) or not encodes_bytes_only(raw):
                 return
         except ValueError:  # no pickle, for pickletools; that is refused too
             return

@@ -135,5 +135,5 @@ def test_a_key_that_stands_twice_is_refused(where: str) -> None:
         "entry": f'{{"a":{entry[:-1]},"dtype":"F32"}}}}',
         "metadata": f'{{"__metadata__":{{"a":"1","a":"2"}},"b":{entry}}}',
     }[where].encode()
-    with pytest.raises(FastsdError, match="'(a|dtype)' stands twice"):
+    with pytest.raises(FastsdError, match="'(a|dtype)' appears twice"):
         parse_header(Path("x"), raw, 8 + len(raw) + 4)

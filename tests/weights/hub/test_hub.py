@@ -103,7 +103,7 @@ def model(text: str, revision: str | None = None, halved: bool = False) -> Path:
     ],
 )
 def test_what_an_id_looks_like(text: str, expected: hub_id.HubId | None) -> None:
-    assert hub_id.parse(text) == expected
+    assert hub_id.parse_hub_id(text) == expected
     assert expected is None or str(expected) == text
 
 
@@ -113,28 +113,32 @@ def test_an_id_is_one_for_huggingface_hub_too(served: Hub, text: str) -> None:
     """What it would complain about by an exception of its own is a path to us; and none leaves the cache."""
     from huggingface_hub.utils import validate_repo_id
 
-    wanted = hub_id.parse(text)
+    wanted = hub_id.parse_hub_id(text)
     if wanted is not None:
         validate_repo_id(wanted.repo)
-        for cached in (hub.is_cached(wanted), hub.is_cached(hub_id.HubId(wanted.repo, NEW, wanted.inside), vae=True)):
+        for cached in (hub.is_cached(wanted), hub.is_cached(hub_id.HubId(wanted.repo, NEW, wanted.file), vae=True)):
             assert not cached
         assert str(wanted) == text and ".." not in Path(text).parts
 
 
 def test_what_is_there_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert hub_id.parse("org/name") is not None
-    assert hub_id.parse(Path("org/name")) is None
+    assert hub_id.parse_hub_id("org/name") is not None
+    assert hub_id.parse_hub_id(Path("org/name")) is None
     (tmp_path / "org" / "name").mkdir(parents=True)
-    assert hub_id.parse("org/name") is None
-    assert hub.locate_model("org/name", None, False) == hub_id.Place(Path("org/name"))
+    assert hub_id.parse_hub_id("org/name") is None
+    assert hub.locate_model("org/name", None, False) == hub_id.ModelLocation(Path("org/name"))
 
 
 def test_revisions_that_cannot_be() -> None:
-    assert hub_id.parse("org/name", "v1") == hub_id.parse("org/name@v1", "v1") == hub_id.HubId("org/name", "v1")
+    assert (
+        hub_id.parse_hub_id("org/name", "v1")
+        == hub_id.parse_hub_id("org/name@v1", "v1")
+        == hub_id.HubId("org/name", "v1")
+    )
     for text, revision in (("org/name@v1", "v2"), ("./here", "v1"), ("org/name", "../x"), ("org/name", "a b")):
         with pytest.raises(FastsdError, match="^revision: "):
-            hub_id.parse(text, revision)
+            hub_id.parse_hub_id(text, revision)
 
 
 # What is fetched
@@ -322,12 +326,12 @@ def test_half_a_download_is_no_model(served: Hub, monkeypatch: pytest.MonkeyPatc
     served.repositories["org/digits"].commits[NEW][name] = DIGITS[name][:-4] + b"\0" * 4
     served.breaks = {name: 99}
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    with pytest.raises(FastsdError, match="what has come is kept"):
+    with pytest.raises(FastsdError, match="the bytes that arrived are kept"):
         model("org/digits")
     with monkeypatch.context() as patch:
         offline(patch)
         assert model("org/digits") == old
-        with pytest.raises(FastsdError, match="not whole"):
+        with pytest.raises(FastsdError, match="does not hold it completely"):
             model("org/digits", NEW)
     served.breaks, before = {}, len(served.files())
     assert model("org/digits").name == NEW
@@ -380,15 +384,15 @@ def test_errors_are_one_line(served: Hub, monkeypatch: pytest.MonkeyPatch) -> No
     refused("org/digits@v9", "no revision 'v9'")
     refused("org/digits/none.safetensors", "no such file", "digits.safetensors")
     refused("org/single", "no model_index.json", "a.safetensors, b.safetensors")
-    refused("org/pickles", "no text_encoder/model.safetensors", "other formats are not read")
+    refused("org/pickles", "no text_encoder/model.safetensors", "fastsd reads no other weights")
     refused("org/other", "no unet/")
     refused("org/shards", "00002-of-00002.safetensors", "an index of shards there names it")
-    with pytest.raises(FastsdError, match="not the name of a file beside it"):
+    with pytest.raises(FastsdError, match="not the name of a file in the same folder"):
         model("org/outside")
     with monkeypatch.context() as patch:
         patch.setattr(hub, "MAX_JSON", 1000)
         fetched = len(served.files())
-        refused("org/digits", "bytes there; no config has more than 1000")
+        refused("org/digits", "bytes; no config has more than 1000")
         assert len(served.files()) == fetched
     served.status = 500
     refused("org/digits", f"{served.url} answers 500")
@@ -401,7 +405,7 @@ def test_no_network(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    refused("org/digits", "http://127.0.0.1:9 cannot be reached", "not (or not whole) in")
+    refused("org/digits", "http://127.0.0.1:9 cannot be reached", "does not hold it completely")
 
 
 def test_the_command_line_names_the_flag(served: Hub, capsys: Any) -> None:
@@ -422,7 +426,7 @@ def test_the_command_line_names_the_flag(served: Hub, capsys: Any) -> None:
 def test_what_is_no_hub(served: Hub) -> None:
     served.add("org/digits", {})
     served.status = 200  # an empty page for everything
-    refused("org/digits", "does not answer as a hub does")
+    refused("org/digits", "does not answer like a hub")
 
 
 def test_without_the_extra(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,7 +454,7 @@ def test_too_little_room_is_found_before_the_download(served: Hub, monkeypatch: 
 
     free = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: free)
-    refused("org/digits", "GiB are free", "HF_HOME")
+    refused("org/digits", "GiB free", "HF_HOME")
     assert served.files() == []
 
 

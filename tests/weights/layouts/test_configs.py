@@ -86,7 +86,7 @@ def test_what_is_right_is_read(name: str, tmp_path: Path) -> None:
         ("vae", "scaling_factor", math.nan, "scaling_factor is nan"),
         ("text_encoder", "num_hidden_layers", 10**9, "from 1 to 256"),
         ("scheduler", "beta_end", 12, "beta_end is 12"),
-        ("scheduler", "_class_name", ["PNDMScheduler"], "fastsd knows"),
+        ("scheduler", "_class_name", ["PNDMScheduler"], "fastsd supports"),
     ],
 )
 def test_limits_are_named(name: str, key: str, value: Any, said: str, tmp_path: Path) -> None:

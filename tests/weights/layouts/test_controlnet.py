@@ -33,19 +33,22 @@ CASES: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         changed(**{"mid_block.resnets.0.norm1.weight": None}),
         "mid_block.resnets.0.norm1.weight",
     ),
-    "a key too many": (changed(**{"down_blocks.7.x": torch.ones(2)}), "down_blocks.7.x .* belongs to no parameter"),
+    "a key too many": (changed(**{"down_blocks.7.x": torch.ones(2)}), "down_blocks.7.x .* matches no parameter"),
     "another shape": (changed(**{"conv_in.weight": torch.ones(32, 5, 3, 3)}), r"conv_in.weight is \[32, 5, 3, 3\]"),
     "not a number": (changed(**{"conv_in.bias": torch.full((32,), float("nan"))}), "conv_in.bias holds NaN"),
     "a picture of one channel": (changed(**{CONV_IN: torch.ones(8, 1, 3, 3)}), r"conv_in.weight is \[8, 1, 3, 3\]"),
-    "a hint that is a vector": (changed(**{CONV_IN: torch.ones(8)}), "no layers that shrink a picture"),
+    "a hint that is a vector": (changed(**{CONV_IN: torch.ones(8)}), "not layers that shrink an image"),
     "nothing": (lambda _: {}, "it holds no tensors"),
     "a LoRA": (lambda _: {"lora_unet_x.lora_down.weight": torch.ones(2, 2)}, "a LoRA, which --lora takes"),
     "a Control-LoRA": (changed(**{CONV_IN: None, "lora_controlnet": torch.ones(1)}), "a Control-LoRA"),
     "a checkpoint": (lambda _: {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(2)}, "a whole checkpoint"),
-    "another family's": (lambda _: tiny.controlnet(replace(tiny.UNET, cross_attention_dim=64)), "64 features.* has 32"),
+    "another family's": (
+        lambda _: tiny.controlnet(replace(tiny.UNET, cross_attention_dim=64)),
+        "64 text features.* has 32",
+    ),
     "a wider one": (
         lambda _: tiny.controlnet(replace(tiny.UNET, block_out_channels=(64, 64))),
-        r"is \[64.*; the config wants \[32",
+        r"is \[64.*; the config expects \[32",
     ),
 }
 
@@ -66,7 +69,7 @@ def test_refused(tensors: Tensors, tmp_path: Path, case: str) -> None:
         ({"global_pool_conditions": True}, "global_pool_conditions is True"),
         ({"cross_attention_dim": 768}, "cross_attention_dim is 768; the model's text has 32"),
         ({"_class_name": "ControlNetUnionModel"}, "it should be ControlNetModel"),
-        ({"controlnet_conditioning_channel_order": "gbr"}, "'rgb', 'bgr'"),
+        ({"controlnet_conditioning_channel_order": "gbr"}, "'rgb' or 'bgr'"),
     ],
 )
 def test_configs_that_say_otherwise(tensors: Tensors, tmp_path: Path, config: dict[str, object], said: str) -> None:
@@ -87,7 +90,7 @@ def test_one_without_attention(tmp_path: Path) -> None:
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(FastsdError, match="no such"):
         load_controlnet(tmp_path / "nowhere.safetensors", tiny.UNET, torch.float32)
-    with pytest.raises(FastsdError, match="no config.json in this folder, so it is no ControlNet"):
+    with pytest.raises(FastsdError, match="no config.json in this folder, so it is not a ControlNet"):
         load_controlnet(tmp_path, tiny.UNET, torch.float32)
 
 

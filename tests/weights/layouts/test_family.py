@@ -25,7 +25,7 @@ from fastsd.model.clip import TextEncoder
 from fastsd.model.unet import UNet
 from fastsd.model.vae import AutoencoderKL
 from fastsd.weights import load_single_file
-from fastsd.weights.layouts.family import Family, find_family
+from fastsd.weights.layouts.family import CheckpointFamily, find_family
 from fastsd.weights.layouts.names import sources, stored_form
 from fastsd.weights.layouts.single_file import read_file
 from tests.support import original
@@ -39,7 +39,7 @@ FULL_SIZE = {
 }
 
 
-def family_of(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Family:
+def family_of(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> CheckpointFamily:
     return find_family(Path("x"), {key: tuple(value.shape) for key, value in tensors.items()}, metadata or {})
 
 
@@ -107,13 +107,13 @@ def test_what_the_user_says_wins(originals: Any) -> None:
 
 def test_metadata_are_believed(originals: Any) -> None:
     found = family_of(originals.tensors("sd2"), {"modelspec.prediction_type": "v"})
-    assert found.prediction == "v_prediction" and "metadata" in found.why
+    assert found.prediction == "v_prediction" and "metadata" in found.prediction_reason
     assert family_of(originals.tensors("sd2"), {"modelspec.prediction_type": "?"}).prediction is None
 
 
 def test_sd2_without_a_word_is_refused(originals: Any) -> None:
     """Half of the published SD 2 models predict one, half the other; the wrong one gives noise."""
-    with pytest.raises(FastsdError, match="it is SD 2, and does not say what it predicts; give --prediction"):
+    with pytest.raises(FastsdError, match="it is SD 2 and does not say what it predicts; add --prediction"):
         load_single_file(originals.file("sd2"), torch.float32)
     inpainting = load_single_file(originals.file("sd2 inpainting"), torch.float32)
     assert inpainting.scheduler.prediction_type == "epsilon"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from fastsd.components import Components
 from fastsd.errors import FastsdError
 from fastsd.weights import load_folder, save_folder
-from fastsd.weights.formats.safetensors_file import Entry
+from fastsd.weights.formats.safetensors_file import TensorEntry
 from tests.support.tiny import UNET, sd1, sdxl, tensors
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -147,13 +147,13 @@ def test_either_form_of_the_vocabulary(folder: Path, kept: str) -> None:
 
 def test_each_tensor_is_read_once(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: Counter[tuple[Path, int]] = Counter()
-    read = Entry.read
+    read = TensorEntry.read
 
-    def counted(entry: Entry, *buffer: torch.Tensor | None) -> torch.Tensor:
+    def counted(entry: TensorEntry, *buffer: torch.Tensor | None) -> torch.Tensor:
         reads[entry.path, entry.start] += 1
         return read(entry, *buffer)
 
-    monkeypatch.setattr(Entry, "read", counted)
+    monkeypatch.setattr(TensorEntry, "read", counted)
     load_folder(original, torch.float32)
     stored = sum(len(load_file(original / file)) for file in (UNET_FILE, VAE_FILE, TEXT_FILE))
     assert len(reads) == stored and set(reads.values()) == {1}
@@ -187,14 +187,14 @@ BAD_WEIGHTS = {
         without("mid_block.attentions.0.transformer_blocks.0.attn1.to_k.weight"),
         r"attn1.to_k.weight \[64, 64\] is missing",
     ),
-    "extra": (lambda s: s | {"conv_in.lora": torch.ones(3)}, r"conv_in.lora \[3\] belongs to no parameter"),
+    "extra": (lambda s: s | {"conv_in.lora": torch.ones(3)}, r"conv_in.lora \[3\] matches no parameter"),
     "shape": (
         lambda s: s | {"conv_in.weight": torch.ones(32, 9, 3, 3)},
-        r"conv_in.weight is \[32, 9, 3, 3\]; the config wants \[32, 4, 3, 3\]",
+        r"conv_in.weight is \[32, 9, 3, 3\]; the config expects \[32, 4, 3, 3\]",
     ),
     "transposed": (
         lambda s: s | {"time_embedding.linear_1.weight": torch.ones(32, 128)},
-        r"linear_1.weight is \[32, 128\]; the config wants \[128, 32\]",
+        r"linear_1.weight is \[32, 128\]; the config expects \[128, 32\]",
     ),
     "whole numbers": (
         lambda s: s | {"conv_in.bias": torch.ones(32, dtype=torch.int64)},
@@ -217,7 +217,7 @@ def test_a_key_in_two_shards(folder: Path) -> None:
     stored = load_file(folder / "unet/part-0.safetensors")
     other = folder / "unet/part-1.safetensors"
     rewrite(other, lambda s: s | dict([next(iter(stored.items()))]))
-    with pytest.raises(FastsdError, match="stands twice"):
+    with pytest.raises(FastsdError, match="appears twice"):
         load_folder(folder, torch.float32)
 
 
@@ -241,13 +241,13 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda f: (f / "unet/config.json").unlink(), "config.json: cannot be read"),
     "weights are a git-lfs pointer": (
         lambda f: (f / UNET_FILE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n"),
-        "not a whole safetensors file",
+        "not a complete safetensors file",
     ),
     "weights are cut": (lambda f: cut(f / UNET_FILE, 40_000), "diffusion_pytorch_model.safetensors"),
-    "weights are empty": (lambda f: (f / UNET_FILE).write_bytes(b""), "not a whole safetensors file"),
+    "weights are empty": (lambda f: (f / UNET_FILE).write_bytes(b""), "not a complete safetensors file"),
     "weights are too long": (
         lambda f: (f / UNET_FILE).write_bytes((f / UNET_FILE).read_bytes() + b"more"),
-        "where its header accounts for",
+        "its header accounts for",
     ),
     "unknown block": (
         lambda f: edit_json(f / "unet/config.json", down_block_types=["DownBlock2D", "AttnDownBlock2D"]),
@@ -261,11 +261,11 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another text encoder": (
         lambda f: edit_json(f / "unet/config.json", cross_attention_dim=48),
-        "give 32 features where the UNet reads 48",
+        "give 32 features, the UNet reads 48",
     ),
     "a UNet of other latents": (
         lambda f: edit_json(f / "unet/config.json", in_channels=8),
-        "the UNet takes 8 channels and gives 4; with this autoencoder it should take 4 (or 9, for inpainting)",
+        "the UNet reads 8 channels and gives 4; with this autoencoder it should read 4 (or 9, for inpainting)",
     ),
     "absurd size": (lambda f: edit_json(f / "unet/config.json", in_channels=2**40), "in_channels is"),
 }
@@ -284,7 +284,7 @@ def test_added_conditioning_of_another_width(tmp_path: Path) -> None:
     """SDXL's UNet reads the pooled text and six sizes; the refiner's reads five."""
     save_folder(sdxl(), tmp_path, torch.float32)
     edit_json(tmp_path / "model_index.json", requires_aesthetics_score=True)
-    with pytest.raises(FastsdError, match="give 64 added features where the UNet reads 72"):
+    with pytest.raises(FastsdError, match="give 64 added features, the UNet reads 72"):
         load_folder(tmp_path, torch.float32)
 
 
@@ -293,7 +293,7 @@ def test_a_shard_is_a_file_beside_its_index(folder: Path, name: str) -> None:
     (folder / UNET_FILE).unlink()
     index = folder / "unet/diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"conv_in.weight": name}}))
-    with pytest.raises(FastsdError, match="is not the name of a file beside it"):
+    with pytest.raises(FastsdError, match="is not the name of a file in the same folder"):
         load_folder(folder, torch.float32)
 
 
@@ -309,7 +309,7 @@ def test_an_index_of_shards_that_is_none(folder: Path, text: str) -> None:
 def test_a_shard_that_is_not_there(folder: Path) -> None:
     shard(folder / UNET_FILE, 2, folder / "unet/diffusion_pytorch_model.safetensors.index.json")
     (folder / "unet/part-1.safetensors").unlink()
-    with pytest.raises(FastsdError, match=r"part-1.safetensors: missing; .*index.json names it"):
+    with pytest.raises(FastsdError, match=r"part-1.safetensors: missing, though .*index.json names it"):
         load_folder(folder, torch.float32)
 
 

@@ -18,7 +18,7 @@ from fastsd.errors import FastsdError
 from fastsd.pipeline import Pipeline
 from fastsd.weights import load_checkpoint, load_folder, load_single_file, load_vae
 from fastsd.weights.convert import convert
-from fastsd.weights.formats.safetensors_file import Entry
+from fastsd.weights.formats.safetensors_file import TensorEntry
 from tests.support import original
 from tests.support.tiny import tensors as weights
 
@@ -136,7 +136,7 @@ def test_averaged_weights(originals: Any, tmp_path: Path) -> None:
     with pytest.raises(FastsdError, match=r"no averaged weights \(model_ema\.\*\) in this file; leave out --ema"):
         load_single_file(originals.file("sd1"), FP32, ema=True)
     for use in (load_checkpoint, lambda path, _, ema: convert(path, tmp_path / "x", ema=ema)):
-        with pytest.raises(FastsdError, match="a folder holds one UNet"):
+        with pytest.raises(FastsdError, match="a folder holds only one set of UNet weights"):
             use(originals.folder("sd1"), FP32, ema=True)
     gone = {key: value for key, value in averages(tensors).items() if not key.endswith("out2weight")}
     with pytest.raises(FastsdError, match=r"the key model_ema\.diffusion_modelout2weight is missing"):
@@ -233,13 +233,13 @@ def test_a_checkpoint_that_torch_saved(originals: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["sd2", "sdxl"])
 def test_every_byte_is_read_at_most_once(originals: Any, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
-    read = Entry.read
+    read = TensorEntry.read
 
-    def counted(entry: Entry, *buffer: torch.Tensor | None) -> torch.Tensor:
+    def counted(entry: TensorEntry, *buffer: torch.Tensor | None) -> torch.Tensor:
         seen.append((entry.start, entry.start + entry.nbytes))
         return read(entry, *buffer)
 
-    monkeypatch.setattr(Entry, "read", counted)
+    monkeypatch.setattr(TensorEntry, "read", counted)
     load(originals.file(family), prediction="epsilon")
     seen.sort()
     assert all(end <= start for (_, end), (start, _) in zip(seen, seen[1:]))
@@ -259,12 +259,12 @@ CHANGES: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any], str]] = 
     "extra": (
         "sd1",
         lambda t: t.update({"first_stage_model.decoder.extra": torch.ones(2)}),
-        r"the key first_stage_model\.decoder\.extra \[2\] belongs to no parameter",
+        r"the key first_stage_model\.decoder\.extra \[2\] matches no parameter",
     ),
     "another shape": (
         "sd1",
         lambda t: t.update({"model.diffusion_model.time_embed.2.weight": torch.ones(128, 127)}),
-        r"the key model\.diffusion_model\.time_embed\.2\.weight is \[128, 127\]; the config wants \[128, 128\]",
+        r"the key model\.diffusion_model\.time_embed\.2\.weight is \[128, 127\]; the config expects \[128, 128\]",
     ),
     "thirds that are none": (
         "sd2",
