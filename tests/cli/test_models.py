@@ -13,7 +13,7 @@ from safetensors.torch import load, load_file, save, save_file
 
 from tests.support import tiny
 from tests.support.cli import pixels, refused, settings, write_image
-from tests.support.hub_server import Hub, taken_for_the_hub
+from tests.support.hub_server import Hub, local_hub
 
 OLD, NEW = "a" * 40, "c" * 40
 
@@ -44,7 +44,7 @@ def vae(model: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     pytest.importorskip("huggingface_hub")
-    with taken_for_the_hub(monkeypatch, tmp_path) as hub:
+    with local_hub(monkeypatch, tmp_path) as hub:
         yield hub
 
 
