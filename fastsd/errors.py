@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 
 class FastsdError(ValueError):
@@ -15,7 +14,7 @@ class FastsdError(ValueError):
         message: what would be right. `{name}` in it stands for another argument.
         argument: the argument that is wrong, as Python calls it: "width", "controls[0].weight"; or None.
         value: what it was, where that helps; or None.
-        path: the file or folder that is wrong, or None.
+        path: the file, folder or hub id that is wrong, or None.
 
     `str(error)` is one line for Python; `describe` words it for a command line or a server. It is a `ValueError`, so
     callers who know nothing of fastsd catch it as one. Programming errors inside fastsd are never wrapped in it.
@@ -27,7 +26,7 @@ class FastsdError(ValueError):
         *,
         argument: str | None = None,
         value: object = None,
-        path: str | Path | None = None,
+        path: object = None,
     ):
         super().__init__(message)
         self.message, self.argument, self.value, self.path = message, argument, value, path
@@ -59,7 +58,7 @@ def _shortened(value: object) -> str:
 
 
 @contextmanager
-def about(argument: str | None = None, path: str | Path | None = None) -> Iterator[None]:
+def about(argument: str | None = None, path: object = None) -> Iterator[None]:
     """Errors raised inside are about this argument and this file, unless they name others."""
     try:
         yield

@@ -120,5 +120,5 @@ def kind_named(name: str) -> FewStep | None:
         FastsdError: there is no such kind.
     """
     if name != NONE and name not in KINDS:
-        raise FastsdError(f"few_step is {str(name)[:40]!r}; it should be one of {', '.join((*KINDS, NONE))}")
+        raise FastsdError(f"it should be one of {', '.join((*KINDS, NONE))}", argument="few_step", value=name)
     return KINDS.get(name)

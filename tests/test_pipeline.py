@@ -221,7 +221,7 @@ def test_a_gpu_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     gpu = torch.device("cuda", 0)
     for dtype in ("bf16", torch.bfloat16):
-        with pytest.raises(FastsdError, match=r"bf16; Tesla T4 \(compute capability 7.5\) has none: use fp16"):
+        with pytest.raises(FastsdError, match=r"Tesla T4 \(compute capability 7.5\) has no bf16: use fp16"):
             resolve_dtype(dtype, gpu)
     assert resolve_dtype("auto", gpu) == torch.float16 and resolve_dtype("fp32", gpu) == torch.float32
 

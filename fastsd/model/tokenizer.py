@@ -69,7 +69,7 @@ class Tokenizer:
             self._backend.add_tokens([token])
             got = self._backend.token_to_id(token.content)
             if got != wanted:
-                raise FastsdError(f"{where}: added token {token.content!r:.60} has id {wanted}, its place is {got}")
+                raise FastsdError(f"added token {token.content!r:.60} has id {wanted}, its place is {got}", path=where)
         self._backend.add_tokens([special[name] for name in _NAMES if special[name].content not in _contents(added)])
         self.bos_id, self.eos_id, self.pad_id = (self._id(name) for name in ("bos_token", "eos_token", "pad_token"))
 
@@ -157,7 +157,7 @@ def _build(vocab: Vocab, merges: Merges, unk_token: str, where: Path) -> tokeniz
     try:
         bpe = models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>", unk_token=unk_token, fuse_unk=False)
     except Exception as error:  # the library raises bare Exception: a merge names a token that is not in the vocabulary
-        raise FastsdError(f"{where}: vocabulary and merges do not fit together: {_one_line(error)}") from None
+        raise FastsdError(f"vocabulary and merges do not fit together: {_one_line(error)}", path=where) from None
     backend = tokenizers.Tokenizer(bpe)
     # The library types these as attributes of no declared type.
     parts = cast(Any, backend)
@@ -195,13 +195,13 @@ def _byte_alphabet() -> list[str]:
 def _read_vocabulary(folder: Path) -> tuple[Vocab, Merges, dict[int, AddedToken] | None]:
     """Vocabulary, merges and, from tokenizer.json, the added tokens by id (None where the folder has only the two)."""
     if not folder.is_dir():
-        raise FastsdError(f"{folder}: no such tokenizer folder")
+        raise FastsdError("no such tokenizer folder", path=folder)
     single = folder / "tokenizer.json"
     if not single.is_file():
         vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
         for file in (vocab_file, merges_file):
             if not file.is_file():
-                raise FastsdError(f"{file}: missing; a tokenizer is vocab.json and merges.txt, or tokenizer.json")
+                raise FastsdError("missing; a tokenizer is vocab.json and merges.txt, or tokenizer.json", path=file)
         vocab = _check_vocab(_read_json(vocab_file), vocab_file)
         return vocab, _parse_merges(_read_text(merges_file), merges_file), None
 
@@ -209,16 +209,16 @@ def _read_vocabulary(folder: Path) -> tuple[Vocab, Merges, dict[int, AddedToken]
     model = content.get("model")
     kind = model.get("type", "BPE") if isinstance(model, dict) else None
     if kind != "BPE":
-        raise FastsdError(f"{single}: model type is {kind!r}; a CLIP tokenizer has 'BPE'")
+        raise FastsdError(f"model type is {kind!r}; a CLIP tokenizer has 'BPE'", path=single)
     model = cast(dict[str, Any], model)
     merges, entries = model.get("merges"), content.get("added_tokens") or []
     if not isinstance(merges, list) or not isinstance(entries, list):
-        raise FastsdError(f"{single}: model.merges and added_tokens must be lists")
+        raise FastsdError("model.merges and added_tokens must be lists", path=single)
     lines = [" ".join(map(str, merge)) if isinstance(merge, list) else str(merge) for merge in merges]
     listed: dict[int, AddedToken] = {}
     for entry in entries:
         if not isinstance(entry, dict) or type(entry.get("id")) is not int:
-            raise FastsdError(f"{single}: added_tokens: an entry must have an integer id, unlike {entry!r:.60}")
+            raise FastsdError(f"added_tokens: an entry must have an integer id, unlike {entry!r:.60}", path=single)
         listed[entry["id"]] = _added_token(entry, "added_tokens", single)
     return _check_vocab(model.get("vocab"), single), _parse_merges("\n".join(lines), single), listed
 
@@ -240,7 +240,7 @@ def _read_settings(
     if "added_tokens_decoder" in config:
         table = config["added_tokens_decoder"]
         if not isinstance(table, dict) or not all(key.isdecimal() for key in table):
-            raise FastsdError(f"{config_file}: added_tokens_decoder must be an object from ids to tokens")
+            raise FastsdError("added_tokens_decoder must be an object from ids to tokens", path=config_file)
         added = {int(key): _added_token(entry, "added_tokens_decoder", config_file) for key, entry in table.items()}
     else:
         if map_file.is_file():
@@ -262,7 +262,7 @@ def _read_settings(
 
     length = config.get("model_max_length", MAX_LENGTH)
     if not isinstance(length, (int, float)) or isinstance(length, bool) or not length >= 3:
-        raise FastsdError(f"{config_file}: model_max_length must be a number from 3, not {length!r}")
+        raise FastsdError(f"model_max_length must be a number from 3, not {length!r}", path=config_file)
     return special, added, int(length) if length <= _LONGEST else MAX_LENGTH
 
 
@@ -271,7 +271,7 @@ def _added_token(entry: Any, key: str, file: Path, special: bool | None = None) 
     if isinstance(entry, str) and entry:
         return AddedToken(entry, special=True, normalized=False)
     if not isinstance(entry, dict) or not isinstance(entry.get("content"), str) or not entry["content"]:
-        raise FastsdError(f"{file}: {key} must be a token or an object with its 'content', not {entry!r:.60}")
+        raise FastsdError(f"{key} must be a token or an object with its 'content', not {entry!r:.60}", path=file)
     is_special = bool(entry.get("special", False)) if special is None else special
     return AddedToken(
         entry["content"],
@@ -294,12 +294,12 @@ def _contents(added: dict[int, AddedToken]) -> dict[str, AddedToken]:
 
 def _check_vocab(vocab: Any, file: Path) -> Vocab:
     if not isinstance(vocab, dict) or not vocab:
-        raise FastsdError(f"{file}: the vocabulary must be an object from tokens to ids")
+        raise FastsdError("the vocabulary must be an object from tokens to ids", path=file)
     for token, token_id in vocab.items():
         if type(token_id) is not int or not 0 <= token_id < 2**31:
-            raise FastsdError(f"{file}: token {token!r:.60} has id {token_id!r:.60}; ids are whole numbers from 0")
+            raise FastsdError(f"token {token!r:.60} has id {token_id!r:.60}; ids are whole numbers from 0", path=file)
     if len(set(vocab.values())) != len(vocab):
-        raise FastsdError(f"{file}: two tokens have the same id")
+        raise FastsdError("two tokens have the same id", path=file)
     return vocab
 
 
@@ -310,7 +310,7 @@ def _parse_merges(text: str, file: Path) -> Merges:
             continue
         pair = line.rstrip("\r").split(" ")
         if len(pair) != 2 or not all(pair):
-            raise FastsdError(f"{file}: merge {number} must be two tokens with one blank between, not {line!r:.60}")
+            raise FastsdError(f"merge {number} must be two tokens with one blank between, not {line!r:.60}", path=file)
         merges.append((pair[0], pair[1]))
     return merges
 
@@ -319,9 +319,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(_read_text(file))
     except (json.JSONDecodeError, RecursionError) as error:
-        raise FastsdError(f"{file}: not valid JSON ({_one_line(error)})") from None
+        raise FastsdError(f"not valid JSON ({_one_line(error)})", path=file) from None
     if not isinstance(content, dict):
-        raise FastsdError(f"{file}: must be a JSON object, not {type(content).__name__}")
+        raise FastsdError(f"must be a JSON object, not {type(content).__name__}", path=file)
     return content
 
 
@@ -329,9 +329,9 @@ def _read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise FastsdError(f"{file}: not UTF-8 text (byte {error.start})") from None
+        raise FastsdError(f"not UTF-8 text (byte {error.start})", path=file) from None
     except OSError as error:
-        raise FastsdError(f"{file}: cannot be read ({error.strerror})") from None
+        raise FastsdError(f"cannot be read ({error.strerror})", path=file) from None
 
 
 def _one_line(error: BaseException) -> str:

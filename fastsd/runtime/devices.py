@@ -22,11 +22,13 @@ def resolve_device(device: str | torch.device) -> torch.device:
     try:
         place = torch.device(device)
     except RuntimeError as error:
-        raise FastsdError(f"device is {device!r}; it should be auto, cpu, cuda or cuda:N") from error
+        raise FastsdError("it should be auto, cpu, cuda or cuda:N", argument="device", value=device) from error
     if place.type not in ("cpu", "cuda"):
-        raise FastsdError(f"device is {str(place)!r}; fastsd runs on cpu and cuda")
+        raise FastsdError("fastsd runs on cpu and cuda", argument="device", value=str(place))
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise FastsdError(f"device is {str(place)!r}; this machine has {torch.cuda.device_count()} CUDA devices")
+        raise FastsdError(
+            f"this machine has {torch.cuda.device_count()} CUDA devices", argument="device", value=str(place)
+        )
     return place
 
 
@@ -38,21 +40,25 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     """
     if isinstance(dtype, torch.dtype):
         if dtype not in DTYPES.values():
-            raise FastsdError(f"dtype is {dtype}; it should be float32, float16 or bfloat16")
+            raise FastsdError("it should be float32, float16 or bfloat16", argument="dtype", value=dtype)
         found = dtype
     elif dtype == "auto":
         if device.type == "cuda":
             return torch.float16
         return torch.bfloat16 if cpu_has_bf16() else torch.float32
     elif dtype not in DTYPES:
-        raise FastsdError(f"dtype is {dtype!r}; it should be auto, {', '.join(DTYPES)}")
+        raise FastsdError(f"it should be auto, {', '.join(DTYPES)}", argument="dtype", value=dtype)
     else:
         found = DTYPES[dtype]
     if found == torch.bfloat16 and device.type == "cuda" and torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             name = torch.cuda.get_device_name(device)
-            raise FastsdError(f"dtype is bf16; {name} (compute capability {major}.{minor}) has none: use fp16 or fp32")
+            raise FastsdError(
+                f"{name} (compute capability {major}.{minor}) has no bf16: use fp16 or fp32",
+                argument="dtype",
+                value="bf16",
+            )
     return found
 
 

@@ -51,10 +51,11 @@ def check_weights(source: Path, numbers: int, dtype: torch.dtype, device: torch.
     advice = "close other programs or take a smaller model"
     if dtype.itemsize > 2 and numbers * 2 <= free:
         half = "fp16" if device.type == "cuda" else "bf16"
-        advice = f"dtype {half} would fit ({numbers * 2 / GIB:.1f} GiB)"
+        advice = f"{{dtype}} {half} would fit ({numbers * 2 / GIB:.1f} GiB)"
     raise FastsdError(
-        f"{source}: the weights take {numbers * dtype.itemsize / GIB:.1f} GiB in {dtype_name(dtype)}, "
-        f"{free / GIB:.1f} GiB are free on {device}; {advice}"
+        f"the weights take {numbers * dtype.itemsize / GIB:.1f} GiB in {dtype_name(dtype)}, "
+        f"{free / GIB:.1f} GiB are free on {device}; {advice}",
+        path=source,
     )
 
 
@@ -113,18 +114,18 @@ def what_fits(picture: Picture, free: int, praise: str = "would fit") -> str:
     small = smaller(picture, free)
     half = replace(picture, dtype=torch.float16) if picture.dtype == torch.float32 else picture
     if replace(picture, batch=batch).size <= free:
-        offers.append(f"batch_size {batch}")
+        offers.append(f"{{batch_size}} {batch}")
     if not picture.tiled and replace(picture, tiled=True).size <= free:
-        offers.append("vae_tiling")
+        offers.append("{vae_tiling}")
     if half.size <= free:
-        offers.append("dtype fp16 or bf16")
+        offers.append("{dtype} fp16 or bf16")
     if small is not None:
         offers.append(f"{small.width}x{small.height}")
     if not offers:
         small = smaller(replace(half, batch=1, tiled=True), free)
         if small is None:
             return "no size fits; close other programs"
-        return f"{small.width}x{small.height} with batch_size 1, vae_tiling and dtype fp16 or bf16 {praise}"
+        return f"{small.width}x{small.height} with {{batch_size}} 1, {{vae_tiling}} and {{dtype}} fp16 or bf16 {praise}"
     return f"{' or '.join(offers)} {praise}"
 
 

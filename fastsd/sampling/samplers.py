@@ -81,22 +81,25 @@ def build(
     sampler, schedule = resolve(sampler, schedule)
     total = config.num_train_timesteps
     if not 1 <= num_inference_steps <= total:
-        raise FastsdError(f"num_inference_steps: takes 1 to {total}, not {num_inference_steps}")
+        raise FastsdError(f"takes 1 to {total}, not {num_inference_steps}", argument="num_inference_steps")
     if not 0 <= start < num_inference_steps:
-        raise FastsdError(f"start: takes 0 to {num_inference_steps - 1} for {num_inference_steps} steps, not {start}")
+        raise FastsdError(
+            f"takes 0 to {num_inference_steps - 1} for {num_inference_steps} steps, not {start}", argument="start"
+        )
     if not 0 <= eta <= 1:
-        raise FastsdError(f"eta: takes 0 to 1, not {eta}")
+        raise FastsdError(f"takes 0 to 1, not {eta}", argument="eta")
     if eta > 0 and sampler != "ddim":
-        raise FastsdError(f"eta: only ddim uses it, not {sampler}; leave it at 0")
+        raise FastsdError(f"only ddim uses it, not {sampler}; leave it at 0", argument="eta")
     if schedule != "default" and sampler in FIXED_SCHEDULE:
         others = ", ".join(name for name in SAMPLERS if name not in FIXED_SCHEDULE)
-        raise FastsdError(f"schedule: {sampler} has no {schedule} schedule; use default, or one of {others}")
+        raise FastsdError(f"{sampler} has no {schedule} schedule; use default, or one of {others}", argument="schedule")
     try:
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             return SAMPLERS[sampler](Schedule(config, num_inference_steps, start, schedule, eta))
     except ZeroDivisionError:
         raise FastsdError(
-            f"num_inference_steps: {num_inference_steps} of {sampler} put two steps on one noise level; take fewer"
+            f"{num_inference_steps} of {sampler} put two steps on one noise level; take fewer",
+            argument="num_inference_steps",
         ) from None
 
 
@@ -113,7 +116,7 @@ def resolve(sampler: str, schedule: str = "default") -> tuple[str, str]:
     schedules = {_key(name): name for name in SCHEDULES}
     wanted = schedules.get(_key(schedule))
     if wanted is None:
-        raise FastsdError(f"schedule: {schedule!r} is unknown; fastsd knows {', '.join(SCHEDULES)}")
+        raise FastsdError(f"{schedule!r} is unknown; fastsd knows {', '.join(SCHEDULES)}", argument="schedule")
     known = {_key(name): name for name in SAMPLERS} | ALIASES
     for suffix, name in schedules.items():
         if key not in known and key.endswith(suffix) and key.removesuffix(suffix) in known:
@@ -121,7 +124,7 @@ def resolve(sampler: str, schedule: str = "default") -> tuple[str, str]:
     if key not in known:
         near = dict.fromkeys(known[match] for match in difflib.get_close_matches(key, known, n=4, cutoff=0.5))
         offer = f"did you mean {' or '.join(near)}?" if near else f"fastsd knows {', '.join(SAMPLERS)}"
-        raise FastsdError(f"sampler: {sampler!r} is unknown; {offer}")
+        raise FastsdError(f"{sampler!r} is unknown; {offer}", argument="sampler")
     return known[key], wanted
 
 

@@ -37,7 +37,7 @@ def betas(config: SchedulerConfig) -> Float64:
         alpha_bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
         return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
     raise FastsdError(
-        f"beta_schedule: {config.beta_schedule!r} is unknown; use linear, scaled_linear or squaredcos_cap_v2"
+        f"{config.beta_schedule!r} is unknown; use linear, scaled_linear or squaredcos_cap_v2", argument="beta_schedule"
     )
 
 
@@ -102,7 +102,8 @@ class Schedule:
             times = np.arange(total, 0, -total / steps).round() - 1
         else:
             raise FastsdError(
-                f"timestep_spacing: {config.timestep_spacing!r} is unknown; use leading, trailing or linspace"
+                f"{config.timestep_spacing!r} is unknown; use leading, trailing or linspace",
+                argument="timestep_spacing",
             )
         return np.clip(times[:steps], 0, total - 1)
 

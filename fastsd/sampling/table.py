@@ -114,7 +114,8 @@ class TableBuilder:
         )
         if not (np.isfinite(table.rows).all() and np.isfinite(table.keep).all() and math.isfinite(table.init)):
             raise FastsdError(
-                "num_inference_steps: the schedule has no finite coefficients for this many steps; take fewer"
+                "the schedule has no finite coefficients for this many steps; take fewer",
+                argument="num_inference_steps",
             )
         return table
 
@@ -138,15 +139,18 @@ def vp_prediction(prediction_type: str, signal: float, noise: float) -> tuple[fl
     if prediction_type == "epsilon":
         if signal == 0:
             raise FastsdError(
-                "prediction_type: epsilon cannot start from zero terminal SNR, where the input is all noise; "
-                "use timestep_spacing leading, or a model with v_prediction"
+                "epsilon cannot start from zero terminal SNR, where the input is all noise; "
+                "use timestep_spacing leading, or a model with v_prediction",
+                argument="prediction_type",
             )
         return 1 / signal, -noise / signal
     if prediction_type == "v_prediction":
         return signal, -noise
     if prediction_type == "sample":
         return 0.0, 1.0
-    raise FastsdError(f"prediction_type: {prediction_type!r} is unknown; use epsilon, v_prediction or sample")
+    raise FastsdError(
+        f"{prediction_type!r} is unknown; use epsilon, v_prediction or sample", argument="prediction_type"
+    )
 
 
 def karras_prediction(prediction_type: str, sigma: float) -> tuple[float, float]:

@@ -83,7 +83,7 @@ def pndm(schedule: Schedule) -> Table:
     """
     config, (alpha_bar, base) = schedule.config, _grid(schedule)
     if config.rescale_betas_zero_snr:
-        raise FastsdError("sampler: pndm cannot start from zero terminal SNR; use ddim, euler or dpm++2m")
+        raise FastsdError("pndm cannot start from zero terminal SNR; use ddim, euler or dpm++2m", argument="sampler")
     times = (base[:2] + base[1:])[schedule.start :]
     stride = config.num_train_timesteps // schedule.num_inference_steps
     final = 1.0 if config.set_alpha_to_one else alpha_bar[0]
@@ -127,7 +127,7 @@ def lcm(schedule: Schedule) -> Table:
     steps, total = schedule.num_inference_steps, schedule.config.num_train_timesteps
     distilled = min(distilled, total)
     if steps > distilled:
-        raise FastsdError(f"num_inference_steps: lcm takes 1 to {distilled}, not {steps}")
+        raise FastsdError(f"lcm takes 1 to {distilled}, not {steps}", argument="num_inference_steps")
     distilled_times = [i * (total // distilled) - 1 for i in range(distilled, 0, -1)]
     times = [distilled_times[i * distilled // steps] for i in range(steps)]
     alpha_bar = schedule.alphas_cumprod.tolist()
@@ -163,7 +163,9 @@ def euler_maruyama(schedule: Schedule) -> Table:
         FastsdError: zero terminal SNR, which is infinitely far away in B.
     """
     if schedule.config.rescale_betas_zero_snr:
-        raise FastsdError("sampler: euler_maruyama cannot start from zero terminal SNR; use ddim, euler or dpm++2m")
+        raise FastsdError(
+            "euler_maruyama cannot start from zero terminal SNR; use ddim, euler or dpm++2m", argument="sampler"
+        )
     alpha_bar, times = _grid(schedule)
     builder = TableBuilder(mix=vp_level(alpha_bar[times[schedule.start]]))
     for i in range(schedule.start, len(times)):

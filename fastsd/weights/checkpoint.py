@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from fastsd.components import Components
-from fastsd.errors import FastsdError
+from fastsd.errors import FastsdError, about
 from fastsd.model.taesd import Autoencoder
 from fastsd.weights.formats.pickle_file import is_pickle
 from fastsd.weights.formats.safetensors_file import read_header
@@ -42,19 +42,32 @@ def load_checkpoint(
         FastsdError: something is missing, malformed or does not fit; one line with file and key.
     """
     if prediction is not None and prediction not in PREDICTIONS:
-        raise FastsdError(f"prediction: {prediction!r} should be {', '.join(PREDICTIONS)}")
-    make_vae = None if vae is None else partial(resolve_vae, vae, dtype=dtype, device=device, allow_pickle=allow_pickle)
+        raise FastsdError(f"{prediction!r} should be {', '.join(PREDICTIONS)}", argument="prediction")
+    make_vae = None if vae is None else _vae_maker(vae, dtype, device, allow_pickle)
     if Path(path).is_dir():
         if ema:
-            raise FastsdError(f"{path}: a folder holds only one set of UNet weights; leave out --ema (ema=True)")
+            raise FastsdError("a folder holds only one set of UNet weights; leave out {ema}", path=path)
         components = load_folder(path, dtype, device, make_vae)
     else:
         components = load_single_file(path, dtype, device, make_vae, prediction, allow_pickle, ema)
     if isinstance(vae, str | Path):
-        check_latents(vae, components.vae, components.unet.config.out_channels)
+        with about("vae"):
+            check_latents(vae, components.vae, components.unet.config.out_channels)
     if prediction is not None:
         components.scheduler = replace(components.scheduler, prediction_type=prediction)
     return components
+
+
+def _vae_maker(
+    vae: str | Path | Autoencoder, dtype: torch.dtype, device: str | torch.device, allow_pickle: bool
+) -> Callable[[bool], Autoencoder]:
+    """A function that loads the replacing autoencoder, with errors about the argument `vae`."""
+
+    def make(xl: bool) -> Autoencoder:
+        with about("vae"):
+            return resolve_vae(vae, xl, dtype=dtype, device=device, allow_pickle=allow_pickle)
+
+    return make
 
 
 def count_parameters(path: str | Path, dtype: torch.dtype) -> int:

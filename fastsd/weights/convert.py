@@ -89,12 +89,12 @@ def convert(
     if target.suffix.lower() == ".safetensors":
         tensors, metadata, notes = _as_file(checkpoint, dtype)
         if target.is_dir():
-            raise FastsdError(f"{target}: it is a folder; give another name")
+            raise FastsdError("it is a folder; give another name", path=target)
         with _replacing(target, folder=False) as temporary:
             write_safetensors(temporary, tensors, metadata)
         return notes
     if target.exists() and not (target / "model_index.json").is_file():
-        raise FastsdError(f"{target}: not a model folder, so it is not replaced; give another target")
+        raise FastsdError("not a model folder, so it is not replaced; give another target", path=target)
     with _replacing(target, folder=True) as temporary:
         write_configs(checkpoint.components, temporary)
         for name, _ in checkpoint.components.networks():
@@ -105,11 +105,11 @@ def convert(
 
 def _check_target(source: Path, target: Path, overwrite: bool) -> None:
     if (target.exists() or target.is_symlink()) and not overwrite:
-        raise FastsdError(f"{target}: already exists; --overwrite replaces it")
+        raise FastsdError("already exists; {overwrite} replaces it", path=target)
     if target.suffix.lower() in (".ckpt", ".pt", ".bin"):
-        raise FastsdError(f"{target}: fastsd writes no pickles; give a file that ends in .safetensors, or a folder")
+        raise FastsdError("fastsd writes no pickles; give a file that ends in .safetensors, or a folder", path=target)
     if source.exists() and target.exists() and source.samefile(target):
-        raise FastsdError(f"{target}: source and target are the same; give another target")
+        raise FastsdError("source and target are the same; give another target", path=target)
 
 
 def _open(
@@ -118,7 +118,7 @@ def _open(
     entries: dict[str, dict[str, TensorEntry]] = {}
     if path.is_dir():
         if ema:
-            raise FastsdError(f"{path}: a folder holds only one set of UNet weights; leave out --ema (ema=True)")
+            raise FastsdError("a folder holds only one set of UNet weights; leave out {ema}", path=path)
         components, files = outline_folder(path, half=dtype not in (None, torch.float32))
         error_paths = {name: error_path(weights) for name, weights in files.items()}
         entries = {name: read_headers(weights) for name, weights in files.items()}
@@ -126,7 +126,7 @@ def _open(
         components, networks, family = outline_file(path, prediction, allow_pickle, ema)
         if family.vae is None:
             raise FastsdError(
-                f"{path}: no autoencoder in this file ({family.layout.vae_prefix}*), so it cannot be converted"
+                f"no autoencoder in this file ({family.layout.vae_prefix}*), so it cannot be converted", path=path
             )
         for network in networks.values():
             network.check_complete(path)
@@ -154,7 +154,7 @@ def _as_file(
     """The tensors and metadata of a single file, and notes on the settings it does not store."""
     components, path = checkpoint.components, checkpoint.path
     if not isinstance(components.vae, AutoencoderKL):
-        raise FastsdError(f"{path}: its autoencoder is TAESD, which single files cannot hold; convert to a folder")
+        raise FastsdError("its autoencoder is TAESD, which single files cannot hold; convert to a folder", path=path)
     layout = _layout(path, components)
     linear = components.unet.config.use_linear_projection
     tensors = []
@@ -183,7 +183,7 @@ def _layout(path: Path, components: Components) -> FileLayout:
     folders = [name for name, _ in components.networks() if name.startswith("text_encoder")]
     layout = layout_for(folders, components.xl, components.text_encoders[-1].config.hidden_act == "gelu")
     if layout is None:
-        raise FastsdError(f"{path}: no single-file layout has the text encoders {', '.join(folders)} with this UNet")
+        raise FastsdError(f"no single-file layout has the text encoders {', '.join(folders)} with this UNet", path=path)
     return layout
 
 
@@ -205,7 +205,7 @@ def _tensor(
     target_dtype = dtype or entries[0].dtype
     if dtype is None and any(entry.dtype != target_dtype for entry in entries):
         raise FastsdError(
-            f"{entries[0].path}: {key} is assembled from tensors of several dtypes; choose one with --dtype"
+            f"{key} is assembled from tensors of several dtypes; choose one with {{dtype}}", path=entries[0].path
         )
     shape = entries[0].shape
     if len(shape) == 4 and shape[2:] == (1, 1):
@@ -251,18 +251,20 @@ def _compare(
         for field, value in vars(config).items():
             if field not in skipped and value != getattr(read_back, field):
                 raise FastsdError(
-                    f"{path}: a single file cannot store that its {network} has {field} {value!r}; it would be read as "
-                    f"{getattr(read_back, field)!r}"
+                    f"a single file cannot store that its {network} has {field} {value!r}; it would be read as "
+                    f"{getattr(read_back, field)!r}",
+                    path=path,
                 )
     prediction = components.scheduler.prediction_type
     if prediction not in ("epsilon", "v_prediction"):
-        raise FastsdError(f"{path}: a single file cannot store that its network predicts {prediction!r}")
+        raise FastsdError(f"a single file cannot store that its network predicts {prediction!r}", path=path)
     standard = SchedulerConfig()
     for field in _SCHEDULE:
         if getattr(components.scheduler, field) != getattr(standard, field):
             raise FastsdError(
-                f"{path}: a single file cannot store that {field} is {getattr(components.scheduler, field)!r}; every "
-                f"family has {getattr(standard, field)!r}"
+                f"a single file cannot store that {field} is {getattr(components.scheduler, field)!r}; every "
+                f"family has {getattr(standard, field)!r}",
+                path=path,
             )
     return list(_notes(components, family))
 
@@ -316,4 +318,4 @@ def _replacing(target: Path, folder: bool) -> Iterator[Path]:
         with replace_whole(target, folder) as temporary:
             yield temporary
     except OSError as error:
-        raise FastsdError(f"{target}: cannot be written ({error.strerror})") from error
+        raise FastsdError(f"cannot be written ({error.strerror})", path=target) from error

@@ -152,7 +152,7 @@ def _hashes(path: Path) -> Facts:
             file.seek(2**20)
             legacy.update(file.read(2**16))
     except OSError as error:
-        raise FastsdError(f"{path}: cannot be read ({error.strerror})") from error
+        raise FastsdError(f"cannot be read ({error.strerror})", path=path) from error
     digits = digest.hexdigest()
     remember_sha256(path, digits)
     return [("sha256", digits), ("short hash", digits[:10]), ("legacy hash", legacy.hexdigest()[:8])]

@@ -49,7 +49,7 @@ def find_files(folder: Path, stem: str, half: bool) -> list[Path]:
         if (folder / name).is_file():
             return _shards(folder / name) if name.endswith(".json") else [folder / name]
     raise FastsdError(
-        f"{folder}: no weights; expected {stem}.safetensors (or .fp16.safetensors, or shards with an index)"
+        f"no weights; expected {stem}.safetensors (or .fp16.safetensors, or shards with an index)", path=folder
     )
 
 
@@ -61,11 +61,11 @@ def shard_names(index: Path) -> list[str]:
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise FastsdError(f"{index}: weight_map is missing; it should map each tensor to its file")
+        raise FastsdError("weight_map is missing; it should map each tensor to its file", path=index)
     names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name:
-            raise FastsdError(f"{index}: {name!r} is not the name of a file in the same folder")
+            raise FastsdError(f"{name!r} is not the name of a file in the same folder", path=index)
     return names
 
 
@@ -73,7 +73,7 @@ def _shards(index: Path) -> list[Path]:
     files = [index.parent / name for name in shard_names(index)]
     for file in files:
         if not file.is_file():
-            raise FastsdError(f"{file}: missing, though {index.name} names it")
+            raise FastsdError(f"missing, though {index.name} names it", path=file)
     return files
 
 
@@ -151,11 +151,12 @@ def read_finite(entry: TensorEntry, dtype: torch.dtype, buffer: torch.Tensor | N
     largest = max(-low, high)
     if not largest < float("inf"):
         kind = "NaN" if largest != largest else "infinite"
-        raise FastsdError(f"{entry.path}: the key {entry.key} holds {kind} values; download the file again")
+        raise FastsdError(f"the key {entry.key} holds {kind} values; download the file again", path=entry.path)
     if largest > torch.finfo(dtype).max:
         raise FastsdError(
-            f"{entry.path}: the key {entry.key} holds {largest:g}, but {str(dtype).removeprefix('torch.')} ends at "
-            f"{torch.finfo(dtype).max:g}; load it with dtype fp32 or bf16"
+            f"the key {entry.key} holds {largest:g}, but {str(dtype).removeprefix('torch.')} ends at "
+            f"{torch.finfo(dtype).max:g}; load it with dtype fp32 or bf16",
+            path=entry.path,
         )
     return tensor
 
@@ -167,7 +168,7 @@ def read_headers(files: list[Path]) -> dict[str, TensorEntry]:
         for key, entry in read_header(path)[0].items():
             name = canonical_key(key)
             if name in entries:
-                raise FastsdError(f"{path}: the key {key} appears twice (also in {entries[name].path.name})")
+                raise FastsdError(f"the key {key} appears twice (also in {entries[name].path.name})", path=path)
             if not is_ignored(key):
                 entries[name] = entry
     return entries
@@ -181,13 +182,15 @@ def pop_entry(entries: dict[str, TensorEntry], part: Source, where: Path) -> Ten
     """
     entry = entries.pop(part.key, None)
     if entry is None:
-        raise FastsdError(f"{where}: the key {part.key} {list(part.shape)} is missing")
+        raise FastsdError(f"the key {part.key} {list(part.shape)} is missing", path=where)
     if not same_matrix(entry.shape, part.shape):
         raise FastsdError(
-            f"{entry.path}: the key {entry.key} is {list(entry.shape)}; the config expects {list(part.shape)}"
+            f"the key {entry.key} is {list(entry.shape)}; the config expects {list(part.shape)}", path=entry.path
         )
     if not entry.dtype.is_floating_point:
-        raise FastsdError(f"{entry.path}: the key {entry.key} is {entry.dtype}; it should be a floating-point tensor")
+        raise FastsdError(
+            f"the key {entry.key} is {entry.dtype}; it should be a floating-point tensor", path=entry.path
+        )
     return entry
 
 
@@ -197,5 +200,5 @@ def refuse_unused(entries: dict[str, TensorEntry]) -> None:
         entry = min(entries.values(), key=lambda e: e.key)
         more = f" (and {len(entries) - 1} more)" if len(entries) > 1 else ""
         raise FastsdError(
-            f"{entry.path}: the key {entry.key[:200]} {list(entry.shape)} matches no parameter of this model{more}"
+            f"the key {entry.key[:200]} {list(entry.shape)} matches no parameter of this model{more}", path=entry.path
         )

@@ -110,7 +110,7 @@ class Adapters:
                     + (", ..." if len(unknown) > 4 else "")
                 )
                 if not allow_partial:
-                    raise FastsdError(f"{text}; is it for another model? --allow-partial skips them")
+                    raise FastsdError(f"{text}; is it for another model? {{allow_partial}} skips them")
                 notes.append(text)
         if not changes and not self._base:
             self.active = tuple(adapters)
@@ -131,7 +131,7 @@ class Adapters:
         """Add the layers of a file to `changes`; return the names of layers that the model does not have."""
         for strength in (adapter.unet, adapter.text):
             if not -MAX_STRENGTH <= strength <= MAX_STRENGTH:
-                raise FastsdError(f"{adapter.path}: strength {strength:g}; it should be within ±{MAX_STRENGTH:g}")
+                raise FastsdError(f"strength {strength:g}; it should be within ±{MAX_STRENGTH:g}", path=adapter.path)
         unknown = []
         for layer in read_adapter(adapter.path):
             network, module = self._names.get(layer.name, ("", ""))
@@ -172,10 +172,10 @@ def _sum(base: torch.Tensor, source: Source, changes: list[tuple[AdapterLayer, s
         except (RuntimeError, ValueError) as error:
             shapes = ", ".join(f"{role} {list(layer.entries[role].shape)}" for role in roles)
             raise FastsdError(
-                f"{path}: {layer.name} ({shapes}) does not fit the model's {list(source.shape)}"
+                f"{layer.name} ({shapes}) does not fit the model's {list(source.shape)}", path=path
             ) from error
         if not bool(changed.isfinite().all()):
-            raise FastsdError(f"{path}: {layer.name} holds NaN or infinite values")
+            raise FastsdError(f"{layer.name} holds NaN or infinite values", path=path)
         total += strength * (changed - weight)
     return total
 

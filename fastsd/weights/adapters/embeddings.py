@@ -40,11 +40,11 @@ def load_embedding(
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
-        raise FastsdError(f"{path}: not an embedding; expected a file that ends in {', '.join(SUFFIXES)}")
+        raise FastsdError(f"not an embedding; expected a file that ends in {', '.join(SUFFIXES)}", path=path)
     if not path.is_file():
-        raise FastsdError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
+        raise FastsdError("no such file" if not path.exists() else "not a file", path=path)
     if path.stat().st_size > MAX_BYTES:
-        raise FastsdError(f"{path}: {path.stat().st_size >> 20} MB; an embedding has at most {MAX_BYTES >> 20} MB")
+        raise FastsdError(f"{path.stat().st_size >> 20} MB; an embedding has at most {MAX_BYTES >> 20} MB", path=path)
     if path.suffix.lower() == ".safetensors":
         tensors = {key: entry.read() for key, entry in read_header(path)[0].items()}
     else:
@@ -53,7 +53,7 @@ def load_embedding(
     if token is None and len(tensors) == 1 and next(iter(tensors)) not in ("*", _KEY_WITHOUT_NAME, *SDXL_KEYS):
         names.append(next(iter(tensors)))
     if not all(name.strip() and len(name) <= 200 for name in names):
-        raise FastsdError(f"{path}: the token {names[-1][:40]!r} should be a text of 1 to 200 characters")
+        raise FastsdError(f"the token {names[-1][:40]!r} should be a text of 1 to 200 characters", path=path)
     return Embedding(tuple(dict.fromkeys(names)), _vectors(path, tensors, encoders))
 
 
@@ -62,7 +62,7 @@ def _unpickle(path: Path, allow_pickle: bool) -> dict[str, torch.Tensor]:
     content, sizes = open_pickle(path, allow_pickle)
     inner = content.get("string_to_param", content) if isinstance(content, dict) else None
     if not isinstance(inner, dict):
-        raise FastsdError(f"{path}: not an embedding; it should hold tensors, or string_to_param with tensors")
+        raise FastsdError("not an embedding; it should hold tensors, or string_to_param with tensors", path=path)
     return {key: entry.read() for key, entry in tensors_in(path, inner, sizes).items()}
 
 
@@ -73,7 +73,7 @@ def _vectors(path: Path, tensors: dict[str, torch.Tensor], encoders: Sequence[Te
         keys = SDXL_KEYS if len(widths) == 2 else SDXL_KEYS[1:]  # SDXL's refiner has only the second encoder
         missing = [key for key in keys if key not in tensors]
         if missing:
-            raise FastsdError(f"{path}: the key {missing[0]} is missing beside {', '.join(sorted(tensors))}"[:300])
+            raise FastsdError(f"the key {missing[0]} is missing beside {', '.join(sorted(tensors))}"[:300], path=path)
         vectors = [tensors[key] for key in keys]
         shapes = ", ".join(f"{key} {list(tensors[key].shape)}" for key in keys)
     elif len(tensors) == 1:
@@ -81,16 +81,16 @@ def _vectors(path: Path, tensors: dict[str, torch.Tensor], encoders: Sequence[Te
         shapes = str(list(vectors[0].shape))
     else:
         names = ", ".join(key[:40] for key in list(tensors)[:3])
-        raise FastsdError(f"{path}: not an embedding: it holds {len(tensors)} tensors ({names}), not one")
+        raise FastsdError(f"not an embedding: it holds {len(tensors)} tensors ({names}), not one", path=path)
     vectors = [vector[None] if vector.ndim == 1 else vector for vector in vectors]
     fits = len(vectors) == len(widths) and all(v.ndim == 2 and v.shape[1] == w for v, w in zip(vectors, widths))
     if not fits:
         reads = " and ".join(f"[n, {width}]" for width in widths)
-        raise FastsdError(f"{path}: an embedding for another family: {shapes}, this model reads {reads}")
+        raise FastsdError(f"an embedding for another family: {shapes}, this model reads {reads}", path=path)
     if len({len(vector) for vector in vectors}) != 1 or not all(
         v.is_floating_point() and 1 <= len(v) <= 75 and bool(torch.isfinite(v.float()).all()) for v in vectors
     ):
         raise FastsdError(
-            f"{path}: it should hold 1 to 75 vectors of finite numbers, as many for one text encoder as for the other"
+            "it should hold 1 to 75 vectors of finite numbers, as many for one text encoder as for the other", path=path
         )
     return tuple(vector.detach().float().clone() for vector in vectors)

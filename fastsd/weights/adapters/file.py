@@ -71,12 +71,12 @@ def read_adapter(path: Path) -> list[AdapterLayer]:
         config = path / "adapter_config.json"
         if not config.is_file():
             raise FastsdError(
-                f"{path}: no adapter_config.json in this folder; give a .safetensors file or PEFT's folder"
+                "no adapter_config.json in this folder; give a .safetensors file or PEFT's folder", path=path
             )
         configs[""] = read_json(config)
         path = path / "adapter_model.safetensors"
     if not path.is_file():
-        raise FastsdError(f"{path}: no such adapter; give a .safetensors file")
+        raise FastsdError("no such adapter; give a .safetensors file", path=path)
     entries, metadata = read_header(path)
     if METADATA in metadata:
         configs |= _configs(path, metadata[METADATA])
@@ -87,14 +87,14 @@ def read_adapter(path: Path) -> list[AdapterLayer]:
         if role is None:
             unknown.append(key)
         elif role in layers.setdefault(name, {}):
-            raise FastsdError(f"{path}: the key {key} gives {name} a second {role!r}")
+            raise FastsdError(f"the key {key} gives {name} a second {role!r}", path=path)
         else:
             layers[name][role] = entry
     if not layers:
         first = f"; its first key is {unknown[0][:80]!r}" if unknown else ""
-        raise FastsdError(f"{path}: not an adapter (LoRA, LoHa, LoKr, DoRA or a difference){first}")
+        raise FastsdError(f"not an adapter (LoRA, LoHa, LoKr, DoRA or a difference){first}", path=path)
     if unknown:
-        raise FastsdError(f"{path}: the key {unknown[0][:120]!r} has no known role in an adapter")
+        raise FastsdError(f"the key {unknown[0][:120]!r} has no known role in an adapter", path=path)
     return [AdapterLayer(name, roles, _peft_scale(name, roles, configs)) for name, roles in layers.items()]
 
 
@@ -145,7 +145,7 @@ def _configs(path: Path, text: str) -> dict[str, dict[str, Any]]:
         flat = json.loads(text)
         pairs = [(*key.split(".", 1), value) for key, value in flat.items() if "." in key]
     except (ValueError, AttributeError, RecursionError) as error:
-        raise FastsdError(f"{path}: its metadata {METADATA} is not a JSON object") from error
+        raise FastsdError(f"its metadata {METADATA} is not a JSON object", path=path) from error
     configs: dict[str, dict[str, Any]] = {}
     for network, key, value in pairs:
         configs.setdefault(network, {})[key] = value

@@ -20,14 +20,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         if path.stat().st_size > MAX_JSON:
-            raise FastsdError(f"{path}: larger than any config ({MAX_JSON // 2**20} MiB)")
+            raise FastsdError(f"larger than any config ({MAX_JSON // 2**20} MiB)", path=path)
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise FastsdError(f"{path}: cannot be read ({error.strerror})") from error
+        raise FastsdError(f"cannot be read ({error.strerror})", path=path) from error
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise FastsdError(f"{path}: not JSON ({error.__class__.__name__})") from error
+        raise FastsdError(f"not JSON ({error.__class__.__name__})", path=path) from error
     if not isinstance(data, dict):
-        raise FastsdError(f"{path}: not a JSON object")
+        raise FastsdError("not a JSON object", path=path)
     return data
 
 
@@ -62,7 +62,7 @@ class ConfigReader:
 
     def error(self, key: str, expected: str) -> FastsdError:
         value = repr(self.data.get(key))
-        return FastsdError(f"{self.path}: {key} is {value if len(value) <= 80 else value[:77] + '...'}; {expected}")
+        return FastsdError(f"{key} is {value if len(value) <= 80 else value[:77] + '...'}; {expected}", path=self.path)
 
     def get(self, key: str, kind: type, default: Any) -> Any:
         """A value of type `kind`, within its range; `default` if the file lacks the key."""

@@ -34,7 +34,7 @@ def is_pickle(path: Path) -> bool:
         with open(path, "rb") as file:
             start = file.read(16)
     except OSError as error:
-        raise FastsdError(f"{path}: cannot be read ({error.strerror})") from error
+        raise FastsdError(f"cannot be read ({error.strerror})", path=path) from error
     # A pickle's second byte is its protocol number; a safetensors file starts its JSON header at the ninth byte.
     return start.startswith(ZIP) or (start[:1] == PICKLE and start[1:2] <= b"\x05" and start[8:9] != b"{")
 
@@ -49,7 +49,7 @@ def read_pickle(path: Path, allow: bool) -> dict[str, TensorEntry]:
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):
-        raise FastsdError(f"{path}: not a checkpoint: it holds a {type(content).__name__}, not a table of tensors")
+        raise FastsdError(f"not a checkpoint: it holds a {type(content).__name__}, not a table of tensors", path=path)
     return tensors_in(path, content, sizes)
 
 
@@ -68,11 +68,11 @@ def open_pickle(path: Path, allow: bool) -> tuple[Any, dict[int, int]]:
     """
     if not allow:
         raise FastsdError(
-            f"{path}: a pickle, which can hold programs; convert it to .safetensors, or allow it with --allow-pickle "
-            "(allow_pickle=True)"
+            "a pickle, which can hold programs; convert it to .safetensors, or allow it with {allow_pickle}",
+            path=path,
         )
     if _torch_version() < (2, 6):
-        raise FastsdError(f"{path}: reading a pickle safely needs torch 2.6 or newer, this is {torch.__version__}")
+        raise FastsdError(f"reading a pickle safely needs torch 2.6 or newer, this is {torch.__version__}", path=path)
     members = _members(path)
     names = _check_pickle(path, members)
     try:
@@ -81,7 +81,7 @@ def open_pickle(path: Path, allow: bool) -> tuple[Any, dict[int, int]]:
             content = torch.load(file, map_location="meta", weights_only=True)
     except Exception as error:  # a hostile pickle can make the unpickler raise anything
         reason = " ".join(str(error).split())[:100] or type(error).__name__
-        raise FastsdError(f"{path}: refused: it holds more than tensors, or is damaged ({reason})") from error
+        raise FastsdError(f"refused: it holds more than tensors, or is damaged ({reason})", path=path) from error
     return content, dict(members.values())
 
 
@@ -108,13 +108,13 @@ def _members(path: Path) -> Members:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
             infos = archive.infolist()
             if len(infos) > MAX_MEMBERS:
-                raise FastsdError(f"{path}: {len(infos)} parts; no checkpoint has that many")
+                raise FastsdError(f"{len(infos)} parts; no checkpoint has that many", path=path)
             members: Members = {}
             for info in infos:
                 name = info.filename
                 if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
                     raise FastsdError(
-                        f"{path}: refused: its part {name[:80]!r} is compressed, which torch.save never does"
+                        f"refused: its part {name[:80]!r} is compressed, which torch.save never does", path=path
                     )
                 file.seek(info.header_offset)
                 header = file.read(_LOCAL_HEADER)
@@ -122,13 +122,13 @@ def _members(path: Path) -> Members:
                     raise zipfile.BadZipFile
                 start = info.header_offset + _LOCAL_HEADER + sum(struct.unpack_from("<HH", header, 26))
                 if name in members:
-                    raise FastsdError(f"{path}: refused: its part {name[:80]!r} appears twice")
+                    raise FastsdError(f"refused: its part {name[:80]!r} appears twice", path=path)
                 members[name] = (start, info.file_size)
     except FastsdError:
         raise
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
         raise FastsdError(
-            f"{path}: a pickle, but not a complete file of torch.save (PyTorch 1.6 or newer); download it again"
+            "a pickle, but not a complete file of torch.save (PyTorch 1.6 or newer); download it again", path=path
         ) from error
     _check_overlaps(path, members)
     return members
@@ -138,7 +138,7 @@ def _check_overlaps(path: Path, members: Members) -> None:
     size, end = path.stat().st_size, 0
     for name, (start, length) in sorted(members.items(), key=lambda item: item[1]):
         if start < end or start + length > size:
-            raise FastsdError(f"{path}: refused: its part {name[:80]!r} overlaps another or the file's end")
+            raise FastsdError(f"refused: its part {name[:80]!r} overlaps another or the file's end", path=path)
         end = start + length
 
 
@@ -150,10 +150,10 @@ def _check_pickle(path: Path, members: Members) -> set[GlobalName]:
     """
     pickles = [span for name, span in members.items() if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise FastsdError(f"{path}: a zip that holds no checkpoint (no data.pkl); give the checkpoint itself")
+        raise FastsdError("a zip that holds no checkpoint (no data.pkl); give the checkpoint itself", path=path)
     start, length = pickles[0]
     if length > MAX_PICKLE:
-        raise FastsdError(f"{path}: its data.pkl has {length >> 20} MB; no checkpoint has more than a few")
+        raise FastsdError(f"its data.pkl has {length >> 20} MB; no checkpoint has more than a few", path=path)
     with open(path, "rb") as file:
         file.seek(start)
         raw = file.read(length)
@@ -162,14 +162,14 @@ def _check_pickle(path: Path, members: Members) -> set[GlobalName]:
         known = pickle_globals.TENSORS | {pickle_globals.ENCODE}
         for name in sorted(names):
             if name not in known and not pickle_globals.has_placeholder(name):
-                raise FastsdError(f"{path}: refused: it refers to {'.'.join(name)[:120]}, not only to tensors")
+                raise FastsdError(f"refused: it refers to {'.'.join(name)[:120]}, not only to tensors", path=path)
         if pickle_globals.ENCODE in names and not pickle_globals.encodes_bytes_only(raw):
-            raise FastsdError(f"{path}: refused: it calls _codecs.encode for more than bytes")
+            raise FastsdError("refused: it calls _codecs.encode for more than bytes", path=path)
         return names
     except FastsdError:
         raise
     except (ValueError, IndexError, UnicodeDecodeError, OverflowError, struct.error) as error:
-        raise FastsdError(f"{path}: its data.pkl is damaged; download it again") from error
+        raise FastsdError("its data.pkl is damaged; download it again", path=path) from error
 
 
 def _entry(path: Path, key: str, tensor: Any, sizes: dict[int, int]) -> TensorEntry:
@@ -177,19 +177,21 @@ def _entry(path: Path, key: str, tensor: Any, sizes: dict[int, int]) -> TensorEn
     name = key[:120]
     start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
     if start is None:
-        raise FastsdError(f"{path}: torch {torch.__version__} does not say where tensors are stored; use a newer torch")
+        raise FastsdError(
+            f"torch {torch.__version__} does not say where tensors are stored; use a newer torch", path=path
+        )
     if tensor.layout != torch.strided or tensor.is_quantized or start not in sizes:
-        raise FastsdError(f"{path}: refused: the key {name!r} has no bytes of its own in the file")
+        raise FastsdError(f"refused: the key {name!r} has no bytes of its own in the file", path=path)
     shape, strides = tuple(tensor.shape), tuple(tensor.stride())
     # Dense: the elements, in whatever order, neither share bytes nor leave gaps.
     count = 1
     for stride, n in sorted(zip(strides, shape, strict=True)):
         if n > 1 and stride != count:
-            raise FastsdError(f"{path}: refused: the key {name!r} has strides {strides} for the shape {list(shape)}")
+            raise FastsdError(f"refused: the key {name!r} has strides {strides} for the shape {list(shape)}", path=path)
         count *= n
     nbytes, skipped = count * tensor.dtype.itemsize, tensor.storage_offset() * tensor.dtype.itemsize
     if skipped < 0 or skipped + nbytes > sizes[start]:
-        raise FastsdError(f"{path}: the key {name!r} needs {nbytes} bytes, the file holds {sizes[start]}")
+        raise FastsdError(f"the key {name!r} needs {nbytes} bytes, the file holds {sizes[start]}", path=path)
     return TensorEntry(
         path, tensor.dtype, shape, start + skipped, nbytes, key, None if tensor.is_contiguous() else strides
     )

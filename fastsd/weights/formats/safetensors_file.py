@@ -72,7 +72,7 @@ class TensorEntry:
             while done < self.nbytes:
                 count = file.readinto(target[done:])
                 if not count:
-                    raise FastsdError(f"{self.path}: the file ends in the middle of a tensor; download it again")
+                    raise FastsdError("the file ends in the middle of a tensor; download it again", path=self.path)
                 done += count
         return tensor
 
@@ -85,7 +85,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """
     try:
         if not path.is_file():
-            raise FastsdError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
+            raise FastsdError(f"{'not a regular file' if path.exists() else 'no such file'}", path=path)
         size = os.path.getsize(path)
         with open(path, "rb") as file:
             prefix = file.read(8)
@@ -96,7 +96,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
                 raise _malformed(path, f"its header has {length} bytes; checkpoints have fewer than {MAX_HEADER}")
             raw = file.read(length)
     except OSError as error:
-        raise FastsdError(f"{path}: cannot be read ({error.strerror})") from error
+        raise FastsdError(f"cannot be read ({error.strerror})", path=path) from error
     return parse_header(path, raw, size)
 
 
@@ -198,4 +198,4 @@ def _check_layout(path: Path, entries: dict[str, TensorEntry], data: int, size: 
 
 
 def _malformed(path: Path, reason: str) -> FastsdError:
-    return FastsdError(f"{path}: not a complete safetensors file: {reason}; download it again")
+    return FastsdError(f"not a complete safetensors file: {reason}; download it again", path=path)

@@ -37,7 +37,7 @@ def hub_error(hub_id: HubId, error: BaseException) -> FastsdError:
             f"no such path here, {endpoint} cannot be reached or the connection broke ({first_line(chain[-1])}), and "
             f"{cache} does not hold it completely; try again, the bytes that arrived are kept"
         )
-    return FastsdError(f"{hub_id}: {reason}")
+    return FastsdError(f"{reason}", path=hub_id)
 
 
 def _causes(error: BaseException) -> list[BaseException]:

@@ -28,7 +28,7 @@ def one_file(hub_id: HubId) -> FileSelector:
 
     def select(names: Set[str]) -> list[str]:
         if hub_id.file not in names:
-            raise FastsdError(f"{hub_id}: no such file in that repository{_single_files(names)}")
+            raise FastsdError(f"no such file in that repository{_single_files(names)}", path=hub_id)
         return [hub_id.file]
 
     return select
@@ -40,12 +40,12 @@ def model_files(hub_id: HubId, half: bool) -> FileSelector:
     def select(names: Set[str]) -> list[str]:
         if "model_index.json" not in names:
             others = _single_files(names) or "; it holds no .safetensors file either"
-            raise FastsdError(f"{hub_id}: no model_index.json in that repository{others}")
+            raise FastsdError(f"no model_index.json in that repository{others}", path=hub_id)
         folders = {name.split("/")[0] for name in names if "/" in name}
         for network in ("unet", "vae", "scheduler"):
             if network not in folders:
                 raise FastsdError(
-                    f"{hub_id}: no {network}/ in that repository; it is not a Stable Diffusion 1, 2 or XL model"
+                    f"no {network}/ in that repository; it is not a Stable Diffusion 1, 2 or XL model", path=hub_id
                 )
         selected = [name for name in _CONFIGS if name in names]
         for folder in ("tokenizer", "tokenizer_2"):
@@ -64,7 +64,7 @@ def network_files(hub_id: HubId, half: bool, network: str) -> FileSelector:
     def select(names: Set[str]) -> list[str]:
         folder = "" if "config.json" in names else f"{network}/"
         if f"{folder}config.json" not in names:
-            raise FastsdError(f"{hub_id}: no config.json or {network}/ in that repository{_single_files(names)}")
+            raise FastsdError(f"no config.json or {network}/ in that repository{_single_files(names)}", path=hub_id)
         return [f"{folder}config.json", _weights(hub_id, names, folder, STEMS["vae"], half)]
 
     return select
@@ -75,7 +75,7 @@ def _weights(hub_id: HubId, names: Set[str], folder: str, stem: str, half: bool)
     for name in weight_file_names(stem, half):
         if folder + name in names:
             return folder + name
-    raise FastsdError(f"{hub_id}: no {folder}{stem}{SUFFIX} in that repository; fastsd reads no other weights")
+    raise FastsdError(f"no {folder}{stem}{SUFFIX} in that repository; fastsd reads no other weights", path=hub_id)
 
 
 def _single_files(names: Set[str]) -> str:

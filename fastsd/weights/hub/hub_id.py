@@ -79,11 +79,13 @@ def parse_hub_id(text: str | Path, revision: str | None = None) -> HubId | None:
         match = None
     if revision is not None:
         if not re.fullmatch(_REVISION, revision, re.ASCII) or ".." in revision:
-            raise FastsdError(f"revision: {revision[:80]!r} should be a branch, a tag or a commit")
+            raise FastsdError(f"{revision[:80]!r} should be a branch, a tag or a commit", argument="revision")
         if match is None:
-            raise FastsdError(f"revision: given with {text}, which is not the id of a model on the hub (org/name)")
+            raise FastsdError(
+                f"given with {text}, which is not the id of a model on the hub (org/name)", argument="revision"
+            )
         if match["revision"] not in (None, revision):
-            raise FastsdError(f"revision: {revision} contradicts the revision in {text}")
+            raise FastsdError(f"{revision} contradicts the revision in {text}", argument="revision")
     return HubId(match["repo"], revision or match["revision"], file) if match else None
 
 

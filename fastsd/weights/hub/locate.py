@@ -80,7 +80,7 @@ def _fetch(hub_id: HubId, select: FileSelector, half: bool) -> ModelLocation:
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError as error:
         raise FastsdError(
-            f"{hub_id}: no such path here; to fetch it from the hub, first run: pip install huggingface_hub"
+            "no such path here; to fetch it from the hub, first run: pip install huggingface_hub", path=hub_id
         ) from error
     if hub_id.pinned and (location := _in_cache(hub_id, select, half)):
         return location
@@ -96,7 +96,9 @@ def _fetch(hub_id: HubId, select: FileSelector, half: bool) -> ModelLocation:
             raise hub_error(hub_id, error) from error
         return location
     except (ValueError, KeyError, TypeError) as error:
-        raise FastsdError(f"{hub_id}: {constants.ENDPOINT} does not answer like a hub ({first_line(error)})") from error
+        raise FastsdError(
+            f"{constants.ENDPOINT} does not answer like a hub ({first_line(error)})", path=hub_id
+        ) from error
     selected = select(set(sizes))
     broken: tuple[type[BaseException], ...] = (*unreachable, RuntimeError)  # hf_xet raises RuntimeError
     try:
@@ -166,9 +168,9 @@ def _check_listed(hub_id: HubId, files: list[str], sizes: dict[str, int]) -> Non
     """Before any download, refuse files that are not in the repository and configs that are too large to read."""
     for name in files:
         if name not in sizes:
-            raise FastsdError(f"{hub_id}: no {name} in that repository, though an index of shards there names it")
+            raise FastsdError(f"no {name} in that repository, though an index of shards there names it", path=hub_id)
         if not name.endswith(SUFFIX) and sizes[name] > MAX_JSON:
-            raise FastsdError(f"{hub_id}: its {name} has {sizes[name]} bytes; no config has more than {MAX_JSON}")
+            raise FastsdError(f"its {name} has {sizes[name]} bytes; no config has more than {MAX_JSON}", path=hub_id)
 
 
 def _check_disk_space(hub_id: HubId, nbytes: int) -> None:
@@ -181,6 +183,7 @@ def _check_disk_space(hub_id: HubId, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if nbytes > free:
         raise FastsdError(
-            f"{hub_id}: the download takes {nbytes / 2**30:.1f} GiB and {constants.HF_HUB_CACHE} has "
-            f"{free / 2**30:.1f} GiB free; free some, or set HF_HOME to a folder on another disk"
+            f"the download takes {nbytes / 2**30:.1f} GiB and {constants.HF_HUB_CACHE} has "
+            f"{free / 2**30:.1f} GiB free; free some, or set HF_HOME to a folder on another disk",
+            path=hub_id,
         )

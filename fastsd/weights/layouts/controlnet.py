@@ -37,9 +37,9 @@ _NOT_CONTROLNETS = {
     "adapter.body.": "a T2I adapter, which fastsd does not read",
     "body.0.resnets": "a T2I adapter, which fastsd does not read",
     "ip_adapter": "an IP-Adapter, which fastsd does not read",
-    "model.diffusion_model.": "a whole checkpoint, which --model takes",
-    "lora": "a LoRA, which --lora takes",
-    "encoder.conv_in": "an autoencoder, which --vae takes",
+    "model.diffusion_model.": "a whole checkpoint, which {model} takes",
+    "lora": "a LoRA, which {lora} takes",
+    "encoder.conv_in": "an autoencoder, which {vae} takes",
 }
 
 
@@ -66,7 +66,7 @@ def load_controlnet(
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise FastsdError(
-                f"{path}: no config.json in this folder, so it is not a ControlNet in the diffusers layout"
+                "no config.json in this folder, so it is not a ControlNet in the diffusers layout", path=path
             )
         bgr = _read_config(path / "config.json", model)
         files = find_files(path, "diffusion_pytorch_model", dtype != torch.float32)
@@ -76,7 +76,7 @@ def load_controlnet(
     entries = {key.removeprefix(PREFIX): entry for key, entry in entries.items()}
     original = f"{ORIGINAL_HINT}0.weight" in entries
     if not original and f"{HINT}conv_in.weight" not in entries:
-        raise FastsdError(f"{path}: {_what_else(entries)}")
+        raise FastsdError(f"{_what_else(entries)}", path=path)
     memory.check_weights(path, sum(math.prod(entry.shape) for entry in entries.values()), dtype, device)
     with torch.device("meta"):
         module = ControlNet(_config(where, model, entries, original, bgr))
@@ -111,7 +111,7 @@ def _config(
     later = [entries[layer] for layer in layers if layer in entries]
     shapes = [entry.shape for entry in (first, *(later[:-1] if original else later))]  # the original's last is conv_out
     if any(len(shape) != 4 or not 0 < shape[0] <= 4096 for shape in shapes):
-        raise FastsdError(f"{path}: the key {first.key} and those after it are not layers that shrink an image")
+        raise FastsdError(f"the key {first.key} and those after it are not layers that shrink an image", path=path)
     depths, middle = model.transformer_layers_per_block, model.mid_transformer_layers
     if not original:  # small ones have no attention
         attends = [any(key.startswith(f"down_blocks.{i}.attentions.") for key in entries) for i in range(len(depths))]
@@ -133,7 +133,7 @@ def _renamed(path: Path, module: ControlNet, entries: dict[str, TensorEntry]) ->
     originals = {key: _original_key(module, table, key) for key in folder_keys(module)}
     for original in originals.values():
         if original not in entries:
-            raise FastsdError(f"{path}: the key {original} is missing")
+            raise FastsdError(f"the key {original} is missing", path=path)
     known = set(originals.values())
     return {key: entries[original] for key, original in originals.items()} | {
         key: entry for key, entry in entries.items() if key not in known
@@ -162,8 +162,9 @@ def _check_family(path: Path, module: ControlNet, entries: Mapping[str, TensorEn
     keys = [entry for key, entry in entries.items() if key.endswith("attn2.to_k.weight") and len(entry.shape) == 2]
     if keys and keys[0].shape[1] != expected:
         raise FastsdError(
-            f"{path}: this ControlNet reads {keys[0].shape[1]} text features and the model's text has {expected}; it "
-            "belongs to another family (SD 1: 768, SD 2: 1024, SDXL: 2048)"
+            f"this ControlNet reads {keys[0].shape[1]} text features and the model's text has {expected}; it "
+            "belongs to another family (SD 1: 768, SD 2: 1024, SDXL: 2048)",
+            path=path,
         )
 
 

@@ -21,8 +21,8 @@ _NOT_CHECKPOINTS = (
     (("double_blocks.", "joint_blocks.", "single_transformer_blocks."), "a Flux or Stable Diffusion 3 model"),
     (("lora_", ".lora", "hada_w", "lokr_w"), "a LoRA or another adapter"),
     (("down_blocks.0.resnets", "up_blocks.0.resnets"), "one part of a diffusers folder; give the folder"),
-    (("encoder.down.", "decoder.up."), "an autoencoder, which --vae takes"),
-    (("decoder.layers.0.weight", "3.conv.4.weight"), "TAESD, the tiny autoencoder, which --vae takes"),
+    (("encoder.down.", "decoder.up."), "an autoencoder, which {vae} takes"),
+    (("decoder.layers.0.weight", "3.conv.4.weight"), "TAESD, the tiny autoencoder, which {vae} takes"),
     (("diffusion_model.input_blocks", "input_blocks.0"), "a UNet alone, without text encoder and autoencoder"),
     (("clip_l", "clip_g", "string_to_param", "emb_params"), "a textual inversion"),
     (("text_model.", "resblocks."), "a text encoder alone"),
@@ -114,8 +114,9 @@ def find_family(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> Chec
     width = sum(text.config.hidden_size for text in texts)
     if width != unet.cross_attention_dim:
         raise FastsdError(
-            f"{path}: its text encoders give {width} features, its UNet reads {unet.cross_attention_dim}; "
-            "they belong to different families"
+            f"its text encoders give {width} features, its UNet reads {unet.cross_attention_dim}; "
+            "they belong to different families",
+            path=path,
         )
     vae = None
     if reader.has(layout.vae_prefix):
@@ -143,7 +144,7 @@ def find_vae(path: Path, shapes: Shapes, preset: VAEConfig) -> VAEConfig:
         layers.add(_count(shapes, f"encoder.down.{level}.block.", MAX_LAYERS, path))
         widths.append(reader.shape(f"encoder.down.{level}.block.0.conv1.weight", 4)[0])
     if len(layers) != 1 or 0 in layers or any(width % GROUPS for width in widths):
-        raise FastsdError(f"{path}: no known autoencoder has levels of {widths} channels")
+        raise FastsdError(f"no known autoencoder has levels of {widths} channels", path=path)
     return replace(
         preset,
         in_channels=first[1],
@@ -173,9 +174,9 @@ class _ShapeReader:
         key = self.prefix + key
         shape = self.shapes.get(key)
         if shape is None:
-            raise FastsdError(f"{self.path}: the key {key} is missing")
+            raise FastsdError(f"the key {key} is missing", path=self.path)
         if len(shape) != dimensions or not all(0 < n < 2**20 for n in shape):
-            raise FastsdError(f"{self.path}: the key {key} is {list(shape)}; it should have {dimensions} dimensions")
+            raise FastsdError(f"the key {key} is {list(shape)}; it should have {dimensions} dimensions", path=self.path)
         return shape
 
 
@@ -183,16 +184,17 @@ def _find_layout(reader: _ShapeReader) -> FileLayout:
     """The first layout whose UNet and text encoders the file holds."""
     rows = [row for row in FILE_LAYOUTS if row.unet_prefix + FIRST_KEY in reader.shapes]
     if not rows:
-        raise FastsdError(f"{reader.path}: {_what_else(reader.shapes)}")
+        raise FastsdError(f"{_what_else(reader.shapes)}", path=reader.path)
     layout = next((row for row in rows if all(reader.has(text.prefix) for text in row.texts)), None)
     if layout is None:
         prefixes = ", or ".join(" and ".join(f"{text.prefix}*" for text in row.texts) for row in rows)
-        raise FastsdError(f"{reader.path}: no text encoder in this file; its keys should start with {prefixes}")
+        raise FastsdError(f"no text encoder in this file; its keys should start with {prefixes}", path=reader.path)
     label = f"{layout.unet_prefix}label_emb."
     if reader.has(label) != bool(layout.size_inputs):
         state = f"lacks {label}*" if layout.size_inputs else f"has {label}*"
         raise FastsdError(
-            f"{reader.path}: its text encoders are those of {layout.family}, but its UNet {state}; no family has both"
+            f"its text encoders are those of {layout.family}, but its UNet {state}; no family has both",
+            path=reader.path,
         )
     return layout
 
@@ -210,7 +212,7 @@ def _count(keys: Iterable[str], prefix: str, limit: int, path: Path) -> int:
     numbers = {key[len(prefix) :].split(".", 1)[0] for key in keys if key.startswith(prefix)}
     count = next((i for i in range(limit + 1) if str(i) not in numbers), limit + 1)
     if count > limit:
-        raise FastsdError(f"{path}: more than {limit} of {prefix}N; no Stable Diffusion model has that many")
+        raise FastsdError(f"more than {limit} of {prefix}N; no Stable Diffusion model has that many", path=path)
     return count
 
 
@@ -257,7 +259,7 @@ def _text_layers(reader: _ShapeReader, prefix: str) -> int:
 
 def _text_heads(reader: _ShapeReader, hidden: int) -> int:
     if hidden % HEAD_DIM:
-        raise FastsdError(f"{reader.path}: {reader.prefix}* is {hidden} wide; it should be a multiple of {HEAD_DIM}")
+        raise FastsdError(f"{reader.prefix}* is {hidden} wide; it should be a multiple of {HEAD_DIM}", path=reader.path)
     return hidden // HEAD_DIM
 
 
@@ -269,20 +271,21 @@ def _unet(reader: _ShapeReader, layout: FileLayout, texts: tuple[FileTextEncoder
     context = [key for key in shapes if key.endswith("attn2.to_k.weight")]
     projections = [key for key in shapes if key.endswith(".1.proj_in.weight")]
     if not context or not projections:
-        raise FastsdError(f"{path}: its UNet reads no text (no key ends in attn2.to_k.weight)")
+        raise FastsdError("its UNet reads no text (no key ends in attn2.to_k.weight)", path=path)
     linear = len(shapes[min(projections)]) == 2
     heads = tuple(width // HEAD_DIM for width in widths) if linear else (8,) * len(widths)
     if any(n == 0 or width % n or width % GROUPS for n, width in zip(heads, widths, strict=True)):
-        raise FastsdError(f"{path}: no known UNet has levels of {list(widths)} channels")
+        raise FastsdError(f"no known UNet has levels of {list(widths)} channels", path=path)
     added = inner.shape("label_emb.0.0.weight", 2)[1] if layout.size_inputs else 0
     size_features, rest = divmod(added - texts[-1].config.projection_dim, layout.size_inputs or 1)
     if added and (rest or size_features <= 0):
-        raise FastsdError(f"{path}: the key {prefix}label_emb.0.0.weight reads {added} features; no family does")
+        raise FastsdError(f"the key {prefix}label_emb.0.0.weight reads {added} features; no family does", path=path)
     guidance = inner.shape("time_embed.cond_proj.weight", 2)[1] if inner.has("time_embed.cond_proj.") else 0
     if guidance % 2 or guidance == 2:
         raise FastsdError(
-            f"{path}: the key {prefix}time_embed.cond_proj.weight reads {guidance} features; it should be an even "
-            "number from 4 on"
+            f"the key {prefix}time_embed.cond_proj.weight reads {guidance} features; it should be an even "
+            "number from 4 on",
+            path=path,
         )
     return UNetConfig(
         in_channels=inner.shape(FIRST_KEY, 4)[1],
@@ -314,7 +317,7 @@ def _levels(reader: _ShapeReader, shapes: Shapes) -> tuple[tuple[int, ...], tupl
         levels[-1].append((width, _count(shapes, f"input_blocks.{i}.1.transformer_blocks.", MAX_DEPTH, path)))
     counts = {len(level) for level in levels}
     if len(levels) > MAX_LEVELS or len(counts) != 1 or 0 in counts or any(len(set(level)) != 1 for level in levels):
-        raise FastsdError(f"{path}: no known UNet has {reader.prefix}input_blocks of (width, depth) {levels}")
+        raise FastsdError(f"no known UNet has {reader.prefix}input_blocks of (width, depth) {levels}", path=path)
     widths, depths = zip(*(level[0] for level in levels), strict=True)
     return widths, depths, counts.pop()
 

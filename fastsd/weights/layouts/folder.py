@@ -73,7 +73,7 @@ def outline_folder(root: Path, half: bool) -> tuple[Components, dict[str, list[P
         files[f"text_encoder{suffix}"] = find_files(root / f"text_encoder{suffix}", "model", half)
         tokenizers.append(Tokenizer(root / f"tokenizer{suffix}"))
     if not clip_configs:
-        raise FastsdError(f"{root}: no text_encoder folder; a Stable Diffusion checkpoint has one or two")
+        raise FastsdError("no text_encoder folder; a Stable Diffusion checkpoint has one or two", path=root)
     _check_compatible(root, unet_config, vae_config, clip_configs, index.get("requires_aesthetics_score") is True)
     for name in ("unet", "vae"):
         files[name] = find_files(root / name, "diffusion_pytorch_model", half)
@@ -99,7 +99,7 @@ def outline_folder(root: Path, half: bool) -> tuple[Components, dict[str, list[P
         few_step=few_step,
     )
     if set(files) != {name for name, _ in components.networks()}:
-        raise FastsdError(f"{root}: its text encoders should be text_encoder/, and for SDXL text_encoder_2/ too")
+        raise FastsdError("its text encoders should be text_encoder/, and for SDXL text_encoder_2/ too", path=root)
     return components, files
 
 
@@ -109,31 +109,34 @@ def _check_compatible(
     """Refuse networks that do not fit together, before their weights are read."""
     width = sum(config.hidden_size for config in clips)
     if width != unet.cross_attention_dim:
-        raise FastsdError(f"{root}: the text encoders give {width} features, the UNet reads {unet.cross_attention_dim}")
+        raise FastsdError(
+            f"the text encoders give {width} features, the UNet reads {unet.cross_attention_dim}", path=root
+        )
     channels = vae.latent_channels
     if unet.out_channels != channels or unet.in_channels not in (channels, 2 * channels + 1):
         raise FastsdError(
-            f"{root}: the UNet reads {unet.in_channels} channels and gives {unet.out_channels}; with this autoencoder "
-            f"it should read {channels} (or {2 * channels + 1}, for inpainting) and give {channels}"
+            f"the UNet reads {unet.in_channels} channels and gives {unet.out_channels}; with this autoencoder "
+            f"it should read {channels} (or {2 * channels + 1}, for inpainting) and give {channels}",
+            path=root,
         )
     if unet.addition_time_embed_dim:
         pooled = clips[-1].projection_dim or clips[-1].hidden_size
         features = pooled + (5 if scored else 6) * unet.addition_time_embed_dim
         expected = unet.projection_class_embeddings_input_dim
         if features != expected:
-            raise FastsdError(f"{root}: text and sizes give {features} added features, the UNet reads {expected}")
+            raise FastsdError(f"text and sizes give {features} added features, the UNet reads {expected}", path=root)
 
 
 def check_model_folder(root: Path) -> None:
     """Refuse what is not a checkpoint folder; the message says what it is."""
     if not root.exists():
-        raise FastsdError(f"{root}: no such model; give a folder that holds model_index.json")
+        raise FastsdError("no such model; give a folder that holds model_index.json", path=root)
     if not root.is_dir():
-        raise FastsdError(f"{root}: not a folder")
+        raise FastsdError("not a folder", path=root)
     if not any(root.iterdir()):
-        raise FastsdError(f"{root}: the folder is empty; a model folder holds model_index.json, unet/, vae/, ...")
+        raise FastsdError("the folder is empty; a model folder holds model_index.json, unet/, vae/, ...", path=root)
     if not (root / "model_index.json").is_file():
-        raise FastsdError(f"{root}: no model_index.json in this folder, so it is not a model in the diffusers layout")
+        raise FastsdError("no model_index.json in this folder, so it is not a model in the diffusers layout", path=root)
     for name in ("unet", "vae", "scheduler"):
         if not (root / name).is_dir():
-            raise FastsdError(f"{root}: the folder {name}/ is missing; download the model again")
+            raise FastsdError(f"the folder {name}/ is missing; download the model again", path=root)

@@ -49,7 +49,7 @@ def write_configs(components: Components, root: Path) -> None:
     unet, vae = components.unet, components.vae
     if vae.encoder is None:
         raise FastsdError(
-            f"{root}: not written: the autoencoder is only TAESD's decoder, and a folder needs its encoder too"
+            "not written: the autoencoder is only TAESD's decoder, and a folder needs its encoder too", path=root
         )
     size = components.sample_size
     xl, refiner = components.xl, len(components.text_encoders) == 1

@@ -52,7 +52,7 @@ class FileNetwork:
         """Refuse a file that lacks a tensor; the message names the file's key."""
         for key, original in self.keys.items():
             if key not in self.entries:
-                raise FastsdError(f"{path}: the key {original.key} is missing")
+                raise FastsdError(f"the key {original.key} is missing", path=path)
 
 
 def read_file(path: Path, allow_pickle: bool = False) -> tuple[dict[str, TensorEntry], dict[str, str]]:
@@ -62,11 +62,11 @@ def read_file(path: Path, allow_pickle: bool = False) -> tuple[dict[str, TensorE
         FastsdError: no file, malformed, or a pickle that is not allowed.
     """
     if not path.exists():
-        raise FastsdError(f"{path}: no such model; give a folder that holds model_index.json, or a .safetensors file")
+        raise FastsdError("no such model; give a folder that holds model_index.json, or a .safetensors file", path=path)
     if path.is_dir():
-        raise FastsdError(f"{path}: a folder; a .safetensors file is expected")
+        raise FastsdError("a folder; a .safetensors file is expected", path=path)
     if not path.is_file():
-        raise FastsdError(f"{path}: not a regular file")
+        raise FastsdError("not a regular file", path=path)
     if is_pickle(path):
         return read_pickle(path, allow_pickle), {}
     return read_header(path)
@@ -97,7 +97,7 @@ def load_single_file(
     path = Path(path)
     components, networks, family = outline_file(path, prediction, allow_pickle, ema)
     if family.vae is None and vae is None:
-        raise FastsdError(f"{path}: no autoencoder in this file ({family.layout.vae_prefix}*); add one with --vae FILE")
+        raise FastsdError(f"no autoencoder in this file ({family.layout.vae_prefix}*); add one with {{vae}}", path=path)
     needed = [(name, module) for name, module in components.networks() if name != "vae" or vae is None]
     for name, _ in needed:  # all keys are checked before memory is allocated
         networks[name].check_complete(path)
@@ -149,13 +149,13 @@ def ema_entries(path: Path, layout: FileLayout, entries: dict[str, TensorEntry])
         FastsdError: there is none, or a weight has none.
     """
     if not any(key.startswith(EMA_PREFIX) for key in entries):
-        raise FastsdError(f"{path}: no averaged weights ({EMA_PREFIX}*) in this file; leave out --ema (ema=True)")
+        raise FastsdError(f"no averaged weights ({EMA_PREFIX}*) in this file; leave out {{ema}}", path=path)
     averages = {}
     for key in entries:
         if key.startswith(layout.unet_prefix):
             name = EMA_PREFIX + key.removeprefix("model.").replace(".", "")
             if name not in entries:
-                raise FastsdError(f"{path}: the key {name} is missing, which --ema (ema=True) needs")
+                raise FastsdError(f"the key {name} is missing, which {{ema}} needs", path=path)
             averages[key] = entries[name]
     return averages
 
@@ -199,11 +199,12 @@ def tokenizer_for(text: TextEncoderLayout) -> Tokenizer:
 
 def _prediction(path: Path, family: CheckpointFamily, requested: str | None) -> str:
     if requested is not None and requested not in PREDICTIONS:
-        raise FastsdError(f"prediction: {requested!r} should be {', '.join(PREDICTIONS)}")
+        raise FastsdError(f"{requested!r} should be {', '.join(PREDICTIONS)}", argument="prediction")
     if requested is None and family.prediction is None:
         raise FastsdError(
-            f"{path}: it is {family.name} and does not say what it predicts; add --prediction v_prediction (the models "
-            "for 768 pixels) or --prediction epsilon (the base models for 512)"
+            f"it is {family.name} and does not say what it predicts; add {{prediction}} v_prediction (the models "
+            "for 768 pixels) or {prediction} epsilon (the base models for 512)",
+            path=path,
         )
     return requested or family.prediction or ""
 

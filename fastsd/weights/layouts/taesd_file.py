@@ -60,7 +60,7 @@ def load_taesd(
             sibling_halves = _halves(sibling, read(sibling))[0]
             halves |= {side: sibling_halves[side]} if side in sibling_halves else {}
     if "decoder" not in halves:
-        raise FastsdError(f"{path}: only TAESD's encoder; give the file of its decoder")
+        raise FastsdError("only TAESD's encoder; give the file of its decoder", path=path)
     if not encodes:
         halves.pop("encoder", None)
     with torch.device("meta"):
@@ -69,7 +69,7 @@ def load_taesd(
     for source in needed:
         half = halves[source.key.split(".")[0]]
         if source.key not in half.entries:
-            raise FastsdError(f"{half.path}: the key {half.file_key(source.key)} {list(source.shape)} is missing")
+            raise FastsdError(f"the key {half.file_key(source.key)} {list(source.shape)} is missing", path=half.path)
     merged = {key: entry for half in halves.values() for key, entry in half.entries.items()} | extra
     unchecked = dict(merged)
     for source in needed:  # all shapes are checked before memory is allocated
@@ -111,9 +111,9 @@ class _Half:
         key = f"{self.side}.layers.{number}.weight"
         entry = self.entries.get(key)
         if entry is None:
-            raise FastsdError(f"{self.path}: the key {self.file_key(key)} is missing")
+            raise FastsdError(f"the key {self.file_key(key)} is missing", path=self.path)
         if len(entry.shape) != 4 or not all(0 < n <= MAX_WIDTH for n in entry.shape):
-            raise FastsdError(f"{self.path}: the key {entry.key} is {list(entry.shape)}; no TAESD has such a layer")
+            raise FastsdError(f"the key {entry.key} is {list(entry.shape)}; no TAESD has such a layer", path=self.path)
         return entry.shape
 
     def layers(self) -> list[tuple[int, bool]]:
@@ -138,7 +138,7 @@ class _Half:
                 counts.append(0)
         inner = counts[1:-1]  # no block comes before the first convolution or after the last
         if not 1 <= len(inner) <= MAX_LEVELS or max(counts) > MAX_BLOCKS:
-            raise FastsdError(f"{self.path}: no TAESD {self.side} has {counts} blocks between its convolutions")
+            raise FastsdError(f"no TAESD {self.side} has {counts} blocks between its convolutions", path=self.path)
         return tuple(inner)
 
 
@@ -174,7 +174,8 @@ def _config(decoder: _Half, encoder: _Half | None) -> TAESDConfig:
     )
     if encoder is not None and len(config.num_encoder_blocks) != len(blocks):
         raise FastsdError(
-            f"{encoder.path}: the encoder has {len(config.num_encoder_blocks)} levels, the decoder {len(blocks)}; "
-            "they do not belong together"
+            f"the encoder has {len(config.num_encoder_blocks)} levels, the decoder {len(blocks)}; "
+            "they do not belong together",
+            path=encoder.path,
         )
     return config

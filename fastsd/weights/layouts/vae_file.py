@@ -58,7 +58,7 @@ def load_vae(
             module = AutoencoderKL(find_vae(path, _original_shapes(entries), preset))
         return fill(module, entries, path, dtype, device)
     if not any(key.startswith("encoder.down.") for key in entries):
-        raise FastsdError(f"{path}: not an autoencoder: no key starts with encoder.down, and it is not TAESD")
+        raise FastsdError("not an autoencoder: no key starts with encoder.down, and it is not TAESD", path=path)
     network = vae_network(find_vae(path, {key: entry.shape for key, entry in entries.items()}, preset), entries, "")
     network.check_complete(path)
     assert isinstance(network.module, AutoencoderKL)
@@ -82,7 +82,7 @@ def load_preview(
         FastsdError: not TAESD, a TAESD for other latents, or malformed.
     """
     path, device = Path(path), torch.device(device)
-    refusal = FastsdError(f"{path}: not TAESD, the tiny autoencoder that decodes previews")
+    refusal = FastsdError("not TAESD, the tiny autoencoder that decodes previews", path=path)
     if path.is_dir():
         config = configs.read_autoencoder(path / "config.json")
         if not isinstance(config, TAESDConfig):
@@ -111,7 +111,8 @@ def check_latents(path: str | Path, vae: Autoencoder, channels: int) -> None:
     vae_channels = vae.config.latent_channels
     if vae_channels != channels:
         raise FastsdError(
-            f"{path}: its latents have {vae_channels} channels, this model's {channels}; it belongs to another family"
+            f"its latents have {vae_channels} channels, this model's {channels}; it belongs to another family",
+            path=path,
         )
 
 

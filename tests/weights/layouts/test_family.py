@@ -113,7 +113,7 @@ def test_metadata_are_believed(originals: Any) -> None:
 
 def test_sd2_without_a_word_is_refused(originals: Any) -> None:
     """Half of the published SD 2 models predict one, half the other; the wrong one gives noise."""
-    with pytest.raises(FastsdError, match="it is SD 2 and does not say what it predicts; add --prediction"):
+    with pytest.raises(FastsdError, match="it is SD 2 and does not say what it predicts; add prediction"):
         load_single_file(originals.file("sd2"), torch.float32)
     inpainting = load_single_file(originals.file("sd2 inpainting"), torch.float32)
     assert inpainting.scheduler.prediction_type == "epsilon"
@@ -125,7 +125,7 @@ STRANGERS = {
     "ControlNet": ({"control_model.input_blocks.0.0.weight": (320, 4, 3, 3)}, "looks like a ControlNet"),
     "Flux": ({"double_blocks.0.img_attn.qkv.weight": (9, 3)}, "a Flux or Stable Diffusion 3 model"),
     "diffusers' UNet": ({"down_blocks.0.resnets.0.conv1.weight": (3, 3, 3, 3)}, "give the folder"),
-    "VAE": ({"encoder.down.0.block.0.conv1.weight": (3, 3, 3, 3)}, "an autoencoder, which --vae takes"),
+    "VAE": ({"encoder.down.0.block.0.conv1.weight": (3, 3, 3, 3)}, "an autoencoder, which vae takes"),
     "UNet": ({"diffusion_model.input_blocks.0.0.weight": (3, 3, 3, 3)}, "a UNet alone"),
     "embedding": ({"clip_g": (2, 1280), "clip_l": (2, 768)}, "a textual inversion"),
     "text encoder": ({"text_model.embeddings.token_embedding.weight": (9, 3)}, "a text encoder alone"),
