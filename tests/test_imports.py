@@ -107,6 +107,32 @@ def test_imports_run_one_way(module: str, file: Path) -> None:
     assert not edges, "against the order of the rooms: " + "; ".join(edges)
 
 
+def test_modules_import_one_another_in_no_circle() -> None:
+    """Within a subpackage too, and inside functions; a package's `__init__` stands for the package."""
+    names = {module for module, _ in sources()}
+
+    def known(name: str) -> str:
+        return name if name in names else name.rpartition(".")[0]
+
+    edges = {
+        module: {
+            known(name)
+            for name in imported_modules(file.read_text(encoding="utf-8"), module, file.name == "__init__.py")
+        }
+        - {module, "fastsd"}
+        for module, file in sources()
+        if module != "fastsd"  # it hands out names of all of them
+    }
+    order: list[str] = []
+    while edges:
+        free = sorted(module for module, targets in edges.items() if not targets & set(edges))
+        assert free, f"a circle among {sorted(edges)}"
+        order += free
+        for module in free:
+            del edges[module]
+    assert "fastsd.pipeline" in order
+
+
 @pytest.mark.parametrize(
     ("source", "module", "is_package"),
     [
