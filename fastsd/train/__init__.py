@@ -7,18 +7,22 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `fastsd train`."""
-    parser.add_argument("--config", required=True, metavar="FILE", help="what to train: configs/digits.toml")
-    parser.add_argument("--out", metavar="DIR", help="the run's folder (default: the config's out)")
-    parser.add_argument("--export", metavar="DIR", help="where the model goes (default: the config's export)")
-    parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
-    parser.add_argument("--export-only", action="store_true", help="export the model as the last checkpoint has it")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="the training config, for example configs/digits.toml"
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder of the run (default: `out` in the config)")
+    parser.add_argument(
+        "--export", metavar="DIR", help="folder of the finished model (default: `export` in the config)"
+    )
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint of the run")
+    parser.add_argument("--export-only", action="store_true", help="export the last checkpoint without training")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train as the flags say; returns the exit code.
 
     Raises:
-        FastsdError: bad config, missing data, a run in the way.
+        FastsdError: invalid config, missing data, an existing run without `--resume`.
     """
     from fastsd.train.run import train
 

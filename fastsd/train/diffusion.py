@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -12,24 +13,25 @@ from fastsd.model.unet import UNet
 from fastsd.sampling.schedule import alphas_cumprod
 from fastsd.train.autoencoder import Latents
 from fastsd.train.captions import caption
-from fastsd.train.loop import Chance, Loss
+from fastsd.train.loop import Loss, RandomStreams
 from fastsd.train.settings import Diffusion
 
 
-class Denoiser(nn.Module):
-    """What the stage trains: `unet` and `text_encoder`."""
+class DiffusionModel(nn.Module):
+    """The networks that the stage trains: `unet` and `text_encoder`."""
 
     def __init__(self, unet: UNetConfig, text: CLIPConfig):
         super().__init__()
         self.unet, self.text_encoder = UNet(unet), TextEncoder(text)
-        # The network begins by predicting 0, the mean of every target.
+        # The network starts by predicting 0, the mean of every target.
         for parameter in self.unet.conv_out.parameters():
             nn.init.zeros_(parameter)
 
 
-def target(scheduler: SchedulerConfig, x: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
-    """What the network should say: the noise, the image, or v = sqrt(ab) noise - sqrt(1 - ab) x (Salimans and Ho
-    2022, appendix D)."""
+def prediction_target(
+    scheduler: SchedulerConfig, x: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor
+) -> torch.Tensor:
+    """The noise, the clean latent, or v = sqrt(ab) noise - sqrt(1 - ab) x (Salimans and Ho 2022, appendix D)."""
     if scheduler.prediction_type == "epsilon":
         return noise
     if scheduler.prediction_type == "sample":
@@ -37,42 +39,43 @@ def target(scheduler: SchedulerConfig, x: torch.Tensor, noise: torch.Tensor, alp
     return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x
 
 
-def denoising_loss(model: Denoiser, latents: Latents, tokenizer: Tokenizer, stage: Diffusion) -> Loss:
-    """Mean squared error of the prediction, all timesteps alike (Ho et al. 2020, equation 14).
+def denoising_loss(model: DiffusionModel, latents: Latents, tokenizer: Tokenizer, settings: Diffusion) -> Loss:
+    """Mean squared error of the prediction, equal weight for all timesteps (Ho et al. 2020, equation 14).
 
-    With v as the target this weighs the error of the denoised image by SNR + 1 (Salimans and Ho 2022, section 4).
-    Timesteps are stratified over the batch, which takes most of the noise out of the loss. Captions are drawn anew
-    every time.
+    With v as the target, this weights the error of the denoised latent by SNR + 1 (Salimans and Ho 2022, section 4).
+    Timesteps are stratified over the batch, which removes most of the noise from the loss. Every batch gets new
+    captions.
     """
-    scheduler = stage.scheduler
-    levels = torch.from_numpy(alphas_cumprod(scheduler).copy())
-    total = len(levels)
+    scheduler = settings.scheduler
+    alpha_bars = torch.from_numpy(alphas_cumprod(scheduler).copy())
+    total = len(alpha_bars)
     labels, styles = latents.labels.numpy(), latents.styles.numpy()
 
-    def loss(chance: Chance, batch: int) -> tuple[torch.Tensor, dict[str, float]]:
-        rows = chance.numpy.integers(len(labels), size=batch)
-        texts = [
-            caption(
-                int(labels[row]),
-                tuple(int(end) for end in styles[row]),  # type: ignore[arg-type]
-                chance.numpy,
-                empty=stage.empty,
-                unknown=stage.unknown,
-                style_share=stage.style_word_share,
-            )
-            for row in rows
-        ]
+    def random_caption(row: int, generator: np.random.Generator) -> str:
+        thickness, slant, size = (int(end) for end in styles[row])
+        return caption(
+            int(labels[row]),
+            (thickness, slant, size),
+            generator,
+            empty=settings.empty,
+            unknown=settings.unknown,
+            style_share=settings.style_word_share,
+        )
+
+    def loss(random: RandomStreams, batch: int) -> tuple[torch.Tensor, dict[str, float]]:
+        rows = random.numpy.integers(len(labels), size=batch)
+        texts = [random_caption(row, random.numpy) for row in rows]
         index = torch.from_numpy(rows)
-        x = latents.sample(index, torch.randn(latents.mean[index].shape, generator=chance.torch))
-        noise = torch.randn(x.shape, generator=chance.torch)
-        places = (torch.arange(batch) + torch.rand(batch, generator=chance.torch)) / batch
-        t = (places * total).long().clamp_max(total - 1)
-        alpha_bar = levels[t].float()[:, None, None, None]
+        x = latents.sample(index, torch.randn(latents.mean[index].shape, generator=random.torch))
+        noise = torch.randn(x.shape, generator=random.torch)
+        fractions = (torch.arange(batch) + torch.rand(batch, generator=random.torch)) / batch
+        t = (fractions * total).long().clamp_max(total - 1)
+        alpha_bar = alpha_bars[t].float()[:, None, None, None]
         noisy = alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
         context = model.text_encoder(tokenizer(texts)).hidden
         prediction = model.unet(noisy, t.float(), context).float()
-        error = (prediction - target(scheduler, x, noise, alpha_bar)).square().mean((1, 2, 3))
-        # By noise level, since the timesteps rise over the batch; empty (nan) in a batch of one or two.
+        error = (prediction - prediction_target(scheduler, x, noise, alpha_bar)).square().mean((1, 2, 3))
+        # By noise level, since the timesteps rise over the batch; nan where a batch of one or two leaves a part empty.
         low, middle, high = (part.mean().item() for part in error.detach().tensor_split(3))
         return error.mean(), {"loss": error.mean().item(), "low": low, "middle": middle, "high": high}
 

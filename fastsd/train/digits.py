@@ -1,4 +1,4 @@
-"""MNIST (LeCun, Cortes, Burges 1998) as pictures to train on: read, enlarged smoothly, scaled and slanted at random."""
+"""MNIST (LeCun, Cortes, Burges 1998) as training images: read, enlarged to 64 x 64, scaled and sheared at random."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from fastsd.errors import FastsdError
 
-SIDE = 28  # of MNIST's pictures
-PICTURE = 64  # of ours
+MNIST_SIDE = 28  # pixels
+IMAGE_SIDE = 64  # pixels of a training image
 MARGIN = 2.0  # pixels that stay black at every edge
 
 
@@ -32,7 +32,7 @@ def read_digits(folder: str | Path, split: str = "train") -> Digits:
     """Read MNIST's IDX files.
 
     Args:
-        folder: holds `train-images-idx3-ubyte.gz` and the three other files.
+        folder: contains `train-images-idx3-ubyte.gz` and the three other files.
         split: "train" (60,000) or "t10k" (10,000).
 
     Raises:
@@ -41,18 +41,18 @@ def read_digits(folder: str | Path, split: str = "train") -> Digits:
     images = _read_idx(Path(folder) / f"{split}-images-idx3-ubyte.gz", dimensions=3)
     labels = _read_idx(Path(folder) / f"{split}-labels-idx1-ubyte.gz", dimensions=1)
     if len(images) != len(labels):
-        raise FastsdError(f"{folder}: {len(images)} pictures but {len(labels)} labels in the {split} files")
+        raise FastsdError(f"{folder}: {len(images)} images but {len(labels)} labels in the {split} files")
     return Digits(images, labels)
 
 
 def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
-    """An IDX file: two zero bytes, type (8: uint8), number of dimensions, sizes as big-endian int32, then the data."""
+    """Read an IDX file: two zero bytes, type (8: uint8), number of dimensions, sizes as big-endian int32, data."""
     if not path.is_file():
         raise FastsdError(f"{path}: no such file; data.mnist should be the folder with MNIST's four .gz files")
     try:
         raw = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
-        raise FastsdError(f"{path}: damaged, it cannot be unpacked ({error})") from None
+        raise FastsdError(f"{path}: damaged, cannot be decompressed ({error})") from None
     start = 4 + 4 * dimensions
     sizes = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, start, 4)]
     if raw[:4] != bytes([0, 0, 8, dimensions]) or len(raw) != start + math.prod(sizes):
@@ -63,14 +63,14 @@ def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
 def enlarge(
     images: NDArray[np.uint8], scale: NDArray[np.float64] | float = 1.0, shear: NDArray[np.float64] | float = 0.0
 ) -> torch.Tensor:
-    """MNIST's pictures at 64 x 64, by bicubic interpolation, edges made crisp again.
+    """Enlarge MNIST images to 64 x 64 by bicubic interpolation, then sharpen the edges.
 
-    The centre of mass stays at the centre, where MNIST has it. A scale that would bring a stroke nearer than `MARGIN`
-    to an edge is reduced to what fits.
+    The centre of mass stays at the centre, where MNIST puts it. A scale that would bring a stroke nearer than `MARGIN`
+    to an edge is reduced until it fits.
 
     Args:
         images: `[N, 28, 28]` uint8.
-        scale: 1 is the nominal size: 28 pixels become 64.
+        scale: 1 is the nominal size, at which 28 pixels become 64.
         shear: pixels to the right per pixel upwards.
 
     Returns:
@@ -80,35 +80,35 @@ def enlarge(
     scale = np.broadcast_to(np.asarray(scale, dtype=np.float64), (count,))
     shear = np.broadcast_to(np.asarray(shear, dtype=np.float64), (count,))
     zoom = np.minimum(scale, _largest_scale(images, shear))
-    # grid_sample asks where each output pixel comes from, both in [-1, 1] from edge to edge.
+    # grid_sample takes the source position of each output pixel; both range over [-1, 1] from edge to edge.
     inverse = torch.zeros(count, 2, 3)
     inverse[:, 0, 0] = inverse[:, 1, 1] = torch.from_numpy(1 / zoom)
     inverse[:, 0, 1] = torch.from_numpy(shear / zoom)
-    grid = F.affine_grid(inverse, [count, 1, PICTURE, PICTURE], align_corners=False)
+    grid = F.affine_grid(inverse, [count, 1, IMAGE_SIDE, IMAGE_SIDE], align_corners=False)
     source = torch.from_numpy(images.astype(np.float32) / 255)[:, None]
     smooth = F.grid_sample(source, grid, mode="bicubic", padding_mode="zeros", align_corners=False)[:, 0]
-    # More contrast around 0.4: bicubic edges are 2 to 3 pixels wide otherwise; faint strokes stay visible.
+    # Bicubic edges are 2 to 3 pixels wide; contrast around 0.4 sharpens them and keeps faint strokes visible.
     return ((smooth - 0.4) * 1.6 + 0.4).clamp(0, 1)
 
 
 def augment(
     images: NDArray[np.uint8], generator: np.random.Generator, scales: tuple[float, float], shear: float
 ) -> torch.Tensor:
-    """`enlarge` with a scale uniform in `scales` and a shear uniform in [-shear, shear] for each picture."""
+    """`enlarge` each image with a random scale, uniform in `scales`, and a random shear, uniform in [-shear, shear]."""
     scale = generator.uniform(*scales, size=len(images))
     return enlarge(images, scale, generator.uniform(-shear, shear, size=len(images)))
 
 
-def to_rgb(pictures: torch.Tensor) -> torch.Tensor:
-    """`[N, H, W]` in [0, 1] to what the autoencoder reads, `[N, H, W, 3]` in [-1, 1]."""
-    return (pictures * 2 - 1)[..., None].expand(*pictures.shape, 3)
+def to_rgb(images: torch.Tensor) -> torch.Tensor:
+    """`[N, H, W]` in [0, 1] to the input of the autoencoder, `[N, H, W, 3]` in [-1, 1]."""
+    return (images * 2 - 1)[..., None].expand(*images.shape, 3)
 
 
 def _largest_scale(images: NDArray[np.uint8], shear: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The scale at which the ink, sheared, reaches the margin on one side."""
-    offset = np.abs(np.arange(SIDE) + 0.5 - SIDE / 2) + 0.5
+    """The scale at which the sheared ink reaches the margin on one side."""
+    offset = np.abs(np.arange(MNIST_SIDE) + 0.5 - MNIST_SIDE / 2) + 0.5
     ink = images > 32
     reach_y = (ink.any(2) * offset).max(1)
     reach_x = (ink.any(1) * offset).max(1) + np.abs(shear) * reach_y
-    reach = np.maximum(np.maximum(reach_x, reach_y), 1.0) * PICTURE / SIDE
-    return (PICTURE / 2 - MARGIN) / reach
+    reach = np.maximum(np.maximum(reach_x, reach_y), 1.0) * IMAGE_SIDE / MNIST_SIDE
+    return (IMAGE_SIDE / 2 - MARGIN) / reach

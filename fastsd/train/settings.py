@@ -1,4 +1,4 @@
-"""What a training run is told: a TOML file as frozen dataclasses, checked key by key."""
+"""The settings of a training run: a TOML file as frozen dataclasses, validated key by key."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Data:
-    """The pictures. `scales` and `shear`: see `digits.augment`; `style_share`: of the pictures at each end."""
+    """The training images. `scales`, `shear`: see `digits.augment`. `style_share`: see `strokes.extremes`."""
 
     mnist: str
     scales: tuple[float, float] = (0.7, 1.15)
     shear: float = 0.2
     style_share: float = 0.27
-    passes: int = 3  # augmented versions of every picture in the cache of latents
-    limit: int = 0  # use only the first pictures of the set; 0: all
+    passes: int = 3  # augmented versions of every image in the cache of latents
+    limit: int = 0  # use only the first images of the set; 0: all
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How a stage is optimised: AdamW, warm-up, cosine decay to `final_rate` of the rate, averaged weights.
+    """The optimisation of a stage: AdamW, warm-up, cosine decay to `final_rate` of the rate, averaged weights.
 
-    A stage ends after `steps`, or after `max_minutes` of work where that comes first (0: no limit).
+    A stage ends after `steps` or after `max_minutes`, whichever comes first (0 minutes: no time limit).
     """
 
     steps: int
@@ -44,13 +44,13 @@ class Fit:
     final_rate: float = 0.02
     warmup: int = 200
     weight_decay: float = 1e-4
-    clip: float = 1.0  # largest norm of the gradient
+    clip: float = 1.0  # largest gradient norm
     average: float = 0.999  # decay of the exponential moving average
 
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """Stage 1. Loss: L1 + MSE + `edge_weight` * L1 of differences between neighbours + `kl_weight` * KL per pixel."""
+    """Stage 1. Loss: L1 + MSE + `edge_weight` * L1 of neighbour differences + `kl_weight` * KL per pixel."""
 
     model: VAEConfig
     fit: Fit
@@ -60,7 +60,7 @@ class Autoencoder:
 
 @dataclass(frozen=True)
 class Diffusion:
-    """Stage 2: UNet and text encoder together."""
+    """Stage 2: UNet and text encoder. `empty`, `unknown`, `style_word_share`: see `captions.caption`."""
 
     unet: UNetConfig
     text: CLIPConfig
@@ -72,8 +72,8 @@ class Diffusion:
 
 
 @dataclass(frozen=True)
-class Defaults:
-    """What the pipeline does where the user does not say."""
+class PipelineDefaults:
+    """The default settings of the exported model."""
 
     num_inference_steps: int = 25
     guidance_scale: float = 2.0
@@ -83,17 +83,17 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Settings:
-    """A whole run. `out`: the run's folder; `export`: where the finished model goes."""
+    """A complete run. `out`: folder of the run. `export`: folder of the finished model."""
 
     out: str
     export: str
     data: Data
     autoencoder: Autoencoder
     diffusion: Diffusion
-    defaults: Defaults = Defaults()
+    defaults: PipelineDefaults = PipelineDefaults()
     seed: int = 0
-    threads: int = 0  # workers that share each batch; part of the result. 0: as many as cores
-    precision: str = "auto"  # of products in training: auto (bf16 where the processor has it), bf16 or fp32
+    threads: int = 0  # workers that split each batch; the count affects the result. 0: one per core
+    precision: str = "auto"  # of matrix products: auto (bf16 where the processor supports it), bf16 or fp32
     checkpoint_minutes: float = 3.0
 
 
@@ -101,7 +101,7 @@ def read_settings(path: str | Path) -> Settings:
     """Read a TOML file.
 
     Raises:
-        FastsdError: no such file, not TOML, an unknown or missing key, a value of the wrong type; the key is named.
+        FastsdError: no such file, not TOML, an unknown or missing key, a value of the wrong type. Names the key.
     """
     path = Path(path)
     if not path.is_file():
@@ -134,12 +134,12 @@ def _check(settings: Settings, path: Path) -> None:
 
 
 def _build(kind: type[T], table: dict[str, Any], file: str, prefix: str) -> T:
-    """`table` as a dataclass; every key must be a field, every field without a default must be there."""
+    """Build a dataclass from `table`. Every key must be a field; a field without a default is required."""
     known: dict[str, Field[Any]] = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     hints = get_type_hints(kind)
     for key in table:
         if key not in known:
-            raise FastsdError(f"{file}: unknown key {prefix}{key}; known here: {', '.join(known)}")
+            raise FastsdError(f"{file}: unknown key {prefix}{key}; known keys: {', '.join(known)}")
     values = {}
     for name, field in known.items():
         if name in table:
@@ -166,4 +166,4 @@ def _value(kind: Any, value: Any, file: str, key: str) -> Any:
     return value
 
 
-_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}

@@ -1,4 +1,4 @@
-"""Style words measured on pictures: how thick, how slanted and how large a white stroke on black is."""
+"""Measures behind the style words: thickness, slant and size of white strokes on black."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ STYLE_WORDS = {"thickness": ("thin", "thick"), "slant": ("slanted left", "slante
 
 @dataclass(frozen=True)
 class Strokes:
-    """Measures of N pictures, `[N]` float32 each.
+    """Measures of N images, `[N]` float32 each.
 
     Attributes:
-        width: of the stroke, in pixels.
-        slant: horizontal shift per pixel of height; positive leans to the right, like most handwriting.
+        width: stroke width, in pixels.
+        slant: horizontal shift per pixel of height; positive leans to the right, as most handwriting does.
         size: height of the bounding box, in pixels.
     """
 
@@ -29,33 +29,33 @@ class Strokes:
 
     @property
     def thickness(self) -> Float32:
-        """Stroke width per height: what "thick" and "thin" mean, so that a small digit is not thin by being small."""
+        """Stroke width divided by height, so that "thin" does not depend on size."""
         return (self.width / np.maximum(self.size, 1)).astype(np.float32)
 
 
-def measure(pictures: NDArray[np.generic]) -> Strokes:
+def measure(images: NDArray[np.generic]) -> Strokes:
     """Measure white strokes on black.
 
     Width: 2 * area / outline. A stroke of width w and length l has area w * l and an outline of about 2 * l, so this is
-    w where l is much larger than w (and exactly w for a ring). The outline is the total variation of the picture, which
-    by the coarea formula is the length of its level lines averaged over all grey levels: no threshold, and as good for
-    blurred edges as for sharp ones. Slant: -m_xy / m_yy, second central moments with y downwards, the shear that makes
-    x and y uncorrelated. Size: rows between the first and the last whose brightest pixel is at least half of white.
+    w where l is much larger than w (and exactly w for a ring). The outline is the total variation of the image, which
+    by the coarea formula is the mean length of its level lines over all grey levels. It needs no threshold, and blurred
+    edges measure the same as sharp ones. Slant: -m_xy / m_yy (second central moments, y downwards), the shear that
+    makes x and y uncorrelated. Size: the rows from the first to the last with a pixel of at least half of white.
 
     Args:
-        pictures: `[N, H, W]`, uint8 in [0, 255] or float in [0, 1].
+        images: `[N, H, W]`, uint8 in [0, 255] or float in [0, 1].
 
     Returns:
-        Measures; all zero for an empty picture.
+        The measures; all zero for an empty image.
     """
-    if pictures.dtype == np.uint8:
-        x = pictures.astype(np.float32) / 255
+    if images.dtype == np.uint8:
+        x = images.astype(np.float32) / 255
     else:
-        x = pictures.astype(np.float32)
+        x = images.astype(np.float32)
     height, width = x.shape[1:]
     area = x.sum((1, 2))
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1)))
-    # Both differences at the corner that four pixels share, so that all directions weigh about the same.
+    # Both differences are taken at the corner that four pixels share, so all directions weigh about the same.
     right = padded[:, :, 1:] - padded[:, :, :-1]
     down = padded[:, 1:] - padded[:, :-1]
     right, down = (right[:, 1:] + right[:, :-1]) / 2, (down[:, :, 1:] + down[:, :, :-1]) / 2
@@ -78,13 +78,13 @@ def measure(pictures: NDArray[np.generic]) -> Strokes:
 
 
 def extremes(values: Float32, labels: NDArray[np.generic], share: float) -> NDArray[np.int8]:
-    """Which pictures are at the low end (-1) and at the high end (+1) of a measure, among those of their own label.
+    """Mark the images at the low end (-1) and at the high end (+1) of a measure, within each label.
 
-    Within a label, because the measures depend on the shape: a 1 has less ink than an 8, a 7 has more slant than a 0. A
-    style word then says something of the style and nothing of the digit.
+    The measures depend on the shape: a 1 has less ink than an 8, a 7 has more slant than a 0. Compared within its
+    label, a style word describes the style and says nothing about the digit.
 
     Args:
-        values: `[N]`. labels: `[N]`. share: of each label's pictures, at each end.
+        values: `[N]`. labels: `[N]`. share: of the images of each label, at each end.
 
     Returns:
         `[N]`, -1, 0 or 1.

@@ -1,7 +1,7 @@
-"""A small vocabulary in CLIP's form: every byte, one token for each word of the captions, start and end.
+"""A small vocabulary in CLIP's format: every byte, one token for each word of the captions, start and end.
 
-It opens in transformers' `CLIPTokenizer` and in `fastsd.model.tokenizer.Tokenizer`. Words outside it still have tokens:
-their letters.
+transformers' `CLIPTokenizer` and `fastsd.model.tokenizer.Tokenizer` both read it. Unknown words become several tokens,
+down to single letters.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Merges = list[tuple[str, str]]
 
 
 def byte_alphabet() -> list[str]:
-    """One printable character for each of the 256 bytes, in the order of CLIP's vocabulary (GPT-2's byte alphabet)."""
+    """GPT-2's byte alphabet: a printable character for each of the 256 bytes, in the order of CLIP's vocabulary."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return [chr(byte) for byte in printable] + [chr(0x100 + n) for n in range(256 - len(printable))]
 
@@ -24,12 +24,9 @@ def byte_alphabet() -> list[str]:
 def build(words: list[str]) -> tuple[dict[str, int], Merges]:
     """Vocabulary and merges that make each of `words` (lower-case ASCII letters) one token.
 
-    Each word is put together from its start, letter by letter. Byte-pair encoding applies the earliest merge in the
-    list first, so the longest words come first: a short one must not break a long one that holds it ("an" would take
-    "handwritten" apart).
-
-    Raises:
-        FastsdError: a word cannot be made one token beside the others.
+    The merges assemble each word letter by letter from its start. Byte-pair encoding applies the earliest merge in the
+    list first, so the longest words come first: a short word must not split a longer one that contains it ("an" would
+    split "handwritten").
     """
     merges: Merges = []
     for word in sorted(set(words), key=lambda w: (-len(w), w)):
@@ -45,14 +42,15 @@ def build(words: list[str]) -> tuple[dict[str, int], Merges]:
 
 
 def write(words: list[str], folder: str | Path, max_length: int) -> Tokenizer:
-    """Write a `tokenizer/` folder for `words` and open it, checked.
+    """Write a `tokenizer/` folder for `words`, and return its tokenizer.
 
     Args:
-        words: lower-case; each becomes one token. folder: made where it does not exist. max_length: tokens of a prompt,
-            start and end included.
+        words: lower-case; each becomes one token.
+        folder: created if it does not exist.
+        max_length: tokens of a prompt, including start and end.
 
     Raises:
-        FastsdError: a word does not come out as one token.
+        FastsdError: the merges of other words prevent a word from becoming one token.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,5 +68,5 @@ def write(words: list[str], folder: str | Path, max_length: int) -> Tokenizer:
     tokenizer = Tokenizer(folder)
     for word in words:
         if tokenizer.tokens(word) != [word + "</w>"]:
-            raise FastsdError(f"vocabulary: {word!r} becomes {tokenizer.tokens(word)}, not one token")
+            raise FastsdError(f"vocabulary: {word!r} becomes {tokenizer.tokens(word)}, which is not one token")
     return tokenizer

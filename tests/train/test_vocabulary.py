@@ -1,4 +1,4 @@
-"""The vocabulary: one token for each known word, the same ids as transformers gives."""
+"""The vocabulary: one token for each known word, the same ids as transformers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_known_words_are_one_token_and_others_are_pieces(folder: Path) -> None:
+def test_known_words_are_one_token_and_others_are_several(folder: Path) -> None:
     tokenizer = Tokenizer(folder)
     for word in KNOWN_WORDS:
         assert tokenizer.tokens(word.upper()) == [word + "</w>"]
@@ -28,21 +28,21 @@ def test_known_words_are_one_token_and_others_are_pieces(folder: Path) -> None:
     assert tokenizer("eight").shape == (1, 32)
 
 
-def test_ids_are_those_of_transformers(folder: Path) -> None:
+def test_ids_match_transformers(folder: Path) -> None:
     transformers = pytest.importorskip("transformers")
     theirs, ours = transformers.CLIPTokenizer.from_pretrained(str(folder)), Tokenizer(folder)
     generator = np.random.default_rng(0)
-    prompts = [caption(i % 10, (1, -1, 1), generator, unknown=0.5) for i in range(300)]
+    prompts = [caption(i % 10, (1, -1, 1), generator, empty=0.1, unknown=0.5, style_share=0.5) for i in range(300)]
     prompts += ["", "An Eight!!", "naïve 東京 🙂", "8 8 8 " * 30, "eightandahandwrittenthin,3", "thickthin's"]
-    wanted = theirs(prompts, padding="max_length", max_length=32, truncation=True, return_tensors="pt").input_ids
-    assert ours(prompts).tolist() == wanted.tolist()
+    expected = theirs(prompts, padding="max_length", max_length=32, truncation=True, return_tensors="pt").input_ids
+    assert ours(prompts).tolist() == expected.tolist()
 
 
-def test_the_alphabet_is_the_tokenizers() -> None:
+def test_the_alphabet_matches_the_tokenizer() -> None:
     assert vocabulary.byte_alphabet() == _byte_alphabet()
 
 
-def test_words_that_break_each_other_are_refused(tmp_path: Path) -> None:
-    # The merge (a, b), which starts the one, takes the "ab" inside the other, whose own merge (c, a) comes later.
+def test_words_that_split_each_other_are_refused(tmp_path: Path) -> None:
+    # The merge (a, b), which starts "abcab", applies inside "cabca" before that word's own merge (c, a).
     with pytest.raises(FastsdError, match="not one token"):
         vocabulary.write(["abcab", "cabca"], tmp_path, 8)

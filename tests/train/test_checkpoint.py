@@ -1,0 +1,35 @@
+"""Checkpoints are written atomically."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastsd.errors import FastsdError
+from fastsd.train import checkpoint
+
+
+def test_interrupted_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "stage.pt"
+    checkpoint.save({"step": 1, "w": torch.ones(3)}, path)
+
+    def interrupted(state: object, file: object) -> None:
+        file.write(b"half")  # type: ignore[attr-defined]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save({"step": 2}, path)
+    monkeypatch.undo()
+    assert checkpoint.load(path)["step"] == 1
+    checkpoint.save({"step": 3}, path)
+    assert checkpoint.load(path)["step"] == 3 and [p.name for p in tmp_path.iterdir()] == ["stage.pt"]
+
+
+def test_a_file_without_a_state_is_not_a_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "stage.pt"
+    torch.save([1, 2], path)
+    with pytest.raises(FastsdError, match=r"stage\.pt: not a checkpoint"):
+        checkpoint.load(path)
