@@ -1,4 +1,4 @@
-"""Evaluation: `python -m fastsd evaluate` draws digits and checks that they are right, various and new."""
+"""Evaluation: `python -m fastsd evaluate` checks that a digits model generates correct, diverse and novel digits."""
 
 from __future__ import annotations
 
@@ -6,25 +6,37 @@ import argparse
 import sys
 from pathlib import Path
 
+DEFAULT_SEEDS, QUICK_SEEDS, MAX_SEEDS = 50, 8, 1000  # images of each digit
+STYLE_SEEDS = 20  # upper limit; 200 pairs give a standard error of a few hundredths of the effect
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `fastsd evaluate`."""
     parser.add_argument("--model", default="digits", metavar="FOLDER", help="a digits model (default: the bundled one)")
     parser.add_argument(
-        "--data", default="data/mnist", metavar="DIR", help="MNIST's four .gz files (default: %(default)s)"
+        "--data",
+        default="data/mnist",
+        metavar="DIR",
+        help="folder with the four .gz files of MNIST (default: %(default)s)",
     )
     parser.add_argument(
         "--seeds",
         type=int,
         default=None,
         metavar="N",
-        help="drawings of each digit (default: 50; of each style at most 20)",
+        help=f"images of each digit (default: {DEFAULT_SEEDS}; at most {STYLE_SEEDS} for each style)",
     )
-    parser.add_argument("--quick", action="store_true", help="8 seeds, a shorter trained reader, no search for copies")
-    parser.add_argument("--reader", metavar="FILE", help="the digit reader's weights; trained and written if missing")
-    parser.add_argument("--out", metavar="DIR", help="write a sheet of drawings, digits.png, into this folder")
-    parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
-    parser.add_argument("--overwrite", action="store_true", help="replace digits.png and the file of figures")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"{QUICK_SEEDS} seeds, shorter training of the digit reader, no search for copies",
+    )
+    parser.add_argument(
+        "--reader", metavar="FILE", help="weights of the digit reader; trained and saved if the file does not exist"
+    )
+    parser.add_argument("--out", metavar="DIR", help="write a sheet of generated digits, digits.png, to this folder")
+    parser.add_argument("--json", metavar="FILE", help="write all results to this file")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files of --out and --json")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="auto, fp32, fp16 or bf16 (default: %(default)s)")
 
@@ -36,23 +48,23 @@ def run(args: argparse.Namespace) -> int:
         0 when every check passes, else 1.
 
     Raises:
-        FastsdError: no such model or data, files in the way.
+        FastsdError: no such model or data, an output file exists.
     """
     from fastsd.errors import FastsdError
     from fastsd.evaluate import report
-    from fastsd.evaluate import samples as drawing
+    from fastsd.evaluate.samples import contact_sheet
     from fastsd.files import write_whole
     from fastsd.image.files import encode
     from fastsd.pipeline import Pipeline
 
-    seeds = (report.QUICK_SEEDS if args.quick else 50) if args.seeds is None else args.seeds
-    if not 2 <= seeds <= 1000:
-        raise FastsdError(f"--seeds is {seeds}; it should be 2 to 1000")
-    picture = Path(args.out) / "digits.png" if args.out else None
-    figures = Path(args.json) if args.json else None
-    for flag, file in (("--out", picture), ("--json", figures)):
+    seeds = (QUICK_SEEDS if args.quick else DEFAULT_SEEDS) if args.seeds is None else args.seeds
+    if not 2 <= seeds <= MAX_SEEDS:
+        raise FastsdError(f"--seeds is {seeds}; it should be 2 to {MAX_SEEDS}")
+    image_file = Path(args.out) / "digits.png" if args.out else None
+    json_file = Path(args.json) if args.json else None
+    for flag, file in (("--out", image_file), ("--json", json_file)):
         if file is not None:
-            _make_room(flag, file, args.overwrite)
+            _check_writable(flag, file, args.overwrite)
 
     def progress(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -63,27 +75,27 @@ def run(args: argparse.Namespace) -> int:
     for check in report.evaluate(pipe, args.data, seeds, args.quick, reader_file, progress):
         print(report.line(check), flush=True)
         results.append(check)
-    if picture is not None:
-        write_whole(picture, encode(drawing.sheet(pipe), ".png", {}), args.overwrite)
-        print(picture)
-    if figures is not None:
-        write_whole(figures, report.to_json(results, str(args.model), seeds).encode(), args.overwrite)
-        print(figures)
+    if image_file is not None:
+        write_whole(image_file, encode(contact_sheet(pipe), ".png", {}), args.overwrite)
+        print(image_file)
+    if json_file is not None:
+        write_whole(json_file, report.to_json(results, str(args.model), seeds).encode(), args.overwrite)
+        print(json_file)
     return 0 if all(check.passed for check in results) else 1
 
 
-def _make_room(flag: str, file: Path, overwrite: bool) -> None:
-    """See before the work that `file` can be written.
+def _check_writable(flag: str, file: Path, overwrite: bool) -> None:
+    """Check that `file` can be written, before the evaluation starts.
 
     Raises:
-        FastsdError: it is there already, or its folder cannot be made.
+        FastsdError: the file exists, or its folder cannot be created.
     """
     from fastsd.errors import FastsdError
     from fastsd.files import reason
 
     if file.exists() and not overwrite:
-        raise FastsdError(f"{flag} {file}: the file is there already; --overwrite replaces it")
+        raise FastsdError(f"{flag} {file}: the file exists; --overwrite replaces it")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FastsdError(f"{flag} {file}: cannot write there: {reason(error)}") from error
+        raise FastsdError(f"{flag} {file}: cannot be written: {reason(error)}") from error

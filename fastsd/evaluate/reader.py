@@ -1,8 +1,7 @@
-"""A small convolutional network that reads handwritten digits, to judge drawn ones.
+"""A small convolutional network that reads handwritten digits, to judge generated ones.
 
-It is trained on MNIST's real training set only. Pictures of 64x64 and MNIST's own 28x28 come to it in one form, 32x32
-with the frame of 28x28 stretched over it, and it is trained over the range of sizes that the digits model draws, so
-that a small or large picture is read as fairly as one of MNIST's own size.
+It is trained on MNIST's real training set only. Images of 64x64 and MNIST's own 28x28 are both resampled to 32x32. Its
+training covers the range of sizes that the digits model generates, so it reads small and large digits equally well.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from torch import nn
 from fastsd.errors import FastsdError
 
 SIDE = 32
-SCALES = (0.65, 1.2)  # a little beyond 0.7 to 1.15, the sizes that the digits model is trained on
+SCALES = (0.65, 1.2)  # a little wider than `settings.Data.scales`, which the digits model is trained on
 EPOCHS = 5
 BATCH = 128
 
 
-class Reader(nn.Module):
+class DigitReader(nn.Module):
     """Three convolutions and a linear layer: `[N, 1, 32, 32]` in [0, 1] to logits `[N, 10]`."""
 
     def __init__(self, widths: tuple[int, int, int] = (24, 48, 96)):
@@ -40,26 +39,26 @@ class Reader(nn.Module):
         return self.out(F.dropout(x.flatten(1), 0.3, self.training))
 
 
-def to_input(pictures: torch.Tensor) -> torch.Tensor:
-    """White-on-black pictures as the reader takes them.
+def to_input(images: torch.Tensor) -> torch.Tensor:
+    """Resample white-on-black images to the input size of the reader.
 
     Args:
-        pictures: `[N, H, W]` in [0, 1], square; the digit stands in the frame as in MNIST (side 28, digit 20).
+        images: `[N, H, W]` in [0, 1], square, framed as in MNIST (a digit of 20 pixels in a frame of 28).
 
     Returns:
-        `[N, 1, 32, 32]` in [0, 1]: by the mean over areas where the side is a multiple of 32, else by interpolation.
+        `[N, 1, 32, 32]` in [0, 1], by area averages if the side is a multiple of 32, else by interpolation.
     """
-    side = pictures.shape[-1]
+    side = images.shape[-1]
     if side % SIDE == 0:
-        return F.avg_pool2d(pictures[:, None], side // SIDE)
-    return F.interpolate(pictures[:, None], size=(SIDE, SIDE), mode="bilinear", antialias=side > SIDE)
+        return F.avg_pool2d(images[:, None], side // SIDE)
+    return F.interpolate(images[:, None], size=(SIDE, SIDE), mode="bilinear", antialias=side > SIDE)
 
 
 @torch.inference_mode()
-def read(reader: Reader, pictures: torch.Tensor) -> torch.Tensor:
-    """The digits that `reader` sees in `pictures` `[N, H, W]` in [0, 1], as `[N]` int64."""
+def read(reader: DigitReader, images: torch.Tensor) -> torch.Tensor:
+    """The digits that `reader` recognises in `images` `[N, H, W]` in [0, 1], as `[N]` int64."""
     reader.eval()
-    return torch.cat([reader(to_input(part)).argmax(dim=1) for part in pictures.split(500)])
+    return torch.cat([reader(to_input(part)).argmax(dim=1) for part in images.split(500)])
 
 
 def train_reader(
@@ -68,42 +67,44 @@ def train_reader(
     epochs: int = EPOCHS,
     seed: int = 0,
     report: Callable[[str], None] | None = None,
-) -> Reader:
-    """Train a reader: AdamW, one cycle of the learning rate, labels smoothed by 0.05.
+) -> DigitReader:
+    """Train a reader: AdamW, one cycle of the learning rate, label smoothing of 0.05.
 
     Args:
         images: `[N, 28, 28]` uint8.
         labels: `[N]`, 0 to 9.
-        report: is told of every epoch, a line each.
+        report: receives a line for every epoch.
     """
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):  # the layers' own start values and dropout
+    with torch.random.fork_rng(devices=[]):  # for the initial weights and dropout
         torch.manual_seed(seed)
-        reader = Reader().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        reader = DigitReader().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = torch.optim.AdamW(reader.parameters(), weight_decay=0.02)
         x, y = torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))
         steps = epochs * math.ceil(len(x) / BATCH)
         step = 0
         for epoch in range(epochs):
             reader.train()
-            right = 0
+            correct = 0
             for index in torch.randperm(len(x), generator=generator).split(BATCH):
                 progress = step / steps
                 for group in optimizer.param_groups:
                     group["lr"] = 4e-3 * min(progress / 0.2, (1 - progress) / 0.8)
-                logits = reader(_vary(x[index].float() / 255, generator))
+                logits = reader(_augment(x[index].float() / 255, generator))
                 optimizer.zero_grad(set_to_none=True)
                 F.cross_entropy(logits, y[index], label_smoothing=0.05).backward()
                 optimizer.step()
-                right += int((logits.argmax(dim=1) == y[index]).sum())
+                correct += int((logits.argmax(dim=1) == y[index]).sum())
                 step += 1
             if report is not None:
-                report(f"reader: epoch {epoch + 1} of {epochs}, {right / len(x):.2%} of varied training pictures read")
+                report(
+                    f"reader: epoch {epoch + 1} of {epochs}, {correct / len(x):.2%} of augmented training images read"
+                )
     return reader.eval()
 
 
-def _vary(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """`[N, 28, 28]` in [0, 1] as `[N, 1, 32, 32]`: resized, turned, slanted and moved a little, blunter or sharper."""
+def _augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """`[N, 28, 28]` in [0, 1] to `[N, 1, 32, 32]`, with random size, rotation, shear, shift and contrast."""
     n = len(images)
 
     def uniform(low: float, high: float) -> torch.Tensor:
@@ -115,31 +116,31 @@ def _vary(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     matrix[:, 1, 0], matrix[:, 1, 1] = angle.sin() / scale, angle.cos() / scale
     matrix[:, :, 2] = torch.stack([uniform(-0.08, 0.08), uniform(-0.08, 0.08)], dim=1)
     grid = F.affine_grid(matrix, [n, 1, SIDE, SIDE], align_corners=False)
-    varied = F.grid_sample(images[:, None], grid, mode="bilinear", align_corners=False)
-    contrast = uniform(0.9, 1.8)[:, None, None, None]  # the digits model's pictures have sharper edges than MNIST's
-    return ((varied - 0.5) * contrast + 0.5).clamp(0, 1)
+    resampled = F.grid_sample(images[:, None], grid, mode="bilinear", align_corners=False)
+    contrast = uniform(0.9, 1.8)[:, None, None, None]  # generated digits have sharper edges than MNIST's
+    return ((resampled - 0.5) * contrast + 0.5).clamp(0, 1)
 
 
-def save_reader(reader: Reader, path: Path) -> None:
-    """Write the weights in fp16: a rounding of 2^-11, far below what training itself leaves to chance."""
+def save_reader(reader: DigitReader, path: Path) -> None:
+    """Write the weights in fp16; the rounding of 2^-11 is far below the variation between trainings."""
     weights = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in reader.state_dict().items()}
     save_file({k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}, path)
 
 
-def load_reader(path: Path) -> Reader:
+def load_reader(path: Path) -> DigitReader:
     """Read weights that `save_reader` wrote.
 
     Raises:
-        FastsdError: the file cannot be read or is no reader's.
+        FastsdError: the file cannot be read, or contains something else.
     """
-    reader = Reader()
-    wanted = {k: v for k, v in reader.state_dict().items() if not k.endswith("num_batches_tracked")}
+    reader = DigitReader()
+    expected = {k: v for k, v in reader.state_dict().items() if not k.endswith("num_batches_tracked")}
     try:
         weights = load_file(path)
     except Exception as error:  # safetensors' own exception has no public base class; OSError for the file
-        raise FastsdError(f"--reader {path}: cannot be read ({error}); leave it out to train one") from error
-    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in wanted.items()}:
-        raise FastsdError(f"--reader {path}: not the weights of a digit reader; leave it out to train one")
-    counters = {k: v for k, v in reader.state_dict().items() if k not in wanted}
+        raise FastsdError(f"--reader {path}: cannot be read ({error}); omit the flag to train a reader") from error
+    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in expected.items()}:
+        raise FastsdError(f"--reader {path}: not the weights of a digit reader; omit the flag to train one")
+    counters = {k: v for k, v in reader.state_dict().items() if k not in expected}
     reader.load_state_dict({k: v.float() for k, v in weights.items()} | counters)
     return reader.eval()

@@ -1,4 +1,4 @@
-"""The checks in order, on a model and MNIST; their table and their JSON."""
+"""The evaluation of a model: the checks in order, the lines of their table, their JSON."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from fastsd.evaluate import checks
+from fastsd.evaluate import STYLE_SEEDS, checks
 from fastsd.evaluate.checks import Check
 from fastsd.evaluate.measures import canonical, real_effects
 from fastsd.evaluate.reader import load_reader, save_reader, train_reader
-from fastsd.evaluate.samples import Progress, draw, draw_styles, plain_prompt
+from fastsd.evaluate.samples import Progress, generate_digits, generate_styles, plain_prompt
 from fastsd.train.digits import Digits, augment, enlarge, read_digits
 from fastsd.train.settings import Data
 
 if TYPE_CHECKING:
     from fastsd.pipeline import Pipeline
 
-QUICK_SEEDS = 8
 QUICK_EPOCHS = 2
-STYLE_SEEDS = 20  # at most; 200 pairs give a standard error of a few hundredths of the effect
-REAL_PICTURES = 20_000  # for the style words' effects
-REAL_OF_A_DIGIT = 500  # for diversity
-HELD_OUT = 1_000
+EFFECT_IMAGES = 20_000  # real images for the effects of the style words
+DIVERSITY_IMAGES = 500  # real images of each digit for the diversity
+HELD_OUT_IMAGES = 1_000
 
 
 def evaluate(
     pipe: Pipeline, folder: str | Path, seeds: int, quick: bool, reader_file: Path | None, progress: Progress
 ) -> Iterator[Check]:
-    """Every check of the digits model, as it is done.
+    """Yield every check of the digits model as it completes.
 
     Args:
-        folder: of MNIST's four files. seeds: drawings of each digit. quick: fewer, and without the search for copies.
-        reader_file: the reader's weights; where the file is missing, it is written after training.
-        progress: is told what is going on, a line each.
+        folder: contains the four files of MNIST.
+        seeds: images of each digit.
+        quick: train the reader for fewer epochs, and skip the search for copies.
+        reader_file: weights of the reader; if the file does not exist, it is written after training.
+        progress: receives progress messages, one line each.
 
     Raises:
-        FastsdError: MNIST or the reader's weights cannot be read.
+        FastsdError: MNIST or the weights of the reader cannot be read.
     """
     training, held_out = read_digits(folder), read_digits(folder, "t10k")
     if reader_file is not None and reader_file.is_file():
@@ -53,23 +53,23 @@ def evaluate(
             save_reader(reader, reader_file)
     yield checks.check_reader(reader, torch.from_numpy(held_out.images.copy()).float() / 255, held_out.labels)
 
-    progress(f"drawing {10 * seeds} digits")
-    drawn = draw(pipe, plain_prompt, seeds)
-    yield checks.check_right(reader, drawn)
-    real, labels = as_drawn(training, REAL_PICTURES)
+    progress(f"generating {10 * seeds} digits")
+    generated = generate_digits(pipe, plain_prompt, seeds)
+    yield checks.check_correct(reader, generated)
+    real, labels = augmented(training, EFFECT_IMAGES)
     effects = real_effects(real, labels, Data.style_share)
-    for name, (low, high) in draw_styles(pipe, min(seeds, STYLE_SEEDS), progress).items():
+    for name, (low, high) in generate_styles(pipe, min(seeds, STYLE_SEEDS), progress).items():
         yield checks.check_style(name, low, high, effects[name])
-    few = np.concatenate([np.flatnonzero(labels == digit)[:REAL_OF_A_DIGIT] for digit in range(10)])
-    yield checks.check_diversity(drawn, real[few], labels[few])
+    subset = np.concatenate([np.flatnonzero(labels == digit)[:DIVERSITY_IMAGES] for digit in range(10)])
+    yield checks.check_diversity(generated, real[subset], labels[subset])
     if not quick:
-        progress("looking for copies among the training pictures")
+        progress("searching the training images for copies")
         parts = [canonical(enlarge(part)) for part in np.array_split(training.images, 60)]
-        yield checks.check_novelty(drawn, torch.cat(parts), as_drawn(held_out, HELD_OUT)[0])
+        yield checks.check_novelty(generated, torch.cat(parts), augmented(held_out, HELD_OUT_IMAGES)[0])
 
 
-def as_drawn(digits: Digits, count: int) -> tuple[torch.Tensor, np.ndarray]:
-    """The first `count` pictures with the sizes and slants that the model is trained on, and their labels."""
+def augmented(digits: Digits, count: int) -> tuple[torch.Tensor, np.ndarray]:
+    """The first `count` digits, augmented like the training images of the model, and their labels."""
     generator = np.random.default_rng(0)
     images = digits.images[:count]
     parts = [
@@ -84,9 +84,9 @@ def line(check: Check) -> str:
 
 
 def to_json(results: list[Check], model: str, seeds: int) -> str:
-    """All figures, for programs."""
-    found = {
+    """All results in a machine-readable form."""
+    by_name = {
         check.name: {"passed": check.passed, "figure": check.figure, "rule": check.rule, **check.values}
         for check in results
     }
-    return json.dumps({"model": model, "seeds": seeds, "checks": found}, indent=2) + "\n"
+    return json.dumps({"model": model, "seeds": seeds, "checks": by_name}, indent=2) + "\n"

@@ -1,4 +1,4 @@
-"""What the digits model is asked for, its drawings as arrays, and the sheet of them that the README shows."""
+"""Prompts for the digits model, the images generated from them, and the contact sheet in the README."""
 
 from __future__ import annotations
 
@@ -17,58 +17,55 @@ if TYPE_CHECKING:
     from fastsd.pipeline import Pipeline
 
 Progress = Callable[[str], None]
+Prompt = Callable[[int, int], str]  # of a digit and the index of the image, 0 to seeds - 1
 
-# The prompt of each end of an attribute, in the order of `STYLE_WORDS`: low, high.
+# The prompt for each end of an attribute, in the order of `STYLE_WORDS`: low, high.
 STYLE_PROMPTS = {
     "thickness": ("a thin {}", "a thick {}"),
     "slant": ("{} slanted left", "{} slanted right"),
     "size": ("a small {}", "a large {}"),
 }
-CELL, GAP, LABEL = 64, 2, 150
-BATCH = 50  # drawn together; changes the speed, not the pictures
+CELL, GAP, LABEL = 64, 2, 150  # pixels of the contact sheet
+BATCH = 50  # affects the speed, not the images
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """Drawings with what was asked for: `pictures` `[N, H, W]` float32 in [0, 1], `digits` `[N]`."""
+class GeneratedDigits:
+    """Generated images and the digits of their prompts: `images` `[N, H, W]` float32 in [0, 1], `digits` `[N]`."""
 
-    pictures: torch.Tensor
+    images: torch.Tensor
     digits: NDArray[np.int64]
 
 
 def plain_prompt(digit: int, index: int) -> str:
-    """`8`, `eight` and `a handwritten eight` in turn; "an" where it belongs."""
+    """`8`, `eight` and `a handwritten eight` in turn."""
     name = DIGIT_WORDS[digit]
     return (str(digit), name, f"a handwritten {name}")[index % 3]
 
 
 def style_prompt(form: str, digit: int) -> str:
-    """`form` of a digit by name: "a thin eight"."""
+    """`form` with the name of a digit: "a thin eight"."""
     return form.format(DIGIT_WORDS[digit])
 
 
-def draw(pipe: Pipeline, prompt: Callable[[int, int], str], seeds: int) -> Drawn:
-    """Each digit `seeds` times, at the model's default settings; the n-th picture of all has seed n.
-
-    Args:
-        prompt: from a digit and the number of the drawing, 0 to seeds - 1.
-    """
+def generate_digits(pipe: Pipeline, prompt: Prompt, seeds: int) -> GeneratedDigits:
+    """Generate each digit `seeds` times, at the default settings of the model; the n-th image has seed n."""
     prompts = [prompt(digit, k) for digit in range(10) for k in range(seeds)]
-    pictures = [
+    images = [
         grey(pipe(prompts[i : i + BATCH], seed=i, batch_size=BATCH, output_type="np").images)
         for i in range(0, len(prompts), BATCH)
     ]
-    return Drawn(torch.cat(pictures), np.repeat(np.arange(10), seeds))
+    return GeneratedDigits(torch.cat(images), np.repeat(np.arange(10), seeds))
 
 
 def grey(images: NDArray[np.floating]) -> torch.Tensor:
-    """`[N, H, W, 3]` in [0, 1] to `[N, H, W]`: the mean of the channels, which training has equal."""
+    """`[N, H, W, 3]` in [0, 1] to `[N, H, W]`: the mean of the channels, which are equal in the training images."""
     return torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32)).mean(-1)
 
 
-def sheet(pipe: Pipeline) -> Image.Image:
-    """Ten digits in eight rows: two plain ones, then every style word. A column keeps its noise from row 2 on."""
-    rows: list[tuple[str, Callable[[int, int], str], int]] = [
+def contact_sheet(pipe: Pipeline) -> Image.Image:
+    """Ten digits in eight rows: two plain, then one for each style word. From row 2 on, a column shares its noise."""
+    rows: list[tuple[str, Prompt, int]] = [
         ("handwritten", lambda d, _: plain_prompt(d, 2), 10),
         ("handwritten", lambda d, _: plain_prompt(d, 2), 0),
     ]
@@ -77,23 +74,25 @@ def sheet(pipe: Pipeline) -> Image.Image:
     width = LABEL + 10 * (CELL + GAP)
     canvas = Image.new("RGB", (width, len(rows) * (CELL + GAP)), "white")
     pen = ImageDraw.Draw(canvas)
-    for y, (words, prompt, first) in enumerate(rows):
+    for y, (words, prompt, first_seed) in enumerate(rows):
         top = y * (CELL + GAP)
         pen.text((LABEL - 12, top + CELL // 2), words, fill="black", anchor="rm", font_size=18)
-        images = pipe([prompt(digit, 0) for digit in range(10)], seed=first).images
+        images = pipe([prompt(digit, 0) for digit in range(10)], seed=first_seed).images
         for digit, image in enumerate(images):
             canvas.paste(image.resize((CELL, CELL)), (LABEL + digit * (CELL + GAP), top))
     return canvas
 
 
-def _styled(form: str) -> Callable[[int, int], str]:
+def _styled(form: str) -> Prompt:
     return lambda digit, _: style_prompt(form, digit)
 
 
-def draw_styles(pipe: Pipeline, seeds: int, progress: Progress) -> dict[str, tuple[Drawn, Drawn]]:
-    """For each attribute the drawings at its low and its high word, paired: same digits, same seeds."""
-    drawn = {}
+def generate_styles(
+    pipe: Pipeline, seeds: int, progress: Progress
+) -> dict[str, tuple[GeneratedDigits, GeneratedDigits]]:
+    """For each attribute, images with its low and its high word, paired: same digits, same seeds."""
+    generated = {}
     for name, (low, high) in STYLE_PROMPTS.items():
-        progress(f"drawing {low.format('N')} and {high.format('N')}, {10 * seeds} each")
-        drawn[name] = draw(pipe, _styled(low), seeds), draw(pipe, _styled(high), seeds)
-    return drawn
+        progress(f"generating {low.format('N')} and {high.format('N')}, {10 * seeds} images each")
+        generated[name] = generate_digits(pipe, _styled(low), seeds), generate_digits(pipe, _styled(high), seeds)
+    return generated

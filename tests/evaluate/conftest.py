@@ -1,4 +1,4 @@
-"""What the evaluation's tests share: MNIST, the committed reader, and real digits in the place of drawings."""
+"""Fixtures of the evaluation tests: MNIST, the committed reader, real digits in place of generated ones."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fastsd.evaluate.measures import canonical
-from fastsd.evaluate.reader import Reader, load_reader
-from fastsd.evaluate.report import as_drawn
-from fastsd.evaluate.samples import Drawn
+from fastsd.evaluate.reader import DigitReader, load_reader
+from fastsd.evaluate.report import augmented
+from fastsd.evaluate.samples import GeneratedDigits
 from fastsd.train.digits import Digits, enlarge, read_digits
 
 ROOT = Path(__file__).parent.parent.parent
@@ -32,24 +32,24 @@ def held_out(mnist: Path) -> Digits:
 
 
 @pytest.fixture(scope="session")
-def some_training(mnist: Path) -> Digits:
-    """The first 6,000 of the training set: enough for every measure here, in a tenth of the time."""
+def training_subset(mnist: Path) -> Digits:
+    """The first 6,000 training images: enough for every measure in these tests, in a tenth of the time."""
     training = read_digits(mnist)
     return Digits(training.images[:6000], training.labels[:6000])
 
 
 @pytest.fixture(scope="session")
-def reader(reader_file: Path) -> Reader:
+def reader(reader_file: Path) -> DigitReader:
     return load_reader(reader_file)
 
 
 @pytest.fixture(scope="session")
-def training_shapes(some_training: Digits) -> torch.Tensor:
-    return canonical(enlarge(some_training.images))
+def training_shapes(training_subset: Digits) -> torch.Tensor:
+    return canonical(enlarge(training_subset.images))
 
 
 @pytest.fixture(scope="session")
-def honest(held_out: Digits) -> Drawn:
-    """What a perfect model would draw: 500 real digits that nothing was trained on."""
-    pictures, labels = as_drawn(held_out, 500)
-    return Drawn(pictures, labels.astype("int64"))
+def perfect(held_out: Digits) -> GeneratedDigits:
+    """The output of a perfect model: 500 real digits from outside the training set."""
+    images, labels = augmented(held_out, 500)
+    return GeneratedDigits(images, labels.astype("int64"))
