@@ -1,4 +1,4 @@
-"""How long things take, side by side."""
+"""Interleaved timing of functions, on the CPU and on the GPU."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 ROUNDS = 5
-BUDGET = 0.05  # seconds for all rounds of one comparison on the CPU, where one run of each does not take longer
+BUDGET = 0.05  # seconds for all rounds of a comparison on the CPU; at least one round always runs
 CALLS = 10  # calls in one timed graph
 
 
 def cpu_seconds(runs: Sequence[Callable[[], Any]]) -> list[float]:
-    """Seconds of one call of each, the medians of rounds in which all take turns."""
-    once = [_timed(run, 1) for run in runs]  # warms up, too
+    """Seconds per call of each function: medians over rounds in which they take turns."""
+    once = [_timed(run, 1) for run in runs]  # also warms up
     calls = [min(max(int(0.001 / max(seconds, 1e-9)), 1), 100) for seconds in once]
     cost = sum(seconds * count for seconds, count in zip(once, calls))
     rounds = min(max(int(BUDGET / max(cost, 1e-9)), 1), ROUNDS)
@@ -32,16 +32,16 @@ def _timed(run: Callable[[], Any], calls: int) -> float:
 
 
 def gpu_seconds(runs: Sequence[Callable[[], Any]]) -> list[float]:
-    """Seconds of one call of each on the GPU, the medians of rounds in which all take turns.
+    """Seconds per call of each function on the GPU: medians over rounds in which they take turns.
 
-    Each is captured in a CUDA graph, as the pipeline runs it, so that starting kernels from Python is not counted; what
-    cannot be captured is timed as it is called.
-    Inputs are the same every time: small ones stay in the GPU's cache, as most of a UNet's do.
+    Each function is captured in a CUDA graph, as in the pipeline, so the time excludes kernel launches from Python. A
+    function that cannot be captured is called directly. Inputs do not change between calls; small ones stay in the L2
+    cache, as most activations of a UNet do.
     """
     repeats = [_repeated(run) for run in runs]
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     samples: list[list[float]] = [[] for _ in repeats]
-    for _ in range(1 + ROUNDS):  # the first warms up
+    for _ in range(1 + ROUNDS):  # the first is the warm-up
         for repeat, column in zip(repeats, samples):
             start.record()
             repeat()
@@ -52,9 +52,9 @@ def gpu_seconds(runs: Sequence[Callable[[], Any]]) -> list[float]:
 
 
 def _repeated(run: Callable[[], Any]) -> Callable[[], Any]:
-    """`CALLS` calls of `run`, as one graph where it can be captured: nothing in it may wait for the GPU.
+    """`CALLS` calls of `run`, as one CUDA graph if it can be captured, that is, if it never waits for the GPU.
 
-    It is run once outside the graph first, for what libraries set up and Triton compiles on first use.
+    A first call outside the graph covers the set-up of libraries and the compilation of Triton kernels.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -73,6 +73,6 @@ def _repeated(run: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-def clock(device: torch.device) -> Callable[[Sequence[Callable[[], Any]]], list[float]]:
-    """The clock for a device."""
+def clock_for(device: torch.device) -> Callable[[Sequence[Callable[[], Any]]], list[float]]:
+    """The timing function of a device."""
     return gpu_seconds if device.type == "cuda" else cpu_seconds

@@ -1,10 +1,10 @@
-"""Whole pictures: fast path and PyTorch beside fp32, and with CUDA graphs beside without."""
+"""Complete images: the fast path and PyTorch against fp32, and with CUDA graphs against without."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,14 +12,14 @@ import torch
 
 from fastsd.kernels import dispatch
 from fastsd.pipeline import Pipeline
-from fastsd.verify.rule import Row, attempted, exactly
+from fastsd.verify.rule import CheckResult, exact_arithmetic, note_out_of_memory
 
 SEED = 7
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """What is drawn: on which checkpoint, where, in which precision, from which words, in how many steps."""
+class ImageRun:
+    """How the test image is generated: checkpoint, device, precision, prompt, steps."""
 
     model: str
     device: str
@@ -28,53 +28,51 @@ class Drawing:
     steps: int
 
     def load(self, dtype: str | None = None, graphs: bool = False) -> Pipeline:
-        """Without graphs, in which ops could be neither watched nor replaced by their specification."""
+        """Load the pipeline. Ops inside a graph can be neither observed nor replaced, so graphs are off by default."""
         return Pipeline.from_pretrained(self.model, device=self.device, dtype=dtype or self.dtype, graphs=graphs)
 
-    def draw(self, pipe: Pipeline, output_type: str = "np") -> Any:
-        """The picture, `[1, H, W, 3]` in [0, 1] ("np"), or its latent ("latent")."""
+    def generate(self, pipe: Pipeline, output_type: str = "np") -> Any:
+        """The image, `[1, H, W, 3]` in [0, 1] ("np"), or its latents ("latent")."""
         return pipe(self.prompt, seed=SEED, num_inference_steps=self.steps, output_type=output_type).images
 
-    def timed(self, pipe: Pipeline, output_type: str = "np") -> tuple[Any, float]:
-        """`draw` and the seconds of a second one."""
-        picture = self.draw(pipe, output_type)
+    def generate_timed(self, pipe: Pipeline, output_type: str = "np") -> tuple[Any, float]:
+        """`generate`, and the seconds of a second call, which needs no warm-up."""
+        image = self.generate(pipe, output_type)
         start = time.perf_counter()
-        self.draw(pipe, output_type)
-        return picture, time.perf_counter() - start
+        self.generate(pipe, output_type)
+        return image, time.perf_counter() - start
 
 
-def check_picture(drawing: Drawing, pipe: Pipeline) -> Row:
-    """The final picture against the specification in fp32, in grey levels of 255.
+def check_image(image_run: ImageRun, pipe: Pipeline) -> CheckResult:
+    """Check the final image against the specification in fp32, in grey levels of 255.
 
-    By the rule, with root mean squares in place of largest distances (a pixel at an edge says little) and a grey level
-    as the ulp: rms(fast - truth) <= 2 rms(torch - truth) + 1.
+    The rule holds for root mean squares, since the largest difference of a pixel at an edge says little, and one grey
+    level is the ulp: rms(fast - truth) <= 2 rms(torch - truth) + 1.
     """
-    row = Row("image", f"{drawing.steps} steps", backend=_backend(pipe))
+    unjudged = CheckResult("image", f"{image_run.steps} steps", backend=_backend(pipe))
 
-    def work() -> Row:
-        exact = drawing.load("fp32")
-        with exactly():
-            truth = drawing.draw(exact)
+    def check() -> CheckResult:
+        exact = image_run.load("fp32")
+        with exact_arithmetic():
+            truth = image_run.generate(exact)
         del exact
-        fast, seconds = drawing.timed(pipe)
+        fast, seconds = image_run.generate_timed(pipe)
         with dispatch.forced("torch"):
-            plain, torch_seconds = drawing.timed(pipe)
-        return compare_pictures(row, fast, plain, truth, seconds, torch_seconds)
+            plain, torch_seconds = image_run.generate_timed(pipe)
+        return compare_images(unjudged, fast, plain, truth, seconds, torch_seconds)
 
-    return attempted(row, work)
+    return note_out_of_memory(unjudged, check)
 
 
-def compare_pictures(
-    row: Row, fast: np.ndarray, plain: np.ndarray, truth: np.ndarray, seconds: float, torch_seconds: float
-) -> Row:
-    """`row` with the verdict on pictures `[N, H, W, 3]` in [0, 1]."""
+def compare_images(
+    unjudged: CheckResult, fast: np.ndarray, plain: np.ndarray, truth: np.ndarray, seconds: float, torch_seconds: float
+) -> CheckResult:
+    """Judge images `[N, H, W, 3]` in [0, 1]."""
     error, torch_error = (float(np.sqrt(np.mean(np.square(255 * (x - truth))))) for x in (fast, plain))
     allowed = 2 * torch_error + 1
-    return Row(
-        row.level,
-        row.name,
-        "x".join(map(str, truth.shape)),
-        row.backend,
+    return replace(
+        unjudged,
+        shape="x".join(map(str, truth.shape)),
         error=error,
         torch_error=torch_error,
         allowed=allowed,
@@ -86,37 +84,37 @@ def compare_pictures(
 
 
 def psnr(rms: float) -> float:
-    """Peak signal to noise in dB for a root mean square error in grey levels of 255; infinite for none."""
+    """The peak signal-to-noise ratio in dB of a root mean square error in grey levels of 255; infinite for 0."""
     return float(20 * np.log10(255 / rms)) if rms else float("inf")
 
 
-def check_graphs(drawing: Drawing, device: torch.device) -> Row:
-    """Latents with and without CUDA graphs: the same to the bit, twice."""
-    row = Row("graphs", "on and off", "latent")
+def check_graphs(image_run: ImageRun, device: torch.device) -> CheckResult:
+    """Check that latents with and without CUDA graphs are bit-identical."""
+    unjudged = CheckResult("graphs", "on and off", "latent")
     if device.type != "cuda":
-        return _with_note(row, "CUDA graphs run on CUDA alone")
+        return replace(unjudged, note="CUDA graphs need a CUDA device")
 
-    def work() -> Row:
-        return compare_graphs(row, lambda on: drawing.timed(drawing.load(graphs=on), "latent"), drawing)
+    def check() -> CheckResult:
+        return compare_graphs(unjudged, lambda on: image_run.generate_timed(image_run.load(graphs=on), "latent"))
 
-    return attempted(row, work)
+    return note_out_of_memory(unjudged, check)
 
 
-def compare_graphs(row: Row, timed: Callable[[bool], tuple[torch.Tensor, float]], drawing: Drawing) -> Row:
-    """`row` with the verdict on what `timed` draws with graphs and without; its seconds are those of both."""
-    eager, torch_seconds = timed(False)
-    replayed, seconds = timed(True)
+def compare_graphs(unjudged: CheckResult, generate: Callable[[bool], tuple[torch.Tensor, float]]) -> CheckResult:
+    """Judge the latents that `generate` returns with graphs (True) and without (False)."""
+    eager, eager_seconds = generate(False)
+    replayed, seconds = generate(True)
     same = torch.equal(eager, replayed)
-    error = (eager - replayed).abs().max().item()
-    note = "bit-identical" if same else "with graphs and without differ"
-    return Row(
-        row.level, row.name, row.shape, error=error, allowed=0.0, seconds=seconds, torch_seconds=torch_seconds,
-        passed=same, note=f"{note}; PyTorch's time here is that without graphs",
-    )  # fmt: skip
-
-
-def _with_note(row: Row, note: str) -> Row:
-    return Row(row.level, row.name, row.shape, note=note)
+    verdict = "bit-identical" if same else "latents with and without graphs differ"
+    return replace(
+        unjudged,
+        error=(eager - replayed).abs().max().item(),
+        allowed=0.0,
+        seconds=seconds,
+        torch_seconds=eager_seconds,
+        passed=same,
+        note=f"{verdict}; the second time is without graphs",
+    )
 
 
 def _backend(pipe: Pipeline) -> str:

@@ -1,7 +1,7 @@
-"""Our kernels without a GPU: in Triton's interpreter, in a process of its own, at the shapes of a very small picture.
+"""The Triton kernels on a CPU: in Triton's interpreter, in a separate process, at the shapes of a very small image.
 
-Triton reads TRITON_INTERPRET when it is imported, hence the process: `python -m fastsd.verify.interpreted`
-prints its rows as JSON.
+Triton reads TRITON_INTERPRET when it is imported, hence the process: `python -m fastsd.verify.interpreted` prints the
+results as JSON.
 """
 
 from __future__ import annotations
@@ -20,47 +20,47 @@ from fastsd.kernels import dispatch
 from fastsd.pipeline import Pipeline
 from fastsd.verify.drive import drive
 from fastsd.verify.ops import check_op
-from fastsd.verify.rule import Row
-from fastsd.verify.watch import Call, has_kernel, watched
+from fastsd.verify.rule import CheckResult
+from fastsd.verify.watch import Call, has_kernel, observed
 
 DTYPES = ("fp32", "fp16")  # the interpreter cannot multiply bf16
-SIDE = 16  # pixels of the bundled model's picture: latents of 2 x 2 and 1 x 1
+SIDE = 16  # pixels of the image; the latents of the bundled model are then 2 x 2 and 1 x 1
 
 
-def in_another_process() -> list[Row]:
-    """The rows of the bundled model's ops that have kernels, in the interpreter; one row with a note where there is
-    no Triton.
+def check_in_interpreter() -> list[CheckResult]:
+    """Check the kernels of the bundled model's ops in the interpreter; without Triton, one result with a note.
 
     Raises:
         FastsdError: the process failed.
     """
-    missing = dispatch.why_no_triton(torch.device("cpu"))
-    if missing is not None:
-        return [Row("interpreter", "Triton", note=missing)]
-    done = subprocess.run(
+    no_triton = dispatch.why_no_triton(torch.device("cpu"))
+    if no_triton is not None:
+        return [CheckResult("interpreter", "Triton", note=no_triton)]
+    process = subprocess.run(
         [sys.executable, "-m", "fastsd.verify.interpreted"],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise FastsdError(f"the process that runs Triton's interpreter failed: {last}")
-    return [Row(**row) for row in json.loads(done.stdout.splitlines()[-1])]
+    if process.returncode:
+        last_line = (process.stderr.strip().splitlines() or ["no message"])[-1]
+        raise FastsdError(f"the process that runs Triton's interpreter failed: {last_line}")
+    return [CheckResult(**fields) for fields in json.loads(process.stdout.splitlines()[-1])]
 
 
-def rows(dtype: str) -> list[Row]:
-    """The comparison itself; for a process in which Triton interprets."""
+def check_kernels(dtype: str) -> list[CheckResult]:
+    """Check the kernels in this process, whose Triton must be the interpreter."""
     pipe = Pipeline.from_pretrained("digits", device="cpu", dtype=dtype)
     calls: dict[tuple[Any, ...], Call] = {}
-    with dispatch.forced("torch"), watched(lambda call: calls.setdefault(call.key, call.kept())):  # much faster
+    # PyTorch's ops collect the calls: the interpreter is slow.
+    with dispatch.forced("torch"), observed(lambda call: calls.setdefault(call.key, call.snapshot())):
         drive(pipe, "an eight", SIDE, SIDE)
     with torch.inference_mode():
-        found = [check_op(call, None, "interpreter") for call in calls.values() if has_kernel(call.op.name)]
-    return [replace(row, note=dtype) for row in sorted(found, key=lambda row: row.name)]
+        results = [check_op(call, None, "interpreter") for call in calls.values() if has_kernel(call.op.name)]
+    return [replace(result, note=dtype) for result in sorted(results, key=lambda result: result.name)]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # the tensors are small
-    print(json.dumps([asdict(row) for dtype in DTYPES for row in rows(dtype)]))
+    print(json.dumps([asdict(result) for dtype in DTYPES for result in check_kernels(dtype)]))

@@ -1,4 +1,4 @@
-"""Layer by layer, then network by network: what the ops make together."""
+"""Every layer, then every network, against its specification."""
 
 from __future__ import annotations
 
@@ -18,113 +18,113 @@ from fastsd.model.layers import Downsample, ResBlock, TransformerBlock, Upsample
 from fastsd.model.vae import AttentionBlock
 from fastsd.text.encode import added_conditioning, encode_text
 from fastsd.text.parse import parse_text
-from fastsd.verify.rule import Clock, Row, Tensors, attempted, exactly, judged, wider
+from fastsd.verify.rule import CheckResult, Clock, Tensors, exact_arithmetic, judge, note_out_of_memory, wider
 
 if TYPE_CHECKING:
     from fastsd.pipeline import Pipeline
 
 LAYERS = (ResBlock, TransformerBlock, AttentionBlock, Downsample, Upsample, EncoderLayer)
-RELATIVE = 1e-5  # what fp32 is allowed beside the rule: the distance that networks keep from diffusers' everywhere
-TIMESTEP = 500  # in the middle of the training schedule
+FP32_SLACK = 1e-5  # relative, in addition to the rule; the tolerance of the comparisons with diffusers' networks
+TIMESTEP = 500  # the middle of the training schedule
 
 
-def check_layers(pipe: Pipeline, run: Callable[[], Any], clock: Clock | None) -> list[Row]:
-    """Do `run`, and compare every layer at its first call, on the inputs that the fast path gives it.
+def check_layers(pipe: Pipeline, run: Callable[[], Any], clock: Clock | None) -> list[CheckResult]:
+    """Execute `run`, and check every layer at its first call, on the inputs that the fast path gives it.
 
-    The truth is the layer's specification in float64. Returns a row for each layer, in the order in which they ran.
+    The truth is the specification of the layer in float64. Returns a result for each layer, in order of execution.
     """
-    rows: dict[str, Row] = {}
+    results: dict[str, CheckResult] = {}
 
-    def see(name: str, layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], _: Any) -> None:
-        if name not in rows:
+    def on_call(name: str, layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], _: Any) -> None:
+        if name not in results:
             names = list(kwargs)
-            row = Row("layer", name, _sizes(args[0]), dispatch.backend(args[0]))
-            # `forward` and not a call, so that hooks are not told of what is done here.
-            rows[name] = compare(
-                row,
+            # `forward` instead of a call: the hooks must not observe the check itself.
+            results[name] = compare(
+                CheckResult("layer", name, _sizes(args[0]), dispatch.backend(args[0])),
                 layer,
                 lambda m, *x: m.forward(*x[: len(args)], **dict(zip(names, x[len(args) :]))),
                 (*args, *kwargs.values()),
                 clock,
             )
 
-    with _told(_networks(pipe), see):
+    with _hooked(_networks(pipe), on_call):
         run()
-    return list(rows.values())
+    return list(results.values())
 
 
 @torch.inference_mode()
-def check_networks(pipe: Pipeline, prompt: str, clock: Clock | None) -> list[Row]:
-    """Text encoders, UNet, autoencoder, each by itself at the checkpoint's own size.
+def check_networks(pipe: Pipeline, prompt: str, clock: Clock | None) -> list[CheckResult]:
+    """Check the text encoders, the UNet and the autoencoder, each separately, at the default size of the checkpoint.
 
-    The truth is the network's specification in the next wider precision. Latents and picture are random numbers.
+    The truth is the specification of the network in the next wider precision. Latents and image are random numbers.
     """
     parts, config = pipe.components, pipe.components.vae.config
     width, height = pipe.defaults["width"], pipe.defaults["height"]
     generator = torch.Generator().manual_seed(0)
 
-    def draw(*shape: int) -> torch.Tensor:
+    def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(pipe.device, pipe.dtype)
 
-    rows = []
+    results = []
     for i, (encoder, tokenizer) in enumerate(zip(parts.text_encoders, parts.tokenizers)):
         ids = tokenizer(prompt).to(pipe.device)
-        rows.append(_network(f"text_encoder{i + 1}", encoder, lambda m, x: m(x), ids, clock, pipe.dtype))
+        results.append(_check_network(f"text_encoder{i + 1}", encoder, lambda m, x: m(x), ids, clock, pipe.dtype))
     features = encode_text(parts, parse_text(parts, prompt), 1)
     added = added_conditioning(parts, features.pooled, False, width, height)
     latent = (height // config.downscale, width // config.downscale)
-    # Whole numbers, so that the angles of the time embedding are the same in every precision.
+    # A whole number: the angles of the time embedding are then the same in every precision.
     timestep = torch.full((1,), TIMESTEP, device=pipe.device)
-    noisy = draw(2, *latent, parts.unet.config.in_channels)
+    noisy = random(2, *latent, parts.unet.config.in_channels)
     denoise = lambda m, x: m(x, timestep, features.context.to(x).expand(2, -1, -1), added)  # noqa: E731
-    rows.append(_network("unet", parts.unet, denoise, noisy, clock, pipe.dtype))
+    results.append(_check_network("unet", parts.unet, denoise, noisy, clock, pipe.dtype))
     precision = next(parts.vae.parameters()).dtype
     if parts.vae.encoder is not None:
-        picture = draw(1, height, width, config.in_channels).clamp(-1, 1).to(precision)
-        rows.append(_network("vae.encode", parts.vae, lambda m, x: m.encode(x).mean, picture, clock, precision))
-    inner = draw(1, *latent, config.latent_channels).to(precision) / config.scaling_factor
-    rows.append(_network("vae.decode", parts.vae, lambda m, x: m.decode(x), inner, clock, precision))
-    return rows
+        image = random(1, height, width, config.in_channels).clamp(-1, 1).to(precision)
+        results.append(_check_network("vae.encode", parts.vae, lambda m, x: m.encode(x).mean, image, clock, precision))
+    unscaled = random(1, *latent, config.latent_channels).to(precision) / config.scaling_factor
+    results.append(_check_network("vae.decode", parts.vae, lambda m, x: m.decode(x), unscaled, clock, precision))
+    return results
 
 
-def _network(
+def _check_network(
     name: str, module: nn.Module, call: Callable[..., Any], x: torch.Tensor, clock: Clock | None, dtype: torch.dtype
-) -> Row:
-    return compare(Row("module", name, _sizes(x), dispatch.backend(x)), module, call, (x,), clock, wider(dtype))
+) -> CheckResult:
+    unjudged = CheckResult("module", name, _sizes(x), dispatch.backend(x))
+    return compare(unjudged, module, call, (x,), clock, wider(dtype))
 
 
 def compare(
-    row: Row,
+    unjudged: CheckResult,
     module: nn.Module,
     call: Callable[..., Any],
     inputs: tuple[Any, ...],
     clock: Clock | None,
     precision: torch.dtype = torch.float64,
-) -> Row:
-    """`call(module, *inputs)` by the rule, against the specification of `module` in `precision`."""
+) -> CheckResult:
+    """Judge `call(module, *inputs)` by the rule, against the specification of `module` in `precision`."""
 
     def fast() -> Tensors:
-        result = call(module, *inputs)
-        return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+        output = call(module, *inputs)
+        return (output,) if isinstance(output, torch.Tensor) else tuple(output)
 
-    def plain() -> Tensors:
+    def on_torch() -> Tensors:
         with dispatch.forced("torch"):
             return fast()
 
-    def work() -> Row:
-        with exactly():
+    def check() -> CheckResult:
+        with exact_arithmetic():
             exact = call(copy.deepcopy(module).to(precision), *(_to(x, precision) for x in inputs))
         truth = (exact,) if isinstance(exact, torch.Tensor) else tuple(exact)
-        result = fast()
+        outputs = fast()
         largest = max((x.abs().max().item() for x in truth), default=0.0)
-        slack = RELATIVE * largest if result[0].dtype == torch.float32 else 0.0
-        found = judged(row, result, plain(), truth, slack)
+        slack = FP32_SLACK * largest if outputs[0].dtype == torch.float32 else 0.0
+        result = judge(unjudged, outputs, on_torch(), truth, slack)
         if clock is None:
-            return found
-        seconds, torch_seconds = clock([fast, plain])
-        return replace(found, seconds=seconds, torch_seconds=torch_seconds)
+            return result
+        seconds, torch_seconds = clock([fast, on_torch])
+        return replace(result, seconds=seconds, torch_seconds=torch_seconds)
 
-    return attempted(row, work)
+    return note_out_of_memory(unjudged, check)
 
 
 def _networks(pipe: Pipeline) -> dict[str, nn.Module]:
@@ -134,10 +134,10 @@ def _networks(pipe: Pipeline) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def _told(networks: dict[str, nn.Module], see: Callable[..., None]) -> Iterator[None]:
-    """Inside this context `see` is told of every call of a layer: name, layer, arguments, result."""
+def _hooked(networks: dict[str, nn.Module], on_call: Callable[..., None]) -> Iterator[None]:
+    """Inside this context `on_call` receives every call of a layer: name, layer, arguments, result."""
     handles = [
-        layer.register_forward_hook(functools.partial(see, f"{network}.{name}"), with_kwargs=True)
+        layer.register_forward_hook(functools.partial(on_call, f"{network}.{name}"), with_kwargs=True)
         for network, model in networks.items()
         for name, layer in model.named_modules()
         if isinstance(layer, LAYERS)

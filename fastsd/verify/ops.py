@@ -1,4 +1,4 @@
-"""Every op at the model's own shapes and values, against its specification in float64."""
+"""Every op, on the arguments that the model calls it with, against its specification in float64."""
 
 from __future__ import annotations
 
@@ -12,100 +12,101 @@ import torch
 
 from fastsd.kernels import dispatch
 from fastsd.kernels.linear import linear_ref
-from fastsd.verify.rule import Clock, Row, Tensors, attempted, exactly, judged
-from fastsd.verify.watch import Call, has_kernel, watched
+from fastsd.verify.rule import CheckResult, Clock, Tensors, exact_arithmetic, judge, note_out_of_memory
+from fastsd.verify.watch import Call, has_kernel, observed
 
 
-def check_ops(run: Callable[[], Any], clock: Clock | None, level: str = "op") -> list[Row]:
-    """Do `run`, and compare every op at the first call with each set of shapes.
+def check_ops(run: Callable[[], Any], clock: Clock | None, level: str = "op") -> list[CheckResult]:
+    """Execute `run`, and check every op at its first call with each set of shapes.
 
     Args:
-        run: anything that runs models.
-        clock: for the times; None takes none.
-        level: of the rows.
+        run: any function that runs models.
+        clock: takes the times; None takes none.
+        level: of the results.
 
     Returns:
-        A row for each set of shapes, by op.
+        A result for each set of shapes, sorted by op.
     """
-    rows: dict[tuple[Any, ...], Row] = {}
-    calls: Counter[tuple[Any, ...]] = Counter()
+    results: dict[tuple[Any, ...], CheckResult] = {}
+    counts: Counter[tuple[Any, ...]] = Counter()
 
-    def see(call: Call) -> None:
-        if not calls[call.key]:
-            rows[call.key] = check_op(call, clock, level)
-        calls[call.key] += 1
+    def on_call(call: Call) -> None:
+        if not counts[call.key]:
+            results[call.key] = check_op(call, clock, level)
+        counts[call.key] += 1
 
-    with watched(see):
+    with observed(on_call):
         run()
-    found = [replace(row, calls=calls[key]) for key, row in rows.items()]
-    return sorted(found, key=lambda row: row.name)
+    counted = [replace(result, calls=counts[key]) for key, result in results.items()]
+    return sorted(counted, key=lambda result: result.name)
 
 
-def check_op(call: Call, clock: Clock | None, level: str = "op") -> Row:
-    """One op by the rule: fast path and PyTorch in the same dtype against the specification in float64."""
-    row = Row(level, call.op.name, call.shape, backend_of(call))
+def check_op(call: Call, clock: Clock | None, level: str = "op") -> CheckResult:
+    """Check one op: fast path and PyTorch in the same dtype, both against the specification in float64."""
+    unjudged = CheckResult(level, call.op.name, call.shape, backend_of(call))
 
-    def work() -> Row:
-        found = compared(call, row)(call.run())
+    def check() -> CheckResult:
+        result = judge_of(call, unjudged)(call.run())
         if clock is None:
-            return found
-        seconds, torch_seconds = clock([call.run, lambda: plain(call)])
-        return replace(found, seconds=seconds, torch_seconds=torch_seconds)
+            return result
+        seconds, torch_seconds = clock([call.run, lambda: run_on_torch(call)])
+        return replace(result, seconds=seconds, torch_seconds=torch_seconds)
 
-    return attempted(row, work)
-
-
-def compared(call: Call, row: Row | None = None) -> Callable[[Tensors], Row]:
-    """The judge of results of `call`: `row`, or one of its own, with the verdict. Truth is worked out once."""
-    row = row or Row("op", call.op.name, call.shape)
-    same_dtype, exact, slack = plain(call), truth(call), order_slack(call)
-    return lambda results: judged(row, results, same_dtype, exact, slack)
+    return note_out_of_memory(unjudged, check)
 
 
-def plain(call: Call) -> Tensors:
-    """What PyTorch's own operations give in the same dtype."""
+def judge_of(call: Call, unjudged: CheckResult | None = None) -> Callable[[Tensors], CheckResult]:
+    """A function that judges outputs of `call` by the rule. The truth is computed once, here."""
+    unjudged = unjudged or CheckResult("op", call.op.name, call.shape)
+    same_dtype, exact, slack = run_on_torch(call), truth(call), order_slack(call)
+    return lambda outputs: judge(unjudged, outputs, same_dtype, exact, slack)
+
+
+def run_on_torch(call: Call) -> Tensors:
+    """The outputs of PyTorch's own operations in the same dtype."""
     with dispatch.forced("torch"):
         return call.run()
 
 
 def truth(call: Call) -> Tensors:
-    """The specification in float64. Attention goes head by head: all scores at once would not fit."""
+    """The outputs of the specification in float64. Attention runs head by head, since all scores would not fit."""
     arguments = call.widened()
-    with exactly():
+    with exact_arithmetic():
         if call.op.name != "flash_attn":
             return call.run(arguments)
-        images = []
+        samples = []
         for b in range(len(arguments["q"])):
             parts = {name: arguments[name][b : b + 1].split(1, dim=2) for name in ("q", "k", "v")}
             heads = [arguments | dict(zip(parts, head)) for head in zip(*parts.values())]
-            images.append(torch.cat([call.op.run(**head) for head in heads], dim=-1))
-        return (torch.cat(images),)
+            samples.append(torch.cat([call.op.run(**head) for head in heads], dim=-1))
+        return (torch.cat(samples),)
 
 
 def order_slack(call: Call) -> float:
-    """How far apart two orders of the same fp32 sums can be expected to come out: sqrt(K) u max(|x| |w|) (Higham and
-    Mary 2019, theorem 2.4, with lambda = 1), for K products a sum and u = 2^-24.
+    """The expected difference between two orders of the same fp32 sums: sqrt(K) u max(|x| |w|), for sums of K products
+    and u = 2^-24 (Higham and Mary 2019, theorem 2.4, with lambda = 1).
 
-    PyTorch's order is one of many, and at times a lucky one. In 16 bit the rounding of the result hides all this.
+    PyTorch's order is one of many, and sometimes an exceptionally accurate one. In 16 bits, the rounding of the output
+    exceeds this difference.
     """
     weight = call.arguments.get("weight")
     if weight is None or weight.ndim < 2 or weight.dtype != torch.float32:
         return 0.0
     values = call.widened()
     magnitudes = {name: x.abs() if isinstance(x, torch.Tensor) else x for name, x in values.items()}
-    if call.op.name == "geglu":  # the error of each factor times the other; GELU's slope is at most 1.13
+    if call.op.name == "geglu":  # the error of each factor times the other factor; GELU's slope is at most 1.13
         value, gate = linear_ref(values["x"], values["weight"], values["bias"]).abs().chunk(2, dim=-1)
         sums, gate_sums = linear_ref(magnitudes["x"], magnitudes["weight"], magnitudes["bias"]).chunk(2, dim=-1)
         sums = sums * gate + 1.13 * value * gate_sums
     else:
-        plain = {"activation": "none"} if "activation" in magnitudes else {}
-        with exactly():
-            (sums,) = call.run(magnitudes | plain)
+        linear_only = {"activation": "none"} if "activation" in magnitudes else {}
+        with exact_arithmetic():
+            (sums,) = call.run(magnitudes | linear_only)
     return math.prod(weight.shape[1:]) ** 0.5 * 2.0**-24 * sums.abs().max().item()
 
 
 def backend_of(call: Call) -> str:
-    """The name of the backend that runs the call."""
+    """The name of the backend that runs `call`."""
     tensors = [value for value in call.arguments.values() if isinstance(value, torch.Tensor)]
     name = dispatch.backend(*tensors)
     return "torch" if name == "triton" and not has_kernel(call.op.name) else name

@@ -1,4 +1,4 @@
-"""The rule that everything is held to, and the row that says how it went."""
+"""The rule of all checks, and the result of a check."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ Clock = Callable[[Sequence[Callable[[], Any]]], list[float]]
 
 
 @dataclass(frozen=True)
-class Row:
-    """One comparison.
+class CheckResult:
+    """The result of one comparison.
 
     Attributes:
         level: "op", "layer", "module", "image", "graphs" or "interpreter".
         name, shape: what was compared.
-        backend: what computed it.
-        calls: how often the run called it with these shapes.
-        error, torch_error: largest distance from the truth of the fast path and of PyTorch in the same dtype.
+        backend: the backend of the fast path.
+        calls: number of calls with these shapes in the run.
+        error, torch_error: largest difference from the truth, of the fast path and of PyTorch in the same dtype.
         allowed: the largest error that passes.
-        seconds, torch_seconds: the time of both; None where it was not taken.
-        passed: None where there was nothing to judge; `note` says why.
+        seconds, torch_seconds: their times; None if not measured.
+        passed: None if the comparison was not judged; `note` says why.
     """
 
     level: str
@@ -45,56 +45,56 @@ class Row:
     note: str = ""
 
 
-def judged(row: Row, fast: Tensors, same_dtype: Tensors, truth: Tensors, slack: float = 0.0) -> Row:
-    """`row` with the errors of `fast` and the verdict, by the rule
+def judge(unjudged: CheckResult, fast: Tensors, same_dtype: Tensors, truth: Tensors, slack: float = 0.0) -> CheckResult:
+    """Add the errors of `fast` and the verdict to `unjudged`, by the rule
 
         max|fast - truth| <= 2 max|same_dtype - truth| + 1 ulp of the largest |truth| + slack,
 
-    for each tensor of an op's results; the row tells of the one that comes nearest to failing. Numbers that the dtype
-    cannot hold are left out. Where PyTorch's own result is not finite, a finite one passes and another is not judged.
-    `slack` is for sums of fp32 numbers in fp32, whose error depends on their order.
+    for each output of an op; the result is that of the output nearest to failing. Elements whose true value exceeds the
+    range of the dtype are not compared. If PyTorch's own output is not finite, a finite one passes and any other is not
+    judged. `slack` is for fp32 sums, whose error depends on the order of their terms.
     """
-    worst, found = -1.0, row
-    for result, plain, exact in zip(fast, same_dtype, truth, strict=True):
-        if result.shape != exact.shape:
-            return replace(row, passed=False, note=f"shape {list(result.shape)} where {list(exact.shape)} is right")
+    highest, worst = -1.0, unjudged
+    for output, plain, exact in zip(fast, same_dtype, truth, strict=True):
+        if output.shape != exact.shape:
+            return replace(unjudged, passed=False, note=f"shape {list(output.shape)}, expected {list(exact.shape)}")
         if not exact.numel():
             continue
-        limits = torch.finfo(result.dtype)
-        held = exact.abs() <= limits.max
-        error, torch_error = (_largest((x.to(exact.dtype) - exact)[held]) for x in (result, plain))
-        allowed = 2 * torch_error + _largest(exact[held]) * limits.eps + slack
-        judged = replace(row, error=error, torch_error=torch_error, allowed=allowed)
+        limits = torch.finfo(output.dtype)
+        in_range = exact.abs() <= limits.max
+        error, torch_error = (_largest((x.to(exact.dtype) - exact)[in_range]) for x in (output, plain))
+        allowed = 2 * torch_error + _largest(exact[in_range]) * limits.eps + slack
+        result = replace(unjudged, error=error, torch_error=torch_error, allowed=allowed)
         if not math.isfinite(allowed):
             passed = True if math.isfinite(error) else None
-            judged = replace(judged, passed=passed, note="PyTorch's result is not finite")
-            nearness = math.inf if passed is None else 0.0
+            result = replace(result, passed=passed, note="PyTorch's output is not finite")
+            share = math.inf if passed is None else 0.0
         else:
-            judged = replace(judged, passed=error <= allowed)  # a NaN passes nothing
-            nearness = error / allowed if allowed else math.inf * error
-        if not nearness <= worst:
-            worst, found = nearness, judged
-        if judged.passed is False:
-            return judged
-    return found
+            result = replace(result, passed=error <= allowed)  # NaN compares false
+            share = error / allowed if allowed else math.inf * error
+        if not share <= highest:
+            highest, worst = share, result
+        if result.passed is False:
+            return result
+    return worst
 
 
 def _largest(x: torch.Tensor) -> float:
     return x.abs().max().item() if x.numel() else 0.0
 
 
-def attempted(row: Row, work: Callable[[], Row]) -> Row:
-    """What `work` gives; where the GPU's memory does not suffice, `row` with a note and no verdict."""
+def note_out_of_memory(unjudged: CheckResult, check: Callable[[], CheckResult]) -> CheckResult:
+    """The result of `check`; if the GPU runs out of memory, `unjudged` with a note."""
     try:
-        return work()
+        return check()
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
-        return replace(row, note="too little memory to compare")
+        return replace(unjudged, note="not enough memory to compare")
 
 
 @contextmanager
-def exactly() -> Iterator[None]:
-    """Inside this context every op runs its specification, and fp32 is fp32: no TF32 in products or convolutions."""
+def exact_arithmetic() -> Iterator[None]:
+    """Inside this context every op runs its specification, and fp32 products and convolutions do not use TF32."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = False
@@ -106,5 +106,5 @@ def exactly() -> Iterator[None]:
 
 
 def wider(dtype: torch.dtype) -> torch.dtype:
-    """The precision that whole networks of `dtype` are compared with: fp32, and float64 for fp32 itself."""
+    """The precision of the truth for networks in `dtype`: fp32, and float64 for fp32."""
     return torch.float64 if dtype == torch.float32 else torch.float32

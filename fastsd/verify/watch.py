@@ -1,4 +1,4 @@
-"""Seeing every op that the models call, with its arguments, while a pipeline runs."""
+"""Observe every op that the models call, with its arguments, while a pipeline runs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ import torch
 from fastsd import kernels
 from fastsd.kernels.cpu import onednn
 
-IN_PLACE = {"advance": ("x", "x_in", "saved", "history", "noise")}  # ops that return nothing, and what they change
-FIRST = {"flash_attn": "q"}  # the argument that shows an op's size; x elsewhere
+IN_PLACE = {
+    "advance": ("x", "x_in", "saved", "history", "noise")
+}  # ops that return nothing, and the arguments they modify
+SIZE_ARGUMENT = {"flash_attn": "q"}  # the argument that shows the size of an op; x by default
 
 
 @dataclass(frozen=True)
 class Op:
-    """What the models call."""
+    """A function of `fastsd.kernels` that the models call."""
 
     name: str
     run: Callable[..., Any]
@@ -32,17 +34,17 @@ class Op:
 
 @functools.cache
 def ops() -> dict[str, Op]:
-    """Every op in `fastsd.kernels`: each function that stands beside its `<op>_ref`."""
-    found = {}
-    for module in pkgutil.iter_modules(kernels.__path__):
-        if module.ispkg:
+    """Every op in `fastsd.kernels`: each function with an `<op>_ref` in the same module."""
+    by_name = {}
+    for info in pkgutil.iter_modules(kernels.__path__):
+        if info.ispkg:
             continue
-        room = importlib.import_module(f"{kernels.__name__}.{module.name}")
-        for name, reference in vars(room).items():
+        module = importlib.import_module(f"{kernels.__name__}.{info.name}")
+        for name, reference in vars(module).items():
             stem = name.removesuffix("_ref")
-            if stem != name and getattr(reference, "__module__", "") == room.__name__ and hasattr(room, stem):
-                found[stem] = Op(stem, getattr(room, stem))
-    return found
+            if stem != name and getattr(reference, "__module__", "") == module.__name__ and hasattr(module, stem):
+                by_name[stem] = Op(stem, getattr(module, stem))
+    return by_name
 
 
 def has_kernel(op: str) -> bool:
@@ -55,9 +57,9 @@ class Call:
     """One call of an op.
 
     Attributes:
-        op: what was called.
-        arguments: by name, defaults filled in. Tensors are the caller's own.
-        key: equal for calls that differ in nothing but the tensors' values.
+        op: the op that was called.
+        arguments: by name, including defaults. Tensors are the caller's, not copies.
+        key: equal for calls that differ only in the values of their tensors.
     """
 
     op: Op
@@ -65,7 +67,7 @@ class Call:
     key: tuple[Any, ...]
 
     @classmethod
-    def of(cls, op: Op, *args: Any, **kwargs: Any) -> Call:
+    def bind(cls, op: Op, *args: Any, **kwargs: Any) -> Call:
         bound = inspect.signature(op.run).bind(*args, **kwargs)
         bound.apply_defaults()
         arguments = dict(bound.arguments)
@@ -73,9 +75,9 @@ class Call:
 
     @property
     def shape(self) -> str:
-        """The sizes of its tensors, for a reader: "2x64x64x320 w320x320x3x3"."""
+        """The sizes of the tensors, for the report: "2x64x64x320 w320x320x3x3"."""
         parts = []
-        for name in (FIRST.get(self.op.name, "x"), "skip", "weight", "k", "residual"):
+        for name in (SIZE_ARGUMENT.get(self.op.name, "x"), "skip", "weight", "k", "residual"):
             tensor = self.arguments.get(name)
             if isinstance(tensor, torch.Tensor) and (tensor.ndim > 1 or name == "x"):
                 sizes = "x".join(map(str, tensor.shape))
@@ -86,24 +88,24 @@ class Call:
         return " ".join(parts + [str(self.arguments[n]) if n == "activation" else n for n in extra])
 
     def run(self, arguments: dict[str, Any] | None = None) -> tuple[torch.Tensor, ...]:
-        """The op's results, of `arguments` or the call's own; tensors that it changes in place are copied first."""
+        """Run the op on `arguments` (default: the call's own). Tensors that it modifies in place are copied first."""
         arguments = dict(self.arguments if arguments is None else arguments)
-        changed = IN_PLACE.get(self.op.name, ())
-        arguments |= {name: arguments[name].clone() for name in changed}
-        result = self.op.run(**arguments)
-        if changed:
-            return tuple(arguments[name] for name in changed)
-        return result if isinstance(result, tuple) else (result,)
+        modified = IN_PLACE.get(self.op.name, ())
+        arguments |= {name: arguments[name].clone() for name in modified}
+        output = self.op.run(**arguments)
+        if modified:
+            return tuple(arguments[name] for name in modified)
+        return output if isinstance(output, tuple) else (output,)
 
-    def kept(self) -> Call:
-        """The call as it is now, for ops that work in place: their callers change the tensors afterwards."""
+    def snapshot(self) -> Call:
+        """The call, with copies of tensors that an op in place modifies."""
         if self.op.name not in IN_PLACE:
             return self
         copies = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in self.arguments.items()}
         return replace(self, arguments=copies)
 
     def widened(self) -> dict[str, Any]:
-        """The arguments with every floating-point tensor in float64."""
+        """The arguments, with every floating-point tensor in float64."""
         return {
             name: onednn.dense(value).double()
             if isinstance(value, torch.Tensor) and value.is_floating_point()
@@ -124,11 +126,11 @@ def _kind(value: Any) -> Any:
 
 
 @contextmanager
-def watched(see: Callable[[Call], Any]) -> Iterator[None]:
-    """Inside this context `see` is told of every call that fastsd's modules make of an op, before it is done.
+def observed(on_call: Callable[[Call], Any]) -> Iterator[None]:
+    """Inside this context `on_call` receives every op call of fastsd's modules, before it runs.
 
-    What ops call among themselves, and what `see` calls, is not told. Not for programs with other threads at work:
-    the names that modules hold are replaced for the time being.
+    Calls between ops, and calls by `on_call` itself, are not observed. Not thread-safe: the context replaces the ops in
+    the namespaces of the modules.
     """
     inside = False
 
@@ -140,25 +142,25 @@ def watched(see: Callable[[Call], Any]) -> Iterator[None]:
                 return op.run(*args, **kwargs)
             inside = True
             try:
-                see(Call.of(op, *args, **kwargs))
+                on_call(Call.bind(op, *args, **kwargs))
                 return op.run(*args, **kwargs)
             finally:
                 inside = False
 
         return run
 
-    watchers = {op.run: replacement(op) for op in ops().values()}
-    places = [
+    replacements = {op.run: replacement(op) for op in ops().values()}
+    bindings = [
         (module, name, value)
         for module_name, module in list(sys.modules.items())
         if module_name.startswith("fastsd.") and module_name != __name__
         for name, value in list(vars(module).items())
-        if inspect.isfunction(value) and value in watchers
+        if inspect.isfunction(value) and value in replacements
     ]
     try:
-        for module, name, value in places:
-            setattr(module, name, watchers[value])
+        for module, name, value in bindings:
+            setattr(module, name, replacements[value])
         yield
     finally:
-        for module, name, value in places:
+        for module, name, value in bindings:
             setattr(module, name, value)

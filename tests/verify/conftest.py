@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from fastsd.pipeline import Pipeline
+from fastsd.verify.drive import drive
 
 
 @pytest.fixture(autouse=True)
@@ -21,3 +22,9 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def pipe() -> Pipeline:
     return Pipeline.from_pretrained("digits", device="cpu", dtype="fp32")
+
+
+@pytest.fixture(scope="session")
+def short_run(pipe: Pipeline) -> Callable[[], None]:
+    """A run that calls every network of the bundled model."""
+    return lambda: drive(pipe, "an eight", 64, 64)

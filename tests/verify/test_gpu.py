@@ -1,4 +1,4 @@
-"""Verifying and tuning on a GPU, with the bundled model."""
+"""Verifying and tuning the bundled model on a GPU."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from fastsd.kernels.launch import tuned
 pytestmark = pytest.mark.gpu
 
 
-def verified(capsys: pytest.CaptureFixture[str], dtype: str) -> dict:
+def verify(capsys: pytest.CaptureFixture[str], dtype: str) -> dict:
+    """The report of `fastsd verify`, which must pass."""
     code = main(["verify", "--device", "cuda", "--dtype", dtype, "--json"])
-    found = json.loads(capsys.readouterr().out)
-    failed = [row for row in found["rows"] if row["passed"] is False]
+    report = json.loads(capsys.readouterr().out)
+    failed = [row for row in report["rows"] if row["passed"] is False]
     assert code == 0 and not failed, failed
-    return found
+    return report
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
-def test_a_gpu_passes(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
-    found = verified(capsys, dtype)
-    rows = {row["name"]: row for row in found["rows"] if row["level"] in ("op", "graphs")}
+def test_verify_passes(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    report = verify(capsys, dtype)
+    rows = {row["name"]: row for row in report["rows"] if row["level"] in ("op", "graphs")}
     kernels = ("groupnorm_silu", "layernorm", "geglu", "flash_attn", "advance")
     assert {rows[name]["backend"] for name in kernels} == {"triton"}
     assert rows["on and off"]["passed"] is True
 
 
-def test_a_tuned_table_is_used_and_right(
+def test_a_tuned_table_is_used_and_correct(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FASTSD_CACHE", str(tmp_path))
@@ -39,6 +40,6 @@ def test_a_tuned_table_is_used_and_right(
         assert main(["tune", "--dtype", "fp16"]) == 0
         (file,) = tmp_path.iterdir()
         capsys.readouterr()
-        assert str(file) in verified(capsys, "fp16")["launches"]
+        assert str(file) in verify(capsys, "fp16")["launches"]
     finally:
         tuned._in_use.cache_clear()

@@ -1,0 +1,17 @@
+"""Every Triton kernel passes in the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastsd.verify.interpreted import DTYPES, check_in_interpreter
+from tests.support.verification import failures
+
+
+def test_every_kernel_passes() -> None:
+    pytest.importorskip("triton", reason="no Triton for this platform")
+    results = check_in_interpreter()
+    assert {"advance", "geglu", "groupnorm_silu", "layernorm"} <= {result.name for result in results}
+    assert {result.backend for result in results} == {"triton"}
+    assert {result.note for result in results} == set(DTYPES)
+    assert not failures(results) and all(result.passed for result in results)
