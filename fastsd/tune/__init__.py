@@ -1,4 +1,4 @@
-"""Tuning: `python -m fastsd tune` measures launches on the GPU at hand and keeps the best for this user."""
+"""Tuning: `python -m fastsd tune` measures launches on this GPU and saves the fastest in the user's cache."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastsd.kernels.launch.tuned import Question
-    from fastsd.tune.search import Clock, Found
-    from fastsd.verify.rule import Row
+    from fastsd.tune.search import Clock, SearchResult
+    from fastsd.verify.rule import CheckResult
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `fastsd tune`."""
     parser.add_argument(
-        "--model", default="digits", metavar="FOLDER", help="whose shapes to tune for (default: digits)"
+        "--model",
+        default="digits",
+        metavar="FOLDER",
+        help="the checkpoint whose shapes are tuned (default: %(default)s)",
     )
     parser.add_argument("--device", default="cuda", help="cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="auto, fp32, fp16 or bf16 (default: %(default)s)")
@@ -23,13 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Tune as the flags say and write the table of this GPU, which fastsd uses from then on.
+    """Tune as the flags say, and write the launch table of this GPU.
 
     Returns:
         0.
 
     Raises:
-        FastsdError: no GPU, no Triton, no such model, a cache folder that cannot be written to.
+        FastsdError: no GPU, no Triton, no such model, an unwritable cache folder.
     """
     import torch
 
@@ -42,52 +45,51 @@ def run(args: argparse.Namespace) -> int:
     from fastsd.verify.drive import drive
 
     if not args.device.startswith("cuda") or not torch.cuda.is_available():
-        raise FastsdError("tune: needs a CUDA GPU, and there is none to be used here; the committed tables stay in use")
+        raise FastsdError("tune: needs a CUDA GPU, and none is available; the committed tables remain in use")
     pipe = Pipeline.from_pretrained(args.model, device=args.device, dtype=args.dtype, graphs=False)
-    missing = dispatch.why_no_triton(pipe.device)
-    if missing is not None:
-        raise FastsdError(f"tune: {missing}")
-    belongs = tuned.origin(torch.cuda.get_device_name(pipe.device), architecture.of(pipe.device))
-    launches = dict(tuned.load(belongs))  # of other models' shapes
+    no_triton = dispatch.why_no_triton(pipe.device)
+    if no_triton is not None:
+        raise FastsdError(f"tune: {no_triton}")
+    origin = tuned.origin(torch.cuda.get_device_name(pipe.device), architecture.of(pipe.device))
+    launches = dict(tuned.load(origin))  # includes the shapes of models that were tuned before
 
     def short_run() -> None:
         drive(pipe, args.prompt, pipe.defaults["width"], pipe.defaults["height"])
 
-    for question, found in tune(short_run, gpu_seconds):
-        if found is None:
-            print(
-                f"{question.op} {question.key}: the committed launch is not right here; python -m fastsd verify",
-                flush=True,
-            )
-            continue
-        launches[question] = found.launch
-        times = f"{1e6 * found.seconds:.1f} us, committed {1e6 * found.committed_seconds:.1f} us"
-        print(
-            f"{question.op} {question.key}: {times}, {found.right} of {found.tried} right: {found.launch}", flush=True
-        )
+    for question, result in tune(short_run, gpu_seconds):
+        print(f"{question.op} {question.key}: {_describe(result)}", flush=True)
+        if result is not None:
+            launches[question] = result.launch
     try:
-        print(tuned.save(launches, belongs))
+        print(tuned.save(launches, origin))
     except OSError as error:
         raise FastsdError(f"tune: cannot write to {cache_folder()}: {error.strerror}") from error
     return 0
 
 
-def tune(run: Callable[[], Any], clock: Clock) -> Iterator[tuple[Question, Found | None]]:
-    """Search for the best launch of every question that the kernels ask of their tables during `run`.
+def _describe(result: SearchResult | None) -> str:
+    if result is None:
+        return "the committed launch computes a wrong result here; run python -m fastsd verify"
+    times = f"{1e6 * result.seconds:.1f} us, committed {1e6 * result.committed_seconds:.1f} us"
+    return f"{times}, {result.correct} of {result.candidates} correct: {result.launch}"
 
-    Returns what was asked and what was found, in that order; None where the committed launch computes the wrong thing.
+
+def tune(run: Callable[[], Any], clock: Clock) -> Iterator[tuple[Question, SearchResult | None]]:
+    """Search for the fastest launch for every lookup in the launch tables during `run`.
+
+    Yields each lookup with its result, in order; None where the committed launch computes a wrong result.
     """
     import torch
 
     from fastsd.kernels.launch import tuned
     from fastsd.tune.candidates import candidates
     from fastsd.tune.search import search
-    from fastsd.verify.ops import compared
-    from fastsd.verify.watch import Call, has_kernel, watched
+    from fastsd.verify.ops import judge_of
+    from fastsd.verify.watch import Call, has_kernel, observed
 
-    results: dict[tuned.Question, Found | None] = {}
+    results: dict[tuned.Question, SearchResult | None] = {}
 
-    def see(call: Call) -> None:
+    def on_call(call: Call) -> None:
         if not has_kernel(call.op.name):
             return
         with tuned.asked() as questions:
@@ -95,18 +97,18 @@ def tune(run: Callable[[], Any], clock: Clock) -> Iterator[tuple[Question, Found
         for question, committed in questions.items():
             if question in results:
                 continue
-            listed = candidates(question, committed)
-            results[question] = search(listed, *_trial(question, call.run, compared(call)), clock)
+            launches = candidates(question, committed)
+            results[question] = search(launches, *_trial(question, call.run, judge_of(call)), clock)
 
-    with torch.inference_mode(), watched(see):
+    with torch.inference_mode(), observed(on_call):
         run()
     yield from results.items()
 
 
 def _trial(
-    question: Question, call: Callable[[], Any], judge: Callable[[Any], Row]
+    question: Question, call: Callable[[], Any], judge: Callable[[Any], CheckResult]
 ) -> tuple[Callable[[Any], bool], Callable[[Any], Any]]:
-    """For a launch: whether `call` is right with it, and `call` with it."""
+    """Two functions of a launch: whether `call` is correct with it, and `call` with it."""
     from fastsd.kernels.launch.tuned import tried
 
     def run(launch: Any) -> Any:

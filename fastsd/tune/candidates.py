@@ -1,6 +1,6 @@
-"""What is worth trying for an op and its sizes, the committed launch first.
+"""The candidate launches for an op and its sizes, the committed launch first.
 
-A list is wide rather than clever: what does not compile, does not fit or computes something else drops out by itself.
+The lists are deliberately wide: the search rejects a launch that does not compile, does not fit or is wrong.
 """
 
 from __future__ import annotations
@@ -10,26 +10,25 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from fastsd.kernels.launch import flash_attn, groupnorm_silu
-from fastsd.kernels.launch import rowwise as rows
+from fastsd.kernels.launch import flash_attn, groupnorm_silu, rowwise
 from fastsd.kernels.launch.groupnorm_silu import power_of_two
 from fastsd.kernels.launch.tuned import Question
 
 
 def candidates(question: Question, committed: Any) -> list[Any]:
-    """Launches for `question`, each once, `committed` first."""
-    found: Iterator[Any]
+    """Distinct launches for `question`, `committed` first."""
+    others: Iterator[Any]
     if isinstance(committed, groupnorm_silu.Launch):
-        found = _groupnorm(committed, *question.key)
-    elif isinstance(committed, rows.Launch):
-        found = _rows(question.op, committed)
+        others = _groupnorm(committed, *question.key)
+    elif isinstance(committed, rowwise.Launch):
+        others = _rowwise(question.op, committed)
     elif isinstance(committed, flash_attn.Tile):
-        found = _tiles(committed, question.key[3])
+        others = _tiles(committed, question.key[3])
     elif isinstance(committed, flash_attn.FewKeys):
-        found = _few_keys(committed)
+        others = _few_keys(committed)
     else:
-        found = iter(())
-    return list(dict.fromkeys([committed, *found]))
+        others = iter(())
+    return list(dict.fromkeys([committed, *others]))
 
 
 def _groupnorm(
@@ -37,8 +36,8 @@ def _groupnorm(
 ) -> Iterator[groupnorm_silu.Launch]:
     size = channels // groups
     near = {committed.groups // 2, committed.groups, 2 * committed.groups}
-    wide = [g for g in sorted(near) if g and groups % g == 0]
-    for g, tile, warps in itertools.product(wide, (2048, 4096, 8192), (4, 8, 16)):
+    divisors = [g for g in sorted(near) if g and groups % g == 0]
+    for g, tile, warps in itertools.product(divisors, (2048, 4096, 8192), (4, 8, 16)):
         block_p = min(max(tile // power_of_two(g * size), 1), power_of_two(pixels))
         yield groupnorm_silu.Launch(g, block_p, warps)
         for programs, tiles in itertools.product((128, 512), (1, 4)):
@@ -48,12 +47,12 @@ def _groupnorm(
                 yield groupnorm_silu.Launch(g, block_p, warps, split, block_p * tiles, merge)
 
 
-def _rows(op: str, committed: rows.Launch) -> Iterator[rows.Launch]:
+def _rowwise(op: str, committed: rowwise.Launch) -> Iterator[rowwise.Launch]:
     columns = [committed.block_columns] if op == "layernorm" else [128, 256, 512, 1024]
     heights = [1] if op == "advance" else [1, 2, 4, 8, 16]
     for height, width, warps in itertools.product(heights, columns, (1, 2, 4, 8, 16)):
         if height * width <= 16384 and height * width >= 32 * warps:
-            yield rows.Launch(height, width, warps)
+            yield rowwise.Launch(height, width, warps)
 
 
 def _tiles(committed: flash_attn.Tile, size: int) -> Iterator[flash_attn.Tile]:

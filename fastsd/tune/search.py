@@ -1,4 +1,4 @@
-"""The search: correct first, then fast; the committed launch stays unless another is clearly faster."""
+"""The search for a launch: correct first, then fast. The committed launch is kept unless another is clearly faster."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Any
 Clock = Callable[[Sequence[Callable[[], Any]]], list[float]]
 
 FINALISTS = 4
-MARGIN = 0.97  # of the committed launch's time: what a new one has to stay under; medians vary by a percent or two
+MARGIN = 0.97  # a new launch must take less than this share of the committed time; medians vary by a percent or two
 
 
 @dataclass(frozen=True)
-class Found:
-    """The launch that won, its time and the committed one's in seconds, and how many of the candidates were right."""
+class SearchResult:
+    """The selected launch, its time and the committed launch's in seconds, and the numbers of candidates."""
 
     launch: Any
     seconds: float
     committed_seconds: float
-    right: int
-    tried: int
+    correct: int
+    candidates: int
 
 
 def search(
     candidates: Sequence[Any], correct: Callable[[Any], bool], run: Callable[[Any], Any], clock: Clock
-) -> Found | None:
-    """The fastest of `candidates` that computes the right thing; the first is the committed one.
+) -> SearchResult | None:
+    """The fastest correct launch of `candidates`, of which the first is the committed one.
 
-    Each is timed alone; the `FINALISTS` fastest meet the committed one in rounds in which they take turns. A candidate
-    that does not compile or does not fit the GPU drops out. None where the committed one itself is not right.
+    Each is timed alone; then the `FINALISTS` fastest and the committed one are timed in turns. A candidate that does
+    not compile or does not fit the GPU is rejected. None if the committed launch itself is wrong.
     """
 
     def timed(launches: Sequence[Any]) -> list[float]:
@@ -45,16 +45,16 @@ def search(
             if correct(launch):
                 alone.append((timed([launch])[0], i))
         except Exception as error:
-            if _of_the_device(error):
+            if _device_is_lost(error):
                 raise
     finalists = [others[i] for _, i in sorted(alone)[:FINALISTS]]
     committed_seconds, *seconds = timed([committed, *finalists])
     best, launch = min(zip(seconds, finalists), key=lambda pair: pair[0], default=(committed_seconds, committed))
     if best >= MARGIN * committed_seconds:
         best, launch = committed_seconds, committed
-    return Found(launch, best, committed_seconds, 1 + len(alone), len(candidates))
+    return SearchResult(launch, best, committed_seconds, 1 + len(alone), len(candidates))
 
 
-def _of_the_device(error: Exception) -> bool:
-    """Whether the GPU itself failed (an illegal access), after which nothing runs in this process."""
+def _device_is_lost(error: Exception) -> bool:
+    """Whether the GPU itself failed, for example by an illegal access; no later call in this process can succeed."""
     return "CUDA error" in str(error)
