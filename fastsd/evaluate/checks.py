@@ -27,7 +27,9 @@ class Check:
     """One line of the report.
 
     Attributes:
-        name, figure, rule: texts. passed: whether the rule holds. values: the numbers, for `--json`.
+        name, figure, rule: texts; the name is also the key in the JSON report.
+        passed: whether the rule holds.
+        values: the numbers for the JSON report. Its keys are part of the format, so they keep their names.
     """
 
     name: str
@@ -56,7 +58,7 @@ def check_correct(reader: DigitReader, generated: GeneratedDigits, least: float 
     by_digit = {int(d): float(correct[generated.digits == d].mean()) for d in np.unique(generated.digits)}
     worst = min(by_digit, key=lambda d: by_digit[d])
     return Check(
-        "read as prompted",
+        "read as asked",
         f"{share:.1%} of {len(correct)}; worst: {worst}, {by_digit[worst]:.0%}",
         f">= {least:.0%}",
         share >= least,
@@ -79,7 +81,7 @@ def check_style(name: str, low: GeneratedDigits, high: GeneratedDigits, real: fl
         f"> {MIN_EFFECT_ERRORS:g} errors, >= {MIN_EFFECT_SHARE:.0%}",
         shift.generated > MIN_EFFECT_ERRORS * shift.error and shift.generated >= MIN_EFFECT_SHARE * real,
         {
-            "generated": shift.generated,
+            "drawn": shift.generated,
             "error": shift.error,
             "real": real,
             "low": float(before.mean()),
@@ -98,7 +100,7 @@ def check_diversity(generated: GeneratedDigits, real: torch.Tensor, labels: NDAr
     mean, worst = float(np.mean(list(ratios.values()))), min(ratios, key=lambda d: ratios[d])
     shape_mean = float(np.mean(list(shapes.values())))
     return Check(
-        "pairwise distance / real",
+        "distance in pairs / real",
         f"{mean:.2f}; least: {worst}, {ratios[worst]:.2f}; shapes alone {shape_mean:.2f}",
         f"mean >= {MIN_DIVERSITY:g}",
         mean >= MIN_DIVERSITY,

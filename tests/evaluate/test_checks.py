@@ -116,4 +116,4 @@ def test_style_words(name: str, real: Labelled) -> None:
     assert not check_style(name, low, GeneratedDigits(low.images[order], digits), effect).passed
     third = (torch.arange(200) % 3 == 0)[:, None, None]
     weak = check_style(name, low, GeneratedDigits(torch.where(third, high.images, low.images), digits), effect)
-    assert weak.values["generated"] > 3 * weak.values["error"] and not weak.passed
+    assert weak.values["drawn"] > 3 * weak.values["error"] and not weak.passed

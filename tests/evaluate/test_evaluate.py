@@ -110,7 +110,7 @@ def test_a_wrong_model_fails(
     use_model(monkeypatch, RealDigits(held_out_subset, wrong=1))
     assert main([*flags, "--quick"]) == 1
     failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
-    assert any("read as prompted" in line and "worst: 0, 0%" in line for line in failed)
+    assert any("read as asked" in line and "worst: 0, 0%" in line for line in failed)
 
 
 @pytest.mark.parametrize(
