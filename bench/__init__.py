@@ -1,1 +1,1 @@
-"""Benchmarks: fastsd beside what its users know, on the same weights, interleaved in one run."""
+"""Benchmarks: fastsd and its peers on the same weights, interleaved in one run."""

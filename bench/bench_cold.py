@@ -1,4 +1,4 @@
-"""What a user feels: from starting a process to its first picture, its memory, and what any change costs after it."""
+"""A cold process: the time from its start to its first image, its memory, and the times of the images after it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from bench import record
 from bench.bench_images import GUIDANCE, pixels
 from bench.cold import PROMPT
-from bench.measure import Outcome, distance, image_limit, spread
+from bench.measure import Outcome, check_failed, distance, image_limit, spread
 from bench.memory import in_use
 from bench.models import pipeline_of
 from bench.session import Session
@@ -27,14 +27,14 @@ from fastsd.runtime.devices import dtype_name
 from fastsd.weights.layouts.save import save_folder
 
 STEPS = 4
-PATIENCE = 900  # seconds that one process may take
-KNOWN = ("split", "steady_step", "peak", "again", "growth")
+TIMEOUT = 900  # seconds for one process
+FIELDS = ("split", "steady_step", "peak", "again", "growth")  # of the process's report, for the record
 CANDIDATES = ("fastsd", "diffusers", "diffusers-channels-last")
 
 
 @pytest.fixture
 def folder(bench: Session, model: str, dtype: torch.dtype, tmp_path: Path) -> Path:
-    """The model on a disk (its pages still in memory, so that reading it costs all candidates the same)."""
+    """The model on disk. Its pages are still in the file cache, so reading costs all candidates the same."""
     if bench.options.model is not None:
         return bench.options.model
     if model == "digits":
@@ -43,11 +43,11 @@ def folder(bench: Session, model: str, dtype: torch.dtype, tmp_path: Path) -> Pa
     return tmp_path / "model"
 
 
-def start(
+def run_process(
     folder: Path, candidate: str, dtype: torch.dtype, size: int, output: Path, grow: bool, caches: Path,
-    patience: float = PATIENCE,
+    timeout: float = TIMEOUT,
 ) -> Any:  # fmt: skip
-    """Run `bench.cold` in a process of its own, for `patience` seconds at most, with kernel caches in `caches`."""
+    """Run `bench.cold` in a new process, with its kernel caches in `caches`; returns its report."""
     flags = ["--candidate", candidate, "--dtype", dtype_name(dtype), "--size", str(size), "--steps", str(STEPS)]
     flags += ["--output", str(output), "--others", str(in_use()), *(["--grow"] if grow else [])]
     environment = os.environ | {
@@ -57,18 +57,18 @@ def start(
         "HF_HUB_OFFLINE": "1",
     }
     began = time.time()
-    run = [sys.executable, "-m", "bench.cold", str(folder), *flags]
-    found = subprocess.run(run, cwd=record.ROOT, env=environment, capture_output=True, text=True, timeout=patience)
-    if found.returncode:
-        raise RuntimeError((found.stderr.strip().splitlines() or ["it died"])[-1])
-    result = json.loads(found.stdout.strip().splitlines()[-1])
-    result["first_picture"] = result["finished"] - began
-    result["split"]["start of Python"] = result["process_started"] - began
-    return result
+    command = [sys.executable, "-m", "bench.cold", str(folder), *flags]
+    process = subprocess.run(command, cwd=record.ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    if process.returncode:
+        raise RuntimeError((process.stderr.strip().splitlines() or ["no message"])[-1])
+    report = json.loads(process.stdout.strip().splitlines()[-1])
+    report["first_image"] = report["finished"] - began
+    report["split"]["start of Python"] = report["process_started"] - began
+    return report
 
 
-def reference(bench: Session, model: str, dtype: torch.dtype, size: int) -> torch.Tensor:
-    """The first picture by the reference path, in this process."""
+def reference_image(bench: Session, model: str, dtype: torch.dtype, size: int) -> torch.Tensor:
+    """The first image by the reference path, in this process."""
     components = bench.components(model, dtype)
     vae = components.vae.config
     noise = torch.randn(
@@ -86,42 +86,47 @@ def reference(bench: Session, model: str, dtype: torch.dtype, size: int) -> torc
 
 def bench_cold_process(bench: Session, model: str, dtype: torch.dtype, folder: Path, tmp_path: Path) -> None:
     size = bench.size(model, bench.components(model, dtype))
-    wanted, limit = reference(bench, model, dtype, size), image_limit(dtype, GUIDANCE)
+    expected, limit = reference_image(bench, model, dtype, size), image_limit(dtype, GUIDANCE)
     cuda, measuring = bench.options.device.type == "cuda", bench.options.measuring
     names = [name for name in CANDIDATES if name == "fastsd" or (measuring and name in bench.options.peers)]
-    grow = cuda or size <= 256
+    runs = [
+        (name, state) for name in names for state in (("empty", "warm") if cuda and name == "fastsd" else ("warm",))
+    ]
+
+    def measure(name: str, state: str) -> tuple[Outcome, dict[str, Any]]:
+        outcome = Outcome(f"{name}, empty kernel cache" if state == "empty" else name)
+        grow = (cuda or size <= 256) and state == "warm"
+        try:
+            timeout = min(TIMEOUT, max(1.0, bench.remaining()))
+            report = run_process(folder, name, dtype, size, tmp_path / "out.npy", grow, tmp_path, timeout)
+            image = torch.from_numpy(np.load(tmp_path / "out.npy").astype(np.float32) / 255.0)
+            outcome.distance = d = distance(image, expected)
+            if not d.psnr >= limit:
+                outcome.problem = check_failed(f"PSNR {d.psnr:.1f} dB, required {limit:.1f}")
+                return outcome, {}
+        except (RuntimeError, subprocess.TimeoutExpired, OSError) as error:
+            outcome.problem = f"failed: {(str(error).splitlines() or [type(error).__name__])[0][-160:]}"
+            return outcome, {}
+        outcome.samples, outcome.spread = [report["first_image"]], spread([report["first_image"]])
+        return outcome, {key: _rounded(report[key]) for key in FIELDS if key in report}
+
     lines = [f"cold process model={model} size={size} batch=1 steps={STEPS} {dtype_name(dtype)}"]
-    own: Outcome | None = None
-    for name in names:
-        caches = ("empty", "warm") if cuda and name == "fastsd" else ("warm",)
-        for state in caches:
-            title = f"{name}, empty kernel cache" if state == "empty" else name
-            outcome, fields = Outcome(title), {}
-            try:
-                left = min(PATIENCE, max(1.0, bench.remaining()))
-                found = start(folder, name, dtype, size, tmp_path / "out.npy", grow and state == "warm", tmp_path, left)
-                image = torch.from_numpy(np.load(tmp_path / "out.npy").astype(np.float32) / 255.0)
-                outcome.distance = d = distance(image, wanted)
-                if not d.psnr >= limit:
-                    outcome.problem = f"red gate: PSNR {d.psnr:.1f} dB, needs {limit:.1f}"
-                else:
-                    outcome.samples, outcome.spread = [found["first_picture"]], spread([found["first_picture"]])
-                    fields = {key: _rounded(found[key]) for key in KNOWN if key in found}
-            except (RuntimeError, subprocess.TimeoutExpired, OSError) as error:
-                outcome.problem = f"failed: {(str(error).splitlines() or [type(error).__name__])[0][-160:]}"
-            lines.append(_line(outcome, fields))
-            own = own or outcome
-            if measuring:
-                bench.results.add(
-                    contest="cold", model=model, size=size, batch=1, steps=STEPS, dtype=dtype_name(dtype),
-                    **record.outcome_fields(outcome), **fields,
-                )  # fmt: skip
+    outcomes = []
+    for name, state in runs:
+        outcome, fields = measure(name, state)
+        outcomes.append(outcome)
+        lines.append(_line(outcome, fields))
+        if measuring:
+            bench.results.add(
+                contest="cold", model=model, size=size, batch=1, steps=STEPS, dtype=dtype_name(dtype),
+                **record.outcome_fields(outcome), **fields,
+            )  # fmt: skip
     bench.tables.append("\n".join(lines))
-    assert own is not None and not own.problem, own and own.problem
+    assert not outcomes[0].problem, outcomes[0].problem
 
 
 def _rounded(value: Any) -> Any:
-    """Milliseconds are enough."""
+    """Round times to milliseconds."""
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -134,7 +139,7 @@ def _line(outcome: Outcome, fields: dict[str, Any]) -> str:
         return f"  {outcome.name:26} {outcome.problem}"
     split = ", ".join(f"{name} {seconds:.2f}" for name, seconds in fields["split"].items())
     peak = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in fields["peak"].items())
-    text = f"  {outcome.name:26} first picture {outcome.spread.median:.2f} s ({split}); peak {peak}"
+    text = f"  {outcome.name:26} first image {outcome.spread.median:.2f} s ({split}); peak {peak}"
     if "again" in fields:
         text += "\n" + " " * 29 + "then " + ", ".join(f"{k} {v:.2f} s" for k, v in fields["again"].items())
     if "growth" in fields:

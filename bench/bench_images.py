@@ -1,4 +1,4 @@
-"""Pictures from end to end: a prompt to a PIL image, and what a step of that costs."""
+"""Complete generations: from a prompt to a PIL image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from bench import models
-from bench.bench_parts import COMPILING
+from bench.bench_parts import COMPILE_SECONDS
 from bench.cold import dtype_argument
 from bench.families import family_of
 from bench.measure import Candidate, image_limit
@@ -25,23 +25,25 @@ GUIDANCE = 7.5
 
 
 def pixels(images: list[Image.Image]) -> torch.Tensor:
+    """`[N, H, W, 3]` in [0, 1]."""
     return torch.from_numpy(np.stack([np.asarray(image, dtype=np.float32) / 255.0 for image in images]))
 
 
-def noises(components: Components, batch: int, size: int, count: int = 3) -> list[torch.Tensor]:
+def initial_latents(components: Components, batch: int, size: int, count: int = 3) -> list[torch.Tensor]:
+    """`count` initial latents, `[batch, C, h, w]`."""
     side, channels = size // components.vae.config.downscale, components.vae.config.latent_channels
-    make = torch.Generator().manual_seed(7)
-    return [torch.randn(batch, channels, side, side, generator=make) for _ in range(count)]
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randn(batch, channels, side, side, generator=generator) for _ in range(count)]
 
 
-def picture_work(components: Components, batch: int, size: int, steps: int, encodes: int = 0) -> list[Work]:
-    """All that `batch` pictures take: two texts, guided steps, decoding one by one, encoding where there is one."""
+def image_work(components: Components, batch: int, size: int, steps: int, encodes: int = 0) -> list[Work]:
+    """The work of `batch` images: two texts, guided steps, a decode per image, and the encodes of input images."""
     family = family_of(components)
     work = text_work(family, 2) + step_work(family, batch, size) * steps
     return work + decode_work(family, 1, size) * batch + encode_work(family, 1, size) * encodes
 
 
-def theirs(bench: Session, model: str, components: Components, dtype: torch.dtype) -> Any:
+def load_diffusers(bench: Session, model: str, components: Components, dtype: torch.dtype) -> Any:
     """diffusers' pipeline with the same weights."""
     folder = bench.options.model or (BUNDLED if model == "digits" else None)
     if folder is None:
@@ -49,85 +51,86 @@ def theirs(bench: Session, model: str, components: Components, dtype: torch.dtyp
     import diffusers
 
     kind = diffusers.DiffusionPipeline
-    found = kind.from_pretrained(folder, safety_checker=None, **dtype_argument(kind, dtype))
-    found.set_progress_bar_config(disable=True)
-    return found.to(bench.options.device)
+    pipeline = kind.from_pretrained(folder, safety_checker=None, **dtype_argument(kind, dtype))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(bench.options.device)
 
 
 def peers(
     bench: Session, model: str, components: Components, dtype: torch.dtype, arguments: dict[str, Any], batch: int,
     latents: list[torch.Tensor],
 ) -> tuple[list[Candidate], dict[str, str]]:  # fmt: skip
-    """diffusers' candidates for pictures; its scheduler is the checkpoint's own, like ours."""
-    wanted = [name for name in bench.options.peers if name.startswith("diffusers")]
-    if not wanted:
+    """diffusers' candidates for complete images, with the scheduler of the checkpoint, which fastsd uses, too."""
+    names = [name for name in bench.options.peers if name.startswith("diffusers")]
+    if not names:
         return [], {}
     try:
-        other = theirs(bench, model, components, dtype)
+        pipeline = load_diffusers(bench, model, components, dtype)
     except Exception as error:
-        return [], {
-            name: f"missing: {type(error).__name__}: {str(error)[:120].partition(chr(10))[0]}" for name in wanted
-        }
-    eager = other.unet
+        reason = f"missing: {type(error).__name__}: {str(error)[:120].partition(chr(10))[0]}"
+        return [], dict.fromkeys(names, reason)
+    eager = pipeline.unet
     compiled: list[Any] = []
 
     def candidate(name: str) -> Candidate:
         def prepare() -> None:
-            models.channels_last(other.vae, name != "diffusers")
+            models.channels_last(pipeline.vae, name != "diffusers")
             if name != "diffusers-compiled":
                 models.channels_last(eager, name != "diffusers")
-                other.unet = eager
+                pipeline.unet = eager
                 return
-            if not compiled:  # of its own: the CUDA graphs in it know its weights by their addresses
-                own = copy.deepcopy(eager)
-                models.channels_last(own, True)
-                compiled.append(torch.compile(own, mode="max-autotune", fullgraph=True))
-            other.unet = compiled[0]
+            if not compiled:  # a separate network, since its CUDA graphs hold the addresses of the weights
+                unet = copy.deepcopy(eager)
+                models.channels_last(unet, True)
+                compiled.append(torch.compile(unet, mode="max-autotune", fullgraph=True))
+            pipeline.unet = compiled[0]
 
-        needs = COMPILING if name == "diffusers-compiled" and bench.options.device.type == "cuda" else 0.0
+        compiles = name == "diffusers-compiled" and bench.options.device.type == "cuda"
 
-        def draw(i: int) -> Any:
+        def generate(i: int) -> Any:
             start = latents[i % len(latents)].to(bench.options.device, dtype)
-            return other([PROMPT] * batch, latents=start, **arguments).images
+            return pipeline([PROMPT] * batch, latents=start, **arguments).images
 
-        return Candidate(name, draw, prepare, pixels, needs=needs)
+        return Candidate(name, generate, prepare, pixels, min_seconds=COMPILE_SECONDS if compiles else 0.0)
 
-    return [candidate(name) for name in wanted], {}
+    return [candidate(name) for name in names], {}
 
 
-def forced(draw: Any, name: str) -> Any:
+def forced(generate: Any, backend: str) -> Any:
+    """`generate` on another backend."""
+
     def run(i: int) -> Any:
-        with dispatch.forced(name):
-            return draw(i)
+        with dispatch.forced(backend):
+            return generate(i)
 
     return run
 
 
-def bench_image(bench: Session, replay: Any, model: str, batch: int, steps: int, dtype: torch.dtype) -> None:
+def bench_image(bench: Session, publish: Any, model: str, batch: int, steps: int, dtype: torch.dtype) -> None:
     components = bench.components(model, dtype)
     size, device = bench.size(model, components), bench.options.device
     pipeline, eager = (models.pipeline_of(components, device, dtype, captured) for captured in (True, False))
     arguments: dict[str, Any] = {
         "num_inference_steps": steps, "guidance_scale": GUIDANCE, "width": size, "height": size,
     }  # fmt: skip
-    latents = noises(components, batch, size)
+    latents = initial_latents(components, batch, size)
 
-    def draw(i: int, by: Pipeline = pipeline) -> Any:
+    def generate(i: int, pipe: Pipeline = pipeline) -> Any:
         prompts = [PROMPT] * batch
-        return by(prompts, latents=latents[i % len(latents)], batch_size=batch, **arguments).images
+        return pipe(prompts, latents=latents[i % len(latents)], batch_size=batch, **arguments).images
 
-    def draw_eagerly(i: int) -> Any:
-        return draw(i, eager)
+    def generate_eagerly(i: int) -> Any:
+        return generate(i, eager)
 
-    mine = [Candidate("fastsd", draw, read=pixels)]
+    own = [Candidate("fastsd", generate, read=pixels)]
     if device.type == "cuda":
-        mine.append(Candidate("fastsd, no graphs", draw_eagerly, read=pixels))
+        own.append(Candidate("fastsd, no graphs", generate_eagerly, read=pixels))
     if "pytorch" in bench.options.peers:
-        mine.append(Candidate("pytorch", forced(draw_eagerly, "torch"), read=pixels))
+        own.append(Candidate("pytorch", forced(generate_eagerly, "torch"), read=pixels))
     others, missing = peers(bench, model, components, dtype, arguments, batch, latents)
-    outcomes = bench.contest(
-        "image", lambda: pixels(forced(draw_eagerly, "reference")(0)), mine + others, dtype, 0,
-        picture_work(components, batch, size, steps), limit=image_limit(dtype, GUIDANCE), psnr=True, missing=missing,
+    outcomes = bench.run_benchmark(
+        "image", lambda: pixels(forced(generate_eagerly, "reference")(0)), own + others, dtype, 0,
+        image_work(components, batch, size, steps), limit=image_limit(dtype, GUIDANCE), psnr=True, missing=missing,
         model=model, size=size, batch=batch, steps=steps,
     )  # fmt: skip
-    replay(outcomes)
+    publish(outcomes)

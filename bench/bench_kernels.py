@@ -1,4 +1,4 @@
-"""Each op alone, at shapes of Stable Diffusion: time, share of the limit, and PyTorch's op for the same work."""
+"""Single ops at Stable Diffusion's shapes: time, share of the limit, and PyTorch's op for the same work."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from fastsd.kernels.layernorm import layernorm
 from fastsd.kernels.linear import linear
 from fastsd.kernels.upsample2x import upsample2x_conv
 
-DEPTH = 4  # an op and what it fuses round a few times in a row
-CACHE = 2**27  # bytes that a rotation of inputs should exceed: twice the largest L2 cache
-MOST_SETS = 32
+DEPTH = 4  # consecutive roundings in an op and what it fuses
+ROTATION_BYTES = 2**27  # least size of all sets of inputs: twice the largest L2 cache
+MAX_SETS = 32
 BACKENDS = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn": "CUDNN_ATTENTION"}
 Tensors = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape. `make(n)`: random tensors by shape; `run`: the op; `plain`: PyTorch's."""
+    """One op at one shape: the shapes of its inputs, the op, PyTorch's ops for the same work, and that work."""
 
     name: str
     shapes: tuple[tuple[int, ...], ...]
@@ -144,35 +144,38 @@ CASES = [
 
 
 class Replayed:
-    """Work captured in a CUDA graph once, after the gate, and replayed for the clock: the kernels' time without that of
-    launching them one by one, which on a GPU is longer than most of them. What cannot be captured is run as it is."""
+    """Work that is captured in a CUDA graph after the correctness check, and replayed for the samples.
+
+    The time then excludes the launches from Python, which take longer than most kernels. Work that cannot be captured
+    runs eagerly.
+    """
 
     def __init__(self, work: Callable[[], Any], recorder: Recorder):
         self.work, self.recorder = work, recorder
-        self._gated, self._replay = False, work
+        self._checked, self._replay = False, work
 
     def prepare(self) -> None:
-        """Comes before the gate, and then before each sample; captures the second time."""
-        if self._gated and self._replay is self.work:
+        """Called before the correctness check and before each sample; captures the work at the second call."""
+        if self._checked and self._replay is self.work:
             try:
                 self._replay = self.recorder.record(self.work)
             except RuntimeError:
                 self._replay = lambda: self.work()
-        self._gated = True
+        self._checked = True
 
     def __call__(self, i: int) -> Any:
         return self._replay()
 
 
 def small(case: Case) -> bool:
-    """What a check without --benchmark runs: the shapes that take a moment."""
+    """Whether a check without --benchmark includes the shape."""
     return case.work.flops < 2e9 and case.work.elements < 1e7
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def bench_kernel(bench: Session, replay: Any, case: Case, dtype: torch.dtype) -> None:
+def bench_kernel(bench: Session, publish: Any, case: Case, dtype: torch.dtype) -> None:
     if not bench.options.measuring and not small(case):
-        pytest.skip("checked in small only; --benchmark measures it")
+        pytest.skip("too large for a check; --benchmark measures it")
     device = bench.options.device
     generator = torch.Generator(device).manual_seed(0)
 
@@ -182,7 +185,7 @@ def bench_kernel(bench: Session, replay: Any, case: Case, dtype: torch.dtype) ->
                      for j, t in enumerate(tensors))  # fmt: skip
 
     size = sum(torch.Size(shape).numel() for shape in case.shapes) * dtype.itemsize
-    sets = min(MOST_SETS, 1 + CACHE // size) if bench.options.measuring else 1
+    sets = min(MAX_SETS, 1 + ROTATION_BYTES // size) if bench.options.measuring else 1
     inputs = rotation(sets, make)
 
     def reference() -> torch.Tensor:
@@ -196,9 +199,9 @@ def bench_kernel(bench: Session, replay: Any, case: Case, dtype: torch.dtype) ->
 
         if device.type != "cuda" or not bench.options.measuring:
             return Candidate(name, once)
-        whole = Replayed(lambda: [once(i) for i in range(sets)], CudaRecorder(device))
-        return Candidate(name, once, whole.prepare, timed=whole, repeats=sets)
+        replayed = Replayed(lambda: [once(i) for i in range(sets)], CudaRecorder(device))
+        return Candidate(name, once, replayed.prepare, timed=replayed, repeats=sets)
 
     candidates = [candidate("fastsd", case.run)] + [candidate(name, run) for name, run in case.plain.items()]
-    outcomes = bench.contest("kernel", reference, candidates, dtype, DEPTH, [case.work], model=case.name)
-    replay(outcomes)
+    outcomes = bench.run_benchmark("kernel", reference, candidates, dtype, DEPTH, [case.work], model=case.name)
+    publish(outcomes)

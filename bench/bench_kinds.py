@@ -1,4 +1,4 @@
-"""A step's and a decoding's measured time by kind of op, for the records that `bench_parts.py` has made of them."""
+"""The measured time of a step and of a decode by kind of op, added to the records of `bench_parts.py`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from fastsd.runtime.devices import dtype_name
 
 @pytest.mark.parametrize("part", ["step", "decode"])
 def bench_kinds(bench: Session, model: str, part: str, dtype: torch.dtype) -> None:
-    """Profiles fastsd's eager run; its shares, of the time that was measured (on a GPU: of the graph)."""
+    """Profile fastsd's eager run, and apply its shares to the measured time (on a GPU: of the graph)."""
     components, device = bench.components(model, dtype), bench.options.device
     unet, vae, size = components.unet, components.vae, bench.size(model, components)
     side, batch = size // vae.config.downscale, min(bench.options.batches) if part == "step" else 1
     if part == "step":
-        given = step_inputs(unet, batch, size, side, device, 0)
-        shares = measured_kinds(unet, lambda: unet.denoise(given["rows"], given["times"], given["key_values"]), device)
+        inputs = step_inputs(unet, batch, size, side, device, 0)
+        arguments = inputs["latent"], inputs["times"], inputs["key_values"]
+        shares = measured_kinds(unet, lambda: unet.denoise(*arguments), device)
     else:
         latent = torch.randn(1, side, side, vae.config.latent_channels, generator=torch.Generator().manual_seed(0))
         latent = latent.to(device, vae.quant_conv.weight.dtype)
@@ -28,5 +29,5 @@ def bench_kinds(bench: Session, model: str, part: str, dtype: torch.dtype) -> No
     labels = {"contest": part, "model": model, "size": size, "batch": batch, "dtype": dtype_name(dtype)}
     title = f"{part} by kind model={model} size={size} batch={batch} {dtype_name(dtype)}"
     bench.tables.append(f"{title}\n  " + ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items()))
-    if bench.options.measuring and not bench.amend_kinds(labels | {"candidate": "fastsd"}, shares):
-        bench.tables.append(f"  not in the file, which has no {part} to split; bench_parts.py measures it")
+    if bench.options.measuring and not bench.add_kinds(labels | {"candidate": "fastsd"}, shares):
+        bench.tables.append(f"  not saved: the result file has no time of a {part}; bench_parts.py measures it")

@@ -1,4 +1,4 @@
-"""The parts of a picture: a guided step, decoding, encoding, the text, the sampler's update."""
+"""The parts of a generation: a guided step, VAE decode and encode, the text, the sampler update."""
 
 from __future__ import annotations
 
@@ -22,61 +22,59 @@ from fastsd.kernels import dispatch
 from fastsd.model.unet import AddedConditioning, UNet
 from fastsd.sampling import advance
 
-# Roundings in a row, for the gates: ops on the longest way through the network.
+# Consecutive roundings, for the tolerances: the ops on the longest path through the network.
 UNET_DEPTH, VAE_DEPTH, TEXT_DEPTH = 400, 80, 150
-SETS = 3  # of inputs, taken in turn
-COMPILING = 60.0  # seconds that torch.compile(mode="max-autotune") takes for a UNet on a GPU, at the very least
+SETS = 3  # of inputs
+COMPILE_SECONDS = 60.0  # the least time of torch.compile(mode="max-autotune") for a UNet on a GPU
+
+Loader = Callable[[], tuple[nn.Module, Callable[[Any, int], torch.Tensor]]]
 
 
-def rows(x: torch.Tensor) -> torch.Tensor:
-    """Channels first to channels last."""
+def to_nhwc(x: torch.Tensor) -> torch.Tensor:
+    """`[N, C, H, W]` to `[N, H, W, C]`."""
     return x.permute(0, 2, 3, 1).contiguous()
 
 
-def peers(
-    bench: Session, make: Callable[[], tuple[nn.Module, Callable[[Any, int], torch.Tensor]]]
-) -> tuple[list[Candidate], dict[str, str]]:
-    """diffusers' candidates for one network, and those that cannot take part with the reason.
+def peers(bench: Session, load: Loader) -> tuple[list[Candidate], dict[str, str]]:
+    """diffusers' candidates for one network, and the reasons of those that cannot take part.
 
-    make: gives diffusers' network and how to call it on the i-th inputs, channels first out.
+    Args:
+        load: returns diffusers' network, and a function that calls it on the i-th inputs; channels first.
     """
-    wanted = [name for name in bench.options.peers if name.startswith("diffusers")]
-    if not wanted:
+    names = [name for name in bench.options.peers if name.startswith("diffusers")]
+    if not names:
         return [], {}
     try:
-        other, call = make()
-    except Exception as error:  # not installed, or it cannot hold this model: the line says which
-        return [], {
-            name: f"missing: {type(error).__name__}: {str(error)[:120].partition(chr(10))[0]}" for name in wanted
-        }
-    found = []
-    for name in wanted:
+        network, call = load()
+    except Exception as error:  # not installed, or diffusers does not support this model
+        reason = f"missing: {type(error).__name__}: {str(error)[:120].partition(chr(10))[0]}"
+        return [], dict.fromkeys(names, reason)
+    candidates = []
+    for name in names:
         if name == "diffusers-compiled":
-            found.append(compiled(make, bench.options.device))
+            candidates.append(compiled_peer(load, bench.options.device))
             continue
-        prepare = lambda last=name != "diffusers": models.channels_last(other, last)  # noqa: E731
-        found.append(Candidate(name, lambda i: call(other, i), prepare))
-    return found, {}
+        prepare = lambda last=name != "diffusers": models.channels_last(network, last)  # noqa: E731
+        candidates.append(Candidate(name, lambda i: call(network, i), prepare))
+    return candidates, {}
 
 
-def compiled(
-    make: Callable[[], tuple[nn.Module, Callable[[Any, int], torch.Tensor]]], device: torch.device
-) -> Candidate:
-    """A peer under torch.compile, a network of its own: the CUDA graphs in it know its weights by their addresses."""
-    made: list[Any] = []
+def compiled_peer(load: Loader, device: torch.device) -> Candidate:
+    """A peer under torch.compile, with a separate network, since its CUDA graphs hold the addresses of the weights."""
+    compiled: list[Any] = []  # the network and its call
 
     def prepare() -> None:
-        if not made:
-            other, call = make()
-            models.channels_last(other, True)
-            made.extend([torch.compile(other, mode="max-autotune", fullgraph=True), call])
+        if not compiled:
+            network, call = load()
+            models.channels_last(network, True)
+            compiled.extend([torch.compile(network, mode="max-autotune", fullgraph=True), call])
 
-    needs = COMPILING if device.type == "cuda" else 0.0
-    return Candidate("diffusers-compiled", lambda i: made[1](made[0], i), prepare, needs=needs)
+    min_seconds = COMPILE_SECONDS if device.type == "cuda" else 0.0
+    return Candidate("diffusers-compiled", lambda i: compiled[1](compiled[0], i), prepare, min_seconds=min_seconds)
 
 
 def on_pytorch(bench: Session, run: Callable[[int], torch.Tensor]) -> list[Candidate]:
-    """fastsd's own modules on PyTorch's ops, where asked for."""
+    """fastsd's modules on PyTorch's ops, if `--peers` names them."""
 
     def forced(i: int) -> torch.Tensor:
         with dispatch.forced("torch"):
@@ -86,6 +84,8 @@ def on_pytorch(bench: Session, run: Callable[[int], torch.Tensor]) -> list[Candi
 
 
 def on_reference(run: Callable[[int], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """`run(0)` by the reference path."""
+
     def reference() -> torch.Tensor:
         with torch.inference_mode(), dispatch.reference_only():
             return run(0)
@@ -94,23 +94,23 @@ def on_reference(run: Callable[[int], torch.Tensor]) -> Callable[[], torch.Tenso
 
 
 def inference(candidates: list[Candidate]) -> list[Candidate]:
-    """Without gradients; peers in the mode of diffusers' own pipelines, in which torch.compile is at home."""
+    """Disable gradients; for peers in the mode of diffusers' own pipelines, which torch.compile handles best."""
     modes = ((c, torch.no_grad() if c.name.startswith("diffusers") else torch.inference_mode()) for c in candidates)
     return [replace(c, run=mode(c.run)) for c, mode in modes]
 
 
-def as_drawn(run: Callable[[int], torch.Tensor], device: torch.device) -> Callable[[int], torch.Tensor]:
-    """With cuDNN's algorithms chosen as a pipeline has them chosen."""
+def as_in_pipeline(run: Callable[[int], torch.Tensor], device: torch.device) -> Callable[[int], torch.Tensor]:
+    """Select cuDNN's algorithms as a pipeline does."""
 
-    def chosen(i: int) -> torch.Tensor:
+    def selected(i: int) -> torch.Tensor:
         with fixed_convolutions(device):
             return run(i)
 
-    return chosen
+    return selected
 
 
 def step_inputs(unet: UNet, batch: int, size: int, side: int, device: torch.device, i: int) -> dict[str, Any]:
-    """The i-th set of what a guided step takes, in fastsd's layout and in the others'; `side`: of the latent."""
+    """The i-th inputs of a guided step, in the layouts of fastsd and of diffusers; `side`: of the latent."""
     generator, dtype = torch.Generator().manual_seed(i), unet.conv_in.weight.dtype
     x, _, context, added = meta_unet_inputs(unet, 2 * batch, side, side)
     latent = torch.randn(x.shape, generator=generator).to(device, dtype)
@@ -122,12 +122,12 @@ def step_inputs(unet: UNet, batch: int, size: int, side: int, device: torch.devi
     with torch.inference_mode():
         times, key_values = unet.embed_time(timestep, added), unet.project_context(text)
     return {
-        "rows": latent, "first": latent.permute(0, 3, 1, 2).contiguous(), "timestep": timestep, "text": text,
+        "latent": latent, "latent_nchw": latent.permute(0, 3, 1, 2).contiguous(), "timestep": timestep, "text": text,
         "added": added, "times": times, "key_values": key_values,
     }  # fmt: skip
 
 
-def bench_step(bench: Session, replay: Any, model: str, batch: int, dtype: torch.dtype) -> None:
+def bench_step(bench: Session, publish: Any, model: str, batch: int, dtype: torch.dtype) -> None:
     components = bench.components(model, dtype)
     unet, device = components.unet, bench.options.device
     size = bench.size(model, components)
@@ -136,18 +136,18 @@ def bench_step(bench: Session, replay: Any, model: str, batch: int, dtype: torch
 
     def ours(i: int) -> torch.Tensor:
         g = inputs(i)
-        return unet.denoise(g["rows"], g["times"], g["key_values"]).permute(0, 3, 1, 2)
+        return unet.denoise(g["latent"], g["times"], g["key_values"]).permute(0, 3, 1, 2)
 
-    def whole(i: int) -> torch.Tensor:
+    def unhoisted(i: int) -> torch.Tensor:
         g = inputs(i)
-        return unet(g["rows"], g["timestep"], g["text"], g["added"]).permute(0, 3, 1, 2)
+        return unet(g["latent"], g["timestep"], g["text"], g["added"]).permute(0, 3, 1, 2)
 
     def theirs(network: Any, i: int) -> torch.Tensor:
         g = inputs(i)
         named = {}
         if g["added"] is not None:
             named = {"added_cond_kwargs": {"text_embeds": g["added"].pooled, "time_ids": g["added"].sizes}}
-        return network(g["first"], g["timestep"], g["text"], return_dict=False, **named)[0]
+        return network(g["latent_nchw"], g["timestep"], g["text"], return_dict=False, **named)[0]
 
     others, missing = peers(bench, lambda: (models.peer_unet(components), theirs))
     replayed = models.captured_step(unet, device)
@@ -155,24 +155,24 @@ def bench_step(bench: Session, replay: Any, model: str, batch: int, dtype: torch
     def by_graph(i: int) -> torch.Tensor:
         g = inputs(i)
         assert replayed is not None
-        return replayed(g["rows"], g["times"], g["key_values"]).permute(0, 3, 1, 2)
+        return replayed(g["latent"], g["times"], g["key_values"]).permute(0, 3, 1, 2)
 
-    ours, whole, by_graph = (as_drawn(run, device) for run in (ours, whole, by_graph))
-    mine = [Candidate("fastsd", ours)]
-    if replayed is not None:  # as a run on a GPU has it
-        mine = [Candidate("fastsd", by_graph), Candidate("fastsd, no graph", ours)]
-    mine += [*on_pytorch(bench, ours), Candidate("fastsd, nothing hoisted", whole)]
+    ours, unhoisted, by_graph = (as_in_pipeline(run, device) for run in (ours, unhoisted, by_graph))
+    own = [Candidate("fastsd", ours)]
+    if replayed is not None:  # a pipeline on a GPU replays a graph
+        own = [Candidate("fastsd", by_graph), Candidate("fastsd, no graph", ours)]
+    own += [*on_pytorch(bench, ours), Candidate("fastsd, nothing hoisted", unhoisted)]
     work = step_work(family_of(components), batch, size)
-    outcomes = bench.contest(
-        "step", on_reference(ours), inference(mine + others), dtype, UNET_DEPTH, work,
+    outcomes = bench.run_benchmark(
+        "step", on_reference(ours), inference(own + others), dtype, UNET_DEPTH, work,
         missing=missing, model=model, size=size, batch=batch,
     )  # fmt: skip
-    replay(outcomes)
+    publish(outcomes)
     if bench.options.profile and bench.options.measuring:
         bench.tables.append(profile_step(unet, lambda: ours(0), bench, dtype, f"{model}-b{batch}"))
 
 
-def bench_decode(bench: Session, replay: Any, model: str, dtype: torch.dtype) -> None:
+def bench_decode(bench: Session, publish: Any, model: str, dtype: torch.dtype) -> None:
     components, device = bench.components(model, dtype), bench.options.device
     vae, size = components.vae, bench.size(model, components)
     side = size // vae.config.downscale
@@ -181,45 +181,45 @@ def bench_decode(bench: Session, replay: Any, model: str, dtype: torch.dtype) ->
         generator = torch.Generator().manual_seed(i)
         latent = torch.randn(1, vae.config.latent_channels, side, side, generator=generator)
         latent = latent.to(device, vae.quant_conv.weight.dtype)
-        return latent, rows(latent)
+        return latent, to_nhwc(latent)
 
     inputs = rotation(SETS, make)
-    ours = as_drawn(lambda i: vae.decode(inputs(i)[1]).permute(0, 3, 1, 2), device)
+    ours = as_in_pipeline(lambda i: vae.decode(inputs(i)[1]).permute(0, 3, 1, 2), device)
     theirs = lambda network, i: network.decode(inputs(i)[0], return_dict=False)[0]  # noqa: E731
     others, missing = peers(bench, lambda: (models.peer_vae(components), theirs))
-    mine, replayed = [Candidate("fastsd", ours)], models.captured_decode(vae, device)
-    if replayed is not None and size * size <= CAPTURED:  # as a run on a GPU has it
-        by_graph = as_drawn(lambda i: replayed(inputs(i)[1]).permute(0, 3, 1, 2), device)
-        mine = [Candidate("fastsd", by_graph), Candidate("fastsd, no graph", ours)]
-    outcomes = bench.contest(
-        "decode", on_reference(ours), inference([*mine, *on_pytorch(bench, ours), *others]),
+    own, replayed = [Candidate("fastsd", ours)], models.captured_decode(vae, device)
+    if replayed is not None and size * size <= CAPTURED:  # a pipeline on a GPU replays a graph
+        by_graph = as_in_pipeline(lambda i: replayed(inputs(i)[1]).permute(0, 3, 1, 2), device)
+        own = [Candidate("fastsd", by_graph), Candidate("fastsd, no graph", ours)]
+    outcomes = bench.run_benchmark(
+        "decode", on_reference(ours), inference([*own, *on_pytorch(bench, ours), *others]),
         dtype, VAE_DEPTH, decode_work(family_of(components), 1, size), missing=missing, model=model, size=size, batch=1,
     )  # fmt: skip
-    replay(outcomes)
+    publish(outcomes)
 
 
-def bench_encode(bench: Session, replay: Any, model: str, dtype: torch.dtype) -> None:
+def bench_encode(bench: Session, publish: Any, model: str, dtype: torch.dtype) -> None:
     components, device = bench.components(model, dtype), bench.options.device
     vae, size = components.vae, bench.size(model, components)
 
     def make(i: int) -> tuple[torch.Tensor, torch.Tensor]:
         image = 2 * torch.rand(1, vae.config.in_channels, size, size, generator=torch.Generator().manual_seed(i)) - 1
         image = image.to(device, vae.quant_conv.weight.dtype)
-        return image, rows(image)
+        return image, to_nhwc(image)
 
     inputs = rotation(SETS, make)
-    ours = as_drawn(lambda i: vae.encode(inputs(i)[1]).mode().permute(0, 3, 1, 2), device)
+    ours = as_in_pipeline(lambda i: vae.encode(inputs(i)[1]).mode().permute(0, 3, 1, 2), device)
     theirs = lambda network, i: network.encode(inputs(i)[0]).latent_dist.mode()  # noqa: E731
     others, missing = peers(bench, lambda: (models.peer_vae(components), theirs))
-    others = [c for c in others if c.name != "diffusers-compiled"]  # compile() wraps `forward`, which this is not
-    outcomes = bench.contest(
+    others = [c for c in others if c.name != "diffusers-compiled"]  # torch.compile wraps `forward` only
+    outcomes = bench.run_benchmark(
         "encode", on_reference(ours), inference([Candidate("fastsd", ours), *on_pytorch(bench, ours), *others]),
         dtype, VAE_DEPTH, encode_work(family_of(components), 1, size), missing=missing, model=model, size=size, batch=1,
     )  # fmt: skip
-    replay(outcomes)
+    publish(outcomes)
 
 
-def bench_text(bench: Session, replay: Any, model: str, dtype: torch.dtype) -> None:
+def bench_text(bench: Session, publish: Any, model: str, dtype: torch.dtype) -> None:
     components, device = bench.components(model, dtype), bench.options.device
     prompts = ["a lighthouse at dusk", "a red door in a white wall", "two cats"]
     ids = [[tokenizer(p).to(device) for tokenizer in components.tokenizers] for p in prompts]
@@ -228,26 +228,26 @@ def bench_text(bench: Session, replay: Any, model: str, dtype: torch.dtype) -> N
         pairs = zip(components.text_encoders, ids[i % len(ids)])
         return torch.cat([encoder(tokens).hidden for encoder, tokens in pairs], dim=-1)
 
-    def make() -> tuple[nn.Module, Callable[[Any, int], torch.Tensor]]:
-        others = nn.ModuleList([models.peer_text_encoder(encoder) for encoder in components.text_encoders])
+    def load() -> tuple[nn.Module, Callable[[Any, int], torch.Tensor]]:
+        encoders = nn.ModuleList([models.peer_text_encoder(encoder) for encoder in components.text_encoders])
 
         def call(network: Any, i: int) -> torch.Tensor:
-            pairs = zip(others, ids[i % len(ids)])
+            pairs = zip(encoders, ids[i % len(ids)])
             return torch.cat([encoder(tokens).last_hidden_state for encoder, tokens in pairs], dim=-1)
 
-        return others, call
+        return encoders, call
 
-    others, missing = peers(bench, make)
-    others = [c for c in others if c.name == "diffusers"]  # the encoder has no convolutions, and runs once a picture
-    outcomes = bench.contest(
+    others, missing = peers(bench, load)
+    others = [c for c in others if c.name == "diffusers"]  # the encoder has no convolutions, and runs once per image
+    outcomes = bench.run_benchmark(
         "text", on_reference(ours), inference([Candidate("fastsd", ours), *others]), dtype, TEXT_DEPTH,
         text_work(family_of(components), 1), missing=missing, model=model, batch=1,
     )  # fmt: skip
-    replay(outcomes)
+    publish(outcomes)
 
 
-def bench_update(bench: Session, replay: Any, model: str, batch: int, dtype: torch.dtype) -> None:
-    """The sampler's update alone: guidance, prediction, history, next model input."""
+def bench_update(bench: Session, publish: Any, model: str, batch: int, dtype: torch.dtype) -> None:
+    """The sampler update alone: guidance, prediction, history, next model input."""
     components, device = bench.components(model, dtype), bench.options.device
     side = bench.size(model, components) // components.vae.config.downscale
     channels = components.vae.config.latent_channels
@@ -265,8 +265,8 @@ def bench_update(bench: Session, replay: Any, model: str, batch: int, dtype: tor
         advance.step(state, outs[i % SETS], 7.5)
         return state.x.clone() if i == 0 else state.x
 
-    outcomes = bench.contest(
+    outcomes = bench.run_benchmark(
         "update", on_reference(ours), inference([Candidate("fastsd", ours)]), torch.float32, 8,
         model=model, size=side * components.vae.config.downscale, batch=batch,
     )  # fmt: skip
-    replay(outcomes)
+    publish(outcomes)

@@ -1,9 +1,9 @@
-"""Where measured time goes, by kind of op: a profiler's trace, read through the layers that launched the work.
+"""Measured time by kind of op, from a profiler trace and the layers that launched the work.
 
-On a GPU each kernel counts for the innermost layer that was running on the host when it was launched: the trace ties a
-kernel to its launch by a correlation number, whoever launched it (PyTorch, cuDNN or Triton). On a CPU a layer's own
-time is what it takes less that of the layers inside it. What no layer of a kind takes (adding, joining and copying
-between them) is "other".
+On a GPU, each kernel counts towards the innermost layer that was running on the host at its launch: the trace links a
+kernel to its launch by a correlation number, whether PyTorch, cuDNN or Triton launched it. On a CPU, the time of a
+layer excludes that of the layers inside it. Work outside these layers (additions, concatenations, copies) counts as
+"other".
 """
 
 from __future__ import annotations
@@ -37,45 +37,45 @@ KIND_OF: dict[type[nn.Module], str] = {
     layers.GEGLU: "linear",
     layers.GroupNorm: "norm",
     layers.LayerNorm: "norm",
-    layers.TransformerBlock: "norm",  # its own ops are its norms, each with an addition
+    layers.TransformerBlock: "norm",  # the ops that the block calls directly are norms, each with an addition
 }
 
 
 def kind_of(layer: nn.Module) -> str | None:
-    """The kind that a layer's own work counts for, as `bench.roofline` counts its floor."""
+    """The kind of a layer's own work, consistent with `bench.roofline`."""
     if isinstance(layer, layers.Conv2d) and layer.weight.shape[2:] == (1, 1):
         return "linear"
     return next((KIND_OF[cls] for cls in type(layer).__mro__ if cls in KIND_OF), None)
 
 
 def measured_kinds(model: nn.Module, run: Callable[[], Any], device: torch.device) -> dict[str, float]:
-    """The share of each kind in the time of `run`, which calls `model`; they add up to 1.
+    """The share of each kind in the time of `run`, which calls `model`. The sum is 1.
 
     Raises:
-        RuntimeError: the profiler saw nothing of the device's work.
+        RuntimeError: the trace has no work of the device.
     """
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
     with torch.inference_mode():
         run()
-        with _marked(model), profile(activities=activities) as found:
+        with _annotated(model), profile(activities=activities) as profiler:
             with record_function(PREFIX + OTHER):
                 run()
                 if cuda:
                     torch.cuda.synchronize(device)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
-        found.export_chrome_trace(str(path))
+        profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
     seconds = kinds_of_trace(events, cuda)
-    whole = sum(seconds.values())
-    if not whole > 0:
+    total = sum(seconds.values())
+    if not total > 0:
         raise RuntimeError("the profiler saw no work of the device")
-    return {kind: time / whole for kind, time in seconds.items()}
+    return {kind: time / total for kind, time in seconds.items()}
 
 
 @contextmanager
-def _marked(model: nn.Module) -> Iterator[None]:
+def _annotated(model: nn.Module) -> Iterator[None]:
     """Inside this context each layer that has a kind is a region of the trace."""
     open_regions: list[Any] = []
 
@@ -99,10 +99,11 @@ def _marked(model: nn.Module) -> Iterator[None]:
 
 
 def kinds_of_trace(events: list[dict[str, Any]], cuda: bool) -> dict[str, float]:
-    """Seconds by kind, of the kernels or (without `cuda`) of the host.
+    """Seconds by kind: of the kernels, or without `cuda` of the host.
 
-    events: of a trace in Chrome's format, times in µs: regions are of category "user_annotation" and named
-        "kind:<kind>"; a kernel and its launch have the same `args["correlation"]`.
+    Args:
+        events: of a trace in Chrome's format, times in µs. Regions have the category "user_annotation" and the name
+            "kind:<kind>"; a kernel and its launch have the same `args["correlation"]`.
     """
     complete = [event for event in events if event.get("ph") == "X"]
     regions = [
@@ -115,7 +116,7 @@ def kinds_of_trace(events: list[dict[str, Any]], cuda: bool) -> dict[str, float]
     if not cuda:
         for kind, start, end in zip(kinds, times, times[1:]):
             seconds[kind] += (end - start) / 1e6
-        return _present(seconds)
+        return _positive(seconds)
     launched = {
         event["args"]["correlation"]: event["ts"]
         for event in complete
@@ -123,32 +124,32 @@ def kinds_of_trace(events: list[dict[str, Any]], cuda: bool) -> dict[str, float]
     }
     for event in complete:
         if event.get("cat") in ON_DEVICE:
-            when = launched.get(event.get("args", {}).get("correlation"))
-            place = bisect_right(times, when) - 1 if when is not None else -1
-            seconds[kinds[place] if place >= 0 else OTHER] += event["dur"] / 1e6
-    return _present(seconds)
+            launch = launched.get(event.get("args", {}).get("correlation"))
+            region = bisect_right(times, launch) - 1 if launch is not None else -1
+            seconds[kinds[region] if region >= 0 else OTHER] += event["dur"] / 1e6
+    return _positive(seconds)
 
 
 def _innermost(regions: Iterable[tuple[float, float, str]]) -> tuple[list[float], list[str]]:
-    """Of nested regions: the times at which the innermost one changes, and its kind from then on."""
+    """The times at which the innermost of nested regions changes, and its kind from then on."""
     times: list[float] = []
     kinds: list[str] = []
-    inside: list[tuple[float, str]] = []  # end and kind
+    open_regions: list[tuple[float, str]] = []  # end and kind
 
     def close(until: float) -> None:
-        while inside and inside[-1][0] <= until:
-            end, _ = inside.pop()
+        while open_regions and open_regions[-1][0] <= until:
+            end, _ = open_regions.pop()
             times.append(end)
-            kinds.append(inside[-1][1] if inside else OTHER)
+            kinds.append(open_regions[-1][1] if open_regions else OTHER)
 
     for start, end, kind in sorted(regions, key=lambda region: (region[0], -region[1])):
         close(start)
         times.append(start)
         kinds.append(kind)
-        inside.append((end, kind))
+        open_regions.append((end, kind))
     close(float("inf"))
     return times, kinds
 
 
-def _present(seconds: dict[str, float]) -> dict[str, float]:
+def _positive(seconds: dict[str, float]) -> dict[str, float]:
     return {kind: time for kind, time in seconds.items() if time > 0}

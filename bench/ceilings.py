@@ -1,4 +1,4 @@
-"""What the device at hand reaches at its best, measured before anything is held against it."""
+"""The peak rates of this device, measured before each benchmark."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastsd.model.layers import Conv2d
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device reaches, a second: operations of a large product or convolution, bytes of a copy, exponentials."""
+    """Rates per second: operations of a large matrix product or convolution, bytes of a large copy, exponentials."""
 
     flops: float
     bytes: float
@@ -24,13 +24,12 @@ class Ceilings:
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, side: int = 0, megabytes: int = 0) -> Ceilings:
-    """What this device reaches here and now, the best of several tries.
+    """Measure the peak rates of this device, the best of several tries.
 
-    A product of two square matrices of random numbers (8192 on a GPU, 2048 on a CPU); on a CPU a large 3 x 3
-    convolution too, since PyTorch's library for products in fp32 is slower than its library for convolutions on some
-    CPUs; a copy of a buffer far larger than any cache, counting what is read and what is written; exponentials of a
-    block that fits in the cache. On a GPU the last is not measured but its specified rate, 16 a clock and
-    multiprocessor, at its highest clock.
+    Operations: a product of two square random matrices (8192 on a GPU, 2048 on a CPU), and on a CPU also a large 3 x 3
+    convolution, since on some CPUs PyTorch's fp32 matrix products are slower than its convolutions. Bytes: a copy of a
+    buffer far larger than any cache, reads and writes both counted. Exponentials: of a block that fits in the cache; on
+    a GPU the specified rate instead, 16 per clock and multiprocessor at the highest clock.
     """
     cuda = device.type == "cuda"
     n = side or (8192 if cuda else 2048)
@@ -52,7 +51,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, side: int = 0, me
 
 
 def _convolution(dtype: torch.dtype, channels: int) -> float:
-    """Operations a second of a 3 x 3 convolution that keeps `channels` at 64 x 64 pixels."""
+    """Operations per second of a 3 x 3 convolution from `channels` to `channels` at 64 x 64 pixels."""
     with torch.inference_mode():
         layer = Conv2d(channels, channels).to(dtype).eval().requires_grad_(False)
         x = torch.randn(1, 64, 64, channels).to(dtype)
@@ -61,7 +60,7 @@ def _convolution(dtype: torch.dtype, channels: int) -> float:
 
 
 def _highest_clock(properties: Any, device: torch.device) -> float:
-    """Hz: as PyTorch says, or the driver's library, or its program; infinite (no limit) where none of them does."""
+    """The highest clock in Hz, from PyTorch, pynvml or nvidia-smi; infinite (no limit) if none of them reports it."""
     kilohertz = getattr(properties, "clock_rate", None)
     if kilohertz:
         return 1e3 * kilohertz
@@ -71,16 +70,17 @@ def _highest_clock(properties: Any, device: torch.device) -> float:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
         return 1e6 * pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM)
-    except Exception:  # not installed, or a driver that does not say
-        ask = ["nvidia-smi", f"--id={device.index or 0}", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
+    except Exception:  # not installed, or not reported by the driver
+        query = ("--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits")
+        command = ["nvidia-smi", f"--id={device.index or 0}", *query]
     try:
-        return 1e6 * float(subprocess.run(ask, capture_output=True, text=True, timeout=20, check=True).stdout)
+        return 1e6 * float(subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout)
     except (OSError, ValueError, subprocess.SubprocessError):
         return math.inf
 
 
 def _best(run: Callable[[], Any], device: torch.device, tries: int = 10) -> float:
-    """Seconds of one run in the fastest of `tries` samples, after three that are not counted."""
-    count = 5 if device.type == "cuda" else 1  # runs in a sample: on a GPU its end is known to some microseconds
+    """Seconds per run of the fastest of `tries` samples, after three for warm-up."""
+    count = 5 if device.type == "cuda" else 1  # runs per sample: CUDA events have a resolution of some microseconds
     times = [timed(lambda i: run(), 0, count, device) for _ in range(3 + tries)]
     return min(times[3:])

@@ -1,16 +1,16 @@
-"""One cold process to its first picture, in its parts; then what a new prompt, batch or size costs, and the memory.
+"""A cold process up to its first image, by phases; then the times of a new prompt, batch and size, and the memory.
 
     python -m bench.cold FOLDER --candidate fastsd|diffusers|diffusers-channels-last --dtype bf16 --steps 4 [--grow]
 
-Prints one JSON object. `bench_cold.py` starts it and adds what only a parent can see: when the process was started.
-For a caller the last step ends with the picture, so these two are one part.
+Prints one JSON object. `bench_cold.py` starts it, and adds the start time of the process, which only a parent can know.
+The caller of a pipeline cannot see the end of the last step, so the last step and the decode are one phase.
 """
 
 from __future__ import annotations
 
 import time
 
-STARTED = time.time()  # before the imports, which are part of what is measured
+STARTED = time.time()  # before the imports, whose time is a phase
 
 import argparse  # noqa: E402
 import json  # noqa: E402
@@ -33,18 +33,23 @@ def main() -> None:
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--steps", type=int, default=4, help="at least 2")
     parser.add_argument("--size", type=int, required=True)
-    parser.add_argument("--others", type=int, default=0, help="bytes that other processes hold on the GPU")
-    parser.add_argument("--grow", action="store_true", help="also new prompts, batches, sizes, and memory over five")
-    parser.add_argument("--output", type=Path, help="where the first picture's pixels go (.npy)")
-    arguments = parser.parse_args()
+    parser.add_argument("--others", type=int, default=0, help="bytes in use on the GPU by other processes")
+    parser.add_argument(
+        "--grow", action="store_true", help="also measure a new prompt, batch and size, and the memory over five sizes"
+    )
+    parser.add_argument("--output", type=Path, help="file for the pixels of the first image (.npy)")
+    print(json.dumps(measure(parser.parse_args())))
 
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Generate the first image and, with `--grow`, the ones after it; returns the times and the memory."""
     import torch
 
     driver = DriverPeak(arguments.others)
-    if torch.cuda.is_available():
-        driver.start()
-    imported, loaded, draw = _fastsd(arguments) if arguments.candidate == "fastsd" else _diffusers(arguments)
     cuda = torch.cuda.is_available()
+    if cuda:
+        driver.start()
+    imported, loaded, generate = _fastsd(arguments) if arguments.candidate == "fastsd" else _diffusers(arguments)
     ticks: list[float] = []
 
     def clock() -> float:
@@ -52,29 +57,28 @@ def main() -> None:
             torch.cuda.synchronize()
         return time.time()
 
-    def picture(prompt: str = PROMPT, size: int = arguments.size, batch: int = 1) -> tuple[float, Any]:
+    def image(prompt: str = PROMPT, size: int = arguments.size, batch: int = 1) -> tuple[float, Any]:
         ticks.clear()
         start = clock()
-        images = draw(prompt, size, batch, lambda: ticks.append(clock()))
+        images = generate(prompt, size, batch, lambda: ticks.append(clock()))
         return clock() - start, images
 
     began = clock()
-    _, images = picture()
-    done = clock()
+    _, images = image()
+    finished = clock()
     peak = _peak(cuda, driver)
     steps = [b - a for a, b in zip([began, *ticks], ticks)]
-    steady = sorted(steps[1:])[len(steps[1:]) // 2] if len(steps) > 1 else steps[0]
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "process_started": STARTED,
-        "finished": done,
+        "finished": finished,
         "split": {
             "import": imported - STARTED,
             "weights": loaded - imported,
             "text, kernels, capture, first step": steps[0],
             "other steps but the last": sum(steps[1:]),
-            "last step, decode": done - ticks[-1],
+            "last step, decode": finished - ticks[-1],
         },
-        "steady_step": steady,
+        "steady_step": sorted(steps[1:])[len(steps[1:]) // 2] if len(steps) > 1 else steps[0],
         "peak": peak,
     }
     if arguments.output:
@@ -82,18 +86,18 @@ def main() -> None:
 
         np.save(arguments.output, np.stack([np.asarray(image) for image in images]))
     if arguments.grow:
-        found["again"] = {name: picture(**change)[0] for name, change in _changes(arguments.size).items()}
+        result["again"] = {name: image(**change)[0] for name, change in _changes(arguments.size).items()}
         growth = []
         unit = max(8, arguments.size // 64 * 8)
         for k in range(5):
-            picture(size=arguments.size + unit * (k - 2))
+            image(size=arguments.size + unit * (k - 2))
             growth.append(_peak(cuda, driver))
-        found["growth"] = growth
-    print(json.dumps(found))
+        result["growth"] = growth
+    return result
 
 
 def _changes(size: int) -> dict[str, dict[str, Any]]:
-    """What is drawn after the first picture; each is the first of its kind, but for the first and the last."""
+    """The images after the first one. Those in the middle change something for the first time."""
     return {
         "same again": {},
         "new prompt": {"prompt": OTHER_PROMPT},
@@ -103,30 +107,32 @@ def _changes(size: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def _noise(size: int, batch: int, downscale: int, channels: int) -> Any:
+def _initial_latents(size: int, batch: int, downscale: int, channels: int) -> Any:
     import torch
 
     shape = (batch, channels, size // downscale, size // downscale)
     return torch.randn(shape, generator=torch.Generator().manual_seed(7))
 
 
-Draw = Callable[[str, int, int, Callable[[], None]], Any]
+# Takes the prompt, the size, the batch and a function to call after each step but the last; returns the images.
+Generate = Callable[[str, int, int, Callable[[], None]], Any]
 
 
-def _fastsd(arguments: argparse.Namespace) -> tuple[float, float, Draw]:
+def _fastsd(arguments: argparse.Namespace) -> tuple[float, float, Generate]:
+    """Load fastsd; returns when its import and its loading ended, and the function that generates."""
     from fastsd.pipeline import Pipeline
 
     imported = time.time()
     pipeline = Pipeline.from_pretrained(arguments.folder, dtype=arguments.dtype)
     vae = pipeline.components.vae.config
 
-    def draw(prompt: str, size: int, batch: int, tick: Callable[[], None]) -> Any:
+    def generate(prompt: str, size: int, batch: int, tick: Callable[[], None]) -> Any:
         settings: dict[str, Any] = {
             "num_inference_steps": arguments.steps,
             "guidance_scale": GUIDANCE,
             "width": size,
             "height": size,
-            "latents": _noise(size, batch, vae.downscale, vae.latent_channels),
+            "latents": _initial_latents(size, batch, vae.downscale, vae.latent_channels),
         }
         images = None
         for step in pipeline.stream([prompt] * batch, **settings):
@@ -136,37 +142,39 @@ def _fastsd(arguments: argparse.Namespace) -> tuple[float, float, Draw]:
                 images = step.result.images
         return images
 
-    return imported, time.time(), draw
+    return imported, time.time(), generate
 
 
 def dtype_argument(kind: Any, dtype: Any) -> dict[str, Any]:
-    """The dtype by the name that this diffusers' `from_pretrained` gives it: `torch_dtype` of old, now `dtype`."""
-    said = kind.from_pretrained.__doc__ or ""
-    return {"dtype" if re.search(r"^ +dtype \(", said, re.M) else "torch_dtype": dtype}
+    """The dtype argument of this diffusers' `from_pretrained`: `torch_dtype` in older versions, now `dtype`."""
+    documentation = kind.from_pretrained.__doc__ or ""
+    return {"dtype" if re.search(r"^ +dtype \(", documentation, re.M) else "torch_dtype": dtype}
 
 
-def _diffusers(arguments: argparse.Namespace) -> tuple[float, float, Draw]:
+def _diffusers(arguments: argparse.Namespace) -> tuple[float, float, Generate]:
+    """Load diffusers; as `_fastsd`."""
     import torch
     from diffusers import DiffusionPipeline
 
     from fastsd.runtime.devices import DTYPES
 
     imported = time.time()
-    named = dtype_argument(DiffusionPipeline, DTYPES[arguments.dtype])
-    pipeline = DiffusionPipeline.from_pretrained(arguments.folder, safety_checker=None, **named)
+    dtype = dtype_argument(DiffusionPipeline, DTYPES[arguments.dtype])
+    pipeline = DiffusionPipeline.from_pretrained(arguments.folder, safety_checker=None, **dtype)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.candidate == "diffusers-channels-last":
         pipeline.unet.to(memory_format=torch.channels_last)
         pipeline.vae.to(memory_format=torch.channels_last)
 
-    def draw(prompt: str, size: int, batch: int, tick: Callable[[], None]) -> Any:
-        def ended(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def generate(prompt: str, size: int, batch: int, tick: Callable[[], None]) -> Any:
+        def on_step_end(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             if index < arguments.steps - 1:
                 tick()
             return tensors
 
-        latents = _noise(size, batch, pipeline.vae_scale_factor, 4).to(pipeline.device, DTYPES[arguments.dtype])
+        latents = _initial_latents(size, batch, pipeline.vae_scale_factor, 4)
+        latents = latents.to(pipeline.device, DTYPES[arguments.dtype])
         return pipeline(
             [prompt] * batch,
             num_inference_steps=arguments.steps,
@@ -174,29 +182,28 @@ def _diffusers(arguments: argparse.Namespace) -> tuple[float, float, Draw]:
             width=size,
             height=size,
             latents=latents,
-            callback_on_step_end=ended,
+            callback_on_step_end=on_step_end,
         ).images
 
-    return imported, time.time(), draw
+    return imported, time.time(), generate
 
 
 def _peak(cuda: bool, driver: DriverPeak) -> dict[str, int]:
-    """Bytes at the peak: resident memory of the process; on a GPU as torch's allocator and as the driver see it (the
-    driver's since the last call)."""
-    found = {"resident": resident_peak()}
+    """Peak memory in bytes: resident; on a GPU also by PyTorch's allocator and, since the last call, by the driver."""
+    peaks = {"resident": resident_peak()}
     if cuda:
         import torch
 
-        found["allocator"] = torch.cuda.max_memory_allocated()
-        found["reserved"] = torch.cuda.max_memory_reserved()
-        most = driver.take()
-        if most is not None:
-            found["driver"] = most
-    return found
+        peaks["allocator"] = torch.cuda.max_memory_allocated()
+        peaks["reserved"] = torch.cuda.max_memory_reserved()
+        driver_peak = driver.take()
+        if driver_peak is not None:
+            peaks["driver"] = driver_peak
+    return peaks
 
 
 def resident_peak() -> int:
-    """Bytes. Not `ru_maxrss` where it can be avoided: Linux hands a child its parent's peak."""
+    """The peak resident memory in bytes. On Linux not from `ru_maxrss`, which a child inherits from its parent."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

@@ -1,9 +1,10 @@
-"""What got faster or slower between two result files.
+"""The differences in speed between two result files.
 
     python -m bench.compare OLD.json NEW.json
 
-A change counts where it goes beyond the spread: the two ranges from quartile to quartile do not overlap. Exit code 1 if
-something of fastsd's own then takes more than 3% longer, or has lost its green gate; 2 for a file that is none.
+A difference counts if it exceeds the spread, that is, if the two ranges between the quartiles do not overlap. Exit code
+1 if a time of fastsd then rose by more than 3%, or its correctness check fails now; 2 for a file that is not a result
+file.
 """
 
 from __future__ import annotations
@@ -22,50 +23,50 @@ ALLOWED = 1.03
 
 @dataclass(frozen=True)
 class Change:
-    """One candidate of one contest in both files; `ratio` is new seconds over old."""
+    """One candidate of one benchmark in both files; `ratio` is the new time divided by the old."""
 
     name: str
     candidate: str
     ratio: float | None
-    beyond: bool  # the spread
-    lost: str = ""  # why there is no speed any more
+    exceeds_spread: bool
+    problem: str = ""  # why there is no new time
 
     @property
     def regression(self) -> bool:
-        slower = self.ratio is not None and self.beyond and self.ratio > ALLOWED
-        return self.candidate.startswith("fastsd") and (slower or bool(self.lost))
+        slower = self.ratio is not None and self.exceeds_spread and self.ratio > ALLOWED
+        return self.candidate.startswith("fastsd") and (slower or bool(self.problem))
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
-    """Of every record with a speed in `old` that `new` has too, slowest first."""
-    later = {identity(record): record for record in new["records"]}
+    """The change of every record of `old` with a time that is also in `new`, slowest first."""
+    new_records = {identity(record): record for record in new["records"]}
     found = []
     for record in old["records"]:
-        before, after = record.get("seconds"), later.get(identity(record))
-        if not before or after is None:
+        before, new_record = record.get("seconds"), new_records.get(identity(record))
+        if not before or new_record is None:
             continue
         name = " ".join(str(record[key]) for key in KEY if record.get(key) is not None)
         candidate = str(record.get("candidate"))
-        now = after.get("seconds")
-        if not now:
-            found.append(Change(name, candidate, None, True, after.get("problem", "no speed")))
+        after = new_record.get("seconds")
+        if not after:
+            found.append(Change(name, candidate, None, True, new_record.get("problem", "no time")))
             continue
-        beyond = now["low"] > before["high"] or now["high"] < before["low"]
-        found.append(Change(name, candidate, now["median"] / before["median"], beyond))
+        exceeds_spread = after["low"] > before["high"] or after["high"] < before["low"]
+        found.append(Change(name, candidate, after["median"] / before["median"], exceeds_spread))
     return sorted(found, key=lambda change: -(change.ratio or float("inf")))
 
 
 def report(found: list[Change]) -> str:
-    """A line for each change beyond the spread, and how many stayed."""
+    """A line for each change that exceeds the spread, and the number of the others."""
     lines = []
     for change in found:
         if change.ratio is None:
-            lines.append(f"  lost    {change.name}: {change.lost}")
-        elif change.beyond:
-            way = "slower" if change.ratio > 1 else "faster"
-            lines.append(f"  {way}  {change.name}: {change.ratio:.3f} x the time")
-    still = sum(not change.beyond for change in found)
-    return "\n".join([*lines, f"  {still} of {len(found)} unchanged within their spread"])
+            lines.append(f"  lost    {change.name}: {change.problem}")
+        elif change.exceeds_spread:
+            direction = "slower" if change.ratio > 1 else "faster"
+            lines.append(f"  {direction}  {change.name}: {change.ratio:.3f} x the time")
+    unchanged = sum(not change.exceeds_spread for change in found)
+    return "\n".join([*lines, f"  {unchanged} of {len(found)} unchanged within their spread"])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -77,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         old, new = read(options.old), read(options.new)
         found = changes(old, new)
         if not found:
-            raise FastsdError(f"{options.old} and {options.new} have no figure in common")
+            raise FastsdError(f"{options.old} and {options.new} have no time in common")
     except FastsdError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -85,10 +86,10 @@ def main(arguments: list[str] | None = None) -> int:
     if devices[0] != devices[1]:
         print(f"note: measured on different devices, {devices[0]} and {devices[1]}")
     print(report(found))
-    worse = [change for change in found if change.regression]
-    if worse:
-        print(f"{len(worse)} of fastsd's own got slower by more than {ALLOWED - 1:.0%}, or lost their gate")
-    return 1 if worse else 0
+    regressions = [change for change in found if change.regression]
+    if regressions:
+        print(f"{len(regressions)} of fastsd's benchmarks got slower by more than {ALLOWED - 1:.0%} or failed")
+    return 1 if regressions else 0
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""What every kernel compiles to at every row of the launch tables, without a GPU.
+"""The machine code of every launch at Stable Diffusion's shapes, for every architecture, without a GPU.
 
     python -m bench.compile_report             print the table
-    python -m bench.compile_report --write     and keep it in docs/compile_report.txt
-    python -m bench.compile_report --sm 90     one architecture only (printed, never kept)
+    python -m bench.compile_report --write     also write it to docs/compile_report.txt
+    python -m bench.compile_report --sm 90     print the rows of one architecture
 
-Launchers are called with tensors that have shapes but no memory, and what they would launch is compiled instead. The
-counts are those of the innermost loop with the most products, or without products the most loads; where there is no
-loop, of the whole kernel. The bound is predicted from issue slots, tensor cores, exponentials and memory of one warp's
-share of a multiprocessor; nothing here was run.
+Launchers are called with tensors on the meta device, and their launches are compiled instead of run. The counts are
+those of the innermost loop with the most products, or, without products, with the most loads; without a loop, those of
+the whole kernel. The bound is predicted from the issue slots, tensor cores, exponentials and memory bandwidth of one
+warp's share of a multiprocessor.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -41,14 +42,14 @@ MODULES = (
 )
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
-# Of a multiprocessor in a clock: FLOP of dense 16-bit products with fp32 sums, bytes of memory. From the data sheets of
+# Per multiprocessor and clock: FLOP of dense 16-bit products with fp32 sums, bytes of memory. From the data sheets of
 # T4, A100, RTX 3090, RTX 4090, H100 SXM, B200 and RTX 5090, at their boost clocks.
 TENSOR = {75: 1024, 80: 2048, 86: 512, 89: 512, 90: 4096, 100: 8192, 120: 512}
 MEMORY = {75: 5.0, 80: 13.4, 86: 6.7, 89: 3.1, 90: 14.5, 100: 29.2, 120: 4.4}
-EXPONENTIALS = 16  # on all of them
-PARTS = 4  # of a multiprocessor, each issuing an instruction of a warp in a clock
+EXPONENTIALS = 16  # per multiprocessor and clock, on all of them
+PARTS = 4  # partitions of a multiprocessor; each issues one warp instruction per clock
 
-GROUPNORM = [  # pixels, channels, of those in the first part
+GROUPNORM = [  # pixels, channels, channels of the first input
     (64, 1280, 1280),
     (1024, 640, 640),
     (4096, 320, 320),
@@ -66,8 +67,8 @@ ATTENTION = [  # queries, keys, heads, head size
 
 
 @dataclass(frozen=True)
-class Launch:
-    """A kernel and what it is launched with: dtypes for tensors, numbers, constants, compiler options."""
+class KernelLaunch:
+    """A kernel and the arguments of a launch: dtypes in place of tensors, numbers, constants, compiler options."""
 
     case: str
     kernel: Any
@@ -76,8 +77,8 @@ class Launch:
 
 @dataclass(frozen=True)
 class Loop:
-    """What one warp does in a turn of a loop: instructions, FLOP of products (None: not told by the code),
-    exponentials, bytes read and written."""
+    """The work of one warp in an iteration of a loop: instructions, tensor core products and their FLOP (None if the
+    instruction does not state its size), exponentials, bytes read and written."""
 
     instructions: int
     products: int
@@ -86,84 +87,96 @@ class Loop:
     bytes: int
 
 
-class _Recorder:
-    """Stands for a kernel; tells what it is launched with instead of launching it."""
+class _KernelStub:
+    """Replaces a kernel: passes the arguments of a launch to `on_launch` instead of launching."""
 
-    def __init__(self, kernel: Any, tell: Callable[[Any, dict[str, Any]], None]) -> None:
-        self.kernel, self.tell = kernel, tell
+    def __init__(self, kernel: Any, on_launch: Callable[[Any, dict[str, Any]], None]) -> None:
+        self.kernel, self.on_launch = kernel, on_launch
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def launch(*args: Any, **options: Any) -> None:
-            given = dict(zip((parameter.name for parameter in self.kernel.params), args)) | options
-            self.tell(self.kernel, {name: x.dtype if isinstance(x, torch.Tensor) else x for name, x in given.items()})
+            values = dict(zip((parameter.name for parameter in self.kernel.params), args)) | options
+            arguments = {name: x.dtype if isinstance(x, torch.Tensor) else x for name, x in values.items()}
+            self.on_launch(self.kernel, arguments)
 
         return launch
 
 
 @contextmanager
-def recorded(capability: int, tell: Callable[[Any, dict[str, Any]], None]) -> Iterator[None]:
-    """Inside this context launches are told, not done, and every device is of this compute capability."""
+def intercepted_launches(capability: int, on_launch: Callable[[Any, dict[str, Any]], None]) -> Iterator[None]:
+    """Inside this context launches go to `on_launch`, and every device has this compute capability."""
     with ExitStack() as stack:
-        of = patch.object(architecture, "of", lambda device: architecture._of_capability(capability))
-        stack.enter_context(of)
+        stack.enter_context(patch.object(architecture, "of", lambda device: architecture._of_capability(capability)))
         for module in MODULES:
             for name, value in list(vars(module).items()):
                 if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
-                    stack.enter_context(patch.object(module, name, _Recorder(value, tell)))
+                    stack.enter_context(patch.object(module, name, _KernelStub(value, on_launch)))
         yield
 
 
-def launches(capability: int, dtype: torch.dtype) -> list[Launch]:
-    """Every launch of every op at the shapes above, as sm_`capability` would get it, each once."""
-    found: dict[str, Launch] = {}
+Call = tuple[str, Callable[[], Any]]  # its name, and the call of a launcher
 
-    def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
-        like: dict[str, Any] = {"dtype": dtype, "device": "meta"}
-        for pixels, channels, first in GROUPNORM:
-            x, vector = torch.empty(1, 1, pixels, first, **like), torch.empty(channels, **like)
-            skip = torch.empty(1, 1, pixels, channels - first, **like) if first < channels else None
-            add = torch.empty(1, channels, **like)
-            case = f"groupnorm_silu {pixels}x{first}" + ("" if skip is None else f"+{channels - first}")
-            run = groupnorm_silu_triton.groupnorm_silu
-            yield case, lambda a=(x, vector, vector, 32, 1e-5, True, add, skip), run=run: run(*a)
-        for columns in (320, 768, 1280):
-            x, vector = torch.empty(1024, columns, **like), torch.empty(columns, **like)
-            run = layernorm_triton.layernorm
-            yield f"layernorm {columns}", lambda a=(x, vector, vector, 1e-5, x), run=run: run(*a)
-        for columns in (1280, 5120):
-            y, vector = torch.empty(1024, 2 * columns, **like), torch.empty(2 * columns, **like)
-            yield f"geglu {columns}", lambda a=(y, vector), run=geglu_triton.geglu_gate: run(*a)
-        wide = [torch.empty(shape, device="meta") for shape in ((1, 64, 64, 4), (3, 1, 64, 64, 4), (2, 1, 64, 64, 4))]
-        state, history, noise = wide
-        out, row = torch.empty(2, 64, 64, 4, **like), torch.empty(1, dtype=torch.int64, device="meta")
-        table, guidance = torch.empty(31, 16, device="meta"), torch.empty(1, device="meta")
-        yield (
-            "advance",
-            lambda: advance_triton.advance(
-                state, torch.empty(1, 64, 64, 4, **like), out, table, row, state, history, noise, guidance
-            ),
-        )
-        for queries, keys, heads, size in ATTENTION if capability >= 80 else []:  # sm_75 takes PyTorch's
-            causal = queries == 77
-            q = torch.empty(1, queries, 3, heads, size, **like)[:, :, 0]
-            k, v = torch.empty(1, keys, 2, heads, size, **like).unbind(2)
-            case = f"flash_attn {queries}x{keys}x{size}" + (" causal" if causal else "")
-            yield case, lambda a=(q, k, v, causal), run=flash_attn_triton.flash_attn: run(*a)
 
-    for case, call in calls():
+def launches(capability: int, dtype: torch.dtype) -> list[KernelLaunch]:
+    """Every distinct launch of every op at the shapes above, on sm_`capability`."""
+    by_name: dict[str, KernelLaunch] = {}
+    calls = [*_norm_calls(dtype), *_geglu_calls(dtype), _advance_call(dtype)]
+    if capability >= 80:  # sm_75 uses PyTorch's attention
+        calls += _attention_calls(dtype)
+    for case, call in calls:
 
-        def tell(kernel: Any, arguments: dict[str, Any], case: str = case) -> None:
+        def on_launch(kernel: Any, arguments: dict[str, Any], case: str = case) -> None:
             kernel_name = kernel.fn.__name__.strip("_").removesuffix("_kernel")
             name = case if kernel_name == case.split()[0] else f"{case}: {kernel_name}"
-            found.setdefault(name, Launch(name, kernel, arguments))
+            by_name.setdefault(name, KernelLaunch(name, kernel, arguments))
 
-        with recorded(capability, tell):
+        with intercepted_launches(capability, on_launch):
             call()
-    return list(found.values())
+    return list(by_name.values())
 
 
-def compiled(launch: Launch, capability: int) -> Compiled:
-    """The launch, compiled for sm_`capability`."""
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _norm_calls(dtype: torch.dtype) -> Iterator[Call]:
+    run: Callable[..., Any] = groupnorm_silu_triton.groupnorm_silu
+    for pixels, channels, first in GROUPNORM:
+        x, vector = _meta(1, 1, pixels, first, dtype=dtype), _meta(channels, dtype=dtype)
+        skip = _meta(1, 1, pixels, channels - first, dtype=dtype) if first < channels else None
+        add = _meta(1, channels, dtype=dtype)
+        case = f"groupnorm_silu {pixels}x{first}" + ("" if skip is None else f"+{channels - first}")
+        yield case, partial(run, x, vector, vector, 32, 1e-5, True, add, skip)
+    for columns in (320, 768, 1280):
+        x, vector = _meta(1024, columns, dtype=dtype), _meta(columns, dtype=dtype)
+        yield f"layernorm {columns}", partial(layernorm_triton.layernorm, x, vector, vector, 1e-5, x)
+
+
+def _geglu_calls(dtype: torch.dtype) -> Iterator[Call]:
+    for columns in (1280, 5120):
+        y, vector = _meta(1024, 2 * columns, dtype=dtype), _meta(2 * columns, dtype=dtype)
+        yield f"geglu {columns}", partial(geglu_triton.geglu_gate, y, vector)
+
+
+def _advance_call(dtype: torch.dtype) -> Call:
+    x, history, noise = (_meta(*shape) for shape in ((1, 64, 64, 4), (3, 1, 64, 64, 4), (2, 1, 64, 64, 4)))
+    x_in, out = _meta(1, 64, 64, 4, dtype=dtype), _meta(2, 64, 64, 4, dtype=dtype)
+    row, table, guidance = _meta(1, dtype=torch.int64), _meta(31, 16), _meta(1)
+    run = advance_triton.advance
+    return "advance", partial(run, x, x_in, out, table, row, x, history, noise, guidance)
+
+
+def _attention_calls(dtype: torch.dtype) -> Iterator[Call]:
+    for queries, keys, heads, size in ATTENTION:
+        causal = queries == 77
+        q = _meta(1, queries, 3, heads, size, dtype=dtype)[:, :, 0]
+        k, v = _meta(1, keys, 2, heads, size, dtype=dtype).unbind(2)
+        case = f"flash_attn {queries}x{keys}x{size}" + (" causal" if causal else "")
+        yield case, partial(flash_attn_triton.flash_attn, q, k, v, causal)
+
+
+def compiled(launch: KernelLaunch, capability: int) -> Compiled:
+    """Compile the launch for sm_`capability`."""
     arguments = launch.arguments
     options = {name: arguments[name] for name in ("num_stages", "maxnreg") if arguments.get(name)}
     return compile_kernel(launch.kernel, capability, arguments.get("num_warps", 4), arguments, **options)
@@ -174,7 +187,7 @@ LABEL = re.compile(r"^\s*(\.L_\w+):")
 
 
 def main_loop(machine: str) -> Loop:
-    """The loop that the kernel spends its time in, see this file's docstring."""
+    """The loop in which the kernel spends its time, see the docstring of this file."""
     code: list[tuple[str, str]] = []
     labels: dict[str, int] = {}
     loops: list[tuple[int, int]] = []
@@ -185,24 +198,24 @@ def main_loop(machine: str) -> Loop:
         elif instruction and instruction[1] != "NOP":
             code.append((instruction[1], instruction[2]))
             target = re.search(r"`\((\.L_\w+)\)", instruction[2])
-            # A branch to itself is the end of the program.
+            # A branch to itself marks the end of the program.
             if instruction[1].startswith("BRA") and target and labels.get(target[1], len(code)) < len(code) - 1:
                 loops.append((labels[target[1]], len(code)))
-    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    counted = [counts([name for name, _ in code[start:end]]) for start, end in inner]
+    innermost = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    counted = [counts([name for name, _ in code[start:end]]) for start, end in innermost]
     return max(counted, key=lambda loop: (loop.products, loop.bytes)) if counted else counts([name for name, _ in code])
 
 
 def counts(names: list[str]) -> Loop:
-    """The figures of a run of instructions."""
+    """The counts of a sequence of instructions."""
     flop: int | None = 0
     products = moved = 0
     for name in names:
         opcode = name.split(".")[0]
         if opcode in ("HMMA", "HGMMA", "UTCHMMA"):
             products += 1
-            each = _flop(name)
-            flop = None if flop is None or each is None else flop + each
+            product_flop = _flop(name)
+            flop = None if flop is None or product_flop is None else flop + product_flop
         elif opcode in ("LDG", "STG", "LDGSTS"):
             width = re.search(r"\.[US]?(8|16|64|128)\b", name)
             moved += 32 * int(width[1] if width else 32) // 8
@@ -210,7 +223,7 @@ def counts(names: list[str]) -> Loop:
 
 
 def _flop(name: str) -> int | None:
-    """Of one warp in a product: HMMA.16816 is 16 x 8 x 16; HGMMA.64xNx16 is done by four warps."""
+    """The FLOP of one warp in a product: HMMA.16816 is 16 x 8 x 16; four warps share an HGMMA.64xNx16."""
     group = re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", name)
     if group:
         return 2 * int(group[1]) * int(group[2]) * int(group[3]) // 4
@@ -219,9 +232,9 @@ def _flop(name: str) -> int | None:
 
 
 def bound(loop: Loop, capability: int) -> str:
-    """What a turn of the loop waits for, by the clocks that one warp's share takes of each unit.
+    """The unit that limits an iteration of the loop, by the clocks that one warp's share takes of each unit.
 
-    Memory counts where there are no products: attention reads its keys again and again from the cache.
+    Memory counts only without products: attention reads its keys repeatedly from the cache.
     """
     clocks = {"issue": float(loop.instructions), "exp": loop.exponentials * 32 * PARTS / EXPONENTIALS}
     if loop.products and loop.flop is not None:
@@ -235,12 +248,12 @@ def bound(loop: Loop, capability: int) -> str:
 HEAD = " sm dtype launch" + " " * 46 + "regs spill shared  loop  mma  exp  bound"
 
 
-def line(launch: Launch, capability: int, dtype: str) -> str:
+def line(launch: KernelLaunch, capability: int, dtype: str) -> str:
     """One row of the report."""
-    made = compiled(launch, capability)
-    loop = main_loop(made.machine)
+    code = compiled(launch, capability)
+    loop = main_loop(code.machine)
     return (
-        f"{capability:>3} {dtype:5} {launch.case:50} {made.registers:>4} {made.spills:>5} {made.shared:>6} "
+        f"{capability:>3} {dtype:5} {launch.case:50} {code.registers:>4} {code.spills:>5} {code.shared:>6} "
         f"{loop.instructions:>5} {loop.products:>4} {loop.exponentials:>4}  {bound(loop, capability)}"
     )
 
@@ -255,11 +268,11 @@ def lines(capability: int) -> Iterator[str]:
 
 
 def heading() -> str:
-    """The versions that the figures belong to, and the columns."""
+    """The version of Triton, and the columns."""
     return (
-        f"Triton {triton.__version__}. Compiled, not run. regs: of a thread; spill: bytes of a thread; shared: bytes.\n"
-        "Of one warp in a turn of the main loop: instructions, products on tensor cores, exponentials;\n"
-        f"bound: predicted, with the clocks that it takes.\n{HEAD}"
+        f"Triton {triton.__version__}. Compiled, not run. regs: per thread; spill: bytes per thread; shared: bytes.\n"
+        "Per warp and iteration of the main loop: instructions, tensor core products, exponentials;\n"
+        f"bound: predicted, with its clocks.\n{HEAD}"
     )
 
 

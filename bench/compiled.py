@@ -1,4 +1,4 @@
-"""Kernels compiled without a GPU, and what the machine code says: registers, spills, shared memory, widths of loads."""
+"""Kernels compiled without a GPU, and properties of their machine code: registers, spills, shared memory, widths."""
 
 from __future__ import annotations
 
@@ -18,14 +18,27 @@ from triton.compiler import ASTSource
 from fastsd.kernels.launch import OPTIONS
 
 BINARIES = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-SHARED = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may use
+SHARED = {
+    75: 65536,
+    80: 166912,
+    86: 101376,
+    89: 101376,
+    90: 232448,
+    100: 232448,
+    120: 101376,
+}  # bytes available to a block
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64"}
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """registers: of a thread; spills: bytes of local memory; shared: bytes; loads, stores, copies: bits of each access
-    (copies: from memory to shared memory); machine: the code itself."""
+    """Machine code and its properties.
+
+    Attributes:
+        registers: per thread. spills: bytes of local memory per thread. shared: bytes of shared memory.
+        loads, stores, copies: bits of each access; copies are from global to shared memory.
+        machine: the disassembled code.
+    """
 
     registers: int
     spills: int
@@ -39,9 +52,10 @@ class Compiled:
 def compile_kernel(kernel: Any, capability: int, warps: int, arguments: Mapping[str, Any], **options: Any) -> Compiled:
     """Compile for sm_`capability` as a launch with these arguments would.
 
-    arguments: for each parameter a torch dtype (a pointer, 16-byte aligned), an int or float (typed and specialised
-    as Triton does: 1 becomes a constant, a multiple of 16 is known as one), None, or the constant of a constexpr.
-    options: further ones of the compiler (num_stages, maxnreg).
+    Args:
+        arguments: for each parameter a torch dtype (a pointer, 16-byte aligned), an int or float (typed and specialised
+            as by Triton: 1 becomes a constant, a multiple of 16 is marked as one), None, or the value of a constexpr.
+        options: further compiler options (num_stages, maxnreg).
     """
     source = source_of(kernel, arguments)
     target = GPUTarget("cuda", capability, 32)
@@ -65,7 +79,7 @@ def compile_kernel(kernel: Any, capability: int, warps: int, arguments: Mapping[
 
 
 def source_of(kernel: Any, arguments: Mapping[str, Any]) -> ASTSource:
-    """What Triton compiles for a launch with these arguments, see `compile_kernel`."""
+    """The source that Triton compiles for a launch with these arguments, see `compile_kernel`."""
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
@@ -85,8 +99,8 @@ def source_of(kernel: Any, arguments: Mapping[str, Any]) -> ASTSource:
 
 
 def _widths(instruction: str, machine: str) -> tuple[int, ...]:
-    found = re.findall(rf"\b{instruction}\.E((?:\.\w+)*)", machine)
-    return tuple(int((re.search(r"\.[US]?(8|16|64|128)\b", suffix) or ["", "32"])[1]) for suffix in found)
+    suffixes = re.findall(rf"\b{instruction}\.E((?:\.\w+)*)", machine)
+    return tuple(int((re.search(r"\.[US]?(8|16|64|128)\b", suffix) or ["", "32"])[1]) for suffix in suffixes)
 
 
 def _run(tool: str, *arguments: str) -> str:

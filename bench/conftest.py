@@ -1,4 +1,4 @@
-"""`pytest bench/` checks every benchmark once, in small; `pytest bench/ --benchmark` measures. See bench/README.md."""
+"""`pytest bench/` runs every benchmark once as a check; `pytest bench/ --benchmark` measures. See bench/README.md."""
 
 from __future__ import annotations
 
@@ -10,52 +10,39 @@ from typing import Any
 import pytest
 import torch
 
+from bench import options
 from bench.measure import Outcome
-from bench.session import Session, check_options
+from bench.session import Session
 from fastsd.errors import FastsdError
 
-# What --budget runs first. A file that is not listed comes last.
-ORDER = ("bench_parts", "bench_images", "bench_ways", "bench_kinds", "bench_cold", "bench_kernels")
-OPTIONS = {
-    "--models": "families to measure: sd15, sd21, sdxl, digits (default: sd15,sdxl,sd21,digits; on a CPU sd15,digits)",
-    "--batch": "pictures drawn together (default 1,4,8; on a CPU 1)",
-    "--size": "pixels of a side (default: what the model was trained at)",
-    "--steps": "denoising steps of a picture (default 20,30,50; on a CPU 4)",
-    "--dtype": "fp32, fp16, bf16 (default: what fastsd takes on this device)",
-    "--peers": "pytorch, diffusers, diffusers-channels-last, diffusers-compiled, none",
-    "--budget": "seconds; the most important first, what does not fit is listed as not run",
-    "--model": "a folder with real weights instead of random ones",
-    "--results": "the result file (default bench/results/<gpu or cpu>/<date>-<commit>.json)",
-}
+# The order of importance, for --budget. A file that is not listed comes last.
+ORDER = ("bench_parts", "bench_images", "bench_modes", "bench_kinds", "bench_cold", "bench_kernels")
+SESSION = pytest.StashKey[Session]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastsd benchmarks")
-    group.addoption("--benchmark", action="store_true", help="measure; without it every benchmark runs once, tiny")
-    group.addoption("--profile", action="store_true", help="also write a profile of each network's step")
-    for name, text in OPTIONS.items():
-        group.addoption(name, default=None, help=text)
+    for name, text in options.SWITCHES.items():
+        group.addoption(f"--{name}", action="store_true", help=text)
+    for name, text in options.HELP.items():
+        group.addoption(f"--{name}", default=None, help=text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    names = ["benchmark", "profile", *(name.lstrip("-") for name in OPTIONS)]
     try:
-        options = check_options({name: config.getoption(name) for name in names})
+        parsed = options.parse(**{name: config.getoption(name) for name in (*options.HELP, *options.SWITCHES)})
     except FastsdError as error:
         pytest.exit(f"error: {error}", returncode=2)
-    config.stash[SESSION] = Session(options)
-    if options.measuring and options.device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # for peers; fastsd has its convolutions chosen by itself
-    if not options.measuring and config.pluginmanager.hasplugin("benchmark"):
+    config.stash[SESSION] = Session(parsed)
+    if parsed.measuring and parsed.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # for the peers; fastsd selects its convolutions itself
+    if not parsed.measuring and config.pluginmanager.hasplugin("benchmark"):
         config.option.benchmark_disable = True
 
 
-SESSION = pytest.StashKey[Session]()
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    options = metafunc.config.stash[SESSION].options
-    axes = {"model": options.models, "batch": options.batches, "steps": options.steps, "dtype": options.dtypes}
+    parsed = metafunc.config.stash[SESSION].options
+    axes = {"model": parsed.models, "batch": parsed.batches, "steps": parsed.steps, "dtype": parsed.dtypes}
     for name, values in axes.items():
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, values, ids=[str(v).removeprefix("torch.") for v in values], scope="session")
@@ -63,24 +50,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {name: i for i, name in enumerate(ORDER)}
-    here = [item for item in items if item.path.parent.name == "bench" and item.path.stem.startswith("bench_")]
-    if not here:
+    benchmarks = [item for item in items if item.path.parent.name == "bench" and item.path.stem.startswith("bench_")]
+    if not benchmarks:
         return
-    options = here[0].config.stash[SESSION].options
+    parsed = benchmarks[0].config.stash[SESSION].options
 
-    def place(item: pytest.Item) -> tuple[int, int, int]:
-        """Model by model and dtype by dtype, since only one is kept in memory; then by importance."""
-        chosen = item.callspec.params if hasattr(item, "callspec") else {}
-        model, dtype = chosen.get("model"), chosen.get("dtype")
+    def position(item: pytest.Item) -> tuple[int, int, int]:
+        """By model and dtype first, since only one model stays in memory; then by importance."""
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        model, dtype = params.get("model"), params.get("dtype")
         return (
-            options.models.index(model) if model in options.models else len(options.models),
-            options.dtypes.index(dtype) if dtype in options.dtypes else len(options.dtypes),
+            parsed.models.index(model) if model in parsed.models else len(parsed.models),
+            parsed.dtypes.index(dtype) if dtype in parsed.dtypes else len(parsed.dtypes),
             rank.get(item.path.stem, len(rank)),
         )
 
-    ordered = iter(sorted(here, key=place))
-    chosen = set(here)
-    items[:] = [next(ordered) if item in chosen else item for item in items]
+    ordered = iter(sorted(benchmarks, key=position))
+    selected = set(benchmarks)
+    items[:] = [next(ordered) if item in selected else item for item in items]
 
 
 @pytest.fixture(scope="session")
@@ -90,25 +77,25 @@ def bench(request: pytest.FixtureRequest) -> Session:
 
 @pytest.fixture(autouse=True)
 def within_budget(request: pytest.FixtureRequest, bench: Session) -> Iterator[None]:
-    """Skips what the budget leaves no time for; gives back the memory of what ran out of it, before the next."""
+    """Skip the benchmark if the budget is spent; afterwards free GPU memory, also after running out of it."""
     if bench.remaining() <= 0:
         bench.not_run.append(request.node.name)
         pytest.skip("not run: the budget is spent")
     yield
     if bench.options.device.type == "cuda":
         gc.collect()
-        with contextlib.suppress(RuntimeError):  # a GPU that answers no more
+        with contextlib.suppress(RuntimeError):  # the GPU no longer responds
             torch.cuda.empty_cache()
 
 
 @pytest.fixture
-def replay(request: pytest.FixtureRequest, bench: Session) -> Callable[[list[Outcome]], None]:
-    """Hand the first candidate's samples to pytest-benchmark, so that its own options and files know them.
+def publish(request: pytest.FixtureRequest, bench: Session) -> Callable[[list[Outcome]], None]:
+    """Pass the samples of the first candidate to pytest-benchmark, for its own options and files.
 
-    The contest has measured already, its candidates in turn; pytest-benchmark's clock then reads out those times.
+    The candidates have been timed in turns by then. pytest-benchmark gets a clock that replays those samples.
     """
 
-    def hand_over(outcomes: list[Outcome]) -> None:
+    def pass_on(outcomes: list[Outcome]) -> None:
         samples = outcomes[0].samples
         if not samples or not request.config.pluginmanager.hasplugin("benchmark"):
             return
@@ -119,11 +106,11 @@ def replay(request: pytest.FixtureRequest, bench: Session) -> Callable[[list[Out
         benchmark.extra_info.update(medians)
         benchmark.pedantic(lambda: None, rounds=len(samples), iterations=1)
 
-    return hand_over
+    return pass_on
 
 
 def _readings(samples: list[float]) -> Iterator[float]:
-    """A clock's readings at the start and end of each sample."""
+    """The readings of a clock at the start and the end of each sample."""
     now = 0.0
     for seconds in samples:
         yield now

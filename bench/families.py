@@ -1,4 +1,4 @@
-"""The model families that can be measured, by the names that `--models` takes."""
+"""The model families of `--models`."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from fastsd.errors import FastsdError
 
 
 @dataclass(frozen=True)
-class Family:
-    """Configs of all networks of a model, and the size in pixels that it is measured at."""
+class ModelFamily:
+    """The configs of all networks of a model, and the image size in pixels for its benchmarks."""
 
     title: str
     unet: UNetConfig
@@ -34,12 +34,12 @@ class Family:
     scheduler: SchedulerConfig = SchedulerConfig(sampler="ddim")
 
 
-SD15 = Family("SD1.5", SD15_UNET, SD_VAE, (CLIP_L,), 512)
-SD21 = Family(
+SD15 = ModelFamily("SD1.5", SD15_UNET, SD_VAE, (CLIP_L,), 512)
+SD21 = ModelFamily(
     "SD2.1", SD21_UNET, SD_VAE, (OPENCLIP_H,), 768, SchedulerConfig(prediction_type="v_prediction", sampler="ddim")
 )
-# In 16 bits people take an autoencoder of SDXL that was trained on until it fits them; the first one runs in fp32.
-SDXL = Family(
+# In 16 bits, users take the retrained autoencoder of SDXL that does not overflow; the original one needs fp32.
+SDXL = ModelFamily(
     "SDXL",
     SDXL_UNET,
     replace(SDXL_VAE, force_upcast=False),
@@ -47,9 +47,9 @@ SDXL = Family(
     1024,
     SchedulerConfig(sampler="euler"),
 )
-# Every kind of layer of the real ones, in sizes that run in a moment: what a check without --benchmark runs.
+# Every kind of layer of the real families, at tiny sizes: the model of a check without --benchmark.
 TINY_TEXT = replace(CLIP_L, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-TINY = Family(
+TINY = ModelFamily(
     "tiny",
     replace(
         SD15_UNET, block_out_channels=(32, 64), transformer_layers_per_block=(1, 0), num_attention_heads=(2, 4),
@@ -66,19 +66,19 @@ def choose(names: str) -> list[str]:
     """ "sd15,sdxl" as a list of names.
 
     Raises:
-        FastsdError: one of them is unknown.
+        FastsdError: a name is unknown, or there is none.
     """
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    for name in wanted:
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    for name in chosen:
         if name not in (*FAMILIES, "digits"):
             raise FastsdError(f"--models: there is no {name!r}; there are {', '.join(FAMILIES)}, digits")
-    if not wanted:
+    if not chosen:
         raise FastsdError(f"--models is empty; there are {', '.join(FAMILIES)}, digits")
-    return wanted
+    return chosen
 
 
-def family_of(components: Components) -> Family:
-    """The configs of a model in memory, whether it was made or read."""
+def family_of(components: Components) -> ModelFamily:
+    """The configs of a model in memory."""
     text = tuple(encoder.config for encoder in components.text_encoders)
     size = components.sample_size * components.vae.config.downscale
-    return Family(components.name, components.unet.config, components.vae.config, text, size, components.scheduler)
+    return ModelFamily(components.name, components.unet.config, components.vae.config, text, size, components.scheduler)

@@ -1,30 +1,34 @@
-"""Figures out of a result file: records that belong together, and how they are shown."""
+"""Results for tables and charts: groups of records, titles, formatted numbers."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from bench.record import KEY
+
 TITLES = {
-    "step": "one guided step", "decode": "VAE decode", "encode": "VAE encode", "image": "prompt to picture",
-    "text": "text", "cold": "cold process to first picture", "update": "sampler update",
+    "step": "one guided step", "decode": "VAE decode", "encode": "VAE encode", "image": "prompt to image",
+    "text": "text", "cold": "cold process to first image", "update": "sampler update",
 }  # fmt: skip
-MAIN = ("step", "decode", "image", "cold")  # what the table and the first chart show
+MAIN = ("step", "decode", "image", "cold")  # the benchmarks of the table and of the first chart
 
 
-def groups(data: dict[str, Any], contests: tuple[str, ...] = MAIN) -> dict[tuple[Any, ...], dict[str, dict[str, Any]]]:
-    """Records by what was measured, each a record by candidate, in order of `contests`."""
-    found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
-    for record in sorted(
-        (r for r in data["records"] if r["contest"] in contests), key=lambda r: contests.index(r["contest"])
-    ):
-        key = tuple(record.get(name) for name in ("contest", "model", "size", "batch", "steps", "dtype"))
+Groups = dict[tuple[Any, ...], dict[str, dict[str, Any]]]  # records by what was measured, then by candidate
+
+
+def groups(data: dict[str, Any], benchmarks: tuple[str, ...] = MAIN) -> Groups:
+    """The records of each measurement by candidate, in the order of `benchmarks`."""
+    found: Groups = {}
+    records = [record for record in data["records"] if record["contest"] in benchmarks]
+    for record in sorted(records, key=lambda record: benchmarks.index(record["contest"])):
+        key = tuple(record.get(name) for name in KEY[:-1])
         found.setdefault(key, {})[record["candidate"]] = record
     return found
 
 
 def title(key: tuple[Any, ...]) -> str:
-    contest, model, size, batch, steps, dtype = key
-    text = f"{TITLES.get(contest, contest)}, {model} {size}², {dtype}"
+    benchmark, model, size, batch, steps, dtype = key
+    text = f"{TITLES.get(benchmark, benchmark)}, {model} {size}², {dtype}"
     text += f", {steps} steps" if steps else ""
     return text + (f", batch {batch}" if batch and batch > 1 else "")
 
@@ -34,11 +38,19 @@ def seconds(record: dict[str, Any] | None) -> float | None:
 
 
 def peak(record: dict[str, Any]) -> float | None:
-    """GiB that a process took at its peak, where that was measured."""
+    """The peak memory of the process in GiB; None if it was not measured."""
     sizes = record.get("peak", {})
-    found = sizes.get("driver", sizes.get("resident"))
-    return found / 2**30 if found else None
+    size = sizes.get("driver", sizes.get("resident"))
+    return size / 2**30 if size else None
 
 
 def show(value: float) -> str:
     return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms" if value >= 1e-3 else f"{1e6 * value:.3g} µs"
+
+
+def reason(record: dict[str, Any]) -> str:
+    """Why a record has no time, in a few words."""
+    problem, gate = record.get("problem", "–"), record.get("gate")
+    if gate and not gate["passed"] and not problem.startswith("failed"):
+        return "correctness check failed"
+    return problem.split(":")[0]

@@ -1,11 +1,11 @@
-"""Everything that a machine with a GPU is for, in order of importance and within nine minutes (`make gpu`).
+"""The checks and benchmarks that need a GPU, in order of importance, within nine minutes (`make gpu`).
 
     python -m bench.gpu [--minutes 9] [--results FILE.json]
 
-First what verifies kernels and graphs, then steps, pictures, kernels and cold processes, then the rest: each result is
-in the file as soon as it is known, so that whatever ends the run early takes nothing with it. What hangs, dies or takes
-the GPU from its process is killed, and a fresh process goes on after it. A summary of at most 80 lines is last.
-The network is not used. Exit code 0: all green; 1: a test failed or a gate was red; 2: there is no GPU.
+First the checks of kernels and graphs, then steps, images, kernels and cold processes, then the rest. Each result is
+written as soon as it is known, so an early end of the run loses nothing. A test that hangs, dies or loses the GPU is
+killed, and a new process continues after it. The run ends with a summary of at most 80 lines. It does not use the
+network. Exit code 0: everything passed; 1: a test or a correctness check failed; 2: there is no GPU.
 """
 
 from __future__ import annotations
@@ -27,55 +27,55 @@ import torch
 
 from bench import progress, record
 from bench.measure import time_text
-from bench.session import LEAST_BUDGET
+from bench.options import MIN_BUDGET
 from fastsd.errors import FastsdError
 
-MOST_LINES = 80
-SPARE = 15.0  # seconds kept for the summary
-POLL = 0.2  # seconds between two looks at a stage
+MAX_LINES = 80
+SUMMARY_SECONDS = 15.0  # reserved for the summary
+POLL_SECONDS = 0.2
 OUT_OF_TIME = "stopped: out of time"
-NO_TEST = "at its start or end"
+NO_TEST = "between tests"  # what was running, if no test was
+NO_TESTS_COLLECTED = 5  # an exit code of pytest
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Runs of pytest in processes of their own.
+class GpuStage:
+    """One call of pytest, in one or more processes.
 
     Attributes:
-        arguments: pytest's.
-        share: of the time that is left when the stage starts, its limit.
-        patience: seconds that one test or benchmark may take before it is killed and the stage goes on without it.
-        package: what has to be installed for it.
+        arguments: of pytest.
+        share: the limit of the stage, as a share of the time that remains at its start.
+        timeout: seconds for one test or benchmark; after that it is killed, and the stage continues without it.
+        package: a package that the stage needs.
     """
 
     title: str
     arguments: tuple[str, ...]
     share: float
-    patience: float = 120.0
+    timeout: float = 120.0
     package: str = "torch"
 
 
 PARTS, IMAGES = "bench/bench_parts.py", "bench/bench_images.py"
+VERIFY, GRAPHS = "tests/verify/test_gpu.py::test_verify_passes", "tests/gpu/test_graphs.py"
 EAGER = ("--peers", "pytorch,diffusers")
 STAGES = (
-    Stage("kernels, layers, pictures: verified", ("-m", "gpu", "-k", "passes", "tests/verify/test_gpu.py"), 0.25),
-    Stage("tests of CUDA graphs", ("-m", "gpu", "tests/gpu/test_graphs.py"), 0.15),
-    Stage("SD1.5: steps, decoding", (PARTS, "--models", "sd15", "--batch", "1", *EAGER), 0.25),
-    Stage("SD1.5: pictures", (IMAGES, "--models", "sd15", "--batch", "1", "--steps", "20",
-                              *EAGER), 0.2),
-    Stage("SDXL: steps, decoding", (PARTS, "-k", "step or decode", "--models", "sdxl", "--batch", "1", *EAGER), 0.25),
-    Stage("kernels", ("bench/bench_kernels.py",), 0.3),
-    Stage("cold processes", ("bench/bench_cold.py", "--models", "sd15"), 0.4, 150.0),
-    Stage("SDXL: pictures", (IMAGES, "--models", "sdxl", "--batch", "1", "--steps", "20",
-                             "--peers", "none"), 0.3),
-    Stage("SD1.5: batches", (PARTS, "-k", "step", "--models", "sd15", "--batch", "4,8", *EAGER), 0.3),
-    Stage("SD1.5: a step beside torch.compile", (PARTS, "-k", "step", "--models", "sd15", "--batch", "1",
-                                                 "--peers", "diffusers-compiled"), 0.7, 240.0, "diffusers"),
-    Stage("SD1.5: time by kind", ("bench/bench_kinds.py", "--models", "sd15", "--batch", "1"), 0.4),
-    Stage("other ways", ("bench/bench_ways.py", "--models", "sd15", "--steps", "20", *EAGER), 0.5),
-    Stage("SD2.1: steps, decoding", (PARTS, "-k", "step or decode", "--models", "sd21", "--batch", "1", *EAGER), 0.5),
-    Stage("tests of the kernels", ("-k", "triton", "tests/kernels"), 0.7),
-    Stage("the other GPU tests", ("-m", "gpu", "-k", "not passes and not graphs", "tests"), 1.0),
+    GpuStage("kernels, layers, images: verification", ("-m", "gpu", VERIFY), 0.25),
+    GpuStage("tests of CUDA graphs", ("-m", "gpu", GRAPHS), 0.15),
+    GpuStage("SD1.5: steps, decode", (PARTS, "--models", "sd15", "--batch", "1", *EAGER), 0.25),
+    GpuStage("SD1.5: images", (IMAGES, "--models", "sd15", "--batch", "1", "--steps", "20", *EAGER), 0.2),
+    GpuStage("SDXL: steps, decode", (PARTS, "-k", "step or decode", "--models", "sdxl", "--batch", "1", *EAGER), 0.25),
+    GpuStage("kernels", ("bench/bench_kernels.py",), 0.3),
+    GpuStage("cold processes", ("bench/bench_cold.py", "--models", "sd15"), 0.4, 150.0),
+    GpuStage("SDXL: images", (IMAGES, "--models", "sdxl", "--batch", "1", "--steps", "20", "--peers", "none"), 0.3),
+    GpuStage("SD1.5: batches", (PARTS, "-k", "step", "--models", "sd15", "--batch", "4,8", *EAGER), 0.3),
+    GpuStage("SD1.5: a step beside torch.compile", (PARTS, "-k", "step", "--models", "sd15", "--batch", "1",
+                                                    "--peers", "diffusers-compiled"), 0.7, 240.0, "diffusers"),
+    GpuStage("SD1.5: time by kind of op", ("bench/bench_kinds.py", "--models", "sd15", "--batch", "1"), 0.4),
+    GpuStage("other modes", ("bench/bench_modes.py", "--models", "sd15", "--steps", "20", *EAGER), 0.5),
+    GpuStage("SD2.1: steps, decode", (PARTS, "-k", "step or decode", "--models", "sd21", "--batch", "1", *EAGER), 0.5),
+    GpuStage("tests of the kernels", ("tests/kernels/triton",), 0.7),
+    GpuStage("the other GPU tests", ("-m", "gpu", "tests", "--deselect", VERIFY, "--ignore", GRAPHS), 1.0),
 )  # fmt: skip
 
 
@@ -90,100 +90,101 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     path = (options.results or record.default_path(torch.device("cuda"))).resolve()
-    outcomes = everything(STAGES, path, time.monotonic() + 60 * options.minutes - SPARE)
+    outcomes = run_stages(STAGES, path, time.monotonic() + 60 * options.minutes - SUMMARY_SECONDS)
     print("\n".join(summary(outcomes, _records(path))))
     print(f"written to {path}")
-    return 0 if all(ok for ok, _ in outcomes) else 1
+    return 0 if all(passed for passed, _ in outcomes) else 1
 
 
-def everything(stages: tuple[Stage, ...], path: Path, end: float) -> list[tuple[bool, str]]:
-    """All stages, one after the other; an interrupt ends them, and what is known is still told."""
+def run_stages(stages: tuple[GpuStage, ...], path: Path, end: float) -> list[tuple[bool, str]]:
+    """Run all stages in order. After an interrupt, the outcomes so far are returned."""
     outcomes: list[tuple[bool, str]] = []
     for stage in stages:
         try:
-            outcomes.append(run(stage, path, end))
+            outcomes.append(run_stage(stage, path, end))
         except KeyboardInterrupt:
-            outcomes.append((False, f"{stage.title}: interrupted; nothing after it was run"))
+            outcomes.append((False, f"{stage.title}: interrupted; the stages after it were not run"))
             break
-        except Exception as error:  # of this program's own: the stages after it are worth running all the same
+        except Exception as error:  # of this program, not of a test; the next stages can still run
             outcomes.append((False, f"{stage.title}: not run: {type(error).__name__}: {error}"))
     return outcomes
 
 
-def run(stage: Stage, path: Path, end: float) -> tuple[bool, str]:
-    """Run a stage within its share of the time; whether it was green, and a line on it.
+def run_stage(stage: GpuStage, path: Path, end: float) -> tuple[bool, str]:
+    """Run a stage within its share of the time; returns whether it passed, and a line for the summary.
 
-    What hangs or takes the process or the GPU down with it is left behind, and another process goes on after it.
+    A test that hangs, dies or loses the GPU is skipped: a new process continues after it.
     """
     began = time.monotonic()
     seconds = (end - began) * stage.share
-    if seconds < LEAST_BUDGET:
+    if seconds < MIN_BUDGET:
         return True, f"{stage.title}: not run, the time was spent"
     if importlib.util.find_spec(stage.package) is None:
         return True, f"{stage.title}: not run, {stage.package} is not installed"
     print(f"== {stage.title}, at most {seconds:.0f} s", flush=True)
-    # A contest in progress may go on past its budget; only then is it stopped from outside.
+    # A benchmark in progress may exceed its budget by half; then its process is stopped.
     finish = min(began + 1.5 * seconds, end)
-    wounds: list[str] = []
+    interruptions: list[str] = []
     codes: list[int] = []
     with tempfile.TemporaryDirectory() as folder:
         progress_file = Path(folder) / "progress"
         while True:
             before = progress.started(progress_file)
-            code, why = _watched(
-                stage, path, progress_file, max(LEAST_BUDGET, began + seconds - time.monotonic()), finish
-            )
-            wounds += [why] if why else []
-            codes.append(code if not why else int(progress.failed(progress_file)))
-            going = progress.started(progress_file) != before and began + seconds - time.monotonic() > LEAST_BUDGET
-            if not why or not going:
+            budget = max(MIN_BUDGET, began + seconds - time.monotonic())
+            code, interruption = _run_process(stage, path, progress_file, budget, finish)
+            interruptions += [interruption] if interruption else []
+            codes.append(code if not interruption else int(progress.failed(progress_file)))
+            advanced = progress.started(progress_file) != before
+            if not interruption or not advanced or began + seconds - time.monotonic() <= MIN_BUDGET:
                 break
-            print(f"   {why}; going on after it", flush=True)
-    red = any(code not in (0, 5) for code in codes)
-    said = "; ".join((["RED"] if red else []) + wounds) or {5: "nothing to run"}.get(codes[-1], "green")
-    ok = not red and all(wound == OUT_OF_TIME for wound in wounds)
-    return ok, f"{stage.title}: {said} ({time.monotonic() - began:.0f} s)"
+            print(f"   {interruption}; continuing after it", flush=True)
+    failed = any(code not in (0, NO_TESTS_COLLECTED) for code in codes)
+    passed = not failed and all(interruption == OUT_OF_TIME for interruption in interruptions)
+    text = "; ".join((["FAILED"] if failed else []) + interruptions)
+    if not text:
+        text = "nothing to run" if codes[-1] == NO_TESTS_COLLECTED else "passed"
+    return passed, f"{stage.title}: {text} ({time.monotonic() - began:.0f} s)"
 
 
-def _watched(stage: Stage, path: Path, progress_file: Path, budget: float, finish: float) -> tuple[int, str]:
-    """One process of a stage; its exit code, and in a few words what ended it before its end, if anything did."""
-    # -W default: a warning of a library that we never saw should not make an error of what works.
+def _run_process(stage: GpuStage, path: Path, progress_file: Path, budget: float, finish: float) -> tuple[int, str]:
+    """Run one process of a stage; returns its exit code, and what interrupted it, if anything did."""
+    # -W default: an unknown warning of a library must not become an error.
     command = [sys.executable, "-m", "pytest", *stage.arguments, "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
     command += ["-p", "bench.progress", "-W", "default", "--continue-on-collection-errors", "--durations=5"]
     if stage.arguments[0].startswith("bench"):
         command += ["--benchmark", "--budget", f"{budget:.0f}", "--results", str(path)]
     environment = os.environ | {progress.FILE: str(progress_file)}
     process = subprocess.Popen(command, cwd=record.ROOT, env=environment, start_new_session=True)
-    began, why = time.time(), ""
+    began, interruption = time.time(), ""
     try:
-        while process.poll() is None and not why:
-            time.sleep(POLL)
+        while process.poll() is None and not interruption:
+            time.sleep(POLL_SECONDS)
             name, since = progress.running(progress_file) or (NO_TEST, progress.last(progress_file))
             since = max(since, began)
-            if time.time() - since > stage.patience:
-                why = f"killed after {stage.patience:.0f} s: {short(name)}"
+            if time.time() - since > stage.timeout:
+                interruption = f"killed after {stage.timeout:.0f} s: {short(name)}"
             elif time.monotonic() > finish:
-                why = OUT_OF_TIME
+                interruption = OUT_OF_TIME
     finally:
-        _end(process)
+        _kill(process)
     lost = next((line["lost"] for line in progress.read(progress_file)[-1:] if "lost" in line), None)
     if lost:
-        why = f"the GPU was lost: {short(lost)}"
-    elif not why and (process.returncode < 0 or progress.running(progress_file)):
+        interruption = f"the GPU was lost: {short(lost)}"
+    elif not interruption and (process.returncode < 0 or progress.running(progress_file)):
         name, _ = progress.running(progress_file) or (NO_TEST, 0.0)
-        why = f"died with exit code {process.returncode}: {short(name)}"
-    return process.returncode, why
+        interruption = f"died with exit code {process.returncode}: {short(name)}"
+    return process.returncode, interruption
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of a process and all that it started."""
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process, if it still runs, and its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def short(nodeid: str) -> str:
-    """A test's name without its folder."""
+    """The id of a test without its folder."""
     return nodeid.rsplit("/", 1)[-1]
 
 
@@ -196,43 +197,43 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 
 def summary(outcomes: list[tuple[bool, str]], records: list[dict[str, Any]]) -> list[str]:
-    """Stages, then a line for every contest, at most 80 in all; what does not fit is counted."""
+    """A line for each stage, then for each benchmark; at most `MAX_LINES`, with a count of the lines left out."""
     text = ["", "== summary", *(line for _, line in outcomes)]
-    contests: dict[str, list[dict[str, Any]]] = {}
-    for one in records:
-        labels = (one.get(key) for key in record.KEY[:-1])
+    benchmarks: dict[str, list[dict[str, Any]]] = {}
+    for row in records:
+        labels = (row.get(key) for key in record.KEY[:-1])
         name = " ".join(str(label) for label in labels if label is not None and label != "kernel")
-        contests.setdefault(name, []).append(one)
-    for name, group in contests.items():
-        own = min(group, key=lambda one: (one["candidate"] != "fastsd", not one["candidate"].startswith("fastsd")))
-        others = [_beside(one, own) for one in group if one is not own]
-        text.append("; ".join([f"{name}: {_own(own)}", *others]))
-    if len(text) > MOST_LINES:
-        left = len(text) - MOST_LINES + 1
-        text = [*text[: MOST_LINES - 1], f"... and {left} more lines, in the file"]
+        benchmarks.setdefault(name, []).append(row)
+    for name, rows in benchmarks.items():
+        own = min(rows, key=lambda row: (row["candidate"] != "fastsd", not row["candidate"].startswith("fastsd")))
+        others = [_other_text(row, own) for row in rows if row is not own]
+        text.append("; ".join([f"{name}: {_own_text(own)}", *others]))
+    if len(text) > MAX_LINES:
+        count = len(text) - MAX_LINES + 1
+        text = [*text[: MAX_LINES - 1], f"... and {count} more lines, in the file"]
     return text
 
 
-def _own(one: dict[str, Any]) -> str:
-    """Time, rate, share of the limit, memory; or why there is none."""
-    seconds, limit = one.get("seconds"), record.limit_of(one)
+def _own_text(own: dict[str, Any]) -> str:
+    """fastsd's time, rate, share of the limit and memory; or why there is no time."""
+    seconds, limit = own.get("seconds"), record.limit_of(own)
     if not seconds:
-        return str(one.get("problem", "no speed"))
-    found = [time_text(seconds["median"])]
+        return str(own.get("problem", "no time"))
+    parts = [time_text(seconds["median"])]
     if limit is not None:
-        found += [limit.rate(seconds["median"]), f"{limit.seconds / seconds['median']:.1%} of the limit"]
-    if one.get("peak"):
-        found.append("peak " + ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in one["peak"].items()))
-    return ", ".join(found)
+        parts += [limit.rate(seconds["median"]), f"{limit.seconds / seconds['median']:.1%} of the limit"]
+    if own.get("peak"):
+        parts.append("peak " + ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in own["peak"].items()))
+    return ", ".join(parts)
 
 
-def _beside(one: dict[str, Any], own: dict[str, Any]) -> str:
-    """Another candidate in a few words: its time, and that as a multiple of fastsd's."""
-    seconds, base = one.get("seconds"), own.get("seconds")
+def _other_text(other: dict[str, Any], own: dict[str, Any]) -> str:
+    """The time of another candidate, also as a multiple of fastsd's."""
+    seconds, own_seconds = other.get("seconds"), own.get("seconds")
     if not seconds:
-        return f"{one['candidate']}: {str(one.get('problem', 'no speed'))[:60]}"
-    ratio = f" ({seconds['median'] / base['median']:.2f}x)" if base else ""
-    return f"{one['candidate']} {time_text(seconds['median'])}{ratio}"
+        return f"{other['candidate']}: {str(other.get('problem', 'no time'))[:60]}"
+    ratio = f" ({seconds['median'] / own_seconds['median']:.2f}x)" if own_seconds else ""
+    return f"{other['candidate']} {time_text(seconds['median'])}{ratio}"
 
 
 if __name__ == "__main__":

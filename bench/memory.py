@@ -1,6 +1,6 @@
-"""A process's peak of memory on a GPU as its driver counts it, which knows no peak: sampled while the process works.
+"""The peak GPU memory of a process according to the driver, sampled while the process runs: the driver has no peak.
 
-The driver's figure holds what PyTorch's allocator does not know: the context, the code of kernels, libraries' buffers.
+The driver's number includes what PyTorch's allocator does not see: the context, kernel code, buffers of libraries.
 """
 
 from __future__ import annotations
@@ -9,22 +9,22 @@ import os
 import threading
 from typing import Any
 
-PERIOD = 0.005  # seconds between two samples; a picture's largest maps live longer
+PERIOD = 0.005  # seconds between two samples; the largest activations of an image live longer
 
 
 class DriverPeak:
-    """Samples from a thread of its own until it is stopped; with no nvidia-ml-py or no driver, knows nothing.
+    """Samples the memory from a thread until `stop`; without nvidia-ml-py or a driver there is no result.
 
-    In a container the driver may not know our process by its number. Then everything on the device counts, less what
-    others had there before this process came.
+    In a container the driver may know this process by another id. Then the result is all memory in use on the device,
+    minus the memory that was in use before this process.
     """
 
     def __init__(self, others: int = 0, period: float = PERIOD):
-        """others: bytes in use on the device before this process used it, see `in_use`."""
+        """`others`: bytes in use on the device before this process used it, see `in_use`."""
         self.others, self.period = others, period
-        self.problem = ""  # why there is no figure
-        self._most = 0
-        self._read: Any = None  # (pynvml, the device's handle)
+        self.problem = ""  # why there is no result
+        self._peak = 0
+        self._device: Any = None  # (pynvml, handle of the device)
         self._lock = threading.Lock()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="driver's memory", daemon=True)
@@ -34,11 +34,11 @@ class DriverPeak:
         return self
 
     def take(self) -> int | None:
-        """The peak in bytes since the last call, or since the start; None where the driver says nothing."""
-        self._look()
+        """The peak in bytes since the last call, or since the start; None if the driver does not report it."""
+        self._update()
         with self._lock:
-            most, self._most = self._most, 0
-        return most or None
+            peak, self._peak = self._peak, 0
+        return peak or None
 
     def stop(self) -> None:
         self._end.set()
@@ -46,22 +46,22 @@ class DriverPeak:
 
     def _sample(self) -> None:
         while not self.problem and not self._end.is_set():
-            self._look()
+            self._update()
             self._end.wait(self.period)
 
-    def _look(self) -> None:
+    def _update(self) -> None:
         with self._lock:
             if self.problem:
                 return
             try:
-                self._read = self._read or _open()
-                self._most = max(self._most, _used(*self._read, self.others))
-            except Exception as error:  # no library, no driver, a figure that this driver does not give
+                self._device = self._device or _open()
+                self._peak = max(self._peak, _used(*self._device, self.others))
+            except Exception as error:  # no library, no driver, or a value that this driver does not report
                 self.problem = f"{type(error).__name__}: {error}"
 
 
 def in_use() -> int:
-    """Bytes in use on the device by all processes; 0 where the driver says nothing."""
+    """Bytes in use on the device by all processes; 0 if the driver does not report them."""
     try:
         nvml, handle = _open()
         return int(nvml.nvmlDeviceGetMemoryInfo(handle).used)
@@ -70,7 +70,7 @@ def in_use() -> int:
 
 
 def _open() -> tuple[Any, Any]:
-    """The library, and the handle of the first device that CUDA shows to this process."""
+    """pynvml, and the handle of the first device that is visible to CUDA in this process."""
     import pynvml
 
     pynvml.nvmlInit()
@@ -81,7 +81,7 @@ def _open() -> tuple[Any, Any]:
 
 
 def _used(nvml: Any, handle: Any, others: int) -> int:
-    """Bytes of this process now."""
+    """The current memory of this process in bytes."""
     processes = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
     own = [p.usedGpuMemory for p in processes if p.pid == os.getpid() and p.usedGpuMemory]
     return int(own[0]) if own else max(0, int(nvml.nvmlDeviceGetMemoryInfo(handle).used) - others)

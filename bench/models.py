@@ -1,8 +1,8 @@
-"""Full-size models with random weights, made in memory from their configs, and the same weights for the peers.
+"""Full-size models with random weights, created in memory from their configs, and the same weights for the peers.
 
-Weights are uniform with variance 1 / fan-in, so that activations neither vanish nor overflow; norms scale by about 1.
-Speed does not depend on the values, as long as they are not zeros: a GPU's products of zeros draw less power and run
-at higher clocks.
+Weights are uniform with variance 1 / fan-in, so activations neither vanish nor overflow; the weights of norms are about
+1. Speed does not depend on the values, unless they are zeros: products of zeros need less power, so a GPU runs them at
+higher clocks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.families import Family
+from bench.families import ModelFamily
 from fastsd.components import Components
 from fastsd.graph import CudaRecorder, Graphs
 from fastsd.kernels.cpu import onednn
@@ -31,8 +31,8 @@ from fastsd.weights.layouts import configs
 from fastsd.weights.layouts.names import sources, stored_form
 
 
-def random_components(family: Family, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Components:
-    """A whole checkpoint of `family` that never was on a disk."""
+def random_components(family: ModelFamily, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Components:
+    """A checkpoint of `family` with random weights, created in memory."""
     generator = torch.Generator(device).manual_seed(seed)
     with torch.device("meta"):
         unet, vae = UNet(family.unet), AutoencoderKL(family.vae)
@@ -53,7 +53,7 @@ def random_components(family: Family, dtype: torch.dtype, device: torch.device, 
 
 @torch.no_grad()
 def _fill(module: nn.Module, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
-    """Give a module on the meta device its weights, and make it ready for inference."""
+    """Initialise the weights of a module on the meta device, and prepare it for inference."""
     module.to(dtype).to_empty(device=device)
     for name, parameter in module.named_parameters():
         if parameter.ndim > 1:
@@ -69,16 +69,16 @@ def _fill(module: nn.Module, dtype: torch.dtype, device: torch.device, generator
 
 
 def pipeline_of(components: Components, device: torch.device, dtype: torch.dtype, captured: bool = True) -> Pipeline:
-    """The pipeline as `from_pretrained` makes it: with CUDA graphs where there is a GPU, unless `captured` is False.
+    """The pipeline as `from_pretrained` creates it: with CUDA graphs on a GPU, unless `captured` is False.
 
-    A captured graph replays the kernels it was made of, so other backends have to be given an eager one.
+    A graph replays the kernels of its capture, so a run on another backend needs an eager pipeline.
     """
     graphs = Graphs(CudaRecorder(device)) if captured and device.type == "cuda" else None
     return Pipeline(components, device, dtype, graphs)
 
 
 def captured_step(unet: UNet, device: torch.device) -> Callable[..., torch.Tensor] | None:
-    """`UNet.denoise` as a CUDA graph, with the same arguments; None where there is no GPU."""
+    """`UNet.denoise` as a CUDA graph, with the same arguments; None on a CPU."""
     if device.type != "cuda":
         return None
     graphs = Graphs(CudaRecorder(device))
@@ -90,7 +90,7 @@ def captured_step(unet: UNet, device: torch.device) -> Callable[..., torch.Tenso
 
 
 def captured_decode(vae: AutoencoderKL, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """`AutoencoderKL.decode` as a CUDA graph; None where there is no GPU."""
+    """`AutoencoderKL.decode` as a CUDA graph; None on a CPU."""
     if device.type != "cuda":
         return None
     graphs = Graphs(CudaRecorder(device))
@@ -98,12 +98,12 @@ def captured_decode(vae: AutoencoderKL, device: torch.device) -> Callable[[torch
 
 
 def stored_weights(module: nn.Module, use_linear_projection: bool) -> dict[str, torch.Tensor]:
-    """The weights of `module` under the names and in the shapes of a diffusers folder; views where that is possible."""
+    """The weights of `module` with the names and shapes of a diffusers folder; views where possible."""
     state = {}
     for _, parameter, parts in sources(module):
-        plain = onednn.dense(parameter.detach())
+        dense = onednn.dense(parameter.detach())
         for part in parts:
-            state[part.key] = stored_form(part.key, plain[part.rows], use_linear_projection)
+            state[part.key] = stored_form(part.key, dense[part.rows], use_linear_projection)
     return state
 
 
@@ -117,19 +117,19 @@ def peer_unet(components: Components) -> Any:
 
 def peer_vae(components: Components) -> Any:
     """diffusers' autoencoder with the same weights."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as Other
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as PeerAutoencoder
 
     vae = components.vae
     size = components.sample_size * vae.config.downscale
-    return _peer(Other, configs.write_vae(vae.config, size), vae, components)
+    return _peer(PeerAutoencoder, configs.write_vae(vae.config, size), vae, components)
 
 
 def _peer(kind: Any, config: dict[str, Any], module: nn.Module, components: Components) -> Any:
     with torch.device("meta"), _quiet():
-        other = kind.from_config(config)
+        peer = kind.from_config(config)
     weights = stored_weights(module, components.unet.config.use_linear_projection)
-    other.load_state_dict(weights, strict=True, assign=True)
-    return other.eval().requires_grad_(False)
+    peer.load_state_dict(weights, strict=True, assign=True)
+    return peer.eval().requires_grad_(False)
 
 
 def peer_text_encoder(encoder: TextEncoder) -> Any:
@@ -139,18 +139,18 @@ def peer_text_encoder(encoder: TextEncoder) -> Any:
     config = configs.write_clip(encoder.config)
     kind = transformers.CLIPTextModelWithProjection if encoder.text_projection else transformers.CLIPTextModel
     with torch.device("meta"):
-        other = kind(transformers.CLIPTextConfig(**config))
-    wanted = other.state_dict().keys()
+        peer = kind(transformers.CLIPTextConfig(**config))
+    names = peer.state_dict().keys()
     weights = stored_weights(encoder, False)
-    # From 5.0 on, transformers' encoder without a projection has no "text_model" in its names.
-    named = {k if k in wanted else k.removeprefix("text_model."): v for k, v in weights.items()}
-    other.load_state_dict(named, strict=True, assign=True)
+    # Since 5.0, the names of transformers' encoder without a projection have no prefix "text_model".
+    renamed = {k if k in names else k.removeprefix("text_model."): v for k, v in weights.items()}
+    peer.load_state_dict(renamed, strict=True, assign=True)
     length = encoder.config.max_position_embeddings
     device = next(iter(weights.values())).device
-    for module in other.modules():
+    for module in peer.modules():
         if "position_ids" in dict(module.named_buffers(recurse=False)):
             module.register_buffer("position_ids", torch.arange(length, device=device)[None], persistent=False)
-    return other.eval().requires_grad_(False)
+    return peer.eval().requires_grad_(False)
 
 
 def peer_pipeline(components: Components) -> Any:
@@ -174,18 +174,18 @@ def peer_pipeline(components: Components) -> Any:
     with _quiet():
         if len(encoders) > 1:
             parts |= {"text_encoder_2": encoders[1], "tokenizer_2": tokenizers[1]}
-            made = diffusers.StableDiffusionXLPipeline(
+            pipeline = diffusers.StableDiffusionXLPipeline(
                 **parts, force_zeros_for_empty_prompt=components.zeros_for_empty_prompt, add_watermarker=False
             )
         else:
             parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-            made = diffusers.StableDiffusionPipeline(**parts)
-    made.set_progress_bar_config(disable=True)
-    return made
+            pipeline = diffusers.StableDiffusionPipeline(**parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def channels_last(module: Any, on: bool) -> None:
-    """Bring the convolutions' weights of a peer into one memory layout or the other."""
+    """Convert the convolution weights of a peer to channels-last or to contiguous memory."""
     layout = torch.channels_last if on else torch.contiguous_format
     for parameter in module.parameters():
         if parameter.ndim == 4:

@@ -1,9 +1,9 @@
-"""A plugin of pytest for runs that are watched: which test is running, in a file; and a second run goes on after it.
+"""A pytest plugin for supervised runs: it records the progress in a file, and a later run continues from there.
 
-`python -m pytest -p bench.progress ...` with the file's path in the environment (`FILE`). A line is one JSON object:
-{"start": nodeid, "at": time.time()}, {"failed": nodeid}, {"done": nodeid}, or {"lost": nodeid} where the GPU answers no
-more after a test, which ends the run. Tests that stand in the file as started are left out, so that a run after one
-that was killed or lost does what it left.
+`python -m pytest -p bench.progress ...` with the path of the file in the environment variable `FILE`. A line is a JSON
+object: {"start": nodeid, "at": time.time()}, {"failed": nodeid}, {"done": nodeid}, or {"lost": nodeid} if the GPU does
+not respond after a test, which ends the run. Tests that have already started according to the file are deselected, so a
+new run after a killed one does the remaining tests.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FILE = "FASTSD_BENCH_PROGRESS"
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines that are whole."""
+    """The complete lines."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
@@ -29,11 +29,12 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def started(path: Path) -> set[str]:
+    """The tests that have started."""
     return {line["start"] for line in read(path) if "start" in line}
 
 
 def running(path: Path) -> tuple[str, float] | None:
-    """The test that is running and when it started; None between tests."""
+    """The running test and its start time; None between tests."""
     lines = [line for line in read(path) if "failed" not in line]
     if not lines or "start" not in lines[-1]:
         return None
@@ -46,11 +47,11 @@ def failed(path: Path) -> bool:
 
 
 def last(path: Path) -> float:
-    """When a test last started or ended; 0 where none has."""
+    """The time of the last line; 0 if there is no file."""
     return path.stat().st_mtime if path.exists() else 0.0
 
 
-def _note(**line: Any) -> None:
+def _write(**line: Any) -> None:
     with open(os.environ[FILE], "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -58,30 +59,30 @@ def _note(**line: Any) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     before = started(Path(os.environ[FILE]))
-    old = [item for item in items if item.nodeid in before]
-    if old:
-        config.hook.pytest_deselected(items=old)
+    finished = [item for item in items if item.nodeid in before]
+    if finished:
+        config.hook.pytest_deselected(items=finished)
         items[:] = [item for item in items if item.nodeid not in before]
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
-    _note(start=nodeid, at=time.time())
+    _write(start=nodeid, at=time.time())
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.failed:
-        _note(failed=report.nodeid)
+        _write(failed=report.nodeid)
 
 
 def pytest_runtest_logfinish(nodeid: str) -> None:
-    _note(done=nodeid)
-    if not alive():
-        _note(lost=nodeid)
-        pytest.exit(f"the GPU answers no more after {nodeid}", returncode=1)
+    _write(done=nodeid)
+    if not gpu_responds():
+        _write(lost=nodeid)
+        pytest.exit(f"the GPU does not respond after {nodeid}", returncode=1)
 
 
-def alive() -> bool:
-    """Whether this process can still use the GPU: after a fault every later call fails, whatever it does."""
+def gpu_responds() -> bool:
+    """Whether this process can still use the GPU, or does not use it. After a fault every later call fails."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return True

@@ -1,11 +1,15 @@
-"""The result file: who measured what, where, with which versions and flags. Written after every figure.
+"""The result file: measurements, with the device, the versions and the flags. Written after every result.
 
 {"format": 1, "environment": {...}, "flags": {...}, "ceilings": {...}, "records": [...], "not_run": [...]}
 
-A record is one candidate of one contest: `contest`, `model`, `size`, `batch`, `steps`, `dtype`, `candidate`; `gate`
-(passed, max, relative, psnr); `seconds` (median, low, high, rounds) or null with `problem`; and what else is known of
-it: `floor` (also `by_kind`), `flops`, `bytes`, `binds`; what was reached: `tflop_s`, `gb_s`, `share`; `kinds`, the
-median by kind of op; `peak`, `split`, ...
+A record is one candidate of one benchmark:
+
+    contest, model, size, batch, steps, dtype, candidate    its identity; `contest` is the name of the benchmark
+    gate                                                    the correctness check: passed, max, relative, psnr
+    seconds                                                 median, low, high, rounds; or null, with a `problem`
+    floor, by_kind, flops, bytes, binds                     the least time and work
+    tflop_s, gb_s, share                                    the achieved rates and the share of the limit
+    kinds, peak, split, ...                                 the median by kind of op, memory, phases of a cold process
 """
 
 from __future__ import annotations
@@ -33,24 +37,24 @@ PACKAGES = ("torch", "triton", "diffusers", "transformers", "numpy", "fastsd")
 
 
 def git_commit() -> str:
-    """The short commit, with "-dirty" where files differ from it; "unknown" outside a repository."""
+    """The short commit, with "-dirty" if files differ from it; "unknown" outside a repository."""
     try:
-        run = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-        found = subprocess.run(run, capture_output=True, text=True, timeout=20)
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+        process = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
-    return found.stdout.strip() or "unknown"
+    return process.stdout.strip() or "unknown"
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Device, clocks, driver, versions, commit: what a figure depends on beside the code."""
+    """The device, clocks, driver, versions and commit of a measurement."""
     versions = {}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
-    found: dict[str, Any] = {
+    common: dict[str, Any] = {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": git_commit(),
         "python": platform.python_version(),
@@ -58,12 +62,12 @@ def environment(device: torch.device) -> dict[str, Any]:
         "versions": versions,
         "threads": torch.get_num_threads(),
     }
-    return found | (_gpu(device) if device.type == "cuda" else _cpu())
+    return common | (_gpu(device) if device.type == "cuda" else _cpu())
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device)
-    found: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "device": properties.name,
         "architecture": f"sm_{properties.major}{properties.minor}",
         "cuda": torch.version.cuda,
@@ -74,13 +78,13 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
-        found["driver"] = pynvml.nvmlSystemGetDriverVersion()
+        fields["driver"] = pynvml.nvmlSystemGetDriverVersion()
         for name, kind in (("sm_mhz", pynvml.NVML_CLOCK_SM), ("memory_mhz", pynvml.NVML_CLOCK_MEM)):
-            now, most = pynvml.nvmlDeviceGetClockInfo(handle, kind), pynvml.nvmlDeviceGetMaxClockInfo(handle, kind)
-            found[name] = {"now": now, "max": most}
-    except Exception as error:  # no such library, or a driver that does not say
-        found["driver"] = f"unknown ({type(error).__name__})"
-    return found
+            now, highest = pynvml.nvmlDeviceGetClockInfo(handle, kind), pynvml.nvmlDeviceGetMaxClockInfo(handle, kind)
+            fields[name] = {"now": now, "max": highest}
+    except Exception as error:  # not installed, or not reported by the driver
+        fields["driver"] = f"unknown ({type(error).__name__})"
+    return fields
 
 
 def _cpu() -> dict[str, Any]:
@@ -93,7 +97,7 @@ def _cpu() -> dict[str, Any]:
 
 
 class Results:
-    """A result file that grows. An older record of the same contest and candidate is replaced."""
+    """A result file that grows. A new record replaces an older one of the same identity."""
 
     def __init__(self, path: Path, device: torch.device, flags: dict[str, Any]):
         self.path = path
@@ -108,14 +112,14 @@ class Results:
         }
 
     def add(self, **record: Any) -> None:
-        """Add a record, in the place of an older one if there is one, and write the file."""
+        """Add a record, or replace the one of the same identity, and write the file."""
         records = self.data["records"]
-        place = next((i for i, r in enumerate(records) if identity(r) == identity(record)), len(records))
-        records[place : place + 1] = [record]
+        index = next((i for i, r in enumerate(records) if identity(r) == identity(record)), len(records))
+        records[index : index + 1] = [record]
         self.write()
 
     def find(self, labels: dict[str, Any]) -> dict[str, Any] | None:
-        """The record of this contest and candidate."""
+        """The record with this identity."""
         return next((r for r in self.data["records"] if identity(r) == identity(labels)), None)
 
     def write(self) -> None:
@@ -123,12 +127,12 @@ class Results:
 
 
 def identity(record: dict[str, Any]) -> tuple[Any, ...]:
-    """What makes two records figures of the same thing."""
+    """The fields that identify a measurement."""
     return tuple(record.get(name) for name in KEY)
 
 
 def outcome_fields(outcome: Outcome) -> dict[str, Any]:
-    """The fields of a record that a contest gives. A red gate has no seconds."""
+    """The fields of a record for an outcome. If the correctness check failed, `seconds` is null."""
     fields: dict[str, Any] = {"candidate": outcome.name, "gate": None, "seconds": None}
     if outcome.distance is not None:
         d = outcome.distance
@@ -152,7 +156,7 @@ def outcome_fields(outcome: Outcome) -> dict[str, Any]:
 
 
 def achieved(limit: Limit, outcome: Outcome) -> dict[str, Any]:
-    """Rates by the median, and the share of the device's limit; nothing where there is no speed."""
+    """The rates at the median, and the share of the limit; empty without a time."""
     if outcome.spread is None:
         return {}
     seconds = outcome.spread.median
@@ -161,19 +165,19 @@ def achieved(limit: Limit, outcome: Outcome) -> dict[str, Any]:
 
 
 def limit_of(record: dict[str, Any]) -> Limit | None:
-    """What `record` was held against; None where nothing was counted."""
+    """The limit of a record; None if its work was not counted."""
     if not record.get("floor"):
         return None
     return Limit(record["floor"], record.get("flops", 0.0), record.get("bytes", 0.0), record.get("binds", "flops"))
 
 
 def _number(x: float) -> float | None:
-    """Five digits; JSON has no infinity, so that is null."""
+    """Round to five digits; an infinite number becomes null, since JSON has none."""
     return float(f"{x:.5g}") if math.isfinite(x) else None
 
 
 def write(data: dict[str, Any], path: Path) -> None:
-    """Whole or not at all: an interrupted run leaves the last file that was good."""
+    """Write a result file atomically: an interrupted write leaves the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     records = ",\n  ".join(json.dumps(record, allow_nan=False) for record in data["records"])
     rest = {key: value for key, value in data.items() if key != "records"}
@@ -185,10 +189,10 @@ def write(data: dict[str, Any], path: Path) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result file.
+    """Read a result file.
 
     Raises:
-        FastsdError: it is not there, or not a result file.
+        FastsdError: no such file, or not a result file.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -207,8 +211,8 @@ def read(path: Path) -> dict[str, Any]:
 def default_path(device: torch.device) -> Path:
     """bench/results/<gpu or cpu>/<date>-<commit>.json"""
     if device.type == "cuda":
-        place = torch.cuda.get_device_name(device).lower().replace("nvidia ", "").replace(" ", "-")
+        folder = torch.cuda.get_device_name(device).lower().replace("nvidia ", "").replace(" ", "-")
     else:
-        place = "cpu"
+        folder = "cpu"
     day = datetime.date.today().isoformat()
-    return ROOT / "bench" / "results" / place / f"{day}-{git_commit()}.json"
+    return ROOT / "bench" / "results" / folder / f"{day}-{git_commit()}.json"

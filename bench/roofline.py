@@ -1,12 +1,12 @@
-"""What a device must at least do, and how long that must at least take: the floor that every result is held against.
+"""The least work of a model, and the least time it takes on a device: the floor of every benchmark.
 
     python -m bench.roofline [--models sd15,sd21,sdxl] [--dtype bf16]
 
-The work of a network is counted from its config alone: it is built and run on the meta device, which has shapes and no
-numbers, and each layer's hook adds what that layer must compute and move. The floor of an op is the largest of three
-times: its floating-point operations at the device's rate of matrix products, its bytes at the rate of its memory, its
-exponentials at the rate of its special functions. Each tensor counts as read or written once; what lies between two
-ops counts as written by the first and read by the second. The floor of a step is the sum over its ops.
+The work of a network follows from its config alone: it runs on the meta device, which has shapes but no values, and a
+hook of each layer adds the work of that layer. The floor of an op is the largest of three times: its floating-point
+operations at the rate of large matrix products, its bytes at the memory bandwidth, its exponentials at the rate of the
+special function units. Each tensor counts as read or written once; a tensor between two ops is written by the first and
+read by the second. The floor of a step is the sum over its ops.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from bench.ceilings import Ceilings, measure_ceilings
-from bench.families import FAMILIES, Family, choose
+from bench.families import FAMILIES, ModelFamily, choose
 from fastsd.model import clip, layers
 from fastsd.model.clip import TextEncoder
 from fastsd.model.unet import AddedConditioning, UNet
@@ -42,11 +42,11 @@ class Work:
     exps: float = 0.0
 
     def floor(self, ceilings: Ceilings, itemsize: int) -> float:
-        """Seconds that the op needs at least."""
+        """The least time of the op in seconds."""
         return max(self.floors(ceilings, itemsize).values())
 
     def floors(self, ceilings: Ceilings, itemsize: int) -> dict[str, float]:
-        """Seconds that its operations, its bytes and its exponentials need at least, by these names."""
+        """The least times of its operations, bytes and exponentials in seconds."""
         return {
             "flops": self.flops / ceilings.flops,
             "bytes": self.elements * itemsize / ceilings.bytes,
@@ -65,41 +65,42 @@ class Total:
 
 
 def binding(work: list[Work], ceilings: Ceilings, itemsize: int) -> str:
-    """What limits the work as a whole: "flops", "bytes" or "exps", whichever the floors of most seconds are made of."""
+    """The resource that limits the work as a whole: "flops", "bytes" or "exps", by their shares of the floor."""
     seconds = dict.fromkeys(("flops", "bytes", "exps"), 0.0)
-    for one in work:
-        floors = one.floors(ceilings, itemsize)
+    for op in work:
+        floors = op.floors(ceilings, itemsize)
         limit = max(floors, key=floors.__getitem__)
         seconds[limit] += floors[limit]
     return max(seconds, key=seconds.__getitem__)
 
 
 def total(work: list[Work], ceilings: Ceilings, itemsize: int) -> Total:
+    """The sum of the work."""
     flops = {kind: sum(w.flops for w in work if w.kind == kind) for kind in KINDS}
     moved = sum(w.elements for w in work) * itemsize
     return Total(flops, moved, sum(w.exps for w in work), sum(w.floor(ceilings, itemsize) for w in work))
 
 
 def linear_work(rows: int, k: int, n: int, residual: bool = False, exps: float = 0.0) -> Work:
-    """`[rows, k] [k, n]`, with a residual `[rows, n]` read where there is one."""
+    """`[rows, k] @ [k, n]`, plus an optional residual `[rows, n]`."""
     return Work("linear", 2 * rows * k * n, rows * k + k * n + rows * n * (2 if residual else 1), exps)
 
 
 def conv_work(inputs: int, outputs: int, weight: torch.Size, residual: bool = False) -> Work:
-    """`outputs` elements, each a sum over the kernel; `inputs` elements are read."""
+    """A convolution with `inputs` input and `outputs` output elements; each output is a sum over the kernel."""
     flops = 2 * outputs * prod(weight[1:])
     return Work("conv", flops, inputs + prod(weight) + outputs * (2 if residual else 1))
 
 
 def attention_work(batch: int, queries: int, keys: int, channels: int, heads: int, causal: bool = False) -> Work:
-    """Two products for each head; one exponential for each score. Causal: half of the scores."""
+    """Two products per head, one exponential per score; causal attention has half of the scores."""
     scores = batch * heads * queries * keys * (0.5 if causal else 1.0)
     elements = 2 * batch * (queries + keys) * channels
     return Work("attention", 4 * scores * (channels // heads), elements, scores)
 
 
 def norm_work(elements: int, exps: bool) -> Work:
-    """Read once, written once, some ten operations an element that no device is slow at; an exponential for SiLU."""
+    """One read and one write per element, and an exponential for SiLU. Its operations never limit it."""
     return Work("norm", 0.0, 2 * elements, elements if exps else 0.0)
 
 
@@ -117,10 +118,10 @@ def _conv(layer: Any, args: tuple[Any, ...], named: dict[str, Any], out: torch.T
 
 
 def _upsample(layer: Any, args: tuple[Any, ...], named: dict[str, Any], out: torch.Tensor) -> Work | None:
-    """Where the size is just doubled, the convolution's own hook is not called: one op does both."""
+    """At exactly twice the size, one op upsamples and convolves, and the hook of the convolution is not called."""
     x, size = args[0], args[1] if len(args) > 1 else None
-    whole = size is None or tuple(size) == (2 * x.shape[1], 2 * x.shape[2])
-    return conv_work(x.numel(), out.numel(), layer.conv.weight.shape) if whole else None
+    doubled = size is None or tuple(size) == (2 * x.shape[1], 2 * x.shape[2])
+    return conv_work(x.numel(), out.numel(), layer.conv.weight.shape) if doubled else None
 
 
 def _self_attention(layer: Any, args: tuple[Any, ...], named: dict[str, Any], out: torch.Tensor) -> Work:
@@ -153,7 +154,7 @@ def _layer_norm(layer: Any, args: tuple[Any, ...], named: dict[str, Any], out: t
 
 
 def _block_norms(layer: Any, args: tuple[Any, ...], named: dict[str, Any], out: torch.Tensor) -> Work:
-    """Three layer norms, whichever way the block calls them (alone, or with the addition before)."""
+    """Three layer norms, whether or not the block fuses them with the addition before."""
     return norm_work(3 * out.numel(), False)
 
 
@@ -174,21 +175,21 @@ COUNTS: dict[type[nn.Module], Count] = {
 
 @contextmanager
 def counted(model: nn.Module) -> Iterator[list[Work]]:
-    """Inside this context every layer of `model` that runs adds its work to the list."""
+    """Inside this context every layer of `model` adds its work to the list when it runs."""
     work: list[Work] = []
 
     def hook(count: Count) -> Callable[..., None]:
         def add(layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any], out: Any) -> None:
-            done = count(layer, args, named, out)
-            work.extend([done] if done is not None else [])
+            layer_work = count(layer, args, named, out)
+            work.extend([layer_work] if layer_work is not None else [])
 
         return add
 
     handles = []
     blocks = [block for block in model.modules() if isinstance(block, layers.TransformerBlock)]
-    within = {norm for block in blocks for norm in block.children() if isinstance(norm, layers.LayerNorm)}
+    block_norms = {norm for block in blocks for norm in block.children() if isinstance(norm, layers.LayerNorm)}
     for module in model.modules():
-        if module in within:
+        if module in block_norms:
             continue
         kind = next((cls for cls in type(module).__mro__ if cls in COUNTS), None)
         if kind is not None:
@@ -203,7 +204,7 @@ def counted(model: nn.Module) -> Iterator[list[Work]]:
 def meta_unet_inputs(
     unet: UNet, batch: int, height: int, width: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AddedConditioning | None]:
-    """Arguments of `UNet.forward` without numbers, for `batch` samples and latents of `height` x `width`."""
+    """Arguments of `UNet.forward` on the meta device, for `batch` samples and latents of `height` x `width`."""
     config = unet.config
     with torch.device("meta"):
         added = None
@@ -216,7 +217,7 @@ def meta_unet_inputs(
 
 
 @torch.no_grad()
-def step_work(family: Family, batch: int, size: int) -> list[Work]:
+def step_work(family: ModelFamily, batch: int, size: int) -> list[Work]:
     """One guided step: `UNet.denoise` for 2 * `batch` samples at `size` x `size` pixels."""
     side = size // family.vae.downscale
     with torch.device("meta"):
@@ -229,8 +230,8 @@ def step_work(family: Family, batch: int, size: int) -> list[Work]:
 
 
 @torch.no_grad()
-def decode_work(family: Family, batch: int, size: int) -> list[Work]:
-    """Latents to pictures of `size` x `size`."""
+def decode_work(family: ModelFamily, batch: int, size: int) -> list[Work]:
+    """VAE decode to images of `size` x `size`."""
     side = size // family.vae.downscale
     with torch.device("meta"):
         vae, latent = AutoencoderKL(family.vae), torch.empty(batch, side, side, family.vae.latent_channels)
@@ -240,8 +241,8 @@ def decode_work(family: Family, batch: int, size: int) -> list[Work]:
 
 
 @torch.no_grad()
-def encode_work(family: Family, batch: int, size: int) -> list[Work]:
-    """Pictures of `size` x `size` to latents."""
+def encode_work(family: ModelFamily, batch: int, size: int) -> list[Work]:
+    """VAE encode of images of `size` x `size`."""
     with torch.device("meta"):
         vae, image = AutoencoderKL(family.vae), torch.empty(batch, size, size, family.vae.in_channels)
     with counted(vae) as work:
@@ -250,21 +251,21 @@ def encode_work(family: Family, batch: int, size: int) -> list[Work]:
 
 
 @torch.no_grad()
-def text_work(family: Family, texts: int) -> list[Work]:
-    """All text encoders over `texts` prompts."""
-    found: list[Work] = []
+def text_work(family: ModelFamily, texts: int) -> list[Work]:
+    """All text encoders, for `texts` prompts."""
+    total_work: list[Work] = []
     for config in family.text:
         with torch.device("meta"):
             encoder = TextEncoder(config)
             ids = torch.zeros(texts, config.max_position_embeddings, dtype=torch.int64)
         with counted(encoder) as work:
             encoder(ids)
-        found += work
-    return found
+        total_work += work
+    return total_work
 
 
 def table(names: list[str], ceilings: Ceilings | None, itemsize: int) -> str:
-    """Markdown: the work of one UNet sample, of the decoder and of the encoder, and the floors where `ceilings` is."""
+    """Markdown: the work of a guided step and of a decode, and their floors if `ceilings` are given."""
     lines = [
         "| | conv | linear | attention | all, GFLOP | GB moved | 10⁹ exps |" + (" floor, ms |" if ceilings else ""),
         "|---|---|---|---|---|---|---|" + ("---|" if ceilings else ""),
@@ -290,7 +291,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="sd15,sd21,sdxl")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--no-device", action="store_true", help="only count; measure no ceilings, give no floors")
+    parser.add_argument(
+        "--no-device", action="store_true", help="only count the work; measure no ceilings, print no floors"
+    )
     arguments = parser.parse_args()
     dtype = DTYPES[arguments.dtype]
     ceilings = None

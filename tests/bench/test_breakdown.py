@@ -1,4 +1,4 @@
-"""Time by kind of op: of traces as a GPU gives them, written by hand, and of a real one of this machine."""
+"""Time by kind of op: from handwritten GPU traces, and from a real trace of this machine."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def region(kind: str, start: float, end: float) -> dict[str, Any]:
     return {"ph": "X", "cat": "user_annotation", "name": f"kind:{kind}", "ts": start, "dur": end - start}
 
 
-def launch(number: int, when: float, by: str = "cuda_runtime") -> dict[str, Any]:
-    return {"ph": "X", "cat": by, "name": "launch", "ts": when, "dur": 3.0, "args": {"correlation": number}}
+def launch(number: int, start: float, category: str = "cuda_runtime") -> dict[str, Any]:
+    return {"ph": "X", "cat": category, "name": "launch", "ts": start, "dur": 3.0, "args": {"correlation": number}}
 
 
-def kernel(number: int, when: float, lasts: float, kind: str = "kernel") -> dict[str, Any]:
-    return {"ph": "X", "cat": kind, "name": "k", "ts": when, "dur": lasts, "args": {"correlation": number}}
+def kernel(number: int, start: float, duration: float, category: str = "kernel") -> dict[str, Any]:
+    return {"ph": "X", "cat": category, "name": "k", "ts": start, "dur": duration, "args": {"correlation": number}}
 
 
 REGIONS = [
@@ -32,35 +32,35 @@ REGIONS = [
     region("attention", 10.0, 50.0),
     region("linear", 20.0, 30.0),  # inside the attention
     region("conv", 60.0, 70.0),
-    {"ph": "X", "cat": "user_annotation", "name": "somebody else's", "ts": 0.0, "dur": 90.0},
+    {"ph": "X", "cat": "user_annotation", "name": "an unrelated region", "ts": 0.0, "dur": 90.0},
     {"ph": "M", "name": "process_name", "ts": 0.0},
 ]
 
 
-def test_a_kernel_counts_for_the_layer_that_launched_it_however_late_it_runs() -> None:
+def test_a_kernel_counts_towards_the_layer_that_launched_it() -> None:
     events = [
         *REGIONS,
         launch(1, 25.0), kernel(1, 500.0, 7.0),
-        launch(2, 35.0, "cuda_driver"), kernel(2, 507.0, 11.0),  # by Triton, after the product
+        launch(2, 35.0, "cuda_driver"), kernel(2, 507.0, 11.0),  # by Triton, after the inner layer
         launch(3, 65.0), kernel(3, 518.0, 13.0),
         launch(4, 80.0), kernel(4, 531.0, 17.0, "gpu_memcpy"),
-        kernel(5, 600.0, 19.0),  # whose launch is not in the trace
+        kernel(5, 600.0, 19.0),  # its launch is not in the trace
         {"ph": "X", "cat": "gpu_user_annotation", "name": "kind:conv", "ts": 518.0, "dur": 13.0},
     ]  # fmt: skip
-    found = kinds_of_trace(events, cuda=True)
-    assert {kind: round(1e6 * time, 6) for kind, time in found.items()} == {
+    seconds = kinds_of_trace(events, cuda=True)
+    assert {kind: round(1e6 * time, 6) for kind, time in seconds.items()} == {
         "linear": 7.0, "attention": 11.0, "conv": 13.0, "other": 36.0
     }  # fmt: skip
 
 
-def test_on_the_host_a_layer_has_its_own_time_without_that_of_the_layers_inside_it() -> None:
-    found = kinds_of_trace(REGIONS, cuda=False)
-    assert {kind: round(1e6 * time, 6) for kind, time in found.items()} == {
+def test_on_the_host_the_time_of_a_layer_excludes_the_layers_inside_it() -> None:
+    seconds = kinds_of_trace(REGIONS, cuda=False)
+    assert {kind: round(1e6 * time, 6) for kind, time in seconds.items()} == {
         "linear": 10.0, "attention": 30.0, "conv": 10.0, "other": 50.0
     }  # fmt: skip
 
 
-def test_a_real_run_is_split_without_rest_and_what_is_slow_shows() -> None:
+def test_the_shares_of_a_real_run_add_up_and_the_slow_kind_dominates() -> None:
     class Pair(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -77,7 +77,7 @@ def test_a_real_run_is_split_without_rest_and_what_is_slow_shows() -> None:
     assert shares["conv"] > 5 * shares["linear"] > 0
 
 
-def test_every_layer_with_a_floor_has_a_time_of_the_same_kind() -> None:
+def test_every_layer_with_a_floor_has_a_time() -> None:
     assert KIND_OF.keys() == COUNTS.keys()
     components = random_components(TINY, torch.float32, torch.device("cpu"))
     latent = torch.zeros(1, 8, 8, TINY.vae.latent_channels)
@@ -86,7 +86,7 @@ def test_every_layer_with_a_floor_has_a_time_of_the_same_kind() -> None:
     assert not any(module._forward_hooks for module in components.vae.modules())
 
 
-def test_a_profiler_that_sees_nothing_is_said(monkeypatch: Any) -> None:
+def test_an_empty_trace_is_an_error(monkeypatch: Any) -> None:
     monkeypatch.setattr("bench.breakdown.kinds_of_trace", lambda events, cuda: {"conv": 0.0})
     with pytest.raises(RuntimeError, match="saw no work"):
         measured_kinds(nn.Linear(1, 1), lambda: None, torch.device("cpu"))

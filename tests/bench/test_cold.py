@@ -1,4 +1,4 @@
-"""A process's own peak memory, whatever its parent held."""
+"""The peak memory of a cold process, and the dtype argument of diffusers."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ MIB = 2**20
 
 
 def peak_of_child(megabytes: int) -> float:
-    code = f"from bench.cold import resident_peak as peak; x = bytearray({megabytes} << 20); print(peak())"
-    return int(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True).stdout) / MIB
+    code = f"from bench.cold import resident_peak; x = bytearray({megabytes} << 20); print(resident_peak())"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    return int(process.stdout) / MIB
 
 
-def test_a_child_counts_its_own_memory_and_not_its_parents() -> None:
-    """ru_maxrss would give this process's own peak, torch and 300 MiB, for a child that has imported neither."""
-    held = torch.ones(300 * MIB, dtype=torch.uint8)
+def test_the_peak_of_a_child_excludes_its_parents_memory() -> None:
+    """`ru_maxrss` of the child would include this process: torch, and 300 MiB."""
+    memory = torch.ones(300 * MIB, dtype=torch.uint8)
     little, much = peak_of_child(1), peak_of_child(100)
-    assert held[0] == 1
+    assert memory[0] == 1
     assert little < 200
     assert 90 < much - little < 110
 
 
-def test_a_dtype_goes_by_the_name_that_this_diffusers_has() -> None:
+def test_the_dtype_argument_has_the_name_of_the_installed_diffusers() -> None:
     class Old:
         def from_pretrained(self) -> None:
             """
@@ -49,11 +50,11 @@ def test_a_dtype_goes_by_the_name_that_this_diffusers_has() -> None:
     assert dtype_argument(New, torch.float16) == {"dtype": torch.float16}
 
 
-def test_the_installed_diffusers_warns_of_nothing_when_it_loads(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_installed_diffusers_loads_without_a_warning_about_dtypes() -> None:
     diffusers = pytest.importorskip("diffusers")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        named = dtype_argument(diffusers.DiffusionPipeline, torch.bfloat16)
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(BUNDLED, safety_checker=None, **named)
+        dtype = dtype_argument(diffusers.DiffusionPipeline, torch.bfloat16)
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(BUNDLED, safety_checker=None, **dtype)
     assert pipeline.unet.dtype == torch.bfloat16
-    assert not [one for one in caught if "dtype" in str(one.message)]
+    assert not [warning for warning in caught if "dtype" in str(warning.message)]

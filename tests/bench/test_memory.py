@@ -1,4 +1,4 @@
-"""The driver's peak of memory, from a driver that is played: what comes and goes between two looks is still seen."""
+"""The peak memory according to a fake driver: a peak between two readings counts."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ GIB = 2**30
 
 
 class Driver:
-    """nvidia-ml-py's functions that are used, over `own` and `all` bytes that a test changes."""
+    """Functions of nvidia-ml-py; a test sets the memory of this process (`own`) and of the device (`all`)."""
 
     def __init__(self, known: bool = True):
-        self.known, self.own, self.all, self.asked = known, GIB, 5 * GIB, []
+        self.known, self.own, self.all, self.opened = known, GIB, 5 * GIB, []
 
     def nvmlInit(self) -> None: ...
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> str:
-        self.asked.append(index)
+        self.opened.append(index)
         return "handle"
 
     def nvmlDeviceGetHandleByUUID(self, name: str) -> str:
-        self.asked.append(name)
+        self.opened.append(name)
         return "handle"
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[Any]:
@@ -48,25 +48,25 @@ def driver(monkeypatch: Any) -> Driver:
     return driver
 
 
-def until(true: Any) -> None:
+def wait_until(condition: Any) -> None:
     end = time.monotonic() + 10
-    while not true():
+    while not condition():
         assert time.monotonic() < end
         time.sleep(0.001)
 
 
-def test_a_peak_between_two_looks_is_seen_and_the_next_begins_anew(driver: Driver) -> None:
+def test_a_peak_between_two_readings_counts_and_then_resets(driver: Driver) -> None:
     peak = DriverPeak(period=0.001).start()
-    until(lambda: peak._most == GIB)
+    wait_until(lambda: peak._peak == GIB)
     driver.own = 3 * GIB
-    until(lambda: peak._most == 3 * GIB)
+    wait_until(lambda: peak._peak == 3 * GIB)
     driver.own = 2 * GIB
     assert peak.take() == 3 * GIB
     peak.stop()
     assert peak.take() == 2 * GIB and not peak._thread.is_alive()
 
 
-def test_a_process_that_the_driver_does_not_know_counts_what_came_on_top(driver: Driver) -> None:
+def test_an_unknown_process_has_the_memory_beyond_that_of_others(driver: Driver) -> None:
     driver.known = False
     others = in_use()
     driver.all += 2 * GIB
@@ -74,20 +74,20 @@ def test_a_process_that_the_driver_does_not_know_counts_what_came_on_top(driver:
     assert others == 5 * GIB and peak.take() == 2 * GIB
 
 
-@pytest.mark.parametrize(("shown", "asked"), [("3,1", 3), ("GPU-7f", "GPU-7f"), ("", 0)])
-def test_the_device_is_the_one_that_cuda_shows(driver: Driver, monkeypatch: Any, shown: str, asked: Any) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
-    assert DriverPeak().take() == GIB and driver.asked == [asked]
+@pytest.mark.parametrize(("visible", "opened"), [("3,1", 3), ("GPU-7f", "GPU-7f"), ("", 0)])
+def test_the_device_is_the_first_visible_one(driver: Driver, monkeypatch: Any, visible: str, opened: Any) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert DriverPeak().take() == GIB and driver.opened == [opened]
 
 
-def test_without_the_library_or_the_driver_there_is_no_figure_and_a_reason(driver: Driver, monkeypatch: Any) -> None:
+def test_without_library_or_driver_there_is_a_reason_instead_of_a_peak(driver: Driver, monkeypatch: Any) -> None:
     def fail() -> None:
         raise RuntimeError("Driver Not Loaded")
 
     driver.nvmlInit = fail  # type: ignore[method-assign]
     peak = DriverPeak().start()
-    peak._thread.join(10)  # it ends by itself
+    peak._thread.join(10)  # the thread ends
     assert peak.take() is None and "Driver Not Loaded" in peak.problem and in_use() == 0
-    monkeypatch.setitem(sys.modules, "pynvml", None)  # an import of it fails
-    gone = DriverPeak()
-    assert gone.take() is None and "pynvml" in gone.problem
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # its import fails
+    missing = DriverPeak()
+    assert missing.take() is None and "pynvml" in missing.problem

@@ -1,4 +1,4 @@
-"""What is measured as a CUDA graph gives what the module gives, with a stand-in for graphs that runs here."""
+"""Benchmarked graphs give the outputs of their modules; tapes stand in for CUDA graphs."""
 
 from __future__ import annotations
 
@@ -18,35 +18,38 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 @pytest.fixture
 def recorder(monkeypatch: Any) -> TapeRecorder:
-    found = TapeRecorder()
-    monkeypatch.setattr(models, "CudaRecorder", lambda device: found)
-    return found
+    recorder = TapeRecorder()
+    monkeypatch.setattr(models, "CudaRecorder", lambda device: recorder)
+    return recorder
 
 
 @pytest.fixture(scope="module")
 def tiny() -> Components:
-    """Run once, since on a CPU weights are packed, and so replaced, at their first use."""
-    found = models.random_components(TINY, torch.float32, CPU)
+    """A model after its first use, at which a CPU packs, and so replaces, the weights."""
+    components = models.random_components(TINY, torch.float32, CPU)
     with torch.inference_mode():
-        given = step_inputs(found.unet, 1, 64, 8, CPU, 0)
-        found.unet.denoise(given["rows"], given["times"], given["key_values"])
-        found.vae.decode(torch.zeros(1, 8, 8, 4))
-    return found
+        components.unet.denoise(*step_arguments(components, 0))
+        components.vae.decode(torch.zeros(1, 8, 8, 4))
+    return components
+
+
+def step_arguments(components: Components, i: int) -> tuple[Any, ...]:
+    inputs = step_inputs(components.unet, 1, 64, 8, CPU, i)
+    return inputs["latent"], inputs["times"], inputs["key_values"]
 
 
 @torch.inference_mode()
-def test_a_step_is_captured_once_and_takes_other_inputs(recorder: TapeRecorder, tiny: Components) -> None:
+def test_a_step_is_captured_once_and_accepts_new_inputs(recorder: TapeRecorder, tiny: Components) -> None:
     step = models.captured_step(tiny.unet, CUDA)
     assert step is not None and models.captured_step(tiny.unet, CPU) is None
     for i in range(3):
-        given = step_inputs(tiny.unet, 1, 64, 8, CPU, i)
-        arguments = given["rows"], given["times"], given["key_values"]
+        arguments = step_arguments(tiny, i)
         torch.testing.assert_close(step(*arguments), tiny.unet.denoise(*arguments), rtol=0, atol=0)
     assert recorder.recorded == 1
 
 
 @torch.inference_mode()
-def test_a_decoding_likewise(recorder: TapeRecorder, tiny: Components) -> None:
+def test_a_decode_is_captured_once_and_accepts_new_inputs(recorder: TapeRecorder, tiny: Components) -> None:
     decode = models.captured_decode(tiny.vae, CUDA)
     assert decode is not None and models.captured_decode(tiny.vae, CPU) is None
     for i in range(2):
@@ -55,6 +58,6 @@ def test_a_decoding_likewise(recorder: TapeRecorder, tiny: Components) -> None:
     assert recorder.recorded == 1
 
 
-def test_nobody_is_slowed_by_an_autoencoder_that_is_upcast() -> None:
-    """diffusers would run one that says so in fp32, and fastsd one that was made in memory in 16 bits."""
+def test_the_autoencoder_of_sdxl_is_not_upcast() -> None:
+    """Otherwise diffusers would run it in fp32, and fastsd in 16 bits."""
     assert not SDXL.vae.force_upcast

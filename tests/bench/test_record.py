@@ -1,4 +1,4 @@
-"""The result file: whole or not at all, read back as written, refused when it is something else."""
+"""The result file: atomic writes, exact reads, errors for other files."""
 
 from __future__ import annotations
 
@@ -16,49 +16,46 @@ CPU = torch.device("cpu")
 LABELS = {"contest": "step", "model": "sd15", "size": 512, "batch": 1, "dtype": "bf16"}
 
 
-def test_a_file_grows_and_reads_back(tmp_path: Path) -> None:
+def test_a_file_grows_and_reads_exactly(tmp_path: Path) -> None:
     path = tmp_path / "cpu" / "r.json"
     results = record.Results(path, CPU, {"models": ["sd15"]})
-    good = Outcome("fastsd", Distance(0.1, 1e-3, 40.0), spread([1.0, 2.0, 3.0]), first_call=4.0)
-    red = Outcome("other", Distance(float("inf"), float("inf"), float("-inf")), None, "red gate: relative error inf")
-    results.add(**LABELS, **record.outcome_fields(good))
+    correct = Outcome("fastsd", Distance(0.1, 1e-3, 40.0), spread([1.0, 2.0, 3.0]), first_call=4.0)
+    infinite = Distance(float("inf"), float("inf"), float("-inf"))
+    wrong = Outcome("other", infinite, None, "correctness check failed: relative error inf")
+    results.add(**LABELS, **record.outcome_fields(correct))
     assert len(record.read(path)["records"]) == 1  # written as soon as it is known
-    results.add(**LABELS, **record.outcome_fields(red))
+    results.add(**LABELS, **record.outcome_fields(wrong))
     first, second = record.read(path)["records"]
     assert first["seconds"] == {"median": 2.0, "low": 1.0, "high": 3.0, "rounds": 3} and first["gate"]["passed"]
-    assert second["seconds"] is None and second["gate"] == {
-        "passed": False,
-        "max": None,
-        "relative": None,
-        "psnr": None,
-    }
+    assert second["seconds"] is None
+    assert second["gate"] == {"passed": False, "max": None, "relative": None, "psnr": None}
     data = record.read(path)
     assert {"device", "commit", "versions", "threads", "python", "date"} <= set(data["environment"])
     assert data["environment"]["versions"]["torch"] == torch.__version__
     assert data["flags"] == {"models": ["sd15"]}
 
 
-def test_a_record_says_what_was_reached_and_of_what() -> None:
+def test_a_record_has_the_achieved_rates_and_the_limit() -> None:
     limit = Limit(0.5, 4e12, 6e9, "bytes")
     fields = record.achieved(limit, Outcome("fastsd", None, spread([2.0])))
     assert fields == {"tflop_s": 2.0, "gb_s": 3.0, "share": 0.25}
-    assert record.achieved(limit, Outcome("red", None, None, "red gate")) == {}
+    assert record.achieved(limit, Outcome("wrong", None, None, "correctness check failed")) == {}
     assert record.limit_of({"floor": 0.5, "flops": 4e12, "bytes": 6e9, "binds": "bytes"}) == limit
     assert record.limit_of({"contest": "update"}) is None
 
 
-def test_a_second_run_replaces_its_own_records_and_keeps_the_rest(tmp_path: Path) -> None:
+def test_a_second_run_replaces_its_own_records_and_keeps_the_others(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     record.Results(path, CPU, {}).add(**LABELS, candidate="fastsd", seconds={"median": 2.0})
     later = record.Results(path, CPU, {})
     later.add(**LABELS | {"batch": 4}, candidate="fastsd", seconds={"median": 5.0})
     later.add(**LABELS, candidate="fastsd", seconds={"median": 1.0})
-    # In the place of the old one.
+    # The new record takes the position of the old one.
     assert [(r["batch"], r["seconds"]["median"]) for r in record.read(path)["records"]] == [(1, 1.0), (4, 5.0)]
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", "[]", "{}", '{"records": [1]}', '{"format": 99, "records": []}'])
-def test_what_is_not_a_result_file_is_refused_by_name(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_a_result_file_is_an_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "other.json"
     path.write_text(text)
     with pytest.raises(FastsdError, match="other.json"):
@@ -67,10 +64,19 @@ def test_what_is_not_a_result_file_is_refused_by_name(tmp_path: Path, text: str)
         record.read(tmp_path / "absent.json")
 
 
-def test_a_failed_write_leaves_the_last_good_file(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     record.write({"format": 1, "records": [{"contest": "a"}]}, path)
     with pytest.raises(ValueError):
         record.write({"format": 1, "records": [{"contest": float("nan")}]}, path)
     assert json.loads(path.read_text())["records"] == [{"contest": "a"}]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_committed_results_are_readable() -> None:
+    files = sorted((record.ROOT / "bench" / "results").rglob("*.json"))
+    assert files
+    for file in files:
+        for row in record.read(file)["records"]:
+            assert row.keys() >= {"contest", "candidate", "gate", "seconds"}
+            assert row["seconds"] or row["problem"]

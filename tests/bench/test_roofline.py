@@ -1,4 +1,4 @@
-"""The counts behind every "share of the floor": against torch's own counter, and by hand."""
+"""The counts of work: against torch's flop counter, and by hand."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.ceilings import Ceilings, measure_ceilings
-from bench.families import FAMILIES, SD15, Family, choose
-from bench.roofline import KINDS, Work, attention_work, counted, decode_work, meta_unet_inputs, step_work, total
+from bench.families import FAMILIES, SD15, choose
+from bench.record import ROOT
+from bench.roofline import KINDS, Work, attention_work, counted, decode_work, meta_unet_inputs, step_work, table, total
 from fastsd.errors import FastsdError
 from fastsd.model.unet import UNet
 from fastsd.model.vae import AutoencoderKL
@@ -22,7 +23,7 @@ def flops(work: list[Work]) -> float:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "tiny"])
-def test_unet_agrees_with_torchs_flop_counter(name: str) -> None:
+def test_the_unet_agrees_with_torchs_flop_counter(name: str) -> None:
     family = FAMILIES[name]
     side = family.size // family.vae.downscale
     with torch.device("meta"):
@@ -31,12 +32,12 @@ def test_unet_agrees_with_torchs_flop_counter(name: str) -> None:
     with counted(unet) as work, FlopCounterMode(display=False) as counter:
         unet(x, timestep, context, added)
     assert flops(work) == pytest.approx(counter.get_total_flops(), rel=0.01)
-    # A step leaves out what was hoisted: the text's keys and values and the time embeddings, some 1% here.
+    # A step excludes the hoisted work: the keys and values of the text, and the time embeddings.
     assert 0.9 * flops(work) < flops(step_work(family, 1, family.size)) < flops(work)
 
 
 @torch.no_grad()
-def test_decoder_agrees_with_torchs_flop_counter() -> None:
+def test_the_decoder_agrees_with_torchs_flop_counter() -> None:
     with torch.device("meta"):
         vae, latent = AutoencoderKL(SD15.vae), torch.empty(1, 64, 64, 4)
     with FlopCounterMode(display=False) as counter:
@@ -49,14 +50,14 @@ def test_work_grows_with_the_batch_and_the_size() -> None:
     assert flops(step_work(SD15, 4, 512)) == pytest.approx(4 * one)
     by_kind = {size: total(step_work(SD15, 1, size), UNIT, 2).flops for size in (512, 1024)}
     assert by_kind[1024]["conv"] == pytest.approx(4 * by_kind[512]["conv"])
-    assert by_kind[1024]["attention"] > 10 * by_kind[512]["attention"]  # its self-attention grows 16-fold
+    assert by_kind[1024]["attention"] > 10 * by_kind[512]["attention"]  # self-attention grows 16-fold
 
 
 def test_every_norm_of_a_step_is_counted() -> None:
-    """SD1.5: 61 group norms, and 16 blocks with three layer norms each."""
+    """SD1.5 has 61 group norms, and 16 blocks with three layer norms each."""
     norms = [work for work in step_work(SD15, 1, 512) if work.kind == "norm"]
     assert len(norms) == 61 + 16
-    assert sum(work.exps > 0 for work in norms) == 45  # with SiLU: all but the ones before a transformer
+    assert sum(work.exps > 0 for work in norms) == 45  # with SiLU: all except those before a transformer
 
 
 def test_attention_by_hand() -> None:
@@ -67,7 +68,7 @@ def test_attention_by_hand() -> None:
     assert work.elements == 2 * (7 + 11 + 11 + 7) * 15
 
 
-def test_the_floor_is_the_slowest_of_three_and_sums_over_ops() -> None:
+def test_the_floor_is_the_slowest_of_three_times_and_a_sum_over_ops() -> None:
     ceilings = Ceilings(flops=100.0, bytes=10.0, exps=1.0)
     works = [Work("conv", 1000.0, 1.0), Work("norm", 0.0, 100.0), Work("attention", 100.0, 1.0, 50.0)]
     assert [w.floor(ceilings, 2) for w in works] == [10.0, 20.0, 50.0]
@@ -77,7 +78,7 @@ def test_the_floor_is_the_slowest_of_three_and_sums_over_ops() -> None:
     assert result.flops == dict(zip(KINDS, (1000.0, 0.0, 100.0, 0.0)))
 
 
-def test_hooks_are_taken_off_again() -> None:
+def test_hooks_are_removed() -> None:
     with torch.device("meta"):
         unet = UNet(FAMILIES["tiny"].unet)
     with counted(unet):
@@ -85,20 +86,25 @@ def test_hooks_are_taken_off_again() -> None:
     assert not any(module._forward_hooks for module in unet.modules())
 
 
-def test_ceilings_are_rates_of_this_machine() -> None:
-    """A rate of zero or infinity would void every share. Timings of a busy machine promise no more."""
-    found = measure_ceilings(torch.device("cpu"), torch.float32, side=256, megabytes=4)
-    assert all(1e6 < rate < 1e16 for rate in (found.flops, found.bytes, found.exps))
+def test_ceilings_are_plausible_rates() -> None:
+    """Zero or infinity would invalidate every share. On a busy machine a test cannot require more."""
+    ceilings = measure_ceilings(torch.device("cpu"), torch.float32, side=256, megabytes=4)
+    assert all(1e6 < rate < 1e16 for rate in (ceilings.flops, ceilings.bytes, ceilings.exps))
 
 
-def test_names_of_families() -> None:
+def test_unknown_names_of_families_are_errors() -> None:
     assert choose("sd15, sdxl") == ["sd15", "sdxl"]
     for wrong in ("sd15,sd99", ""):
         with pytest.raises(FastsdError, match=r"--models.*sd15"):
             choose(wrong)
 
 
-def test_every_family_has_text_as_wide_as_the_unet_reads() -> None:
-    family: Family
+def test_the_text_encoders_of_every_family_match_the_unet() -> None:
     for family in FAMILIES.values():
         assert sum(config.hidden_size for config in family.text) == family.unet.cross_attention_dim
+
+
+def test_the_table_in_the_documentation_is_up_to_date() -> None:
+    """Otherwise replace it with the output of `python -m bench.roofline --no-device`."""
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert table(["sd15", "sd21", "sdxl"], None, torch.bfloat16.itemsize) in page

@@ -1,9 +1,7 @@
-"""Options and budget: what cannot be is one line and exit code 2."""
+"""A session: its budget, its result file, its limits."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,138 +9,103 @@ from typing import Any
 import pytest
 import torch
 
-from bench import record
+from bench import options, record
 from bench.ceilings import Ceilings
 from bench.measure import Candidate
+from bench.options import MIN_BUDGET
 from bench.roofline import Work
-from bench.session import LEAST_BUDGET, Session, check_options
-from fastsd.errors import FastsdError
-
-ROOT = Path(__file__).parent.parent.parent
-NOTHING: dict[str, Any] = dict.fromkeys(
-    ["models", "batch", "size", "steps", "dtype", "peers", "budget", "model", "results", "profile"]
-)
+from bench.session import Session
 
 
-def options(**changes: Any) -> Any:
-    return check_options(NOTHING | {"benchmark": True} | changes)
+def session_of(**given: Any) -> Session:
+    return Session(options.parse(benchmark=True, **given))
 
 
-def test_defaults_measure_and_a_check_is_tiny() -> None:
-    assert options(models="sd15,sdxl", batch="1,4").batches == (1, 4)
-    assert check_options(NOTHING | {"benchmark": False, "models": "sdxl"}).models == ("tiny",)
+@pytest.fixture
+def session(tmp_path: Path) -> Session:
+    return session_of(results=str(tmp_path / "r.json"))
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "said"),
-    [
-        ("models", "sd99", "sd99.*sd15"),
-        ("peers", "onediff", "onediff.*diffusers"),
-        ("dtype", "fp4", "fp4.*bf16"),
-        ("budget", "1", "--budget.*10"),
-        ("budget", "soon", "--budget.*soon"),
-        ("batch", "0", "--batch"),
-        ("size", "100", "--size.*64"),
-        ("model", "no/such/folder", "--model.*no/such/folder"),
-    ],
-)
-def test_a_mistake_is_one_line_that_names_the_option(name: str, text: str, said: str) -> None:
-    with pytest.raises(FastsdError, match=said) as error:
-        options(**{name: text})
-    assert "\n" not in str(error.value)
+def ones() -> torch.Tensor:
+    return torch.ones(3)
 
 
-def test_the_budget_runs_down() -> None:
-    session = Session(options(budget="30"))
-    assert LEAST_BUDGET < session.remaining() <= 30
+CORRECT, WRONG = Candidate("fastsd", lambda i: ones()), Candidate("peer", lambda i: torch.zeros(3))
+
+
+def test_the_budget_decreases() -> None:
+    session = session_of(budget="30")
+    assert MIN_BUDGET < session.remaining() <= 30
     session.started -= 31
     assert session.remaining() < 0
-    assert Session(options()).remaining() == float("inf")
+    assert session_of().remaining() == float("inf")
 
 
-def test_a_contest_that_the_budget_cuts_says_so(tmp_path: Path) -> None:
-    session = Session(options(results=str(tmp_path / "r.json"), budget="10"))
-    session.started -= 9.3  # 0.7 s are left, a quarter of them for rounds
-    slow = Candidate("fastsd", lambda i: time.sleep(0.05) or torch.ones(3))
-    session.contest("c", lambda: torch.ones(3), [slow], torch.float32, 1, model="tiny")
-    (found,) = session.results.data["records"]
-    assert 1 <= found["seconds"]["rounds"] <= 4
-    assert found["cut"] == f"cut to {found['seconds']['rounds']} rounds by the budget"
-    assert found["cut"] in session.tables[0]
+def test_a_benchmark_that_the_budget_cuts_short_says_so(tmp_path: Path) -> None:
+    session = session_of(results=str(tmp_path / "r.json"), budget="10")
+    session.started -= 9.3  # of the remaining 0.7 s, a quarter is for rounds
+    slow = Candidate("fastsd", lambda i: time.sleep(0.05) or ones())
+    session.run_benchmark("b", ones, [slow], torch.float32, 1, model="tiny")
+    (row,) = session.results.data["records"]
+    assert 1 <= row["seconds"]["rounds"] <= 4
+    assert row["cut"] == f"cut to {row['seconds']['rounds']} rounds by the budget"
+    assert row["cut"] in session.tables[0]
     assert session.remaining() > 0
 
 
-def test_a_figure_is_in_the_file_before_a_peer_begins(tmp_path: Path) -> None:
-    session = Session(options(results=str(tmp_path / "r.json")))
-
+def test_the_first_result_is_in_the_file_before_a_peer_begins(session: Session) -> None:
     def dies(i: int) -> torch.Tensor:
         raise KeyboardInterrupt
 
-    candidates = [Candidate("fastsd", lambda i: torch.ones(3)), Candidate("peer", dies)]
     with pytest.raises(KeyboardInterrupt):
-        session.contest("c", lambda: torch.ones(3), candidates, torch.float32, 1, model="tiny")
-    (found,) = record.read(tmp_path / "r.json")["records"]
-    assert found["candidate"] == "fastsd" and found["seconds"]["median"] > 0
-    assert found["cut"] == "stopped before the first round"
+        session.run_benchmark("b", ones, [CORRECT, Candidate("peer", dies)], torch.float32, 1, model="tiny")
+    (row,) = record.read(session.results.path)["records"]
+    assert row["candidate"] == "fastsd" and row["seconds"]["median"] > 0
+    assert row["cut"] == "stopped before the first round"
 
 
-def test_a_contest_is_recorded_and_its_own_red_gate_is_an_error(tmp_path: Path) -> None:
-    session = Session(options(results=str(tmp_path / "r.json")))
-    right, wrong = Candidate("fastsd", lambda i: torch.ones(3)), Candidate("peer", lambda i: torch.zeros(3))
+def test_candidates_are_recorded_and_a_failed_check_of_fastsd_is_an_error(session: Session) -> None:
     arguments: dict[str, Any] = {"dtype": torch.float32, "depth": 1, "model": "tiny", "missing": {"gone": "missing: x"}}
-    session.contest("c", lambda: torch.ones(3), [right, wrong], **arguments)
-    found = {r["candidate"]: r for r in session.results.data["records"]}
-    assert found["fastsd"]["seconds"]["median"] > 0
-    assert found["peer"]["seconds"] is None and "red gate" in found["peer"]["problem"]
-    assert found["gone"]["problem"] == "missing: x"
-    with pytest.raises(AssertionError, match="red gate"):
-        session.contest("c", lambda: torch.zeros(3) + 2, [right, wrong], **arguments)
-    assert session.results.path.exists()
+    session.run_benchmark("b", ones, [CORRECT, WRONG], **arguments)
+    rows = {row["candidate"]: row for row in record.read(session.results.path)["records"]}
+    assert rows["fastsd"]["seconds"]["median"] > 0
+    assert rows["peer"]["seconds"] is None and "correctness check failed" in rows["peer"]["problem"]
+    assert rows["gone"]["problem"] == "missing: x"
+    with pytest.raises(AssertionError, match="correctness check failed"):
+        session.run_benchmark("b", lambda: torch.zeros(3) + 2, [CORRECT, WRONG], **arguments)
 
 
-def test_every_candidate_of_a_kernel_has_its_rate_and_its_share(tmp_path: Path) -> None:
-    session = Session(options(results=str(tmp_path / "r.json")))
+def test_every_candidate_of_a_kernel_has_a_rate_and_a_share(session: Session) -> None:
     session._ceilings[torch.float32] = Ceilings(flops=1e12, bytes=1e10, exps=1e12)
-    work = [Work("linear", flops=1e9, elements=1e8)]  # 1 ms of products, 40 ms of moving
-    candidates = [Candidate(name, lambda i: torch.ones(3)) for name in ("fastsd", "F.linear")]
-    session.contest("kernel", lambda: torch.ones(3), candidates, torch.float32, 1, work, model="linear-1x2x3")
-    for found in session.results.data["records"]:
-        seconds = found["seconds"]["median"]
-        assert found["binds"] == "bytes" and found["floor"] == pytest.approx(0.04)
-        assert found["gb_s"] == pytest.approx(0.4 / seconds, rel=1e-3)
-        assert found["tflop_s"] == pytest.approx(1e-3 / seconds, rel=1e-3)
-        assert found["share"] == pytest.approx(0.04 / seconds, rel=1e-3)
+    work = [Work("linear", flops=1e9, elements=1e8)]  # 1 ms of operations, 40 ms of memory traffic
+    candidates = [Candidate(name, lambda i: ones()) for name in ("fastsd", "F.linear")]
+    session.run_benchmark("kernel", ones, candidates, torch.float32, 1, work, model="linear-1x2x3")
+    assert len(session.results.data["records"]) == 2
+    for row in session.results.data["records"]:
+        seconds = row["seconds"]["median"]
+        assert row["binds"] == "bytes" and row["floor"] == pytest.approx(0.04)
+        assert row["gb_s"] == pytest.approx(0.4 / seconds, rel=1e-3)
+        assert row["tflop_s"] == pytest.approx(1e-3 / seconds, rel=1e-3)
+        assert row["share"] == pytest.approx(0.04 / seconds, rel=1e-3)
     assert session.tables[0].count("GB/s") == 2
 
 
-def test_a_device_whose_best_cannot_be_measured_still_has_times(tmp_path: Path, monkeypatch: Any) -> None:
+def test_without_ceilings_there_are_still_times(session: Session, monkeypatch: Any) -> None:
     def fails(device: torch.device, dtype: torch.dtype) -> Ceilings:
-        raise torch.OutOfMemoryError("no room for two matrices")
+        raise torch.OutOfMemoryError("no memory for two matrices")
 
     monkeypatch.setattr("bench.session.measure_ceilings", fails)
-    session = Session(options(results=str(tmp_path / "r.json")))
     work = [Work("linear", flops=1e9, elements=1e8)]
-    own = Candidate("fastsd", lambda i: torch.ones(3))
-    session.contest("kernel", lambda: torch.ones(3), [own], torch.float32, 1, work, model="linear-1x2x3")
-    (found,) = session.results.data["records"]
-    assert found["seconds"]["median"] > 0 and "floor" not in found
-    assert "no room" in session.tables[0]
+    session.run_benchmark("kernel", ones, [CORRECT], torch.float32, 1, work, model="linear-1x2x3")
+    (row,) = session.results.data["records"]
+    assert row["seconds"]["median"] > 0 and "floor" not in row
+    assert "no memory" in session.tables[0]
 
 
-def test_the_parts_of_a_step_add_up_to_what_was_measured(tmp_path: Path) -> None:
-    session = Session(options(results=str(tmp_path / "r.json")))
+def test_the_kinds_of_a_step_add_up_to_its_time(session: Session) -> None:
     labels = {"contest": "step", "model": "tiny", "dtype": "fp32", "candidate": "fastsd"}
-    assert not session.amend_kinds(labels, {"conv": 0.75, "other": 0.25})
+    assert not session.add_kinds(labels, {"conv": 0.75, "other": 0.25})
     session.results.add(**labels, seconds={"median": 0.2})
-    assert session.amend_kinds(labels, {"conv": 0.75, "other": 0.25})
-    (found,) = session.results.data["records"]
-    assert found["kinds"] == {"conv": 0.15, "other": 0.05} and found["seconds"] == {"median": 0.2}
-
-
-@pytest.mark.parametrize("flags", [["--models", "sd99"], ["--budget", "0.1"]])
-def test_pytest_says_one_line_and_exits_with_2(flags: list[str]) -> None:
-    run = [sys.executable, "-m", "pytest", "bench", "--benchmark", *flags]
-    found = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert found.returncode == 2
-    assert f"error: {flags[0]}" in found.stdout + found.stderr
-    assert "Traceback" not in found.stdout + found.stderr
+    assert session.add_kinds(labels, {"conv": 0.75, "other": 0.25})
+    (row,) = session.results.data["records"]
+    assert row["kinds"] == {"conv": 0.15, "other": 0.05} and row["seconds"] == {"median": 0.2}
