@@ -118,7 +118,7 @@ def bench_cold_process(bench: Session, model: str, dtype: torch.dtype, folder: P
         lines.append(_line(outcome, fields))
         if measuring:
             bench.results.add(
-                contest="cold", model=model, size=size, batch=1, steps=STEPS, dtype=dtype_name(dtype),
+                benchmark="cold", model=model, size=size, batch=1, steps=STEPS, dtype=dtype_name(dtype),
                 **record.outcome_fields(outcome), **fields,
             )  # fmt: skip
     bench.tables.append("\n".join(lines))

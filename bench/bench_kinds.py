@@ -26,7 +26,7 @@ def bench_kinds(bench: Session, model: str, part: str, dtype: torch.dtype) -> No
         latent = latent.to(device, vae.quant_conv.weight.dtype)
         shares = measured_kinds(vae, lambda: vae.decode(latent), device)
     assert {"conv", "attention", "norm"} <= shares.keys() and abs(sum(shares.values()) - 1) < 1e-6
-    labels = {"contest": part, "model": model, "size": size, "batch": batch, "dtype": dtype_name(dtype)}
+    labels = {"benchmark": part, "model": model, "size": size, "batch": batch, "dtype": dtype_name(dtype)}
     title = f"{part} by kind model={model} size={size} batch={batch} {dtype_name(dtype)}"
     bench.tables.append(f"{title}\n  " + ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items()))
     if bench.options.measuring and not bench.add_kinds(labels | {"candidate": "fastsd"}, shares):

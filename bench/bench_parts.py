@@ -16,11 +16,11 @@ from bench.profiling import profile_step
 from bench.roofline import decode_work, encode_work, meta_unet_inputs, step_work, text_work
 from bench.session import Session
 from fastsd.generate.latents import CAPTURED
-from fastsd.generate.request import make_table
 from fastsd.graph import fixed_convolutions
 from fastsd.kernels import dispatch
 from fastsd.model.unet import AddedConditioning, UNet
 from fastsd.sampling import advance
+from fastsd.sampling.samplers import build
 
 # Consecutive roundings, for the tolerances: the ops on the longest path through the network.
 UNET_DEPTH, VAE_DEPTH, TEXT_DEPTH = 400, 80, 150
@@ -253,7 +253,7 @@ def bench_update(bench: Session, publish: Any, model: str, batch: int, dtype: to
     channels = components.vae.config.latent_channels
     noise = torch.randn(batch, side, side, channels, generator=torch.Generator().manual_seed(0)).to(device)
     outs = [torch.randn(2 * batch, side, side, channels, device=device).to(dtype) for _ in range(SETS)]
-    table = make_table("dpm++2m", 20, components.scheduler, "default", 0, 0.0)
+    table = build("dpm++2m", 20, components.scheduler)
     state = advance.begin(table, noise)
 
     def ours(i: int) -> torch.Tensor:

@@ -4,7 +4,7 @@
 
 A record is one candidate of one benchmark:
 
-    contest, model, size, batch, steps, dtype, candidate    its identity; `contest` is the name of the benchmark
+    benchmark, model, size, batch, steps, dtype, candidate    its identity; `benchmark` is the name of the benchmark
     gate                                                    the correctness check: passed, max, relative, psnr
     seconds                                                 median, low, high, rounds; or null, with a `problem`
     floor, by_kind, flops, bytes, binds                     the least time and work
@@ -32,7 +32,7 @@ from fastsd.errors import FastsdError
 
 FORMAT = 1
 ROOT = Path(__file__).parent.parent
-KEY = ("contest", "model", "size", "batch", "steps", "dtype", "candidate")
+KEY = ("benchmark", "model", "size", "batch", "steps", "dtype", "candidate")
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "numpy", "fastsd")
 
 
@@ -201,7 +201,10 @@ def read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise FastsdError(f"{path}: not a result file; `pytest bench/ --benchmark` writes one") from error
     records = data.get("records") if isinstance(data, dict) else None
-    if not isinstance(records, list) or not all(isinstance(r, dict) and "contest" in r for r in records):
+    for record in records if isinstance(records, list) else ():
+        if isinstance(record, dict) and "contest" in record:  # the key's older name
+            record["benchmark"] = record.pop("contest")
+    if not isinstance(records, list) or not all(isinstance(r, dict) and "benchmark" in r for r in records):
         raise FastsdError(f"{path}: not a result file; `pytest bench/ --benchmark` writes one")
     if data.get("format") != FORMAT:
         raise FastsdError(f"{path}: format {data.get('format')!r}; this version reads format {FORMAT}")

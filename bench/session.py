@@ -122,7 +122,7 @@ class Session:
             fields = record.outcome_fields(outcome)
             if bound is not None:
                 fields |= self._work_fields(work or [], dtype, bound) | record.achieved(bound, outcome)
-            self.results.add(contest=benchmark, **labels, dtype=dtype_name(dtype), **fields)
+            self.results.add(benchmark=benchmark, **labels, dtype=dtype_name(dtype), **fields)
 
         seconds = min(MAX_ROUNDS_SECONDS, ROUNDS_SHARE * self.remaining())
         outcomes = measure.run_candidates(

@@ -72,8 +72,8 @@ class CudaRecorder:
         torch.cuda.empty_cache()
 
 
-class Work(Protocol):
-    """Work on static buffers of its own, which is what a graph captures."""
+class Capturable(Protocol):
+    """Work on static buffers of its own, which a graph can capture."""
 
     def run(self) -> Any:
         """Do it; the result is a tensor or a tuple of tensors."""
@@ -144,7 +144,7 @@ class Graphs:
         captured.work.load(inputs)
         return _clone(captured.replay())
 
-    def captured(self, key: Hashable, make: Callable[[], Work]) -> Captured | None:
+    def captured(self, key: Hashable, make: Callable[[], Capturable]) -> Captured | None:
         """The captured work for `key`; None where callables run eagerly.
 
         Args:
@@ -183,7 +183,7 @@ class Graphs:
         if self.recorder is not None:
             self.recorder.free()
 
-    def _capture(self, recorder: Recorder, key: Hashable, make: Callable[[], Work]) -> Captured | None:
+    def _capture(self, recorder: Recorder, key: Hashable, make: Callable[[], Capturable]) -> Captured | None:
         """Capture. Out of memory, drop the other graphs and try once more; after another failure warn, and run
         eagerly."""
         try:
@@ -216,7 +216,7 @@ def graph_key(weights: nn.Module) -> Hashable:
     return dispatch.forced_name(), *(id(p) if p.is_mkldnn else p.data_ptr() for p in weights.parameters())
 
 
-def _record(recorder: Recorder, make: Callable[[], Work]) -> Captured:
+def _record(recorder: Recorder, make: Callable[[], Capturable]) -> Captured:
     work = make()
     return Captured(work, recorder.record(work.run))
 

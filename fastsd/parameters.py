@@ -309,10 +309,12 @@ def of_call() -> list[Parameter]:
     return [parameter for parameter in PARAMETERS.values() if parameter.of == "call"]
 
 
-def describe_call() -> str:
-    """The arguments of a call, a line each, for its docstring."""
+def describe(of: str) -> str:
+    """The arguments of a call ("call") or of loading ("load"), a line each, for docstrings."""
     lines = ["        Arguments:"]
-    for row in of_call():
+    for row in PARAMETERS.values():
+        if row.of != of or row.name == "model":
+            continue
         default = "" if row.default in (None, "", ()) else f" (default: {row.default})"
         lines.append(f"            {row.name}: {row.help.replace('{', '`').replace('}', '`')}{default}")
     return "\n".join(lines) + "\n        "

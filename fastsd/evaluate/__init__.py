@@ -6,8 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-DEFAULT_SEEDS, QUICK_SEEDS, MAX_SEEDS = 50, 8, 1000  # images of each digit
-STYLE_SEEDS = 20  # upper limit; 200 pairs give a standard error of a few hundredths of the effect
+from fastsd.evaluate.limits import DEFAULT_SEEDS, MAX_SEEDS, QUICK_SEEDS, STYLE_SEEDS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

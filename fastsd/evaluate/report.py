@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from fastsd.evaluate import STYLE_SEEDS, checks
+from fastsd.evaluate import checks
 from fastsd.evaluate.checks import Check
+from fastsd.evaluate.limits import STYLE_SEEDS
 from fastsd.evaluate.measures import canonical, real_effects
 from fastsd.evaluate.reader import load_reader, save_reader, train_reader
 from fastsd.evaluate.samples import Progress, generate_digits, generate_styles, plain_prompt

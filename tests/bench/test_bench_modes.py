@@ -65,7 +65,7 @@ def test_the_noise_is_that_of_the_pipeline() -> None:
     components: Components = random_components(TINY, torch.float32, CPU)
     noise = Noise([5], 4, 8, 8, CPU)
     for skip in range(2):
-        assert torch.equal(noise.draw().permute(0, 3, 1, 2), modes.sample_noise(5, components, 64, skip))
+        assert torch.equal(noise.sample().permute(0, 3, 1, 2), modes.sample_noise(5, components, 64, skip))
 
 
 def test_a_mode_that_is_not_compared_has_a_reason() -> None:

@@ -35,13 +35,13 @@ def test_the_summary_has_at_most_80_lines_and_counts_the_others() -> None:
 
 
 def test_a_line_of_the_summary_has_rate_memory_and_failures() -> None:
-    labels: dict[str, Any] = {"contest": "kernel", "model": "linear-1x2x3", "size": None, "batch": None}
+    labels: dict[str, Any] = {"benchmark": "kernel", "model": "linear-1x2x3", "size": None, "batch": None}
     own = record_of("fastsd", 1e-5, **labels, floor=5e-6, flops=1e9, bytes=1.0, binds="flops")
     failed = record_of("SDPA", None, **labels, problem="failed: RuntimeError: " + "no kernel " * 30)
     line = gpu.summary([], [own, failed])[-1]
     assert line.startswith("linear-1x2x3 bf16: 10 µs, 100 TFLOP/s, 50.0% of the limit; SDPA: failed: RuntimeError: no")
     assert len(line) < 160
-    cold = record_of("fastsd, empty kernel cache", 1e-5, **labels | {"contest": "cold"}, peak={"driver": 2**31})
+    cold = record_of("fastsd, empty kernel cache", 1e-5, **labels | {"benchmark": "cold"}, peak={"driver": 2**31})
     assert gpu.summary([], [cold])[-1].endswith("10 µs, peak driver 2.00 GiB")
     wrong = record_of("fastsd", None, **labels)
     assert gpu.summary([], [wrong])[-1].endswith(": correctness check failed: relative error 0.5")

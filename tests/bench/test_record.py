@@ -13,7 +13,7 @@ from bench.measure import Distance, Limit, Outcome, spread
 from fastsd.errors import FastsdError
 
 CPU = torch.device("cpu")
-LABELS = {"contest": "step", "model": "sd15", "size": 512, "batch": 1, "dtype": "bf16"}
+LABELS = {"benchmark": "step", "model": "sd15", "size": 512, "batch": 1, "dtype": "bf16"}
 
 
 def test_a_file_grows_and_reads_exactly(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_a_record_has_the_achieved_rates_and_the_limit() -> None:
     assert fields == {"tflop_s": 2.0, "gb_s": 3.0, "share": 0.25}
     assert record.achieved(limit, Outcome("wrong", None, None, "correctness check failed")) == {}
     assert record.limit_of({"floor": 0.5, "flops": 4e12, "bytes": 6e9, "binds": "bytes"}) == limit
-    assert record.limit_of({"contest": "update"}) is None
+    assert record.limit_of({"benchmark": "update"}) is None
 
 
 def test_a_second_run_replaces_its_own_records_and_keeps_the_others(tmp_path: Path) -> None:
@@ -66,10 +66,10 @@ def test_a_file_that_is_not_a_result_file_is_an_error(tmp_path: Path, text: str)
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
-    record.write({"format": 1, "records": [{"contest": "a"}]}, path)
+    record.write({"format": 1, "records": [{"benchmark": "a"}]}, path)
     with pytest.raises(ValueError):
-        record.write({"format": 1, "records": [{"contest": float("nan")}]}, path)
-    assert json.loads(path.read_text())["records"] == [{"contest": "a"}]
+        record.write({"format": 1, "records": [{"benchmark": float("nan")}]}, path)
+    assert json.loads(path.read_text())["records"] == [{"benchmark": "a"}]
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -78,5 +78,5 @@ def test_the_committed_results_are_readable() -> None:
     assert files
     for file in files:
         for row in record.read(file)["records"]:
-            assert row.keys() >= {"contest", "candidate", "gate", "seconds"}
+            assert row.keys() >= {"benchmark", "candidate", "gate", "seconds"}
             assert row["seconds"] or row["problem"]

@@ -20,7 +20,7 @@ DATA: dict[str, Any] = {
         record_of("fastsd", 5.0, floor=1.9, batch=4),
         record_of("diffusers", 3.0),
         record_of("other", None),
-        record_of("fastsd", 9.0, contest="cold", steps=4, split={"import": 3.0, "weights": 6.0},
+        record_of("fastsd", 9.0, benchmark="cold", steps=4, split={"import": 3.0, "weights": 6.0},
                   peak={"resident": 2**31}),
     ],
 }  # fmt: skip
@@ -37,7 +37,7 @@ def test_the_table() -> None:
 
 def test_the_table_of_kernels(tmp_path: Path) -> None:
     assert report.kernel_table(DATA) == ""
-    labels: dict[str, Any] = {"contest": "kernel", "model": "linear-1x2x3", "size": None, "batch": None}
+    labels: dict[str, Any] = {"benchmark": "kernel", "model": "linear-1x2x3", "size": None, "batch": None}
     work: dict[str, Any] = {"floor": 0.5, "flops": 4e12, "bytes": 6e9, "binds": "flops"}
     records = [
         record_of("fastsd", 2.0, **labels, **work),

@@ -103,7 +103,7 @@ def test_without_ceilings_there_are_still_times(session: Session, monkeypatch: A
 
 
 def test_the_kinds_of_a_step_add_up_to_its_time(session: Session) -> None:
-    labels = {"contest": "step", "model": "tiny", "dtype": "fp32", "candidate": "fastsd"}
+    labels = {"benchmark": "step", "model": "tiny", "dtype": "fp32", "candidate": "fastsd"}
     assert not session.add_kinds(labels, {"conv": 0.75, "other": 0.25})
     session.results.add(**labels, seconds={"median": 0.2})
     assert session.add_kinds(labels, {"conv": 0.75, "other": 0.25})

@@ -7,7 +7,7 @@ from typing import Any
 
 def record_of(candidate: str, median: float | None, **fields: Any) -> dict[str, Any]:
     """A record of a step of SD1.5; `median` None: the correctness check failed. `fields` override."""
-    labels = {"contest": "step", "model": "sd15", "size": 512, "batch": 1, "dtype": "bf16", "candidate": candidate}
+    labels = {"benchmark": "step", "model": "sd15", "size": 512, "batch": 1, "dtype": "bf16", "candidate": candidate}
     gate = {"passed": median is not None, "max": 0.1, "relative": 0.01, "psnr": 40.0}
     if median is None:
         problem = "correctness check failed: relative error 0.5"
