@@ -23,13 +23,17 @@ from fastsd.errors import FastsdError
 OLDEST_TRITON = (3, 6)
 OLDEST_GPU = (7, 5)
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Ops whose path on the CPU is PyTorch's operations in another order: any processor runs it in these dtypes.
+WITHOUT_ONEDNN = {"groupnorm_silu": (torch.float16, torch.bfloat16, torch.float32)}
 
 _forced = threading.local()
 _told: set[tuple[str, str]] = set()
 
 
-def backend(*inputs: torch.Tensor | None) -> str:
+def backend(*inputs: torch.Tensor | None, op: str = "") -> str:
     """Name of the backend for an op with these inputs: "reference", "torch", "onednn" or "triton".
+
+    `op` names the op where it is one of `WITHOUT_ONEDNN`.
 
     A backend without gradients is taken only where none are asked for, of the activations or of the weights; if it
     was forced and they are, its launcher refuses.
@@ -43,9 +47,9 @@ def backend(*inputs: torch.Tensor | None) -> str:
         return "torch"
     if x.device.type == "cuda" or interpreted():
         return "triton" if x.dtype in TRITON_DTYPES and _can_run_triton(x.device) else "torch"
-    if x.device.type != "cpu" or x.dtype not in _onednn_dtypes() or x.numel() == 0:
+    if x.device.type != "cpu" or x.numel() == 0:
         return "torch"
-    return "onednn"
+    return "onednn" if x.dtype in (WITHOUT_ONEDNN.get(op) or onednn_dtypes()) else "torch"
 
 
 @functools.cache
@@ -81,7 +85,7 @@ def why_no_triton(device: torch.device) -> str | None:
 
 
 @functools.cache
-def _onednn_dtypes() -> tuple[torch.dtype, ...]:
+def onednn_dtypes() -> tuple[torch.dtype, ...]:
     """The dtypes that PyTorch's oneDNN computes in by itself on this processor; none where this build lacks it."""
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return ()

@@ -66,7 +66,7 @@ def groupnorm_silu(
     channels = x.shape[-1] + (0 if skip is None else skip.shape[-1])
     if channels % groups:
         raise ValueError(f"groupnorm_silu: {groups} groups do not divide {channels} channels")
-    backend = dispatch.backend(x, weight, bias, add, skip)
+    backend = dispatch.backend(x, weight, bias, add, skip, op="groupnorm_silu")
     if backend == "reference":
         return groupnorm_silu_ref(x, weight, bias, groups, eps, silu, add, skip)
     if backend == "triton":
@@ -79,7 +79,8 @@ def groupnorm_silu(
         return _groupnorm_silu_by_image(x, weight, bias, groups, eps, silu, add)
     if add is not None:
         x = x + add[:, None, None, :]
-    y = F.group_norm(x.permute(0, 3, 1, 2), groups, weight, bias, eps).permute(0, 2, 3, 1)
+    # `F.group_norm` refuses a map of one pixel with a channel a group, whose result is the bias.
+    y = torch.group_norm(x.permute(0, 3, 1, 2), groups, weight, bias, eps).permute(0, 2, 3, 1)
     return F.silu(y) if silu else y
 
 

@@ -108,5 +108,5 @@ def order_slack(call: Call) -> float:
 def backend_of(call: Call) -> str:
     """The name of the backend that runs `call`."""
     tensors = [value for value in call.arguments.values() if isinstance(value, torch.Tensor)]
-    name = dispatch.backend(*tensors)
+    name = dispatch.backend(*tensors, op=call.op.name)
     return "torch" if name == "triton" and not has_kernel(call.op.name) else name

@@ -16,7 +16,7 @@ from fastsd.model.layers import Conv2d
 from tests.support.precision import DTYPES, check, check_batch, rand
 
 SAME: Padding = (1, 1, 1, 1)
-needs_onednn = pytest.mark.skipif(not dispatch._onednn_dtypes(), reason="PyTorch has no oneDNN for this processor")
+needs_onednn = pytest.mark.skipif(not dispatch.onednn_dtypes(), reason="PyTorch has no oneDNN for this processor")
 SHAPES = [  # batch, height, width, in, out, kernel, stride, padding
     (2, 8, 8, 64, 96, 3, 1, SAME),  # whole blocks of oneDNN's layouts
     (1, 9, 7, 33, 17, 3, 1, SAME),  # nothing is a multiple of anything

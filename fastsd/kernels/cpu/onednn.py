@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import torch
 
+from fastsd.kernels import dispatch
+
 # Epilogues that oneDNN has, as (its name, algorithm); computed in fp32 before the result is rounded.
 ACTIVATIONS = {"none": ("none", ""), "silu": ("swish", ""), "gelu": ("gelu", "none"), "sigmoid": ("sigmoid", "")}
 
 
 def pack(weight: torch.Tensor, shape: torch.Size, stride: int, padding: tuple[int, int, int, int]) -> torch.Tensor:
-    """A convolution's weight `[Cout, Cin, kh, kw]` in the blocked memory that oneDNN chooses for an input.
+    """A convolution's weight `[Cout, Cin, kh, kw]` in the blocked memory that oneDNN chooses for an input; as it is
+    where oneDNN does not compute in its dtype on this processor.
 
     Args:
         weight: an ordinary tensor.
@@ -23,7 +26,7 @@ def pack(weight: torch.Tensor, shape: torch.Size, stride: int, padding: tuple[in
         stride: of both directions.
         padding: zeros at (left, right, top, bottom).
     """
-    if weight.numel() == 0 or shape.numel() == 0:
+    if weight.dtype not in dispatch.onednn_dtypes() or weight.numel() == 0 or shape.numel() == 0:
         return weight
     left, right, top, bottom = padding
     batch, height, width, channels = shape
