@@ -45,16 +45,22 @@ def test_conv2d(batch, height, width, cin, cout, kernel, stride, padding, dtype)
     w = rand(cout, cin, kernel, kernel, dtype=dtype, scale=(cin * kernel**2) ** -0.5)
     b = rand(cout, dtype=dtype)
     r = rand(*plain(stride, padding, x, w, b).shape, dtype=dtype, seed=1)
-    packed = onednn.pack(w, x.shape, stride, padding)
+    packed, terms = onednn.pack(w, x.shape, stride, padding), cin * kernel**2 + 2  # and bias and residual
     for residual in (None, r):
         for weight in (w, packed):
             check(
                 lambda x, w, b, r, weight=weight: conv2d(x, weight, b, stride, padding, r),
                 lambda *t: plain(stride, padding, *t),
                 *(x, w, b, residual),
+                roundings=terms,
             )
     with dispatch.reference_only():
-        check(lambda x, w, b: conv2d(x, packed, b, stride, padding), lambda *t: plain(stride, padding, *t), x, w, b)
+        check(
+            lambda x, w, b: conv2d(x, packed, b, stride, padding),
+            lambda *t: plain(stride, padding, *t),
+            *(x, w, b),
+            roundings=terms,
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -65,19 +71,26 @@ def test_conv2d_with_relu_and_without_bias(with_bias, with_residual, dtype):
     x, w = rand(2, 9, 7, 33, dtype=dtype), rand(17, 33, 3, 3, dtype=dtype, scale=(9 * 33) ** -0.5)
     b = rand(17, dtype=dtype) if with_bias else None
     r = rand(2, 9, 7, 17, dtype=dtype, seed=1) if with_residual else None
-    packed = onednn.pack(w, x.shape, 1, SAME)
+    packed, terms = onednn.pack(w, x.shape, 1, SAME), 9 * 33 + 2
     for weight in (w, packed):
         check(
             lambda x, w, b, r, weight=weight: conv2d(x, weight, b, 1, SAME, r, relu=True),
             lambda *t: plain(1, SAME, *t).relu(),
             *(x, w, b, r),
+            roundings=terms,
         )
-        check(lambda x, w, b, weight=weight: conv2d(x, weight, b, 1, SAME), lambda *t: plain(1, SAME, *t), x, w, b)
+        check(
+            lambda x, w, b, weight=weight: conv2d(x, weight, b, 1, SAME),
+            lambda *t: plain(1, SAME, *t),
+            *(x, w, b),
+            roundings=terms,
+        )
     with dispatch.reference_only():
         check(
             lambda x, w, b, r: conv2d(x, w, b, 1, SAME, r, relu=True),
             lambda *t: plain(1, SAME, *t).relu(),
             *(x, w, b, r),
+            roundings=terms,
         )
 
 
@@ -88,7 +101,6 @@ def test_conv2d_of_strided_views():
     assert torch.equal(conv2d(view, w, b, 1, SAME), conv2d(view.contiguous(), w, b, 1, SAME))
 
 
-@needs_onednn
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("size", "cin", "cout"), [(8, 64, 64), (16, 4, 32), (8, 33, 17), (8, 320, 320), (1, 32, 64)])
 @torch.no_grad()
@@ -169,18 +181,31 @@ def test_gradients_reach_the_input_of_a_packed_layer():
     torch.testing.assert_close(actual, expected)
 
 
-@needs_onednn
+@pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
-def test_a_weight_is_packed_for_the_map_that_it_meets():
-    """96 channels in bf16: oneDNN wants blocks of 32 at 4 x 4 and of 48 at 12 x 12."""
-    layer = Conv2d(96, 96).bfloat16().eval().requires_grad_(False)
+def test_a_weight_is_packed_for_the_map_that_it_meets(dtype):
+    """Where oneDNN does not compute in the dtype, the weight stays as it is.
+
+    96 channels in bf16 on AVX-512: oneDNN wants blocks of 32 at 4 x 4 and of 48 at 12 x 12.
+    """
+    layer = Conv2d(96, 96).to(dtype).eval().requires_grad_(False)
     weight = layer.weight.clone()
     layouts = []
     for size in (4, 12, 4):
-        x = rand(2, size, size, 96, dtype=torch.bfloat16)
+        x = rand(2, size, size, 96, dtype=dtype)
         assert torch.equal(layer(x), conv2d(x, weight, layer.bias, 1, SAME))
         layouts.append(layer.weight)
         layer(x)
         assert layer.weight is layouts[-1]  # once
         assert torch.equal(onednn.dense(layer.weight), weight)
-    assert len({id(layout) for layout in layouts}) == 3
+    packed = dtype in dispatch.onednn_dtypes()
+    assert len({id(layout) for layout in layouts}) == (3 if packed else 1)
+    assert layer.weight.is_mkldnn == packed
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64])
+def test_a_weight_is_packed_in_the_dtypes_that_onednn_computes_in(dtype):
+    weight = rand(16, 16, 3, 3, dtype=dtype)
+    packed = onednn.pack(weight, torch.Size((1, 8, 8, 16)), 1, SAME)
+    assert packed.is_mkldnn == (dtype in dispatch.onednn_dtypes())
+    assert torch.equal(onednn.dense(packed), weight)

@@ -49,6 +49,17 @@ def test_what_onednn_does_not_compute_takes_the_torch_backend():
         assert dispatch.backend(x) == "torch"
 
 
+def test_an_op_without_onednn_takes_its_own_path_in_every_dtype_of_a_pipeline(monkeypatch: pytest.MonkeyPatch):
+    """Also on a processor where oneDNN computes in none."""
+    monkeypatch.setattr(dispatch, "onednn_dtypes", lambda: ())
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.ones(2, dtype=dtype)
+        assert (dispatch.backend(x), dispatch.backend(x, op="groupnorm_silu")) == ("torch", "onednn")
+        assert dispatch.backend(x.requires_grad_(True), op="groupnorm_silu") == "torch"
+        with dispatch.forced("torch"):
+            assert dispatch.backend(x, op="groupnorm_silu") == "torch"
+
+
 def test_triton_that_cannot_run_is_said_once(monkeypatch: pytest.MonkeyPatch):
     """A CUDA device stands in for all: only its name and capability are asked for."""
     gpu = torch.device("cuda", 0)

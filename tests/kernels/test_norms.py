@@ -47,14 +47,32 @@ def test_groupnorm_silu(batch, height, width, channels, groups, mean, std, silu,
                 )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float16))
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize(("size", "channels", "groups"), [(48, 64, 32), (8, 64, 8), (3, 33, 3), (1, 32, 32)])
 @torch.no_grad()
 def test_groupnorm_silu_does_not_depend_on_the_batch(size, channels, groups, silu, dtype):
     w, b = rand(channels, dtype=dtype), rand(channels, dtype=dtype)
     x, add = rand(3, size, size, channels, dtype=dtype), rand(3, channels, dtype=dtype)
-    check_batch(lambda x, add: groupnorm_silu(x, w, b, groups, 1e-5, silu, add), x, add)
+    check_batch(lambda x, add: groupnorm_silu(x, w, b, groups, 1e-5, silu, add), x, add, anywhere=True)
+
+
+@torch.no_grad()
+def test_groupnorm_silu_in_fp16():
+    """No processor computes it by oneDNN; the CPU's own path takes it all the same."""
+    x, w, b = rand(1, 110, 90, 16, dtype=torch.float16, mean=1.0), torch.ones(16).half(), torch.zeros(16).half()
+    assert dispatch.backend(x) == "torch" and dispatch.backend(x, op="groupnorm_silu") == "onednn"
+    check(lambda x, w, b: groupnorm_silu(x, w, b, 2, 1e-5), lambda x, w, b: plain(2, True, x, w, b, None), x, w, b)
+
+
+@pytest.mark.parametrize("name", ["onednn", "torch", "reference"])
+@torch.no_grad()
+def test_groupnorm_silu_of_one_number_a_group_is_its_bias(name):
+    x, b = rand(2, 1, 1, 8, dtype=torch.float32), rand(8, dtype=torch.float32)
+    with dispatch.forced(name):
+        found = groupnorm_silu(x, torch.ones(8), b, 8, 1e-5, silu=False)
+    # x - mean may be an ulp of x instead of nothing, and is multiplied by 1 / sqrt(eps).
+    assert (found - b.expand_as(found)).abs().max() <= x.abs().max() * 2.0**-23 * 1e-5**-0.5
 
 
 @torch.no_grad()
@@ -91,11 +109,11 @@ def test_layernorm(shape, mean, std, dtype):
             )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float16))
 @torch.no_grad()
 def test_layernorm_does_not_depend_on_the_batch(dtype):
     w, b = rand(320, dtype=dtype), rand(320, dtype=dtype)
-    check_batch(lambda x: layernorm(x, w, b, 1e-5), rand(5, 64, 320, dtype=dtype))
+    check_batch(lambda x: layernorm(x, w, b, 1e-5), rand(5, 64, 320, dtype=dtype), anywhere=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
