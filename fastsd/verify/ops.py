@@ -15,6 +15,8 @@ from fastsd.kernels.linear import linear_ref
 from fastsd.verify.rule import CheckResult, Clock, Tensors, exact_arithmetic, judge, note_out_of_memory
 from fastsd.verify.watch import Call, has_kernel, observed
 
+ROWS = 1024  # of a head's scores that are in memory at a time
+
 
 def check_ops(run: Callable[[], Any], clock: Clock | None, level: str = "op") -> list[CheckResult]:
     """Execute `run`, and check every op at its first call with each set of shapes.
@@ -89,6 +91,8 @@ def order_slack(call: Call) -> float:
     PyTorch's order is one of many, and sometimes an exceptionally accurate one. In 16 bits, the rounding of the output
     exceeds this difference.
     """
+    if call.op.name == "flash_attn":
+        return _attention_slack(call)
     weight = call.arguments.get("weight")
     if weight is None or weight.ndim < 2 or weight.dtype != torch.float32:
         return 0.0
@@ -103,6 +107,33 @@ def order_slack(call: Call) -> float:
         with exact_arithmetic():
             (sums,) = call.run(magnitudes | linear_only)
     return math.prod(weight.shape[1:]) ** 0.5 * 2.0**-24 * sums.abs().max().item()
+
+
+def _attention_slack(call: Call) -> float:
+    """`order_slack` of attention, for T products a result, the sum of T weights, and the D products of each logit.
+
+    Weights have one sign, so partial sums of p v are within the result and its spread, sqrt(sum (p v)^2). An error e of
+    a logit moves the result by p (v - result) e; those of different keys are independent.
+    """
+    if call.arguments["q"].dtype != torch.float32:
+        return 0.0
+    values, unit, worst = call.widened(), 2.0**-24, 0.0
+    length = values["key_length"]
+    for q, k, v in zip(*(values[name].transpose(1, 2).flatten(0, 1) for name in ("q", "k", "v"))):  # [S or T, D]
+        k, v, scale = k[:length], v[:length], q.shape[-1] ** -0.5
+        for start in range(0, len(q), ROWS):
+            rows = q[start : start + ROWS]
+            logits = rows @ k.T * scale
+            if values["causal"]:
+                logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1 + start), -torch.inf)
+            weights = logits.softmax(-1)
+            result, spread = weights @ v, (weights.square() @ v.square()).sqrt()
+            sums = 2 * len(k) ** 0.5 * unit * (result.abs() + spread)
+            variances = (weights * (rows.abs() @ k.abs().T)).square() * (q.shape[-1] ** 0.5 * scale * unit) ** 2
+            moved = variances @ v.square() - 2 * result * (variances @ v)
+            moved += result.square() * variances.sum(-1, keepdim=True)
+            worst = max(worst, (sums + moved.clamp(min=0).sqrt()).max().item())
+    return worst
 
 
 def backend_of(call: Call) -> str:

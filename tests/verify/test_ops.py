@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastsd.kernels import flash_attn, groupnorm_silu
-from fastsd.verify.ops import check_op, check_ops
+from fastsd.verify.ops import check_op, check_ops, order_slack
 from fastsd.verify.watch import Call, ops
 from tests.support.verification import failures
 
@@ -33,3 +33,35 @@ def test_attention_head_by_head_is_the_specification() -> None:
     exact = flash_attn.flash_attn_ref(q.double(), k.double(), v.double())
     error = (flash_attn.flash_attn(q, k, v).double() - exact).abs().max().item()
     assert result.passed and result.torch_error == pytest.approx(error, rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.3, 2.0])
+@pytest.mark.parametrize(("s", "t", "heads", "size"), [(1024, 1024, 4, 64), (512, 2048, 1, 40), (256, 256, 1, 512)])
+def test_attention_may_add_up_in_any_order_but_in_fp32(
+    s: int, t: int, heads: int, size: int, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of these, twice PyTorch's error and an ulp would refuse four or five, which ones by the processor."""
+    generator = torch.Generator().manual_seed(0)
+    parts = ((s, scale), (t, scale), (t, 1.0))
+    q, k, v = (torch.randn(1, n, heads, size, generator=generator) * x for n, x in parts)
+    call = Call.bind(ops()["flash_attn"], q, k, v)
+    assert check_op(call, None).passed
+
+    def to_tf32(x: torch.Tensor) -> torch.Tensor:
+        return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    correct = flash_attn._image_fp32
+    monkeypatch.setattr(flash_attn, "_image_fp32", lambda q, k, v: correct(q, k, to_tf32(v)))
+    assert not check_op(call, None).passed
+
+
+def test_attention_of_some_keys_and_of_the_past_has_its_own_allowance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 40, 2, 16, generator=generator) for _ in range(3))
+    op = ops()["flash_attn"]
+    some, first = order_slack(Call.bind(op, q, k, v, key_length=9)), order_slack(Call.bind(op, q, k[:, :9], v[:, :9]))
+    assert some == first != order_slack(Call.bind(op, q, k, v))
+    # Of one key the result is its value, so the order of sums is all that is left: sqrt(T) (|v| + |v|), twice.
+    single = order_slack(Call.bind(op, q[:, :1], k[:, :1], v[:, :1], causal=True))
+    assert single == pytest.approx(4 * 2.0**-24 * v[:, :1].abs().max().item())
+    assert order_slack(Call.bind(op, *(x.bfloat16() for x in (q, k, v)))) == 0
