@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -43,12 +44,28 @@ def test_loras(cli: Callable, model: Path, lora: Path) -> None:
     assert pixels(given.paths[0]) != pixels(plain.paths[0])
     for words in (
         ("-p", "a cat<lora:ink:0.5>", "--lora-dir", lora.parent),
-        ("-p", "a cat", "--lora", f"{lora}:0.25", "--lora", f"{lora}:0.25"),
         ("-p", "a cat<lora:ink:0.9:0.5>", "--lora-dir", lora.parent),  # the file changes the UNet alone
     ):
         assert pixels(cli(*words, *base).paths[0]) == pixels(given.paths[0]), words
     assert pixels(cli("-p", "a cat", *base, "--lora", f"{lora}:0").paths[0]) == pixels(plain.paths[0])
     assert pixels(cli("-p", "a cat", *base, "--lora", lora).paths[0]) != pixels(given.paths[0])
+
+
+def test_a_lora_given_twice_counts_twice(cli: Callable, model: Path, lora: Path) -> None:
+    """0.25 and 0.25 add up to 0.5, but round twice: the weights differ by up to 2^-24 (3 |W| + 1.25 |D|), D the change.
+
+    D is ten times W here, so that is some 6 * 2^-24 of a change by 0.25 D, which moves no pixel by more than 255
+    levels. Were the model a hundred times as sensitive to the roundings, they would still move a pixel by under 0.01
+    levels: it crosses to the next level where it lies that near to it, in one pixel of a hundred.
+    """
+    half, twice = ("--lora", f"{lora}:0.25"), ("--lora", f"{lora}:0.25", "--lora", f"{lora}:0.25")
+    images = [
+        np.asarray(Image.open(cli("-p", "a cat", "-m", model, "--seed", "1", *words).paths[0])).astype(int)
+        for words in (("--lora", f"{lora}:0.5"), twice, half)
+    ]
+    distance, far = (abs(image - images[0]) for image in images[1:])
+    assert distance.max() <= 1 and (distance > 0).mean() < 0.01
+    assert far.max() > 1 and (far > 0).mean() > 0.01  # one of the two alone
 
 
 def test_an_image_remembers_its_loras(cli: Callable, model: Path, lora: Path) -> None:
