@@ -175,7 +175,7 @@ def _first(data: dict[str, Any]) -> Any:
     if not rows:
         return None
     order = list(dict.fromkeys(["start of Python", *(part for _, split in rows for part in split)]))
-    shades = ("#8b949e", "#d0d7de", "#54aeff", "#d29922", "#1f6feb", "#8250df")
+    shades = ("#8b949e", "#d0d7de", "#54aeff", "#d29922", "#1f6feb", "#8250df", "#2da44e")
     figure, axis = plt.subplots(figsize=(8, 1.4 + 0.4 * len(rows)))
     left = [0.0] * len(rows)
     for part, shade in zip(order, shades):

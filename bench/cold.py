@@ -45,6 +45,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Generate the first image and, with `--grow`, the ones after it; returns the times and the memory."""
     import torch
 
+    torch_imported = time.time()
     driver = DriverPeak(arguments.others)
     cuda = torch.cuda.is_available()
     if cuda:
@@ -72,7 +73,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "process_started": STARTED,
         "finished": finished,
         "split": {
-            "import": imported - STARTED,
+            "import torch": torch_imported - STARTED,
+            "other imports": imported - torch_imported,
             "weights": loaded - imported,
             "text, kernels, capture, first step": steps[0],
             "other steps but the last": sum(steps[1:]),
