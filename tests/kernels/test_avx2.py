@@ -1,0 +1,68 @@
+"""The CPU's own path as it runs on processors without AVX-512, in a process of its own.
+
+PyTorch and oneDNN choose their code when they are loaded: on AVX2 sums have another order, and bf16 is not oneDNN's.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastsd.kernels import dispatch
+
+TESTS = Path(__file__).parent.parent
+SELECTION = [
+    "kernels/test_avx2.py",
+    "kernels/test_conv2d.py",
+    "kernels/test_dispatch.py",
+    "kernels/test_flash_attn.py",
+    "kernels/test_linear.py",
+    "kernels/test_norms.py",
+    "kernels/test_precision.py",
+    "kernels/test_upsample2x.py",
+    "agreement/test_modules.py",
+    "agreement/test_digits.py",
+]
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+INSIDE = all(os.environ.get(name) == value for name, value in AVX2.items())
+
+
+def reason() -> str | None:
+    """Why this machine cannot run the selection on AVX2, or need not do so in a process of its own."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return f"{platform.machine()} is no x86"
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in ("AVX2", "AVX512"):
+        return f"AVX2 is not there: PyTorch found {capability}"
+    if INSIDE or (capability == "AVX2" and torch.bfloat16 not in dispatch.onednn_dtypes()):
+        return "this process runs on AVX2 already"
+    return None
+
+
+def test_what_the_process_on_avx2_computes_with():
+    if not INSIDE:
+        pytest.skip("this is for the process on AVX2")
+    assert torch.backends.cpu.get_cpu_capability() == "AVX2"
+    assert dispatch.onednn_dtypes() == (torch.float32,)
+
+
+def test_on_avx2():
+    why = reason()
+    if why is not None:
+        pytest.skip(why)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--no-header", *(str(TESTS / t) for t in SELECTION)],
+        cwd=TESTS.parent,
+        env={**os.environ, **AVX2, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
