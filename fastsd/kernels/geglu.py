@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from fastsd.kernels import dispatch
 from fastsd.kernels.cpu import onednn
+from fastsd.kernels.linear import activate_by_image
 
 CHUNK = 2**21  # elements of the result made at a time by the CPU's own path: they stay in its cache
 
@@ -38,7 +39,7 @@ def geglu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Te
 
         return geglu_triton.geglu_gate(F.linear(x, weight), bias)
     value, gate = F.linear(x, weight, bias).chunk(2, dim=-1)
-    return value * F.gelu(gate)
+    return value * activate_by_image(gate, "gelu")
 
 
 def _geglu_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

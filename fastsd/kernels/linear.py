@@ -22,6 +22,16 @@ def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
     raise ValueError(f"linear: no activation {activation!r}; there are none, silu, gelu, quick_gelu")
 
 
+def activate_by_image(x: torch.Tensor, activation: str) -> torch.Tensor:
+    """`activate`, image by image where a CPU infers, so that no image's result depends on its batch.
+
+    PyTorch gives each thread a share of the batch, and ends a share in scalar code, which rounds otherwise.
+    """
+    if activation == "none" or x.device.type != "cpu" or x.requires_grad or len(x) < 2:
+        return activate(x, activation)
+    return torch.cat([activate(image, activation) for image in x.split(1)])
+
+
 def linear_ref(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -72,7 +82,7 @@ def linear(
         x = torch.cat([x, skip], dim=-1)
     if backend == "onednn":
         return _linear_onednn(x, weight, bias, activation, residual)
-    y = activate(F.linear(x, weight, bias), activation)
+    y = activate_by_image(F.linear(x, weight, bias), activation)
     return y if residual is None else y + residual
 
 
@@ -86,5 +96,5 @@ def _linear_onednn(
         return onednn.matmul_add(rows, weight, bias, residual.reshape(-1, len(weight))).view(shape)
     fused = activation if activation in onednn.ACTIVATIONS else "none"
     y = onednn.matmul(rows, weight, bias, fused).view(shape)
-    y = y if fused == activation else activate(y, activation)
+    y = y if fused == activation else activate_by_image(y, activation)
     return y if residual is None else y + residual

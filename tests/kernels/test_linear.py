@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from fastsd.kernels import dispatch
 from fastsd.kernels.geglu import geglu
-from fastsd.kernels.linear import activate, linear
+from fastsd.kernels.linear import activate, activate_by_image, linear
 from tests.support.precision import DTYPES, check, check_batch, rand
 
 SHAPES = [  # rows, in, out
@@ -60,6 +60,15 @@ def test_linear_does_not_depend_on_the_batch(s, k, n, dtype):
     w, b = rand(n, k, dtype=dtype, scale=k**-0.5), rand(n, dtype=dtype)
     check_batch(lambda x, r: linear(x, w, b, "none", r), rand(5, s, k, dtype=dtype), rand(5, s, n, dtype=dtype))
     check_batch(lambda x: linear(x, w, b, "gelu"), rand(5, s, k, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float16))
+@pytest.mark.parametrize("activation", ["none", "silu", "gelu", "quick_gelu"])
+def test_activations_do_not_depend_on_the_batch(activation, dtype):
+    """Enough numbers for three threads, whose shares end in the middle of an image and of a vector."""
+    x = rand(4, 256, 2 * 640, dtype=dtype)[..., 640:]
+    check_batch(lambda x: activate_by_image(x, activation), x, anywhere=True)
+    assert torch.equal(activate_by_image(x[:1], activation), activate(x[:1], activation))
 
 
 def plain_geglu(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

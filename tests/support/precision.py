@@ -42,7 +42,7 @@ def check(op: Op, plain: Op, *inputs: torch.Tensor | None, roundings: float = 0)
 
 
 def check_batch(op: Op, *inputs: torch.Tensor, anywhere: bool = False) -> None:
-    """Assert that each image of a batch comes out bit for bit as it does alone, on one thread and on two.
+    """Assert that each image of a batch comes out bit for bit as it does alone, on one to three threads.
 
     Skipped where that is promised neither `anywhere` nor on this processor (docs/numerics.md): PyTorch's own products
     in fp32 depend on how many rows there are.
@@ -51,7 +51,7 @@ def check_batch(op: Op, *inputs: torch.Tensor, anywhere: bool = False) -> None:
         pytest.skip("PyTorch has no oneDNN for this processor")
     threads = torch.get_num_threads()
     try:
-        for count in (1, 2):
+        for count in (1, 2, 3):
             torch.set_num_threads(count)
             for batch in (2, len(inputs[0])):
                 whole = op(*(x[:batch] for x in inputs))
