@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+
 from tests.support.precision import check, rand
 
 TERMS = [64, 768, 9 * 640]
