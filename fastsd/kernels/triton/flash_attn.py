@@ -27,7 +27,7 @@ DTYPES = (torch.float16, torch.float32, *(() if dispatch.interpreted() else (tor
 @triton.jit
 def _attend(
     acc1,  # [BLOCK_M, D1] weights times values, relative to the top
-    acc2,  # [BLOCK_M, D2] or None
+    acc2,  # [BLOCK_M, D2]; with D2 0 any tensor, handed back as it is
     total,  # [BLOCK_M] sum of the weights
     top,  # [BLOCK_M] largest score so far, in powers of two
     q1,
@@ -57,7 +57,9 @@ def _attend(
     for start in tl.range(first, end, BLOCK_N, num_stages=STAGES):
         live = start + n < T
         k1 = load_tile(k_ptr, n, live, stride_kt, D, 0, D1, MASKED)
-        k2 = load_tile(k_ptr, n, live, stride_kt, D, D1, D2, MASKED)
+        k2 = None
+        if D2 > 0:
+            k2 = load_tile(k_ptr, n, live, stride_kt, D, D1, D2, MASKED)
         scores = scores_of(q1, q2, k1, k2, PRECISION)
         if MASKED:
             keep = live[None, :]
@@ -123,11 +125,13 @@ def _flash_attn_kernel(
     k_ptr += b * times(stride_kb, UNIT) + h * times(stride_kh, UNIT)
     v_ptr += b * times(stride_vb, UNIT) + h * times(stride_vh, UNIT)
     q1 = load_tile(q_ptr, row, row < S, stride_qs, D, 0, D1, True)
-    q2 = load_tile(q_ptr, row, row < S, stride_qs, D, D1, D2, True)
+    q2 = None
+    if D2 > 0:
+        q2 = load_tile(q_ptr, row, row < S, stride_qs, D, D1, D2, True)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
     acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
-    acc2 = None
+    acc2 = total  # a tensor in its place: Triton 3.6 does not compile a function that returns None
     if D2 > 0:
         acc2 = tl.zeros([BLOCK_M, D2], tl.float32)
 

@@ -79,22 +79,26 @@ def _few_keys_kernel(
 
     key1 = tl.arange(0, T1)
     k11 = load_tile(k_ptr, key1, key1 < T, stride_kt, D, 0, D1, True)
-    k12 = load_tile(k_ptr, key1, key1 < T, stride_kt, D, D1, D2, True)
     v11 = load_tile(v_ptr, key1, key1 < T, stride_vt, D, 0, D1, True)
-    v12 = load_tile(v_ptr, key1, key1 < T, stride_vt, D, D1, D2, True)
-    v21, v22 = None, None
+    k12, k22, v12, v21, v22 = None, None, None, None, None
+    if D2 > 0:
+        k12 = load_tile(k_ptr, key1, key1 < T, stride_kt, D, D1, D2, True)
+        v12 = load_tile(v_ptr, key1, key1 < T, stride_vt, D, D1, D2, True)
     if T2 > 0:
         key2 = T1 + tl.arange(0, T2)
         k21 = load_tile(k_ptr, key2, key2 < T, stride_kt, D, 0, D1, True)
-        k22 = load_tile(k_ptr, key2, key2 < T, stride_kt, D, D1, D2, True)
         v21 = load_tile(v_ptr, key2, key2 < T, stride_vt, D, 0, D1, True)
-        v22 = load_tile(v_ptr, key2, key2 < T, stride_vt, D, D1, D2, True)
+        if D2 > 0:
+            k22 = load_tile(k_ptr, key2, key2 < T, stride_kt, D, D1, D2, True)
+            v22 = load_tile(v_ptr, key2, key2 < T, stride_vt, D, D1, D2, True)
 
     first = tl.program_id(0) * blocks * BLOCK_M
     for start in range(first, tl.minimum(first + blocks * BLOCK_M, S), BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
         q1 = load_tile(q_ptr, row, row < S, stride_qs, D, 0, D1, True)
-        q2 = load_tile(q_ptr, row, row < S, stride_qs, D, D1, D2, True)
+        q2 = None
+        if D2 > 0:
+            q2 = load_tile(q_ptr, row, row < S, stride_qs, D, D1, D2, True)
         scores1 = _masked(scores_of(q1, q2, k11, k12, PRECISION), scale, key1, row, T, CAUSAL)
         top = tl.max(scores1, 1)
         if T2 > 0:

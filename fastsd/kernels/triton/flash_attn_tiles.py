@@ -17,18 +17,18 @@ def times(stride, UNIT: tl.constexpr):
 def load_tile(
     x_ptr, row, live, stride, D: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr
 ):
-    """Columns START to START + WIDTH of rows of x: 0 beyond D and, with MASKED, where not live. None for WIDTH 0."""
-    if WIDTH == 0:
-        return None
+    """Columns START to START + WIDTH of rows of x: 0 beyond D and, with MASKED, where not live. WIDTH is not 0.
+
+    Where a part is absent, the caller says None: Triton 3.6 does not compile a function that returns it.
+    """
+    column = START + tl.arange(0, WIDTH)
+    pointers = x_ptr + row.to(tl.int64)[:, None] * stride + column[None, :]
+    if MASKED:
+        return tl.load(pointers, mask=live[:, None] & (column < D)[None, :], other=0.0)
+    elif START + WIDTH > D:
+        return tl.load(pointers, mask=(column < D)[None, :], other=0.0)
     else:
-        column = START + tl.arange(0, WIDTH)
-        pointers = x_ptr + row.to(tl.int64)[:, None] * stride + column[None, :]
-        if MASKED:
-            return tl.load(pointers, mask=live[:, None] & (column < D)[None, :], other=0.0)
-        elif START + WIDTH > D:
-            return tl.load(pointers, mask=(column < D)[None, :], other=0.0)
-        else:
-            return tl.load(pointers)
+        return tl.load(pointers)
 
 
 @triton.jit
