@@ -110,10 +110,12 @@ def choose(architecture: int, queries: int, keys: int, heads: int, size: int, it
     if size > WIDEST:
         return Wide()
     parts = split(size)
-    if itemsize == 2 and keys <= FEW and sum(parts) * sum(split(keys)) <= RESIDENT[architecture]:
+    resident = sum(parts) * sum(split(keys))
+    if itemsize == 2 and keys <= FEW and resident <= RESIDENT[architecture]:
         # As many blocks of queries a program as leave 64 programs an image, so that two images fill the processors.
         blocks = min(max(-(-queries // 64) * heads // 64, 1), 4)
-        return FewKeys(64, blocks, 4, 2, parts, split(keys))
+        # Beside more keys than these, queries loaded ahead find no registers: Triton 3.9 would spill.
+        return FewKeys(64, blocks, 4, 1 if resident > 80 * 128 else 2, parts, split(keys))
     table = TABLE[architecture] if itemsize == 2 else FLOAT32
     tile = next(tile for (widest, fewest), tile in table.items() if size <= widest and queries >= fewest)
     return replace(tile, parts=(_power_of_two(size), 0) if tile.padded else parts)
