@@ -40,7 +40,7 @@ class Change:
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     """The change of every record of `old` with a time that is also in `new`, slowest first."""
     new_records = {identity(record): record for record in new["records"]}
-    found = []
+    all_changes = []
     for record in old["records"]:
         before, new_record = record.get("seconds"), new_records.get(identity(record))
         if not before or new_record is None:
@@ -49,24 +49,24 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
         candidate = str(record.get("candidate"))
         after = new_record.get("seconds")
         if not after:
-            found.append(Change(name, candidate, None, True, new_record.get("problem", "no time")))
+            all_changes.append(Change(name, candidate, None, True, new_record.get("problem", "no time")))
             continue
         exceeds_spread = after["low"] > before["high"] or after["high"] < before["low"]
-        found.append(Change(name, candidate, after["median"] / before["median"], exceeds_spread))
-    return sorted(found, key=lambda change: -(change.ratio or float("inf")))
+        all_changes.append(Change(name, candidate, after["median"] / before["median"], exceeds_spread))
+    return sorted(all_changes, key=lambda change: -(change.ratio or float("inf")))
 
 
-def report(found: list[Change]) -> str:
+def report(all_changes: list[Change]) -> str:
     """A line for each change that exceeds the spread, and the number of the others."""
     lines = []
-    for change in found:
+    for change in all_changes:
         if change.ratio is None:
             lines.append(f"  lost    {change.name}: {change.problem}")
         elif change.exceeds_spread:
             direction = "slower" if change.ratio > 1 else "faster"
             lines.append(f"  {direction}  {change.name}: {change.ratio:.3f} x the time")
-    unchanged = sum(not change.exceeds_spread for change in found)
-    return "\n".join([*lines, f"  {unchanged} of {len(found)} unchanged within their spread"])
+    unchanged = sum(not change.exceeds_spread for change in all_changes)
+    return "\n".join([*lines, f"  {unchanged} of {len(all_changes)} unchanged within their spread"])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -76,8 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         old, new = read(options.old), read(options.new)
-        found = changes(old, new)
-        if not found:
+        all_changes = changes(old, new)
+        if not all_changes:
             raise FastsdError(f"{options.old} and {options.new} have no time in common")
     except FastsdError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -85,8 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
     devices = [data.get("environment", {}).get("device") for data in (old, new)]
     if devices[0] != devices[1]:
         print(f"note: measured on different devices, {devices[0]} and {devices[1]}")
-    print(report(found))
-    regressions = [change for change in found if change.regression]
+    print(report(all_changes))
+    regressions = [change for change in all_changes if change.regression]
     if regressions:
         print(f"{len(regressions)} of fastsd's benchmarks got slower by more than {ALLOWED - 1:.0%} or failed")
     return 1 if regressions else 0

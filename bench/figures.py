@@ -18,12 +18,12 @@ Groups = dict[tuple[Any, ...], dict[str, dict[str, Any]]]  # records by what was
 
 def groups(data: dict[str, Any], benchmarks: tuple[str, ...] = MAIN) -> Groups:
     """The records of each measurement by candidate, in the order of `benchmarks`."""
-    found: Groups = {}
+    by_key: Groups = {}
     records = [record for record in data["records"] if record["benchmark"] in benchmarks]
     for record in sorted(records, key=lambda record: benchmarks.index(record["benchmark"])):
         key = tuple(record.get(name) for name in KEY[:-1])
-        found.setdefault(key, {})[record["candidate"]] = record
-    return found
+        by_key.setdefault(key, {})[record["candidate"]] = record
+    return by_key
 
 
 def title(key: tuple[Any, ...]) -> str:

@@ -151,11 +151,11 @@ class Session:
 
     def add_kinds(self, labels: dict[str, Any], shares: dict[str, float]) -> bool:
         """Split the time of the record with these labels by kind of op; returns whether the record has a time."""
-        found = self.results.find(labels)
-        if found is None or not found.get("seconds"):
+        row = self.results.find(labels)
+        if row is None or not row.get("seconds"):
             return False
-        median = found["seconds"]["median"]
-        self.results.add(**found | {"kinds": {kind: float(f"{share * median:.4g}") for kind, share in shares.items()}})
+        median = row["seconds"]["median"]
+        self.results.add(**row | {"kinds": {kind: float(f"{share * median:.4g}") for kind, share in shares.items()}})
         return True
 
     def _limit_if_measurable(self, work: list[Work], dtype: torch.dtype) -> Limit | None:

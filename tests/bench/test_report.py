@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench import record, report
+from bench import figures, record, report
 from tests.support.benchmarks import record_of
 
 DATA: dict[str, Any] = {
@@ -100,3 +100,11 @@ def test_a_wrong_file_is_an_error(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "x.json").write_text("{}")
     assert report.main([str(tmp_path / "x.json")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_reason_for_a_missing_time_is_short_and_needs_no_particular_text() -> None:
+    """Files of earlier versions have other texts for a failed check; `gate` decides."""
+    checked = {"passed": False, "max": 1.0, "relative": 1.0, "psnr": 0.0}
+    assert figures.reason({"gate": checked, "problem": "an older text: 0.5"}) == "correctness check failed"
+    assert figures.reason({"gate": checked, "problem": "failed: RuntimeError: while timed"}) == "failed"
+    assert figures.reason({"gate": None, "problem": "missing: ImportError"}) == "missing"
