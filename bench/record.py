@@ -4,12 +4,12 @@
 
 A record is one candidate of one benchmark:
 
-    benchmark, model, size, batch, steps, dtype, candidate    its identity; `benchmark` is the name of the benchmark
-    gate                                                    the correctness check: passed, max, relative, psnr
-    seconds                                                 median, low, high, rounds; or null, with a `problem`
-    floor, by_kind, flops, bytes, binds                     the least time and work
-    tflop_s, gb_s, share                                    the achieved rates and the share of the limit
-    kinds, peak, split, ...                                 the median by kind of op, memory, phases of a cold process
+    benchmark, model, size, batch, steps, dtype, candidate    its identity
+    gate                                                      the correctness check: passed, max, relative, psnr
+    seconds                                                   median, low, high, rounds; or null, with a `problem`
+    floor, by_kind, flops, bytes, binds                       the least time and work
+    tflop_s, gb_s, share                                      the achieved rates and the share of the limit
+    kinds, peak, split, ...                                   the median by kind of op, memory, phases of a cold process
 """
 
 from __future__ import annotations
