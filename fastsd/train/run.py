@@ -21,7 +21,7 @@ from fastsd.train.captions import KNOWN_WORDS, WORDS
 from fastsd.train.diffusion import DiffusionModel, denoising_loss
 from fastsd.train.digits import IMAGE_SIDE, Digits, read_digits
 from fastsd.train.loop import Stage, Workers
-from fastsd.train.settings import Settings, read_settings
+from fastsd.train.settings import TrainingSettings, read_settings
 from fastsd.weights import save_folder
 
 
@@ -32,7 +32,7 @@ class TrainingRun:
     tokenizer/ the vocabulary, log.txt the progress report.
     """
 
-    def __init__(self, settings: Settings, out: Path):
+    def __init__(self, settings: TrainingSettings, out: Path):
         self.settings, self.out = settings, out
         out.mkdir(parents=True, exist_ok=True)
         text = settings.diffusion.text
@@ -141,7 +141,7 @@ def train(
     """Train a model from a config, resume a run, or only export it.
 
     Args:
-        config: a TOML file, see `settings.Settings`. out, export: folders that override those of the config.
+        config: a TOML file, see `settings.TrainingSettings`. out, export: folders that override those of the config.
         resume: continue from the checkpoints in `out`; without it, an existing run there is an error.
         export_only: export the last checkpoints without training.
 

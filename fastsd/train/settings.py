@@ -82,7 +82,7 @@ class PipelineDefaults:
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainingSettings:
     """A complete run. `out`: folder of the run. `export`: folder of the finished model."""
 
     out: str
@@ -97,7 +97,7 @@ class Settings:
     checkpoint_minutes: float = 3.0
 
 
-def read_settings(path: str | Path) -> Settings:
+def read_settings(path: str | Path) -> TrainingSettings:
     """Read a TOML file.
 
     Raises:
@@ -110,12 +110,12 @@ def read_settings(path: str | Path) -> Settings:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise FastsdError(f"{path}: not TOML: {error}") from None
-    settings = _build(Settings, table, str(path), "")
+    settings = _build(TrainingSettings, table, str(path), "")
     _check(settings, path)
     return settings
 
 
-def _check(settings: Settings, path: Path) -> None:
+def _check(settings: TrainingSettings, path: Path) -> None:
     if settings.precision not in ("auto", "bf16", "fp32"):
         raise FastsdError(f"{path}: precision is {settings.precision!r}; it should be auto, bf16 or fp32")
     for stage in ("autoencoder", "diffusion"):
