@@ -197,17 +197,17 @@ def read(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise FastsdError(f"{path}: cannot be read ({error.strerror})") from error
+        raise FastsdError(f"cannot be read ({error.strerror})", path=path) from error
     except ValueError as error:
-        raise FastsdError(f"{path}: not a result file; `pytest bench/ --benchmark` writes one") from error
+        raise FastsdError("not a result file; `pytest bench/ --benchmark` writes one", path=path) from error
     records = data.get("records") if isinstance(data, dict) else None
     for record in records if isinstance(records, list) else ():
         if isinstance(record, dict) and "contest" in record:  # the key's older name
             record["benchmark"] = record.pop("contest")
     if not isinstance(records, list) or not all(isinstance(r, dict) and "benchmark" in r for r in records):
-        raise FastsdError(f"{path}: not a result file; `pytest bench/ --benchmark` writes one")
+        raise FastsdError("not a result file; `pytest bench/ --benchmark` writes one", path=path)
     if data.get("format") != FORMAT:
-        raise FastsdError(f"{path}: format {data.get('format')!r}; this version reads format {FORMAT}")
+        raise FastsdError(f"format {data.get('format')!r}; this version reads format {FORMAT}", path=path)
     return data
 
 

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
     seeds = (QUICK_SEEDS if args.quick else DEFAULT_SEEDS) if args.seeds is None else args.seeds
     if not 2 <= seeds <= MAX_SEEDS:
-        raise FastsdError(f"--seeds is {seeds}; it should be 2 to {MAX_SEEDS}")
+        raise FastsdError(f"it should be 2 to {MAX_SEEDS}", argument="--seeds", value=seeds)
     image_file = Path(args.out) / "digits.png" if args.out else None
     json_file = Path(args.json) if args.json else None
     for flag, file in (("--out", image_file), ("--json", json_file)):
@@ -93,8 +93,8 @@ def _check_writable(flag: str, file: Path, overwrite: bool) -> None:
     from fastsd.files import reason
 
     if file.exists() and not overwrite:
-        raise FastsdError(f"{flag} {file}: the file exists; --overwrite replaces it")
+        raise FastsdError("the file exists; {overwrite} replaces it", argument=flag, path=file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FastsdError(f"{flag} {file}: cannot be written: {reason(error)}") from error
+        raise FastsdError(f"cannot be written: {reason(error)}", argument=flag, path=file) from error

@@ -29,7 +29,9 @@ def load(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise FastsdError(f"{path}: cannot be read as a checkpoint ({reason:.80}); delete it to start over") from None
+        raise FastsdError(
+            f"cannot be read as a checkpoint ({reason:.80}); delete it to start over", path=path
+        ) from None
     if not isinstance(state, dict):
-        raise FastsdError(f"{path}: not a checkpoint; delete it to start over")
+        raise FastsdError("not a checkpoint; delete it to start over", path=path)
     return state

@@ -41,22 +41,22 @@ def read_digits(folder: str | Path, split: str = "train") -> Digits:
     images = _read_idx(Path(folder) / f"{split}-images-idx3-ubyte.gz", dimensions=3)
     labels = _read_idx(Path(folder) / f"{split}-labels-idx1-ubyte.gz", dimensions=1)
     if len(images) != len(labels):
-        raise FastsdError(f"{folder}: {len(images)} images but {len(labels)} labels in the {split} files")
+        raise FastsdError(f"{len(images)} images but {len(labels)} labels in the {split} files", path=folder)
     return Digits(images, labels)
 
 
 def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
     """Read an IDX file: two zero bytes, type (8: uint8), number of dimensions, sizes as big-endian int32, data."""
     if not path.is_file():
-        raise FastsdError(f"{path}: no such file; data.mnist should be the folder with MNIST's four .gz files")
+        raise FastsdError("no such file; data.mnist should be the folder with MNIST's four .gz files", path=path)
     try:
         raw = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
-        raise FastsdError(f"{path}: damaged, cannot be decompressed ({error})") from None
+        raise FastsdError(f"damaged, cannot be decompressed ({error})", path=path) from None
     start = 4 + 4 * dimensions
     sizes = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, start, 4)]
     if raw[:4] != bytes([0, 0, 8, dimensions]) or len(raw) != start + math.prod(sizes):
-        raise FastsdError(f"{path}: not an IDX file of bytes in {dimensions} dimensions")
+        raise FastsdError(f"not an IDX file of bytes in {dimensions} dimensions", path=path)
     return np.frombuffer(raw, dtype=np.uint8, offset=start).reshape(sizes)
 
 

@@ -101,9 +101,11 @@ class Stage:
             self.step, self.minutes, seed = state["step"], state["minutes"], state["seed"]
         except (KeyError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
-            raise FastsdError(f"{self.file}: does not match this config ({reason:.120}); use another --out") from None
+            raise FastsdError(
+                f"does not match this config ({reason:.120}); use another --out", path=self.file
+            ) from None
         if seed != self.seed:
-            raise FastsdError(f"{self.file}: was trained with seed = {seed}, not {self.seed}; use another --out")
+            raise FastsdError(f"was trained with seed = {seed}, not {self.seed}; use another --out", path=self.file)
         # Training continues if the config now allows more steps or minutes.
         self.finished = state["finished"] and self._limit_reached()
         return True
@@ -122,7 +124,7 @@ class Stage:
                 metrics = self._compute_gradients(loss, workers, precision)
                 norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.fit.clip))
                 if not math.isfinite(norm):
-                    raise FastsdError(f"{self.name}: the gradient of step {self.step} is not finite; lower fit.rate")
+                    raise FastsdError(f"the gradient of step {self.step} is not finite; lower fit.rate", path=self.name)
                 self.optimiser.step()
                 self._update_average()
                 self.step += 1

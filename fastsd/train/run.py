@@ -83,7 +83,7 @@ class TrainingRun:
         """Write the averaged weights as an fp16 checkpoint folder; an existing model in `folder` is replaced."""
         cache = self.out / "latents.pt"
         if not cache.is_file():
-            raise FastsdError(f"{self.out}: nothing to export yet; the autoencoder is not trained")
+            raise FastsdError("nothing to export yet; the autoencoder is not trained", path=self.out)
         settings, latents = self.settings, load_latents(cache)
         vae, model = AutoencoderKL(settings.autoencoder.model), self.diffusion.average
         vae.load_state_dict(self.autoencoder.average.state_dict())
@@ -105,7 +105,7 @@ class TrainingRun:
         _load_in_fp32_by_default(part / "text_encoder" / "config.json")
         if folder.exists():
             if not (folder / "model_index.json").is_file():
-                raise FastsdError(f"--export {folder}: exists and is not a model; choose another folder")
+                raise FastsdError("exists and is not a model; choose another folder", argument="--export", path=folder)
             shutil.rmtree(folder)
         part.rename(folder)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

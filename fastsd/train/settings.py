@@ -105,11 +105,11 @@ def read_settings(path: str | Path) -> TrainingSettings:
     """
     path = Path(path)
     if not path.is_file():
-        raise FastsdError(f"--config {path}: no such file; configs/digits.toml trains the bundled model")
+        raise FastsdError("no such file; configs/digits.toml trains the bundled model", argument="--config", path=path)
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FastsdError(f"{path}: not TOML: {error}") from None
+        raise FastsdError(f"not TOML: {error}", path=path) from None
     settings = _build(TrainingSettings, table, str(path), "")
     _check(settings, path)
     return settings
@@ -117,20 +117,21 @@ def read_settings(path: str | Path) -> TrainingSettings:
 
 def _check(settings: TrainingSettings, path: Path) -> None:
     if settings.precision not in ("auto", "bf16", "fp32"):
-        raise FastsdError(f"{path}: precision is {settings.precision!r}; it should be auto, bf16 or fp32")
+        raise FastsdError(f"precision is {settings.precision!r}; it should be auto, bf16 or fp32", path=path)
     for stage in ("autoencoder", "diffusion"):
         fit: Fit = getattr(settings, stage).fit
         for name in ("steps", "batch_size"):
             if getattr(fit, name) < 1:
-                raise FastsdError(f"{path}: {stage}.fit.{name} is {getattr(fit, name)}; it should be at least 1")
+                raise FastsdError(f"{stage}.fit.{name} is {getattr(fit, name)}; it should be at least 1", path=path)
     text, unet = settings.diffusion.text, settings.diffusion.unet
     if text.hidden_size != unet.cross_attention_dim:
         raise FastsdError(
-            f"{path}: diffusion.text.hidden_size is {text.hidden_size}; it should be"
-            f" diffusion.unet.cross_attention_dim, {unet.cross_attention_dim}"
+            f"diffusion.text.hidden_size is {text.hidden_size}; it should be"
+            f" diffusion.unet.cross_attention_dim, {unet.cross_attention_dim}",
+            path=path,
         )
     if settings.data.passes < 1:
-        raise FastsdError(f"{path}: data.passes is {settings.data.passes}; it should be at least 1")
+        raise FastsdError(f"data.passes is {settings.data.passes}; it should be at least 1", path=path)
 
 
 def _build(kind: type[T], table: dict[str, Any], file: str, prefix: str) -> T:
@@ -139,30 +140,30 @@ def _build(kind: type[T], table: dict[str, Any], file: str, prefix: str) -> T:
     hints = get_type_hints(kind)
     for key in table:
         if key not in known:
-            raise FastsdError(f"{file}: unknown key {prefix}{key}; known keys: {', '.join(known)}")
+            raise FastsdError(f"unknown key {prefix}{key}; known keys: {', '.join(known)}", path=file)
     values = {}
     for name, field in known.items():
         if name in table:
             values[name] = _value(hints[name], table[name], file, prefix + name)
         elif field.default is MISSING and field.default_factory is MISSING:
-            raise FastsdError(f"{file}: the key {prefix}{name} is missing")
+            raise FastsdError(f"the key {prefix}{name} is missing", path=file)
     return kind(**values)
 
 
 def _value(kind: Any, value: Any, file: str, key: str) -> Any:
     if hasattr(kind, "__dataclass_fields__"):
         if not isinstance(value, dict):
-            raise FastsdError(f"{file}: {key} should be a table, [{key}]")
+            raise FastsdError(f"{key} should be a table, [{key}]", path=file)
         return _build(kind, value, file, key + ".")
     if get_origin(kind) is tuple:
         inner = get_args(kind)
         if not isinstance(value, list) or (inner[-1] is not Ellipsis and len(value) != len(inner)):
-            raise FastsdError(f"{file}: {key} is {value!r}; it should be a list of {len(inner)} values")
+            raise FastsdError(f"{key} is {value!r}; it should be a list of {len(inner)} values", path=file)
         return tuple(_value(inner[0], item, file, key) for item in value)
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise FastsdError(f"{file}: {key} is {value!r}; it should be {_NAMES.get(kind, kind)}")
+        raise FastsdError(f"{key} is {value!r}; it should be {_NAMES.get(kind, kind)}", path=file)
     return value
 
 
