@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,3 +99,9 @@ def test_every_row_is_sound() -> None:
             assert other is None or other[0] in {*PARAMETERS, *flags.CLI}, row.name
         if row.default is not None and isinstance(row.kind, Number):
             assert row.kind.check(row.default) == row.default
+
+
+def test_the_page_is_the_table() -> None:
+    """`make reference` writes it."""
+    page = Path(__file__).parent.parent / "docs" / "reference.md"
+    assert page.read_text(encoding="utf-8") == reference()

@@ -184,7 +184,7 @@ BAD = {
     "clip_skip": [0, 3],
     "latents": [torch.zeros(1, 4, 4, 4), torch.full((1, 4, 8, 8), float("nan")), "noise"],
     "output_type": ["jpeg"],
-    "image": ["picture.png"],
+    "image": ["photo.png"],
     "mask_image": [Image.new("L", (64, 64))],  # without an image
 }
 

@@ -79,7 +79,7 @@ def few_step_note(detection: Detection, settings: dict[str, Any]) -> str:
 
 
 def steps_from_image(steps: int, strength: Any) -> int:
-    """The default number of steps of a few-step model that starts from a picture: enough that one of them runs."""
+    """The default number of steps of a few-step model that starts from an image: enough for one of them to run."""
     if isinstance(strength, int | float) and 1 / 1000 <= strength < 1:
         return max(steps, math.ceil(1 / strength))
     return steps

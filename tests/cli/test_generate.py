@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent.parent
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
     y, x = np.mgrid[0:64, 0:64]
-    path = tmp_path / "picture.png"
+    path = tmp_path / "photo.png"
     Image.fromarray(np.stack([4 * x, 4 * y, 2 * (x + y)], axis=-1).astype(np.uint8)).save(path)
     return path
 
@@ -139,13 +139,13 @@ def test_an_image_from_an_image_asks_for_it_again(
 ) -> None:
     files = ["--image", photo, *(["--mask", mask] if masked else [])]
     first = cli("-p", "x", "-m", model, *files, "--strength", 0.6, "-s", 1, "-o", "a.png")
-    refused(cli("--from-image", "a.png", "-o", "b.png"), "--from-image a.png", "--image 'picture.png' (sha256 ")
+    refused(cli("--from-image", "a.png", "-o", "b.png"), "--from-image a.png", "--image 'photo.png' (sha256 ")
     assert not Path("b.png").exists()
     again = cli("--from-image", "a.png", *files, "-o", "b.png")
     assert (again.code, again.err) == (0, "")
     np.testing.assert_array_equal(pixels(again.paths[0]), pixels(first.paths[0]))
     other = cli("--from-image", "a.png", "--image", mask, *files[2:], "-o", "c.png")
-    assert other.code == 0 and "--image is another file than 'picture.png'" in other.err
+    assert other.code == 0 and "--image is another file than 'photo.png'" in other.err
 
 
 def test_from_image_with_a_model_that_moved_or_changed(cli: Callable, model: Path, tmp_path: Path) -> None:
