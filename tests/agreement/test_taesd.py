@@ -19,7 +19,7 @@ from fastsd.model.taesd import TAESD, Block, Decoder, Doubling, Encoder
 from fastsd.model.tiling import decode_tiled
 from fastsd.model.vae import AutoencoderKL
 from fastsd.pipeline import Pipeline
-from fastsd.weights import load_folder, load_preview, load_vae, save_folder
+from fastsd.weights import load_folder, load_vae, save_folder
 from fastsd.weights.convert import convert
 from tests.support import taesd_files
 from tests.support.matching import Call, nchw, nhwc, record
@@ -98,22 +98,6 @@ def test_tiles_agree_but_near_their_edges(path: Path) -> None:
     far = 8 * (32 - 19)
     assert difference[:far].max() < 1e-5 and difference[-far:].max() < 1e-5
     assert difference[far:-far].max() > 1e-4  # so the tiles were there
-
-
-# Files
-
-
-@pytest.mark.parametrize("form", taesd_files.FORMS)
-def test_every_form_of_file(theirs: Any, form: str, tmp_path: Path) -> None:
-    given = taesd_files.write(theirs, form, tmp_path / "x")
-    ours = load_vae(given, True, FP32, allow_pickle=form == "pickles")
-    assert isinstance(ours, TAESD) and ours.config.scaling_factor == 1.0
-    wanted = theirs.state_dict()
-    assert set(ours.state_dict()) == set(wanted)
-    assert all(torch.equal(value, wanted[key]) for key, value in ours.state_dict().items())
-    preview = load_preview(given, 4, FP32, allow_pickle=form == "pickles")
-    assert preview.encoder is None
-    assert all(torch.equal(value, wanted[key]) for key, value in preview.state_dict().items())
 
 
 def test_a_folders_own_scale_and_levels(tmp_path: Path) -> None:
@@ -256,80 +240,6 @@ def test_a_model_folder_with_it(families: Any, theirs: Any, tmp_path: Path) -> N
     assert isinstance(own.components.vae, AutoencoderKL)
 
 
-# What is refused
-
-Tensors = dict[str, torch.Tensor]
-
-
-def without(key: str) -> Any:
-    return lambda tensors: tensors.pop(key)
-
-
-def put(key: str, *shape: int) -> Any:
-    return lambda tensors: tensors.update({key: torch.zeros(shape)})
-
-
-BAD = {  # of the decoder's file: what is changed, and what is said
-    "a key is missing": (without("9.conv.2.bias"), r"9\.conv\.2\.bias \[8\] is missing"),
-    "the first is missing": (without("1.weight"), r"the key 1\.weight is missing"),
-    "the last is missing": (lambda t: [t.pop(k) for k in ("19.weight", "19.bias")], "is missing|no TAESD decoder has"),
-    "an unknown key": (put("clip.weight", 1), r"clip\.weight \[1\] matches no parameter"),
-    "a block too many": (put("18.conv.6.weight", 8, 8, 3, 3), r"18\.conv\.6\.weight .* matches no parameter"),
-    "a bias where none is": (put("7.bias", 8), r"7\.bias \[8\] matches no parameter"),
-    "a wrong shape": (put("3.conv.0.weight", 8, 8, 1, 1), r"3\.conv\.0\.weight is \[8, 8, 1, 1\]; .* \[8, 8, 3, 3\]"),
-    "pictures of four channels": (put("19.weight", 4, 8, 3, 3), r"19\.weight is \[4, 8, 3, 3\]"),
-    "wider than any": (put("1.weight", 2000, 4, 1, 1), r"1\.weight is \[2000, 4, 1, 1\]; no TAESD"),
-    "of no width": (put("1.weight", 0, 4, 3, 3), r"1\.weight is \[0, 4, 3, 3\]; no TAESD"),
-    "levels without end": (
-        lambda t: [t.update({f"{n}.weight": torch.zeros(1)}) for n in range(20, 60)],
-        "no TAESD decoder has",
-    ),
-    "whole numbers": (lambda t: t.update({"19.bias": torch.zeros(3, dtype=torch.int32)}), "19.bias is torch.int32"),
-    "not a number": (lambda t: t["19.bias"].fill_(float("nan")), r"19\.bias holds NaN"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_decoders(theirs: Any, tmp_path: Path, name: str) -> None:
-    from safetensors.torch import save_file
-
-    spoil, said = BAD[name]
-    tensors = {key: value.clone() for key, value in taesd_files.as_author(theirs)["decoder"].items()}
-    spoil(tensors)
-    path = tmp_path / "x.safetensors"
-    save_file(tensors, path)
-    for load in (lambda: load_vae(path, False, FP32), lambda: load_preview(path, 4, FP32)):
-        with pytest.raises(FastsdError, match=rf"x\.safetensors: .*({said})") as caught:
-            load()
-        assert "\n" not in str(caught.value)
-
-
-def test_halves_that_do_not_belong_together(theirs: Any, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    path = taesd_files.write(theirs, "two files", tmp_path)
-    encoder = tmp_path / "taesd_encoder.safetensors"
-    for other, said in (
-        (taesd_files.make(width=4), r"taesd_encoder\.safetensors: the key 0\.weight is \[4, 3, 3, 3\]"),
-        (taesd_files.make(latent_channels=16), r"taesd_encoder\.safetensors: the key 14\.weight is \[16, 8, 3, 3\]"),
-    ):
-        save_file(taesd_files.as_author(other)["encoder"], encoder)
-        with pytest.raises(FastsdError, match=said):
-            load_vae(path, False, FP32)
-    short = {key: value for key, value in taesd_files.as_author(theirs)["encoder"].items() if int(key[:1]) < 6}
-    save_file(short, encoder)
-    with pytest.raises(FastsdError, match="taesd_encoder.*(levels, the decoder 4|is missing)"):
-        load_vae(path, False, FP32)
-    assert load_preview(path, 4, FP32).encoder is None  # which does not look at it
-    save_file({"a": torch.ones(1)}, encoder)  # no half of anything
-    assert load_vae(path, False, FP32).encoder is None
-    path.unlink()
-    save_file(taesd_files.as_author(theirs)["encoder"], encoder)
-    for load in (lambda: load_vae(encoder, False, FP32), lambda: load_preview(encoder, 4, FP32)):
-        with pytest.raises(FastsdError, match="only TAESD's encoder; give the file of its decoder"):
-            load()
-
-
 def test_what_is_no_tiny_autoencoder_or_another_familys(families: Any, tmp_path: Path) -> None:
     model = families.folder / "sd1"
     for full in (model / "vae", model / "vae" / "diffusion_pytorch_model.safetensors"):
@@ -344,27 +254,3 @@ def test_what_is_no_tiny_autoencoder_or_another_familys(families: Any, tmp_path:
     torch.save(OrderedDict(taesd_files.as_author(taesd_files.make())["decoder"]), tmp_path / "taesd_decoder.pth")
     with pytest.raises(FastsdError, match="allow-pickle|allow_pickle"):
         load_vae(tmp_path / "taesd_decoder.pth", False, FP32)
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"act_fn": "gelu"}, "act_fn is 'gelu'"),
-        ({"upsampling_scaling_factor": 4}, "upsampling_scaling_factor is 4"),
-        ({"shift_factor": 0.1}, "shift_factor is 0.1"),
-        ({"out_channels": 4}, "out_channels is 4"),
-        ({"decoder_block_out_channels": [8, 8, 8, 16]}, "decoder_block_out_channels is .* the same width"),
-        ({"encoder_block_out_channels": [2**20] * 4}, "encoder_block_out_channels is .* from 1 to 1024"),
-        ({"num_decoder_blocks": [3, 3, 3, 10**6]}, "num_decoder_blocks is .* from 0 to 16"),
-        ({"num_encoder_blocks": [1, 3]}, "num_encoder_blocks is .* list of 4"),
-        ({"num_decoder_blocks": None}, "num_decoder_blocks is None"),
-    ],
-)
-def test_bad_configs(theirs: Any, tmp_path: Path, change: dict[str, Any], said: str) -> None:
-    import json
-
-    theirs.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(FastsdError, match=rf"config\.json: {said}"):
-        load_vae(tmp_path, False, FP32)

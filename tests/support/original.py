@@ -1,6 +1,6 @@
 """Tiny checkpoints in the original layout, written by counting blocks as the original code builds them.
 
-This writer shares nothing with `fastsd.weights.layouts.ldm_names`; the tests hold it against diffusers' converters too.
+This writer shares nothing with `fastsd.weights.layouts.ldm_names`; a test compares it with diffusers' converters too.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ UNETS = {
 UNETS["refiner"] = replace(
     UNETS["sdxl"], cross_attention_dim=64, layers_per_block=1, projection_class_embeddings_input_dim=32 + 5 * 8
 )
-NAMES = {"sd1": "SD 1", "sd2": "SD 2", "sdxl": "SDXL", "refiner": "SDXL refiner"}
+FAMILY_NAMES = {"sd1": "SD 1", "sd2": "SD 2", "sdxl": "SDXL", "refiner": "SDXL refiner"}
 TEXT_PREFIXES = {
     "sd1": {"text_encoder": "cond_stage_model.transformer."},
     "sd2": {"text_encoder": "cond_stage_model.model."},
@@ -65,7 +65,7 @@ TEXT_PREFIXES = {
 
 
 def components(family: str, inpainting: bool = False) -> Components:
-    """A tiny random model of a family; no parameter is left at an initial 0 or 1 that would hide a mistake."""
+    """A tiny random model of a family. Noise on every parameter, because an initial 0 or 1 could hide a mistake."""
     torch.manual_seed(sorted(UNETS).index(family))
     xl = family in ("sdxl", "refiner")
     unet = replace(UNETS[family], in_channels=9 if inpainting else 4)
@@ -79,7 +79,7 @@ def components(family: str, inpainting: bool = False) -> Components:
         "refiner": (replace(OPENCLIP, projection_dim=32),),
     }[family]
     prediction = "v_prediction" if family == "sd2" and not inpainting else "epsilon"
-    made = Components(
+    result = Components(
         unet=UNet(unet),
         vae=AutoencoderKL(vae),
         text_encoders=tuple(TextEncoder(text) for text in texts),
@@ -91,47 +91,47 @@ def components(family: str, inpainting: bool = False) -> Components:
         zeros_for_empty_prompt=family == "sdxl",
         aesthetic_score=family == "refiner",
     )
-    for module in (made.unet, made.vae, *made.text_encoders):
+    for module in (result.unet, result.vae, *result.text_encoders):
         for parameter in module.parameters():
             parameter.data += 0.02 * torch.randn_like(parameter)
-    return made
+    return result
 
 
-def write(folder: Path, family: str) -> Tensors:
-    """The tensors of a folder, as a single file of the original layout has them."""
+def file_tensors(folder: Path, family: str) -> Tensors:
+    """The tensors of a folder in the form of a single file."""
     config = UNETS[family]
     tensors = {
         f"model.diffusion_model.{key}": value
-        for key, value in unet(load_file(folder / "unet/diffusion_pytorch_model.safetensors"), config).items()
+        for key, value in unet_tensors(load_file(folder / "unet/diffusion_pytorch_model.safetensors"), config).items()
     }
     tensors |= {
         f"first_stage_model.{key}": value
-        for key, value in vae(load_file(folder / "vae/diffusion_pytorch_model.safetensors"), 3).items()
+        for key, value in vae_tensors(load_file(folder / "vae/diffusion_pytorch_model.safetensors"), 3).items()
     }
     for name, prefix in TEXT_PREFIXES[family].items():
         text = load_file(folder / name / "model.safetensors")
         if prefix.endswith("model."):
-            text = openclip(text, whole=family == "sd2")
+            text = openclip_tensors(text, complete=family == "sd2")
         tensors |= {prefix + key: value.contiguous() for key, value in text.items()}
     return tensors
 
 
-def unet(tensors: Tensors, config: UNetConfig) -> Tensors:
-    """Count the blocks in the order in which the original code appends them."""
-    levels, where = len(config.block_out_channels), {}
-    where |= {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
-    where |= {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
-    where |= {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
-    where |= {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
-    where["mid_block.attentions.0"] = "middle_block.1"
+def unet_tensors(tensors: Tensors, config: UNetConfig) -> Tensors:
+    """A UNet's tensors by their original keys. Counts blocks in the order in which the original code appends them."""
+    levels, names = len(config.block_out_channels), {}
+    names |= {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+    names |= {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
+    names |= {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
+    names |= {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
+    names["mid_block.attentions.0"] = "middle_block.1"
     count = 1
     for level in range(levels):
         for layer in range(config.layers_per_block):
-            where[f"down_blocks.{level}.resnets.{layer}"] = f"input_blocks.{count}.0"
-            where[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{count}.1"
+            names[f"down_blocks.{level}.resnets.{layer}"] = f"input_blocks.{count}.0"
+            names[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{count}.1"
             count += 1
         if level < levels - 1:
-            where[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{count}.0.op"
+            names[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{count}.0.op"
             count += 1
     count = 0
     for level in range(levels):
@@ -139,26 +139,27 @@ def unet(tensors: Tensors, config: UNetConfig) -> Tensors:
         for layer in range(config.layers_per_block + 1):
             block = [f"up_blocks.{level}.resnets.{layer}"]
             block += [f"up_blocks.{level}.attentions.{layer}"] if attends else []
-            for place, module in enumerate(block):
-                where[module] = f"output_blocks.{count}.{place}"
+            for index, module in enumerate(block):
+                names[module] = f"output_blocks.{count}.{index}"
             if layer == config.layers_per_block and level < levels - 1:
-                where[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{count}.{len(block)}.conv"
+                names[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{count}.{len(block)}.conv"
             count += 1
     inside = [("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("norm2", "out_layers.0"), ("conv2", "out_layers.3")]
     inside += [("time_emb_proj", "emb_layers.1"), ("conv_shortcut", "skip_connection")]
     result = {}
     for key, tensor in tensors.items():
-        module = next(m for m in where if key.startswith(f"{m}."))
+        module = next(name for name in names if key.startswith(f"{name}."))
         rest = key[len(module) :]
         if ".resnets." in module:
             for new, old in inside:
                 rest = rest.replace(f".{new}.", f".{old}.")
-        result[where[module] + rest] = tensor
+        result[names[module] + rest] = tensor
     assert len(result) == len(tensors)
     return result
 
 
-def vae(tensors: Tensors, levels: int) -> Tensors:
+def vae_tensors(tensors: Tensors, levels: int) -> Tensors:
+    """An autoencoder's tensors by their original keys."""
     result = {}
     for key, tensor in tensors.items():
         for level in range(levels):
@@ -184,8 +185,13 @@ def vae(tensors: Tensors, levels: int) -> Tensors:
     return result
 
 
-def openclip(tensors: Tensors, whole: bool) -> Tensors:
-    """`whole`: with the last layer and the projection, which SD2 does not use and its folder does not hold."""
+def openclip_tensors(tensors: Tensors, complete: bool) -> Tensors:
+    """A text encoder's tensors in OpenCLIP's form.
+
+    Args:
+        tensors: by the keys of a folder.
+        complete: add the last layer and the projection, which SD 2 does not use and its folder does not hold.
+    """
     result: Tensors = {"logit_scale": torch.tensor(4.6)}
     layers = 1 + max(int(key.split(".")[3]) for key in tensors if ".layers." in key)
     result["token_embedding.weight"] = tensors["text_model.embeddings.token_embedding.weight"]
@@ -201,7 +207,7 @@ def openclip(tensors: Tensors, whole: bool) -> Tensors:
                 result[f"{old}.ln_{n}.{kind}"] = tensors[f"{new}.layer_norm{n}.{kind}"]
             result[f"{old}.mlp.c_fc.{kind}"] = tensors[f"{new}.mlp.fc1.{kind}"]
             result[f"{old}.mlp.c_proj.{kind}"] = tensors[f"{new}.mlp.fc2.{kind}"]
-    if whole:
+    if complete:
         last = {key: torch.randn_like(value) for key, value in result.items() if f".resblocks.{layers - 1}." in key}
         result |= {key.replace(f".{layers - 1}.", f".{layers}.", 1): value for key, value in last.items()}
         result["text_projection"] = torch.randn(64, 64)

@@ -1,4 +1,4 @@
-"""Tiny autoencoders with random weights in every form that files of them have."""
+"""TAESD with random weights, in every form that its files have."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FORMS = ("folder", "diffusers", "both", "two files", "two files, given the encod
 
 
 def make(width: int = 8, **config: Any) -> Any:
-    """diffusers' AutoencoderTiny; activations neither die out nor grow, so that every weight matters."""
+    """diffusers' AutoencoderTiny, initialised so that activations neither vanish nor grow: every weight matters."""
     import diffusers
 
     widths = {f"{side}_block_out_channels": (width,) * 4 for side in ("encoder", "decoder")}
@@ -24,8 +24,10 @@ def make(width: int = 8, **config: Any) -> Any:
 
 
 def as_author(model: Any) -> dict[str, dict[str, torch.Tensor]]:
-    """The weights by the keys of the author's sequences, which are built here from what his README's code says they
-    are: the decoder's starts with a clamp, and doublings and ReLU have numbers of their own."""
+    """The weights by the keys of the author's sequences, rebuilt here as his README describes them.
+
+    The decoder starts with a clamp; upsampling and ReLU layers are numbered too.
+    """
     width, latents = model.config.decoder_block_out_channels[0], model.config.latent_channels
 
     def conv(inputs: int, outputs: int, **options: Any) -> nn.Module:
@@ -42,12 +44,12 @@ def as_author(model: Any) -> dict[str, dict[str, torch.Tensor]]:
     for _ in range(3):
         decoder += [*blocks(3), nn.Upsample(scale_factor=2), conv(width, width, bias=False)]
     decoder += [*blocks(1), conv(width, 3)]
-    found = {}
+    halves = {}
     for name, layers in (("encoder", encoder), ("decoder", decoder)):
         keys = nn.Sequential(*layers).state_dict()
         weights = getattr(model, name).state_dict().values()  # in the same order
-        found[name] = dict(zip(keys, weights, strict=True))
-    return found
+        halves[name] = dict(zip(keys, weights, strict=True))
+    return halves
 
 
 class Block(nn.Module):
@@ -59,7 +61,7 @@ class Block(nn.Module):
 
 
 def write(model: Any, form: str, folder: Path) -> Path:
-    """Write `model` and return what `--vae` is given."""
+    """Write `model` and return the path for `--vae`."""
     folder.mkdir(exist_ok=True)
     path = folder / "x.safetensors"
     halves = as_author(model)
@@ -79,6 +81,6 @@ def write(model: Any, form: str, folder: Path) -> Path:
                 torch.save(half, folder / f"taesd_{side}.pth")
             else:
                 save_file(half, folder / f"taesd_{side}.safetensors")
-        given = "encoder" if form.endswith("encoder") else "decoder"
-        return folder / f"taesd_{given}.{'pth' if form == 'pickles' else 'safetensors'}"
+        side = "encoder" if form.endswith("encoder") else "decoder"
+        return folder / f"taesd_{side}.{'pth' if form == 'pickles' else 'safetensors'}"
     return path

@@ -41,7 +41,7 @@ def sd1(unet: UNetConfig = UNET) -> Components:
 
 
 def sdxl(text_features: int = 64) -> Components:
-    """text_features: of both text encoders; 32 is the second alone, as SDXL's refiner has it."""
+    """`text_features`: the width of the UNet's context: 64 for both text encoders, 32 for the refiner's one."""
     torch.manual_seed(1)
     unet = replace(
         UNET,
@@ -65,15 +65,15 @@ def sdxl(text_features: int = 64) -> Components:
     )
 
 
-def tensors(components: Components) -> dict[str, torch.Tensor]:
-    """Every weight by component and parameter."""
+def all_weights(components: Components) -> dict[str, torch.Tensor]:
+    """Every weight, by network and parameter."""
     modules = {"unet": components.unet, "vae": components.vae}
     modules |= {f"text{i}": encoder for i, encoder in enumerate(components.text_encoders)}
     return {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
 
 
 def controlnet(unet: UNetConfig, seed: int = 7) -> dict[str, torch.Tensor]:
-    """A random ControlNet for a UNet with an autoencoder of three halvings, as diffusers stores it."""
+    """A random ControlNet in diffusers' form, for a UNet whose autoencoder halves the image three times."""
     torch.manual_seed(seed)
     module = ControlNet(ControlNetConfig(replace(unet, in_channels=4), (8, 8, 8, 8)))
     stored = {}
@@ -84,3 +84,10 @@ def controlnet(unet: UNetConfig, seed: int = 7) -> dict[str, torch.Tensor]:
                 rows = rows[:, :, None, None]
             stored[part.key] = rows.contiguous().clone()
     return stored
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """The same keys and, bit for bit, the same tensors in the same dtypes."""
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key].dtype == value.dtype and torch.equal(found[key], value), key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,14 @@ import torch
 from safetensors.torch import save_file
 
 from fastsd.weights import save_folder
-from tests.support import original
+from tests.support import original, tiny
 
 
 class Originals:
-    """`folder(family)`, `tensors(family)` and `file(family)`; each is made once."""
+    """`folder(family)`, `tensors(family)` and `file(family)`, each created once.
+
+    A family is "sd1", "sd2", "sdxl" or "refiner", also with " inpainting".
+    """
 
     def __init__(self, root: Path):
         self.root = root
@@ -28,7 +32,7 @@ class Originals:
         return self.root / family
 
     def _tensors(self, family: str) -> dict[str, torch.Tensor]:
-        return original.write(self.folder(family), family.split(" ")[0])
+        return original.file_tensors(self.folder(family), family.split(" ")[0])
 
     def _file(self, family: str) -> Path:
         return self.save(self.tensors(family), f"{family}.safetensors")
@@ -41,3 +45,18 @@ class Originals:
 @pytest.fixture(scope="session")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Originals:
     return Originals(tmp_path_factory.mktemp("originals"))
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `tiny.sd1`, not to be changed."""
+    path = tmp_path_factory.mktemp("saved") / "sd1"
+    save_folder(tiny.sd1(), path, torch.float32)
+    return path
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy of `saved` to change."""
+    shutil.copytree(saved, tmp_path / "sd1")
+    return tmp_path / "sd1"

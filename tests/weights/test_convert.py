@@ -1,10 +1,11 @@
-"""Converted and converted back is the same to the bit; nothing is overwritten, half written or silently lost."""
+"""Converting and converting back preserves every bit; nothing is overwritten, half written or lost without a note."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,16 @@ from safetensors.torch import load_file, save_file
 
 from fastsd.cli import main
 from fastsd.errors import FastsdError
-from fastsd.weights import convert as module
+from fastsd.model.unet import UNet
+from fastsd.weights import convert as convert_module
 from fastsd.weights import load_folder, load_single_file, save_folder
 from fastsd.weights.convert import convert
-from fastsd.weights.layouts.save import weights_file
+from fastsd.weights.layouts.names import sources
+from fastsd.weights.layouts.save import weights_file, write_configs
 from tests.support import original
-from tests.support.tiny import tensors as weights
+from tests.support.folders import edit_json
+from tests.support.sparse import write_zeros
+from tests.support.tiny import all_weights, assert_same
 
 FAMILIES = ["sd1", "sd2", "sdxl", "refiner", "sd1 inpainting"]
 
@@ -31,35 +36,28 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
-    found = {}
-    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        path = folder / weights_file(part)
+    """Every tensor in a folder's weight files, by network and key."""
+    tensors = {}
+    for network in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        path = folder / weights_file(network)
         if path.exists():
-            found |= {f"{part}.{key}": value for key, value in load_file(path).items()}
-    return found
-
-
-def assert_bits(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for key, value in wanted.items():
-        assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
+            tensors |= {f"{network}.{key}": value for key, value in load_file(path).items()}
+    return tensors
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_folder_to_file_and_back(originals: Any, family: str, tmp_path: Path) -> None:
-    """Through a single file that holds what the tests' own writer writes, and its markers."""
+    """The single file holds what the tests' own writer writes, and marker keys."""
     folder = originals.folder(family)
     convert(folder, tmp_path / "x.safetensors")
-    wanted = dict(originals.tensors(family))
-    for key in [key for key in wanted if key.endswith("logit_scale")]:
-        del wanted[key]
-    if family == "sd2":  # what its folder does not hold; and the marker, since no file of SD 2 says it otherwise
+    expected = {key: value for key, value in originals.tensors(family).items() if not key.endswith("logit_scale")}
+    if family == "sd2":  # its folder lacks the last layer and the projection; the marker states the prediction
         last = "cond_stage_model.model.transformer.resblocks.2."
-        wanted = {k: v for k, v in wanted.items() if not k.startswith(last) and not k.endswith("text_projection")}
-        wanted["v_pred"] = torch.tensor([])
-    assert_bits(load_file(tmp_path / "x.safetensors"), wanted)
+        expected = {k: v for k, v in expected.items() if not k.startswith(last) and not k.endswith("text_projection")}
+        expected["v_pred"] = torch.tensor([])
+    assert_same(load_file(tmp_path / "x.safetensors"), expected)
     convert(tmp_path / "x.safetensors", tmp_path / "back")
-    assert_bits(stored(tmp_path / "back"), stored(folder))
+    assert_same(stored(tmp_path / "back"), stored(folder))
     loaded, before = load_folder(tmp_path / "back", torch.float32), load_folder(folder, torch.float32)
     assert loaded.scheduler == before.scheduler
     assert loaded.unet.config == before.unet.config and loaded.vae.config == before.vae.config
@@ -71,30 +69,29 @@ def test_folder_to_file_and_back(originals: Any, family: str, tmp_path: Path) ->
 def test_file_to_folder_and_back(originals: Any, family: str, tmp_path: Path) -> None:
     convert(originals.file(family), tmp_path / "folder")
     convert(tmp_path / "folder", tmp_path / "x.safetensors")
-    wanted = {k: v for k, v in originals.tensors(family).items() if not k.endswith("logit_scale")}
-    assert_bits(load_file(tmp_path / "x.safetensors"), wanted)
+    expected = {k: v for k, v in originals.tensors(family).items() if not k.endswith("logit_scale")}
+    assert_same(load_file(tmp_path / "x.safetensors"), expected)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
 def test_precision(originals: Any, dtype: str, tmp_path: Path, capsys: Any) -> None:
-    """As torch rounds; back again without a dtype, to the bit; from the command line."""
+    """`--dtype` rounds as torch does; without it the dtype is kept, bit for bit."""
     target = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    one, two = tmp_path / "x.safetensors", tmp_path / "folder"
-    assert main(["convert", str(originals.folder("sd1")), str(one), "--dtype", dtype]) == 0
-    assert main(["convert", str(one), str(two)]) == 0
-    assert capsys.readouterr().out.splitlines() == [str(one), str(two)]
-    assert_bits(stored(two), {key: value.to(target) for key, value in stored(originals.folder("sd1")).items()})
+    file, folder = tmp_path / "x.safetensors", tmp_path / "folder"
+    assert main(["convert", str(originals.folder("sd1")), str(file), "--dtype", dtype]) == 0
+    assert main(["convert", str(file), str(folder)]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(file), str(folder)]
+    assert_same(stored(folder), {key: value.to(target) for key, value in stored(originals.folder("sd1")).items()})
 
 
 def test_mixed_precision_is_kept(originals: Any, tmp_path: Path) -> None:
-    """A UNet in fp16 with a VAE in fp32, as many people keep SDXL."""
+    """A UNet in fp16 with a VAE in fp32, as many people store SDXL."""
     mixed = {k: v.half() if "diffusion_model" in k else v for k, v in originals.tensors("sdxl").items()}
     path = originals.save(mixed, "mixed.safetensors")
     convert(path, tmp_path / "folder")
     convert(tmp_path / "folder", tmp_path / "x.safetensors")
-    assert_bits(
-        load_file(tmp_path / "x.safetensors"), {k: v for k, v in mixed.items() if not k.endswith("logit_scale")}
-    )
+    expected = {k: v for k, v in mixed.items() if not k.endswith("logit_scale")}
+    assert_same(load_file(tmp_path / "x.safetensors"), expected)
 
 
 def test_a_pickle_becomes_a_safetensors_file(originals: Any, tmp_path: Path) -> None:
@@ -106,17 +103,15 @@ def test_a_pickle_becomes_a_safetensors_file(originals: Any, tmp_path: Path) -> 
     convert(tmp_path / "x.ckpt", tmp_path / "x.safetensors", prediction="v_prediction", allow_pickle=True)
     found = load_single_file(tmp_path / "x.safetensors", torch.float32)
     assert found.scheduler.prediction_type == "v_prediction"
-    wanted = load_single_file(originals.file("sd2"), torch.float32, prediction="v_prediction")
-    assert_bits(weights(found), weights(wanted))
+    expected = load_single_file(originals.file("sd2"), torch.float32, prediction="v_prediction")
+    assert_same(all_weights(found), all_weights(expected))
 
 
 @pytest.mark.parametrize(("prediction", "zero"), [("epsilon", False), ("v_prediction", False), ("v_prediction", True)])
-def test_what_the_network_predicts_is_written(originals: Any, prediction: str, zero: bool, tmp_path: Path) -> None:
+def test_the_prediction_type_is_written(originals: Any, prediction: str, zero: bool, tmp_path: Path) -> None:
     shutil.copytree(originals.folder("sd2"), tmp_path / "folder")
-    path = tmp_path / "folder/scheduler/scheduler_config.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text()) | {"prediction_type": prediction, "rescale_betas_zero_snr": zero})
-    )
+    scheduler = tmp_path / "folder/scheduler/scheduler_config.json"
+    edit_json(scheduler, prediction_type=prediction, rescale_betas_zero_snr=zero)
     convert(tmp_path / "folder", tmp_path / "x.safetensors")
     found = load_single_file(tmp_path / "x.safetensors", torch.float32).scheduler
     assert (found.prediction_type, found.rescale_betas_zero_snr) == (prediction, zero)
@@ -124,7 +119,7 @@ def test_what_the_network_predicts_is_written(originals: Any, prediction: str, z
         assert opened.metadata()["modelspec.prediction_type"] == ("v" if prediction == "v_prediction" else "epsilon")
 
 
-def test_nothing_is_overwritten_unasked(originals: Any, tmp_path: Path, capsys: Any) -> None:
+def test_nothing_is_overwritten_without_the_flag(originals: Any, tmp_path: Path, capsys: Any) -> None:
     source, target = str(originals.file("sd1")), tmp_path / "x.safetensors"
     target.write_bytes(b"mine")
     assert main(["convert", source, str(target)]) == 2
@@ -145,13 +140,13 @@ def test_nothing_is_overwritten_unasked(originals: Any, tmp_path: Path, capsys: 
 
 
 @pytest.mark.parametrize("target", ["x.safetensors", "folder"])
-def test_a_conversion_that_fails_leaves_everything_as_it_was(
+def test_a_failed_conversion_changes_nothing(
     originals: Any, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the middle of writing, with something to be replaced."""
+    """It fails in the middle of writing, with an older target to replace."""
     convert(originals.file("sd1"), tmp_path / target)
     before, count = files(tmp_path), 0
-    read = module.read_finite
+    read = convert_module.read_finite
 
     def failing(entry: Any, dtype: torch.dtype) -> torch.Tensor:
         nonlocal count
@@ -160,14 +155,14 @@ def test_a_conversion_that_fails_leaves_everything_as_it_was(
             raise OSError(28, "No space left on device")
         return read(entry, dtype)
 
-    monkeypatch.setattr(module, "read_finite", failing)
+    monkeypatch.setattr(convert_module, "read_finite", failing)
     with pytest.raises(FastsdError, match=f"{target}: cannot be written .No space left on device"):
         convert(originals.file("sd1"), tmp_path / target, overwrite=True)
     assert files(tmp_path) == before
     assert os.listdir(tmp_path) == [target]
 
 
-def test_values_that_do_not_fit_are_refused(originals: Any, tmp_path: Path) -> None:
+def test_values_that_overflow_are_refused(originals: Any, tmp_path: Path) -> None:
     tensors = dict(originals.tensors("sd1"))
     key = "model.diffusion_model.out.2.bias"
     tensors[key] = tensors[key] + 1e6
@@ -177,13 +172,8 @@ def test_values_that_do_not_fit_are_refused(originals: Any, tmp_path: Path) -> N
     convert(path, tmp_path / "x.safetensors", torch.bfloat16)
 
 
-def change_json(folder: Path, name: str, **changes: Any) -> None:
-    path = folder / name
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def test_what_a_single_file_cannot_say_is_refused(originals: Any, tmp_path: Path) -> None:
-    """It holds no configs, so a model of other heads or another schedule would come back as another model."""
+def test_a_config_that_a_single_file_cannot_store_is_refused(originals: Any, tmp_path: Path) -> None:
+    """Single files hold no configs, so other heads or another schedule would be read back as another model."""
     cases = {
         "unet/config.json": ({"attention_head_dim": [4, 4, 4]}, "its UNet has num_attention_heads .4, 4, 4."),
         "vae/config.json": ({"scaling_factor": 0.5}, "its autoencoder has scaling_factor 0.5"),
@@ -193,13 +183,13 @@ def test_what_a_single_file_cannot_say_is_refused(originals: Any, tmp_path: Path
     for i, (name, (changes, message)) in enumerate(cases.items()):
         folder = tmp_path / str(i)
         shutil.copytree(originals.folder("sd1"), folder)
-        change_json(folder, name, **changes)
+        edit_json(folder / name, **changes)
         with pytest.raises(FastsdError, match=f"{folder}: .*{message}"):
             convert(folder, tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_what_a_single_file_leaves_unsaid_is_noted(tmp_path: Path) -> None:
+def test_settings_that_a_single_file_omits_are_noted(tmp_path: Path) -> None:
     components = original.components("sd1")
     components.scheduler = replace(components.scheduler, sampler="euler", timestep_spacing="trailing")
     components.defaults = {"num_inference_steps": 4}
@@ -210,9 +200,9 @@ def test_what_a_single_file_leaves_unsaid_is_noted(tmp_path: Path) -> None:
 
 
 def test_published_folders_with_the_old_end_token_convert(originals: Any, tmp_path: Path) -> None:
-    """SD 1.5's and SDXL's configs say eos_token_id 2, a slip that readers know."""
+    """The configs of SD 1.5 and SDXL state eos_token_id 2, an old mistake that every reader corrects."""
     shutil.copytree(originals.folder("sd1"), tmp_path / "folder")
-    change_json(tmp_path / "folder", "text_encoder/config.json", eos_token_id=2)
+    edit_json(tmp_path / "folder/text_encoder/config.json", eos_token_id=2)
     convert(tmp_path / "folder", tmp_path / "x.safetensors")
 
 
@@ -223,7 +213,7 @@ def test_the_header_is_aligned_and_the_library_reads_it(originals: Any, tmp_path
     assert all(value.dtype == torch.float16 for value in load_file(tmp_path / "x.safetensors").values())
 
 
-def test_several_dtypes_in_one_matrix_need_one(originals: Any, tmp_path: Path) -> None:
+def test_a_matrix_of_several_dtypes_needs_the_flag(originals: Any, tmp_path: Path) -> None:
     shutil.copytree(originals.folder("sdxl"), tmp_path / "folder")
     path = tmp_path / "folder" / weights_file("text_encoder_2")
     tensors = load_file(path)
@@ -232,3 +222,41 @@ def test_several_dtypes_in_one_matrix_need_one(originals: Any, tmp_path: Path) -
     with pytest.raises(FastsdError, match="in_proj_weight is assembled from tensors of several dtypes.*dtype"):
         convert(tmp_path / "folder", tmp_path / "x.safetensors")
     convert(tmp_path / "folder", tmp_path / "x.safetensors", torch.float16)
+
+
+ALLOWANCE = 22 * 2**20  # bytes for headers and lists of keys
+
+# VmHWM is the process's peak resident size. The first conversion loads what is loaded once.
+CONVERT = """
+import sys, torch
+from fastsd.runtime.devices import DTYPES
+from fastsd.weights.convert import convert
+def read(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+convert(sys.argv[4], sys.argv[2] + ".safetensors", torch.bfloat16)
+before = read("VmRSS")
+convert(sys.argv[1], sys.argv[2], DTYPES.get(sys.argv[3]))
+print(read("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs /proc")
+@pytest.mark.parametrize("dtype", ["kept", "bf16"])
+def test_converting_takes_the_memory_of_one_tensor(dtype: str, originals: Any, tmp_path: Path) -> None:
+    """To a file and back: the largest tensor as it is read and, in another precision, as it is written."""
+    components = original.components("sd1")
+    config = replace(components.unet.config, block_out_channels=(320, 480, 480))
+    with torch.device("meta"):
+        components = replace(components, unet=UNet(config))
+    folder, file, back = tmp_path / "folder", tmp_path / "file.safetensors", tmp_path / "back"
+    write_configs(components, folder)
+    for name, module in components.networks():
+        write_zeros(module, folder / weights_file(name), "F32", 4)
+    sizes = [4 * torch.Size(part.shape).numel() for _, _, parts in sources(components.unet) for part in parts]
+    limit = ALLOWANCE + (max(sizes) if dtype == "kept" else max(sizes) * 3 // 2)
+    assert sum(sizes) > 10 * limit and max(sizes) > ALLOWANCE // 2, "the model is too small for a meaningful limit"
+    for source, target in ((folder, file), (file, back)):
+        words = [sys.executable, "-c", CONVERT, str(source), str(target), dtype, str(originals.folder("sd1"))]
+        env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # freed memory goes back to the system
+        done = subprocess.run(words, check=True, capture_output=True, text=True, env=env)
+        assert int(done.stdout) <= limit, f"{int(done.stdout) / max(sizes):.2f} times the largest tensor"

@@ -48,7 +48,7 @@ def family_of(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None 
 def test_families_of_tiny_files(originals: Any, family: str, inpainting: bool) -> None:
     kind = " inpainting" if inpainting else ""
     found = family_of(originals.tensors(family + kind))
-    assert found.name == original.NAMES[family] + kind
+    assert found.name == original.FAMILY_NAMES[family] + kind
     assert found.unet.in_channels == (9 if inpainting else 4)
 
 
@@ -57,13 +57,13 @@ def test_full_size_files_have_the_published_configs(family: str) -> None:
     """The shapes of the real models, on the meta device, written by the tests' own writer."""
     unet, vae, texts = FULL_SIZE[family]
     with torch.device("meta"):
-        tensors = original.unet(stored(UNet(unet), unet.use_linear_projection), unet)
+        tensors = original.unet_tensors(stored(UNet(unet), unet.use_linear_projection), unet)
         tensors = {f"model.diffusion_model.{key}": value for key, value in tensors.items()}
-        original_vae = original.vae(stored(AutoencoderKL(vae), False), 4)
+        original_vae = original.vae_tensors(stored(AutoencoderKL(vae), False), 4)
         tensors |= {f"first_stage_model.{key}": value for key, value in original_vae.items()}
         for name, prefix in original.TEXT_PREFIXES[family].items():
             text = stored(TextEncoder(texts[name]), False)
-            text = original.openclip(text, whole=family == "sd2") if prefix.endswith("model.") else text
+            text = original.openclip_tensors(text, complete=family == "sd2") if prefix.endswith("model.") else text
             tensors |= {prefix + key: value for key, value in text.items()}
     found = family_of(tensors)
     assert found.unet == unet
