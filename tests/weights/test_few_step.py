@@ -1,4 +1,4 @@
-"""Models of few steps in files: what a file says stays with it, whatever form it takes."""
+"""A file's few-step method survives loading and converting."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def kind_of(pipe: Pipeline) -> str | None:
 
 
 def test_a_single_file_with_guidance_as_an_input(originals: Any, tmp_path: Path, capsys: Any) -> None:
-    """Folder, file and folder again are one model; `inspect` says what it is; a wrong width is refused."""
+    """Folder, file and folder again are the same model; `inspect` names its method; a wrong width is refused."""
     components = original.components("sd1")
     config = replace(components.unet.config, time_cond_proj_dim=16)
     torch.manual_seed(1)
@@ -36,13 +36,13 @@ def test_a_single_file_with_guidance_as_an_input(originals: Any, tmp_path: Path,
         Pipeline.from_pretrained(tmp_path / name, device="cpu", dtype="fp32")
         for name in ("folder", "file.safetensors", "back")
     ]
-    drawn = [pipe("x", seed=1, guidance_scale=5.0, output_type="latent", width=64, height=64) for pipe in pipes]
+    results = [pipe("x", seed=1, guidance_scale=5.0, output_type="latent", width=64, height=64) for pipe in pipes]
     assert all(kind_of(pipe) == "lcm" for pipe in pipes)
-    assert all(torch.equal(one.images, drawn[0].images) for one in drawn)
+    assert all(torch.equal(result.images, results[0].images) for result in results)
     assert load_single_file(tmp_path / "file.safetensors", torch.float32).unet.config == config
     assert main(["inspect", str(tmp_path / "file.safetensors")]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "few steps: lcm: lcm, 4 steps (its UNet takes the guidance scale as an input)" in said
+    output = " ".join(capsys.readouterr().out.split())
+    assert "few steps: lcm: lcm, 4 steps (its UNet takes the guidance scale as an input)" in output
     key = "model.diffusion_model.time_embed.cond_proj.weight"
     wrong = originals.save(originals.tensors("sd1") | {key: torch.ones(32, 2)}, "wrong.safetensors")
     with pytest.raises(FastsdError, match=r"time_embed\.cond_proj\.weight reads 2 features"):
@@ -50,7 +50,7 @@ def test_a_single_file_with_guidance_as_an_input(originals: Any, tmp_path: Path,
 
 
 @pytest.mark.parametrize("kind", ["hyper", "lightning-1"])
-def test_converting_keeps_what_is_said(originals: Any, kind: str, tmp_path: Path) -> None:
+def test_converting_keeps_the_method(originals: Any, kind: str, tmp_path: Path) -> None:
     file = originals.save(originals.tensors("sd1"), f"{kind}.safetensors", {"fastsd.few_step": kind})
     convert(file, tmp_path / "folder")
     convert(tmp_path / "folder", tmp_path / "again.safetensors")

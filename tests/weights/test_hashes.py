@@ -1,4 +1,4 @@
-"""Hashes by which others name a file: what is known without reading it, and the short hash of a LoRA."""
+"""Known SHA-256 hashes of model files, and the short hash of a LoRA."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "kept"
 
 
-def test_what_is_written_down_is_known_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stored_hash_is_known_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a.safetensors"
     file.write_bytes(b"x")
     assert known_sha256(file) is None
@@ -39,7 +39,7 @@ def test_what_is_written_down_is_known_until_the_file_changes(tmp_path: Path, mo
     assert known_sha256(file) is None
 
 
-def test_a_damaged_or_unwritable_note_is_no_error(tmp_path: Path, cache: Path) -> None:
+def test_a_damaged_or_unwritable_cache_is_not_an_error(tmp_path: Path, cache: Path) -> None:
     file = tmp_path / "a.safetensors"
     file.write_bytes(b"x")
     remember_sha256(file, DIGEST)
@@ -55,8 +55,8 @@ def test_a_damaged_or_unwritable_note_is_no_error(tmp_path: Path, cache: Path) -
     assert known_sha256(file) is None
 
 
-def test_the_hubs_cache_calls_a_file_by_its_hash(tmp_path: Path) -> None:
-    """Small files are called by git's SHA-1; where a blob is a link in turn, that goes to a name of another kind."""
+def test_the_hubs_cache_names_a_large_file_by_its_hash(tmp_path: Path) -> None:
+    """Small files are named by git's SHA-1. A blob may be a link itself, whose target has another name."""
     for folder in ("blobs", "shared", "snapshots/c"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "shared" / ("f" * 64)).write_bytes(b"x")
@@ -74,7 +74,7 @@ def test_the_hubs_cache_calls_a_file_by_its_hash(tmp_path: Path) -> None:
     assert known_sha256(tmp_path / "snapshots" / "c" / "else") is None
 
 
-def test_a_loras_hash_is_of_its_tensors_alone(tmp_path: Path) -> None:
+def test_a_loras_hash_ignores_its_metadata(tmp_path: Path) -> None:
     tensors = {"a": torch.arange(6.0), "b": torch.ones(2, 2)}
     save_file(tensors, tmp_path / "named.safetensors", {"ss_output_name": "ink"})
     stored = torch.cat([tensors["a"], tensors["b"].flatten()]).numpy().tobytes()

@@ -1,4 +1,4 @@
-"""What `fastsd inspect` says of a file."""
+"""The facts that `fastsd inspect` prints about a file."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from tests.support import original
 
 
 def facts(path: Path, capsys: Any, *flags: str) -> dict[str, list[str]]:
-    """Values by name; a line without a name belongs to the one before."""
+    """Values by name; a line without a name continues the one before."""
     assert main(["inspect", str(path), *flags]) == 0
-    found: dict[str, list[str]] = {}
+    values: dict[str, list[str]] = {}
     name = ""
     for line in capsys.readouterr().out.splitlines():
         head, colon, value = line.partition(":")
         if line.startswith(" ") or not colon:
-            found[name].append(line.strip())
+            values[name].append(line.strip())
         else:
             name = head
-            found[name] = [value.strip()]
-    return found
+            values[name] = [value.strip()]
+    return values
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "refiner", "sdxl inpainting"])
@@ -40,7 +40,7 @@ def test_families(originals: Any, family: str, capsys: Any) -> None:
     assert str(len(originals.tensors(family))) + " tensors" in found["size"][0]
 
 
-def test_prediction_and_why(originals: Any, capsys: Any) -> None:
+def test_the_prediction_type_and_its_reason(originals: Any, capsys: Any) -> None:
     tensors = originals.tensors("sd2")
     assert facts(originals.file("sd2"), capsys)["prediction"][0].startswith(
         "unknown, set it with --prediction (SD 2 was"
@@ -49,13 +49,13 @@ def test_prediction_and_why(originals: Any, capsys: Any) -> None:
     found = facts(marked, capsys)
     assert found["prediction"] == ["v_prediction (the file holds the marker key v_pred)"]
     assert found["zero SNR"] == ["yes (marker key ztsnr)"] and found["extra keys"] == ["none"]
-    said = originals.save(tensors, "s.safetensors", {"modelspec.prediction_type": "epsilon", "author": "A\nB"})
-    found = facts(said, capsys)
+    stated = originals.save(tensors, "s.safetensors", {"modelspec.prediction_type": "epsilon", "author": "A\nB"})
+    found = facts(stated, capsys)
     assert found["prediction"] == ["epsilon (its metadata says so (modelspec.prediction_type))"]
     assert sorted(found["metadata"]) == ["author = A\\nB", "modelspec.prediction_type = epsilon"]
 
 
-def test_keys(originals: Any, capsys: Any) -> None:
+def test_missing_extra_and_wrong_keys(originals: Any, capsys: Any) -> None:
     tensors = dict(originals.tensors("sd1"))
     del tensors["model.diffusion_model.out.2.bias"]
     tensors["model.diffusion_model.out.0.bias"] = torch.ones(31)
@@ -69,7 +69,7 @@ def test_keys(originals: Any, capsys: Any) -> None:
 
 
 def test_hashes(tmp_path: Path, originals: Any, capsys: Any) -> None:
-    """Of the bytes, against hashlib's one call: A1111's short hash is the first ten digits of the file's SHA-256."""
+    """A1111's short hash is the first ten digits of the file's SHA-256; its older one covers 64 KiB from 1 MiB on."""
     found = facts(originals.file("sd1"), capsys)
     raw = originals.file("sd1").read_bytes()
     assert len(raw) > 0x110000
@@ -78,7 +78,7 @@ def test_hashes(tmp_path: Path, originals: Any, capsys: Any) -> None:
     assert found["legacy hash"] == [hashlib.sha256(raw[0x100000:0x110000]).hexdigest()[:8]]
 
 
-def test_halves_and_files_without_an_autoencoder(originals: Any, capsys: Any) -> None:
+def test_half_precision_and_a_missing_autoencoder(originals: Any, capsys: Any) -> None:
     bare = {k: v.half() for k, v in originals.tensors("sd1").items() if not k.startswith("first_stage")}
     key = "model.diffusion_model.out.2.bias"
     found = facts(originals.save(bare | {key: bare[key].bfloat16()}, "halves.safetensors"), capsys)
@@ -86,47 +86,33 @@ def test_halves_and_files_without_an_autoencoder(originals: Any, capsys: Any) ->
     assert found["autoencoder"] == ["not in the file; add one with --vae"]
 
 
-def test_what_is_no_checkpoint(originals: Any, capsys: Any) -> None:
+def test_a_file_that_is_not_a_checkpoint(originals: Any, capsys: Any) -> None:
     path = originals.save({"lora_unet_x.lora_down.weight": torch.ones(4, 4)}, "lora.safetensors", {"ss_steps": "3"})
     found = facts(path, capsys)
     assert found["family"] == ["unknown: not a Stable Diffusion checkpoint: it looks like a LoRA or another adapter"]
     assert found["metadata"] == ["ss_steps = 3"]
 
 
-def test_pickles_only_where_allowed(tmp_path: Path, originals: Any, capsys: Any) -> None:
+def test_pickles_only_if_allowed(tmp_path: Path, originals: Any, capsys: Any) -> None:
     torch.save({"state_dict": originals.tensors("sd1")}, tmp_path / "x.ckpt")
     assert main(["inspect", str(tmp_path / "x.ckpt")]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "--allow-pickle" in said
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--allow-pickle" in error
     assert facts(tmp_path / "x.ckpt", capsys, "--allow-pickle")["family"][0].startswith("SD 1 (")
 
 
-def test_a_folder_is_said_to_be_one(originals: Any, capsys: Any) -> None:
+def test_a_folder_is_refused(originals: Any, capsys: Any) -> None:
     assert main(["inspect", str(originals.folder("sd1"))]) == 2
     assert "a folder; a .safetensors file is expected" in capsys.readouterr().err
 
 
-def test_what_was_hashed_is_said_in_pictures(originals: Any, capsys: Any, tmp_path: Path) -> None:
-    """A1111's text says the hash of a model once `inspect` has read it all; drawing by itself does not."""
+def test_an_image_holds_the_hash_of_an_inspected_model(originals: Any, capsys: Any, tmp_path: Path) -> None:
+    """Only `inspect` reads the whole file; generating an image does not compute the hash."""
     file = originals.save(originals.tensors("sd1"), "hashed.safetensors")
 
     def text(*words: object) -> str:
-        base = [
-            "-p",
-            "x",
-            "-s",
-            "1",
-            "--steps",
-            "1",
-            "-W",
-            "64",
-            "-H",
-            "64",
-            "--overwrite",
-            "-o",
-            str(tmp_path / "a.png"),
-        ]
-        assert main([*base, *map(str, words)]) == 0
+        base = "-p x -s 1 --steps 1 -W 64 -H 64 --overwrite -o".split()
+        assert main([*base, str(tmp_path / "a.png"), *map(str, words)]) == 0
         capsys.readouterr()
         return read_text(tmp_path / "a.png")["parameters"]
 

@@ -1,4 +1,4 @@
-"""Textual inversion files: the three forms, and what is refused."""
+"""Textual inversion files: the three forms, and one line for each defect."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def vectors(count: int = 3, width: int = 16) -> torch.Tensor:
 
 
 def a1111(values: torch.Tensor, parameter: bool = True) -> dict[str, Any]:
-    """As A1111's trainer saves it."""
+    """What A1111's trainer saves."""
     return {
         "string_to_token": {"*": torch.tensor(265)},
         "string_to_param": {"*": nn.Parameter(values) if parameter else values},
@@ -67,7 +67,7 @@ def test_one_key(tmp_path: Path, ending: str, shape: tuple[int, ...], dtype: tor
     assert load_embedding(path, SD1, token="my toy", allow_pickle=True).names == ("my toy",)
 
 
-def test_a_key_that_is_no_name(tmp_path: Path) -> None:
+def test_a_key_that_is_not_a_token(tmp_path: Path) -> None:
     save_file({"emb_params": vectors()}, tmp_path / "ink.safetensors")
     assert load_embedding(tmp_path / "ink.safetensors", SD1).names == ("ink",)
 
@@ -78,12 +78,12 @@ def test_sdxl(tmp_path: Path) -> None:
     found = load_embedding(str(path), SDXL)
     assert found.names == ("xl",)
     assert torch.equal(found.vectors[0], vectors(2, 16)) and torch.equal(found.vectors[1], vectors(2, 24))
-    (alone,) = load_embedding(path, REFINER).vectors
-    assert torch.equal(alone, vectors(2, 24))
+    (second,) = load_embedding(path, REFINER).vectors
+    assert torch.equal(second, vectors(2, 24))
 
 
-class Evil:
-    """Runs a command when it is unpickled."""
+class Command:
+    """Would run a command when it is unpickled."""
 
     def __init__(self, trace: Path):
         self.trace = trace
@@ -96,7 +96,7 @@ def compressed(path: Path) -> None:
     """What torch.save wrote, compressed: 4 MB of zeros in a few kB."""
     torch.save({"x": torch.zeros(2**20)}, path)
     with zipfile.ZipFile(path) as archive:
-        members = {one.filename: archive.read(one) for one in archive.infolist()}
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in members.items():
             archive.writestr(name, data)
@@ -116,7 +116,7 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], tuple[TextEncoder, ...], str]] 
     "text": ("x.bin", lambda path: path.write_text("<html>"), SD1, "torch.save"),
     "pickle": ("x.pt", lambda path: path.write_bytes(pickle.dumps({"x": 1})), SD1, "torch.save"),
     "renamed": ("x.safetensors", lambda path: torch.save({"x": vectors()}, path), SD1, "safetensors"),
-    "code": ("x.pt", lambda path: torch.save({"x": Evil(path.parent / "trace")}, path), SD1, "refers to .*system"),
+    "code": ("x.pt", lambda path: torch.save({"x": Command(path.parent / "trace")}, path), SD1, "refers to .*system"),
     "compressed": ("x.pt", compressed, SD1, "compressed"),
     "shortened": ("x.pt", shortened, SD1, "torch.save"),
     "list": ("x.pt", lambda path: torch.save([vectors()], path), SD1, "not an embedding"),
@@ -148,7 +148,7 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], tuple[TextEncoder, ...], str]] 
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_files_get_one_line(tmp_path: Path, case: str) -> None:
+def test_each_defect_is_one_line(tmp_path: Path, case: str) -> None:
     name, write, encoders, reason = BAD[case]
     write(tmp_path / name)
     with pytest.raises(FastsdError, match=reason) as caught:
@@ -159,7 +159,7 @@ def test_bad_files_get_one_line(tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize("ending", [".pt", ".bin"])
-def test_pickles_are_read_only_where_allowed(tmp_path: Path, ending: str) -> None:
+def test_pickles_are_read_only_if_allowed(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"x{ending}"
     torch.save({"x": vectors()}, path)
     with pytest.raises(FastsdError, match="allow_pickle"):

@@ -1,4 +1,4 @@
-"""What training leaves beside the tensors of a .ckpt is passed over: nothing is imported, made or run for it."""
+"""What training leaves beside the tensors of a .ckpt is ignored: nothing of it is imported, built or run."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ CALLBACK = "pytorch_lightning.callbacks.model_checkpoint"
 
 
 class ModelCheckpoint:
-    """In the place of the class of that name; not one of its objects may be made."""
+    """Stands in for Lightning's class of that name; unpickling must not build one."""
 
     def __init__(self, monitor: str):
         self.monitor, self.best = monitor, np.float32(0.25)
 
     def __setstate__(self, _: Any) -> None:
-        raise AssertionError("a callback was made")
+        raise AssertionError("a callback was built")
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """As Stable Diffusion 1.4's full one is: callbacks by their class, scores of numpy, and the network."""
+    """Like the full checkpoint of Stable Diffusion 1.4: callbacks by class, numpy scores, and the network."""
     module = types.ModuleType(CALLBACK)
     module.ModelCheckpoint = ModelCheckpoint  # type: ignore[attr-defined]
     monkeypatch.setattr(ModelCheckpoint, "__module__", CALLBACK)
@@ -60,8 +60,8 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "full.ckpt"
 
 
-def test_what_training_leaves_is_passed_over(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tensors are read; modules of the names that it refers to lie ready, and none is imported."""
+def test_training_state_is_ignored(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensors are read. Modules of the names it refers to could be imported, and none is."""
     for package in ("pytorch_lightning", "omegaconf"):
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text("raise SystemExit('imported')")
@@ -74,16 +74,16 @@ def test_what_training_leaves_is_passed_over(checkpoint: Path, tmp_path: Path, m
     assert not {"pytorch_lightning", CALLBACK} & set(sys.modules)
 
 
-def test_the_checkpoint_is_such_a_one(checkpoint: Path) -> None:
-    """Or the test above would say nothing."""
+def test_the_checkpoint_refers_to_training_state(checkpoint: Path) -> None:
+    """Otherwise the test above would prove nothing."""
     with zipfile.ZipFile(checkpoint) as archive:
         found = set(global_names(archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))))
     assert {(CALLBACK, "ModelCheckpoint"), ENCODE, ("numpy", "dtype")} <= found
     assert {name for module, name in found if module.endswith("core.multiarray")} == {"scalar"}
 
 
-def test_a_stand_in_is_forgotten_afterwards(checkpoint: Path) -> None:
-    """torch's own list of what may be unpickled is as it was before."""
+def test_placeholders_are_removed_afterwards(checkpoint: Path) -> None:
+    """torch's list of safe globals is unchanged."""
     before = set(torch.serialization.get_safe_globals())
     read_pickle(checkpoint, allow=True)
     assert set(torch.serialization.get_safe_globals()) == before
@@ -107,18 +107,18 @@ OPCODES = [
 
 
 def test_programs_of_encodings() -> None:
-    """Random programs: of those that are let through, none encodes but a text, by latin1, when Python runs it."""
-    ran = 0
+    """Random pickles: when Python runs one that is let through, it encodes nothing but texts, by latin1."""
+    programs_with_calls = 0
 
     @settings(max_examples=3000, derandomize=True, database=None, deadline=None)
     @given(st.lists(st.sampled_from(OPCODES), min_size=4, max_size=24))
     def check(program: list[bytes]) -> None:
-        nonlocal ran
+        nonlocal programs_with_calls
         raw = b"\x80\x02" + b"".join(program) + b"N."
         try:
             if ENCODE not in set(global_names(raw)) or not encodes_bytes_only(raw):
                 return
-        except ValueError:  # no pickle, for pickletools; that is refused too
+        except ValueError:  # not a pickle to pickletools, so it is refused too
             return
         calls: list[tuple[Any, ...]] = []
 
@@ -129,7 +129,7 @@ def test_programs_of_encodings() -> None:
         with contextlib.suppress(pickle.UnpicklingError, KeyError, IndexError, TypeError, AttributeError, ValueError):
             Recorder(io.BytesIO(raw)).load()
         assert all(len(call) == 2 and isinstance(call[0], str) and call[1] == "latin1" for call in calls), program
-        ran += bool(calls)
+        programs_with_calls += bool(calls)
 
     check()
-    assert ran > 30, "hardly a program calls anything"
+    assert programs_with_calls > 30, "too few programs call anything"

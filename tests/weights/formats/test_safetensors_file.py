@@ -1,4 +1,4 @@
-"""100,000 damaged headers: the one exception or a right answer, and never more than the safetensors library accepts."""
+"""100,000 damaged headers: a `FastsdError` or the right answer, and nothing that the safetensors library refuses."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from fastsd.errors import FastsdError
 from fastsd.weights.formats.safetensors_file import DTYPES, parse_header
 
-EXAMPLES, HEADERS = 3_000, 50  # headers of an example, all from one good one; some are drawn twice
-BYTES = 24  # drawn for each header
+EXAMPLES, HEADERS = 3_000, 50  # damaged headers per example, all from one valid header; some are the same
+BYTES = 24  # random bytes per header
 T = TypeVar("T")
 WORDS = [
     *(b'"', b"{", b"}", b"[", b"]", b",", b":", b"\\", b"-", b".", b"0", b"9", b" ", b"\n", b"\x00", b"\xff", b"\x7f"),
@@ -33,16 +33,16 @@ WORDS = [
 
 
 class Choices:
-    """Choices out of drawn bytes, so that hypothesis can make a failing example smaller; 0 where they have run out."""
+    """Choices from random bytes, so that hypothesis can shrink a failing example; 0 after the last byte."""
 
-    def __init__(self, drawn: bytes):
-        self.drawn, self.at = drawn, 0
+    def __init__(self, data: bytes):
+        self.data, self.at = data, 0
 
     def below(self, count: int) -> int:
-        """A number from 0 to `count` - 1, at most 65535."""
+        """An integer from 0 to `count` - 1, at most 65535."""
         size = 1 if count <= 256 else 2
         self.at += size
-        return int.from_bytes(self.drawn[self.at - size : self.at], "little") % count
+        return int.from_bytes(self.data[self.at - size : self.at], "little") % count
 
     def one_of(self, values: Sequence[T]) -> T:
         return values[self.below(len(values))]
@@ -62,7 +62,7 @@ def make(rng: Choices) -> tuple[bytes, int]:
 
 
 def mutated(raw: bytes, rng: Choices) -> bytes:
-    """Up to three changes: a byte, a word, a piece gone, twice or elsewhere, a number."""
+    """Up to three changes: a byte; a word; a piece removed, doubled or moved; a number."""
     for _ in range(rng.one_of((1, 1, 1, 2, 3))):
         at = rng.below(len(raw) + 1)
         to = min(len(raw), at + rng.below(13))
@@ -87,7 +87,7 @@ def mutated(raw: bytes, rng: Choices) -> bytes:
 
 
 def accepted(raw: bytes, size: int) -> dict[str, tuple[str, list[int]]] | None:
-    """What fastsd reads out of a header; None where it refuses. Another exception fails the test."""
+    """What fastsd reads from a header; None if it refuses. Any other exception fails the test."""
     try:
         entries, _ = parse_header(Path("x.safetensors"), raw, 8 + len(raw) + size)
     except FastsdError as error:
@@ -98,37 +98,37 @@ def accepted(raw: bytes, size: int) -> dict[str, tuple[str, list[int]]] | None:
 
 
 def test_mutated_headers() -> None:
-    """Nothing but `FastsdError`; what is taken, the safetensors library takes too, and reads the same out of it."""
+    """No exception but `FastsdError`; every accepted header means the same to the safetensors library."""
     seen: set[int] = set()
-    taken = 0
+    accepted_count = 0
 
     @settings(
         max_examples=EXAMPLES, derandomize=True, database=None, deadline=None, suppress_health_check=[*HealthCheck]
     )
     @given(st.binary(min_size=BYTES * (HEADERS + 1), max_size=BYTES * (HEADERS + 1)))
-    def check(drawn: bytes) -> None:
-        nonlocal taken
-        base, size = make(Choices(drawn[:BYTES]))
+    def check(data: bytes) -> None:
+        nonlocal accepted_count
+        base, size = make(Choices(data[:BYTES]))
         assert accepted(base, size) is not None
         for k in range(1, HEADERS + 1):
-            raw = mutated(base, Choices(drawn[k * BYTES : (k + 1) * BYTES]))
+            raw = mutated(base, Choices(data[k * BYTES : (k + 1) * BYTES]))
             seen.add(hash(raw))
             ours = accepted(raw, size)
             if ours is None:
                 continue
-            taken += 1
+            accepted_count += 1
             file = len(raw).to_bytes(8, "little") + raw + bytes(size)
             theirs = {name: (value["dtype"], value["shape"]) for name, value in safetensors.deserialize(file)}
             assert ours == theirs, raw
 
     check()
     assert len(seen) >= 100_000
-    assert taken > len(seen) / 100, "nearly every mutation is refused, so the comparison says little"
+    assert accepted_count > len(seen) / 100, "too few mutations are accepted for a meaningful comparison"
 
 
 @pytest.mark.parametrize("where", ["top", "entry", "metadata"])
-def test_a_key_that_stands_twice_is_refused(where: str) -> None:
-    """The library takes the last one silently at the top and in metadata."""
+def test_a_duplicate_key_is_refused(where: str) -> None:
+    """The library silently takes the last one at the top and in metadata."""
     entry = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
     raw = {
         "top": f'{{"a":{entry},"a":{entry}}}',

@@ -1,4 +1,4 @@
-"""Families and predictions are found from keys and shapes; a file's name says nothing."""
+"""Families and prediction types are detected from keys and shapes; a file's name is ignored."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_families_of_tiny_files(originals: Any, family: str, inpainting: bool) -
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_size_files_have_the_published_configs(family: str) -> None:
-    """The shapes of the real models, on the meta device, written by the tests' own writer."""
+    """The shapes of the real models on the meta device, by the tests' own writer of original keys."""
     unet, vae, texts = FULL_SIZE[family]
     with torch.device("meta"):
         tensors = original.unet_tensors(stored(UNet(unet), unet.use_linear_projection), unet)
@@ -77,7 +77,7 @@ def stored(module: torch.nn.Module, linear: bool) -> dict[str, torch.Tensor]:
     return {part.key: stored_form(part.key, torch.empty(part.shape, device="meta"), linear) for part in parts}
 
 
-def test_the_name_of_a_file_says_nothing(originals: Any, tmp_path: Path) -> None:
+def test_the_name_of_a_file_is_ignored(originals: Any, tmp_path: Path) -> None:
     path = tmp_path / "sdxl-v-prediction-inpainting-ztsnr.safetensors"
     shutil.copyfile(originals.file("sd1"), path)
     loaded = load_single_file(path, torch.float32)
@@ -87,7 +87,7 @@ def test_the_name_of_a_file_says_nothing(originals: Any, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_marker_keys(originals: Any, family: str) -> None:
-    """As merging programs write them: empty tensors. Zero terminal SNR needs the last timestep."""
+    """Merging programs write them as empty tensors. Zero terminal SNR needs the last timestep."""
     tensors = originals.tensors(family)
     marked = originals.save(tensors | {"v_pred": torch.tensor([])}, f"v {family}.safetensors")
     found = load_single_file(marked, torch.float32).scheduler
@@ -98,28 +98,28 @@ def test_marker_keys(originals: Any, family: str) -> None:
     assert found.timestep_spacing == "trailing"
 
 
-def test_what_the_user_says_wins(originals: Any) -> None:
-    marked = originals.save(originals.tensors("sd1") | {"v_pred": torch.tensor([])}, "said.safetensors")
+def test_the_users_prediction_type_wins(originals: Any) -> None:
+    marked = originals.save(originals.tensors("sd1") | {"v_pred": torch.tensor([])}, "marked.safetensors")
     assert load_single_file(marked, torch.float32, prediction="epsilon").scheduler.prediction_type == "epsilon"
     with pytest.raises(FastsdError, match="prediction: 'v' should be epsilon, v_prediction, sample"):
         load_single_file(marked, torch.float32, prediction="v")
 
 
-def test_metadata_are_believed(originals: Any) -> None:
+def test_the_prediction_type_in_the_metadata(originals: Any) -> None:
     found = family_of(originals.tensors("sd2"), {"modelspec.prediction_type": "v"})
     assert found.prediction == "v_prediction" and "metadata" in found.prediction_reason
     assert family_of(originals.tensors("sd2"), {"modelspec.prediction_type": "?"}).prediction is None
 
 
-def test_sd2_without_a_word_is_refused(originals: Any) -> None:
-    """Half of the published SD 2 models predict one, half the other; the wrong one gives noise."""
-    with pytest.raises(FastsdError, match="it is SD 2 and does not say what it predicts; add prediction"):
+def test_sd2_without_a_prediction_type_is_refused(originals: Any) -> None:
+    """Published SD 2 models predict either epsilon or v; the wrong choice generates noise."""
+    with pytest.raises(FastsdError, match="it is SD 2 and does not say what it predicts; add --prediction"):
         load_single_file(originals.file("sd2"), torch.float32)
     inpainting = load_single_file(originals.file("sd2 inpainting"), torch.float32)
     assert inpainting.scheduler.prediction_type == "epsilon"
 
 
-STRANGERS = {
+NOT_CHECKPOINTS = {
     "LoRA": ({"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": (4, 8)}, "looks like a LoRA"),
     "PEFT": ({"unet.mid_block.attentions.0.proj_in.lora_A.weight": (4, 8)}, "looks like a LoRA"),
     "ControlNet": ({"control_model.input_blocks.0.0.weight": (320, 4, 3, 3)}, "looks like a ControlNet"),
@@ -134,9 +134,9 @@ STRANGERS = {
 }
 
 
-@pytest.mark.parametrize("what", STRANGERS)
-def test_strangers_are_called_by_their_names(what: str) -> None:
-    shapes, message = STRANGERS[what]
+@pytest.mark.parametrize("kind", NOT_CHECKPOINTS)
+def test_the_message_says_what_the_file_is(kind: str) -> None:
+    shapes, message = NOT_CHECKPOINTS[kind]
     with pytest.raises(FastsdError, match=f"x: not a Stable Diffusion checkpoint.*{message}"):
         find_family(Path("x"), shapes, {})
 
@@ -149,7 +149,7 @@ HOSTILE: dict[str, tuple[str, dict[str, tuple[int, ...] | None], str]] = {
         "more than 96",
     ),
     "a convolution of two dimensions": ("sd1", {"model.diffusion_model.input_blocks.0.0.weight": (3, 3)}, "4 dimen"),
-    "a width of no known head": (
+    "a width that no head size divides": (
         "sdxl",
         {"model.diffusion_model.input_blocks.1.0.out_layers.3.weight": (7, 1, 1, 1)},
         "",
@@ -162,25 +162,29 @@ HOSTILE: dict[str, tuple[str, dict[str, tuple[int, ...] | None], str]] = {
         "",
     ),
     "label_emb of another width": ("sdxl", {"model.diffusion_model.label_emb.0.0.weight": (256, 33)}, "label_emb"),
-    "label_emb with SD 1's text": ("sd1", {"model.diffusion_model.label_emb.0.0.weight": (128, 80)}, "label_emb"),
+    "label_emb with SD 1's text encoder": (
+        "sd1",
+        {"model.diffusion_model.label_emb.0.0.weight": (128, 80)},
+        "label_emb",
+    ),
 }
 
 
-@pytest.mark.parametrize("what", HOSTILE)
-def test_shapes_of_no_family_are_refused(originals: Any, what: str) -> None:
-    """With one line, before anything is built."""
-    family, changes, message = HOSTILE[what]
+@pytest.mark.parametrize("case", HOSTILE)
+def test_shapes_of_no_family_are_refused(originals: Any, case: str) -> None:
+    """In one line, before any network is built."""
+    family, changes, message = HOSTILE[case]
     shapes: dict[str, Any] = {key: tuple(value.shape) for key, value in originals.tensors(family).items()}
     shapes |= changes
-    if what == "no attention":
+    if case == "no attention":
         shapes = {key: shape for key, shape in shapes.items() if "attn" not in key}
-    if what == "features that do not add up":  # every one, so that the first is one of them
+    if case == "features that do not add up":  # all of them, because only the first is read
         shapes = {k: (s[0], 99) if k.endswith("attn2.to_k.weight") else s for k, s in shapes.items()}
     with pytest.raises(FastsdError, match=f"x: .*{message}"):
         find_family(Path("x"), shapes, {})
 
 
-def test_reading_says_what_is_no_file(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
     with pytest.raises(FastsdError, match="no such model"):
         read_file(tmp_path / "missing.safetensors")
     with pytest.raises(FastsdError, match="a folder"):
