@@ -1,7 +1,8 @@
 """The layouts of single files: one row per model family.
 
 A row states where the keys of each network start and what the tensors' shapes do not tell. `family.py` reads everything
-else from the shapes. Loading, inspecting and converting all use these rows, so a new family needs only one more.
+else from the shapes. Loading, inspecting and converting use these rows, so a new family or layout is one more row
+(docs/checkpoints.md).
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class FileLayout:
     vae_prefix: str = VAE_PREFIX
 
 
-# The first row whose text encoders a file holds is its layout; converting writes the first row that fits the model.
+# A file has the first layout whose UNet and text encoders it holds. Converting chooses by `layout_for`.
 FILE_LAYOUTS: tuple[FileLayout, ...] = (
     FileLayout(
         "SDXL",
@@ -94,17 +95,24 @@ FILE_LAYOUTS: tuple[FileLayout, ...] = (
 )
 
 
-def layout_for(text_folders: list[str], added_conditioning: bool, openclip: bool) -> FileLayout | None:
-    """The layout in which a model can be written; None if no family has such text encoders.
+def layout_for(
+    text_folders: list[str], added_conditioning: bool, openclip: bool, scaling_factor: float
+) -> FileLayout | None:
+    """The layout to write a model in; None if no family has such text encoders.
 
     Args:
         text_folders: the folders of its text encoders, in their order.
-        added_conditioning: its UNet reads sizes beside the text.
-        openclip: its last text encoder is of OpenCLIP's kind; decides only between families alike in the rest.
+        added_conditioning: its UNet reads sizes in addition to the text.
+        openclip, scaling_factor: of its last text encoder and its autoencoder. They choose between the families that
+            agree in the rest; if several fit equally well, the first is chosen.
     """
     rows = [
         row
         for row in FILE_LAYOUTS
         if [text.folder for text in row.texts] == text_folders and bool(row.size_inputs) == added_conditioning
     ]
-    return min(rows, key=lambda row: row.texts[-1].openclip != openclip, default=None)
+    return min(
+        rows,
+        key=lambda row: (row.texts[-1].openclip != openclip, row.vae.scaling_factor != scaling_factor),
+        default=None,
+    )
