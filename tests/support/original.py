@@ -5,7 +5,7 @@ This writer shares nothing with `fastsd.weights.layouts.ldm_names`; a test compa
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from fastsd.components import Components
 from fastsd.config import CLIPConfig, SchedulerConfig, UNetConfig, VAEConfig
 from fastsd.model.clip import TextEncoder
-from fastsd.model.tokenizer import Tokenizer
+from fastsd.model.tokenizer import EOS, Tokenizer
 from fastsd.model.unet import UNet
 from fastsd.model.vae import AutoencoderKL
 
@@ -22,71 +22,104 @@ Tensors = dict[str, torch.Tensor]
 
 CLIP = CLIPConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=1)
 OPENCLIP = replace(CLIP, hidden_act="gelu")
-UNETS = {
-    "sd1": UNetConfig(
-        block_out_channels=(32, 64, 64),
-        transformer_layers_per_block=(1, 1, 0),
-        num_attention_heads=(8, 8, 8),
-        cross_attention_dim=64,
-    ),
-    "sd2": UNetConfig(
-        block_out_channels=(64, 128),
-        layers_per_block=1,
-        transformer_layers_per_block=(1, 0),
-        num_attention_heads=(1, 2),
-        cross_attention_dim=64,
-        use_linear_projection=True,
-    ),
-    "sdxl": UNetConfig(
-        block_out_channels=(64, 128),
-        layers_per_block=2,
-        transformer_layers_per_block=(0, 2),
-        mid_transformer_layers=2,
-        num_attention_heads=(1, 2),
-        cross_attention_dim=128,
-        use_linear_projection=True,
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=32 + 6 * 8,
-    ),
-}
-UNETS["refiner"] = replace(
-    UNETS["sdxl"], cross_attention_dim=64, layers_per_block=1, projection_class_embeddings_input_dim=32 + 5 * 8
+PROJECTING = replace(OPENCLIP, projection_dim=32)
+VAE = VAEConfig(block_out_channels=(32, 32, 64), layers_per_block=1)
+XL_VAE = replace(VAE, scaling_factor=0.13025, force_upcast=True)
+XL_UNET = UNetConfig(
+    block_out_channels=(64, 128),
+    layers_per_block=2,
+    transformer_layers_per_block=(0, 2),
+    mid_transformer_layers=2,
+    num_attention_heads=(1, 2),
+    cross_attention_dim=128,
+    use_linear_projection=True,
+    addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=32 + 6 * 8,
 )
-FAMILY_NAMES = {"sd1": "SD 1", "sd2": "SD 2", "sdxl": "SDXL", "refiner": "SDXL refiner"}
-TEXT_PREFIXES = {
-    "sd1": {"text_encoder": "cond_stage_model.transformer."},
-    "sd2": {"text_encoder": "cond_stage_model.model."},
-    "sdxl": {
-        "text_encoder": "conditioner.embedders.0.transformer.",
-        "text_encoder_2": "conditioner.embedders.1.model.",
-    },
-    "refiner": {"text_encoder_2": "conditioner.embedders.0.model."},
+
+
+@dataclass(frozen=True)
+class TinyFamily:
+    """One family at a tiny size.
+
+    Attributes:
+        name: in messages and in `fastsd inspect`.
+        texts: for each text encoder its folder, its prefix in a single file, and its config.
+        prediction: of its models that do not inpaint.
+        truncated: its files also hold a last layer and a projection that the model does not use.
+    """
+
+    name: str
+    unet: UNetConfig
+    texts: tuple[tuple[str, str, CLIPConfig], ...]
+    sampler: str
+    vae: VAEConfig = VAE
+    prediction: str = "epsilon"
+    truncated: bool = False
+
+
+FAMILIES = {
+    "sd1": TinyFamily(
+        "SD 1",
+        UNetConfig(
+            block_out_channels=(32, 64, 64),
+            transformer_layers_per_block=(1, 1, 0),
+            num_attention_heads=(8, 8, 8),
+            cross_attention_dim=64,
+        ),
+        (("text_encoder", "cond_stage_model.transformer.", CLIP),),
+        "pndm",
+    ),
+    "sd2": TinyFamily(
+        "SD 2",
+        UNetConfig(
+            block_out_channels=(64, 128),
+            layers_per_block=1,
+            transformer_layers_per_block=(1, 0),
+            num_attention_heads=(1, 2),
+            cross_attention_dim=64,
+            use_linear_projection=True,
+        ),
+        (("text_encoder", "cond_stage_model.model.", OPENCLIP),),
+        "ddim",
+        prediction="v_prediction",
+        truncated=True,
+    ),
+    "sdxl": TinyFamily(
+        "SDXL",
+        XL_UNET,
+        (
+            ("text_encoder", "conditioner.embedders.0.transformer.", CLIP),
+            ("text_encoder_2", "conditioner.embedders.1.model.", PROJECTING),
+        ),
+        "euler",
+        XL_VAE,
+    ),
+    "refiner": TinyFamily(
+        "SDXL refiner",
+        replace(XL_UNET, cross_attention_dim=64, layers_per_block=1, projection_class_embeddings_input_dim=32 + 5 * 8),
+        (("text_encoder_2", "conditioner.embedders.0.model.", PROJECTING),),
+        "euler",
+        XL_VAE,
+    ),
 }
+WITH_INPAINTING = [*FAMILIES, *(f"{family} inpainting" for family in FAMILIES)]
 
 
 def components(family: str, inpainting: bool = False) -> Components:
     """A tiny random model of a family. Noise on every parameter, because an initial 0 or 1 could hide a mistake."""
-    torch.manual_seed(sorted(UNETS).index(family))
-    xl = family in ("sdxl", "refiner")
-    unet = replace(UNETS[family], in_channels=9 if inpainting else 4)
-    vae = VAEConfig(block_out_channels=(32, 32, 64), layers_per_block=1)
-    if xl:
-        vae = replace(vae, scaling_factor=0.13025, force_upcast=True)
-    texts = {
-        "sd1": (CLIP,),
-        "sd2": (OPENCLIP,),
-        "sdxl": (CLIP, replace(OPENCLIP, projection_dim=32)),
-        "refiner": (replace(OPENCLIP, projection_dim=32),),
-    }[family]
-    prediction = "v_prediction" if family == "sd2" and not inpainting else "epsilon"
+    torch.manual_seed(sorted(FAMILIES).index(family))
+    tiny = FAMILIES[family]
+    configs = [config for _, _, config in tiny.texts]
+    pads = ["!" if config.hidden_act == "gelu" else EOS for config in configs]
     result = Components(
-        unet=UNet(unet),
-        vae=AutoencoderKL(vae),
-        text_encoders=tuple(TextEncoder(text) for text in texts),
-        tokenizers=tuple(Tokenizer() if text.hidden_act == "quick_gelu" else Tokenizer(pad="!") for text in texts),
-        scheduler=SchedulerConfig(
-            sampler="euler" if xl else "ddim" if family == "sd2" else "pndm", prediction_type=prediction
+        unet=UNet(replace(tiny.unet, in_channels=9 if inpainting else 4)),
+        vae=AutoencoderKL(tiny.vae),
+        text_encoders=tuple(TextEncoder(config) for config in configs),
+        tokenizers=tuple(
+            Tokenizer() if config.hidden_act == "quick_gelu" else Tokenizer(pad="!") for config in configs
         ),
+        scheduler=SchedulerConfig(sampler=tiny.sampler, prediction_type="epsilon" if inpainting else tiny.prediction),
         sample_size=8,
         zeros_for_empty_prompt=family == "sdxl",
         aesthetic_score=family == "refiner",
@@ -99,19 +132,17 @@ def components(family: str, inpainting: bool = False) -> Components:
 
 def file_tensors(folder: Path, family: str) -> Tensors:
     """The tensors of a folder in the form of a single file."""
-    config = UNETS[family]
-    tensors = {
-        f"model.diffusion_model.{key}": value
-        for key, value in unet_tensors(load_file(folder / "unet/diffusion_pytorch_model.safetensors"), config).items()
-    }
+    tiny = FAMILIES[family]
+    unet = unet_tensors(load_file(folder / "unet/diffusion_pytorch_model.safetensors"), tiny.unet)
+    tensors = {f"model.diffusion_model.{key}": value for key, value in unet.items()}
     tensors |= {
         f"first_stage_model.{key}": value
         for key, value in vae_tensors(load_file(folder / "vae/diffusion_pytorch_model.safetensors"), 3).items()
     }
-    for name, prefix in TEXT_PREFIXES[family].items():
+    for name, prefix, config in tiny.texts:
         text = load_file(folder / name / "model.safetensors")
-        if prefix.endswith("model."):
-            text = openclip_tensors(text, complete=family == "sd2")
+        if config.hidden_act == "gelu":
+            text = openclip_tensors(text, complete=tiny.truncated)
         tensors |= {prefix + key: value.contiguous() for key, value in text.items()}
     return tensors
 

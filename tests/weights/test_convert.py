@@ -28,8 +28,6 @@ from tests.support.folders import edit_json
 from tests.support.sparse import write_zeros
 from tests.support.tiny import all_weights, assert_same
 
-FAMILIES = ["sd1", "sd2", "sdxl", "refiner", "sd1 inpainting"]
-
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
@@ -45,7 +43,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*original.FAMILIES, "sd1 inpainting"])
 def test_folder_to_file_and_back(originals: Any, family: str, tmp_path: Path) -> None:
     """The single file holds what the tests' own writer writes, and marker keys."""
     folder = originals.folder(family)

@@ -29,11 +29,11 @@ def facts(path: Path, capsys: Any, *flags: str) -> dict[str, list[str]]:
     return values
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "refiner", "sdxl inpainting"])
+@pytest.mark.parametrize("family", [*original.FAMILIES, "sdxl inpainting"])
 def test_families(originals: Any, family: str, capsys: Any) -> None:
     found = facts(originals.file(family), capsys)
     name, _, kind = family.partition(" ")
-    assert found["family"][0].startswith(f"{original.FAMILY_NAMES[name]} {kind}".strip() + " (")
+    assert found["family"][0].startswith(f"{original.FAMILIES[name].name} {kind}".strip() + " (")
     assert found["missing keys"] == found["extra keys"] == found["wrong shapes"] == ["none"]
     assert found["dtype"] == ["F32 100%"]
     assert found["EMA"] == ["no"] and found["autoencoder"] == ["in the file"]

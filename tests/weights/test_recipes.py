@@ -35,7 +35,7 @@ def add_row(monkeypatch: pytest.MonkeyPatch, row: FileLayout) -> None:
 def test_other_sizes_need_no_code(tmp_path: Path) -> None:
     """A model that differs from its family only in widths and depths, as a folder and as a file."""
     unet = replace(
-        original.UNETS["sd1"], block_out_channels=(32, 96), transformer_layers_per_block=(2, 1),
+        original.FAMILIES["sd1"].unet, block_out_channels=(32, 96), transformer_layers_per_block=(2, 1),
         mid_transformer_layers=1, num_attention_heads=(8, 8),
     )  # fmt: skip
     components = replace(original.components("sd1"), unet=UNet(unet))

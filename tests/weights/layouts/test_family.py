@@ -30,7 +30,6 @@ from fastsd.weights.layouts.names import sources, stored_form
 from fastsd.weights.layouts.single_file import read_file
 from tests.support import original
 
-FAMILIES = ["sd1", "sd2", "sdxl", "refiner"]
 FULL_SIZE = {
     "sd1": (SD15_UNET, SD_VAE, {"text_encoder": CLIP_L}),
     "sd2": (SD21_UNET, SD_VAE, {"text_encoder": OPENCLIP_H}),
@@ -44,15 +43,15 @@ def family_of(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None 
 
 
 @pytest.mark.parametrize("inpainting", [False, True], ids=["", "inpainting"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", original.FAMILIES)
 def test_families_of_tiny_files(originals: Any, family: str, inpainting: bool) -> None:
     kind = " inpainting" if inpainting else ""
     found = family_of(originals.tensors(family + kind))
-    assert found.name == original.FAMILY_NAMES[family] + kind
+    assert found.name == original.FAMILIES[family].name + kind
     assert found.unet.in_channels == (9 if inpainting else 4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", original.FAMILIES)
 def test_full_size_files_have_the_published_configs(family: str) -> None:
     """The shapes of the real models on the meta device, by the tests' own writer of original keys."""
     unet, vae, texts = FULL_SIZE[family]
@@ -61,9 +60,10 @@ def test_full_size_files_have_the_published_configs(family: str) -> None:
         tensors = {f"model.diffusion_model.{key}": value for key, value in tensors.items()}
         original_vae = original.vae_tensors(stored(AutoencoderKL(vae), False), 4)
         tensors |= {f"first_stage_model.{key}": value for key, value in original_vae.items()}
-        for name, prefix in original.TEXT_PREFIXES[family].items():
+        for name, prefix, config in original.FAMILIES[family].texts:
             text = stored(TextEncoder(texts[name]), False)
-            text = original.openclip_tensors(text, complete=family == "sd2") if prefix.endswith("model.") else text
+            if config.hidden_act == "gelu":
+                text = original.openclip_tensors(text, complete=original.FAMILIES[family].truncated)
             tensors |= {prefix + key: value for key, value in text.items()}
     found = family_of(tensors)
     assert found.unet == unet

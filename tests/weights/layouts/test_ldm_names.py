@@ -12,11 +12,10 @@ from fastsd.weights import load_folder, load_single_file
 from tests.support import original
 from tests.support.tiny import all_weights, assert_same
 
-FAMILIES = ["sd1", "sd2", "sdxl", "refiner"]
 FP32 = torch.float32
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *(f"{family} inpainting" for family in FAMILIES)])
+@pytest.mark.parametrize("family", original.WITH_INPAINTING)
 def test_a_file_loads_the_weights_and_configs_of_its_folder(originals: Any, family: str) -> None:
     prediction = "v_prediction" if family == "sd2" else None  # which the tests' files of SD 2 do not say
     file = load_single_file(originals.file(family), FP32, prediction=prediction)
@@ -40,11 +39,11 @@ def test_a_text_encoder_without_the_level_text_model(originals: Any) -> None:
     assert_same(all_weights(found), all_weights(load_single_file(originals.file("sd1"), FP32)))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", original.FAMILIES)
 def test_diffusers_reads_the_same_out_of_these_files(originals: Any, family: str) -> None:
     """The tests' own writer is right: diffusers' converters turn its files back into the folders' tensors."""
     theirs = pytest.importorskip("diffusers.loaders.single_file_utils")
-    config, tensors = original.UNETS[family], originals.tensors(family)
+    config, tensors = original.FAMILIES[family].unet, originals.tensors(family)
     levels = len(config.block_out_channels)
     unet_json = {
         "layers_per_block": config.layers_per_block,
@@ -59,7 +58,7 @@ def test_diffusers_reads_the_same_out_of_these_files(originals: Any, family: str
     vae_json = {"down_block_types": [""] * 3, "up_block_types": [""] * 3}
     found = theirs.convert_ldm_vae_checkpoint(dict(tensors), vae_json)
     assert_same(found, load_file(originals.folder(family) / "vae/diffusion_pytorch_model.safetensors"))
-    for name, prefix in original.TEXT_PREFIXES[family].items():
+    for name, prefix, _ in original.FAMILIES[family].texts:
         wanted = load_file(originals.folder(family) / name / "model.safetensors")
         if prefix.endswith("transformer."):
             found = theirs.convert_ldm_clip_checkpoint(dict(tensors), prefix)

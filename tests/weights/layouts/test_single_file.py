@@ -18,9 +18,9 @@ from fastsd.pipeline import Pipeline
 from fastsd.weights import load_folder, load_single_file
 from fastsd.weights.convert import convert
 from fastsd.weights.formats.safetensors_file import TensorEntry
+from tests.support import original
 from tests.support.tiny import all_weights, assert_same
 
-FAMILIES = ["sd1", "sd2", "sdxl", "refiner"]
 FP32 = torch.float32
 Tensors = dict[str, torch.Tensor]
 
@@ -29,7 +29,7 @@ def load(path: Path, **arguments: Any) -> Any:
     return load_single_file(path, FP32, **arguments)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *(f"{family} inpainting" for family in FAMILIES)])
+@pytest.mark.parametrize("family", original.WITH_INPAINTING)
 def test_a_file_gives_the_images_of_its_folder(originals: Any, family: str) -> None:
     """Text to image, image to image with the refiner, inpainting with nine channels."""
     arguments: dict[str, Any] = {"seed": 3, "num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
