@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from fastsd.components import Components
 from fastsd.config import CLIPConfig, SchedulerConfig, UNetConfig, VAEConfig
 from fastsd.model.clip import TextEncoder
-from fastsd.model.tokenizer import EOS, Tokenizer
+from fastsd.model.tokenizer import Tokenizer
 from fastsd.model.unet import UNet
 from fastsd.model.vae import AutoencoderKL
 
@@ -111,7 +111,6 @@ def components(family: str, inpainting: bool = False) -> Components:
     torch.manual_seed(sorted(FAMILIES).index(family))
     tiny = FAMILIES[family]
     configs = [config for _, _, config in tiny.texts]
-    pads = ["!" if config.hidden_act == "gelu" else EOS for config in configs]
     result = Components(
         unet=UNet(replace(tiny.unet, in_channels=9 if inpainting else 4)),
         vae=AutoencoderKL(tiny.vae),

@@ -27,7 +27,7 @@ def test_another_autoencoder_replaces_the_checkpoints(originals: Any) -> None:
         vae = load_checkpoint(checkpoint, FP32, vae=path).vae
         assert_same(dict(vae.state_dict()), {key: value + 1 for key, value in own.state_dict().items()})
         assert vae.config == own.config
-    with pytest.raises(FastsdError, match="no autoencoder in this file.*--vae"):
+    with pytest.raises(FastsdError, match="no autoencoder in this file.*vae"):
         load_checkpoint(bare, FP32)
 
 

@@ -28,7 +28,7 @@ def test_a_checkpoint_that_torch_saved(originals: Any, tmp_path: Path) -> None:
     torch.save(tensors, tmp_path / "flat.safetensors")  # a pickle whatever its name says
     expected = all_weights(load_single_file(originals.file("sd2"), torch.float32, prediction="epsilon"))
     for name in ("x.ckpt", "flat.safetensors"):
-        with pytest.raises(FastsdError, match="a pickle, which can hold programs.*--allow-pickle"):
+        with pytest.raises(FastsdError, match="a pickle, which can hold programs.*allow_pickle"):
             load_single_file(tmp_path / name, torch.float32, prediction="epsilon")
         found = load_single_file(tmp_path / name, torch.float32, prediction="epsilon", allow_pickle=True)
         assert_same(all_weights(found), expected)

@@ -39,7 +39,7 @@ CASES: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "an image of one channel": (changed(**{CONV_IN: torch.ones(8, 1, 3, 3)}), r"conv_in.weight is \[8, 1, 3, 3\]"),
     "a hint that is a vector": (changed(**{CONV_IN: torch.ones(8)}), "not layers that shrink an image"),
     "no tensors": (lambda _: {}, "it holds no tensors"),
-    "a LoRA": (lambda _: {"lora_unet_x.lora_down.weight": torch.ones(2, 2)}, "a LoRA, which --lora takes"),
+    "a LoRA": (lambda _: {"lora_unet_x.lora_down.weight": torch.ones(2, 2)}, "a LoRA, which lora takes"),
     "a Control-LoRA": (changed(**{CONV_IN: None, "lora_controlnet": torch.ones(1)}), "a Control-LoRA"),
     "a checkpoint": (lambda _: {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(2)}, "a whole checkpoint"),
     "another family's": (

@@ -113,7 +113,7 @@ def test_the_prediction_type_in_the_metadata(originals: Any) -> None:
 
 def test_sd2_without_a_prediction_type_is_refused(originals: Any) -> None:
     """Published SD 2 models predict either epsilon or v; the wrong choice generates noise."""
-    with pytest.raises(FastsdError, match="it is SD 2 and does not say what it predicts; add --prediction"):
+    with pytest.raises(FastsdError, match="it is SD 2 and does not say what it predicts; add prediction"):
         load_single_file(originals.file("sd2"), torch.float32)
     inpainting = load_single_file(originals.file("sd2 inpainting"), torch.float32)
     assert inpainting.scheduler.prediction_type == "epsilon"

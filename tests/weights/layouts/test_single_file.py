@@ -78,7 +78,7 @@ def test_averaged_weights(originals: Any, tmp_path: Path) -> None:
     assert_same(all_weights(load_single_file(path, FP32, ema=True)), expected)
     convert(path, tmp_path / "alone.safetensors", ema=True)
     assert_same(all_weights(load(tmp_path / "alone.safetensors")), expected)
-    with pytest.raises(FastsdError, match=r"no averaged weights \(model_ema\.\*\) in this file; leave out --ema"):
+    with pytest.raises(FastsdError, match=r"no averaged weights \(model_ema\.\*\) in this file; leave out ema"):
         load_single_file(originals.file("sd1"), FP32, ema=True)
     incomplete = {key: value for key, value in with_averages(tensors).items() if not key.endswith("out2weight")}
     with pytest.raises(FastsdError, match=r"the key model_ema\.diffusion_modelout2weight is missing"):
