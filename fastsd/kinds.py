@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import numbers
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastsd.errors import FastsdError, about
@@ -105,11 +106,12 @@ class Text(Kind):
 
 @dataclass(frozen=True)
 class Name(Kind):
-    """A name, resolved where its table is; one that a regular expression describes is checked at once."""
+    """A name out of a table, which the table's own function resolves; or one that a regular expression describes."""
 
     metavar: str = "NAME"
     pattern: str = ""
     expected: str = ""
+    names: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self, value: Any) -> str:
         if not isinstance(value, str) or (self.pattern and not re.fullmatch(self.pattern, value)):
@@ -176,7 +178,8 @@ class Parameter:
     Attributes:
         name: the argument in Python, and the key in an image's metadata.
         kind: the values that it takes.
-        help: one line, for the command line and the reference. `{name}` in it stands for another parameter.
+        help: one line, for the command line and the reference. `{name}` in it stands for another parameter. Empty: the
+            names of the kind.
         default: where none is given; None: the checkpoint's own, or none.
         flags: on the command line, the main one first; none: Python alone takes it.
         group: its heading in --help.
@@ -209,6 +212,11 @@ class Parameter:
     def flag(self) -> str:
         """The flag that messages use, or the name where there is none."""
         return next((flag for flag in self.flags if flag.startswith("--")), self.name)
+
+    @property
+    def text(self) -> str:
+        """The help."""
+        return self.help or " ".join(getattr(self.kind, "names", ()))
 
     @property
     def is_repeated(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 from fastsd.errors import FastsdError
 from fastsd.kinds import MAX_SEED, Choice, Constant, File, Name, Number, Parameter, Switch, Text, Value, Whole
+from fastsd.sampling.names import SAMPLERS, SCHEDULES
 
 MAX_IMAGES = 1000
 MAX_STEPS = 1000
@@ -41,15 +42,8 @@ ROWS: tuple[Parameter, ...] = (
         label="Steps",
         few_step=True,
     ),
-    Parameter(
-        "sampler",
-        Name(),
-        "ddpm ddim pndm euler euler_a heun dpm++2m dpm++2m_sde dpm++sde dpm++2s unipc lms lcm euler_maruyama",
-        ("--sampler", "--sampling-method"),
-        HOW,
-        few_step=True,
-    ),
-    Parameter("schedule", Name(), "default karras exponential sgm_uniform", ("--schedule",), HOW, few_step=True),
+    Parameter("sampler", Name(names=SAMPLERS), "", ("--sampler", "--sampling-method"), HOW, few_step=True),
+    Parameter("schedule", Name(names=SCHEDULES), "", ("--schedule",), HOW, few_step=True),
     Parameter(
         "guidance_scale",
         Number(low=0, high=100),
@@ -316,7 +310,7 @@ def describe(of: str) -> str:
         if row.of != of or row.name == "model":
             continue
         default = "" if row.default in (None, "", ()) else f" (default: {row.default})"
-        lines.append(f"            {row.name}: {row.help.replace('{', '`').replace('}', '`')}{default}")
+        lines.append(f"            {row.name}: {row.text.replace('{', '`').replace('}', '`')}{default}")
     return "\n".join(lines) + "\n        "
 
 

@@ -150,7 +150,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def help_text(row: Parameter) -> str:
     """One line of --help, with range and default where the row's own text does not say them."""
-    text = re.sub(r"\{(\w+)\}", lambda found: flag_of(found[1]), row.help)
+    text = re.sub(r"\{(\w+)\}", lambda found: flag_of(found[1]), row.text)
     if "(default" in text or isinstance(row.kind, Constant):
         return text
     details = ["0 to 1"] if row.kind is SHARE else []

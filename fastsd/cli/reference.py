@@ -34,7 +34,7 @@ def reference() -> str:
 def _line(row: Parameter) -> str:
     name = "`path`" if row.name == "model" else f"`{row.name}`" if row.of != "cli" else ""
     default = "" if row.default in (None, "", ()) or row.of == "cli" else f"`{row.default}`"
-    text = re.sub(r"\{(\w+)\}", lambda found: f"`{found[1]}`", row.help)
+    text = re.sub(r"\{(\w+)\}", lambda found: f"`{found[1]}`", row.text)
     if row.needs is not None:
         text += f"; needs `{row.needs[0]}`"
     if row.excludes is not None:

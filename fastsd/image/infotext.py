@@ -20,28 +20,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastsd.parameters import MAX_STEPS, PARAMETERS
+from fastsd.sampling.names import SAMPLERS, SCHEDULES
 
-# Our name of a sampler and A1111's. "DPM++ 2S", "DDPM" and "Euler Maruyama" are ours; A1111 has no such samplers.
-SAMPLERS = {
-    "ddpm": "DDPM",
-    "ddim": "DDIM",
-    "pndm": "PLMS",
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "heun": "Heun",
-    "dpm++2m": "DPM++ 2M",
-    "dpm++2m_sde": "DPM++ 2M SDE",
-    "dpm++sde": "DPM++ SDE",
-    "dpm++2s": "DPM++ 2S",
-    "unipc": "UniPC",
-    "lms": "LMS",
-    "lcm": "LCM",
-    "euler_maruyama": "Euler Maruyama",
-}
-# "Uniform" is written out: A1111 takes a missing schedule for the sampler's favourite, Karras for DPM++ 2M.
-SCHEDULES = {"default": "Uniform", "karras": "Karras", "exponential": "Exponential", "sgm_uniform": "SGM Uniform"}
 UPSCALERS = {"latent": "Latent", "lanczos": "Lanczos"}
-WITHOUT_SCHEDULE = ("ddpm", "ddim", "pndm", "lcm", "euler_maruyama")
 # Keys of A1111 that change nothing here, or that say what is known anyway.
 HARMLESS = (
     "Model hash",
@@ -78,10 +59,14 @@ def write_parameters(settings: Mapping[str, Any]) -> str:
 
 
 def _write_schedule(settings: Mapping[str, Any]) -> dict[str, Any]:
-    schedule = settings.get("schedule")
-    if schedule is None or settings.get("sampler") in WITHOUT_SCHEDULE:
+    schedule, sampler = settings.get("schedule"), SAMPLERS.get(str(settings.get("sampler")))
+    if schedule is None or (sampler is not None and not sampler.schedules):
         return {}
     return {"Schedule type": SCHEDULES.get(schedule, schedule)}
+
+
+def _sampler_labels() -> dict[str, str]:
+    return {name: sampler.label for name, sampler in SAMPLERS.items()}
 
 
 def _write_size(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +76,9 @@ def _write_size(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 # Parameters whose value is not one pair of A1111's text, by what they write.
 _WRITERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
-    "sampler": lambda settings: {"Sampler": SAMPLERS.get(str(settings.get("sampler")), settings.get("sampler"))},
+    "sampler": lambda settings: {
+        "Sampler": _sampler_labels().get(str(settings.get("sampler")), settings.get("sampler"))
+    },
     "schedule": _write_schedule,
     "width": _write_size,
     "model": lambda settings: {"Model hash": settings.get("model_hash"), "Model": settings.get("model")},
@@ -168,7 +155,7 @@ def _understand(key: str, value: str, pairs: Mapping[str, str]) -> dict[str, Any
             case "Denoising strength":
                 return {"strength": _finite(value)}
             case "Sampler":
-                return {"sampler": _by_label(SAMPLERS, value)}
+                return {"sampler": _by_label(_sampler_labels(), value)}
             case "Schedule type":
                 return {"schedule": "default" if value == "Automatic" else _by_label(SCHEDULES, value)}
             case "Size":

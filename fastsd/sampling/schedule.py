@@ -19,8 +19,6 @@ from fastsd.errors import FastsdError
 
 Float64 = NDArray[np.float64]
 
-SCHEDULES = ("default", "karras", "exponential", "sgm_uniform")
-
 
 def betas(config: SchedulerConfig) -> Float64:
     """Variance that each training timestep adds, `[T]`.
@@ -61,7 +59,7 @@ class Schedule:
     """What a sampler builds its table from: the training schedule and what the user asked for.
 
     config: the checkpoint's noise schedule. num_inference_steps: the user's steps, N. start: the first of them that
-    runs (0 except in image-to-image). schedule: one of `SCHEDULES`. eta: DDIM's share of fresh noise.
+    runs (0 except in image-to-image). schedule: a name in `fastsd.sampling.names`. eta: DDIM's share of fresh noise.
     """
 
     config: SchedulerConfig

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastsd.cli import flags
 from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
+from fastsd.image import infotext
 from fastsd.sampling import advance
-from fastsd.sampling.samplers import COLUMNS, FIXED_SCHEDULE, SAMPLERS, SCHEDULES, build, resolve
+from fastsd.sampling.karras import euler
+from fastsd.sampling.names import Sampler
+from fastsd.sampling.samplers import COLUMNS, SAMPLERS, SCHEDULES, build, resolve
 
 CONFIG = SchedulerConfig()
 
@@ -53,12 +59,9 @@ def test_names_resolve_to_themselves_and_the_argument_wins_over_the_suffix() -> 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sampler": "eulr"}, "sampler: 'eulr' is unknown; did you mean euler"),
-        ({"sampler": "dpm++2n"}, "did you mean .*dpm[+][+]2m or"),
-        ({"sampler": "?"}, "sampler: .* fastsd knows ddpm, ddim"),
+        ({"sampler": "eulr"}, "sampler: 'eulr' is unknown; fastsd knows ddpm, ddim"),
         ({"sampler": "euler", "schedule": "karass"}, "schedule: 'karass' is unknown; .*karras"),
         ({"sampler": "ddim", "schedule": "karras"}, "schedule: ddim has no karras schedule; use default"),
-        ({"sampler": "ddim karras"}, "schedule: ddim has no karras schedule"),
         ({"num_inference_steps": 0}, "num_inference_steps: takes 1 to 1000, not 0"),
         ({"num_inference_steps": 1001}, "num_inference_steps: takes 1 to 1000, not 1001"),
         ({"sampler": "lcm", "num_inference_steps": 51}, "num_inference_steps: lcm takes 1 to 50, not 51"),
@@ -100,7 +103,7 @@ def test_an_unknown_config_value_is_named(sampler: str, field: str) -> None:
 @given(
     sampler=st.sampled_from(sorted(SAMPLERS)),
     steps=st.integers(1, 50),
-    schedule=st.sampled_from(SCHEDULES),
+    schedule=st.sampled_from(sorted(SCHEDULES)),
     spacing=st.sampled_from(["leading", "trailing", "linspace"]),
     prediction=st.sampled_from(["epsilon", "v_prediction", "sample"]),
     data=st.data(),
@@ -109,7 +112,7 @@ def test_every_table_is_well_formed(
     sampler: str, steps: int, schedule: str, spacing: str, prediction: str, data: st.DataObject
 ) -> None:
     start = data.draw(st.integers(0, steps - 1))
-    schedule = "default" if sampler in FIXED_SCHEDULE else schedule
+    schedule = schedule if SAMPLERS[sampler].schedules else "default"
     config = replace(CONFIG, timestep_spacing=spacing, prediction_type=prediction)
     table = build(sampler, steps, config, schedule=schedule, start=start)
     count = len(table)
@@ -137,3 +140,30 @@ def test_a_perfect_network_gives_the_image_back(sampler: str) -> None:
     # LCM keeps c_skip (6e-8) of x; Euler-Maruyama's last row x' = (1 + B / 2 - B / (1 - A)) x + ... is not exact.
     tolerance = {"lcm": 1e-6, "euler_maruyama": 2e-3}.get(sampler, 1e-10)
     assert (state.x - image).abs().max() < tolerance * 4
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("eulr",), "sampler: 'eulr' is unknown; did you mean euler"),
+        (("dpm++2n",), "did you mean .*dpm[+][+]2m or"),
+        (("?",), "sampler: .* fastsd knows ddpm, ddim"),
+        (("euler", "karass"), "schedule: 'karass' is unknown; .*karras"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_nearest(names: tuple[str, ...], message: str) -> None:
+    with pytest.raises(FastsdError, match=message):
+        resolve(*names)
+
+
+def test_one_row_is_a_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe of docs/architecture.md: a function and a row."""
+    module = types.ModuleType("fastsd.sampling.leap")
+    module.leap = euler  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fastsd.sampling.leap", module)
+    monkeypatch.setitem(SAMPLERS, "leap", Sampler("leap", "leap:leap", "Leap frog", ("jump",)))
+    assert resolve("Leap Karras") == ("leap", "karras") and resolve("k_jump")[0] == "leap"
+    assert np.array_equal(build("leap", 5, CONFIG).rows, build("euler", 5, CONFIG).rows)
+    text = infotext.write_parameters({"prompt": "x", "sampler": "leap", "num_inference_steps": 5, "seed": 1})
+    assert "Sampler: Leap frog" in text and infotext.parse_parameters(text)[0]["sampler"] == "leap"
+    assert " leap" in flags.make_parser({}).format_help()
