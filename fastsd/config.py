@@ -101,12 +101,12 @@ SDXL_REFINER_UNET = replace(
 
 @dataclass(frozen=True)
 class ControlNetConfig:
-    """A ControlNet (Zhang et al. 2023): a copy of a UNet's contracting path that also reads a picture.
+    """A ControlNet (Zhang et al. 2023): a copy of a UNet's contracting path that also reads an image.
 
     Attributes:
         unet: of the path; it reads the latent alone, whatever the UNet that it steers reads beside.
-        hint_channels: widths of the layers that shrink the picture to the latent's size, one halving between two.
-        bgr: the picture's channels are read as blue, green, red.
+        hint_channels: widths of the layers that shrink the image to the latent's size, one halving between two.
+        bgr: the image's channels are read as blue, green, red.
     """
 
     unet: UNetConfig
@@ -147,7 +147,7 @@ class TAESDConfig:
     out_channels: int = 3
     latent_channels: int = 4
     block_out_channels: tuple[int, ...] = (64, 64, 64, 64)  # all the same, as nothing in the network changes them
-    num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)  # by level, from the picture down
+    num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)  # by level, from the image down
     num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)  # by level, from the latent up
     scaling_factor: float = 1.0  # its latents are those that the diffusion model sees
     force_upcast: bool = False

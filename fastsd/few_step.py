@@ -1,6 +1,6 @@
 """Models distilled to draw in a few steps: what each kind wants by default, as data with its sources.
 
-Such a model gives a poor picture with the usual settings: guidance is trained into it, and its few timesteps must
+Such a model gives poor images with the usual settings: guidance is trained into it, and its few timesteps must
 start at the last of training ("trailing"), where there is nothing but noise. Whatever a caller asks for comes first.
 """
 

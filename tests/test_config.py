@@ -187,7 +187,7 @@ SHARED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "pre
 
 @pytest.mark.parametrize("name", configs.SAMPLER_OF_CLASS)
 def test_what_a_scheduler_file_lacks_is_what_diffusers_takes(name: str, tmp_path: Path) -> None:
-    """Old folders name a class and little else; their pictures come from that class's defaults."""
+    """Old folders name a class and little else; their images come from that class's defaults."""
     import inspect
 
     import diffusers

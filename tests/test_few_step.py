@@ -101,7 +101,7 @@ def test_whose_settings_win() -> None:
         Pipeline.from_pretrained(few_step="fast")
 
 
-def test_a_turbo_model_draws_at_the_size_that_it_was_trained_at() -> None:
+def test_a_turbo_model_generates_at_the_size_that_it_was_trained_at() -> None:
     components = replace(original.components("sd1"), sample_size=256)
     side = 256 * components.vae.config.downscale
     for asked, wanted in ((None, side), ("lightning", side), ("turbo", 512)):
@@ -110,15 +110,15 @@ def test_a_turbo_model_draws_at_the_size_that_it_was_trained_at() -> None:
         assert settings["width"] == settings["height"] == wanted
 
 
-def test_from_a_picture_at_least_one_step_runs() -> None:
+def test_from_an_image_at_least_one_step_runs() -> None:
     assert [steps_from_image(1, strength) for strength in (1.0, 0.8, 0.5, 0.3)] == [1, 2, 2, 4]
     assert steps_from_image(4, 0.5) == 4 and steps_from_image(1, "much") == 1 and steps_from_image(1, 0) == 1
     for strength in (0.8, 0.5, 0.3, 0.01):
         assert int(steps_from_image(1, strength) * strength) >= 1
     pipe = Pipeline(original.components("sd1"), torch.device("cpu"), torch.float32, few_step="turbo")
-    picture = Image.new("RGB", (64, 64), "red")
-    result = pipe("x", image=picture, strength=0.4, seed=0)
-    assert result.parameters["num_inference_steps"] == 3 and result.images[0].tobytes() != picture.tobytes()
+    photo = Image.new("RGB", (64, 64), "red")
+    result = pipe("x", image=photo, strength=0.4, seed=0)
+    assert result.parameters["num_inference_steps"] == 3 and result.images[0].tobytes() != photo.tobytes()
 
 
 @pytest.fixture

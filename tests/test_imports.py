@@ -42,7 +42,7 @@ ALLOWED = {
     ("evaluate", "train"),
     ("tune", "verify"),
 }
-# `fastsd` itself hands these out, on demand; only the rooms that use the pipeline may import `fastsd` itself.
+# `fastsd` itself hands these out, on demand; only the modules that use the pipeline may import `fastsd` itself.
 FACE = {"errors", "generate", "pipeline", "weights"}
 
 
@@ -104,7 +104,7 @@ def test_every_room_has_a_rank() -> None:
 @pytest.mark.parametrize(("module", "file"), sources(), ids=[module for module, _ in sources()])
 def test_imports_run_one_way(module: str, file: Path) -> None:
     edges = bad_edges(file.read_text(encoding="utf-8"), module, is_package=file.name == "__init__.py")
-    assert not edges, "against the order of the rooms: " + "; ".join(edges)
+    assert not edges, "against the order of the modules: " + "; ".join(edges)
 
 
 def test_modules_import_one_another_in_no_circle() -> None:

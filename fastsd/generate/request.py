@@ -65,7 +65,7 @@ class Pass:
     strength: float
     vae_tiling: bool
     guided: bool
-    workload: memory.Picture
+    workload: memory.Workload
     controls: tuple[Control, ...]
     image: Image.Image | None = None
     mask: InpaintMask | None = None
@@ -228,8 +228,8 @@ def _first_pass(
         latents = fit_latents(latents, shape)
     weight = components.unet.conv_in.weight
     tiled = width * height > TILED_FROM if settings.vae_tiling is None else settings.vae_tiling
-    workload = memory.Picture(components.unet.config, config, width, height, settings.batch_size, weight.dtype, tiled)
-    memory.check_picture(workload, weight.device)
+    workload = memory.Workload(components.unet.config, config, width, height, settings.batch_size, weight.dtype, tiled)
+    memory.check_workload(workload, weight.device)
     strength = 1.0 if images.image is None else settings.strength
     table = make_table(settings, components.scheduler, settings.num_inference_steps, strength)
     return Pass(
@@ -269,7 +269,7 @@ def _second_pass(components: Components, first: Pass, prompts: Sequence[str], ne
         )
     tiled = first.vae_tiling or width * height > TILED_FROM
     workload = replace(first.workload, width=width, height=height, tiled=tiled)
-    memory.check_picture(workload, weight.device)
+    memory.check_workload(workload, weight.device)
     table = make_table(settings, components.scheduler, steps, strength)
     return replace(
         first,

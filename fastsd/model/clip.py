@@ -14,14 +14,14 @@ from fastsd.model.layers import LayerNorm, Linear
 
 
 class TextOutput(NamedTuple):
-    """What the encoder gives: token features `[B, L, hidden]`, and the whole text as one vector `[B, P or hidden]`."""
+    """The encoder's output: token features `[B, L, hidden]`, and the whole text as one vector `[B, P or hidden]`."""
 
     hidden: torch.Tensor
     pooled: torch.Tensor
 
 
 class Insertion(NamedTuple):
-    """Vectors `[n, hidden]` that stand in for the token embeddings of one text from position `start` on."""
+    """Vectors `[n, hidden]` that replace the token embeddings of one text from position `start` on."""
 
     row: int
     start: int
@@ -33,8 +33,8 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
-        self.token_embedding = Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_embedding = TokenTable(config.vocab_size, config.hidden_size)
+        self.position_embedding = TokenTable(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, input_ids: torch.Tensor, insertions: Sequence[Insertion] = ()) -> torch.Tensor:
         tokens = self.token_embedding.weight[input_ids]
@@ -43,7 +43,7 @@ class Embeddings(nn.Module):
         return tokens + self.position_embedding.weight[: input_ids.shape[1]]
 
 
-class Embedding(nn.Module):
+class TokenTable(nn.Module):
     """A table of vectors, initialised as in CLIP (normal, 0.02)."""
 
     def __init__(self, count: int, channels: int):
@@ -54,7 +54,7 @@ class Embedding(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and what came before."""
+    """Multi-head attention in which a token sees itself and earlier tokens."""
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
@@ -67,7 +67,7 @@ class CausalAttention(nn.Module):
         return self.out_proj(flash_attn(q, k, v, causal=True), residual=residual)
 
 
-class MLP(nn.Module):
+class FeedForwardMLP(nn.Module):
     """The feed-forward of a layer."""
 
     def __init__(self, channels: int, inner: int, activation: str):
@@ -87,7 +87,7 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.self_attn = CausalAttention(config.hidden_size, config.num_attention_heads)
         self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_act)
+        self.mlp = FeedForwardMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
         self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -95,7 +95,7 @@ class EncoderLayer(nn.Module):
         return self.mlp(self.layer_norm2(x), residual=x)
 
 
-class Encoder(nn.Module):
+class EncoderLayers(nn.Module):
     """The stack of layers."""
 
     def __init__(self, config: CLIPConfig):
@@ -109,7 +109,7 @@ class TextModel(nn.Module):
     def __init__(self, config: CLIPConfig):
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config)
+        self.encoder = EncoderLayers(config)
         self.final_layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
 

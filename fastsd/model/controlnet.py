@@ -1,8 +1,8 @@
-"""ControlNet: a picture that says where things are (Zhang et al. 2023).
+"""ControlNet: an image that controls the layout of the result (Zhang et al. 2023).
 
-A copy of the UNet's contracting path reads the latent and a picture - edges, depths, a pose - and what it finds at each
+A copy of the UNet's contracting path reads the latent and an image - edges, depths, a pose. Its output at each
 resolution is added to the UNet's skip connections. What does not depend on the latent is computed outside the loop, as
-for the UNet; that includes the picture's layers.
+for the UNet; that includes the layers on the image.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastsd.model.unet import ContractingPath
 
 
 class HintEncoder(nn.Module):
-    """From a picture to a map of the latent's size and the path's width: 3 x 3 convolutions with SiLU between them."""
+    """An image to a map of the latent's size and the path's width: 3 x 3 convolutions with SiLU between them."""
 
     def __init__(self, hint_channels: tuple[int, ...], out_channels: int):
         super().__init__()
@@ -27,29 +27,29 @@ class HintEncoder(nn.Module):
             self.blocks += [Conv2d(width, width), Conv2d(width, wider, stride=2)]
         self.conv_out = Conv2d(hint_channels[-1], out_channels)
 
-    def forward(self, picture: torch.Tensor) -> torch.Tensor:
-        x = activate(self.conv_in(picture), "silu")
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = activate(self.conv_in(image), "silu")
         for block in self.blocks:
             x = activate(block(x), "silu")
         return self.conv_out(x)
 
 
 class ControlNet(ContractingPath):
-    """Says what to add to a UNet's skip connections, from the UNet's inputs and a picture."""
+    """Computes what is added to a UNet's skip connections, from the UNet's inputs and an image."""
 
     def __init__(self, config: ControlNetConfig):
         super().__init__(config.unet)
         self.bgr = config.bgr
-        self.downscale = 2 ** (len(config.hint_channels) - 1)  # from the picture to the latent
+        self.downscale = 2 ** (len(config.hint_channels) - 1)  # from the image to the latent
         self.controlnet_cond_embedding = HintEncoder(config.hint_channels, config.unet.block_out_channels[0])
         self.controlnet_down_blocks = nn.ModuleList([Linear(width, width) for width in self.skip_channels])
         lowest = config.unet.block_out_channels[-1]
         self.controlnet_mid_block = Linear(lowest, lowest)
         self._project_times()
 
-    def embed_hint(self, picture: torch.Tensor) -> torch.Tensor:
+    def embed_hint(self, image: torch.Tensor) -> torch.Tensor:
         """`[B, H, W, 3]` in [0, 1], red first, to the map `[B, h, w, C]` that `denoise` takes."""
-        return self.controlnet_cond_embedding(picture.flip(-1) if self.bgr else picture)
+        return self.controlnet_cond_embedding(image.flip(-1) if self.bgr else image)
 
     def denoise(
         self,
@@ -59,20 +59,20 @@ class ControlNet(ContractingPath):
         hint: torch.Tensor,
         weight: torch.Tensor,
     ) -> list[torch.Tensor]:
-        """What to add, for one step.
+        """The maps to add, for one step.
 
         Args:
             x: the noisy latent that the UNet reads, `[B, h, w, 4]`.
             time: `[B or 1, ...]` from this network's `embed_time`.
             key_values: from this network's `project_context`.
             hint: `[B or 1, h, w, C]` from `embed_hint`.
-            weight: `[1]`, multiplies everything that is added.
+            weight: `[1]`, multiplies all maps.
 
         Returns:
-            A map for each of the UNet's skip connections and, last, one for its lowest map.
+            A map for each of the UNet's skip connections and, last, one for its middle block.
         """
         times = iter(time.split(self.time_sizes, dim=-1))
         skips, lowest = self.contract(self.conv_in(x) + hint, times, iter(key_values))
         added = [layer(skip) for layer, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
         weight = weight.to(x.dtype)
-        return [weight * one for one in (*added, self.controlnet_mid_block(lowest))]
+        return [weight * x for x in (*added, self.controlnet_mid_block(lowest))]

@@ -1,7 +1,7 @@
 """The tiny autoencoder TAESD (Ollin Boer Bohan, github.com/madebyollin/taesd): convolutions and ReLU, no norms.
 
-It was distilled from Stable Diffusion's autoencoder, of which it has the latents as the diffusion model sees them:
-scaled, so that its own factor is 1. Inside, a picture is in [0, 1].
+It was distilled from Stable Diffusion's autoencoder. Its latents are those that the diffusion model sees, already
+scaled, so its own factor is 1. Inside, an image is in [0, 1].
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from fastsd.kernels.upsample2x import upsample2x_conv
 from fastsd.model.layers import Conv2d
 from fastsd.model.vae import AutoencoderKL, Gaussian
 
-# A logarithm of a variance whose standard deviation, exp(-500), is 0 in fp32; and a number in every dtype.
-CERTAIN = -1000.0
-DECODES_ONLY = "the autoencoder is TAESD's decoder alone; put the file of its encoder beside the decoder's"
-LATENT_BOUND = 3.0  # the decoder lets nothing larger in
+# A log variance whose standard deviation, exp(-500), is 0 in fp32, and which is finite in every dtype.
+NO_VARIANCE = -1000.0
+DECODES_ONLY = "the autoencoder is TAESD's decoder alone; put the encoder's file beside the decoder's"
+LATENT_BOUND = 3.0  # the decoder squashes latents to this
 
 
-class Block(nn.Module):
+class TAESDBlock(nn.Module):
     """Three convolutions with ReLU, and a shortcut."""
 
     def __init__(self, channels: int):
@@ -34,15 +34,15 @@ class Block(nn.Module):
         return self.conv["4"](h, residual=x, relu=True)
 
 
-class Doubling(Conv2d):
+class DoublingConv(Conv2d):
     """Double a map by nearest neighbour, then convolve it."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # nothing is ever added to it
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # it takes no residual
         return upsample2x_conv(x, self.weight, self.bias)
 
 
-class Encoder(nn.Module):
-    """Picture `[B, H, W, 3]` in [-1, 1] to its scaled latent `[B, H/f, W/f, latent_channels]`."""
+class TAESDEncoder(nn.Module):
+    """Image `[B, H, W, 3]` in [-1, 1] to its scaled latent `[B, H/f, W/f, latent_channels]`."""
 
     def __init__(self, config: TAESDConfig):
         super().__init__()
@@ -51,7 +51,7 @@ class Encoder(nn.Module):
         for level, blocks in enumerate(config.num_encoder_blocks):
             halving = Conv2d(width, width, stride=2, bias=False)
             layers.append(Conv2d(config.in_channels, width) if level == 0 else halving)
-            layers += [Block(width) for _ in range(blocks)]
+            layers += [TAESDBlock(width) for _ in range(blocks)]
         self.layers = nn.ModuleList([*layers, Conv2d(width, config.latent_channels)])
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
@@ -61,21 +61,21 @@ class Encoder(nn.Module):
         return x
 
 
-class Decoder(nn.Module):
-    """Scaled latent `[B, h, w, latent_channels]` to picture `[B, h * f, w * f, 3]`, about [-1, 1]."""
+class TAESDDecoder(nn.Module):
+    """Scaled latent `[B, h, w, latent_channels]` to image `[B, h * f, w * f, 3]`, about [-1, 1]."""
 
     def __init__(self, config: TAESDConfig):
         super().__init__()
         width, last = config.block_out_channels[0], len(config.num_decoder_blocks) - 1
-        # The numbers are a checkpoint's, which counts the ReLU after the first convolution, and each doubling.
+        # The numbers are those of checkpoints, which count the ReLU after the first convolution, and each upsampling.
         self.layers = nn.ModuleDict({"0": Conv2d(config.latent_channels, width)})
         number = 2
         for level, blocks in enumerate(config.num_decoder_blocks):
             for _ in range(blocks):
-                self.layers[str(number)] = Block(width)
+                self.layers[str(number)] = TAESDBlock(width)
                 number += 1
             if level < last:
-                self.layers[str(number + 1)] = Doubling(width, width, bias=False)
+                self.layers[str(number + 1)] = DoublingConv(width, width, bias=False)
             else:
                 self.layers[str(number)] = Conv2d(width, config.out_channels)
             number += 2
@@ -99,8 +99,8 @@ class TAESD(nn.Module):
     def __init__(self, config: TAESDConfig, encodes: bool = True):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config) if encodes else None
-        self.decoder = Decoder(config)
+        self.encoder = TAESDEncoder(config) if encodes else None
+        self.decoder = TAESDDecoder(config)
 
     def encode(self, image: torch.Tensor) -> Gaussian:
         """`[B, H, W, 3]` in [-1, 1], H and W multiples of `config.downscale`, to its latent, which has no variance.
@@ -111,7 +111,7 @@ class TAESD(nn.Module):
         if self.encoder is None:
             raise FastsdError(DECODES_ONLY)
         mean = self.encoder(image)
-        return Gaussian(mean, torch.full_like(mean, CERTAIN))
+        return Gaussian(mean, torch.full_like(mean, NO_VARIANCE))
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
         """`[B, h, w, latent_channels]` to `[B, H, W, 3]`, about [-1, 1], not clipped."""

@@ -1,4 +1,4 @@
-"""The autoencoder in overlapping tiles, for pictures whose maps do not fit in memory at once."""
+"""The autoencoder in overlapping tiles, for images whose maps do not fit in memory at once."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ OVERLAP = 16  # latent pixels shared by neighbours, over which they are cross-fa
 def decode_tiled(vae: Autoencoder, latent: torch.Tensor, tile: int = TILE, overlap: int = OVERLAP) -> torch.Tensor:
     """`vae.decode` of `[B, h, w, C]` in tiles of at most `tile` latent pixels.
 
-    Normalisation statistics are those of a tile, so the result differs a little from an untiled one (TAESD, which has
-    none, only near a tile's edge); the cross-fade keeps neighbours from showing an edge.
+    Norms use a tile's statistics, so the result differs a little from an untiled one (with TAESD, which has no norms,
+    only near a tile's edge). The cross-fade hides the edges between neighbours.
     """
     return _in_tiles(vae.decode, latent, tile, overlap, scale_up=vae.config.downscale, scale_down=1)
 
@@ -41,7 +41,7 @@ def _in_tiles(
     scale_up: int,
     scale_down: int,
 ) -> torch.Tensor:
-    """Average of `run` over tiles, each weighted by a ramp that falls towards its inner edges.
+    """The average of `run` over tiles, each weighted by a ramp that falls towards its inner edges.
 
     `tile` and `overlap` count latent pixels; a latent pixel is `scale_down` pixels of `x` and `scale_up` of the result.
     """
@@ -66,7 +66,7 @@ def _in_tiles(
 
 
 def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
-    """Cover `range(length)` by spans of `tile` that share at least `overlap`; the last one ends at `length`."""
+    """Spans of `tile` that cover `range(length)` and share at least `overlap`; the last ends at `length`."""
     if length <= tile:
         return [(0, length)]
     starts = [*range(0, length - tile, tile - overlap), length - tile]
@@ -76,8 +76,8 @@ def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
 def _ramp(length: int, rise: int, fall: int, device: torch.device) -> torch.Tensor:
     """Weights that climb from near 0 over the first `rise` and descend over the last `fall` entries.
 
-    The climb is 3 t^2 - 2 t^3: next to a tile's edge, where it lacks its surroundings and is wrong most, weights are of
-    second order.
+    The rise is 3 t^2 - 2 t^3. Near a tile's edge, where the result lacks its surroundings and is least accurate, the
+    weights are of second order.
     """
     position = torch.arange(length, device=device, dtype=torch.float32) + 0.5
     weight = torch.ones_like(position)

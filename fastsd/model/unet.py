@@ -1,7 +1,7 @@
 """The denoising UNet (Rombach et al. 2022; SDXL: Podell et al. 2023).
 
-What depends on neither the latent nor the step's result is computed outside the denoising loop: `project_context`
-once per prompt, `embed_time` once per run for all steps. `denoise` is what remains of a step.
+What does not depend on the latent is computed outside the denoising loop: `project_context` once per prompt,
+`embed_time` once per pass for all steps. `denoise` is what remains of a step.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from fastsd.model.layers import (
     timestep_embedding,
 )
 
-# What was computed outside the loop, in order of use: one entry for each block that takes one.
+# Computed outside the loop, in order of use: one entry for each block that takes one.
 Embeddings = Iterator[torch.Tensor]
 
 
 @dataclass(frozen=True)
 class AddedConditioning:
-    """What SDXL is told beside the prompt: pooled text `[B, P]` and size numbers `[B, K]` (original size, crop)."""
+    """SDXL's conditioning besides the prompt: pooled text `[B, P]` and size numbers `[B, K]` (original size, crop)."""
 
     pooled: torch.Tensor
     sizes: torch.Tensor
 
 
-class MLP(nn.Module):
+class EmbeddingMLP(nn.Module):
     """Two linear layers with SiLU between them; embeds the timestep and SDXL's added conditioning.
 
-    Where `condition` is not 0, as many more features are projected and added to the input.
+    condition: features that are projected and added to the input; 0: none.
     """
 
     def __init__(self, in_features: int, features: int, condition: int = 0):
@@ -57,7 +57,7 @@ class MLP(nn.Module):
         return self.linear_2(self.linear_1(x, activation="silu"))
 
 
-class Level(nn.Module):
+class UNetLevel(nn.Module):
     """One resolution of the UNet: residual blocks, a transformer after each where the level has attention."""
 
     def __init__(self, config: UNetConfig, inputs: list[int], channels: int, heads: int, depth: int, attentions: int):
@@ -82,11 +82,11 @@ class Level(nn.Module):
         return self.attentions[i](x, texts) if i < len(self.attentions) else x
 
 
-class DownLevel(Level):
+class DownLevel(UNetLevel):
     """A level of the contracting path; all but the last halve the map at their end."""
 
     def forward(self, x: torch.Tensor, times: Embeddings, texts: Embeddings) -> list[torch.Tensor]:
-        """Returns every map made, the last of which goes on downwards; all are skip connections."""
+        """Returns all maps. They are skip connections; the last also goes down."""
         maps = []
         for i in range(len(self.resnets)):
             x = self.block(i, x, times, texts)
@@ -96,7 +96,7 @@ class DownLevel(Level):
         return maps
 
 
-class MidLevel(Level):
+class MidLevel(UNetLevel):
     """The lowest level: residual block, transformer, residual block."""
 
     def forward(self, x: torch.Tensor, times: Embeddings, texts: Embeddings) -> torch.Tensor:
@@ -105,8 +105,8 @@ class MidLevel(Level):
         return x
 
 
-class UpLevel(Level):
-    """A level of the expanding path, which reads the skip connections from the last made to the first."""
+class UpLevel(UNetLevel):
+    """A level of the expanding path, which reads the skip connections from last to first."""
 
     concatenates = True
 
@@ -121,7 +121,7 @@ class UpLevel(Level):
 
 
 class ContractingPath(nn.Module):
-    """What goes down: `conv_in`, `down_blocks`, `mid_block`, and the time embedding; UNet and ControlNet share it.
+    """The contracting path, which UNet and ControlNet share: `conv_in`, `down_blocks`, `mid_block`, time embedding.
 
     Submodules are named as in a diffusers folder. Subclasses call `_project_times` when their last block is made.
     """
@@ -131,9 +131,9 @@ class ContractingPath(nn.Module):
         self.config = config
         widths = config.block_out_channels
         self.conv_in = Conv2d(config.in_channels, widths[0])
-        self.time_embedding = MLP(widths[0], config.time_embed_dim, config.time_cond_proj_dim)
+        self.time_embedding = EmbeddingMLP(widths[0], config.time_embed_dim, config.time_cond_proj_dim)
         self.add_embedding = (
-            MLP(config.projection_class_embeddings_input_dim, config.time_embed_dim)
+            EmbeddingMLP(config.projection_class_embeddings_input_dim, config.time_embed_dim)
             if config.addition_time_embed_dim
             else None
         )

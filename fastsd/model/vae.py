@@ -1,4 +1,4 @@
-"""The KL-regularised autoencoder between pictures and latents (Rombach et al. 2022, appendix G.1)."""
+"""The KL-regularised autoencoder between images and latents (Rombach et al. 2022, appendix G.1)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class AttentionBlock(SelfAttention):
         return tokens.view(x.shape)
 
 
-class Level(nn.Module):
+class VAELevel(nn.Module):
     """Residual blocks of one resolution and, except at the last level, the change to the next."""
 
     def __init__(self, config: VAEConfig, inputs: list[int], channels: int):
@@ -74,7 +74,7 @@ class MidBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Picture `[B, H, W, 3]` to the moments of its latent `[B, H/f, W/f, 2 * latent_channels]`."""
+    """Image `[B, H, W, 3]` to the moments of its latent `[B, H/f, W/f, 2 * latent_channels]`."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -83,7 +83,7 @@ class Encoder(nn.Module):
         self.down_blocks = nn.ModuleList()
         below = widths[0]
         for i, width in enumerate(widths):
-            level = Level(config, [below] + [width] * (config.layers_per_block - 1), width)
+            level = VAELevel(config, [below] + [width] * (config.layers_per_block - 1), width)
             if i < len(widths) - 1:
                 level.downsamplers = nn.ModuleList([Downsample(width, padding=(0, 1, 0, 1))])
             self.down_blocks.append(level)
@@ -100,7 +100,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent `[B, h, w, latent_channels]` to picture `[B, h * f, w * f, 3]`."""
+    """Latent `[B, h, w, latent_channels]` to image `[B, h * f, w * f, 3]`."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -110,7 +110,7 @@ class Decoder(nn.Module):
         self.up_blocks = nn.ModuleList()
         below = widths[0]
         for i, width in enumerate(widths):
-            level = Level(config, [below] + [width] * config.layers_per_block, width)
+            level = VAELevel(config, [below] + [width] * config.layers_per_block, width)
             if i < len(widths) - 1:
                 level.upsamplers = nn.ModuleList([Upsample(width)])
             self.up_blocks.append(level)

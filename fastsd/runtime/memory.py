@@ -1,4 +1,4 @@
-"""Whether a model, and a picture of a given size, fit into memory; asked before the work, not after it."""
+"""Whether a model, and images of a given size, fit into memory; checked before the work."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ GIB = 2**30
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that can still be taken on `device`, or None where the system does not say.
+    """Bytes that are free on `device`, or None where the system does not say.
 
-    What PyTorch keeps of a GPU's memory after earlier work, to use it again, can be taken too.
+    GPU memory that PyTorch has cached for reuse counts as free.
     """
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -34,34 +34,34 @@ def available(device: torch.device) -> int | None:
             return None
 
 
-def check_weights(source: Path, numbers: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse a model whose weights cannot fit, and name a precision in which they would.
+def check_weights(source: Path, count: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a model whose weights do not fit, and name a precision in which they would.
 
     Args:
         source: the model, for the message.
-        numbers: how many its weights are.
-        dtype, device: as they will be loaded.
+        count: its parameters.
+        dtype, device: of the loaded weights.
 
     Raises:
-        FastsdError: it says how much is needed and how much is there.
+        FastsdError: it says how much is needed and how much is free.
     """
     free = available(device)
-    if free is None or numbers * dtype.itemsize <= free:
+    if free is None or count * dtype.itemsize <= free:
         return
     advice = "close other programs or take a smaller model"
-    if dtype.itemsize > 2 and numbers * 2 <= free:
+    if dtype.itemsize > 2 and count * 2 <= free:
         half = "fp16" if device.type == "cuda" else "bf16"
-        advice = f"{{dtype}} {half} would fit ({numbers * 2 / GIB:.1f} GiB)"
+        advice = f"{{dtype}} {half} would fit ({count * 2 / GIB:.1f} GiB)"
     raise FastsdError(
-        f"the weights take {numbers * dtype.itemsize / GIB:.1f} GiB in {dtype_name(dtype)}, "
+        f"the weights take {count * dtype.itemsize / GIB:.1f} GiB in {dtype_name(dtype)}, "
         f"{free / GIB:.1f} GiB are free on {device}; {advice}",
         path=source,
     )
 
 
 @dataclass(frozen=True)
-class Picture:
-    """What the memory that a batch of pictures takes depends on."""
+class Workload:
+    """What the memory of a batch depends on."""
 
     unet: UNetConfig
     vae: AutoencoderConfig
@@ -75,7 +75,7 @@ class Picture:
     def size(self) -> int:
         """Bytes of activations at the widest point of a run: a rough upper bound.
 
-        The decoder, one picture at a time, holds about four maps of its second widest level at full size (a tile's);
+        The decoder, one image at a time, holds about four maps of its second widest level at full size (a tile's);
         the UNet with guidance holds its skip connections and a feed-forward eight times as wide as the tokens.
         """
         tile = TILE * self.vae.downscale
@@ -89,33 +89,33 @@ class Picture:
         return f"{self.width}x{self.height} in batches of {self.batch}"
 
 
-def check_picture(picture: Picture, device: torch.device) -> None:
-    """Refuse a size and batch that cannot fit, and name what would.
+def check_workload(workload: Workload, device: torch.device) -> None:
+    """Refuse a size and batch that do not fit, and name what would.
 
     Raises:
         FastsdError: it names what fits: a batch, tiles, a dtype, a size.
     """
     free = available(device)
-    if free is not None and picture.size > free:
-        raise FastsdError(f"{picture} does not fit into {free / GIB:.1f} GiB; {what_fits(picture, free)}")
+    if free is not None and workload.size > free:
+        raise FastsdError(f"{workload} does not fit into {free / GIB:.1f} GiB; {what_fits(workload, free)}")
 
 
-def too_large(picture: Picture) -> FastsdError:
+def too_large(workload: Workload) -> FastsdError:
     """What to raise when memory ran out although `check_picture` had no objection."""
-    return FastsdError(f"not enough memory for {picture}; {what_fits(picture, picture.size - 1, 'would take less')}")
+    return FastsdError(f"not enough memory for {workload}; {what_fits(workload, workload.size - 1, 'would take less')}")
 
 
-def what_fits(picture: Picture, free: int, praise: str = "would fit") -> str:
-    """The changes that make a picture fit into `free` bytes: each that does alone, or else all of them together."""
+def what_fits(workload: Workload, free: int, praise: str = "would fit") -> str:
+    """The changes that make a workload fit into `free` bytes: each that suffices alone, or else all together."""
     offers = []
-    batch = picture.batch
-    while batch > 1 and replace(picture, batch=batch).size > free:
+    batch = workload.batch
+    while batch > 1 and replace(workload, batch=batch).size > free:
         batch //= 2
-    small = smaller(picture, free)
-    half = replace(picture, dtype=torch.float16) if picture.dtype == torch.float32 else picture
-    if replace(picture, batch=batch).size <= free:
+    small = smaller(workload, free)
+    half = replace(workload, dtype=torch.float16) if workload.dtype == torch.float32 else workload
+    if replace(workload, batch=batch).size <= free:
         offers.append(f"{{batch_size}} {batch}")
-    if not picture.tiled and replace(picture, tiled=True).size <= free:
+    if not workload.tiled and replace(workload, tiled=True).size <= free:
         offers.append("{vae_tiling}")
     if half.size <= free:
         offers.append("{dtype} fp16 or bf16")
@@ -129,12 +129,12 @@ def what_fits(picture: Picture, free: int, praise: str = "would fit") -> str:
     return f"{' or '.join(offers)} {praise}"
 
 
-def smaller(picture: Picture, free: int) -> Picture | None:
-    """The picture with its sides halved until it fits, or None."""
-    factor = picture.vae.downscale
-    while picture.size > free:
-        if min(picture.width, picture.height) < 2 * factor:
+def smaller(workload: Workload, free: int) -> Workload | None:
+    """The workload with its sides halved until it fits, or None."""
+    factor = workload.vae.downscale
+    while workload.size > free:
+        if min(workload.width, workload.height) < 2 * factor:
             return None
-        width, height = (n // 2 // factor * factor for n in (picture.width, picture.height))
-        picture = replace(picture, width=width, height=height)
-    return picture
+        width, height = (n // 2 // factor * factor for n in (workload.width, workload.height))
+        workload = replace(workload, width=width, height=height)
+    return workload

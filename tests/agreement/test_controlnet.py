@@ -1,4 +1,4 @@
-"""ControlNets give what diffusers' give, by themselves and in whole pictures, from every file form."""
+"""ControlNets give what diffusers' give, by themselves and in whole images, from every file form."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from fastsd import Control, Pipeline
 from fastsd.model.controlnet import ControlNet
-from tests.agreement.conftest import Families, disturbed
+from tests.support.families import Families, disturbed
 
-TOLERANCE = 1e-4  # of whole pictures; of the network by itself 1e-5
+TOLERANCE = 1e-4  # of whole images; of the network by itself 1e-5
 FAMILIES = ("sd1", "sd2", "sdxl", "inpainting")
 HINTS = (8, 12, 16, 24)
 SETTINGS: dict[str, Any] = {"num_inference_steps": 5, "guidance_scale": 4.0}
@@ -42,7 +42,7 @@ def nets(families: Families, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 @pytest.fixture(scope="module")
-def pictures() -> Iterator[list[Image.Image]]:
+def photos() -> Iterator[list[Image.Image]]:
     random = np.random.RandomState(1)
     yield [Image.fromarray(random.randint(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(3)]
 
@@ -89,7 +89,7 @@ def test_what_is_added_to_the_unet(families: Families, nets: Any, family: str) -
     their, pipe = nets[family][0], ours(families, family)
     net = loaded(pipe, families, family)
     torch.manual_seed(0)
-    x, picture = torch.randn(2, 4, 8, 8), torch.rand(2, 3, 64, 64)
+    x, photo = torch.randn(2, 4, 8, 8), torch.rand(2, 3, 64, 64)
     time, text = torch.tensor([7.0, 801.0]), torch.randn(2, 5, net.config.cross_attention_dim)
     added = {}
     ours_added = None
@@ -100,12 +100,12 @@ def test_what_is_added_to_the_unet(families: Families, nets: Any, family: str) -
         added = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
         ours_added = AddedConditioning(pooled, sizes)
     with torch.no_grad():
-        down, middle = their(x, time, text, picture, conditioning_scale=0.7, return_dict=False, **added)
+        down, middle = their(x, time, text, photo, conditioning_scale=0.7, return_dict=False, **added)
         found = net.denoise(
             x.permute(0, 2, 3, 1),
             net.embed_time(time, ours_added),
             net.project_context(text),
-            net.embed_hint(picture.permute(0, 2, 3, 1)),
+            net.embed_hint(photo.permute(0, 2, 3, 1)),
             torch.tensor([0.7]),
         )
     for one, wanted in zip(found, (*down, middle), strict=True):
@@ -113,19 +113,19 @@ def test_what_is_added_to_the_unet(families: Families, nets: Any, family: str) -
 
 
 @pytest.mark.parametrize("family", FAMILIES[:3])
-def test_text_to_image(families: Families, nets: Any, family: str, pictures: list[Image.Image]) -> None:
+def test_text_to_image(families: Families, nets: Any, family: str, photos: list[Image.Image]) -> None:
     kind = "StableDiffusionXLControlNetPipeline" if family == "sdxl" else "StableDiffusionControlNetPipeline"
     pipe = ours(families, family)
     arguments = {"negative_prompt": "blue", **SETTINGS}
     wanted = run(
         theirs(families, kind, family, nets[family][0]),
-        image=pictures[0],
+        image=photos[0],
         controlnet_conditioning_scale=0.8,
         height=64,
         width=64,
         **arguments,
     )
-    control = Control(loaded(pipe, families, family), pictures[0], weight=0.8)
+    control = Control(loaded(pipe, families, family), photos[0], weight=0.8)
     found = pipe("a cat on a mat", controls=[control], seed=3, output_type="latent", **arguments).images
     assert error(found, wanted) < TOLERANCE
     without = pipe("a cat on a mat", seed=3, output_type="latent", **arguments).images
@@ -134,11 +134,11 @@ def test_text_to_image(families: Families, nets: Any, family: str, pictures: lis
 
 @pytest.mark.parametrize(("start", "end"), [((0.0, 0.4), (0.6, 1.0)), ((0.2, 0.0), (0.8, 0.1))])
 def test_several_with_their_parts_of_the_steps(
-    families: Families, nets: Any, pictures: list[Image.Image], start: tuple[float, float], end: tuple[float, float]
+    families: Families, nets: Any, photos: list[Image.Image], start: tuple[float, float], end: tuple[float, float]
 ) -> None:
     wanted = run(
         theirs(families, "StableDiffusionControlNetPipeline", "sd1", nets["sd1"]),
-        image=pictures[:2],
+        image=photos[:2],
         controlnet_conditioning_scale=[0.8, 1.3],
         control_guidance_start=list(start),
         control_guidance_end=list(end),
@@ -147,44 +147,42 @@ def test_several_with_their_parts_of_the_steps(
         **SETTINGS,
     )
     pipe = ours(families, "sd1")
-    controls = [
-        Control(loaded(pipe, families, "sd1", i), pictures[i], (0.8, 1.3)[i], start[i], end[i]) for i in range(2)
-    ]
+    controls = [Control(loaded(pipe, families, "sd1", i), photos[i], (0.8, 1.3)[i], start[i], end[i]) for i in range(2)]
     found = pipe("a cat on a mat", controls=controls, seed=3, output_type="latent", **SETTINGS).images
     assert error(found, wanted) < TOLERANCE
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_image_to_image(families: Families, nets: Any, family: str, pictures: list[Image.Image]) -> None:
+def test_image_to_image(families: Families, nets: Any, family: str, photos: list[Image.Image]) -> None:
     xl = "XL" if family == "sdxl" else ""
     wanted = run(
         theirs(families, f"StableDiffusion{xl}ControlNetImg2ImgPipeline", family, nets[family][0]),
-        image=pictures[1],
-        control_image=pictures[0],
+        image=photos[1],
+        control_image=photos[0],
         controlnet_conditioning_scale=1.0,
         strength=0.6,
         **SETTINGS,
     )
     pipe = ours(families, family)
-    control = Control(loaded(pipe, families, family), pictures[0])
-    arguments = {"image": pictures[1], "strength": 0.6, "seed": 3, "output_type": "latent", **SETTINGS}
+    control = Control(loaded(pipe, families, family), photos[0])
+    arguments = {"image": photos[1], "strength": 0.6, "seed": 3, "output_type": "latent", **SETTINGS}
     found = pipe("a cat on a mat", controls=[control], **arguments).images
     assert error(found, wanted) < TOLERANCE
 
 
 @pytest.mark.parametrize("family", ["sd1", "inpainting"])
-def test_inpainting(families: Families, nets: Any, family: str, pictures: list[Image.Image], mask: Image.Image) -> None:
-    arguments = {"image": pictures[1], "mask_image": mask, "strength": 0.8, **SETTINGS}
+def test_inpainting(families: Families, nets: Any, family: str, photos: list[Image.Image], mask: Image.Image) -> None:
+    arguments = {"image": photos[1], "mask_image": mask, "strength": 0.8, **SETTINGS}
     wanted = run(
         theirs(families, "StableDiffusionControlNetInpaintPipeline", family, nets[family][0]),
-        control_image=pictures[0],
+        control_image=photos[0],
         controlnet_conditioning_scale=1.0,
         height=64,
         width=64,
         **arguments,
     )
     pipe = ours(families, family)
-    control = Control(loaded(pipe, families, family), pictures[0])
+    control = Control(loaded(pipe, families, family), photos[0])
     found = pipe("a cat on a mat", controls=[control], seed=3, output_type="latent", **arguments).images
     assert error(found, wanted) < TOLERANCE
 
@@ -256,8 +254,8 @@ def test_channels_in_the_other_order(families: Families, nets: Any, tmp_path: Pa
     )
     net.save_pretrained(tmp_path / "bgr")
     found = ours(families, "sd1").load_controlnet(tmp_path / "bgr")
-    picture = torch.rand(1, 3, 64, 64)
+    photo = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
-        wanted = net.controlnet_cond_embedding(picture.flip(1))
-        hint = found.embed_hint(picture.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        wanted = net.controlnet_cond_embedding(photo.flip(1))
+        hint = found.embed_hint(photo.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     assert float((hint - wanted).norm() / wanted.norm()) < 1e-5

@@ -1,4 +1,4 @@
-"""The bundled model opens in diffusers, and draws the same picture there."""
+"""The bundled model opens in diffusers, and draws the same image there."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_scheduler_is_the_one_that_fastsd_takes(theirs: Any) -> None:
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_the_same_picture_at_the_default_settings(theirs: Any, prompt: str) -> None:
+def test_the_same_image_at_the_default_settings(theirs: Any, prompt: str) -> None:
     ours = Pipeline.from_pretrained(device="cpu", dtype="fp32")
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     settings: dict[str, Any] = {

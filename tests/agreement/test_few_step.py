@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 
 from fastsd.pipeline import Pipeline
-from tests.agreement.conftest import disturbed, make_unet
-from tests.agreement.test_pipelines import TOLERANCE, error, run
+from tests.support.families import TOLERANCE, disturbed, error, make_unet, run
 
 SEED = 11
 SAID = {"clip_sample": False, "set_alpha_to_one": False}  # by every published folder; the tiny SDXL's leaves them out
@@ -122,8 +121,8 @@ def test_from_an_image(families: Any, kind: str) -> None:
     name, changes, steps = CARDS[kind]
     theirs.scheduler = getattr(diffusers, name).from_config(theirs.scheduler.config, **changes)
     generator = [torch.Generator().manual_seed(SEED)]
-    picture = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
-    arguments: dict[str, Any] = {"image": picture, "strength": 0.5}
+    photo = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
+    arguments: dict[str, Any] = {"image": photo, "strength": 0.5}
     wanted = run(theirs, "a cat", generator=generator, num_inference_steps=max(steps, 2), guidance_scale=0, **arguments)
     ours = Pipeline.from_pretrained(families.folder / "sd1", device="cpu", dtype="fp32", few_step=kind)
     assert error(run(ours, "a cat", seed=SEED, **arguments), wanted) < TOLERANCE

@@ -1,9 +1,7 @@
-"""Whole pictures agree with diffusers' pipelines, from the same noise, to 1e-4 in fp32."""
+"""Whole images agree with diffusers' pipelines, from the same noise, to 1e-4 in fp32."""
 
 from __future__ import annotations
 
-import functools
-import warnings
 from typing import Any
 
 import numpy as np
@@ -12,6 +10,7 @@ import torch
 from PIL import Image
 
 from fastsd.pipeline import Pipeline
+from tests.support.families import TOLERANCE, error, run
 
 # dpm++sde is missing: diffusers draws its noise from a Brownian tree of its own. dpm++2m_sde needs a setting.
 SAMPLERS = {
@@ -34,22 +33,10 @@ SETTINGS = {
     "pndm": {"skip_prk_steps": True},
     "dpm++2m_sde": {"algorithm_type": "sde-dpmsolver++"},
 }
-TOLERANCE = 1e-4
 
 
-@functools.cache
 def ours(folder: Any) -> Pipeline:
     return Pipeline.from_pretrained(folder, device="cpu", dtype="fp32")
-
-
-def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).abs().max() / wanted.abs().max())
-
-
-def run(pipeline: Any, prompt: str, **arguments: Any) -> torch.Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pipeline(prompt, output_type="latent", **arguments).images
 
 
 def generator(seed: int) -> list[torch.Generator]:
@@ -57,7 +44,7 @@ def generator(seed: int) -> list[torch.Generator]:
 
 
 @pytest.fixture(scope="module")
-def picture() -> Image.Image:
+def photo() -> Image.Image:
     return Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
 
 
@@ -109,8 +96,8 @@ def test_text_to_image(families: Any, family: str, sampler: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_no_negative_prompt_and_the_decoded_picture(families: Any, family: str) -> None:
-    """SDXL takes zeros where there is no negative prompt; the pictures then differ by rounding to 8 bits at most."""
+def test_no_negative_prompt_and_the_decoded_image(families: Any, family: str) -> None:
+    """SDXL takes zeros where there is no negative prompt; the images then differ by rounding to 8 bits at most."""
     arguments: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 5.0, "width": 64, "height": 48}
     wanted = families.pipelines[family]("a cat", generator=generator(7), output_type="np", **arguments).images
     found = ours(families.folder / family)("a cat", seed=7, output_type="np", **arguments).images
@@ -118,13 +105,13 @@ def test_no_negative_prompt_and_the_decoded_picture(families: Any, family: str) 
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "refiner"])
-def test_image_to_image(families: Any, family: str, picture: Image.Image) -> None:
+def test_image_to_image(families: Any, family: str, photo: Image.Image) -> None:
     import diffusers
 
     kind = "StableDiffusionImg2ImgPipeline" if family == "sd1" else "StableDiffusionXLImg2ImgPipeline"
     theirs = getattr(diffusers, kind).from_pretrained(families.folder / family)
     theirs.set_progress_bar_config(disable=True)
-    arguments: dict[str, Any] = {"image": picture, "strength": 0.6, "num_inference_steps": 10, "guidance_scale": 4.0}
+    arguments: dict[str, Any] = {"image": photo, "strength": 0.6, "num_inference_steps": 10, "guidance_scale": 4.0}
     wanted = run(theirs, "a cat", generator=generator(5), **arguments)
     found = run(ours(families.folder / family), "a cat", seed=5, **arguments)
     assert error(found, wanted) < TOLERANCE
@@ -132,12 +119,12 @@ def test_image_to_image(families: Any, family: str, picture: Image.Image) -> Non
 
 @pytest.mark.parametrize("strength", [1.0, 0.7])
 @pytest.mark.parametrize("family", ["sd1", "inpainting"])
-def test_inpainting(families: Any, family: str, strength: float, picture: Image.Image, mask: Image.Image) -> None:
+def test_inpainting(families: Any, family: str, strength: float, photo: Image.Image, mask: Image.Image) -> None:
     import diffusers
 
     theirs = diffusers.StableDiffusionInpaintPipeline.from_pretrained(families.folder / family, safety_checker=None)
     theirs.set_progress_bar_config(disable=True)
-    arguments: dict[str, Any] = {"image": picture, "mask_image": mask, "strength": strength, "guidance_scale": 4.0}
+    arguments: dict[str, Any] = {"image": photo, "mask_image": mask, "strength": strength, "guidance_scale": 4.0}
     arguments["num_inference_steps"] = 8
     wanted = run(theirs, "a cat", generator=generator(5), height=64, width=64, **arguments)
     found = run(ours(families.folder / family), "a cat", seed=5, **arguments)

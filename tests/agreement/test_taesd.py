@@ -1,4 +1,4 @@
-"""TAESD agrees with diffusers' AutoencoderTiny: layer by layer, file form by file form, picture by picture."""
+"""TAESD agrees with diffusers' AutoencoderTiny: layer by layer, file form by file form, image by image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastsd.config import TAESDConfig
 from fastsd.errors import FastsdError
 from fastsd.generate import latents
 from fastsd.kernels import dispatch
-from fastsd.model.taesd import TAESD, Block, Decoder, Doubling, Encoder
+from fastsd.model.taesd import TAESD, DoublingConv, TAESDBlock, TAESDDecoder, TAESDEncoder
 from fastsd.model.tiling import decode_tiled
 from fastsd.model.vae import AutoencoderKL
 from fastsd.pipeline import Pipeline
@@ -26,7 +26,7 @@ from tests.support.matching import Call, nchw, nhwc, record
 
 FP32 = torch.float32
 ROUNDING = 1e-5  # of the largest value: what roundings (6e-8 each) of some forty layers add up to
-PICTURE = 1e-4  # of latents after the whole loop, as in test_pipelines
+PHOTO = 1e-4  # of latents after the whole loop, as in test_pipelines
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def path(theirs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def picture() -> Image.Image:
+def photo() -> Image.Image:
     return Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
 
 
@@ -79,11 +79,11 @@ def test_every_layer_at_full_size(tmp_path: Path, reference: bool) -> None:
 def run_layer(name: str, module: torch.nn.Module, calls: dict[str, Call]) -> float | None:
     """How far a layer is from theirs on what theirs was given."""
     parent, _, last = name.rpartition(".")
-    if not isinstance(module, Block | Doubling | Encoder | Decoder) and parent.count(".") != 1:
+    if not isinstance(module, TAESDBlock | DoublingConv | TAESDEncoder | TAESDDecoder) and parent.count(".") != 1:
         return None
     call = calls[name]
     x = call.args[0]
-    if isinstance(module, Doubling):  # the layer before is the doubling
+    if isinstance(module, DoublingConv):  # the layer before is the doubling
         x = calls[f"{parent}.{int(last) - 1}"].args[0]
     return error(nchw(module(nhwc(x))), call.output)
 
@@ -114,7 +114,7 @@ def test_a_folders_own_scale_and_levels(tmp_path: Path) -> None:
     assert load_vae(file, False, FP32).config == TAESDConfig(**vars(ours.config) | {"scaling_factor": 1.0})
 
 
-# Pictures
+# Images
 
 
 def with_tiny(pipeline: Any, theirs: Any) -> Any:
@@ -125,7 +125,7 @@ def with_tiny(pipeline: Any, theirs: Any) -> Any:
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_a_picture(families: Any, family: str, theirs: Any, path: Path) -> None:
+def test_an_image(families: Any, family: str, theirs: Any, path: Path) -> None:
     """The same to one of 255 levels, and that only where a value stood between two."""
     pipeline = type(families.pipelines[family]).from_pretrained(families.folder / family)
     with_tiny(pipeline, theirs)
@@ -140,7 +140,7 @@ def test_a_picture(families: Any, family: str, theirs: Any, path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["sd1", "inpainting"])
-def test_a_picture_to_start_from(families: Any, family: str, theirs: Any, path: Path, picture: Image.Image) -> None:
+def test_an_image_to_start_from(families: Any, family: str, theirs: Any, path: Path, photo: Image.Image) -> None:
     """The encoder is certain and needs no noise, which is drawn all the same: the next draws are the same ones.
 
     So diffusers, which draws none, is given a generator that has drawn once.
@@ -150,7 +150,7 @@ def test_a_picture_to_start_from(families: Any, family: str, theirs: Any, path: 
     paints = family == "inpainting"
     kind = diffusers.StableDiffusionInpaintPipeline if paints else diffusers.StableDiffusionImg2ImgPipeline
     pipeline = with_tiny(kind.from_pretrained(families.folder / family, safety_checker=None), theirs)
-    arguments: dict[str, Any] = {"image": picture, "strength": 0.6, "num_inference_steps": 5, "guidance_scale": 4.0}
+    arguments: dict[str, Any] = {"image": photo, "strength": 0.6, "num_inference_steps": 5, "guidance_scale": 4.0}
     size: dict[str, Any] = {}
     if paints:
         area = np.zeros((64, 64), dtype=np.uint8)
@@ -161,11 +161,11 @@ def test_a_picture_to_start_from(families: Any, family: str, theirs: Any, path: 
     wanted = pipeline("a cat", generator=[generator], output_type="latent", **size, **arguments).images
     ours = Pipeline.from_pretrained(families.folder / family, "cpu", "fp32", vae=path)
     found = ours("a cat", seed=5, output_type="latent", **arguments).images
-    assert error(found, wanted) < PICTURE
+    assert error(found, wanted) < PHOTO
 
 
-def test_a_decoder_alone_draws_and_says_what_it_cannot(
-    families: Any, theirs: Any, tmp_path: Path, picture: Image.Image
+def test_a_decoder_alone_generates_and_says_what_it_cannot(
+    families: Any, theirs: Any, tmp_path: Path, photo: Image.Image
 ) -> None:
     path = taesd_files.write(theirs, "two files", tmp_path)
     both = Pipeline.from_pretrained(families.folder / "sd1", "cpu", "fp32", vae=path)
@@ -174,7 +174,7 @@ def test_a_decoder_alone_draws_and_says_what_it_cannot(
     arguments = {"num_inference_steps": 2, "seed": 1}
     assert pipe("a cat", **arguments).images[0].tobytes() == both("a cat", **arguments).images[0].tobytes()
     with pytest.raises(FastsdError, match="image: the autoencoder is TAESD's decoder alone"):
-        pipe("a cat", image=picture, **arguments)
+        pipe("a cat", image=photo, **arguments)
     with pytest.raises(FastsdError, match="hires_upscaler: the autoencoder is TAESD's decoder alone"):
         pipe("a cat", hires_scale=2, hires_upscaler="lanczos", **arguments)
     assert pipe("a cat", hires_scale=2, **arguments).images[0].size == (128, 128)
@@ -185,7 +185,7 @@ def test_a_decoder_alone_draws_and_says_what_it_cannot(
 
 @pytest.mark.parametrize("own", [False, True])
 def test_previews_come_from_their_own_decoder(families: Any, theirs: Any, path: Path, own: bool) -> None:
-    """The picture is as it would be without, and what is shown is the estimate, decoded by TAESD."""
+    """The image is as it would be without, and what is shown is the estimate, decoded by TAESD."""
     folder = families.folder / "sd1"
     pipe = Pipeline.from_pretrained(folder, "cpu", "fp32", preview=path if own else None)
     steps = list(pipe.stream("a cat", num_inference_steps=3, seed=1))
@@ -203,10 +203,10 @@ def test_previews_come_from_their_own_decoder(families: Any, theirs: Any, path: 
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_previews_are_tiled_where_the_picture_is(
+def test_previews_are_tiled_where_the_image_is(
     families: Any, path: Path, own: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or a picture that is too large to be decoded whole could not be watched."""
+    """Or an image that is too large to be decoded whole could not be watched."""
     tiled = []
     monkeypatch.setattr(latents, "decode_tiled", lambda *given: tiled.append(given) or decode_tiled(*given))
     pipe = Pipeline.from_pretrained(families.folder / "sd1", "cpu", "fp32", preview=path if own else None)

@@ -1,4 +1,4 @@
-"""A refiner for the last steps, a second pass over an enlarged picture: as diffusers' pipelines one after another."""
+"""A refiner for the last steps, a second pass over an enlarged image: as diffusers' pipelines one after another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from fastsd import FastsdError, Pipeline
-from tests.agreement.conftest import Families
+from tests.support.families import Families
 
 TOLERANCE = 1e-4
 SETTINGS: dict[str, Any] = {"num_inference_steps": 10, "guidance_scale": 4.0, "negative_prompt": "blue"}
@@ -90,8 +90,8 @@ def test_a_second_pass_over_latents(families: Families, family: str) -> None:
     assert error(found, wanted) < TOLERANCE
 
 
-def test_a_second_pass_over_pictures_is_two_calls(families: Families) -> None:
-    """Enlarged by Lanczos and drawn over: what a user can do by hand, to the bit, for every picture of a batch."""
+def test_a_second_pass_over_images_is_two_calls(families: Families) -> None:
+    """Enlarged by Lanczos and drawn over: what a user can do by hand, to the bit, for every image of a batch."""
     pipe = Pipeline.from_pretrained(families.folder / "sd1", device="cpu", dtype="fp32")
     arguments: dict[str, Any] = {**SETTINGS, "seed": 3, "sampler": "euler_a"}
     found = pipe(

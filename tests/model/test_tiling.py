@@ -11,11 +11,11 @@ from fastsd.model.tiling import OVERLAP, TILE, _spans, decode_tiled, encode_tile
 from fastsd.model.vae import AutoencoderKL, Gaussian
 
 HEIGHT, WIDTH = 90, 150  # latent pixels: 2 x 3 tiles, the last of which overlap by more than the others
-LEVEL = 1 / 255  # of 8-bit pictures
+LEVEL = 1 / 255  # of 8-bit images
 
 
 def smooth_image(height: int, width: int) -> torch.Tensor:
-    """`[1, height, width, 3]` in [-1, 1], a few waves across the picture."""
+    """`[1, height, width, 3]` in [-1, 1], a few waves across the image."""
     y = torch.linspace(-1, 1, height)[:, None]
     x = torch.linspace(-1, 1, width)[None, :]
     waves = (torch.sin(2 * x + y), torch.cos(3 * y - x), x * y)
@@ -23,7 +23,7 @@ def smooth_image(height: int, width: int) -> torch.Tensor:
 
 
 def largest_step(x: torch.Tensor) -> float:
-    """Between neighbouring pixels, of pictures in [0, 1]."""
+    """Between neighbouring pixels, of images in [0, 1]."""
     return max(float(x.diff(dim=dim).abs().max()) for dim in (1, 2))
 
 
@@ -56,15 +56,15 @@ class Patchwork:
 
 def test_tiles_that_disagree_meet_smoothly() -> None:
     latent = torch.full((1, HEIGHT, WIDTH, 3), 0.5)
-    inner = slice(8, -8)  # the picture's own edge keeps what its tile gives there
+    inner = slice(8, -8)  # the image's own edge keeps what its tile gives there
     offset, border = 10 * LEVEL, 20 * LEVEL
     vae = Patchwork(offset, border)
-    picture = decode_tiled(vae, latent)[:, inner, inner]  # type: ignore[arg-type]
+    photo = decode_tiled(vae, latent)[:, inner, inner]  # type: ignore[arg-type]
     assert vae.tiles == 6
     # A fade of 2 * offset over the overlap; and a tile's border, which has at most 8 of its pixels' share there.
     fade = 2 * offset / (OVERLAP * 8)
-    assert largest_step(picture) < LEVEL + fade
-    assert (picture - 0.5).abs().max() < offset + 2 * border * 8 / (OVERLAP * 8)
+    assert largest_step(photo) < LEVEL + fade
+    assert (photo - 0.5).abs().max() < offset + 2 * border * 8 / (OVERLAP * 8)
     abrupt = decode_tiled(Patchwork(offset, border), latent, overlap=0)[:, inner, inner]  # type: ignore[arg-type]
     assert largest_step(abrupt) > 2 * offset  # the measure sees edges where nothing fades
 
@@ -90,10 +90,10 @@ def test_spans_cover_all_and_overlap(length: int) -> None:
 
 
 def interpolating_vae() -> AutoencoderKL:
-    """An autoencoder of the ordinary layers whose weights make it smooth, as trained ones are on smooth pictures.
+    """An autoencoder of the ordinary layers whose weights make it smooth, as trained ones are on smooth images.
 
     Levels are changed by averaging kernels, and residual blocks add little. Channels stand at different levels, so
-    that a norm's statistics depend less on which part of the picture a tile shows than on the channels themselves.
+    that a norm's statistics depend less on which part of the image a tile shows than on the channels themselves.
     """
     torch.manual_seed(0)
     config = VAEConfig(block_out_channels=(16, 16, 16), layers_per_block=1, norm_num_groups=4)
@@ -116,17 +116,17 @@ def vae() -> AutoencoderKL:
     return interpolating_vae()
 
 
-def test_a_smooth_picture_shows_no_seams(vae: AutoencoderKL) -> None:
+def test_a_smooth_image_shows_no_seams(vae: AutoencoderKL) -> None:
     latent = vae.encode(smooth_image(HEIGHT * 4, WIDTH * 4)).mean
     whole, tiled = vae.decode(latent) / 2, decode_tiled(vae, latent) / 2  # [0, 1] has half the range of [-1, 1]
-    assert float(whole.max() - whole.min()) > 0.25  # there is a picture
+    assert float(whole.max() - whole.min()) > 0.25  # there is an image
     difference = tiled - whole
     assert 0 < float(difference.abs().max())
     assert largest_step(difference) < LEVEL
 
 
 def test_encoding_in_tiles_shows_no_seams(vae: AutoencoderKL) -> None:
-    """In the picture that the latent stands for: latents have no brightness of their own."""
+    """In the image that the latent stands for: latents have no brightness of their own."""
     image = smooth_image(HEIGHT * 4, WIDTH * 4)
     whole, tiled = vae.encode(image).mean, encode_tiled(vae, image).mean
     assert 0 < float((tiled - whole).abs().max())
@@ -134,6 +134,6 @@ def test_encoding_in_tiles_shows_no_seams(vae: AutoencoderKL) -> None:
     assert largest_step(difference) < LEVEL
 
 
-def test_small_pictures_are_not_divided(vae: AutoencoderKL) -> None:
+def test_small_images_are_not_divided(vae: AutoencoderKL) -> None:
     latent = torch.randn(1, 20, TILE, 4, generator=torch.Generator().manual_seed(0))
     assert torch.equal(decode_tiled(vae, latent), vae.decode(latent))

@@ -23,10 +23,10 @@ from fastsd.model.unet import AddedConditioning
 from fastsd.pipeline import Pipeline
 from fastsd.weights import load_folder
 from fastsd.weights.layouts.controlnet import load_controlnet
-from tests.agreement.conftest import SCHEDULE
+from tests.support.families import SCHEDULE
 
 Outputs = dict[str, torch.Tensor]
-MODULE, PICTURE = 1e-5, 1e-4  # relative, of the largest value
+MODULE, PHOTO = 1e-5, 1e-4  # relative, of the largest value
 PROMPT, NEGATIVE = "a lighthouse at dusk, oil on canvas", "fog"
 
 # The published unet/config.json, where it differs from diffusers' defaults, which are SD1.5's.
@@ -71,7 +71,7 @@ def report() -> Any:
 @pytest.mark.parametrize("family", SIZES)
 @torch.no_grad()
 def test_full_size(family: str, tmp_path: Path) -> None:
-    """Every network at the model's own size, and two steps of a guided picture at 512 x 512."""
+    """Every network at the model's own size, and two steps of a guided image at 512 x 512."""
     try:
         wanted = outputs_of_diffusers(family, tmp_path)
         gc.collect()
@@ -81,7 +81,7 @@ def test_full_size(family: str, tmp_path: Path) -> None:
     assert found.keys() == wanted.keys()
     wrong = []
     for what, truth in wanted.items():
-        allowed = PICTURE if what.startswith("picture") else MODULE
+        allowed = PHOTO if what.startswith("image") else MODULE
         error = float((found[what] - truth).abs().max() / truth.abs().max())
         ROWS.append(f"| {family} | {what} | {error:.1e} | {allowed:.0e} |")
         assert truth.isfinite().all() and float(truth.std()) > 1e-3, f"{what}: nothing to compare"
@@ -105,10 +105,10 @@ def test_controlnet_at_full_size(family: str, tmp_path: Path) -> None:
             parameter.copy_(torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
     size = SIZES[family]["sample_size"]
     given = inputs(net, size, pooled=1280)
-    picture = torch.rand(1, 3, 8 * size, 8 * size, generator=torch.Generator().manual_seed(2))
+    photo = torch.rand(1, 3, 8 * size, 8 * size, generator=torch.Generator().manual_seed(2))
     added = {"text_embeds": given["pooled"], "time_ids": given["sizes"]} if family == "SDXL" else None
     x, timestep, context = given["x"], given["timestep"], given["context"]
-    down, middle = net(x, timestep, context, picture, 0.7, added_cond_kwargs=added, return_dict=False)
+    down, middle = net(x, timestep, context, photo, 0.7, added_cond_kwargs=added, return_dict=False)
     net.save_pretrained(tmp_path)
     del net
     gc.collect()
@@ -116,7 +116,7 @@ def test_controlnet_at_full_size(family: str, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path)
     told = AddedConditioning(given["pooled"], given["sizes"]) if family == "SDXL" else None
     time, key_values = ours.embed_time(timestep, told), ours.project_context(context)
-    found = ours.denoise(last(x), time, key_values, ours.embed_hint(last(picture)), torch.tensor([0.7]))
+    found = ours.denoise(last(x), time, key_values, ours.embed_hint(last(photo)), torch.tensor([0.7]))
     errors = []
     for one, wanted in zip(found, (*down, middle), strict=True):
         assert wanted.isfinite().all() and float(wanted.std()) > 1e-3, "nothing to compare"
@@ -144,7 +144,7 @@ def inputs(unet: Any, sample_size: int, pooled: int) -> Outputs:
     }
 
 
-def picture_settings(noise: torch.Tensor) -> dict[str, Any]:
+def image_settings(noise: torch.Tensor) -> dict[str, Any]:
     return {
         "negative_prompt": NEGATIVE,
         "num_inference_steps": 2,
@@ -176,7 +176,7 @@ def outputs_of_diffusers(family: str, folder: Path) -> Outputs:
         found[f"text encoder {i + 1}, penultimate layer"] = text.hidden_states[-2]
         found[f"text encoder {i + 1}, last layer"] = text.last_hidden_state
         found[f"text encoder {i + 1}, pooled"] = text.text_embeds if "text_embeds" in text else text.pooler_output
-    found["picture, 2 guided steps"] = pipeline(PROMPT, **picture_settings(given["noise"])).images
+    found["image, 2 guided steps"] = pipeline(PROMPT, **image_settings(given["noise"])).images
     return found
 
 
@@ -199,7 +199,7 @@ def outputs_of_fastsd(folder: Path) -> Outputs:
         found[f"text encoder {i + 1}, last layer"] = text.hidden
         found[f"text encoder {i + 1}, pooled"] = text.pooled
     pipe = Pipeline(components, torch.device("cpu"), torch.float32)
-    found["picture, 2 guided steps"] = pipe(PROMPT, **picture_settings(given["noise"])).images
+    found["image, 2 guided steps"] = pipe(PROMPT, **image_settings(given["noise"])).images
     return found
 
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 at its real size as one file: the folder's weights and picture to the bit, there and back."""
+"""Stable Diffusion 1.5 at its real size as one file: the folder's weights and image to the bit, there and back."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def make(folder: Path) -> None:
     save_folder(components, folder, torch.float32)
 
 
-def picture(path: Path) -> np.ndarray:
+def photo(path: Path) -> np.ndarray:
     pipe = Pipeline.from_pretrained(path, device="cpu", dtype="fp32")
     arguments = {"num_inference_steps": 1, "width": 256, "height": 256, "seed": 5, "output_type": "np"}
     return pipe("a lighthouse at dusk", negative_prompt="fog", **arguments).images
@@ -53,14 +53,14 @@ def test_full_size_single_file(tmp_path: Path) -> None:
         found = dict(inspect(file))
         assert found["family"].startswith("SD 1 (") and found["dtype"] == "F32 100%"
         assert found["missing keys"] == found["extra keys"] == found["wrong shapes"] == "none"
-        wanted = picture(folder)
+        wanted = photo(folder)
         gc.collect()
         assert float(wanted.std()) > 1e-3, "nothing to compare"
-        np.testing.assert_array_equal(picture(file), wanted)
+        np.testing.assert_array_equal(photo(file), wanted)
         gc.collect()
         shutil.rmtree(folder)
         convert(file, back)
-        np.testing.assert_array_equal(picture(back), wanted)
+        np.testing.assert_array_equal(photo(back), wanted)
     finally:
         for path in (folder, back):
             shutil.rmtree(path, ignore_errors=True)

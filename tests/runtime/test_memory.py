@@ -1,4 +1,4 @@
-"""Whether a model fits is known from its files' headers, whether a picture does from its size: before the work."""
+"""Whether a model fits is known from its files' headers, whether an image does from its size: before the work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MODEL = Path("a-model")
 
 
 def test_what_pytorch_keeps_for_later_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or the second picture of a size could be refused for the memory that the first one took."""
+    """Or the second image of a size could be refused for the memory that the first one took."""
     for name, found in (("mem_get_info", (100, 9000)), ("memory_reserved", 700), ("memory_allocated", 300)):
         monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
     assert memory.available(CUDA) == 500
@@ -74,28 +74,28 @@ def test_a_model_that_does_not_fit_is_not_loaded(monkeypatch: pytest.MonkeyPatch
     assert Pipeline.from_pretrained(device="cpu", dtype="bf16").dtype == torch.bfloat16
 
 
-PICTURE = memory.Picture(SD15_UNET, SD_VAE, 1024, 1024, 4, torch.float32, tiled=False)
+PHOTO = memory.Workload(SD15_UNET, SD_VAE, 1024, 1024, 4, torch.float32, tiled=False)
 
 
-def refused(picture: memory.Picture, free: float, monkeypatch: pytest.MonkeyPatch) -> str:
+def refused(photo: memory.Workload, free: float, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(memory, "available", lambda device: int(free))
     with pytest.raises(FastsdError) as caught:
-        memory.check_picture(picture, CPU)
+        memory.check_workload(photo, CPU)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_what_is_offered_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each offer is taken up, and has to be accepted."""
-    free = PICTURE.size - 1
-    said = refused(PICTURE, free, monkeypatch)
+    free = PHOTO.size - 1
+    said = refused(PHOTO, free, monkeypatch)
     assert "batch_size 2 or vae_tiling or dtype fp16 or bf16 or 512x512 would fit" in said
     for change in ({"batch": 2}, {"tiled": True}, {"dtype": torch.float16}, {"width": 512, "height": 512}):
-        memory.check_picture(replace(PICTURE, **change), CPU)
+        memory.check_workload(replace(PHOTO, **change), CPU)
 
 
 def test_only_what_helps_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
-    single = replace(PICTURE, batch=1, dtype=torch.float16)
+    single = replace(PHOTO, batch=1, dtype=torch.float16)
     said = refused(single, single.size * 0.6, monkeypatch)
     assert "batch_size" not in said and "dtype" not in said and "512x512 would fit" in said
     tiled = replace(single, tiled=True)
@@ -103,21 +103,21 @@ def test_only_what_helps_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_no_single_change_helps_gets_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    large = replace(PICTURE, width=2048, height=512, batch=64)
+    large = replace(PHOTO, width=2048, height=512, batch=64)
     together = memory.smaller(replace(large, batch=1, tiled=True, dtype=torch.float16), 2**20)
     assert together is not None and together.width == 4 * together.height  # the shape stays
     said = refused(replace(large, batch=1), 2**20, monkeypatch)
     assert "would fit" in said
-    assert "no size fits" in refused(PICTURE, 1000, monkeypatch)
+    assert "no size fits" in refused(PHOTO, 1000, monkeypatch)
 
 
 def test_tiles_take_the_decoder_out_of_the_size() -> None:
-    assert replace(PICTURE, tiled=True, batch=1).size < replace(PICTURE, batch=1).size / 2
-    small = replace(PICTURE, width=512, height=512)
-    assert replace(small, tiled=True).size == small.size  # one tile is the picture
+    assert replace(PHOTO, tiled=True, batch=1).size < replace(PHOTO, batch=1).size / 2
+    small = replace(PHOTO, width=512, height=512)
+    assert replace(small, tiled=True).size == small.size  # one tile is the image
 
 
 def test_what_ran_out_unforeseen_offers_what_takes_less() -> None:
-    said = str(memory.too_large(PICTURE))
+    said = str(memory.too_large(PHOTO))
     assert said.startswith("not enough memory for 1024x1024 in batches of 4; batch_size 2 or vae_tiling or")
     assert said.endswith("would take less")

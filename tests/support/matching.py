@@ -103,7 +103,7 @@ def run_layer(module: nn.Module, x: torch.Tensor, call: Call) -> Maps | None:
     """The layers that UNet, VAE and text encoder share."""
     if isinstance(module, layers.ResBlock | vae.AttentionBlock | vae.MidBlock | vae.Level | vae.Encoder | vae.Decoder):
         return nchw(module(x))
-    if isinstance(module, layers.SelfAttention | layers.FeedForward | clip.CausalAttention | clip.MLP):
+    if isinstance(module, layers.SelfAttention | layers.FeedForward | clip.CausalAttention | clip.FeedForwardMLP):
         return module(x, torch.zeros_like(x))
     if isinstance(module, layers.GroupNorm) and x.ndim == 3:  # [B, C, S] in their attention
         return module(x.transpose(1, 2)[:, None])[:, 0].transpose(1, 2)
@@ -112,9 +112,9 @@ def run_layer(module: nn.Module, x: torch.Tensor, call: Call) -> Maps | None:
         return nchw(module(x, None if size is None else torch.Size(size)))
     if isinstance(module, layers.Linear) and module.parts:
         return None  # several of theirs in one; likewise
-    if isinstance(module, nn.ModuleList | nn.ModuleDict | clip.Encoder | clip.TextModel | clip.TextEncoder):
+    if isinstance(module, nn.ModuleList | nn.ModuleDict | clip.EncoderLayers | clip.TextModel | clip.TextEncoder):
         return None  # containers
-    if isinstance(module, unet.UNet | vae.AutoencoderKL | clip.Embedding):
+    if isinstance(module, unet.UNet | vae.AutoencoderKL | clip.TokenTable):
         return None
     return nchw(module(x))
 

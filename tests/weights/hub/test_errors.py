@@ -15,8 +15,8 @@ from safetensors.torch import save
 from fastsd.errors import FastsdError
 from fastsd.weights.hub import locate
 from fastsd.weights.hub.hub_id import HubId
+from tests.support.hub import DIGITS, model_path, sharded
 from tests.support.hub_server import Hub, set_offline
-from tests.weights.hub.conftest import DIGITS, model_path, sharded
 
 Refused = Callable[..., None]
 

@@ -11,8 +11,8 @@ from safetensors.torch import save
 from fastsd.pipeline import BUNDLED, Pipeline
 from fastsd.weights.hub import locate
 from fastsd.weights.hub.hub_id import HubId
+from tests.support.hub import DIGITS, NEW, UNNEEDED, WEIGHTS, half, model_path, sharded
 from tests.support.hub_server import Hub, set_offline
-from tests.weights.hub.conftest import DIGITS, NEW, UNNEEDED, WEIGHTS, half, model_path, sharded
 
 
 def test_only_the_needed_files_are_fetched_and_only_once(served: Hub) -> None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from fastsd.errors import FastsdError
 from fastsd.weights.hub import locate
 from fastsd.weights.hub.hub_id import HubId, ModelLocation, parse_hub_id
+from tests.support.hub import NEW
 from tests.support.hub_server import Hub
-from tests.weights.hub.conftest import NEW
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from fastsd.image.metadata import read_texts
 from fastsd.pipeline import BUNDLED, Pipeline
 from fastsd.weights.hub import locate
 from fastsd.weights.hub.hub_id import HubId
+from tests.support.hub import DIGITS, NEW, OLD, UNNEEDED, model_path
 from tests.support.hub_server import Hub, serve_hub, set_offline
-from tests.weights.hub.conftest import DIGITS, NEW, OLD, UNNEEDED, model_path
 
 pytest.importorskip("huggingface_hub")
 ROOT = Path(__file__).parents[3]

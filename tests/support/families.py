@@ -1,0 +1,168 @@
+"""Tiny random models of every family, made and saved by diffusers and transformers."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastsd.model.tokenizer import Tokenizer
+
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+}
+ATTENTION_ABOVE = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+ATTENTION_BELOW = {  # as SDXL has it
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2),
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "use_linear_projection": True,
+}
+
+
+def disturbed(module: Any) -> Any:
+    """Noise on every parameter, so that none is left at an initial 0 or 1 that would hide a mistake."""
+    for parameter in module.parameters():
+        parameter.data += 0.03 * torch.randn_like(parameter)
+    return module.eval()
+
+
+def make_unet(**changes: Any) -> Any:
+    import diffusers
+
+    config: dict[str, Any] = {
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "sample_size": 8,
+        "norm_num_groups": 8,
+        "cross_attention_dim": 32,
+        "attention_head_dim": 4,
+        **ATTENTION_ABOVE,
+    }
+    return disturbed(diffusers.UNet2DConditionModel(**config | changes))
+
+
+def make_vae() -> Any:
+    import diffusers
+
+    return disturbed(
+        diffusers.AutoencoderKL(
+            block_out_channels=(8, 16, 16, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            sample_size=64,
+        )
+    )
+
+
+def make_text(tokenizer: Any, projection: int = 0, act: str = "quick_gelu") -> Any:
+    import transformers
+
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        projection_dim=projection or 32,
+        hidden_act=act,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
+    return disturbed(kind(config))
+
+
+def make_pipelines(folder: Path) -> dict[str, Any]:
+    """One diffusers pipeline of every family, each saved in a folder of its name."""
+    import diffusers
+    import transformers
+
+    Tokenizer().save(folder / "tokenizer")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
+
+    def plain(kind: Any, prediction: str = "epsilon", **unet: Any) -> Any:
+        return kind(
+            vae=make_vae(),
+            text_encoder=make_text(tokenizer, act="gelu" if unet.get("use_linear_projection") else "quick_gelu"),
+            tokenizer=tokenizer,
+            unet=make_unet(**unet),
+            scheduler=diffusers.DDIMScheduler(timestep_spacing="leading", prediction_type=prediction, **SCHEDULE),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    def xl(kind: Any, encoders: int, **changes: Any) -> Any:
+        sizes = 6 if encoders == 2 else 5
+        unet = make_unet(
+            **ATTENTION_BELOW,
+            projection_class_embeddings_input_dim=24 + 8 * sizes,
+            cross_attention_dim=32 * encoders,
+        )
+        return kind(
+            vae=make_vae(),
+            text_encoder=make_text(tokenizer) if encoders == 2 else None,
+            text_encoder_2=make_text(tokenizer, 24, "gelu"),
+            tokenizer=tokenizer if encoders == 2 else None,
+            tokenizer_2=tokenizer,
+            unet=unet,
+            scheduler=diffusers.EulerDiscreteScheduler(
+                timestep_spacing="leading", **{k: SCHEDULE[k] for k in list(SCHEDULE)[:4]}
+            ),
+            add_watermarker=False,
+            **changes,
+        )
+
+    made = {
+        "sd1": plain(diffusers.StableDiffusionPipeline),
+        "sd2": plain(
+            diffusers.StableDiffusionPipeline,
+            prediction="v_prediction",
+            use_linear_projection=True,
+            attention_head_dim=(2, 4),
+        ),
+        "inpainting": plain(diffusers.StableDiffusionInpaintPipeline, in_channels=9),
+        "sdxl": xl(diffusers.StableDiffusionXLPipeline, 2),
+        "refiner": xl(diffusers.StableDiffusionXLImg2ImgPipeline, 1, requires_aesthetics_score=True),
+    }
+    for name, pipeline in made.items():
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.save_pretrained(folder / name)
+    return made
+
+
+class Families:
+    """`pipelines[name]` is diffusers' own, `folder / name` what it saved."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.pipelines = make_pipelines(folder)
+
+
+TOLERANCE = 1e-4
+
+
+@functools.cache
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def run(pipeline: Any, prompt: str, **arguments: Any) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pipeline(prompt, output_type="latent", **arguments).images
