@@ -6,6 +6,7 @@ import logging
 import warnings
 
 import pytest
+import torch
 
 from tests.support.families import Families
 

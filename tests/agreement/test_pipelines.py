@@ -35,6 +35,7 @@ SETTINGS = {
 }
 
 
+@functools.cache
 def ours(folder: Any) -> Pipeline:
     return Pipeline.from_pretrained(folder, device="cpu", dtype="fp32")
 
