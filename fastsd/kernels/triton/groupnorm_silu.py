@@ -27,7 +27,8 @@ def _load(x_ptr, x2_ptr, add_ptr, pixel, live, channel, within, C1, stride_xp, s
     p, c = pixel.to(tl.int64)[:, None], channel[None, :]
     pointers = x_ptr + p * stride_xp + c
     if PARTS == 2:
-        pointers = tl.where(c < C1, pointers, x2_ptr + p * stride_x2p + (c - C1))
+        left = c < C1  # of columns: an address in each part for each element would take more registers
+        pointers = tl.where(left, x_ptr + c, x2_ptr + (c - C1)) + p * tl.where(left, stride_xp, stride_x2p)
     y = tl.load(pointers, mask=live[:, None] & within[None, :], other=0.0).to(tl.float32)
     if add_ptr is not None:
         y += tl.load(add_ptr + c, mask=within[None, :], other=0.0).to(tl.float32)
