@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -36,17 +37,33 @@ class Compiled:
 
     Attributes:
         registers: per thread. spills: bytes of local memory per thread. shared: bytes of shared memory.
-        loads, stores, copies: bits of each access; copies are from global to shared memory.
-        machine: the disassembled code.
+        binary: the cubin, disassembled only when its code is asked for.
     """
 
     registers: int
     spills: int
     shared: int
-    loads: tuple[int, ...]
-    stores: tuple[int, ...]
-    copies: tuple[int, ...]
-    machine: str = field(repr=False)
+    binary: bytes = field(repr=False)
+
+    @functools.cached_property
+    def machine(self) -> str:
+        """The code itself."""
+        return _run("nvdisasm", self.binary, "-c")
+
+    @property
+    def loads(self) -> tuple[int, ...]:
+        """Bits of each load from memory."""
+        return _widths("LDG", self.machine)
+
+    @property
+    def stores(self) -> tuple[int, ...]:
+        """Bits of each store to memory."""
+        return _widths("STG", self.machine)
+
+    @property
+    def copies(self) -> tuple[int, ...]:
+        """Bits of each copy from memory to shared memory."""
+        return _widths("LDGSTS", self.machine)
 
 
 def compile_kernel(kernel: Any, capability: int, warps: int, arguments: Mapping[str, Any], **options: Any) -> Compiled:
@@ -60,22 +77,11 @@ def compile_kernel(kernel: Any, capability: int, warps: int, arguments: Mapping[
     source = source_of(kernel, arguments)
     target = GPUTarget("cuda", capability, 32)
     binary = triton.compile(source, target=target, options={"num_warps": warps, **options, **OPTIONS})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        machine = _run("nvdisasm", "-c", file.name)
+    cubin = binary.asm["cubin"]
+    usage = _run("cuobjdump", cubin, "--dump-resource-usage")
     counts = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert counts is not None, usage
-    return Compiled(
-        registers=int(counts[1]),
-        spills=int(counts[2]) + int(counts[3]),
-        shared=binary.metadata.shared,
-        loads=_widths("LDG", machine),
-        stores=_widths("STG", machine),
-        copies=_widths("LDGSTS", machine),
-        machine=machine,
-    )
+    return Compiled(int(counts[1]), int(counts[2]) + int(counts[3]), binary.metadata.shared, cubin)
 
 
 def source_of(kernel: Any, arguments: Mapping[str, Any]) -> ASTSource:
@@ -103,5 +109,9 @@ def _widths(instruction: str, machine: str) -> tuple[int, ...]:
     return tuple(int((re.search(r"\.[US]?(8|16|64|128)\b", suffix) or ["", "32"])[1]) for suffix in suffixes)
 
 
-def _run(tool: str, *arguments: str) -> str:
-    return subprocess.run([os.path.join(BINARIES, tool), *arguments], capture_output=True, text=True, check=True).stdout
+def _run(tool: str, cubin: bytes, *arguments: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [os.path.join(BINARIES, tool), *arguments, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
