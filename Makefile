@@ -33,6 +33,8 @@ endif
 
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+TRITON := $(shell sed -n 's/^ *"triton>=\([0-9.]*\),[^;]*\(;.*\)",$$/triton==\1\2/p' pyproject.toml)
+OLDEST := $(if $(NOVENV),,.venv/.triton-$(patsubst triton==%;,%,$(firstword $(TRITON))))
 
 .PHONY: help demo test lint lint-run parity bench gpu report digits-report
 .DEFAULT_GOAL := help
@@ -55,6 +57,13 @@ help:
 	@$(PIP) -e '.[dev]'
 	@touch $@
 
+# The oldest Triton that pyproject.toml allows, in a folder of its own: every kernel has to compile under it too.
+.venv/.triton-%: | .venv/.runtime
+	@echo "installing Triton $* into $@, to compile the kernels with it"
+	@rm -rf $@.part && mkdir -p $@.part
+	@$(filter-out -c constraints.txt,$(PIP)) --no-deps --target $@.part "$(TRITON)"
+	@mv $@.part $@
+
 .venv/.bench: .venv/.dev
 	@$(PIP) -e '.[bench]'
 	@touch $@
@@ -62,7 +71,7 @@ help:
 demo: $(RUNTIME)
 	@$(PY) -m fastsd --prompt "$(PROMPT)"
 
-test: lint
+test: lint $(OLDEST)
 	$(PY) -m pytest
 
 lint: $(DEV)
