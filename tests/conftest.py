@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+WORKER_MEMORY = 2 * 2**30  # what a process of the tests takes at most, with the processes that it starts
 
 # Set before anything imports them: no test may reach for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,6 +22,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What fastsd keeps between runs is not the user's here; the folder goes when the tests have ended.
 _cache = tempfile.TemporaryDirectory(prefix="fastsd-tests-")
 os.environ["FASTSD_CACHE"] = _cache.name
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist asks; it need not be there
+def pytest_xdist_auto_num_workers() -> int:
+    """One process a core, as far as the memory goes; a GPU is not shared, since tests measure what is free on it."""
+    import torch
+
+    if torch.cuda.is_available():
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    meminfo = Path("/proc/meminfo")
+    free = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
+    fit = int(free[1]) * 1024 // WORKER_MEMORY if free else cores
+    count = min(cores, fit)
+    return count if count > 1 else 0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -65,6 +65,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.heavy
 def test_one_graph_serves_everything_that_keeps_the_shape() -> None:
     pipe, recorder = graphed()
     plain = tiny_pipeline()
@@ -128,6 +129,7 @@ def test_tiny_autoencoders() -> None:
     assert recorder.recorded == 5  # encoder, two decoders, text, step
 
 
+@pytest.mark.heavy
 def test_the_hundredth_replay_is_the_first() -> None:
     pipe, recorder = graphed()
     first = latents(pipe, num_inference_steps=1)
@@ -153,6 +155,7 @@ def test_no_graphs_on_request() -> None:
     assert torch.equal(latents(pipe), latents(tiny_pipeline())) and recorder.recorded == 0
 
 
+@pytest.mark.heavy
 def test_weights_changed_in_place() -> None:
     """A hundred times, as LoRAs come and go: no new graph, the same result as without one."""
     pipe, recorder = graphed()
@@ -420,6 +423,7 @@ def controls_of(pipe: Pipeline, count: int = 2) -> list[Control]:
     return found
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("sampler", ["euler_a", "dpm++2m", "heun"])
 def test_networks_that_come_and_go(sampler: str) -> None:
     """A graph for each set of ControlNets; the state goes from one graph's buffers to the next's and back."""
@@ -442,6 +446,7 @@ def test_networks_that_come_and_go(sampler: str) -> None:
     assert recorder.recorded == captures + 1  # without any
 
 
+@pytest.mark.heavy
 def test_a_graph_keeps_no_controlnet() -> None:
     """One that its owner gives up gives its memory back, though a graph was made with it."""
     pipe, _ = graphed()

@@ -185,6 +185,7 @@ def test_importing_the_package_is_light() -> None:
     assert not loaded & heavy
 
 
+@pytest.mark.heavy
 def test_the_pipeline_loads_nothing_that_it_does_not_use() -> None:
     """The pipeline needs torch, but still neither what only tests use, nor the compiler, nor the training code."""
     loaded = set(run("import fastsd, sys; fastsd.Pipeline; print(*sys.modules, sep='\\n')").split())

@@ -18,3 +18,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return Families(tmp_path_factory.mktemp("families"))
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.add_marker(pytest.mark.heavy)  # every test in this folder, and in no other

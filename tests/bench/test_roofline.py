@@ -21,6 +21,7 @@ def flops(work: list[Work]) -> float:
     return sum(total(work, UNIT, 2).flops.values())
 
 
+@pytest.mark.heavy
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "tiny"])
 def test_the_unet_agrees_with_torchs_flop_counter(name: str) -> None:
@@ -45,6 +46,7 @@ def test_the_decoder_agrees_with_torchs_flop_counter() -> None:
     assert flops(decode_work(SD15, 1, 512)) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
+@pytest.mark.heavy
 def test_work_grows_with_the_batch_and_the_size() -> None:
     one = flops(step_work(SD15, 1, 512))
     assert flops(step_work(SD15, 4, 512)) == pytest.approx(4 * one)

@@ -18,6 +18,8 @@ from fastsd import Control, Pipeline
 from tests.support import tiny
 from tests.support.cli import refused
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def nets(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:

@@ -22,6 +22,8 @@ from fastsd.image import files as images
 from fastsd.pipeline import Pipeline
 from tests.support.cli import pixels, refused, settings, write_image
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).parent.parent.parent
 
 

@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 
 from tests.support.cli import refused
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture
 def lora(tmp_path: Path) -> Path:

@@ -15,6 +15,8 @@ from tests.support import tiny
 from tests.support.cli import pixels, refused, settings, write_image
 from tests.support.hub_server import Hub, local_hub
 
+pytestmark = pytest.mark.heavy
+
 OLD, NEW = "a" * 40, "c" * 40
 
 

@@ -17,6 +17,8 @@ from fastsd.model.taesd import TAESD
 from fastsd.pipeline import Pipeline, Step
 from tests.support.cli import pixels, refused
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def taesd(tmp_path_factory: pytest.TempPathFactory) -> Path:

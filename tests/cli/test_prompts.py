@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from fastsd.image import files as images
 from fastsd.image import metadata
 
+pytestmark = pytest.mark.heavy
+
 PROMPT = r"a (red:1.3) [cat|dog], \(x\) BREAK [[y]:0.5], 12:30"
 
 

@@ -16,6 +16,8 @@ from fastsd.train.strokes import STYLE_WORDS, measure, styles
 
 Labelled = tuple[torch.Tensor, np.ndarray]
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def real(training_subset: Digits) -> Labelled:

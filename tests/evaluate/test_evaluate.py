@@ -20,6 +20,8 @@ from fastsd.train.digits import Digits
 from fastsd.train.settings import Data
 from fastsd.train.strokes import STYLE_WORDS, measure, styles
 
+pytestmark = pytest.mark.heavy
+
 
 class RealDigits:
     """Returns held-out digits that match the prompt. Digits below `wrong` come out as the next digit."""

@@ -15,6 +15,8 @@ from fastsd.evaluate.reader import SCALES, DigitReader, load_reader, read, save_
 from fastsd.train.digits import Digits, enlarge
 from fastsd.train.settings import Data
 
+pytestmark = pytest.mark.heavy
+
 
 def accuracy(reader: DigitReader, images: torch.Tensor, labels: np.ndarray) -> float:
     return float((read(reader, images).numpy() == labels).mean())

@@ -123,6 +123,7 @@ def test_what_says_the_same_generates_the_same(pipe: Pipeline, prompt: str) -> N
     np.testing.assert_array_equal(generate(pipe, "a cat", prompt_syntax="plain"), generate(pipe, "a cat"))
 
 
+@pytest.mark.heavy
 def test_weights_and_length_matter(pipe: Pipeline) -> None:
     base = generate(pipe, "a cat")
     for other in ("a (cat:1.3)", "a [cat]", "a BREAK cat", "a cat" + ", red" * 80, "a cat" + ", red" * 79):
@@ -133,6 +134,7 @@ def test_weights_and_length_matter(pipe: Pipeline) -> None:
 LONG = "a red cat on a mat, " * 20
 
 
+@pytest.mark.heavy
 def test_an_image_does_not_depend_on_longer_neighbours(pipe: Pipeline) -> None:
     prompts = ["a cat", LONG, "a [dog|BREAK] x", "a dog", LONG + LONG, "(a) bird"]
     negatives = ["", "", "fog", LONG, "", "[fog:0.5]"]
@@ -143,6 +145,7 @@ def test_an_image_does_not_depend_on_longer_neighbours(pipe: Pipeline) -> None:
         np.testing.assert_array_equal(generate(pipe, prompt, negative_prompt=negative, seed=1 + i)[0], together[i])
 
 
+@pytest.mark.heavy
 def test_a_second_pass_whose_texts_fill_more_chunks(pipe: Pipeline) -> None:
     """A schedule may come to a longer text only in the second pass, which has steps of its own."""
     prompts = [f"a [dog:{LONG}:2]", "a cat", "a bird"]
@@ -198,6 +201,7 @@ def test_keys_and_values_are_the_same_while_the_text_is(sd1: Pipeline, monkeypat
     assert [before is after for before, after in zip(seen, seen[1:])] == [True, False, True, True, True]
 
 
+@pytest.mark.heavy
 def test_digits_follow_a_schedule_and_chunks_of_their_own_length() -> None:
     pipe = Pipeline.from_pretrained(dtype="fp32")
     size = {"num_inference_steps": 4, "width": 64, "height": 64}
@@ -213,6 +217,7 @@ def test_digits_follow_a_schedule_and_chunks_of_their_own_length() -> None:
     assert "'purple'" in pipe("a [purple:three:2]", **size, seed=1).notes[0]
 
 
+@pytest.mark.heavy
 def test_an_embedding_changes_the_prompts_that_name_it(tmp_path: Path) -> None:
     for make, widths in ((tiny.sd1, {"x": 32}), (tiny.sdxl, {"clip_l": 32, "clip_g": 32})):
         pipe = Pipeline(make(), CPU, torch.float32)
@@ -227,6 +232,7 @@ def test_an_embedding_changes_the_prompts_that_name_it(tmp_path: Path) -> None:
         assert sorted(result.parameters["embeddings"]) == ["<ink>", "ink-style"]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "sdxl after its refiner"])
 def test_a_refiner_reads_embeddings_too(tmp_path: Path, family: str) -> None:
     """Its text encoders are as many as the model's, or the last of them, or more."""
@@ -280,6 +286,7 @@ def test_lora_tags_are_named(sd1: Pipeline) -> None:
     assert result.parameters["prompts"] == ["a cat <lora:ink:0.8>"]
 
 
+@pytest.mark.heavy
 def test_graphs_follow_a_script(sd1: Pipeline) -> None:
     recorder = TapeRecorder()
     graphed = Pipeline(sd1.components, CPU, torch.float32, Graphs(recorder))

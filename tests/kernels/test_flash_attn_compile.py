@@ -24,6 +24,8 @@ from fastsd.kernels.triton import flash_attn as flash_attn_triton
 from fastsd.kernels.triton import flash_attn_few_keys as flash_attn_few_keys_triton
 from fastsd.kernels.triton import flash_attn_wide as flash_attn_wide_triton
 
+pytestmark = pytest.mark.heavy
+
 CAPABILITIES = [capability for capability in SHARED if capability >= 80]
 HALF = (torch.float16, torch.bfloat16)
 # Queries, keys, head size.

@@ -27,6 +27,8 @@ from fastsd.kernels.triton import geglu as geglu_triton
 from fastsd.kernels.triton import groupnorm_silu as groupnorm_silu_triton
 from fastsd.kernels.triton import layernorm as layernorm_triton
 
+pytestmark = pytest.mark.heavy
+
 AMD = 942  # gfx942, which takes the rows of sm_80: compiled, never run
 QUICK = (75, 90, AMD)
 TARGETS = [

@@ -125,6 +125,7 @@ def test_a_smooth_image_shows_no_seams(vae: AutoencoderKL) -> None:
     assert largest_step(difference) < LEVEL
 
 
+@pytest.mark.heavy
 def test_encoding_in_tiles_shows_no_seams(vae: AutoencoderKL) -> None:
     """In the image that the latent stands for: latents have no brightness of their own."""
     image = smooth_image(HEIGHT * 4, WIDTH * 4)

@@ -131,6 +131,7 @@ def test_bundled_vocabulary_as_transformers(tmp_path: Path) -> None:
     assert_same(BUNDLED(STRINGS), theirs(write_folder(tmp_path))(STRINGS))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("pad", [EOS, "!"], ids=["sd1", "sd2"])
 @pytest.mark.parametrize("layout", ["published", "tokenizer.json", "saved by fastsd", "vocabulary only"])
 def test_folder_as_transformers(tmp_path: Path, pad: str, layout: str) -> None:
@@ -151,6 +152,7 @@ def test_folder_as_transformers(tmp_path: Path, pad: str, layout: str) -> None:
     assert_same(ours(sample), theirs(folder)(sample))
 
 
+@pytest.mark.heavy
 def test_added_tokens_as_transformers(tmp_path: Path) -> None:
     """Tokens beyond the vocabulary, as textual inversion leaves them, get their ids and are found in the text."""
     from transformers import CLIPTokenizer

@@ -15,7 +15,7 @@ from fastsd.sampling.samplers import COLUMNS, SAMPLERS, Table, build
 from tests.support.lifted import DRAWS, IMAGE, NOISE, Case, Run, reference, toy_model
 
 # numpy's advice to diffusers about __array__ is not ours to take.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
+pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers"), pytest.mark.heavy]
 
 SCHEDULER = {
     "ddpm": "DDPMScheduler",

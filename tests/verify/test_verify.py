@@ -22,6 +22,7 @@ def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreted, "check_in_interpreter", list)
 
 
+@pytest.mark.heavy
 def test_the_command_prints_a_table(no_interpreter: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(flags()) == 0
     output = capsys.readouterr().out
@@ -29,6 +30,7 @@ def test_the_command_prints_a_table(no_interpreter: None, capsys: pytest.Capture
     assert "pass  conv2d" in output and "PSNR" in output
 
 
+@pytest.mark.heavy
 def test_the_command_prints_json_and_fails(
     no_interpreter: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

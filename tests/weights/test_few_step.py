@@ -23,6 +23,7 @@ def kind_of(pipe: Pipeline) -> str | None:
     return pipe.few_step and pipe.few_step.kind.name
 
 
+@pytest.mark.heavy
 def test_a_single_file_with_guidance_as_an_input(originals: Any, tmp_path: Path, capsys: Any) -> None:
     """Folder, file and folder again are the same model; `inspect` names its method; a wrong width is refused."""
     components = original.components("sd1")
@@ -49,6 +50,7 @@ def test_a_single_file_with_guidance_as_an_input(originals: Any, tmp_path: Path,
         load_single_file(wrong, torch.float32)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["hyper", "lightning-1"])
 def test_converting_keeps_the_method(originals: Any, kind: str, tmp_path: Path) -> None:
     file = originals.save(originals.tensors("sd1"), f"{kind}.safetensors", {"fastsd.few_step": kind})

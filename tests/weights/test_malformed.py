@@ -13,6 +13,8 @@ import pytest
 
 from tests.support.malformed import CASES
 
+pytestmark = pytest.mark.heavy
+
 SECONDS, ALLOWANCE = 1.0, 50 * 2**20
 
 # Runs the command line on every file in one process. Writing 5 to clear_refs resets the process's peak memory.

@@ -106,6 +106,7 @@ OPCODES = [
 ]
 
 
+@pytest.mark.heavy
 def test_programs_of_encodings() -> None:
     """Random pickles: when Python runs one that is let through, it encodes nothing but texts, by latin1."""
     programs_with_calls = 0

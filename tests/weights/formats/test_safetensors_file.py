@@ -97,6 +97,7 @@ def accepted(raw: bytes, size: int) -> dict[str, tuple[str, list[int]]] | None:
     return {key: (names[entry.dtype], list(entry.shape)) for key, entry in entries.items()}
 
 
+@pytest.mark.heavy
 def test_mutated_headers() -> None:
     """No exception but `FastsdError`; every accepted header means the same to the safetensors library."""
     seen: set[int] = set()
