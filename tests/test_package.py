@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import fastsd
 
@@ -61,6 +65,56 @@ def test_every_data_file_is_packaged() -> None:
     }
     assert data and not data - packaged
     assert package / "assets" / "clip_vocab" / "LICENSE" in packaged
+
+
+def build(kind: str, source: Path, into: Path) -> Path:
+    """What a package's front end does with pyproject.toml, without fetching anything; kind: wheel or sdist."""
+    into.mkdir()
+    command = [sys.executable, "-c", f"from setuptools import build_meta as b; b.build_{kind}({str(into)!r})"]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    (made,) = into.iterdir()
+    return made
+
+
+def contents(wheel: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(wheel) as file:
+        return {name: file.read(name) for name in file.namelist()}
+
+
+def run(folder: Path, path: str, *words: str) -> str:
+    """What Python says in a folder, with a PYTHONPATH."""
+    env = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.heavy
+def test_a_wheel_draws_without_the_source(tmp_path: Path) -> None:
+    """The wheel of a clean checkout and of its sdist are the same; installed elsewhere it draws the same digit."""
+    pytest.importorskip("setuptools", "77", reason="pyproject.toml asks for setuptools 77")
+    clean, site, elsewhere = tmp_path / "checkout", tmp_path / "site", tmp_path / "elsewhere"
+    shutil.copytree(ROOT / "fastsd", clean / "fastsd", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clean)
+    source = {path.relative_to(clean).as_posix() for path in (clean / "fastsd").rglob("*") if path.is_file()}
+
+    shutil.unpack_archive(build("sdist", clean, tmp_path / "sdist"), tmp_path / "unpacked")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    shutil.rmtree(clean / "fastsd.egg-info")
+    wheel = build("wheel", clean, tmp_path / "wheel")
+    found = contents(wheel)
+    assert {name for name in found if name.startswith("fastsd/")} == source
+    assert contents(build("wheel", unpacked, tmp_path / "wheel of the sdist")) == found
+
+    shutil.unpack_archive(wheel, site, "zip")  # which installs it: there is Python and data in it, and nothing else
+    elsewhere.mkdir()
+    assert Path(run(elsewhere, str(site), "-c", "import fastsd; print(fastsd.__file__)")).parent == site / "fastsd"
+    words = ("-m", "fastsd", "--prompt", "a handwritten eight", "--seed", "7", "--output")
+    run(elsewhere, str(site), *words, str(tmp_path / "wheel.png"))
+    run(ROOT, str(ROOT), *words, str(tmp_path / "source.png"))
+    np.testing.assert_array_equal(*(np.asarray(Image.open(tmp_path / f"{kind}.png")) for kind in ("wheel", "source")))
 
 
 def test_every_requirement_is_pinned() -> None:
