@@ -28,7 +28,7 @@ def betas(config: SchedulerConfig) -> Float64:
     """
     steps = config.num_train_timesteps
     if config.beta_schedule == "linear":
-        return np.linspace(config.beta_start, config.beta_end, steps)
+        return np.linspace(config.beta_start, config.beta_end, steps, dtype=np.float64)
     if config.beta_schedule == "scaled_linear":
         return np.square(np.linspace(config.beta_start**0.5, config.beta_end**0.5, steps))
     if config.beta_schedule == "squaredcos_cap_v2":
@@ -146,7 +146,7 @@ class Schedule:
     def _sgm_uniform(self) -> Float64:
         """N + 1 even points from the last timestep to 0, without the 0, as Stability's generative-models spaces
         them."""
-        return np.linspace(self.config.num_train_timesteps - 1, 0, self.num_inference_steps + 1)[:-1]
+        return np.linspace(self.config.num_train_timesteps - 1, 0, self.num_inference_steps + 1, dtype=np.float64)[:-1]
 
     def _ramp(self, sigma_max: float, sigma_min: float) -> Float64:
         """N sigmas from `sigma_max` to `sigma_min`: Karras et al. 2022, equation 5 (rho = 7), or even in log
