@@ -106,7 +106,8 @@ class _KernelStub:
 def intercepted_launches(capability: int, on_launch: Callable[[Any, dict[str, Any]], None]) -> Iterator[None]:
     """Inside this context launches go to `on_launch`, and every device has this compute capability."""
     with ExitStack() as stack:
-        stack.enter_context(patch.object(architecture, "of", lambda device: architecture._of_capability(capability)))
+        key = architecture.class_of_capability(capability)
+        stack.enter_context(patch.object(architecture, "class_of", lambda device: key))
         for module in MODULES:
             for name, value in list(vars(module).items()):
                 if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):

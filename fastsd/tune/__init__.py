@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastsd.kernels.launch.tuned import Question
+    from fastsd.kernels.launch.tuned import Lookup
     from fastsd.tune.search import Clock, SearchResult
     from fastsd.verify.rule import CheckResult
 
@@ -50,18 +50,18 @@ def run(args: argparse.Namespace) -> int:
     no_triton = dispatch.why_no_triton(pipe.device)
     if no_triton is not None:
         raise FastsdError(f"tune: {no_triton}")
-    origin = tuned.origin(torch.cuda.get_device_name(pipe.device), architecture.of(pipe.device))
-    launches = dict(tuned.load(origin))  # includes the shapes of models that were tuned before
+    valid_for = tuned.fingerprint(torch.cuda.get_device_name(pipe.device), architecture.class_of(pipe.device))
+    launches = dict(tuned.load(valid_for))  # includes the shapes of models that were tuned before
 
     def short_run() -> None:
         drive(pipe, args.prompt, pipe.defaults["width"], pipe.defaults["height"])
 
-    for question, result in tune(short_run, gpu_seconds):
-        print(f"{question.op} {question.key}: {_describe(result)}", flush=True)
+    for lookup, result in tune(short_run, gpu_seconds):
+        print(f"{lookup.op} {lookup.key}: {_describe(result)}", flush=True)
         if result is not None:
-            launches[question] = result.launch
+            launches[lookup] = result.launch
     try:
-        print(tuned.save(launches, origin))
+        print(tuned.save(launches, valid_for))
     except OSError as error:
         raise FastsdError(f"tune: cannot write to {cache_folder()}: {error.strerror}") from error
     return 0
@@ -74,7 +74,7 @@ def _describe(result: SearchResult | None) -> str:
     return f"{times}, {result.correct} of {result.candidates} correct: {result.launch}"
 
 
-def tune(run: Callable[[], Any], clock: Clock) -> Iterator[tuple[Question, SearchResult | None]]:
+def tune(run: Callable[[], Any], clock: Clock) -> Iterator[tuple[Lookup, SearchResult | None]]:
     """Search for the fastest launch for every lookup in the launch tables during `run`.
 
     Yields each lookup with its result, in order; None where the committed launch computes a wrong result.
@@ -87,18 +87,18 @@ def tune(run: Callable[[], Any], clock: Clock) -> Iterator[tuple[Question, Searc
     from fastsd.verify.ops import judge_of
     from fastsd.verify.watch import Call, has_kernel, observed
 
-    results: dict[tuned.Question, SearchResult | None] = {}
+    results: dict[tuned.Lookup, SearchResult | None] = {}
 
     def on_call(call: Call) -> None:
         if not has_kernel(call.op.name):
             return
-        with tuned.asked() as questions:
+        with tuned.recorded_lookups() as lookups:
             call.run()
-        for question, committed in questions.items():
-            if question in results:
+        for lookup, committed in lookups.items():
+            if lookup in results:
                 continue
-            launches = candidates(question, committed)
-            results[question] = search(launches, *_trial(question, call.run, judge_of(call)), clock)
+            launches = candidates(lookup, committed)
+            results[lookup] = search(launches, *_trial(lookup, call.run, judge_of(call)), clock)
 
     with torch.inference_mode(), observed(on_call):
         run()
@@ -106,13 +106,13 @@ def tune(run: Callable[[], Any], clock: Clock) -> Iterator[tuple[Question, Searc
 
 
 def _trial(
-    question: Question, call: Callable[[], Any], judge: Callable[[Any], CheckResult]
+    lookup: Lookup, call: Callable[[], Any], judge: Callable[[Any], CheckResult]
 ) -> tuple[Callable[[Any], bool], Callable[[Any], Any]]:
     """Two functions of a launch: whether `call` is correct with it, and `call` with it."""
-    from fastsd.kernels.launch.tuned import tried
+    from fastsd.kernels.launch.tuned import overridden
 
     def run(launch: Any) -> Any:
-        with tried(question, launch):
+        with overridden(lookup, launch):
             return call()
 
     return lambda launch: judge(run(launch)).passed is True, run

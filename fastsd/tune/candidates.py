@@ -12,18 +12,18 @@ from typing import Any
 
 from fastsd.kernels.launch import flash_attn, groupnorm_silu, rowwise
 from fastsd.kernels.launch.groupnorm_silu import power_of_two
-from fastsd.kernels.launch.tuned import Question
+from fastsd.kernels.launch.tuned import Lookup
 
 
-def candidates(question: Question, committed: Any) -> list[Any]:
-    """Distinct launches for `question`, `committed` first."""
+def candidates(lookup: Lookup, committed: Any) -> list[Any]:
+    """Distinct launches for `lookup`, `committed` first."""
     others: Iterator[Any]
-    if isinstance(committed, groupnorm_silu.Launch):
-        others = _groupnorm(committed, *question.key)
-    elif isinstance(committed, rowwise.Launch):
-        others = _rowwise(question.op, committed)
+    if isinstance(committed, groupnorm_silu.GroupNormLaunch):
+        others = _groupnorm(committed, *lookup.key)
+    elif isinstance(committed, rowwise.RowwiseLaunch):
+        others = _rowwise(lookup.op, committed)
     elif isinstance(committed, flash_attn.Tile):
-        others = _tiles(committed, question.key[3])
+        others = _tiles(committed, lookup.key[3])
     elif isinstance(committed, flash_attn.FewKeys):
         others = _few_keys(committed)
     else:
@@ -32,27 +32,27 @@ def candidates(question: Question, committed: Any) -> list[Any]:
 
 
 def _groupnorm(
-    committed: groupnorm_silu.Launch, pixels: int, channels: int, groups: int, itemsize: int
-) -> Iterator[groupnorm_silu.Launch]:
+    committed: groupnorm_silu.GroupNormLaunch, pixels: int, channels: int, groups: int, itemsize: int
+) -> Iterator[groupnorm_silu.GroupNormLaunch]:
     size = channels // groups
     near = {committed.groups // 2, committed.groups, 2 * committed.groups}
     divisors = [g for g in sorted(near) if g and groups % g == 0]
     for g, tile, warps in itertools.product(divisors, (2048, 4096, 8192), (4, 8, 16)):
         block_p = min(max(tile // power_of_two(g * size), 1), power_of_two(pixels))
-        yield groupnorm_silu.Launch(g, block_p, warps)
+        yield groupnorm_silu.GroupNormLaunch(g, block_p, warps)
         for programs, tiles in itertools.product((128, 512), (1, 4)):
             split = max(-(-pixels * groups // (programs * g * block_p)), 1) * block_p
             if split < pixels:
                 merge = -(-pixels // split) > 64
-                yield groupnorm_silu.Launch(g, block_p, warps, split, block_p * tiles, merge)
+                yield groupnorm_silu.GroupNormLaunch(g, block_p, warps, split, block_p * tiles, merge)
 
 
-def _rowwise(op: str, committed: rowwise.Launch) -> Iterator[rowwise.Launch]:
+def _rowwise(op: str, committed: rowwise.RowwiseLaunch) -> Iterator[rowwise.RowwiseLaunch]:
     columns = [committed.block_columns] if op == "layernorm" else [128, 256, 512, 1024]
     heights = [1] if op == "advance" else [1, 2, 4, 8, 16]
     for height, width, warps in itertools.product(heights, columns, (1, 2, 4, 8, 16)):
         if height * width <= 16384 and height * width >= 32 * warps:
-            yield rowwise.Launch(height, width, warps)
+            yield rowwise.RowwiseLaunch(height, width, warps)
 
 
 def _tiles(committed: flash_attn.Tile, size: int) -> Iterator[flash_attn.Tile]:

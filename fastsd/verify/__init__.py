@@ -92,6 +92,6 @@ def environment(pipe: Pipeline) -> dict[str, Any]:
         "dtype": dtype_name(pipe.dtype),
         "fastsd": __version__,
         "torch": torch.__version__,
-        "launches": tuned.described(pipe.device) if no_triton is None else "none",
+        "launches": tuned.describe(pipe.device) if no_triton is None else "none",
         "triton": importlib.metadata.version("triton") if no_triton is None else no_triton,
     }

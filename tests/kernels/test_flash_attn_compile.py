@@ -70,7 +70,7 @@ def launched(
     recorder = Recorder(getattr(module, name))
     monkeypatch.setattr(module, name, recorder)
     key = max(key for key in TABLE if key <= capability)
-    monkeypatch.setattr(flash_attn_triton.architecture, "of", lambda device: key)
+    monkeypatch.setattr(flash_attn_triton.architecture, "class_of", lambda device: key)
     q = torch.empty(1, queries, 3, 8, size, **like)[:, :, 0]
     k, v = torch.empty(1, keys, 2, 8, size, **like).unbind(2)
     flash_attn_triton.flash_attn(q, k, v, causal)

@@ -7,38 +7,38 @@ from typing import Any
 import pytest
 
 from fastsd.kernels.launch import flash_attn, groupnorm_silu, rowwise
-from fastsd.kernels.launch.tuned import Question
+from fastsd.kernels.launch.tuned import Lookup
 from fastsd.tune.candidates import candidates
 
-QUESTIONS = [
-    Question("groupnorm_silu", 90, (4096, 320, 32, 2)),
-    Question("groupnorm_silu", 90, (64, 1280, 32, 2)),
-    Question("groupnorm_silu", 90, (1, 7, 7, 4)),
-    Question("layernorm", 90, (320,)),
-    Question("geglu", 90, (1280,)),
-    Question("advance", 90, ()),
-    Question("flash_attn", 90, (4096, 4096, 8, 40, 2)),
-    Question("flash_attn", 90, (4096, 77, 8, 40, 2)),
-    Question("flash_attn", 90, (4096, 4096, 1, 512, 2)),
+LOOKUPS = [
+    Lookup("groupnorm_silu", 90, (4096, 320, 32, 2)),
+    Lookup("groupnorm_silu", 90, (64, 1280, 32, 2)),
+    Lookup("groupnorm_silu", 90, (1, 7, 7, 4)),
+    Lookup("layernorm", 90, (320,)),
+    Lookup("geglu", 90, (1280,)),
+    Lookup("advance", 90, ()),
+    Lookup("flash_attn", 90, (4096, 4096, 8, 40, 2)),
+    Lookup("flash_attn", 90, (4096, 77, 8, 40, 2)),
+    Lookup("flash_attn", 90, (4096, 4096, 1, 512, 2)),
 ]
 
 
-def committed_launch(question: Question) -> Any:
+def committed_launch(lookup: Lookup) -> Any:
     choose = {"groupnorm_silu": groupnorm_silu.choose, "flash_attn": flash_attn.choose}
-    return choose.get(question.op, getattr(rowwise, question.op, None))(90, *question.key)  # type: ignore[misc]
+    return choose.get(lookup.op, getattr(rowwise, lookup.op, None))(90, *lookup.key)  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("question", QUESTIONS, ids=str)
-def test_candidates_are_valid_launches_of_the_same_kind(question: Question) -> None:
-    committed = committed_launch(question)
-    launches = candidates(question, committed)
+@pytest.mark.parametrize("lookup", LOOKUPS, ids=str)
+def test_candidates_are_valid_launches_of_the_same_kind(lookup: Lookup) -> None:
+    committed = committed_launch(lookup)
+    launches = candidates(lookup, committed)
     assert launches[0] == committed and len(set(launches)) == len(launches) <= 300
     assert {type(launch) for launch in launches} == {type(committed)}
     assert len(launches) > 3 or isinstance(committed, flash_attn.Wide)
     for launch in launches:
-        if isinstance(launch, groupnorm_silu.Launch):
-            pixels, _, groups, _ = question.key
+        if isinstance(launch, groupnorm_silu.GroupNormLaunch):
+            pixels, _, groups, _ = lookup.key
             assert groups % launch.groups == 0 and launch.split_pixels < max(pixels, 2)
             assert launch.split_pixels % launch.block_p == 0
         if isinstance(launch, flash_attn.Tile):
-            assert sum(launch.parts) >= question.key[3]
+            assert sum(launch.parts) >= lookup.key[3]

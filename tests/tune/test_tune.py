@@ -27,15 +27,15 @@ from fastsd.tune import tune
 norm = layers.LayerNorm(40)
 x = torch.randn(3, 40)
 clock = lambda runs: [len(runs) + 0 * len(run()) for run in runs]
-((question, result),) = tune(lambda: norm(x), clock)
-assert (question.op, question.key) == ("layernorm", (40,)), question
+((lookup, result),) = tune(lambda: norm(x), clock)
+assert (lookup.op, lookup.key) == ("layernorm", (40,)), lookup
 assert result.correct == result.candidates > 5, result
 from fastsd.kernels.triton import layernorm as layernorm_triton
 correct = layernorm_triton.layernorm
 def wrong(*args):
     return correct(*args) * 1.01
 layernorm_triton.layernorm = wrong
-((question, result),) = tune(lambda: norm(x), clock)
+((lookup, result),) = tune(lambda: norm(x), clock)
 assert result is None
 print("tuned")
 """

@@ -35,11 +35,11 @@ def test_a_tuned_table_is_used_and_correct(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FASTSD_CACHE", str(tmp_path))
-    tuned._in_use.cache_clear()
+    tuned._active_table.cache_clear()
     try:
         assert main(["tune", "--dtype", "fp16"]) == 0
         (file,) = tmp_path.iterdir()
         capsys.readouterr()
         assert str(file) in verify(capsys, "fp16")["launches"]
     finally:
-        tuned._in_use.cache_clear()
+        tuned._active_table.cache_clear()

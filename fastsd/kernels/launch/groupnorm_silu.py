@@ -9,7 +9,7 @@ from fastsd.kernels.launch.tuned import tunable
 
 
 @dataclass(frozen=True)
-class Row:
+class GroupNormSettings:
     """What an architecture class gets.
 
     whole: most bytes of x that one program reads twice, the second time from the first-level cache; whole_tile,
@@ -33,18 +33,18 @@ class Row:
 
 
 # Chosen by compiled code (registers, spills, width of the loads) and estimates; no row has been timed yet.
-TABLE: dict[int, Row] = {
-    75: Row(whole=24576, programs=160),  # 32 KiB of first-level cache
-    80: Row(),
-    86: Row(),
-    90: Row(),
-    100: Row(),
-    120: Row(),
+TABLE: dict[int, GroupNormSettings] = {
+    75: GroupNormSettings(whole=24576, programs=160),  # 32 KiB of first-level cache
+    80: GroupNormSettings(),
+    86: GroupNormSettings(),
+    90: GroupNormSettings(),
+    100: GroupNormSettings(),
+    120: GroupNormSettings(),
 }
 
 
 @dataclass(frozen=True)
-class Launch:
+class GroupNormLaunch:
     """One call's launch.
 
     groups: groups of one program. block_p: pixels of its tile. warps: of every program. split_pixels: pixels that one
@@ -65,9 +65,9 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-@tunable("groupnorm_silu", Launch)
+@tunable("groupnorm_silu", GroupNormLaunch)
 @functools.lru_cache(maxsize=1024)
-def choose(architecture: int, pixels: int, channels: int, groups: int, itemsize: int) -> Launch:
+def choose(architecture: int, pixels: int, channels: int, groups: int, itemsize: int) -> GroupNormLaunch:
     """The launch for `[B, pixels, channels]`. It does not depend on B: a batch must not change an image's sums."""
     row, size = TABLE[architecture], channels // groups
     divisors = [g for g in range(1, groups + 1) if groups % g == 0]  # fewest groups first: most programs
@@ -86,10 +86,10 @@ def choose(architecture: int, pixels: int, channels: int, groups: int, itemsize:
     block_p = max(row.tile // power_of_two(g * size), 1)
     split_pixels = max(-(-pixels * groups // (row.programs * g * block_p)), row.split_tiles) * block_p
     splits = -(-pixels // split_pixels)
-    return Launch(g, block_p, row.warps, split_pixels, block_p * row.apply_tiles, splits > row.merge)
+    return GroupNormLaunch(g, block_p, row.warps, split_pixels, block_p * row.apply_tiles, splits > row.merge)
 
 
-def _whole(row: Row, pixels: int, groups: int, size: int) -> Launch:
+def _whole(row: GroupNormSettings, pixels: int, groups: int, size: int) -> GroupNormLaunch:
     columns = power_of_two(groups * size)
     block_p = min(max(row.whole_tile // columns, 1), power_of_two(pixels))
-    return Launch(groups, block_p, max(row.whole_warps * block_p * columns // row.whole_tile, 1))
+    return GroupNormLaunch(groups, block_p, max(row.whole_warps * block_p * columns // row.whole_tile, 1))

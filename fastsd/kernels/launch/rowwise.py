@@ -12,7 +12,7 @@ from fastsd.kernels.launch.tuned import tunable
 
 
 @dataclass(frozen=True)
-class Row:
+class RowwiseTile:
     """What an architecture class gets: elements of a program's tile and of one warp's share of it."""
 
     tile: int
@@ -20,14 +20,14 @@ class Row:
 
 
 # Chosen by compiled code (registers, spills, width of the loads) and estimates; no row has been timed yet.
-LAYERNORM: dict[int, Row] = {key: Row(tile=2048, per_warp=512) for key in (75, 80, 86, 90, 100, 120)}
-GEGLU: dict[int, Row] = {key: Row(tile=2048, per_warp=512) for key in (75, 80, 86, 90, 100, 120)}
+LAYERNORM: dict[int, RowwiseTile] = {key: RowwiseTile(tile=2048, per_warp=512) for key in (75, 80, 86, 90, 100, 120)}
+GEGLU: dict[int, RowwiseTile] = {key: RowwiseTile(tile=2048, per_warp=512) for key in (75, 80, 86, 90, 100, 120)}
 # A latent has 16384 numbers: small tiles keep more multiprocessors busy.
-ADVANCE: dict[int, Row] = {key: Row(tile=256, per_warp=128) for key in (75, 80, 86, 90, 100, 120)}
+ADVANCE: dict[int, RowwiseTile] = {key: RowwiseTile(tile=256, per_warp=128) for key in (75, 80, 86, 90, 100, 120)}
 
 
 @dataclass(frozen=True)
-class Launch:
+class RowwiseLaunch:
     """One call's launch: rows and columns of a program's tile, and its warps."""
 
     block_rows: int
@@ -35,27 +35,27 @@ class Launch:
     warps: int
 
 
-@tunable("layernorm", Launch)
+@tunable("layernorm", RowwiseLaunch)
 @functools.lru_cache(maxsize=1024)
-def layernorm(architecture: int, columns: int) -> Launch:
+def layernorm(architecture: int, columns: int) -> RowwiseLaunch:
     """Whole rows; as many of them as fill a tile."""
     row, width = LAYERNORM[architecture], power_of_two(columns)
-    return Launch(max(row.tile // width, 1), width, min(max(row.tile, width) // row.per_warp, 16))
+    return RowwiseLaunch(max(row.tile // width, 1), width, min(max(row.tile, width) // row.per_warp, 16))
 
 
-@tunable("geglu", Launch)
+@tunable("geglu", RowwiseLaunch)
 @functools.lru_cache(maxsize=1024)
-def geglu(architecture: int, columns: int) -> Launch:
+def geglu(architecture: int, columns: int) -> RowwiseLaunch:
     """Up to 256 columns: widths of the models here (1280, 2560, 5120) are multiples of that."""
     row, width = GEGLU[architecture], min(power_of_two(columns), 256)
-    return Launch(row.tile // width, width, row.tile // row.per_warp)
+    return RowwiseLaunch(row.tile // width, width, row.tile // row.per_warp)
 
 
-@tunable("advance", Launch)
-def advance(architecture: int) -> Launch:
+@tunable("advance", RowwiseLaunch)
+def advance(architecture: int) -> RowwiseLaunch:
     """A run of elements."""
     row = ADVANCE[architecture]
-    return Launch(1, row.tile, row.tile // row.per_warp)
+    return RowwiseLaunch(1, row.tile, row.tile // row.per_warp)
 
 
 def row_stride(name: str, x: torch.Tensor) -> int:

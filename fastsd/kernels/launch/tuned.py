@@ -1,7 +1,7 @@
-"""Launches that `python -m fastsd tune` measured on this machine: they go before the committed tables.
+"""Launches that `python -m fastsd tune` measured on this machine. They take precedence over the committed tables.
 
-A file for each GPU in the user's cache folder. It belongs to a Triton version, a fastsd version and the kernels' very
-source: with any other it is stale, and left aside with one warning, as a damaged one is.
+Each GPU has a file in the user's cache folder. A file is valid for one version of Triton, one of fastsd and one source
+of the kernels. A stale or damaged file is ignored with one warning.
 """
 
 from __future__ import annotations
@@ -28,165 +28,165 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
-class Question:
-    """What a launcher asks the tables: the op, the architecture class, and the sizes that decide."""
+class Lookup:
+    """A launcher's lookup in the launch tables: the op, the architecture class, and the sizes that decide."""
 
     op: str
     architecture: int
     key: tuple[int, ...]
 
 
-Launches = dict[Question, Any]
+Launches = dict[Lookup, Any]
 
-_kinds: dict[str, dict[str, type]] = {}  # of launches, by op and name
-_tried: Launches = {}
-_listeners: list[Callable[[Question, Any], None]] = []
+_launch_types: dict[str, dict[str, type]] = {}  # by op, then by the name of the class
+_overrides: Launches = {}
+_recorders: list[Callable[[Lookup, Any], None]] = []
 
 
-def tunable(op: str, *kinds: type) -> Callable[[F], F]:
-    """Decorator for the function that reads `op`'s committed table: `choose(architecture, *key)` to one of `kinds`.
+def tunable(op: str, *launch_types: type) -> Callable[[F], F]:
+    """Decorator for `choose(architecture, *key)`, which reads the committed table of `op`.
 
-    What is being tried, and what was tuned, go first. The committed choice stays at hand as `__wrapped__`.
+    Overrides and tuned launches take precedence. `__wrapped__` is the undecorated function.
     """
 
     def decorate(choose: F) -> F:
-        _kinds[op] = {kind.__name__: kind for kind in kinds}
+        _launch_types[op] = {launch_type.__name__: launch_type for launch_type in launch_types}
 
         @functools.wraps(choose)
-        def chosen(architecture: int, *key: int) -> Any:
-            question = Question(op, architecture, key)
-            for tell in _listeners:
-                tell(question, choose(architecture, *key))
-            launch = _tried.get(question) or _in_use(architecture).get(question)
+        def tuned_or_committed(architecture: int, *key: int) -> Any:
+            lookup = Lookup(op, architecture, key)
+            for record in _recorders:
+                record(lookup, choose(architecture, *key))
+            launch = _overrides.get(lookup) or _active_table(architecture).get(lookup)
             return launch or choose(architecture, *key)
 
-        return chosen  # type: ignore[return-value]
+        return tuned_or_committed  # type: ignore[return-value]
 
     return decorate
 
 
 @contextmanager
-def asked() -> Iterator[dict[Question, Any]]:
-    """Inside this context the questions of all launchers are kept, each with its committed answer."""
-    found: dict[Question, Any] = {}
-    _listeners.append(found.__setitem__)
+def recorded_lookups() -> Iterator[Launches]:
+    """Inside this context every lookup is recorded, with its committed launch."""
+    lookups: Launches = {}
+    _recorders.append(lookups.__setitem__)
     try:
-        yield found
+        yield lookups
     finally:
-        _listeners.remove(found.__setitem__)
+        _recorders.remove(lookups.__setitem__)
 
 
 @contextmanager
-def tried(question: Question, launch: Any) -> Iterator[None]:
-    """Inside this context `launch` is the answer to `question`."""
-    before = dict(_tried)
-    _tried[question] = launch
+def overridden(lookup: Lookup, launch: Any) -> Iterator[None]:
+    """Inside this context `lookup` returns `launch`."""
+    previous = dict(_overrides)
+    _overrides[lookup] = launch
     try:
         yield
     finally:
-        _tried.clear()
-        _tried.update(before)
+        _overrides.clear()
+        _overrides.update(previous)
 
 
-def origin(gpu: str, architecture: int) -> dict[str, Any]:
-    """What a table belongs to."""
+def fingerprint(gpu: str, architecture: int) -> dict[str, Any]:
+    """What a table is valid for: a GPU, its architecture class, versions, and the source of the kernels."""
     return {
         "gpu": gpu,
         "architecture": architecture,
         "triton": importlib.metadata.version("triton"),
-        "fastsd": sys.modules["fastsd"].__version__,  # there already, being what this is a part of
-        "kernels": _digest_of_kernels(),
+        "fastsd": sys.modules["fastsd"].__version__,  # imported before any of its modules
+        "kernels": _source_digest(),
     }
 
 
 @functools.cache
-def _digest_of_kernels() -> str:
+def _source_digest() -> str:
     files = sorted(Path(__file__).parent.parent.rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def path_of(belongs: Mapping[str, Any]) -> Path:
-    """The file of a GPU."""
-    name = re.sub(r"[^a-z0-9]+", "-", belongs["gpu"].lower()).strip("-")
-    return cache_folder() / f"launches-{name}-sm{belongs['architecture']}.json"
+def table_path(valid_for: Mapping[str, Any]) -> Path:
+    """The file of a GPU's table."""
+    name = re.sub(r"[^a-z0-9]+", "-", valid_for["gpu"].lower()).strip("-")
+    return cache_folder() / f"launches-{name}-sm{valid_for['architecture']}.json"
 
 
-def save(launches: Launches, belongs: Mapping[str, Any]) -> Path:
+def save(launches: Launches, valid_for: Mapping[str, Any]) -> Path:
     """Write a table whole or not at all.
 
     Raises:
         OSError: the folder cannot be written to.
     """
     entries = [
-        {"op": q.op, "key": list(q.key), "kind": type(launch).__name__, "launch": asdict(launch)}
-        for q, launch in launches.items()
+        {"op": lookup.op, "key": list(lookup.key), "kind": type(launch).__name__, "launch": asdict(launch)}
+        for lookup, launch in launches.items()
     ]
-    text = json.dumps({**belongs, "check": _check(entries), "launches": entries}, indent=1)
-    file = path_of(belongs)
+    text = json.dumps({**valid_for, "check": _checksum(entries), "launches": entries}, indent=1)
+    file = table_path(valid_for)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, f"{text}\n".encode(), overwrite=True)
-    _in_use.cache_clear()
+    _active_table.cache_clear()
     return file
 
 
-def load(belongs: Mapping[str, Any]) -> Launches:
-    """The table of a GPU; empty where there is none, and, with a warning, where it is stale or damaged."""
-    file = path_of(belongs)
+def load(valid_for: Mapping[str, Any]) -> Launches:
+    """The table of a GPU. Empty if there is none, and, with a warning, if it is stale or damaged."""
+    file = table_path(valid_for)
     try:
         text = file.read_text()
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:
-        return _refused(file, f"cannot be read ({error})")
+        return _ignored(file, f"cannot be read ({error})")
     try:
-        found = json.loads(text)
-        for name, value in belongs.items():
-            if found[name] != value:
-                return _refused(file, f"is stale: {name} was {found[name]}, is {value}")
-        if found["check"] != _check(found["launches"]):
-            return _refused(file, "is damaged: its contents do not give its checksum")
+        table = json.loads(text)
+        for name, value in valid_for.items():
+            if table[name] != value:
+                return _ignored(file, f"is stale: {name} was {table[name]}, is {value}")
+        if table["check"] != _checksum(table["launches"]):
+            return _ignored(file, "is damaged: its checksum does not match its contents")
         return {
-            Question(entry["op"], belongs["architecture"], tuple(entry["key"])): _launch(entry)
-            for entry in found["launches"]
+            Lookup(entry["op"], valid_for["architecture"], tuple(entry["key"])): _launch(entry)
+            for entry in table["launches"]
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return _refused(file, f"is damaged: {type(error).__name__} {error}")
+        return _ignored(file, f"is damaged: {type(error).__name__} {error}")
 
 
 def _launch(entry: Mapping[str, Any]) -> Any:
     fields = {name: tuple(x) if isinstance(x, list) else x for name, x in entry["launch"].items()}
-    return _kinds[entry["op"]][entry["kind"]](**fields)
+    return _launch_types[entry["op"]][entry["kind"]](**fields)
 
 
-def _check(entries: list[dict[str, Any]]) -> str:
+def _checksum(entries: list[dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
-def _refused(file: Path, reason: str) -> Launches:
+def _ignored(file: Path, reason: str) -> Launches:
     warnings.warn(
-        f"{file} {reason}; the committed launches are used (python -m fastsd tune measures anew)", stacklevel=2
+        f"{file} {reason}; the committed launches are used (python -m fastsd tune measures again)", stacklevel=2
     )
     return {}
 
 
 @functools.cache
-def _in_use(architecture: int) -> Launches:
-    """The table of the first GPU here of that class; read once."""
+def _active_table(architecture: int) -> Launches:
+    """The table of this machine's first GPU of that class."""
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
-            if architectures.of(torch.device("cuda", i)) == architecture:
-                return load(origin(torch.cuda.get_device_name(i), architecture))
+            if architectures.class_of(torch.device("cuda", i)) == architecture:
+                return load(fingerprint(torch.cuda.get_device_name(i), architecture))
     return {}
 
 
-def described(device: torch.device) -> str:
-    """Which launches a device gets, for a reader."""
+def describe(device: torch.device) -> str:
+    """The launch tables that `device` uses, as text."""
     if device.type != "cuda":
         return "the committed tables, as for sm_90"
-    architecture = architectures.of(device)
-    table = _in_use(architecture)
+    architecture = architectures.class_of(device)
+    table = _active_table(architecture)
     committed = f"the committed tables of sm_{architecture}"
     if not table:
         return committed
-    file = path_of(origin(torch.cuda.get_device_name(device), architecture))
-    return f"{len(table)} tuned ones of {file}, else {committed}"
+    file = table_path(fingerprint(torch.cuda.get_device_name(device), architecture))
+    return f"{len(table)} tuned launches in {file}, otherwise {committed}"

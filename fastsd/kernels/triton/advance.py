@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from fastsd.kernels.launch import OPTIONS, architecture
-from fastsd.kernels.launch.rowwise import Launch
+from fastsd.kernels.launch.rowwise import RowwiseLaunch
 from fastsd.kernels.launch.rowwise import advance as choose
 
 WIDTH = 16  # floats in a row of the table
@@ -83,7 +83,7 @@ def advance(
     noise: torch.Tensor,
     guidance: float | torch.Tensor,
     rescale: torch.Tensor | None = None,
-    launch: Launch | None = None,
+    launch: RowwiseLaunch | None = None,
 ) -> None:
     """Do row `row` of `table` in place; see `fastsd.kernels.advance` for the specification and the buffers.
 
@@ -116,7 +116,7 @@ def advance(
         raise ValueError("advance: the kernel has no gradients; use the torch backend for training")
     if x.numel() == 0:
         return
-    launch = launch or choose(architecture.of(x.device))
+    launch = launch or choose(architecture.class_of(x.device))
     with torch.cuda.device_of(x):
         _advance_kernel[(-(-x.numel() // launch.block_columns),)](
             *(x, x_in, out, table, row, saved, history, noise, guidance, rescale, x.numel(), x.numel() // len(x)),

@@ -189,7 +189,7 @@ def flash_attn(
     out = torch.empty(batch, queries, heads * size, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    launch = launch or choose(architecture.of(q.device), queries, k.shape[1], heads, size, q.element_size())
+    launch = launch or choose(architecture.class_of(q.device), queries, k.shape[1], heads, size, q.element_size())
     with torch.cuda.device_of(q):
         if isinstance(launch, Wide):
             wide(q, k, v, out, causal, launch)
@@ -225,7 +225,7 @@ def _long(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, 
 
 def refusal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
     """Why the kernels do not take this call, with what they take; None if they do."""
-    unused = UNUSED.get(architecture.of(q.device))
+    unused = UNUSED.get(architecture.class_of(q.device))
     if unused is not None:
         return unused
     tensors = {"q": q, "k": k, "v": v}

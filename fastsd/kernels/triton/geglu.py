@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from fastsd.kernels.launch import OPTIONS, architecture
-from fastsd.kernels.launch.rowwise import Launch, row_stride
+from fastsd.kernels.launch.rowwise import RowwiseLaunch, row_stride
 from fastsd.kernels.launch.rowwise import geglu as choose
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -38,7 +38,7 @@ def _geglu_kernel(
     tl.store(out_ptr + r * N + c, result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def geglu_gate(y: torch.Tensor, bias: torch.Tensor | None = None, launch: Launch | None = None) -> torch.Tensor:
+def geglu_gate(y: torch.Tensor, bias: torch.Tensor | None = None, launch: RowwiseLaunch | None = None) -> torch.Tensor:
     """`value * gelu(gate)` for (value, gate) the halves of `y + bias`, with the exact (erf) GELU.
 
     Args:
@@ -65,7 +65,7 @@ def geglu_gate(y: torch.Tensor, bias: torch.Tensor | None = None, launch: Launch
     out = torch.empty(*y.shape[:-1], columns, dtype=y.dtype, device=y.device)
     if y.numel():
         rows = y.numel() // (2 * columns)
-        launch = launch or choose(architecture.of(y.device), columns)
+        launch = launch or choose(architecture.class_of(y.device), columns)
         with torch.cuda.device_of(y):
             _geglu_kernel[(-(-rows // launch.block_rows), -(-columns // launch.block_columns))](
                 *(y, bias, out, rows, columns, row_stride("geglu: y", y)),

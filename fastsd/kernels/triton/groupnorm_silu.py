@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from fastsd.kernels.launch import OPTIONS, architecture
-from fastsd.kernels.launch.groupnorm_silu import Launch, choose, power_of_two
+from fastsd.kernels.launch.groupnorm_silu import GroupNormLaunch, choose, power_of_two
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -321,7 +321,7 @@ def groupnorm_silu(
     silu: bool = True,
     add: torch.Tensor | None = None,
     skip: torch.Tensor | None = None,
-    launch: Launch | None = None,
+    launch: GroupNormLaunch | None = None,
 ) -> torch.Tensor:
     """`silu(group_norm(cat([x, skip], -1) + add))`; see `fastsd.kernels.groupnorm_silu` for the specification.
 
@@ -348,7 +348,7 @@ def groupnorm_silu(
     out = torch.empty(batch, height, width, channels, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    launch = launch or choose(architecture.of(x.device), pixels, channels, groups, x.element_size())
+    launch = launch or choose(architecture.class_of(x.device), pixels, channels, groups, x.element_size())
     other = x if skip is None else skip
     size = channels // groups
     add_stride = add.stride(0) if add is not None and len(add) > 1 else 0

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from fastsd.kernels.launch import OPTIONS, architecture
-from fastsd.kernels.launch.rowwise import Launch, row_stride
+from fastsd.kernels.launch.rowwise import RowwiseLaunch, row_stride
 from fastsd.kernels.launch.rowwise import layernorm as choose
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -54,7 +54,7 @@ def layernorm(
     bias: torch.Tensor,
     eps: float,
     residual: torch.Tensor | None = None,
-    launch: Launch | None = None,
+    launch: RowwiseLaunch | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Layer normalisation of `x`, or of `x + residual`, which then comes back too.
 
@@ -87,7 +87,7 @@ def layernorm(
     if x.numel():
         rows, stride = x.numel() // columns, row_stride("layernorm: x", x)
         residual_stride = 0 if residual is None else row_stride("layernorm: residual", residual)
-        launch = launch or choose(architecture.of(x.device), columns)
+        launch = launch or choose(architecture.class_of(x.device), columns)
         with torch.cuda.device_of(x):
             _layernorm_kernel[(-(-rows // launch.block_rows),)](
                 *(x, residual, weight, bias, out, total, rows, columns, eps, stride, residual_stride),

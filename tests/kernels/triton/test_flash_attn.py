@@ -343,7 +343,7 @@ def test_flash_attn_says_which_key_lengths_it_takes(length):
 
 
 def test_flash_attn_goes_to_pytorch_on_old_devices(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module.architecture, "of", lambda device: 75)
+    monkeypatch.setattr(module.architecture, "class_of", lambda device: 75)
     x = torch.ones(1, 3, 1, 8)
     assert "sm_75" in str(module.refusal(x, x, x))
 

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsd.kernels.launch.groupnorm_silu import TABLE, Launch, choose, power_of_two
+from fastsd.kernels.launch.groupnorm_silu import TABLE, GroupNormLaunch, choose, power_of_two
 from fastsd.kernels.triton import groupnorm_silu as module
 from tests.support.triton_checks import DEVICE, DTYPES, LAYOUTS, broken, check, must_fail, rand
 
 EPS = 1e-5
-SPLIT = Launch(groups=1, block_p=16, warps=4, split_pixels=32, apply_pixels=48)
+SPLIT = GroupNormLaunch(groups=1, block_p=16, warps=4, split_pixels=32, apply_pixels=48)
 MERGE = replace(SPLIT, merge=True)
 
 
@@ -28,7 +28,7 @@ class Case(NamedTuple):
     channels: int
     groups: int
     skip: int = 0  # further channels
-    launch: Launch | None = None
+    launch: GroupNormLaunch | None = None
     mean: float = 0.0
     std: float = 1.0
 
@@ -41,8 +41,8 @@ CASES = {
     "one pixel": Case(2, 1, 1, 64, 4),
     "one group": Case(1, 3, 4, 20, 1),
     "one channel": Case(1, 3, 4, 1, 1),
-    "more pixels than a tile": Case(1, 17, 15, 64, 2, launch=Launch(1, 32, 4)),
-    "several groups a program": Case(2, 9, 5, 36, 12, launch=Launch(3, 16, 4)),
+    "more pixels than a tile": Case(1, 17, 15, 64, 2, launch=GroupNormLaunch(1, 32, 4)),
+    "several groups a program": Case(2, 9, 5, 36, 12, launch=GroupNormLaunch(3, 16, 4)),
     "a group across the seam of the parts": Case(2, 4, 5, 40, 2, skip=20),
     "a narrow first part": Case(1, 3, 5, 2, 3, skip=7),
     "split, the last one short": Case(2, 9, 9, 20, 2, launch=SPLIT),
@@ -52,7 +52,7 @@ CASES = {
     "split, of two parts": Case(2, 7, 7, 20, 4, skip=12, launch=replace(SPLIT, groups=2)),
     "E[x^2] - E[x]^2 would cancel": Case(1, 8, 8, 16, 4, mean=30.0, std=1e-3),
     "the same, where the rounding of the mean shows": Case(
-        2, 8, 8, 64, 32, launch=Launch(16, 64, 4), mean=30.0, std=1e-3
+        2, 8, 8, 64, 32, launch=GroupNormLaunch(16, 64, 4), mean=30.0, std=1e-3
     ),
     "the same, split": Case(1, 9, 9, 16, 4, launch=SPLIT, mean=30.0, std=1e-3),
     "eps decides": Case(1, 8, 8, 16, 4, std=1e-6),
@@ -106,8 +106,10 @@ def test_groupnorm_silu_at_any_shape(data):
     skip = data.draw(st.integers(0, groups * size - 1))
     per_program = data.draw(st.sampled_from([g for g in range(1, groups + 1) if groups % g == 0]))
     block = data.draw(st.sampled_from([16, 32]))
-    split = Launch(per_program, block, 4, block * data.draw(st.integers(1, 2)), block, data.draw(st.booleans()))
-    launch = data.draw(st.sampled_from([None, Launch(per_program, block, 4), split]))
+    split = GroupNormLaunch(
+        per_program, block, 4, block * data.draw(st.integers(1, 2)), block, data.draw(st.booleans())
+    )
+    launch = data.draw(st.sampled_from([None, GroupNormLaunch(per_program, block, 4), split]))
     case = Case(batch, height, width, groups * size - skip, groups, skip, launch)
     dtype, layout = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(LAYOUTS))
     run(case, dtype, data.draw(st.booleans()), data.draw(st.sampled_from([0, 1, batch])), layout)
@@ -126,7 +128,7 @@ def test_groupnorm_silu_does_not_depend_on_the_batch(launch):
 def test_groupnorm_silu_keeps_a_nan_in_its_group():
     x = rand(1, 4, 4, 12, dtype=torch.float32).to(DEVICE)
     x[0, 1, 2, 5] = float("nan")
-    for launch in (Launch(3, 16, 4), replace(SPLIT, groups=3), replace(MERGE, groups=3)):
+    for launch in (GroupNormLaunch(3, 16, 4), replace(SPLIT, groups=3), replace(MERGE, groups=3)):
         y = module.groupnorm_silu(
             x, torch.ones(12, device=DEVICE), torch.zeros(12, device=DEVICE), 3, EPS, launch=launch
         )
