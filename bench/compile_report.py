@@ -33,12 +33,13 @@ from fastsd.kernels.triton import flash_attn_few_keys as flash_attn_few_keys_tri
 from fastsd.kernels.triton import flash_attn_wide as flash_attn_wide_triton
 from fastsd.kernels.triton import geglu as geglu_triton
 from fastsd.kernels.triton import groupnorm_silu as groupnorm_silu_triton
+from fastsd.kernels.triton import groupnorm_silu_split as groupnorm_silu_split_triton
 from fastsd.kernels.triton import layernorm as layernorm_triton
 
 REPORT = Path(__file__).parent.parent / "docs" / "compile_report.txt"
 MODULES = (
     *(advance_triton, flash_attn_few_keys_triton, flash_attn_triton, flash_attn_wide_triton),
-    *(geglu_triton, groupnorm_silu_triton, layernorm_triton),
+    *(geglu_triton, groupnorm_silu_triton, groupnorm_silu_split_triton, layernorm_triton),
 )
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 

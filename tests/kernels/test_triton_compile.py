@@ -25,6 +25,7 @@ from fastsd.kernels.launch import rowwise as rows
 from fastsd.kernels.triton import advance as advance_triton
 from fastsd.kernels.triton import geglu as geglu_triton
 from fastsd.kernels.triton import groupnorm_silu as groupnorm_silu_triton
+from fastsd.kernels.triton import groupnorm_silu_split as groupnorm_silu_split_triton
 from fastsd.kernels.triton import layernorm as layernorm_triton
 
 pytestmark = pytest.mark.heavy
@@ -93,10 +94,10 @@ def test_groupnorm_silu_compiles(pixels, channels, first, capability, dtype):
         **{"BLOCK_G": groupnorm_silu.power_of_two(launch.groups), "BLOCK_S": groupnorm_silu.power_of_two(merged)},
     }
     bits = 64 if launch.groups * channels // 32 * dtype.itemsize % 16 else 128
-    module = groupnorm_silu_triton
     if not launch.split_pixels:
-        examine(module._groupnorm_silu_kernel, capability, launch.warps, arguments, bits, 4)
+        examine(groupnorm_silu_triton._groupnorm_silu_kernel, capability, launch.warps, arguments, bits, 4)
         return
+    module = groupnorm_silu_split_triton
     examine(module._groupnorm_moments_kernel, capability, launch.warps, arguments, 0, 0)
     examine(module._groupnorm_apply_kernel, capability, launch.warps, arguments, bits, 2)
     if launch.merge:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from pytest import MonkeyPatch
 from torch.overrides import TorchFunctionMode
 
 GUARD = 4096  # elements on either side: alignment is kept, and a broken kernel does not reach the heap
@@ -122,11 +124,24 @@ def _tuple(outputs: Outputs) -> tuple[torch.Tensor, ...]:
     return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
 
 
-def broken(module: ModuleType, old: str, new: str, folder: Path) -> Any:
+def broken_with_importers(
+    module: ModuleType, old: str, new: str, importers: Sequence[ModuleType], folder: Path, monkeypatch: MonkeyPatch
+) -> Any:
+    """The last of `importers`, which use a copy of `module` in which `old` reads `new`; itself if there are none.
+
+    importers: modules that import `module` or one another, in the order of their imports.
+    """
+    for i, loaded in enumerate((module, *importers)):
+        copy = broken(loaded, *((old, new) if i == 0 else ("", "")), folder, f"broken_{i}")
+        monkeypatch.setitem(sys.modules, loaded.__name__, copy)
+    return copy
+
+
+def broken(module: ModuleType, old: str, new: str, folder: Path, name: str = "broken") -> Any:
     """A copy of `module` in which the text `old` reads `new`. `old` must be there."""
     source = Path(str(module.__file__)).read_text(encoding="utf-8")
     assert old in source, f"{module.__name__} has no {old!r} to break"
-    file = folder / "broken.py"
+    file = folder / f"{name}.py"
     file.write_text(source.replace(old, new), encoding="utf-8")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None and spec.loader is not None

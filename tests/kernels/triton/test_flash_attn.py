@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from fastsd.kernels.triton import flash_attn as module
 from fastsd.kernels.triton import flash_attn_few_keys as few
 from fastsd.kernels.triton import flash_attn_tiles as tiles
 from fastsd.kernels.triton import flash_attn_wide as wide
-from tests.support.triton_checks import DEVICE, INTERPRETED, LAYOUTS, broken, check, must_fail, rand
+from tests.support.triton_checks import DEVICE, INTERPRETED, LAYOUTS, broken_with_importers, check, must_fail, rand
 
 FAST = (torch.float16, torch.float32)  # the interpreter has no bf16 products, see `bf16_products`
 
@@ -274,13 +273,8 @@ MUTATIONS: dict[str, tuple[Any, str, str]] = {
 @pytest.mark.parametrize("fault", MUTATIONS)
 def test_the_checks_notice_when_flash_attn(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     where, old, new = MUTATIONS[fault]
-    # Modules that import from the broken one are loaded anew, so that they take it.
     order = [tiles, few, wide, module]
-    for loaded in order[order.index(where) :]:
-        folder = tmp_path / loaded.__name__
-        folder.mkdir()
-        copy = broken(loaded, *((old, new) if loaded is where else ("", "")), folder)
-        monkeypatch.setitem(sys.modules, loaded.__name__, copy)
+    copy = broken_with_importers(where, old, new, order[order.index(where) + 1 :], tmp_path, monkeypatch)
     dtype, gaps = torch.float32, "gaps"
     with must_fail():
         run(NARROW, dtype, kernels=copy)

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from fastsd.kernels.launch.groupnorm_silu import TABLE, GroupNormLaunch, choose, power_of_two
 from fastsd.kernels.triton import groupnorm_silu as module
-from tests.support.triton_checks import DEVICE, DTYPES, LAYOUTS, broken, check, must_fail, rand
+from fastsd.kernels.triton import groupnorm_silu_split as split
+from fastsd.kernels.triton import groupnorm_silu_tiles as tiles
+from tests.support.triton_checks import DEVICE, DTYPES, LAYOUTS, broken_with_importers, check, must_fail, rand
 
 EPS = 1e-5
 SPLIT = GroupNormLaunch(groups=1, block_p=16, warps=4, split_pixels=32, apply_pixels=48)
@@ -106,10 +108,10 @@ def test_groupnorm_silu_at_any_shape(data):
     skip = data.draw(st.integers(0, groups * size - 1))
     per_program = data.draw(st.sampled_from([g for g in range(1, groups + 1) if groups % g == 0]))
     block = data.draw(st.sampled_from([16, 32]))
-    split = GroupNormLaunch(
+    in_splits = GroupNormLaunch(
         per_program, block, 4, block * data.draw(st.integers(1, 2)), block, data.draw(st.booleans())
     )
-    launch = data.draw(st.sampled_from([None, GroupNormLaunch(per_program, block, 4), split]))
+    launch = data.draw(st.sampled_from([None, GroupNormLaunch(per_program, block, 4), in_splits]))
     case = Case(batch, height, width, groups * size - skip, groups, skip, launch)
     dtype, layout = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(LAYOUTS))
     run(case, dtype, data.draw(st.booleans()), data.draw(st.sampled_from([0, 1, batch])), layout)
@@ -135,41 +137,49 @@ def test_groupnorm_silu_keeps_a_nan_in_its_group():
         assert bool(y[..., 4:8].isnan().all()) and bool(y[..., :4].isfinite().all() and y[..., 8:].isfinite().all())
 
 
-MUTATIONS = {
-    "reads past the pixels": ("offset + row < n\n", "offset + row < n + 1\n"),
-    "writes past the pixels": ("live = pixel < end", "live = pixel <= end"),
-    "writes past the channels": ("live[:, None] & within[None, :])\n", "live[:, None])\n"),
-    "takes the next group's channels": ("lane < G * CPG", "lane < G * CPG + 1"),
-    "forgets the size of a group": ("group_m2 / HW / CPG", "group_m2 / HW"),
-    "forgets eps": ("/ CPG + eps", "/ CPG"),
-    "forgets the mean": ("(y - mean[None, :]) * scale", "y * scale"),
-    "adds no shift": ("* scale[None, :] + shift[None, :]", "* scale[None, :]"),
-    "weighs every tile alike": ("delta * (1.0 / count)", "delta * 0.5"),
-    "weighs every lane alike": ("counts = ((n - row + BLOCK_P - 1) // BLOCK_P)", "counts = ((n - row * 0) // BLOCK_P)"),
-    "weighs every split alike": ("tl.minimum(split_pixels, HW - s * split_pixels)", "split_pixels + 0 * s"),
-    "forgets spread between channels": ("n * centred * centred, 1)", "0 * centred, 1)"),
-    "forgets spread between splits": ("m2 + n * CPG * centred * centred", "m2"),
-    "counts splits by pixels": ("n * CPG * centred", "n * centred"),
-    "one pivot for each channel": ("channel // CPG * CPG", "channel"),
-    "no pivot": ("zero == 0, first", "zero != 0, first"),
-    "other stride of pixels in x": ("p * stride_xp", "p * (stride_xp + 1)"),
-    "stride of the first part for the second": ("left, stride_xp, stride_x2p", "left, stride_xp, stride_xp"),
-    "seam one channel late": ("left = c < C1", "left = c <= C1"),
-    "second part from its end": ("(c - C1)", "c"),
-    "first image's skip for all": ("x2_ptr += b * stride_x2b", "x2_ptr += 0 * stride_x2b"),
-    "first image's addition for all": ("add_ptr += b * stride_ab", "add_ptr += 0 * stride_ab"),
-    "stride of the output": ("[:, None] * C + channel", "[:, None] * C1 + channel"),
-    "first image's moments for all": ("moments_ptr += b * 2", "moments_ptr += 0 * b * 2"),
-    "SiLU where there is none": ("if SILU:", "if not SILU:"),
+# fmt: off
+MUTATIONS: dict[str, tuple[Any, str, str]] = {
+    "reads past the pixels": (tiles, "offset + row < n\n", "offset + row < n + 1\n"),
+    "writes past the pixels": (tiles, "live = pixel < end", "live = pixel <= end"),
+    "writes past the channels": (tiles, "live[:, None] & within[None, :])\n", "live[:, None])\n"),
+    "forgets the size of a group": (tiles, "group_m2 / HW / CPG", "group_m2 / HW"),
+    "forgets eps": (tiles, "/ CPG + eps", "/ CPG"),
+    "forgets the mean": (tiles, "(y - mean[None, :]) * scale", "y * scale"),
+    "adds no shift": (tiles, "* scale[None, :] + shift[None, :]", "* scale[None, :]"),
+    "weighs every tile alike": (tiles, "delta * (1.0 / count)", "delta * 0.5"),
+    "weighs every lane alike": (tiles, "((n - row + BLOCK_P - 1) // BLOCK_P)", "((n - row * 0) // BLOCK_P)"),
+    "forgets spread between channels": (tiles, "n * centred * centred, 1)", "0 * centred, 1)"),
+    "one pivot for each channel": (tiles, "channel // CPG * CPG", "channel"),
+    "no pivot": (tiles, "zero == 0, first", "zero != 0, first"),
+    "other stride of pixels in x": (tiles, "p * stride_xp", "p * (stride_xp + 1)"),
+    "stride of the first part for the second": (tiles, "left, stride_xp, stride_x2p", "left, stride_xp, stride_xp"),
+    "seam one channel late": (tiles, "left = c < C1", "left = c <= C1"),
+    "second part from its end": (tiles, "(c - C1)", "c"),
+    "stride of the output": (tiles, "[:, None] * C + channel", "[:, None] * C1 + channel"),
+    "SiLU where there is none": (tiles, "if SILU:", "if not SILU:"),
+    "takes the next group's channels": (module, "lane < G * CPG", "lane < G * CPG + 1"),
+    "first image's skip for all": (module, "x2_ptr += b * stride_x2b", "x2_ptr += 0 * stride_x2b"),
+    "first image's addition for all": (module, "add_ptr += b * stride_ab", "add_ptr += 0 * stride_ab"),
+    "takes the next group's channels, split": (split, "lane < G * CPG", "lane < G * CPG + 1"),
+    "weighs every split alike": (split, "tl.minimum(split_pixels, HW - s * split_pixels)", "split_pixels + 0 * s"),
+    "forgets spread between splits": (split, "m2 + n * CPG * centred * centred", "m2"),
+    "counts splits by pixels": (split, "n * CPG * centred", "n * centred"),
+    "first image's skip for all, split": (split, "x2_ptr += b * stride_x2b", "x2_ptr += 0 * stride_x2b"),
+    "first image's addition for all, split": (split, "add_ptr += b * stride_ab", "add_ptr += 0 * stride_ab"),
+    "first image's moments for all": (split, "moments_ptr += b * 2", "moments_ptr += 0 * b * 2"),
 }
+# fmt: on
 
 
 @pytest.mark.parametrize("fault", MUTATIONS)
-def test_the_checks_notice_when_groupnorm_silu(fault: str, tmp_path: Path):
-    copy = broken(module, *MUTATIONS[fault], tmp_path)
+def test_the_checks_notice_when_groupnorm_silu(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    where, old, new = MUTATIONS[fault]
+    order = [tiles, split, module]
+    copy = broken_with_importers(where, old, new, order[order.index(where) + 1 :], tmp_path, monkeypatch)
     with must_fail():
         run(CASES["the same, split"], torch.float32, True, 0, kernels=copy)
         run(CASES["several groups a program"], torch.float32, True, 2, kernels=copy)
+        run(CASES["a group across the seam of the parts"], torch.float32, True, 2, kernels=copy)
         run(CASES["split, of two parts"], torch.float32, True, 2, kernels=copy)
         run(CASES["split and merged"], torch.float32, True, 0, kernels=copy)
         run(CASES["eps decides"], torch.float32, True, 0, kernels=copy)
