@@ -22,12 +22,14 @@ SELECTION = [
     "kernels/test_conv2d.py",
     "kernels/test_dispatch.py",
     "kernels/test_flash_attn.py",
+    "kernels/test_geglu.py",
+    "kernels/test_groupnorm_silu.py",
+    "kernels/test_layernorm.py",
     "kernels/test_linear.py",
-    "kernels/test_norms.py",
-    "kernels/test_precision.py",
     "kernels/test_upsample2x.py",
     "agreement/test_modules.py",
     "agreement/test_digits.py",
+    "support/test_precision.py",
 ]
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 INSIDE = all(os.environ.get(name) == value for name, value in AVX2.items())

@@ -1,4 +1,4 @@
-"""Matrix products and their epilogues against float64."""
+"""Matrix products with their epilogue against float64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from fastsd.kernels import dispatch
-from fastsd.kernels.geglu import geglu
 from fastsd.kernels.linear import activate, activate_by_image, linear
 from tests.support.precision import DTYPES, check, check_batch, rand
 
@@ -71,40 +70,11 @@ def test_activations_do_not_depend_on_the_batch(activation, dtype):
     assert torch.equal(activate_by_image(x[:1], activation), activate(x[:1], activation))
 
 
-def plain_geglu(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    value, gate = F.linear(x, w, b).chunk(2, -1)
-    return value * F.gelu(gate)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "k", "n"), [((2, 64), 32, 128), ((3,), 33, 17), ((1,), 64, 256), ((1, 4100), 8, 600)])
-@torch.no_grad()
-def test_geglu(rows, k, n, dtype):
-    """The last shape needs more than one chunk."""
-    x, w, b = rand(*rows, k, dtype=dtype), rand(2 * n, k, dtype=dtype, scale=k**-0.5), rand(2 * n, dtype=dtype)
-    check(geglu, plain_geglu, x, w, b, roundings=2 * (k + 1))  # both factors are sums
-    with dispatch.reference_only():
-        check(geglu, plain_geglu, x, w, b, roundings=2 * (k + 1))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("s", "k"), [(64, 64), (49, 32), (1, 48)])
-@torch.no_grad()
-def test_geglu_does_not_depend_on_the_batch(s, k, dtype):
-    w, b = rand(8 * k, k, dtype=dtype, scale=k**-0.5), rand(8 * k, dtype=dtype)
-    check_batch(lambda x: geglu(x, w, b), rand(5, s, k, dtype=dtype))
-
-
 @pytest.mark.parametrize("activation", ["none", "silu", "gelu", "quick_gelu"])
 def test_linear_gradients(activation):
     shapes = ((2, 3, 5), (4, 5), (4,), (2, 3, 4))
     tensors = [rand(*shape, dtype=torch.float64).requires_grad_(True) for shape in shapes]
     assert torch.autograd.gradcheck(lambda x, w, b, r: linear(x, w, b, activation, r), tensors)
-
-
-def test_geglu_gradients():
-    tensors = [rand(*shape, dtype=torch.float64).requires_grad_(True) for shape in ((2, 3), (8, 3), (8,))]
-    assert torch.autograd.gradcheck(geglu, tensors)
 
 
 @pytest.mark.parametrize("asks", [0, 1, 2, 3])

@@ -1,4 +1,4 @@
-"""Group and layer normalisation against float64."""
+"""Group normalisation with SiLU against float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from fastsd.kernels import dispatch
 from fastsd.kernels.groupnorm_silu import groupnorm_silu
-from fastsd.kernels.layernorm import layernorm
 from tests.support.precision import DTYPES, check, check_batch, rand
 
 SHAPES = [  # batch, height, width, channels, groups, mean, standard deviation
@@ -94,29 +93,6 @@ def test_groupnorm_silu_gradients():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("shape", "mean", "std"),
-    [((2, 64, 320), 0.0, 1.0), ((3, 33), 0.0, 1.0), ((1, 1), 0.0, 1.0), ((5, 768), 30.0, 1e-3), ((2, 7, 64), 0.0, 1e4)],
-)
-@torch.no_grad()
-def test_layernorm(shape, mean, std, dtype):
-    x = rand(*shape, dtype=dtype, scale=std, mean=mean)
-    w, b = rand(shape[-1], dtype=dtype), rand(shape[-1], dtype=dtype, seed=1)
-    for name in ("onednn", "reference"):
-        with dispatch.forced(name):
-            check(
-                lambda x, w, b: layernorm(x, w, b, 1e-5), lambda x, w, b: F.layer_norm(x, w.shape, w, b, 1e-5), x, w, b
-            )
-
-
-@pytest.mark.parametrize("dtype", (*DTYPES, torch.float16))
-@torch.no_grad()
-def test_layernorm_does_not_depend_on_the_batch(dtype):
-    w, b = rand(320, dtype=dtype), rand(320, dtype=dtype)
-    check_batch(lambda x: layernorm(x, w, b, 1e-5), rand(5, 64, 320, dtype=dtype), anywhere=True)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
 def test_groupnorm_silu_reads_a_skip_connection(dtype):
     """A group lies across the seam of the two parts."""
@@ -126,19 +102,3 @@ def test_groupnorm_silu_reads_a_skip_connection(dtype):
         with dispatch.forced(name):
             found = groupnorm_silu(x, w, b, 4, 1e-5, True, add, skip)
             assert torch.equal(found, groupnorm_silu(torch.cat([x, skip], -1), w, b, 4, 1e-5, True, add))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@torch.no_grad()
-def test_layernorm_with_a_residual(dtype):
-    x, residual = rand(2, 9, 48, dtype=dtype), rand(2, 9, 48, dtype=dtype, seed=1)
-    w, b = rand(48, dtype=dtype), rand(48, dtype=dtype, seed=1)
-    for name in ("onednn", "reference"):
-        with dispatch.forced(name):
-            normalised, total = layernorm(x, w, b, 1e-5, residual)
-            assert torch.equal(total, x + residual)
-            check(
-                lambda x, w, b, r: layernorm(x, w, b, 1e-5, r)[0],
-                lambda x, w, b, r: F.layer_norm(x + r, (48,), w, b, 1e-5),
-                *(x, w, b, residual),
-            )
