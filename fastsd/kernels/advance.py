@@ -2,7 +2,7 @@
 
 The coefficients come from a device table by a row index on the device, so one captured graph serves every step. Row
 format (`fastsd.sampling.table` explains the columns), 16 floats: t, c_in, p, q, a, s, b0, b1, b2, b3, n, m, save,
-push, 0, 0. A last row stands behind the sampler's: its c_in scales what the caller sees after the end.
+push, 0, 0. One row follows the sampler's last: its c_in scales the final latent.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ WIDTH = 16  # floats in a row: one 64-byte line
 def guided(out: torch.Tensor, batch: int, guidance: float | torch.Tensor, rescale: torch.Tensor | None) -> torch.Tensor:
     """Classifier-free guidance (Ho and Salimans 2022, equation 6): `uncond + g * (cond - uncond)`, times `rescale`.
 
-    out: `[2N, ...]`, unconditional first, or `[N, ...]`, which is taken as it is. rescale: `[N]` or None.
+    out: `[2N, ...]`, unconditional first, or `[N, ...]`, which is returned unguided. rescale: `[N]` or None.
     Returns `[N, ...]` in fp32 (float64 stays).
     """
     out = dispatch.widen(out)
@@ -29,15 +29,14 @@ def guided(out: torch.Tensor, batch: int, guidance: float | torch.Tensor, rescal
 
 
 def guidance_rescale(out: torch.Tensor, guidance: float | torch.Tensor, phi: float | torch.Tensor) -> torch.Tensor:
-    """The factor `[N]` that takes the guided output back to the conditional one's spread.
+    """The factor `[N]` that reduces the guided output to the spread of the conditional one.
 
     phi * std(cond) / std(guided) + 1 - phi, standard deviations over all of one sample (Lin et al. 2024, equations
-    14-16). out: `[2N, ...]`, unconditional first. Returns fp32 (float64 stays). A guided output without spread keeps
-    factor 1.
+    14-16). out: `[2N, ...]`, unconditional first. Returns fp32 (float64 stays); 1 for a guided output without spread.
     """
     _, cond = dispatch.widen(out).chunk(2)
     mixed = guided(out, cond.shape[0], guidance, None)
-    # Sample by sample: the order of a sum over a batch may depend on how many samples it holds.
+    # Sample by sample: the order of a sum over a batch may depend on the size of the batch.
     factors = [
         torch.where(m.std() > 0, phi * c.std() / m.std() + (1 - phi), torch.ones_like(m.std()))
         for c, m in zip(cond, mixed)
@@ -85,17 +84,23 @@ def advance(
     guidance: float | torch.Tensor,
     rescale: torch.Tensor | None = None,
 ) -> None:
-    """Do row `row` of `table` in place; the row index itself is left to the caller.
+    """Apply row `row` of `table` in place. The caller increments the row index.
 
         saved = x where the row saves;  D = p x + q guided(out)
         x = a x + s saved + b0 D + b1 history[0] + b2 history[1] + b3 history[2] + n noise[0] + m noise[1]
-        history = (D, history[0], history[1]) where the row pushes;  noise[1] = noise[0];  x_in = c_in of the next row
-        * x
+        history = (D, history[0], history[1]) where the row pushes;  noise[1] = noise[0]
+        x_in = c_in of the next row * x
 
-    x, saved: `[N, h, w, C]` fp32 (float64 in tests). x_in: the same shape, any floating dtype. out: `[N, h, w, C]`,
-    or `[2N, h, w, C]` unconditional first, any floating dtype. table: `[R + 1, 16]` fp32. row: `[1]` int64, 0 .. R -
-    1. history: `[3, N, h, w, C]`, zero before the first row. noise: `[2, N, h, w, C]`, this row's and the last row's.
-    guidance: a number or a one-element tensor, unused for `[N, ...]`. rescale: `[N]` of `guidance_rescale`, or None.
+    Args:
+        x, saved: `[N, h, w, C]` fp32 (float64 in tests).
+        x_in: `[N, h, w, C]`, any floating dtype.
+        out: `[N, h, w, C]`, or `[2N, h, w, C]` unconditional first, any floating dtype.
+        table: `[R + 1, 16]` fp32.
+        row: `[1]` int64, 0 to R - 1.
+        history: `[3, N, h, w, C]`, zero before the first row.
+        noise: `[2, N, h, w, C]`, this row's and the previous row's.
+        guidance: a number or a one-element tensor; not used if `out` is `[N, h, w, C]`.
+        rescale: `[N]` of `guidance_rescale`, or None.
 
     Raises:
         ValueError: buffers whose shapes or dtypes do not fit `x`.

@@ -1,4 +1,4 @@
-"""Convolutions over channels-last maps, with their epilogue: bias, residual, ReLU."""
+"""Convolutions of channels-last maps, with an epilogue: bias, residual, ReLU."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def conv2d(
     residual: torch.Tensor | None = None,
     relu: bool = False,
 ) -> torch.Tensor:
-    """Cross-correlate `x` with `weight`, add `bias` and `residual`; with `relu`, of the sum what is positive.
+    """Cross-correlate `x` with `weight`, add `bias` and `residual`; with `relu`, then clamp at zero.
 
     Args:
         x: `[B, H, W, Cin]`.
-        weight: `[Cout, Cin, kh, kw]`, best packed (`onednn.pack`) or in `torch.channels_last` memory; bias: `[Cout]`
-            or None.
+        weight: `[Cout, Cin, kh, kw]`, fastest if packed (`onednn.pack`) or in `torch.channels_last` memory.
+        bias: `[Cout]` or None.
         stride: of both directions.
         padding: zeros added at (left, right, top, bottom).
         residual: `[B, H', W', Cout]`.

@@ -3,7 +3,7 @@
 Four backends can exist for an op: `reference` (the specification: a few lines of PyTorch that compute in fp32),
 `torch` (PyTorch's public operations in the tensor's dtype: runs everywhere, and is what training differentiates),
 `onednn` (the CPU's fast path, without gradients; see `fastsd.kernels.cpu.onednn`) and `triton` (our kernels, on CUDA,
-in `fastsd.kernels.triton`; without gradients). An op that has no kernel of its own runs PyTorch's under `triton`.
+in `fastsd.kernels.triton`; without gradients). Under `triton`, an op without a kernel runs PyTorch's.
 """
 
 from __future__ import annotations
@@ -23,20 +23,22 @@ from fastsd.errors import FastsdError
 OLDEST_TRITON = (3, 6)
 OLDEST_GPU = (7, 5)
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Ops whose path on the CPU is PyTorch's operations in another order: any processor runs it in these dtypes.
+# Ops whose CPU path calls nothing of oneDNN's, only PyTorch's operations: every processor runs it in these dtypes.
 WITHOUT_ONEDNN = {"groupnorm_silu": (torch.float16, torch.bfloat16, torch.float32)}
 
 _forced = threading.local()
-_told: set[tuple[str, str]] = set()
+_warned: set[tuple[str, str]] = set()
 
 
 def backend(*inputs: torch.Tensor | None, op: str = "") -> str:
     """Name of the backend for an op with these inputs: "reference", "torch", "onednn" or "triton".
 
-    `op` names the op where it is one of `WITHOUT_ONEDNN`.
+    If any input requires gradients, that is "torch", the one fast backend that has them. A forced backend is returned
+    even then; its launcher refuses.
 
-    A backend without gradients is taken only where none are asked for, of the activations or of the weights; if it
-    was forced and they are, its launcher refuses.
+    Args:
+        inputs: the activation first, then the op's other tensors.
+        op: the name of the op, if it is one of `WITHOUT_ONEDNN`.
     """
     forced = getattr(_forced, "name", None)
     if forced is not None:
@@ -54,28 +56,27 @@ def backend(*inputs: torch.Tensor | None, op: str = "") -> str:
 
 @functools.cache
 def interpreted() -> bool:
-    """Whether Triton runs its kernels in its interpreter, on CPU tensors (TRITON_INTERPRET=1, read once, as Triton
-    does)."""
+    """Whether Triton interprets its kernels, on CPU tensors: TRITON_INTERPRET=1, read once, as Triton does."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
 def _can_run_triton(device: torch.device) -> bool:
-    """Whether our kernels run on `device`. If they do not, PyTorch's do the work, and one warning says so."""
-    missing = why_no_triton(device)
-    if missing is not None:
-        warnings.warn(f"fastsd's kernels do not run here: {missing}; PyTorch's do the work, slower", stacklevel=2)
-    return missing is None
+    """Whether our kernels run on `device`; one warning if they do not, because PyTorch's are slower."""
+    reason = why_no_triton(device)
+    if reason is not None:
+        warnings.warn(f"fastsd's kernels do not run here: {reason}; PyTorch's are used, which are slower", stacklevel=2)
+    return reason is None
 
 
 def why_no_triton(device: torch.device) -> str | None:
-    """What keeps our kernels from running on `device`; None if nothing does."""
+    """Why our kernels do not run on `device`; None if they do."""
     try:
-        found = importlib.metadata.version("triton")
+        version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return "Triton is not installed (pip install triton)"
-    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST_TRITON:
-        return f"Triton {found} is too old, they need {'.'.join(map(str, OLDEST_TRITON))} or newer"
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"Triton {version} is too old, they need {'.'.join(map(str, OLDEST_TRITON))} or newer"
     if device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)
         if capability < OLDEST_GPU:
@@ -86,7 +87,7 @@ def why_no_triton(device: torch.device) -> str | None:
 
 @functools.cache
 def onednn_dtypes() -> tuple[torch.dtype, ...]:
-    """The dtypes that PyTorch's oneDNN computes in by itself on this processor; none where this build lacks it."""
+    """The dtypes in which PyTorch's oneDNN computes natively on this processor; none if this build lacks oneDNN."""
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return ()
     if not all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_convolution_pointwise")):
@@ -96,7 +97,7 @@ def onednn_dtypes() -> tuple[torch.dtype, ...]:
 
 @contextmanager
 def forced(name: str) -> Iterator[None]:
-    """Inside this context every op of this thread runs on the backend `name`, whatever the device."""
+    """Inside this context every op of this thread runs on the backend `name`, on any device."""
     previous = getattr(_forced, "name", None)
     _forced.name = name
     try:
@@ -106,7 +107,7 @@ def forced(name: str) -> Iterator[None]:
 
 
 def forced_name() -> str | None:
-    """The backend that this thread's ops are forced to, or None."""
+    """The backend that is forced in this thread, or None."""
     return getattr(_forced, "name", None)
 
 
@@ -116,18 +117,18 @@ def reference_only() -> AbstractContextManager[None]:
 
 
 def fall_back(op: str, reason: str) -> None:
-    """Say, once for each reason, that `op` leaves a call of the Triton backend to PyTorch.
+    """Warn, once per reason, that PyTorch computes a call of `op` that our kernel does not take.
 
     Raises:
-        FastsdError: the Triton backend was forced.
+        FastsdError: the Triton backend is forced.
     """
     if getattr(_forced, "name", None) == "triton":
         raise FastsdError(f"{op}: {reason}")
-    if (op, reason) not in _told:
-        _told.add((op, reason))
+    if (op, reason) not in _warned:
+        _warned.add((op, reason))
         warnings.warn(f"{op}: {reason}; PyTorch computes it instead", RuntimeWarning, stacklevel=3)
 
 
 def widen(x: torch.Tensor) -> torch.Tensor:
-    """`x` in the precision that specifications compute in: fp32, or float64 if it came as that."""
+    """`x` in the precision of a specification: fp32, or float64 if it is float64."""
     return x if x.dtype == torch.float64 else x.float()

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from fastsd.kernels import dispatch
 from fastsd.kernels.cpu import onednn
 
-# The CPU's own path.
-SMALLEST = 2**14  # scores; below that PyTorch's attention is as fast (measured)
+# The oneDNN path.
+SMALLEST = 2**14  # scores; below that, PyTorch's attention is as fast (measured)
 CHUNK = 2**21  # scores computed at a time: small enough for a cache of a few MB
-MARGIN = 7.0  # sigmoid(x) is exp(x) to a factor of 1 - exp(x); exp(-7) is half a rounding of bf16
-REACH = 67.0  # the largest weight of a row is at least exp(-67), and bf16 still holds exp(-17) of that
+MARGIN = 7.0  # sigmoid(x) / exp(x) is about 1 - exp(x); exp(-7) is half a rounding of bf16
+REACH = 67.0  # the largest weight of a row is at least exp(-67); bf16 still represents exp(-17) times that
 
 
 def flash_attn_ref(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False) -> torch.Tensor:
@@ -34,17 +34,17 @@ def flash_attn(
     """Scaled dot-product attention.
 
     Args:
-        q: `[B, S, heads, D]`, any strides with a contiguous last dimension (views of a fused projection are meant).
+        q: `[B, S, heads, D]`, any strides with a contiguous last dimension, such as views of a fused projection.
         k, v: `[B, T, heads, D]`.
         causal: position i attends to positions <= i only.
-        key_length: how many keys count, 1 to T; None is all. The others are not read.
+        key_length: number of keys to attend to, 1 to T; None is all. The others are not read.
 
     Returns:
         `[B, S, heads * D]` in the dtype of `q`.
 
     Raises:
         ValueError: the shapes do not fit each other, or `key_length` does not fit T.
-        FastsdError: the Triton backend is forced and does not take this call.
+        FastsdError: the Triton backend is forced, and its kernels do not take this call.
     """
     if k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"flash_attn: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit")
@@ -64,7 +64,7 @@ def flash_attn(
         dispatch.fall_back("flash_attn", reason)
     if backend == "onednn" and not causal and q.shape[1] * k.shape[1] >= SMALLEST:
         run = _image_bf16 if q.dtype == torch.bfloat16 else _image_fp32
-        # Image by image, so that an image's result does not depend on what it is batched with.
+        # Image by image, so that an image's result does not depend on its batch.
         return torch.stack([run(q[b], k[b], v[b]) for b in range(len(q))])
     return _sdpa(q, k, v, causal)
 
@@ -89,16 +89,17 @@ def _image_fp32(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tens
 def _image_bf16(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Attention of `q` `[S, heads, D]` to `k`, `v` `[T, heads, D]` in bf16. Returns `[S, heads * D]`.
 
-    oneDNN's bf16 products are fast but round what they write, and logits in bf16 would be too coarse. So the
-    exponential is taken before the rounding, by the one epilogue that contains it: sigmoid(x) = exp(x) where x << 0,
-    and softmax does not change when a row is shifted by a constant c. One product gives the weights
-    w = sigmoid(q k^T / sqrt(D) - c), a second one w v and, by columns of ones beside v, the sums of w.
+    oneDNN's bf16 products are fast but round their results, and logits in bf16 would be too coarse. So the first
+    product takes the exponential before it rounds, in its only epilogue that contains one: sigmoid(x) is exp(x) for
+    x << 0, and a softmax is invariant to a shift of the row by a constant c. That product gives the weights
+    w = sigmoid(q k^T / sqrt(D) - c). The second gives w v and, from columns of ones beside v, the sums of w.
 
-    - c_i = q_i . mean(k) + |q_i| max_j |k_j - mean(k)| + a margin: at least every logit (Cauchy and Schwarz), and
-      above the largest, which the mean cannot exceed, by no more than REACH; a head where it could be takes PyTorch's.
-    - c and the scale ride along in the first product: its rows are (hi, lo, c) and its columns (k, k, -1), where
-      hi + lo = q / sqrt(D) to 16 bits. c may be rounded, being the same for the whole row.
-    - The sums are split over as many columns as the product has to spare, whose roundings average out.
+    - c_i = q_i . mean(k) + |q_i| max_j |k_j - mean(k)| + a margin is at least every logit (Cauchy-Schwarz). The largest
+      logit is at least the mean one, q_i . mean(k), so c_i exceeds it by at most the other two terms. If their sum
+      exceeds REACH, PyTorch's attention computes the head.
+    - The first product includes the scale and c: its rows are (hi, lo, c) and its columns (k, k, -1), where
+      hi + lo = q / sqrt(D) to 16 bits. c may be rounded, since it is the same for the whole row.
+    - The sums are split over the product's spare columns, so that their roundings average out.
     """
     heads, size = q.shape[1:]
     scale = size**-0.5
@@ -107,10 +108,10 @@ def _image_bf16(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tens
     radius = torch.linalg.vector_norm(keys - centre, dim=-1).amax(-1)[:, None]
     spread = torch.linalg.vector_norm(scaled, dim=-1) * radius
     bound = torch.linalg.vecdot(scaled, centre) + spread
-    margin = MARGIN + bound.abs() / 128  # the second part is for the rounding of c
+    margin = MARGIN + bound.abs() / 128  # the second term covers the rounding of c
     safe = ((spread + margin).amax(-1) <= REACH).tolist()
 
-    exact = math.frexp(scale)[0] == 0.5  # a power of two rounds nothing away: lo = 0
+    exact = math.frexp(scale)[0] == 0.5  # a power of two scales without rounding: lo = 0
     left = q.new_empty(heads, len(q), size + 1 if exact else 2 * size + 1)
     left[..., :size] = scaled
     left[..., -1] = bound + margin
@@ -134,6 +135,6 @@ def _image_bf16(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tens
 
 
 def _chunks(rows: int, columns: int) -> list[slice]:
-    """Runs of rows that hold about CHUNK scores."""
+    """Slices of rows with about CHUNK scores each."""
     step = max(CHUNK // columns, 1)
     return [slice(start, start + step) for start in range(0, rows, step)]

@@ -9,7 +9,7 @@ from fastsd.kernels import dispatch
 from fastsd.kernels.cpu import onednn
 from fastsd.kernels.linear import activate_by_image
 
-CHUNK = 2**21  # elements of the result made at a time by the CPU's own path: they stay in its cache
+CHUNK = 2**21  # elements of the result that the oneDNN path computes at a time: they stay in the cache
 
 
 def geglu_ref(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -43,7 +43,7 @@ def geglu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Te
 
 
 def _geglu_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Two products, the second with the GELU in its epilogue: no pass over a strided half, nothing twice as wide."""
+    """Two products, the second with GELU in its epilogue. No pass reads half a row, and no result has 2 * N columns."""
     (value_weight, gate_weight), (value_bias, gate_bias) = weight.chunk(2), bias.chunk(2)
     rows = x.reshape(-1, x.shape[-1])
     step = max(CHUNK // len(value_weight), 1)

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 
 from fastsd.kernels import dispatch
 
-# The CPU's own path.
-BLOCK = 4096  # pixels whose statistics are taken at a time
-TERMS = 64  # numbers in one fp32 sum
+# The CPU path.
+BLOCK = 4096  # pixels whose statistics are computed at a time
+TERMS = 64  # terms of one fp32 sum
 
 
 def groupnorm_silu_ref(
@@ -46,7 +46,7 @@ def groupnorm_silu(
     add: torch.Tensor | None = None,
     skip: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`silu(group_norm(cat([x, skip]) + add))`, in the layout that convolutions and attention share.
+    """`silu(group_norm(cat([x, skip]) + add))`, in the channels-last layout of convolutions and attention.
 
     Args:
         x: `[B, H, W, C1]`.
@@ -55,7 +55,7 @@ def groupnorm_silu(
         eps: added to the variance.
         silu: apply x * sigmoid(x) afterwards.
         add: `[B or 1, C]`, added to every pixel first (the time embedding of a residual block).
-        skip: `[B, H, W, C2]`, further channels (a skip connection); the kernel reads them from where they are.
+        skip: `[B, H, W, C2]`, further channels (a skip connection), which the kernel reads in place.
 
     Returns:
         `[B, H, W, C]` in the dtype of `x`.
@@ -79,7 +79,7 @@ def groupnorm_silu(
         return _groupnorm_silu_by_image(x, weight, bias, groups, eps, silu, add)
     if add is not None:
         x = x + add[:, None, None, :]
-    # `F.group_norm` refuses a map of one pixel with a channel a group, whose result is the bias.
+    # `F.group_norm` refuses one pixel with one channel per group, whose result is the bias.
     y = torch.group_norm(x.permute(0, 3, 1, 2), groups, weight, bias, eps).permute(0, 2, 3, 1)
     return F.silu(y) if silu else y
 
@@ -93,7 +93,7 @@ def _groupnorm_silu_by_image(
     silu: bool,
     add: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The CPU's own path: an image at a time, so that its sums are taken in the same order in every batch."""
+    """The CPU path: image by image, so that the order of an image's sums does not depend on its batch."""
     weight, bias = weight.float(), bias.float()
     images = []
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if len(x) > 1 else None
@@ -102,7 +102,7 @@ def _groupnorm_silu_by_image(
         if add is not None:
             shift = add[b if len(add) > 1 else 0].float()
         mean, variance = _statistics(image.flatten(0, 2), groups, shift)
-        # With statistics given for every channel, the normalisation is that of a batch.
+        # With statistics for every channel, this is batch normalisation.
         y = F.batch_norm(image.permute(0, 3, 1, 2), mean, variance, weight, bias, eps=eps).permute(0, 2, 3, 1)
         if silu:
             y = torch.ops.aten.silu.out(y, out=y if out is None else out[b : b + 1])
@@ -113,16 +113,16 @@ def _groupnorm_silu_by_image(
 
 
 def _statistics(rows: torch.Tensor, groups: int, shift: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean, less `shift`, and variance of the groups of `rows + shift`, `[S, C]`, for each channel: `[C]` fp32 each.
+    """Mean minus `shift`, and variance, of the groups of `rows + shift` `[S, C]`, per channel: `[C]` fp32 each.
 
-    PyTorch's own group norm takes E[x^2] - E[x]^2 of channels-last maps, in fp32 sums over all pixels: at 512 x 512 it
-    errs by 3e-4, at |mean| >> std by anything. Here short sums have two passes each, and are merged in float64
+    For channels-last maps, PyTorch's group norm computes E[x^2] - E[x]^2 in fp32 sums over all pixels. Its error is
+    3e-4 at 512 x 512, and unbounded if |mean| >> std. Here short sums take two passes each, and are merged in float64
     (Chan, Golub and LeVeque 1983, equation 2.1).
     """
     channels = rows.shape[1]
     parts, counts = [], []
     for block in rows.split(BLOCK):
-        # A block read as fewer pixels of more channels: as many sums beside each other, each of TERMS terms.
+        # Read the block as TERMS pixels of more channels: more sums in parallel, each of TERMS terms.
         terms = TERMS if len(block) % TERMS == 0 else len(block)
         columns = block.reshape(terms, -1)
         unused = torch.zeros(columns.shape[1])

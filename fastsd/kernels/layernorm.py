@@ -40,7 +40,7 @@ def layernorm(
         x: `[..., C]`.
         weight, bias: `[C]`.
         eps: added to the variance.
-        residual: like `x`; it is added first.
+        residual: like `x`; it is added before.
 
     Returns:
         `[..., C]` in the dtype of `x`; with a residual the normalised sum and the sum.

@@ -1,4 +1,4 @@
-"""Matrix products with their epilogue: bias, activation, residual."""
+"""Matrix products with an epilogue: bias, activation, residual."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
         return F.gelu(x)
     if activation == "quick_gelu":
         return x * torch.sigmoid(1.702 * x)
-    raise ValueError(f"linear: no activation {activation!r}; there are none, silu, gelu, quick_gelu")
+    raise ValueError(f"linear: unknown activation {activation!r}; it must be none, silu, gelu or quick_gelu")
 
 
 def activate_by_image(x: torch.Tensor, activation: str) -> torch.Tensor:
-    """`activate`, image by image where a CPU infers, so that no image's result depends on its batch.
+    """`activate`, image by image during inference on a CPU, so that an image's result does not depend on its batch.
 
-    PyTorch gives each thread a share of the batch, and ends a share in scalar code, which rounds otherwise.
+    PyTorch gives each thread a share of the batch. The last elements of a share run scalar code, which rounds
+    differently.
     """
     if activation == "none" or x.device.type != "cpu" or x.requires_grad or len(x) < 2:
         return activate(x, activation)
@@ -74,7 +75,7 @@ def linear(
     if backend == "reference":
         return linear_ref(x, weight, bias, activation, residual, skip)
     if skip is not None and backend == "triton" and activation == "none":
-        # Two products: reading the parts where they are costs less than a map of them side by side.
+        # Two products, which read the parts in place, cost less than concatenating them.
         rows = F.linear(x, weight[:, : x.shape[-1]], bias).flatten(0, -2)
         y = torch.addmm(rows, skip.flatten(0, -2), weight[:, x.shape[-1] :].T).view(*x.shape[:-1], -1)
         return y if residual is None else y + residual
@@ -89,7 +90,7 @@ def linear(
 def _linear_onednn(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str, residual: torch.Tensor | None
 ) -> torch.Tensor:
-    """`linear` with what oneDNN can fuse fused: an activation, or a residual where there is no activation."""
+    """`linear` with oneDNN's fused epilogues: an activation, or a residual if there is no activation."""
     rows = x.reshape(-1, x.shape[-1])
     shape = (*x.shape[:-1], len(weight))
     if residual is not None and activation == "none":

@@ -10,7 +10,7 @@ from fastsd.kernels.conv2d import Padding, conv2d, conv2d_ref
 from fastsd.kernels.cpu import onednn
 
 SAME: Padding = (1, 1, 1, 1)
-SMALLEST = 1024  # pixels; below that, adding up the weights costs more than it saves (measured)
+SMALLEST = 1024  # pixels; below that, summing the weights costs more than it saves (measured)
 
 
 def upsample2x_ref(x: torch.Tensor) -> torch.Tensor:
@@ -51,15 +51,15 @@ def upsample2x_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
 def _upsample2x_conv_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Four 2 x 2 convolutions of the small map, one for each parity of the result's row and column.
 
-    The three rows of the kernel fall on two rows of the small map: at even rows of the result on (i - 1, i, i), at odd
-    ones on (i, i, i + 1). Adding up the weights that meet, in fp32, leaves 4 products where there were 9.
+    The kernel's three rows read two rows of the small map: (i - 1, i, i) for even rows of the result, (i, i, i + 1) for
+    odd ones. The weights that read the same row are summed, in fp32, which leaves 4 products of 9.
     """
     batch, height, width, _ = x.shape
     padded = F.pad(x.permute(0, 3, 1, 2), SAME).contiguous(memory_format=torch.channels_last)
     taps = onednn.dense(weight).float()
     out = x.new_empty(batch, 2 * height, 2 * width, len(weight))
-    for row, by_row in enumerate(_meet(taps, 2)):
-        for column, kernel in enumerate(_meet(by_row, 3)):
+    for row, by_row in enumerate(_merged_taps(taps, 2)):
+        for column, kernel in enumerate(_merged_taps(by_row, 3)):
             part = padded[:, :, row : row + height + 1, column : column + width + 1]
             part = part.contiguous(memory_format=torch.channels_last)
             kernel = kernel.to(x.dtype).contiguous(memory_format=torch.channels_last)
@@ -68,7 +68,7 @@ def _upsample2x_conv_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.T
     return out
 
 
-def _meet(taps: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernels of even and of odd results along `dim`: three taps to two."""
+def _merged_taps(taps: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two-tap kernels of even and of odd results along `dim`, from three taps."""
     first, middle, last = taps.unbind(dim)
     return torch.stack([first, middle + last], dim), torch.stack([first + middle, last], dim)

@@ -72,7 +72,7 @@ def test_triton_that_cannot_run_is_said_once(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(dispatch.importlib.metadata, "version", lambda name: "3.5.0")
     assert "3.5.0 is too old" in str(dispatch.why_no_triton(gpu))
     dispatch._can_run_triton.cache_clear()
-    with pytest.warns(UserWarning, match="PyTorch's do the work, slower"):
+    with pytest.warns(UserWarning, match="PyTorch's are used, which are slower"):
         assert not dispatch._can_run_triton(gpu)
     assert not dispatch._can_run_triton(gpu)  # no second warning, which would be an error here
     dispatch._can_run_triton.cache_clear()

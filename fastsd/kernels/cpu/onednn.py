@@ -1,9 +1,9 @@
-"""oneDNN by the entry points that PyTorch's own compiler uses: fused epilogues, and weights in blocked memory.
+"""oneDNN through the entry points of PyTorch's compiler: fused epilogues, and weights in blocked memory.
 
-`F.conv2d` brings the weights into oneDNN's blocked layout in every call, which at low resolutions costs more than the
-convolution; `pack` does it once. A packed weight is an opaque tensor (`is_mkldnn`) of the same shape and dtype: the
-plain one need not be kept, `dense` gives it back, and an in-place change by an ordinary tensor raises, so none can be
-missed. Matrix products gain 3 to 5% from packing and are not packed.
+`F.conv2d` reorders the weights into oneDNN's blocked layout in every call, which at low resolutions costs more than the
+convolution; `pack` does it once. A packed weight is an opaque tensor (`is_mkldnn`) of the same shape and dtype, from
+which `dense` restores the ordinary one. Changing it in place by an ordinary tensor raises, so no change is missed.
+Matrix products gain 3 to 5% from packing and are not packed.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ ACTIVATIONS = {"none": ("none", ""), "silu": ("swish", ""), "gelu": ("gelu", "no
 
 
 def pack(weight: torch.Tensor, shape: torch.Size, stride: int, padding: tuple[int, int, int, int]) -> torch.Tensor:
-    """A convolution's weight `[Cout, Cin, kh, kw]` in the blocked memory that oneDNN chooses for an input; as it is
-    where oneDNN does not compute in its dtype on this processor.
+    """A convolution's weight `[Cout, Cin, kh, kw]` in the blocked layout that oneDNN chooses for an input.
+
+    If oneDNN does not compute in its dtype on this processor, `weight` itself.
 
     Args:
         weight: an ordinary tensor.
@@ -38,7 +39,7 @@ def pack(weight: torch.Tensor, shape: torch.Size, stride: int, padding: tuple[in
 
 
 def dense(weight: torch.Tensor) -> torch.Tensor:
-    """An ordinary tensor with the values of `weight`; `weight` itself where it is one. Differentiable."""
+    """An ordinary tensor with the values of `weight`; `weight` itself if it is ordinary. Differentiable."""
     return weight.to_dense() if weight.is_mkldnn else weight
 
 
@@ -51,8 +52,10 @@ def convolve(
     residual: torch.Tensor | None,
     relu: bool = False,
 ) -> torch.Tensor:
-    """`conv(x) + bias + residual`, or of that what is positive; `x` `[B, Cin, H, W]` and `residual`
-    `[B, Cout, H', W']` in channels-last memory."""
+    """`conv(x) + bias + residual`, with `relu` then clamped at zero.
+
+    x: `[B, Cin, H, W]`; residual: `[B, Cout, H', W']`; both in channels-last memory.
+    """
     shape = (list(padding), [stride] * 2, [1, 1], 1)
     op = torch.ops.mkldnn._convolution_pointwise
     if residual is None:
@@ -63,8 +66,8 @@ def convolve(
 def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "none") -> torch.Tensor:
     """`activation(x weight^T + bias)` for `x` `[M, K]`, `weight` `[N, K]` and an activation of `ACTIVATIONS`.
 
-    A row of the result does not depend on how many rows there are. oneDNN sums a single row in an order of its own,
-    so that one is computed twice.
+    A row of the result does not depend on the number of rows: oneDNN sums a single row in a different order, so a
+    single row is computed as two.
     """
     if len(x) == 1:
         return matmul(x.expand(2, -1).contiguous(), weight, bias, activation)[:1]

@@ -1,7 +1,7 @@
-"""How kernels are launched, as data: one table an op, keyed by architecture class, and the rule that reads it.
+"""How kernels are launched, as data: a table per op, keyed by architecture class, and the rule that reads it.
 
-Nothing here imports Triton, so that a table can be read, shown and tested where there is none.
+Nothing here imports Triton, so that the tables can be read and tested without it.
 """
 
-# Every launch says so itself: Triton 3.9 warns where it is left open, and 3.10 turns the default round.
+# Passed by every launch: Triton 3.9 warns if it is not, and 3.10 reverses the default.
 OPTIONS = {"enable_fp_fusion": True}

@@ -1,4 +1,4 @@
-"""Launches of the ops that go over rows or elements once: `layernorm`, `geglu`, `advance`."""
+"""Launches of the ops that read rows or elements once: `layernorm`, `geglu`, `advance`."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from fastsd.kernels.launch.tuned import tunable
 
 @dataclass(frozen=True)
 class RowwiseTile:
-    """What an architecture class gets: elements of a program's tile and of one warp's share of it."""
+    """The settings of an architecture class: elements of a program's tile, and of a warp's share of it."""
 
     tile: int
     per_warp: int
 
 
-# Chosen by compiled code (registers, spills, width of the loads) and estimates; no row has been timed yet.
+# Chosen by compiled code (registers, spills, width of the loads) and estimates; none is timed yet.
 LAYERNORM: dict[int, RowwiseTile] = {key: RowwiseTile(tile=2048, per_warp=512) for key in (75, 80, 86, 90, 100, 120)}
 GEGLU: dict[int, RowwiseTile] = {key: RowwiseTile(tile=2048, per_warp=512) for key in (75, 80, 86, 90, 100, 120)}
-# A latent has 16384 numbers: small tiles keep more multiprocessors busy.
+# A latent has only 16384 elements: small tiles occupy more multiprocessors.
 ADVANCE: dict[int, RowwiseTile] = {key: RowwiseTile(tile=256, per_warp=128) for key in (75, 80, 86, 90, 100, 120)}
 
 
 @dataclass(frozen=True)
 class RowwiseLaunch:
-    """One call's launch: rows and columns of a program's tile, and its warps."""
+    """The launch of one call: rows and columns of a program's tile, and its warps."""
 
     block_rows: int
     block_columns: int
@@ -38,31 +38,31 @@ class RowwiseLaunch:
 @tunable("layernorm", RowwiseLaunch)
 @functools.lru_cache(maxsize=1024)
 def layernorm(architecture: int, columns: int) -> RowwiseLaunch:
-    """Whole rows; as many of them as fill a tile."""
-    row, width = LAYERNORM[architecture], power_of_two(columns)
-    return RowwiseLaunch(max(row.tile // width, 1), width, min(max(row.tile, width) // row.per_warp, 16))
+    """The launch for rows of `columns`: whole rows, as many as fill a tile."""
+    settings, width = LAYERNORM[architecture], power_of_two(columns)
+    return RowwiseLaunch(max(settings.tile // width, 1), width, min(max(settings.tile, width) // settings.per_warp, 16))
 
 
 @tunable("geglu", RowwiseLaunch)
 @functools.lru_cache(maxsize=1024)
 def geglu(architecture: int, columns: int) -> RowwiseLaunch:
-    """Up to 256 columns: widths of the models here (1280, 2560, 5120) are multiples of that."""
-    row, width = GEGLU[architecture], min(power_of_two(columns), 256)
-    return RowwiseLaunch(row.tile // width, width, row.tile // row.per_warp)
+    """The launch for results of `columns`: up to 256 at a time, which divide the models' widths (1280, 2560, 5120)."""
+    settings, width = GEGLU[architecture], min(power_of_two(columns), 256)
+    return RowwiseLaunch(settings.tile // width, width, settings.tile // settings.per_warp)
 
 
 @tunable("advance", RowwiseLaunch)
 def advance(architecture: int) -> RowwiseLaunch:
-    """A run of elements."""
-    row = ADVANCE[architecture]
-    return RowwiseLaunch(1, row.tile, row.tile // row.per_warp)
+    """The launch for any number of elements."""
+    settings = ADVANCE[architecture]
+    return RowwiseLaunch(1, settings.tile, settings.tile // settings.per_warp)
 
 
 def row_stride(name: str, x: torch.Tensor) -> int:
-    """The one stride between the rows of `x` `[..., C]`, 0 if there is only one row.
+    """The stride between the rows of `x` `[..., C]`; 0 if there is only one row.
 
     Raises:
-        ValueError: `name` has rows that no one stride reaches, or columns apart from each other.
+        ValueError: the rows have no common stride, or the columns are not adjacent; the message begins with `name`.
     """
     stride, rows = 0, 1
     for size, step in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1])):
@@ -75,5 +75,5 @@ def row_stride(name: str, x: torch.Tensor) -> int:
             break
         rows *= size
     if stride < 0 or (x.shape[-1] > 1 and x.stride(-1) != 1):
-        raise ValueError(f"{name} has strides {list(x.stride())}; it needs one stride between rows, and 1 within them")
+        raise ValueError(f"{name} has strides {list(x.stride())}; it needs one stride between rows, 1 within them")
     return stride

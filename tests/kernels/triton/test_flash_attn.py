@@ -317,7 +317,7 @@ def test_flash_attn_refuses(what: str, monkeypatch: pytest.MonkeyPatch):
     if what in ("no keys", "gradients"):  # not given to the kernels unless they are forced
         return
     monkeypatch.setattr(dispatch, "backend", lambda *inputs: "triton")
-    monkeypatch.setattr(dispatch, "_told", set())
+    monkeypatch.setattr(dispatch, "_warned", set())
     with pytest.warns(RuntimeWarning, match=message) as warned:
         for _ in range(2):
             y = op.flash_attn(**arguments)
