@@ -95,7 +95,7 @@ FLOAT32 = {(80, 0): Tile(32, 32, 8, 1), (WIDEST, 0): Tile(32, 16, 8, 1)}
 
 
 def split(size: int) -> tuple[int, int]:
-    """The two powers of two that cover `size` with the least excess: 80 = 64 + 16. At least 16 each; the second may be 0."""
+    """The two powers of two, at least 16 or 0, that cover `size` with the least excess: 80 = 64 + 16."""
     first = max(1 << (size.bit_length() - 1), 16)
     rest = max(size - first, 0)
     second = _power_of_two(rest) if rest else 0
