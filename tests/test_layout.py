@@ -85,7 +85,15 @@ ABOUT: dict[str, tuple[str, ...]] = {
     ".": ("imports", "layout", "package"),
     "cli": ("few_step", "prompts"),  # features that several of its modules share
     "evaluate": ("bundled_model",),
-    "kernels": ("flash_attn_compile", "triton_compile", "triton_interpreted", "avx2", "precision", "recipe"),
+    "kernels": (
+        "flash_attn_compile",
+        "triton_compile",
+        "triton_versions",
+        "triton_interpreted",
+        "avx2",
+        "precision",
+        "recipe",
+    ),
     "kernels/triton": ("models",),
     "sampling": ("diffusers", "euler_maruyama"),  # against diffusers' schedulers, and an exact solution
     "verify": ("gpu",),

@@ -22,7 +22,7 @@ from fastsd.model.vae import AutoencoderKL
 from fastsd.pipeline import Pipeline
 from tests.support.triton_checks import DEVICE
 
-MODULE, PICTURE = 1e-5, 1e-4  # relative, of the largest value: what DESIGN asks of a module and of a picture in fp32
+MODULE, IMAGE = 1e-5, 1e-4  # relative, of the largest value: of a module, of a whole image
 
 SMALL = UNetConfig(  # heads of 32 and 40 channels, groups that a skip connection's seam divides
     block_out_channels=(64, 80),
@@ -100,9 +100,9 @@ def test_vae(ran: Counter[str]) -> None:
     vae = disturbed(AutoencoderKL(VAEConfig(block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8)))
     image, latent = rand(1, 24, 16, 3), rand(1, 12, 8, 4)
     with dispatch.reference_only():
-        mean, picture = vae.encode(image).mean, vae.decode(latent)
+        mean, photo = vae.encode(image).mean, vae.decode(latent)
     assert error(vae.encode(image).mean, mean) < MODULE
-    assert error(vae.decode(latent), picture) < MODULE
+    assert error(vae.decode(latent), photo) < MODULE
     assert ran["groupnorm_silu"] > 10 and ran["flash_attn"] == 2
 
 
@@ -125,5 +125,5 @@ def test_digits(ran: Counter[str]) -> None:
     settings = {"num_inference_steps": 2, "seed": 3, "output_type": "latent", "sampler": "dpm++2m"}
     with dispatch.reference_only():
         wanted = pipe("a thick 8", **settings).images
-    assert error(pipe("a thick 8", **settings).images, wanted) < PICTURE
+    assert error(pipe("a thick 8", **settings).images, wanted) < IMAGE
     assert ran["advance"] == 2 and ran["flash_attn"] > 8
