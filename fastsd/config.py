@@ -146,7 +146,7 @@ class TAESDConfig:
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 4
-    block_out_channels: tuple[int, ...] = (64, 64, 64, 64)  # all the same, as nothing in the network changes them
+    block_out_channels: tuple[int, ...] = (64, 64, 64, 64)  # all equal: no layer changes the width
     num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)  # by level, from the image down
     num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)  # by level, from the latent up
     scaling_factor: float = 1.0  # its latents are those that the diffusion model sees

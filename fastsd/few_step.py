@@ -1,7 +1,7 @@
-"""Models distilled to draw in a few steps: what each kind wants by default, as data with its sources.
+"""Models distilled to few steps: the defaults of each kind, as data with its sources.
 
-Such a model gives poor images with the usual settings: guidance is trained into it, and its few timesteps must
-start at the last of training ("trailing"), where there is nothing but noise. Whatever a caller asks for comes first.
+Such a model gives poor images with the usual settings: guidance is trained into it, and its few timesteps must start at
+the last one of training ("trailing"), which is pure noise. What a caller asks for takes precedence.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
 
-NONE = "none"  # a caller's word for: as any other model, whatever the file says
+NONE = "none"  # the caller's name for an ordinary model, whatever its files say
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class FewStep:
     """One kind of distillation.
 
     Attributes:
-        samplers: the first is its own; the others are kept where a checkpoint that is spaced so names them.
+        samplers: the first is its own; the others stay where a checkpoint with this spacing names them.
         spacing: of the timesteps; None where the sampler decides.
-        steps: what the kind's authors show first.
+        steps: the number that its authors show first.
         guidance: 1 is off. guidance_as_input: for networks that take the scale as an input.
-        prediction: what the network predicts, where that is not its base model's.
-        pixels: sides that it was trained on, where they are less than its base model's.
+        prediction: what the network predicts, where that differs from its base model.
+        pixels: the side that it was trained at, where that is less than its base model's.
         source: the paper, and where the settings are published.
     """
 
@@ -40,7 +40,7 @@ class FewStep:
     pixels: int | None = None
 
     def scheduler(self, config: SchedulerConfig) -> SchedulerConfig:
-        """The checkpoint's schedule, sampled as this kind wants."""
+        """The checkpoint's schedule with this kind's sampler and spacing."""
         spacing = self.spacing or config.timestep_spacing
         own = config.timestep_spacing == spacing and config.sampler in self.samplers
         return replace(
@@ -52,7 +52,7 @@ class FewStep:
         )
 
     def defaults(self, sampler: str, width: int, height: int, guidance_is_input: bool) -> dict[str, Any]:
-        """Settings of `Pipeline.__call__`, from the sampler and the sizes that the model would have without this."""
+        """Settings of `Pipeline.__call__`. sampler, width, height: the model's own."""
         as_input = self.guidance_as_input if guidance_is_input else None
         return {
             "num_inference_steps": self.steps,
@@ -107,7 +107,7 @@ KINDS: dict[str, FewStep] = {
 
 @dataclass(frozen=True)
 class Detection:
-    """A kind, and what says that a model or an adapter is of it."""
+    """A kind, and why a model or an adapter is of it."""
 
     kind: FewStep
     why: str

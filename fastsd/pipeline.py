@@ -283,54 +283,54 @@ class Pipeline:
         return Result(images, list(request.seeds), timings, notes, used_settings(request) | used)
 
     def load_embedding(self, path: str | Path, token: str | None = None, allow_pickle: bool = False) -> tuple[str, ...]:
-        """Load a textual inversion, to be called by its name in prompts (Gal et al. 2022).
+        """Load a textual inversion, which prompts then use by its name (Gal et al. 2022).
 
         Args:
-            path: a `.safetensors` file, of the hub too; `.pt` and `.bin` are pickles, read only with `allow_pickle`.
-            token: its name in prompts; None: the file's without the ending, and the token that the file names.
-            allow_pickle: see there; nothing but tensors and plain values is unpickled.
+            path: a `.safetensors` file or a hub id; `.pt` and `.bin` are pickles, read only with `allow_pickle`.
+            token: its name in prompts; None: the file's name without its ending, and the token that the file states.
+            allow_pickle: read pickles; only tensors and plain values are unpickled.
 
         Returns:
-            The names; one that was known before now stands for this file.
+            Its names. A name that another embedding had now means this one.
 
         Raises:
             FastsdError: no such file, malformed, or one for another family of models.
         """
-        models = [one for one in (self.components, self.refiner) if one is not None]
-        most = max((one.text_encoders for one in models), key=len)
-        embedding = load_embedding(locate_file(path).path, most, token, allow_pickle)
-        for one in models:
-            vectors = embedding.vectors[-len(one.text_encoders) :]  # SDXL's refiner has the second encoder alone
-            fits = zip(vectors, one.text_encoders, strict=True)
-            if all(vector.shape[1] == encoder.config.hidden_size for vector, encoder in fits):
-                one.embeddings |= dict.fromkeys(embedding.names, Embedding(embedding.names, vectors))
+        models = [model for model in (self.components, self.refiner) if model is not None]
+        encoders = max((model.text_encoders for model in models), key=len)
+        embedding = load_embedding(locate_file(path).path, encoders, token, allow_pickle)
+        for model in models:
+            vectors = embedding.vectors[-len(model.text_encoders) :]  # SDXL's refiner has the second encoder alone
+            pairs = zip(vectors, model.text_encoders, strict=True)
+            if all(vector.shape[1] == encoder.config.hidden_size for vector, encoder in pairs):
+                model.embeddings |= dict.fromkeys(embedding.names, Embedding(embedding.names, vectors))
         return embedding.names
 
     def load_controlnet(self, path: str | Path, allow_pickle: bool = False) -> ControlNet:
-        """Load a ControlNet for this checkpoint's UNet, to be used in `Control`s (Zhang et al. 2023).
+        """Load a ControlNet for this checkpoint's UNet, for use in a `Control` (Zhang et al. 2023).
 
         Args:
             path: a diffusers folder, a single file in diffusers' or the original layout, or a hub id.
-            allow_pickle: read `.pth` files; nothing but tensors and plain values is unpickled.
+            allow_pickle: read `.pth` files; only tensors and plain values are unpickled.
 
         Raises:
-            FastsdError: no such file, malformed, too large for the memory, or one for another family of models.
+            FastsdError: no such file, malformed, too large for the memory, or for another family of models.
         """
         path = locate_controlnet(path, self.dtype != torch.float32).path
         return load_controlnet(path, self.components.unet.config, self.dtype, self.device, allow_pickle)
 
     def set_adapters(self, adapters: Sequence[Adapter], allow_partial: bool = False) -> list[str]:
-        """Put LoRAs and their relatives into the weights; those of an earlier call are taken out, to the bit.
+        """Apply LoRAs and other adapters to the weights; those of an earlier call are removed, bit for bit.
 
         Args:
-            adapters: files (or PEFT's folders) with their strengths, added up; none takes all out.
-            allow_partial: leave out layers that the model does not have; otherwise they are an error.
+            adapters: files (or PEFT's folders) with their strengths, which add up; an empty list removes all.
+            allow_partial: skip layers that the model does not have; otherwise they are an error.
 
         Returns:
-            Notes: what was left out.
+            Notes on what was skipped.
 
         Raises:
-            FastsdError: no such file, malformed, or one for another model; the weights are then as before.
+            FastsdError: no such file, malformed, or for another model; the weights are then unchanged.
         """
         with self._lock:
             notes = self.adapters.set(adapters, allow_partial)

@@ -101,7 +101,7 @@ _WRITERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
 
 def _hashes(files: Any, named: Callable[[dict[str, Any]], tuple[str, str | None]]) -> str | None:
     """A1111's list, "name: hash, name: hash", of those whose hash is known; a name loses its colons and commas."""
-    pairs = dict(named(one) for one in files or () if isinstance(one, dict))
+    pairs = dict(named(file) for file in files or () if isinstance(file, dict))
     return ", ".join(f"{re.sub('[:,]', '', name)}: {digest}" for name, digest in pairs.items() if digest) or None
 
 

@@ -119,10 +119,10 @@ def parse_prompts(
         raise
     positive = tuple(parsed[prompt] for prompt in prompts)
     negative = tuple(parsed[prompt] for prompt in negatives)
-    lengths = [one.length for one in positive]
+    lengths = [each.length for each in positive]
     if guided:
-        lengths = [max(length, one.length) for length, one in zip(lengths, negative, strict=True)]
-    notes = dict.fromkeys(note for one in parsed.values() for note in one.notes)
+        lengths = [max(length, each.length) for length, each in zip(lengths, negative, strict=True)]
+    notes = dict.fromkeys(note for each in parsed.values() for note in each.notes)
     if not guided and any(negatives):
         notes["the negative prompt has no effect: without guidance nothing steers away from it"] = None
     return ParsedPrompts(positive, negative, tuple(lengths), tuple(notes))
