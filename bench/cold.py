@@ -150,7 +150,7 @@ def _fastsd(arguments: argparse.Namespace) -> tuple[float, float, Generate]:
 def dtype_argument(kind: Any, dtype: Any) -> dict[str, Any]:
     """The dtype argument of this diffusers' `from_pretrained`: `torch_dtype` in older versions, now `dtype`."""
     documentation = kind.from_pretrained.__doc__ or ""
-    return {"dtype" if re.search(r"^ +dtype \(", documentation, re.M) else "torch_dtype": dtype}
+    return {"dtype" if re.search(r"^ *dtype \(", documentation, re.M) else "torch_dtype": dtype}
 
 
 def _diffusers(arguments: argparse.Namespace) -> tuple[float, float, Generate]:
