@@ -96,7 +96,7 @@ def test_a_wheel_draws_without_the_source(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", "77", reason="pyproject.toml asks for setuptools 77")
     clean, site, elsewhere = tmp_path / "checkout", tmp_path / "site", tmp_path / "elsewhere"
     shutil.copytree(ROOT / "fastsd", clean / "fastsd", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, clean)
     source = {path.relative_to(clean).as_posix() for path in (clean / "fastsd").rglob("*") if path.is_file()}
 
