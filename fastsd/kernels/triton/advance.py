@@ -15,7 +15,7 @@ WIDTH = 16  # floats in a row of the table
 
 @triton.jit
 def _advance_kernel(
-    x_ptr,  # [N, L] fp32, L numbers in an image
+    x_ptr,  # [N, L] fp32, L elements per image
     x_in_ptr,  # [N, L]
     out_ptr,  # [2 * N, L] with GUIDED, else [N, L]
     table_ptr,  # [R + 1, 16] fp32
@@ -40,7 +40,7 @@ def _advance_kernel(
     b0, b1 = tl.load(coefficients + 6), tl.load(coefficients + 7)
     b2, b3 = tl.load(coefficients + 8), tl.load(coefficients + 9)
     n, m = tl.load(coefficients + 10), tl.load(coefficients + 11)
-    # As vectors: a scalar truth does not combine with a mask in the interpreter.
+    # As vectors: the interpreter cannot combine a scalar condition with a mask.
     zeros = tl.zeros([BLOCK], tl.float32)
     saves, pushes = zeros + tl.load(coefficients + 12) > 0, zeros + tl.load(coefficients + 13) > 0
     c_in_next = tl.load(coefficients + 17)
@@ -85,13 +85,13 @@ def advance(
     rescale: torch.Tensor | None = None,
     launch: RowwiseLaunch | None = None,
 ) -> None:
-    """Do row `row` of `table` in place; see `fastsd.kernels.advance` for the specification and the buffers.
+    """Apply row `row` of `table` in place; see `fastsd.kernels.advance` for the specification and the buffers.
 
-    All buffers contiguous; x, saved, history, noise, table, rescale and a tensor of guidance fp32, x_in and out fp16,
-    bf16 or fp32. A number of guidance is fixed in a captured graph; a tensor is read on the device.
+    All buffers are contiguous. x, saved, history, noise, table, rescale and guidance, if a tensor, are fp32; x_in and
+    out are fp16, bf16 or fp32. A captured graph keeps the guidance if it is a number, and reads it if it is a tensor.
 
     Raises:
-        ValueError: shapes, strides or dtypes that the kernel does not take, or gradients, which it has not.
+        ValueError: shapes, strides or dtypes that the kernel does not take, or gradients, which it lacks.
     """
     if out.shape[1:] != x.shape[1:] or out.shape[0] not in (len(x), 2 * len(x)):
         raise ValueError(f"advance: out is {list(out.shape)}; x is {list(x.shape)}: out needs that or twice the batch")

@@ -1,8 +1,8 @@
 """`flash_attn` on the GPU: which kernel takes a call, and the kernel for long sequences.
 
-Head sizes that are no power of two are split into two parts that are (80 = 64 + 16), each with products of its own;
-a part may reach past the head, and reads zeros there (40 as one part of 64). Scores, weights and sums are fp32; the
-weights are rounded to the dtype of the values for their product, as in PyTorch's own kernels.
+A head size that is not a power of two is split into two that are (80 = 64 + 16), each with its own products. A part
+that exceeds the head reads zeros there (40 as one part of 64). Scores, weights and sums are fp32; the weights are
+rounded to the dtype of the values for their product, as in PyTorch's kernels.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from fastsd.kernels.triton.flash_attn_few_keys import few_keys
 from fastsd.kernels.triton.flash_attn_tiles import load_tile, scores_of, store_tile, strides_in_units, times
 from fastsd.kernels.triton.flash_attn_wide import wide
 
-# Triton's interpreter multiplies the bits of bf16 numbers as if they were integers.
+# Triton's interpreter multiplies the bits of bf16 values as integers.
 DTYPES = (torch.float16, torch.float32, *(() if dispatch.interpreted() else (torch.bfloat16,)))
 
 
 @triton.jit
 def _attend(
-    acc1,  # [BLOCK_M, D1] weights times values, relative to the top
-    acc2,  # [BLOCK_M, D2]; with D2 0 any tensor, handed back as it is
-    total,  # [BLOCK_M] sum of the weights
-    top,  # [BLOCK_M] largest score so far, in powers of two
+    acc1,  # [BLOCK_M, D1] weights times values, relative to `top`
+    acc2,  # [BLOCK_M, D2]; if D2 is 0 any tensor, returned unchanged
+    total,  # [BLOCK_M] sums of the weights
+    top,  # [BLOCK_M] largest scores so far, times log2(e)
     q1,
     q2,
     k_ptr,
@@ -49,11 +49,11 @@ def _attend(
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Take in the keys from `first` to `end` (Dao et al. 2022, algorithm 1, lines 8 to 12; division at the end)."""
+    """Accumulate the keys from `first` to `end` (Dao et al. 2022, algorithm 1, lines 8 to 12, without the division)."""
     n = tl.arange(0, BLOCK_N)
     k_ptr += first.to(tl.int64) * stride_kt
     v_ptr += first.to(tl.int64) * stride_vt
-    STAGES: tl.constexpr = 1 if MASKED else None  # one or two blocks: a second pipeline would only cost registers
+    STAGES: tl.constexpr = 1 if MASKED else None  # one or two blocks: pipelining them would only cost registers
     for start in tl.range(first, end, BLOCK_N, num_stages=STAGES):
         live = start + n < T
         k1 = load_tile(k_ptr, n, live, stride_kt, D, 0, D1, MASKED)
@@ -82,7 +82,7 @@ def _attend(
     return acc1, acc2, total, top
 
 
-# Lengths and strides are no part of a compiled kernel's key: a new resolution compiles nothing.
+# Kernels are not specialised by lengths and strides, so that a new resolution compiles nothing.
 UNSPECIALISED = [
     *("S", "T", "stride_qb", "stride_qs", "stride_qh"),
     *("stride_kb", "stride_kt", "stride_kh", "stride_vb", "stride_vt", "stride_vh"),
@@ -107,7 +107,7 @@ def _flash_attn_kernel(
     stride_vb,
     stride_vt,
     stride_vh,
-    UNIT: tl.constexpr,  # strides are in multiples of it
+    UNIT: tl.constexpr,  # of the strides, see `strides_in_units`
     D: tl.constexpr,
     D1: tl.constexpr,  # D in two parts; the second may be 0
     D2: tl.constexpr,
@@ -131,11 +131,11 @@ def _flash_attn_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
     acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
-    acc2 = total  # a tensor in its place: Triton 3.6 does not compile a function that returns None
+    acc2 = total  # a placeholder: Triton 3.6 does not compile a function that returns None
     if D2 > 0:
         acc2 = tl.zeros([BLOCK_M, D2], tl.float32)
 
-    # Blocks that every row sees whole come first and need no mask.
+    # Blocks that every row sees completely come first and need no mask.
     end = T
     if CAUSAL:
         end = tl.minimum(start + BLOCK_M, T)
@@ -173,14 +173,14 @@ def flash_attn(
             strides that are multiples of 16 bytes.
         k, v: `[B, T, heads, D]` likewise.
         causal: position i attends to positions <= i only.
-        launch: how to launch it; None takes the table's.
+        launch: overrides the launch table.
 
     Returns:
         `[B, S, heads * D]` contiguous, in the dtype of `q`. An image's result does not depend on the others in its
         batch. fp32 products are exact fp32 unless `torch.backends.cuda.matmul.allow_tf32`.
 
     Raises:
-        ValueError: what `refusal` gives as the reason.
+        ValueError: the reason of `refusal`.
     """
     reason = refusal(q, k, v)
     if reason is not None:
@@ -224,19 +224,19 @@ def _long(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, 
 
 
 def refusal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
-    """Why the kernels do not take this call, with what they take; None if they do."""
+    """Why the kernels do not take this call, and what they take; None if they take it."""
     unused = UNUSED.get(architecture.class_of(q.device))
     if unused is not None:
         return unused
     tensors = {"q": q, "k": k, "v": v}
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-        given = ", ".join(f"{name} {list(x.shape)} is {str(x.dtype)[6:]}" for name, x in tensors.items())
-        return f"{given}; the kernel takes one of {', '.join(str(dtype)[6:] for dtype in DTYPES)} for all three"
+        dtypes = ", ".join(f"{name} {list(x.shape)} is {str(x.dtype)[6:]}" for name, x in tensors.items())
+        return f"{dtypes}; the kernel takes one of {', '.join(str(dtype)[6:] for dtype in DTYPES)} for all three"
     for name, x in tensors.items():
         if x.shape[3] > 1 and x.stride(3) != 1:
             return f"{name} {list(x.shape)} has strides {list(x.stride())}; the kernel needs 1 in the last dimension"
     if q.shape[3] == 0 or k.shape[1] == 0:
-        return f"k is {list(k.shape)}; the kernel needs one key and a head of one number at least"
+        return f"k is {list(k.shape)}; the kernel needs at least one key and a head size of 1"
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values()):
         return "the kernel has no gradients; use the torch backend for training"
     return None

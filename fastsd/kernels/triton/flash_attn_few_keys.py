@@ -1,7 +1,7 @@
-"""Attention to few keys (a text has 77): all keys and values stay on chip while blocks of queries pass by.
+"""Attention to few keys (a text has 77): all keys and values stay on chip while a program loops over queries.
 
-All scores of a row are there at once, so that its largest is known before the first weight is taken: nothing is
-rescaled. Keys are split into two parts of a power of two each (77 in 64 + 16), as heads are.
+All scores of a row are computed before its first weight, so its largest is known and nothing is rescaled. Keys are
+split into two powers of two (77 into 64 + 16), like heads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastsd.kernels.triton.flash_attn_tiles import load_tile, scores_of, store_t
 
 @triton.jit
 def _masked(scores, scale, key, row, T, CAUSAL: tl.constexpr):
-    """Scores in powers of two, -inf where `row` does not see `key`."""
+    """Scaled scores, times log2(e); -inf where `row` does not see `key`."""
     keep = (key < T)[None, :]
     if CAUSAL:
         keep = keep & (key[None, :] <= row[:, None])
@@ -28,7 +28,7 @@ def _masked(scores, scale, key, row, T, CAUSAL: tl.constexpr):
 
 @triton.jit
 def _sum_of_values(weights1, weights2, v1, v2, PRECISION: tl.constexpr):
-    """The weights times the values, the parts of the keys added."""
+    """The weights times the values, summed over the parts of the keys."""
     acc = tl.dot(weights1, v1, input_precision=PRECISION)
     if v2 is not None:
         acc = tl.dot(weights2, v2, acc, input_precision=PRECISION)
@@ -49,7 +49,7 @@ def _few_keys_kernel(
     out_ptr,  # [B, S, heads, D] contiguous
     S,
     T,
-    blocks,  # of queries, that one program takes
+    blocks,  # of queries, per program
     scale,  # of the scores, times log2(e)
     stride_qb,
     stride_qs,
@@ -60,7 +60,7 @@ def _few_keys_kernel(
     stride_vb,
     stride_vt,
     stride_vh,
-    UNIT: tl.constexpr,  # strides are in multiples of it
+    UNIT: tl.constexpr,  # of the strides, see `strides_in_units`
     D: tl.constexpr,
     D1: tl.constexpr,  # D in two parts; the second may be 0
     D2: tl.constexpr,
@@ -122,7 +122,7 @@ def _few_keys_kernel(
 def few_keys(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, causal: bool, launch: FewKeys
 ) -> None:
-    """Fill `out` `[B, S, heads * D]` with the attention of `q` to `k`, `v`, as `flash_attn_triton.flash_attn` says."""
+    """Write the attention of `q` to `k` and `v` to `out` `[B, S, heads * D]`; `flash_attn` has checked them."""
     batch, queries, heads, size = q.shape
     unit, strides = strides_in_units(q, k, v)
     _few_keys_kernel[(-(-queries // (launch.rows * launch.blocks)), heads, batch)](

@@ -1,4 +1,4 @@
-"""What the attention kernels share: tiles of strided tensors whose last dimension is a head, in parts."""
+"""What the attention kernels share: tiles of strided tensors whose last dimension is a head, split into parts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def times(stride, UNIT: tl.constexpr):
-    """A stride in elements, 64 bits, from one in units (`strides_in_units`)."""
+    """The 64-bit stride in elements of a stride in units (`strides_in_units`)."""
     return stride.to(tl.int64) * UNIT
 
 
@@ -17,9 +17,9 @@ def times(stride, UNIT: tl.constexpr):
 def load_tile(
     x_ptr, row, live, stride, D: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr
 ):
-    """Columns START to START + WIDTH of rows of x: 0 beyond D and, with MASKED, where not live. WIDTH is not 0.
+    """Columns START to START + WIDTH of rows of x: 0 beyond D and, with MASKED, where not live.
 
-    Where a part is absent, the caller says None: Triton 3.6 does not compile a function that returns it.
+    WIDTH is not 0. For an absent part callers use None, which no function may return under Triton 3.6.
     """
     column = START + tl.arange(0, WIDTH)
     pointers = x_ptr + row.to(tl.int64)[:, None] * stride + column[None, :]
@@ -33,7 +33,7 @@ def load_tile(
 
 @triton.jit
 def store_tile(out_ptr, y, row, live, stride, D: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr):
-    """Write y `[rows, WIDTH]` where `load_tile` would read it."""
+    """Write y `[rows, WIDTH]` where `load_tile` reads it."""
     column = START + tl.arange(0, WIDTH)
     pointers = out_ptr + row.to(tl.int64)[:, None] * stride + column[None, :]
     tl.store(pointers, y.to(out_ptr.dtype.element_ty), mask=live[:, None] & (column < D)[None, :])
@@ -41,7 +41,7 @@ def store_tile(out_ptr, y, row, live, stride, D: tl.constexpr, START: tl.constex
 
 @triton.jit
 def scores_of(q1, q2, k1, k2, PRECISION: tl.constexpr):
-    """q k^T, the parts of the head added."""
+    """q k^T, summed over the parts of the head."""
     scores = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
     if k2 is not None:
         scores = tl.dot(q2, tl.trans(k2), scores, input_precision=PRECISION)
@@ -49,10 +49,10 @@ def scores_of(q1, q2, k1, k2, PRECISION: tl.constexpr):
 
 
 def strides_in_units(*tensors: torch.Tensor) -> tuple[int, list[int]]:
-    """A unit, and the strides of the first three dimensions in it, which a kernel multiplies by it again.
+    """A unit, and the strides of the first three dimensions divided by it, which kernels multiply again.
 
-    So the compiler knows that rows begin at multiples of 16 bytes, where they do, and loads whole vectors. By itself it
-    knows that only of strides that are multiples of 16 elements: heads of 40 are not.
+    Thus the compiler knows when rows begin at multiples of 16 bytes, and loads whole vectors. Otherwise it recognises
+    only strides that are multiples of 16 elements, which excludes heads of 40.
     """
     unit = 16 // tensors[0].element_size()
     used = [stride for x in tensors for size, stride in zip(x.shape[:3], x.stride()) if size > 1]

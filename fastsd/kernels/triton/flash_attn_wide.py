@@ -1,7 +1,7 @@
-"""Attention by two products of PyTorch's, with a softmax between them: for wide heads (the autoencoder's one of 512).
+"""Attention by two PyTorch products with a softmax in between, for wide heads: the autoencoder's has 512 columns.
 
-A kernel that keeps its scores on chip would compute them twice there, since 512 columns of sums do not fit beside them.
-Scores are fp32, a bounded number at a time.
+A fused kernel would compute the scores twice, because 512 columns of sums do not fit beside them on chip. Scores are
+fp32, a bounded number at a time.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ def _softmax_kernel(
     weights_ptr,  # [heads, rows, T]
     total_ptr,  # [heads, rows] fp32
     T,
-    first,  # number of the first row among the queries
+    first,  # index of the first row among the queries
     scale,  # of the scores, times log2(e)
     CAUSAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Weights of a row, 1 for its largest, and the sum of what they were rounded to."""
+    """The weights of a row, 1 for the largest, and the sum of the rounded weights."""
     row, head, rows = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     end = T
     if CAUSAL:
         end = tl.minimum(first + row + 1, T)
-    place = head.to(tl.int64) * rows + row
-    scores_ptr += place * T
-    weights_ptr += place * T
+    head_row = head.to(tl.int64) * rows + row
+    scores_ptr += head_row * T
+    weights_ptr += head_row * T
     top = tl.full([BLOCK], -float("inf"), tl.float32)
     for start in range(0, end, BLOCK):
         key = start + tl.arange(0, BLOCK)
@@ -47,11 +47,11 @@ def _softmax_kernel(
         weight = tl.exp2((score - top) * scale).to(weights_ptr.dtype.element_ty)
         tl.store(weights_ptr + key, weight, mask=key < T)
         total += tl.where(key < end, weight.to(tl.float32), 0.0)
-    tl.store(total_ptr + place, tl.sum(total, 0))
+    tl.store(total_ptr + head_row, tl.sum(total, 0))
 
 
 def wide(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, causal: bool, launch: Wide) -> None:
-    """Fill `out` `[B, S, heads * D]` with the attention of `q` to `k`, `v`, as `flash_attn_triton.flash_attn` says."""
+    """Write the attention of `q` to `k` and `v` to `out` `[B, S, heads * D]`; `flash_attn` has checked them."""
     batch, queries, heads, size = q.shape
     keys = k.shape[1]
     rows = min(max(launch.scores // (keys * heads), 1), queries)
@@ -73,7 +73,7 @@ def wide(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, c
 
 
 def _products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """x y of each head in fp32: scores rounded to 16 bits would be too coarse, unscaled sums may exceed fp16."""
+    """x y per head, in fp32: scores in 16 bits would be too coarse, and unscaled sums may exceed fp16."""
     if x.is_cuda and x.dtype != torch.float32:
         return torch.bmm(x, y, out_dtype=torch.float32)
     return torch.bmm(x.float(), y.float())

@@ -1,4 +1,4 @@
-"""The gate of GEGLU on the GPU: bias, split, GELU and product in one pass (Shazeer 2020, equation 6)."""
+"""The gate of `geglu` on the GPU: bias, split, GELU and product in one pass (Shazeer 2020, equation 6)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _geglu_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # Columns in the second dimension of the grid: the number of rows has no limit there.
+    # Rows in the first dimension of the grid, which is not limited to 65535 programs.
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     r, c, within = row.to(tl.int64)[:, None], column[None, :], (column < N)[None, :]
@@ -44,20 +44,20 @@ def geglu_gate(y: torch.Tensor, bias: torch.Tensor | None = None, launch: Rowwis
     Args:
         y: `[..., 2 * N]` fp16, bf16 or fp32, the product that `fastsd.kernels.geglu` specifies; one stride between
             rows.
-        bias: `[2 * N]` contiguous, or None where the product has it already.
-        launch: how to launch it; None takes the table's.
+        bias: `[2 * N]` contiguous, or None if the product includes it.
+        launch: overrides the launch table.
 
     Returns:
         `[..., N]` contiguous in the dtype of `y`.
 
     Raises:
-        ValueError: shapes, strides or dtypes that the kernel does not take, or gradients, which it has not.
+        ValueError: shapes, strides or dtypes that the kernel does not take, or gradients, which it lacks.
     """
     columns = y.shape[-1] // 2
     if y.dtype not in DTYPES:
         raise ValueError(f"geglu: y is {y.dtype}; the kernel takes float16, bfloat16 and float32")
     if y.shape[-1] % 2 or not columns:
-        raise ValueError(f"geglu: rows of {y.shape[-1]}; value and gate need an even number")
+        raise ValueError(f"geglu: rows of {y.shape[-1]}; value and gate need an even number of columns")
     if bias is not None and (bias.shape != (2 * columns,) or bias.stride(0) != 1):
         raise ValueError(f"geglu: bias needs shape [{2 * columns}], contiguous")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (y, bias)):

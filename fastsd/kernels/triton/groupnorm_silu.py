@@ -35,8 +35,8 @@ def _groupnorm_silu_kernel(
     stride_x2b,
     stride_x2p,
     stride_ab,
-    CPG: tl.constexpr,  # channels of a group
-    G: tl.constexpr,  # groups of a program
+    CPG: tl.constexpr,  # channels per group
+    G: tl.constexpr,  # groups per program
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -72,21 +72,21 @@ def groupnorm_silu(
     """`silu(group_norm(cat([x, skip], -1) + add))`; see `fastsd.kernels.groupnorm_silu` for the specification.
 
     Args:
-        x: `[B, H, W, C1]` fp16, bf16 or fp32; channels next to each other and rows of pixels without gaps between
-            them, any stride between pixels and between images.
+        x: `[B, H, W, C1]` fp16, bf16 or fp32; adjacent channels, no gaps between the rows of pixels, any stride between
+            pixels and between images.
         weight, bias: `[C]` contiguous, C = C1 (+ C2).
         groups: number of groups; divides C.
         eps: added to the variance.
         silu: apply x * sigmoid(x) afterwards.
-        add: `[B or 1, C]`, added to every pixel first.
-        skip: `[B, H, W, C2]` like x: further channels, read from where they are.
-        launch: how to launch it; None takes the table's.
+        add: `[B or 1, C]`, added to every pixel before.
+        skip: `[B, H, W, C2]` like x: further channels, read in place.
+        launch: overrides the launch table.
 
     Returns:
         `[B, H, W, C]` contiguous, in the dtype of `x`. An image's result does not depend on the others in its batch.
 
     Raises:
-        ValueError: shapes, strides or dtypes that the kernel does not take, or gradients, which it has not.
+        ValueError: shapes, strides or dtypes that the kernel does not take, or gradients, which it lacks.
     """
     batch, height, width, c1 = x.shape
     pixels, channels = height * width, c1 + (0 if skip is None else skip.shape[-1])

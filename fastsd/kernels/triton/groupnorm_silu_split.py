@@ -22,7 +22,7 @@ def _groupnorm_moments_kernel(
     x_ptr,  # [B, HW, C1]
     x2_ptr,  # [B, HW, C - C1] with PARTS 2
     add_ptr,  # [B or 1, C] or None
-    moments_ptr,  # [B, 2, splits, groups] fp32: mean less the pivot, sum of squares about it
+    moments_ptr,  # [B, 2, splits, groups] fp32: mean minus the pivot, squared deviations summed
     HW,
     C1,
     split_pixels,
@@ -59,7 +59,7 @@ def _groupnorm_moments_kernel(
 
 @triton.jit
 def _merge_splits(moments_ptr, group, mask, splits, groups, split_pixels, HW, CPG: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Moments of `group` over all pixels, from one image's `[2, splits, groups]`."""
+    """The moments of `group` over all pixels, from one image's `[2, splits, groups]`."""
     s = tl.arange(0, BLOCK_S)
     n = tl.maximum(tl.minimum(split_pixels, HW - s * split_pixels), 0).to(tl.float32)[:, None]
     pointers = moments_ptr + s[:, None] * groups + group[None, :]

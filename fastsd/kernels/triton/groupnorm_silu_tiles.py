@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def load_sum(x_ptr, x2_ptr, add_ptr, pixel, live, channel, within, C1, stride_xp, stride_x2p, PARTS: tl.constexpr):
-    """x + add at `pixel` x `channel` in fp32, of x and x2 side by side in the channels; x is 0 outside the masks."""
+    """The tile `pixel` x `channel` of cat([x, x2]) + add, in fp32. cat([x, x2]) reads as 0 outside the masks."""
     p, c = pixel.to(tl.int64)[:, None], channel[None, :]
     pointers = x_ptr + p * stride_xp + c
     if PARTS == 2:
@@ -29,10 +29,10 @@ def load_sum(x_ptr, x2_ptr, add_ptr, pixel, live, channel, within, C1, stride_xp
 def load_pivot(
     x_ptr, x2_ptr, add_ptr, channel, within, C1, stride_xp, stride_x2p, CPG: tl.constexpr, PARTS: tl.constexpr
 ):
-    """x + add `[1, BLOCK_C]` at each group's first channel of the first pixel.
+    """The first pixel's value `[1, BLOCK_C]` in each group's first channel.
 
-    Statistics of what is left after its subtraction, which is exact near it, are rounded on the scale of the spread.
-    A mean of 30 in fp32 would be off by 1e-3 of a standard deviation of 1e-3.
+    It is subtracted before the moments are computed. The difference is exact for values near the pivot, so the moments
+    are rounded relative to the spread. Without it, a mean of 30 in fp32 is off by 1e-3 of a standard deviation of 1e-3.
     """
     zero = tl.arange(0, 1)
     first = channel // CPG * CPG
@@ -41,7 +41,7 @@ def load_pivot(
 
 @triton.jit
 def merge_channels(mean, m2, n, CPG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
-    """Moments of channels over n pixels `[BLOCK_C]` to moments of groups `[BLOCK_G]`."""
+    """The moments of groups `[BLOCK_G]` from those of channels `[BLOCK_C]` over n pixels."""
     member = tl.arange(0, BLOCK_C)[None, :] // CPG == tl.arange(0, BLOCK_G)[:, None]
     group_mean = tl.sum(tl.where(member, mean[None, :], 0.0), 1) / CPG
     centred = tl.where(member, mean[None, :] - group_mean[:, None], 0.0)
@@ -68,9 +68,9 @@ def group_moments(
     BLOCK_G: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Mean less the pivot and sum of squares about it, of groups `[BLOCK_G]` over the n pixels from `start`.
+    """Moments of groups `[BLOCK_G]` over the n pixels from `start`: mean minus the pivot, squared deviations summed.
 
-    Welford's update (1962) in every lane of the tile, so that threads meet once, after the loop.
+    Every lane of the tile runs Welford's update (1962), so that threads communicate once, after the loop.
     """
     row = tl.arange(0, BLOCK_P)
     mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
@@ -83,7 +83,7 @@ def group_moments(
         delta = tl.where(live[:, None], y - mean, 0.0)
         mean += delta * (1.0 / count)
         m2 += delta * (y - mean)
-    counts = ((n - row + BLOCK_P - 1) // BLOCK_P).to(tl.float32)[:, None]  # pixels that a lane has seen
+    counts = ((n - row + BLOCK_P - 1) // BLOCK_P).to(tl.float32)[:, None]  # pixels per lane
     channel_mean = tl.sum(mean * counts, 0) / n
     centred = mean - channel_mean[None, :]
     channel_m2 = tl.sum(m2 + counts * centred * centred, 0)
@@ -118,7 +118,7 @@ def normalise(
     PARTS: tl.constexpr,
     SILU: tl.constexpr,
 ):
-    """Write silu((x + add - mean) * scale + shift) of the pixels from `start` to `end`.
+    """Write silu((x + add - mean) * scale + shift) for the pixels from `start` to `end`.
 
     Not (x + add) * scale + (shift - mean * scale): that cancels at large means.
     """

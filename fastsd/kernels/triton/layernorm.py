@@ -1,4 +1,4 @@
-"""`layernorm` on the GPU, with the residual's addition before it in the same pass (Ba et al. 2016, equation 4)."""
+"""`layernorm` on the GPU, with the addition of a residual in the same pass (Ba et al. 2016, equation 4)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastsd.kernels.launch.rowwise import RowwiseLaunch, row_stride
 from fastsd.kernels.launch.rowwise import layernorm as choose
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-WIDEST = 16384  # columns: a row stays in registers
+WIDEST = 16384  # columns of a row, which stays in registers
 
 
 @triton.jit
@@ -37,14 +37,14 @@ def _layernorm_kernel(
     if residual_ptr is not None:
         y += tl.load(residual_ptr + r * stride_rr + c, mask=mask, other=0.0).to(tl.float32)
         tl.store(sum_ptr + r * C + c, y.to(sum_ptr.dtype.element_ty), mask=mask)
-    # Two passes over registers, the second also finds what rounding left of the mean (Chan et al. 1983, equation 1.7).
+    # Two passes over registers. The second also computes the error of the mean (Chan et al. 1983, equation 1.7).
     y = tl.where(mask, y - (tl.sum(y, 1) / C)[:, None], 0.0)
-    rest = tl.sum(y, 1) / C
-    variance = tl.sum(y * y, 1) / C - rest * rest
+    error = tl.sum(y, 1) / C
+    variance = tl.sum(y * y, 1) / C - error * error
     rstd = 1.0 / tl.sqrt_rn(variance + eps)
     weight = tl.load(weight_ptr + column, mask=within, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + column, mask=within, other=0.0).to(tl.float32)
-    y = (y - rest[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
+    y = (y - error[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
     tl.store(out_ptr + r * C + c, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -56,20 +56,20 @@ def layernorm(
     residual: torch.Tensor | None = None,
     launch: RowwiseLaunch | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Layer normalisation of `x`, or of `x + residual`, which then comes back too.
+    """Layer normalisation of `x`, or of `x + residual`, which is then returned too.
 
     Args:
         x: `[..., C]` fp16, bf16 or fp32, with one stride between rows.
         weight, bias: `[C]` contiguous.
         eps: added to the variance.
-        residual: like x. The sum is normalised as it is in fp32, before it is rounded.
-        launch: how to launch it; None takes the table's.
+        residual: like x. The sum is normalised in fp32, before it is rounded.
+        launch: overrides the launch table.
 
     Returns:
-        `[..., C]` contiguous in the dtype of `x`; with a residual `(normalised, x + residual)`, both so.
+        `[..., C]` contiguous in the dtype of `x`; with a residual `(normalised, x + residual)`, both like this.
 
     Raises:
-        ValueError: shapes, strides or dtypes that the kernel does not take, or gradients, which it has not.
+        ValueError: shapes, strides or dtypes that the kernel does not take, or gradients, which it lacks.
     """
     columns = x.shape[-1]
     if x.dtype not in DTYPES:

@@ -257,7 +257,7 @@ MUTATIONS: dict[str, tuple[Any, str, str]] = {
     "wide: counts rows from the chunk": (wide, "first + row + 1", "row + 1"),
     "wide: forgets the scale": (wide, "(score - top) * scale", "(score - top)"),
     "wide: forgets keys that are masked": (wide, "mask=key < T)", "mask=key < end)"),
-    "wide: total of the next row": (wide, "total_ptr + place", "total_ptr + place + 1"),
+    "wide: total of the next row": (wide, "total_ptr + head_row", "total_ptr + head_row + 1"),
     "wide: rows of the first head": (wide, "head.to(tl.int64) * rows + row", "row.to(tl.int64)"),
     "wide: first image's keys for all": (wide, "k[b].transpose", "k[0].transpose"),
     "reads past the head": (tiles, "live[:, None] & (column < D)[None, :], other", "live[:, None], other"),
@@ -298,7 +298,7 @@ REFUSED = {
     ),
     "two dtypes": ({"k": torch.ones(1, 3, 1, 8, dtype=torch.float16)}, r"k \[1, 3, 1, 8\] is float16"),
     "heads not contiguous": ({"q": torch.ones(1, 2, 1, 16)[..., ::2]}, r"q \[1, 2, 1, 8\] has strides .* needs 1"),
-    "no keys": ({"k": torch.ones(1, 0, 1, 8), "v": torch.ones(1, 0, 1, 8)}, "one key"),
+    "no keys": ({"k": torch.ones(1, 0, 1, 8), "v": torch.ones(1, 0, 1, 8)}, "at least one key"),
     "gradients": ({"v": torch.ones(1, 3, 1, 8, requires_grad=True)}, "no gradients"),
 }
 
