@@ -20,7 +20,7 @@ from fastsd.graph import fixed_convolutions
 from fastsd.kernels import dispatch
 from fastsd.model.unet import AddedConditioning, UNet
 from fastsd.sampling import advance
-from fastsd.sampling.samplers import build
+from fastsd.sampling.build import build
 
 # Consecutive roundings, for the tolerances: the ops on the longest path through the network.
 UNET_DEPTH, VAE_DEPTH, TEXT_DEPTH = 400, 80, 150

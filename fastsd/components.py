@@ -1,4 +1,4 @@
-"""What a checkpoint is once it is loaded: its networks, tokenizers, noise schedule and textual inversions."""
+"""A loaded checkpoint: its networks, tokenizers, noise schedule and textual inversions."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fastsd.model.unet import UNet
 
 
 @dataclass(frozen=True)
-class Embedding:
-    """One textual inversion.
+class TextualInversion:
+    """Vectors that a prompt uses by name, in place of token embeddings (Gal et al. 2022).
 
     Attributes:
-        names: what stands for it in a prompt.
+        names: the words that stand for it in a prompt.
         vectors: `[n, hidden]` fp32 for each text encoder of the checkpoint.
     """
 
@@ -32,20 +32,20 @@ class Embedding:
 
 @dataclass
 class Components:
-    """Everything that a checkpoint holds.
+    """A checkpoint's contents.
 
     Attributes:
         unet, vae: the networks.
-        text_encoders, tokenizers: one of each, or two (SDXL), in the order in which their features are joined.
-        scheduler: training schedule and the checkpoint's own sampler.
-        sample_size: side of the latents that it was trained on.
+        text_encoders, tokenizers: one of each, or two (SDXL), in the order in which their features are concatenated.
+        scheduler: the training schedule and the checkpoint's own sampler.
+        sample_size: side of the latents in training.
         name: for metadata and messages.
-        zeros_for_empty_prompt: an empty negative prompt is all zeros, not the encoding of "" (SDXL base).
+        zeros_for_empty_prompt: zeros stand for an empty negative prompt, not the encoding of "" (SDXL base).
         aesthetic_score: the added conditioning holds a score (SDXL refiner).
         defaults: settings of `Pipeline.__call__` that the checkpoint's author recommends.
         known_words: the whole vocabulary of a model trained on few words, or empty.
-        few_step: how few steps its files say that it was distilled to, or None.
-        embeddings: textual inversions by the name that stands for them in a prompt.
+        few_step: the kind of few-step model that its files state, or None.
+        embeddings: textual inversions, by each of their names.
     """
 
     unet: UNet
@@ -60,14 +60,15 @@ class Components:
     defaults: dict[str, Any] = field(default_factory=dict)
     known_words: frozenset[str] = frozenset()
     few_step: Detection | None = None
-    embeddings: dict[str, Embedding] = field(default_factory=dict)
+    embeddings: dict[str, TextualInversion] = field(default_factory=dict)
 
     @property
     def xl(self) -> bool:
+        """SDXL or its refiner."""
         return self.unet.config.addition_time_embed_dim > 0
 
     def networks(self) -> Iterator[tuple[str, nn.Module]]:
-        """Every network by the name of its folder. SDXL's refiner has the second text encoder alone."""
+        """Every network, by the name of its folder. SDXL's refiner has only the second text encoder."""
         for i, encoder in enumerate(self.text_encoders):
             yield "text_encoder_2" if i or (self.xl and len(self.text_encoders) == 1) else "text_encoder", encoder
         yield "unet", self.unet

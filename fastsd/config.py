@@ -1,7 +1,7 @@
-"""Every model family as values: frozen dataclasses, and presets made from one another by `replace`.
+"""Model families as values: frozen dataclasses, and presets derived from each other by `replace`.
 
-Field names are those of the diffusers and transformers configs where such a field exists. Families differ by
-these values and never by classes, so the code of `fastsd.model` reads the same for all of them.
+Fields have the names of the diffusers and transformers configs, where these have them. Families differ by values, never
+by classes, so `fastsd.model` has one code path for all of them.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ class CLIPConfig:
     max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"  # or "gelu"
     layer_norm_eps: float = 1e-5
-    projection_dim: int = 0  # 0: the folder holds no text projection
+    projection_dim: int = 0  # 0: the checkpoint has no text projection
     eos_token_id: int = 49407
-    # transformers configs older than 4.31 store eos_token_id = 2; then the end is the largest id of the row.
+    # transformers configs older than 4.31 store eos_token_id = 2; there the largest id of a text marks its end.
     eos_is_largest_id: bool = False
 
 
 CLIP_L = CLIPConfig()
-OPENCLIP_H = replace(  # as SD2 ships it: the 24th layer is dropped, so "last" means penultimate
+OPENCLIP_H = replace(  # as in SD2, which drops the 24th layer: the last one here is OpenCLIP's penultimate
     CLIP_L,
     hidden_size=1024,
     intermediate_size=4096,
@@ -55,19 +55,19 @@ class UNetConfig:
     out_channels: int = 4
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
-    transformer_layers_per_block: tuple[int, ...] = (1, 1, 1, 0)  # by level; 0: the level has no attention
+    transformer_layers_per_block: tuple[int, ...] = (1, 1, 1, 0)  # by level; 0: no attention
     mid_transformer_layers: int = 1
     num_attention_heads: tuple[int, ...] = (8, 8, 8, 8)  # by level
     cross_attention_dim: int = 768
-    use_linear_projection: bool = False  # how proj_in and proj_out are stored; they compute the same
+    use_linear_projection: bool = False  # the stored form of proj_in and proj_out: a matrix, or a 1 x 1 convolution
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     flip_sin_to_cos: bool = True
     freq_shift: int = 0
     addition_time_embed_dim: int = 0  # 0: no added conditioning (SDXL: 256)
     projection_class_embeddings_input_dim: int = 0  # width of the added conditioning vector
-    time_cond_proj_dim: int = 0  # width of the guidance scale's embedding, where that is an input; 0: it is not
-    skip: str = "concat"  # what an up block does with a skip connection: "concat" or "add"
+    time_cond_proj_dim: int = 0  # width of the guidance scale's embedding; 0: the scale is not an input
+    skip: str = "concat"  # how an up block joins a skip connection: "concat" or "add"
 
     @property
     def time_embed_dim(self) -> int:
@@ -104,9 +104,9 @@ class ControlNetConfig:
     """A ControlNet (Zhang et al. 2023): a copy of a UNet's contracting path that also reads an image.
 
     Attributes:
-        unet: of the path; it reads the latent alone, whatever the UNet that it steers reads beside.
-        hint_channels: widths of the layers that shrink the image to the latent's size, one halving between two.
-        bgr: the image's channels are read as blue, green, red.
+        unet: of the path. It reads only the latent, even if the UNet that it steers has more input channels.
+        hint_channels: widths of the layers that shrink the image to the latent's size, with a halving between each two.
+        bgr: it reads the image's channels as blue, green, red.
     """
 
     unet: UNetConfig
@@ -127,7 +127,7 @@ class VAEConfig:
     norm_eps: float = 1e-6
     mid_block_attention: bool = True
     scaling_factor: float = 0.18215  # the diffusion model sees scaling_factor * latent
-    force_upcast: bool = False  # the checkpoint says that its activations do not fit fp16 (SDXL's do not)
+    force_upcast: bool = False  # the activations overflow fp16 (SDXL's do)
 
     @property
     def downscale(self) -> int:
@@ -146,10 +146,10 @@ class TAESDConfig:
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 4
-    block_out_channels: tuple[int, ...] = (64, 64, 64, 64)  # all equal: no layer changes the width
-    num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)  # by level, from the image down
-    num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)  # by level, from the latent up
-    scaling_factor: float = 1.0  # its latents are those that the diffusion model sees
+    block_out_channels: tuple[int, ...] = (64, 64, 64, 64)  # equal: no layer changes the width
+    num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)  # by level, from the image to the latent
+    num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)  # by level, from the latent to the image
+    scaling_factor: float = 1.0  # the diffusion model takes its latents unscaled
     force_upcast: bool = False
 
     @property
@@ -163,7 +163,7 @@ AutoencoderConfig = VAEConfig | TAESDConfig
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """The training noise schedule, what the network predicts, and how timesteps are spaced at inference."""
+    """The training noise schedule, the prediction type, and how timesteps are spaced at inference."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
@@ -171,8 +171,8 @@ class SchedulerConfig:
     beta_schedule: str = "scaled_linear"  # "linear", "scaled_linear" or "squaredcos_cap_v2" (cosine)
     prediction_type: str = "epsilon"  # "epsilon", "v_prediction" or "sample"
     timestep_spacing: str = "leading"  # "leading", "trailing" or "linspace"
-    steps_offset: int = 1
-    set_alpha_to_one: bool = False
-    rescale_betas_zero_snr: bool = False
-    sampler: str = "pndm"  # the checkpoint's own choice
-    schedule: str = "default"
+    steps_offset: int = 1  # added to every timestep in "leading" spacing
+    set_alpha_to_one: bool = False  # ddim and pndm end at the clean image, not at the level of timestep 0
+    rescale_betas_zero_snr: bool = False  # the last timestep is pure noise (Lin et al. 2024)
+    sampler: str = "pndm"  # the checkpoint's own; a name in `fastsd.sampling.samplers.SAMPLERS`
+    schedule: str = "default"  # the checkpoint's own; a name in `fastsd.sampling.samplers.SCHEDULES`

@@ -1,7 +1,7 @@
-"""Models distilled to few steps: the defaults of each kind, as data with its sources.
+"""Models distilled to few steps: the default settings of each kind, as data with sources.
 
-Such a model gives poor images with the usual settings: guidance is trained into it, and its few timesteps must start at
-the last one of training ("trailing"), which is pure noise. What a caller asks for takes precedence.
+Such a model makes poor images with the usual settings: guidance is trained into it, and its few timesteps must start at
+the last of training ("trailing"), where the input is all noise. Whatever the caller chooses takes precedence.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
 
-NONE = "none"  # the caller's name for an ordinary model, whatever its files say
+NONE = "none"  # the caller's choice to treat a model as any other, whatever its files say
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,15 @@ class FewStep:
     """One kind of distillation.
 
     Attributes:
-        samplers: the first is its own; the others stay where a checkpoint with this spacing names them.
-        spacing: of the timesteps; None where the sampler decides.
-        steps: the number that its authors show first.
-        guidance: 1 is off. guidance_as_input: for networks that take the scale as an input.
-        prediction: what the network predicts, where that differs from its base model.
-        pixels: the side that it was trained at, where that is less than its base model's.
+        name: what callers and metadata call it.
+        samplers: the kind's own first; a checkpoint with this spacing that names one of the others keeps it.
+        spacing: of the timesteps; None: the checkpoint's.
+        steps: the authors' first choice.
         source: the paper, and where the settings are published.
+        guidance: the guidance scale; 1 is off.
+        guidance_as_input: the scale for networks that take it as an input.
+        prediction: what the network predicts, where that differs from the base model's.
+        pixels: the side of its training images, where that is less than the base model's.
     """
 
     name: str
@@ -40,19 +42,25 @@ class FewStep:
     pixels: int | None = None
 
     def scheduler(self, config: SchedulerConfig) -> SchedulerConfig:
-        """The checkpoint's schedule with this kind's sampler and spacing."""
+        """The checkpoint's noise schedule with this kind's sampler, spacing and prediction."""
         spacing = self.spacing or config.timestep_spacing
-        own = config.timestep_spacing == spacing and config.sampler in self.samplers
+        keeps_sampler = config.timestep_spacing == spacing and config.sampler in self.samplers
         return replace(
             config,
-            sampler=config.sampler if own else self.samplers[0],
-            schedule=config.schedule if own else "default",
+            sampler=config.sampler if keeps_sampler else self.samplers[0],
+            schedule=config.schedule if keeps_sampler else "default",
             timestep_spacing=spacing,
             prediction_type=self.prediction or config.prediction_type,
         )
 
     def defaults(self, sampler: str, width: int, height: int, guidance_is_input: bool) -> dict[str, Any]:
-        """Settings of `Pipeline.__call__`. sampler, width, height: the model's own."""
+        """Settings of `Pipeline.__call__`.
+
+        Args:
+            sampler: of `scheduler`.
+            width, height: the base model's.
+            guidance_is_input: the network takes the guidance scale as an input.
+        """
         as_input = self.guidance_as_input if guidance_is_input else None
         return {
             "num_inference_steps": self.steps,
@@ -67,7 +75,7 @@ _LIGHTNING = FewStep(
     "lightning",
     samplers=("euler",),
     spacing="trailing",
-    steps=4,  # published for 2, 4 and 8: each file wants its own number
+    steps=4,  # published for 2, 4 and 8: each file needs its own number
     source="Lin, Wang and Yang 2024, SDXL-Lightning (arXiv 2402.13929); model card of ByteDance/SDXL-Lightning",
 )
 KINDS: dict[str, FewStep] = {
@@ -84,7 +92,7 @@ KINDS: dict[str, FewStep] = {
         ),
         FewStep(
             "turbo",
-            samplers=("euler_a", "euler"),  # sdxl-turbo's folder says the first, sd-turbo's the second
+            samplers=("euler_a", "euler"),  # as in the folders of sdxl-turbo and sd-turbo
             spacing="trailing",
             steps=1,
             pixels=512,
@@ -92,14 +100,14 @@ KINDS: dict[str, FewStep] = {
             "scheduler_config.json of stabilityai/sdxl-turbo and stabilityai/sd-turbo",
         ),
         _LIGHTNING,
-        replace(_LIGHTNING, name="lightning-1", steps=1, prediction="sample"),  # the one-step file gives the image
+        replace(_LIGHTNING, name="lightning-1", steps=1, prediction="sample"),  # the one-step file predicts the image
         FewStep(
             "hyper",
             samplers=("ddim",),
             spacing="trailing",
-            steps=4,  # published for 2, 4 and 8: each file wants its own number
-            source="Ren et al. 2024, Hyper-SD (arXiv 2404.13686); model card of ByteDance/Hyper-SD, whose files for N "
-            "steps take DDIM; TCD, which it names for the file of any number of steps, is not needed for them",
+            steps=4,  # published for 2, 4 and 8: each file needs its own number
+            source="Ren et al. 2024, Hyper-SD (arXiv 2404.13686); model card of ByteDance/Hyper-SD, which names DDIM "
+            "for its files of N steps, and TCD only for the file of any number of steps",
         ),
     )
 }
@@ -107,10 +115,15 @@ KINDS: dict[str, FewStep] = {
 
 @dataclass(frozen=True)
 class Detection:
-    """A kind, and why a model or an adapter is of it."""
+    """The kind of a model or an adapter, and how it was recognised.
+
+    Attributes:
+        kind: one of `KINDS`.
+        reason: for messages: "its scheduler is LCM's".
+    """
 
     kind: FewStep
-    why: str
+    reason: str
 
 
 def kind_named(name: str) -> FewStep | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastsd.errors import FastsdError
 from fastsd.kinds import MAX_SEED, Choice, Constant, File, Name, Number, Parameter, Switch, Text, Value, Whole
-from fastsd.sampling.names import SAMPLERS, SCHEDULES
+from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
 
 MAX_IMAGES = 1000
 MAX_STEPS = 1000

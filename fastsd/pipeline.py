@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from fastsd.components import Components, Embedding
+from fastsd.components import Components, TextualInversion
 from fastsd.errors import about
 from fastsd.few_step import kind_named
 from fastsd.generate.batch import Batch, Engine, Estimate, Timings, check_refiner, prepare, timed
@@ -267,7 +267,7 @@ class Pipeline:
             try:
                 yield
             except torch.OutOfMemoryError as error:
-                raise memory.too_large(stage.workload) from error
+                raise memory.out_of_memory(stage.workload) from error
 
     def _result(self, request: Request, finished: list[Any], timings: Timings) -> Result:
         refiner, few_step = self.refiner, self.few_step
@@ -303,7 +303,7 @@ class Pipeline:
             vectors = embedding.vectors[-len(model.text_encoders) :]  # SDXL's refiner has the second encoder alone
             pairs = zip(vectors, model.text_encoders, strict=True)
             if all(vector.shape[1] == encoder.config.hidden_size for vector, encoder in pairs):
-                model.embeddings |= dict.fromkeys(embedding.names, Embedding(embedding.names, vectors))
+                model.embeddings |= dict.fromkeys(embedding.names, TextualInversion(embedding.names, vectors))
         return embedding.names
 
     def load_controlnet(self, path: str | Path, allow_pickle: bool = False) -> ControlNet:

@@ -1,4 +1,4 @@
-"""The presets are the published models: values of their folders' JSON files, written out here."""
+"""The presets against the JSON files of the published models, written out here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 
 
 def unet(down: list[str], heads: Any, context: int, size: int, **more: Any) -> dict[str, Any]:
-    """What a published unet/config.json says."""
+    """A published unet/config.json."""
     widths = [320, 640, 1280, 1280][: len(down)]
     return {
         "_class_name": "UNet2DConditionModel",
@@ -79,7 +79,7 @@ REFINER = unet(
     ],
     ids=["SD1.5", "SD2.1", "SDXL", "refiner", "inpainting"],
 )
-def test_unets(published: dict[str, Any], preset: config.UNetConfig, tmp_path: Path) -> None:
+def test_unet_configs(published: dict[str, Any], preset: config.UNetConfig, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(published))
     assert configs.read_unet(file) == (preset, published["sample_size"])
@@ -100,9 +100,9 @@ VAE = {
 }
 
 
-def test_autoencoders(tmp_path: Path) -> None:
+def test_autoencoder_configs(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(VAE | {"sample_size": 512}))  # SD1.5's says nothing of the scale
+    file.write_text(json.dumps(VAE | {"sample_size": 512}))  # SD1.5's has no scaling_factor
     assert configs.read_vae(file) == config.SD_VAE
     file.write_text(json.dumps(VAE | {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True}))
     assert configs.read_vae(file) == config.SDXL_VAE
@@ -135,16 +135,16 @@ def text(hidden: int, layers: int, heads: int, act: str, projection: int, **more
     ],
     ids=["CLIP-L", "OpenCLIP-H", "OpenCLIP-bigG"],
 )
-def test_text_encoders(published: dict[str, Any], preset: config.CLIPConfig, tmp_path: Path) -> None:
+def test_text_encoder_configs(published: dict[str, Any], preset: config.CLIPConfig, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(published))
-    # These files carry transformers' old end token, 2, which stands for "the largest id of the row".
+    # These files have transformers' old end token, 2, which stands for "the largest id of a text".
     assert configs.read_clip(file) == config.replace(preset, eos_token_id=2, eos_is_largest_id=True)
     file.write_text(json.dumps(published | {"eos_token_id": 49407}))
     assert configs.read_clip(file) == preset
 
 
-PNDM = {  # SD1.5's scheduler/scheduler_config.json, older than prediction_type and timestep_spacing
+PNDM = {  # SD1.5's scheduler/scheduler_config.json, from before prediction_type and timestep_spacing
     "_class_name": "PNDMScheduler",
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
@@ -176,7 +176,7 @@ EULER = PNDM | {  # SDXL's, base and refiner
     ],
     ids=["SD1.5", "SD2.1", "SDXL"],
 )
-def test_schedulers(published: dict[str, Any], preset: config.SchedulerConfig, tmp_path: Path) -> None:
+def test_scheduler_configs(published: dict[str, Any], preset: config.SchedulerConfig, tmp_path: Path) -> None:
     file = tmp_path / "scheduler_config.json"
     file.write_text(json.dumps(published))
     assert configs.read_scheduler(file) == preset
@@ -185,32 +185,32 @@ def test_schedulers(published: dict[str, Any], preset: config.SchedulerConfig, t
 SHARED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "steps_offset")
 
 
-@pytest.mark.parametrize("name", configs.SAMPLER_OF_CLASS)
-def test_what_a_scheduler_file_lacks_is_what_diffusers_takes(name: str, tmp_path: Path) -> None:
-    """Old folders name a class and little else; their images come from that class's defaults."""
+@pytest.mark.parametrize("class_name", configs.SAMPLER_OF_CLASS)
+def test_missing_keys_of_a_scheduler_file_have_diffusers_defaults(class_name: str, tmp_path: Path) -> None:
+    """Old folders name a class and little else; diffusers then uses that class's defaults."""
     import inspect
 
     import diffusers
 
-    if getattr(diffusers, name).__module__.startswith("diffusers.utils.dummy"):
+    if getattr(diffusers, class_name).__module__.startswith("diffusers.utils.dummy"):
         pytest.skip("diffusers needs torchsde for it")
     file = tmp_path / "scheduler_config.json"
-    file.write_text(json.dumps({"_class_name": name}))
-    found = configs.read_scheduler(file)
-    defaults = {key: p.default for key, p in inspect.signature(getattr(diffusers, name)).parameters.items()}
+    file.write_text(json.dumps({"_class_name": class_name}))
+    ours = configs.read_scheduler(file)
+    defaults = {key: p.default for key, p in inspect.signature(getattr(diffusers, class_name)).parameters.items()}
     for key in (*SHARED, "timestep_spacing", "set_alpha_to_one", "rescale_betas_zero_snr"):
         if key in defaults:
-            assert getattr(found, key) == defaults[key], key
-    assert found.schedule == "default"
+            assert getattr(ours, key) == defaults[key], key
+    assert ours.schedule == "default"
 
 
 @pytest.mark.parametrize("sampler", sorted({*configs.CLASS_OF_SAMPLER, "dpm++2m_sde"}))
-def test_schedulers_survive_a_file_and_open_in_diffusers(sampler: str, tmp_path: Path) -> None:
+def test_schedulers_survive_a_round_trip_and_open_in_diffusers(sampler: str, tmp_path: Path) -> None:
     import diffusers
 
     file = tmp_path / "scheduler_config.json"
     for schedule in ("default", "karras", "exponential"):
-        wanted = config.SchedulerConfig(
+        ours = config.SchedulerConfig(
             num_train_timesteps=900,
             beta_end=0.013,
             prediction_type="v_prediction",
@@ -218,22 +218,22 @@ def test_schedulers_survive_a_file_and_open_in_diffusers(sampler: str, tmp_path:
             sampler=sampler,
             schedule=schedule,
         )
-        written = configs.write_scheduler(wanted)
+        written = configs.write_scheduler(ours)
         file.write_text(json.dumps(written))
-        assert configs.read_scheduler(file) == wanted
-        kind = getattr(diffusers, written["_class_name"])
-        if kind.__module__.startswith("diffusers.utils.dummy"):
+        assert configs.read_scheduler(file) == ours
+        scheduler = getattr(diffusers, written["_class_name"])
+        if scheduler.__module__.startswith("diffusers.utils.dummy"):
             continue  # needs torchsde
-        theirs = kind.from_config(kind.load_config(tmp_path, subfolder=None)).config
+        theirs = scheduler.from_config(scheduler.load_config(tmp_path, subfolder=None)).config
         for key in SHARED:
             if key in theirs:
-                assert theirs[key] == getattr(wanted, key), key
+                assert theirs[key] == getattr(ours, key), key
         if f"use_{schedule}_sigmas" in theirs:
             assert theirs[f"use_{schedule}_sigmas"] is True
 
 
 def test_schedulers_of_flow_models_are_refused(tmp_path: Path) -> None:
-    """A flow model under a name that is known would draw noise."""
+    """A flow model under the class name of another would generate noise."""
     file = tmp_path / "scheduler_config.json"
     for change in ({"use_flow_sigmas": True}, {"prediction_type": "flow_prediction"}):
         file.write_text(json.dumps(PNDM | {"_class_name": "DPMSolverMultistepScheduler"} | change))

@@ -1,10 +1,9 @@
-"""Which files say that their model is of few steps, and whose settings win."""
+"""Which files are recognised as few-step models, and which settings take precedence."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from safetensors.torch import save_file
 
 from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
-from fastsd.few_step import KINDS
+from fastsd.few_step import KINDS, Detection
 from fastsd.generate.defaults import Defaults, steps_from_image
 from fastsd.pipeline import Pipeline
 from fastsd.weights.adapters.apply import Adapter
@@ -24,8 +23,8 @@ PLAIN = SchedulerConfig(sampler="euler")
 TRAILING = replace(PLAIN, timestep_spacing="trailing")
 
 
-def name(said: Any) -> str | None:
-    return said and said.kind.name
+def kind_name(detection: Detection | None) -> str | None:
+    return None if detection is None else detection.kind.name
 
 
 @pytest.mark.parametrize(
@@ -33,19 +32,23 @@ def name(said: Any) -> str | None:
     [
         (PLAIN, True, None),
         (replace(PLAIN, sampler="lcm"), False, "lcm"),
-        (TRAILING, True, "lightning"),  # as its model card says to set it
+        (TRAILING, True, "lightning"),  # as its model card sets it
         (replace(TRAILING, prediction_type="sample"), True, "lightning-1"),
-        (TRAILING, False, "turbo"),  # sd-turbo's folder; Lightning is SDXL alone
+        (TRAILING, False, "turbo"),  # sd-turbo's folder; Lightning exists for SDXL only
         (replace(TRAILING, sampler="euler_a"), True, "turbo"),  # sdxl-turbo's folder
-        (replace(TRAILING, prediction_type="v_prediction"), True, None),  # models trained with v take as many steps
+        (
+            replace(TRAILING, prediction_type="v_prediction"),
+            True,
+            None,
+        ),  # models trained with v need the usual number of steps
         (replace(TRAILING, rescale_betas_zero_snr=True), False, None),
         (replace(TRAILING, schedule="karras"), True, None),
-        (replace(TRAILING, sampler="ddim"), False, None),  # Hyper-SD's, and many another's
+        (replace(TRAILING, sampler="ddim"), False, None),  # Hyper-SD's, but not only
         (replace(TRAILING, sampler="dpm++2m"), False, None),
     ],
 )
-def test_what_a_scheduler_says(config: SchedulerConfig, xl: bool, kind: str | None) -> None:
-    assert name(detect_in_scheduler(config, xl)) == kind
+def test_a_schedulers_kind(config: SchedulerConfig, xl: bool, kind: str | None) -> None:
+    assert kind_name(detect_in_scheduler(config, xl)) == kind
 
 
 @pytest.mark.parametrize(
@@ -57,57 +60,58 @@ def test_what_a_scheduler_says(config: SchedulerConfig, xl: bool, kind: str | No
         ({"modelspec.architecture": "stable-diffusion-v1/lora", "modelspec.tags": "style, LCM"}, "lcm"),
         ({"modelspec.tags": "Hyper-SD"}, "hyper"),
         ({"modelspec.tags": "hyperrealistic, lightning bolts"}, None),
-        # What it was trained from, and what people call it, is not how it is sampled.
+        # Its parent's name and its title do not say how it is sampled.
         ({"ss_sd_model_name": "sdxl-turbo.safetensors", "modelspec.title": "my turbo"}, None),
         ({"fastsd.few_step": "lightning-1"}, "lightning-1"),
         ({"fastsd.few_step": "fastest"}, None),
     ],
 )
-def test_what_metadata_say(metadata: dict[str, str], kind: str | None) -> None:
-    assert name(detect_in_metadata(metadata)) == kind
+def test_the_kind_in_metadata(metadata: dict[str, str], kind: str | None) -> None:
+    assert kind_name(detect_in_metadata(metadata)) == kind
 
 
-def test_every_kind_changes_no_more_than_it_says() -> None:
+def test_a_kind_changes_only_what_it_states() -> None:
     base = SchedulerConfig(schedule="karras", sampler="dpm++2m")
     for kind in KINDS.values():
-        found = kind.scheduler(base)
-        assert found.sampler in kind.samplers and found.schedule == "default"
-        assert found.timestep_spacing == (kind.spacing or "leading")
-        assert found.prediction_type == (kind.prediction or "epsilon")
+        changed = kind.scheduler(base)
+        assert changed.sampler in kind.samplers and changed.schedule == "default"
+        assert changed.timestep_spacing == (kind.spacing or "leading")
+        assert changed.prediction_type == (kind.prediction or "epsilon")
         own = replace(base, sampler=kind.samplers[-1], timestep_spacing="trailing", schedule="default")
-        assert kind.scheduler(own).sampler == kind.samplers[-1], "a checkpoint's own sampler of this kind is kept"
+        assert kind.scheduler(own).sampler == kind.samplers[-1], "a checkpoint keeps a sampler of this kind"
 
 
-def test_whose_settings_win() -> None:
-    """A call's own, those of the flag, the checkpoint's author's, what its files imply; in this order."""
+def test_the_precedence_of_settings() -> None:
+    """The call's, the flag's, the checkpoint author's, those that the files imply; in this order."""
     components = original.components("sd1")
-    said = detect_in_metadata({"fastsd.few_step": "turbo"})
-    components.few_step, components.defaults = said, {"num_inference_steps": 3}
-    own, asked = Defaults(components), Defaults(components, "lightning")
-    assert own.settings(own.few_step())["num_inference_steps"] == 3
-    assert own.settings(own.few_step())["guidance_scale"] == 1.0
-    assert asked.settings(asked.few_step())["num_inference_steps"] == 4
+    components.few_step = detect_in_metadata({"fastsd.few_step": "turbo"})
+    components.defaults = {"num_inference_steps": 3}
+    detected, chosen = Defaults(components), Defaults(components, "lightning")
+    assert detected.settings(detected.few_step())["num_inference_steps"] == 3
+    assert detected.settings(detected.few_step())["guidance_scale"] == 1.0
+    assert chosen.settings(chosen.few_step())["num_inference_steps"] == 4
     assert Defaults(components, "none").few_step() is None
-    assert Defaults(components, "lightning-1").scheduler(Defaults(components, "lightning-1").few_step()) == replace(
+    one_step = Defaults(components, "lightning-1")
+    assert one_step.scheduler(one_step.few_step()) == replace(
         components.scheduler, sampler="euler", timestep_spacing="trailing", prediction_type="sample"
     )
-    told = Defaults(components, "lightning-1", prediction="epsilon")
-    assert told.scheduler(told.few_step()).prediction_type == "epsilon"
+    with_prediction = Defaults(components, "lightning-1", prediction="epsilon")
+    assert with_prediction.scheduler(with_prediction.few_step()).prediction_type == "epsilon"
     pipe = Pipeline(components, torch.device("cpu"), torch.float32)
     result = pipe("x", num_inference_steps=2, guidance_scale=3.0, sampler="ddim", output_type="latent")
-    found = [result.parameters[key] for key in ("num_inference_steps", "guidance_scale", "sampler", "few_step")]
-    assert found == [2, 3.0, "ddim", "turbo"]
+    used = [result.parameters[key] for key in ("num_inference_steps", "guidance_scale", "sampler", "few_step")]
+    assert used == [2, 3.0, "ddim", "turbo"]
     with pytest.raises(FastsdError, match="few_step is 'fast'; it should be one of lcm, turbo"):
         Pipeline.from_pretrained(few_step="fast")
 
 
-def test_a_turbo_model_generates_at_the_size_that_it_was_trained_at() -> None:
+def test_a_turbo_model_generates_at_its_own_training_size() -> None:
     components = replace(original.components("sd1"), sample_size=256)
-    side = 256 * components.vae.config.downscale
-    for asked, wanted in ((None, side), ("lightning", side), ("turbo", 512)):
-        own = Defaults(components, asked)
-        settings = own.settings(own.few_step())
-        assert settings["width"] == settings["height"] == wanted
+    base_side = 256 * components.vae.config.downscale
+    for kind, side in ((None, base_side), ("lightning", base_side), ("turbo", 512)):
+        defaults = Defaults(components, kind)
+        settings = defaults.settings(defaults.few_step())
+        assert settings["width"] == settings["height"] == side
 
 
 def test_from_an_image_at_least_one_step_runs() -> None:
@@ -116,9 +120,9 @@ def test_from_an_image_at_least_one_step_runs() -> None:
     for strength in (0.8, 0.5, 0.3, 0.01):
         assert int(steps_from_image(1, strength) * strength) >= 1
     pipe = Pipeline(original.components("sd1"), torch.device("cpu"), torch.float32, few_step="turbo")
-    photo = Image.new("RGB", (64, 64), "red")
-    result = pipe("x", image=photo, strength=0.4, seed=0)
-    assert result.parameters["num_inference_steps"] == 3 and result.images[0].tobytes() != photo.tobytes()
+    image = Image.new("RGB", (64, 64), "red")
+    result = pipe("x", image=image, strength=0.4, seed=0)
+    assert result.parameters["num_inference_steps"] == 3 and result.images[0].tobytes() != image.tobytes()
 
 
 @pytest.fixture
@@ -129,17 +133,21 @@ def lora(tmp_path: Path) -> Path:
     return tmp_path / "quick.safetensors"
 
 
-def test_an_adapter_that_says_so(lora: Path) -> None:
-    """The settings come with it and go with it; at strength 0 it says nothing."""
+def test_an_adapters_kind_applies_while_it_is_set(lora: Path) -> None:
+    """At strength 0 it does not."""
     pipe = Pipeline(original.components("sd1"), torch.device("cpu"), torch.float32)
     before, scheduler = pipe.defaults, pipe.components.scheduler
     pipe.set_adapters([Adapter(lora)])
-    assert (pipe.defaults["sampler"], pipe.defaults["num_inference_steps"], name(pipe.few_step)) == ("lcm", 4, "lcm")
+    assert (pipe.defaults["sampler"], pipe.defaults["num_inference_steps"], kind_name(pipe.few_step)) == (
+        "lcm",
+        4,
+        "lcm",
+    )
     result = pipe("x", negative_prompt="y", output_type="latent")
     assert "quick.safetensors's metadata says so" in result.notes[0] and "negative prompt has no effect" in str(result)
-    for others in ([Adapter(lora, 0.0)], []):
-        pipe.set_adapters(others)
+    for adapters in ([Adapter(lora, 0.0)], []):
+        pipe.set_adapters(adapters)
         assert pipe.few_step is None and pipe.defaults == before and pipe.components.scheduler == scheduler
-    asked = Pipeline(original.components("sd1"), torch.device("cpu"), torch.float32, few_step="none")
-    asked.set_adapters([Adapter(lora)])
-    assert asked.few_step is None and asked.defaults == before
+    refusing = Pipeline(original.components("sd1"), torch.device("cpu"), torch.float32, few_step="none")
+    refusing.set_adapters([Adapter(lora)])
+    assert refusing.few_step is None and refusing.defaults == before

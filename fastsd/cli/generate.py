@@ -19,6 +19,7 @@ from fastsd.errors import FastsdError, about
 from fastsd.image.files import open_image, open_mask
 from fastsd.image.metadata import write_texts
 from fastsd.parameters import DEFAULT_BATCH, MAX_SEED, PARAMETERS, RANDOM_SEED, of_call
+from fastsd.sampling.samplers import resolve
 
 if TYPE_CHECKING:
     from fastsd.pipeline import Pipeline, Result
@@ -94,8 +95,6 @@ def check(args: argparse.Namespace) -> None:
     if args.seed is not None and args.seed + count > MAX_SEED:
         raise FastsdError(f"leaves no seeds for {count} images below {MAX_SEED}", argument="seed")
     if args.sampler is not None or args.schedule is not None:
-        from fastsd.sampling.samplers import resolve
-
         sampler = "euler" if args.sampler is None else args.sampler
         resolve(sampler, "default" if args.schedule is None else args.schedule)
 

@@ -124,12 +124,12 @@ class Batch:
         x_in, timestep = inputs.state.x_in[:1].clone(), advance.timestep(inputs.state)
         with fixed_convolutions(self.engine.device):
             step = self._load_graph(segment.unet)
-            if advance.draws(inputs.state):
+            if advance.draws_noise(inputs.state):
                 inputs.state.noise[0].copy_(self.noise.sample())
             out = denoise_row(segment.unet, inputs, row) if step is None else step()
         inputs.state.index += 1
         if self.start.mask is not None and self.start.image is not None:
-            advance.hold(inputs.state, self.start.image, self.start.noise, self.start.mask)
+            advance.restore_known(inputs.state, self.start.image, self.start.noise, self.start.mask)
         return Estimate(x_in, out[-len(inputs.state.x) :][:1].clone(), timestep)
 
     def _load_graph(self, unet: UNet) -> Callable[[], torch.Tensor] | None:

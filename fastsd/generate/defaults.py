@@ -73,7 +73,7 @@ def few_step_note(detection: Detection, settings: dict[str, Any]) -> str:
     """A note on the defaults that apply."""
     steps, guidance = settings["num_inference_steps"], settings["guidance_scale"]
     return (
-        f"few-step model ({detection.kind.name}, {detection.why}): by default {steps} step{'s' * (steps > 1)} of "
+        f"few-step model ({detection.kind.name}, {detection.reason}): by default {steps} step{'s' * (steps > 1)} of "
         f"{settings['sampler']} and guidance {guidance:g}; few_step='none' (--few-step none) treats it as any other"
     )
 

@@ -18,7 +18,7 @@ from fastsd.graph import graph_key
 from fastsd.kernels.advance import advance, guidance_rescale
 from fastsd.model.controlnet import ControlNet
 from fastsd.model.unet import UNet
-from fastsd.sampling.advance import State
+from fastsd.sampling.advance import SamplerState
 
 MAX_ROWS = 2048  # of a captured table: 1000 steps of a sampler that calls the network twice
 
@@ -69,7 +69,7 @@ class StepInputs:
         controls: the ControlNets that take part in the current row.
     """
 
-    state: State
+    state: SamplerState
     conditioning: Conditioning
     guidance: torch.Tensor | None = None
     rescale: torch.Tensor | None = None
@@ -174,7 +174,7 @@ class CapturedStep:
                 if buffer is not None and x is not None:
                     buffer.copy_(x)
             buffers.state.load(inputs.state)
-            inputs.state = replace(buffers.state, plan=inputs.state.plan, index=inputs.state.index)
+            inputs.state = replace(buffers.state, host_table=inputs.state.host_table, index=inputs.state.index)
             self._owner, self._key_values = weakref.ref(inputs), [() for _ in inputs.conditionings()]
         for i, (own, given) in enumerate(zip(buffers.conditionings(), inputs.conditionings(), strict=True)):
             if self._key_values[i] is not given.key_values:

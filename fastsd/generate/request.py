@@ -30,7 +30,8 @@ from fastsd.parameters import (
     check_call,
 )
 from fastsd.runtime import memory
-from fastsd.sampling.samplers import build, resolve
+from fastsd.sampling.build import build
+from fastsd.sampling.samplers import resolve
 from fastsd.sampling.table import Table
 from fastsd.text.parse import ParsedPrompts, parse_prompts
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastsd.parameters import MAX_STEPS, PARAMETERS
-from fastsd.sampling.names import SAMPLERS, SCHEDULES
+from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
 
 UPSCALERS = {"latent": "Latent", "lanczos": "Lanczos"}
 # Keys of A1111 that change nothing here, or that say what is known anyway.
@@ -58,15 +58,16 @@ def write_parameters(settings: Mapping[str, Any]) -> str:
     return f"{settings.get('prompt', '')}{f'{chr(10)}Negative prompt: {negative}' if negative else ''}\n{line}".strip()
 
 
+def _write_sampler(settings: Mapping[str, Any]) -> dict[str, Any]:
+    sampler = settings.get("sampler")
+    return {"Sampler": SAMPLERS[sampler].label if sampler in SAMPLERS else sampler}
+
+
 def _write_schedule(settings: Mapping[str, Any]) -> dict[str, Any]:
-    schedule, sampler = settings.get("schedule"), SAMPLERS.get(str(settings.get("sampler")))
-    if schedule is None or (sampler is not None and not sampler.schedules):
+    sampler, schedule = settings.get("sampler"), settings.get("schedule")
+    if schedule is None or (sampler in SAMPLERS and not SAMPLERS[sampler].takes_schedule):
         return {}
     return {"Schedule type": SCHEDULES.get(schedule, schedule)}
-
-
-def _sampler_labels() -> dict[str, str]:
-    return {name: sampler.label for name, sampler in SAMPLERS.items()}
 
 
 def _write_size(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,9 +77,7 @@ def _write_size(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 # Parameters whose value is not one pair of A1111's text, by what they write.
 _WRITERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
-    "sampler": lambda settings: {
-        "Sampler": _sampler_labels().get(str(settings.get("sampler")), settings.get("sampler"))
-    },
+    "sampler": _write_sampler,
     "schedule": _write_schedule,
     "width": _write_size,
     "model": lambda settings: {"Model hash": settings.get("model_hash"), "Model": settings.get("model")},
@@ -101,7 +100,7 @@ _WRITERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
 
 def _hashes(files: Any, named: Callable[[dict[str, Any]], tuple[str, str | None]]) -> str | None:
     """A1111's list, "name: hash, name: hash", of those whose hash is known; a name loses its colons and commas."""
-    pairs = dict(named(file) for file in files or () if isinstance(file, dict))
+    pairs = dict(named(one) for one in files or () if isinstance(one, dict))
     return ", ".join(f"{re.sub('[:,]', '', name)}: {digest}" for name, digest in pairs.items() if digest) or None
 
 
@@ -155,7 +154,7 @@ def _understand(key: str, value: str, pairs: Mapping[str, str]) -> dict[str, Any
             case "Denoising strength":
                 return {"strength": _finite(value)}
             case "Sampler":
-                return {"sampler": _by_label(_sampler_labels(), value)}
+                return {"sampler": _by_label({name: entry.label for name, entry in SAMPLERS.items()}, value)}
             case "Schedule type":
                 return {"schedule": "default" if value == "Automatic" else _by_label(SCHEDULES, value)}
             case "Size":

@@ -14,14 +14,14 @@ from fastsd.model.layers import LayerNorm, Linear
 
 
 class TextOutput(NamedTuple):
-    """The encoder's output: token features `[B, L, hidden]`, and the whole text as one vector `[B, P or hidden]`."""
+    """Token features `[B, L, hidden_size]`, and one vector for the whole text `[B, projection_dim or hidden_size]`."""
 
     hidden: torch.Tensor
     pooled: torch.Tensor
 
 
 class Insertion(NamedTuple):
-    """Vectors `[n, hidden]` that replace the token embeddings of one text from position `start` on."""
+    """Vectors `[n, hidden_size]` that replace the token embeddings of text `row` from position `start` on."""
 
     row: int
     start: int
@@ -33,8 +33,8 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
-        self.token_embedding = TokenTable(config.vocab_size, config.hidden_size)
-        self.position_embedding = TokenTable(config.max_position_embeddings, config.hidden_size)
+        self.token_embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, input_ids: torch.Tensor, insertions: Sequence[Insertion] = ()) -> torch.Tensor:
         tokens = self.token_embedding.weight[input_ids]
@@ -43,7 +43,7 @@ class Embeddings(nn.Module):
         return tokens + self.position_embedding.weight[: input_ids.shape[1]]
 
 
-class TokenTable(nn.Module):
+class Embedding(nn.Module):
     """A table of vectors, initialised as in CLIP (normal, 0.02)."""
 
     def __init__(self, count: int, channels: int):
@@ -54,7 +54,7 @@ class TokenTable(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and earlier tokens."""
+    """Multi-head attention of each token to itself and to those before it."""
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
@@ -67,8 +67,8 @@ class CausalAttention(nn.Module):
         return self.out_proj(flash_attn(q, k, v, causal=True), residual=residual)
 
 
-class FeedForwardMLP(nn.Module):
-    """The feed-forward of a layer."""
+class TextMLP(nn.Module):
+    """The feed-forward of a layer: two linear layers with an activation between them."""
 
     def __init__(self, channels: int, inner: int, activation: str):
         super().__init__()
@@ -81,13 +81,13 @@ class FeedForwardMLP(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Attention and feed-forward, each normalised before and added after."""
+    """Attention and feed-forward, each with a norm before it and a residual around it."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
         self.self_attn = CausalAttention(config.hidden_size, config.num_attention_heads)
         self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.mlp = FeedForwardMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
+        self.mlp = TextMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
         self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -95,8 +95,8 @@ class EncoderLayer(nn.Module):
         return self.mlp(self.layer_norm2(x), residual=x)
 
 
-class EncoderLayers(nn.Module):
-    """The stack of layers."""
+class LayerStack(nn.Module):
+    """The encoder's layers, under the name that checkpoints give them."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
@@ -104,17 +104,17 @@ class EncoderLayers(nn.Module):
 
 
 class TextModel(nn.Module):
-    """Embeddings, layers and the final norm, under the name that checkpoints give them."""
+    """Embeddings, layers and the final norm, under the names that checkpoints give them."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.encoder = EncoderLayers(config)
+        self.encoder = LayerStack(config)
         self.final_layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
 
 class TextEncoder(nn.Module):
-    """Token ids to text features; CLIP-L, OpenCLIP-H and OpenCLIP-bigG by `CLIPConfig`."""
+    """Token ids to text features: CLIP-L, OpenCLIP-H or OpenCLIP-bigG, by `CLIPConfig`."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
@@ -131,14 +131,14 @@ class TextEncoder(nn.Module):
 
         Args:
             input_ids: `[B, L]`, L at most `max_position_embeddings`; the text ends at the first end token.
-            hidden_layer: which hidden state to return: -1 the last, through the final norm (SD1, SD2); -2 the one
-                before it, not normed (SDXL); and so on.
-            insertions: vectors in place of token embeddings (textual inversion, Gal et al. 2022); what `input_ids`
-                holds there does not matter as long as it is no end token.
+            hidden_layer: the hidden state to return: -1 is the last, after the final norm (SD1, SD2), -2 the one before
+                it, without a norm (SDXL), and so on.
+            insertions: vectors in place of token embeddings (textual inversion, Gal et al. 2022). There `input_ids` may
+                hold any id but the end token's.
 
         Returns:
-            `hidden` `[B, L, hidden_size]`; `pooled` `[B, projection_dim]`: the normed last state at the end token,
-            projected where the checkpoint has a projection.
+            `hidden`, the hidden state; `pooled`, the last state at the end token after the final norm, projected where
+            the checkpoint has a projection.
         """
         model = self.text_model
         states = [model.embeddings(input_ids, insertions)]

@@ -1,8 +1,8 @@
-"""ControlNet: an image that controls the layout of the result (Zhang et al. 2023).
+"""ControlNet: an image that says where things are (Zhang et al. 2023).
 
-A copy of the UNet's contracting path reads the latent and an image - edges, depths, a pose. Its output at each
-resolution is added to the UNet's skip connections. What does not depend on the latent is computed outside the loop, as
-for the UNet; that includes the layers on the image.
+A copy of the UNet's contracting path reads the latent and an image (edges, depths, a pose). Its features at each
+resolution are added to the UNet's skip connections. As for the UNet, whatever does not depend on the latent is computed
+outside the loop; that includes the layers that read the image.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class HintEncoder(nn.Module):
 
 
 class ControlNet(ContractingPath):
-    """Computes what is added to a UNet's skip connections, from the UNet's inputs and an image."""
+    """Computes residuals for a UNet's skip connections from the UNet's inputs and an image."""
 
     def __init__(self, config: ControlNetConfig):
         super().__init__(config.unet)
@@ -48,7 +48,7 @@ class ControlNet(ContractingPath):
         self._project_times()
 
     def embed_hint(self, image: torch.Tensor) -> torch.Tensor:
-        """`[B, H, W, 3]` in [0, 1], red first, to the map `[B, h, w, C]` that `denoise` takes."""
+        """An RGB image `[B, H, W, 3]` in [0, 1] to the map `[B, h, w, C]` that `denoise` takes."""
         return self.controlnet_cond_embedding(image.flip(-1) if self.bgr else image)
 
     def denoise(
@@ -59,20 +59,20 @@ class ControlNet(ContractingPath):
         hint: torch.Tensor,
         weight: torch.Tensor,
     ) -> list[torch.Tensor]:
-        """The maps to add, for one step.
+        """The residuals for one step.
 
         Args:
             x: the noisy latent that the UNet reads, `[B, h, w, 4]`.
             time: `[B or 1, ...]` from this network's `embed_time`.
             key_values: from this network's `project_context`.
             hint: `[B or 1, h, w, C]` from `embed_hint`.
-            weight: `[1]`, multiplies all maps.
+            weight: `[1]`, multiplies every residual.
 
         Returns:
-            A map for each of the UNet's skip connections and, last, one for its middle block.
+            A map for each of the UNet's skip connections and, last, one for its lowest level.
         """
         times = iter(time.split(self.time_sizes, dim=-1))
         skips, lowest = self.contract(self.conv_in(x) + hint, times, iter(key_values))
-        added = [layer(skip) for layer, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
+        residuals = [layer(skip) for layer, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
         weight = weight.to(x.dtype)
-        return [weight * x for x in (*added, self.controlnet_mid_block(lowest))]
+        return [weight * residual for residual in (*residuals, self.controlnet_mid_block(lowest))]

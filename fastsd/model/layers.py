@@ -1,9 +1,9 @@
 """The layers that UNet, VAE and CLIP are built from: parameters here, computation in `fastsd.kernels`.
 
 Maps are channels-last, `[B, H, W, C]`; the same bytes read as `[B, S, C]`, S = H * W, are the transformer's tokens.
-Parameters have the names and shapes of a diffusers folder, with two exceptions that `fastsd.weights` bridges: a
-`Linear` with `parts` holds several of the checkpoint's matrices stacked (one product instead of three), and 1 x 1
-convolutions are `Linear` here.
+Parameters have the names and shapes of a diffusers folder, with two exceptions that `fastsd.weights` converts: a
+`Linear` with `parts` stacks several of the checkpoint's matrices (one product instead of three), and 1 x 1 convolutions
+are `Linear` here.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Linear(nn.Module):
 
     Args:
         in_features, out_features: K and N.
-        bias: whether there is one.
-        parts: names, beside this layer's own, of the checkpoint's matrices that are stacked in this one, in order.
-        part_sizes: their numbers of rows; equal shares by default.
+        bias: whether it adds a bias.
+        parts: the checkpoint's names of the matrices that are stacked in this one, in order; siblings of this layer.
+        part_sizes: their row counts; equal shares by default.
     """
 
     def __init__(
@@ -66,12 +66,11 @@ class Linear(nn.Module):
 class Conv2d(nn.Module):
     """A k x k convolution of `[B, H, W, Cin]` with explicit (left, right, top, bottom) zero padding.
 
-    For inference on the CPU the weight is packed at the first call, and then held in that form alone. Everything that
-    reads or changes a module as a whole (state_dict, load_state_dict, to, train, copies) sees or restores the plain
-    weight.
+    For inference on the CPU, the first call packs the weight, and the module keeps only the packed form. Operations on
+    whole modules (state_dict, load_state_dict, to, train, copies) see or restore the plain weight.
     """
 
-    _packed_for: tuple[torch.Size, int] | None = None  # the shape of x and the number of threads
+    _packed_for: tuple[torch.Size, int] | None = None  # the shape of x, and the thread count
 
     def __init__(
         self,
@@ -94,21 +93,21 @@ class Conv2d(nn.Module):
         return conv2d(x, self.weight, self.bias, self.stride, self.padding, residual, relu)
 
     def pack(self, x: torch.Tensor) -> None:
-        """Hold the weight in the layout that oneDNN wants for `x`, where the CPU runs the layer by oneDNN.
+        """Bring the weight into oneDNN's layout for `x`, where oneDNN runs the layer.
 
-        Which layout that is depends on the map's shape. In another one each call would rearrange the weight anew,
-        which for small maps takes a hundred times as long as the convolution.
+        The layout depends on the map's shape. In another one each call would rearrange the weight, which for small maps
+        takes a hundred times as long as the convolution.
         """
-        wanted = (x.shape, torch.get_num_threads())
-        if wanted == self._packed_for or dispatch.backend(x, self.weight, self.bias) != "onednn":
+        packing = (x.shape, torch.get_num_threads())
+        if packing == self._packed_for or dispatch.backend(x, self.weight, self.bias) != "onednn":
             return
         with torch.inference_mode(False), torch.no_grad():
             packed = onednn.pack(onednn.dense(self.weight.detach()), x.shape, self.stride, self.padding)
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self._packed_for = wanted
+        self._packed_for = packing
 
     def unpack(self) -> None:
-        """Hold the weight as an ordinary tensor again."""
+        """Make the weight an ordinary tensor again."""
         if self.weight.is_mkldnn:
             plain = onednn.dense(self.weight.detach()).contiguous(memory_format=torch.channels_last)
             self.weight = nn.Parameter(plain, self.weight.requires_grad)
@@ -145,7 +144,7 @@ def init_uniform(weight: torch.Tensor, bias: torch.Tensor | None) -> None:
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation of `[B, H, W, C]`, followed by SiLU where asked."""
+    """Group normalisation of `[B, H, W, C]`, then SiLU with `silu`."""
 
     def __init__(self, groups: int, channels: int, eps: float, silu: bool):
         super().__init__()
@@ -179,7 +178,7 @@ class LayerNorm(nn.Module):
 class ResBlock(nn.Module):
     """GroupNorm, SiLU, conv, twice, with a shortcut (Ho et al. 2020, appendix B).
 
-    The time embedding arrives projected to this block's width: `UNet` projects for all its blocks in one product.
+    `UNet` projects the time embedding to the widths of all its blocks in one product.
     """
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, eps: float):
@@ -194,7 +193,7 @@ class ResBlock(nn.Module):
     def forward(
         self, x: torch.Tensor, time: torch.Tensor | None = None, skip: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`x` `[B, H, W, Cin]`, `time` `[B, Cout]` or None (VAE). Returns `[B, H, W, Cout]`.
+        """`x` `[B, H, W, Cin]`, projected `time` `[B, Cout]` or None (VAE). Returns `[B, H, W, Cout]`.
 
         With `skip`, the block reads the concatenation of `x` and `skip`, which together have Cin channels.
         """
@@ -204,7 +203,7 @@ class ResBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of tokens to one another; q, k and v come from one product."""
+    """Multi-head attention of tokens to each other; q, k and v come from one product."""
 
     def __init__(self, channels: int, heads: int, qkv_bias: bool = False):
         super().__init__()
@@ -252,7 +251,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The transformer's gated feed-forward, four times as wide inside."""
+    """The transformer's gated feed-forward; its hidden layer is four times as wide."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -263,7 +262,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward; each normalised before and added after."""
+    """Self-attention, cross-attention to the text, feed-forward; each with a norm before and a residual around it."""
 
     def __init__(self, channels: int, context_channels: int, heads: int):
         super().__init__()
@@ -301,7 +300,7 @@ class SpatialTransformer(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve a map by a strided 3 x 3 convolution. The UNet pads all sides, the VAE right and bottom only."""
+    """Halve a map by a strided 3 x 3 convolution. The UNet pads all sides, the VAE only right and bottom."""
 
     def __init__(self, channels: int, padding: Padding = SAME):
         super().__init__()
@@ -319,7 +318,7 @@ class Upsample(nn.Module):
         self.conv = Conv2d(channels, channels)
 
     def forward(self, x: torch.Tensor, size: torch.Size | None = None) -> torch.Tensor:
-        """`size` (H, W) crops the last row or column where the level below was made from an odd size."""
+        """`size` (H, W) crops the last row or column where the skip connection has an odd size."""
         if size is None or tuple(size) == (2 * x.shape[1], 2 * x.shape[2]):
             return upsample2x_conv(x, self.conv.weight, self.conv.bias)
         return self.conv(upsample2x(x)[:, : size[0], : size[1]])
@@ -339,7 +338,7 @@ def timestep_embedding(timestep: torch.Tensor, channels: int, flip_sin_to_cos: b
     """
     half = channels // 2
     t = timestep if timestep.dtype == torch.float64 else timestep.float()
-    # In the order in which checkpoints were trained: at t = 999 another rounding of the exponent is 3e-5 of the angle.
+    # In the order of operations of training: at t = 999 another rounding of the exponent moves the angle by 3e-5.
     exponent = -math.log(10000) * torch.arange(half, device=t.device, dtype=t.dtype) / (half - freq_shift)
     angle = t[:, None] * torch.exp(exponent)
     waves = (angle.cos(), angle.sin()) if flip_sin_to_cos else (angle.sin(), angle.cos())

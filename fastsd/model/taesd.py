@@ -1,7 +1,7 @@
 """The tiny autoencoder TAESD (Ollin Boer Bohan, github.com/madebyollin/taesd): convolutions and ReLU, no norms.
 
 It was distilled from Stable Diffusion's autoencoder. Its latents are those that the diffusion model sees, already
-scaled, so its own factor is 1. Inside, an image is in [0, 1].
+scaled, so its own scaling factor is 1. Internally, images are in [0, 1].
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from fastsd.kernels.upsample2x import upsample2x_conv
 from fastsd.model.layers import Conv2d
 from fastsd.model.vae import AutoencoderKL, Gaussian
 
-# A log variance whose standard deviation, exp(-500), is 0 in fp32, and which is finite in every dtype.
+# The log variance of a deterministic latent: its standard deviation, exp(-500), is 0 in fp32. Every dtype can hold it.
 NO_VARIANCE = -1000.0
-DECODES_ONLY = "the autoencoder is TAESD's decoder alone; put the encoder's file beside the decoder's"
-LATENT_BOUND = 3.0  # the decoder squashes latents to this
+DECODES_ONLY = "the autoencoder is only TAESD's decoder; put the file of its encoder beside the decoder's"
+LATENT_BOUND = 3.0  # the decoder bounds its input by this
 
 
 class TAESDBlock(nn.Module):
-    """Three convolutions with ReLU, and a shortcut."""
+    """Three convolutions with ReLU and a shortcut."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -34,10 +34,10 @@ class TAESDBlock(nn.Module):
         return self.conv["4"](h, residual=x, relu=True)
 
 
-class DoublingConv(Conv2d):
+class UpsampleConv(Conv2d):
     """Double a map by nearest neighbour, then convolve it."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # it takes no residual
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # never has a residual
         return upsample2x_conv(x, self.weight, self.bias)
 
 
@@ -67,7 +67,7 @@ class TAESDDecoder(nn.Module):
     def __init__(self, config: TAESDConfig):
         super().__init__()
         width, last = config.block_out_channels[0], len(config.num_decoder_blocks) - 1
-        # The numbers are those of checkpoints, which count the ReLU after the first convolution, and each upsampling.
+        # Layers have a checkpoint's numbers, which count the ReLU after the first convolution and each upsampling too.
         self.layers = nn.ModuleDict({"0": Conv2d(config.latent_channels, width)})
         number = 2
         for level, blocks in enumerate(config.num_decoder_blocks):
@@ -75,7 +75,7 @@ class TAESDDecoder(nn.Module):
                 self.layers[str(number)] = TAESDBlock(width)
                 number += 1
             if level < last:
-                self.layers[str(number + 1)] = DoublingConv(width, width, bias=False)
+                self.layers[str(number + 1)] = UpsampleConv(width, width, bias=False)
             else:
                 self.layers[str(number)] = Conv2d(width, config.out_channels)
             number += 2
@@ -89,11 +89,11 @@ class TAESDDecoder(nn.Module):
 
 
 class TAESD(nn.Module):
-    """Encoder and decoder, or the decoder alone. It has the methods of `AutoencoderKL`.
+    """Encoder and decoder, or only the decoder, with the methods of `AutoencoderKL`.
 
     Args:
-        config: of both.
-        encodes: whether there is an encoder.
+        config: of encoder and decoder.
+        encodes: whether it has an encoder.
     """
 
     def __init__(self, config: TAESDConfig, encodes: bool = True):
@@ -103,10 +103,10 @@ class TAESD(nn.Module):
         self.decoder = TAESDDecoder(config)
 
     def encode(self, image: torch.Tensor) -> Gaussian:
-        """`[B, H, W, 3]` in [-1, 1], H and W multiples of `config.downscale`, to its latent, which has no variance.
+        """`[B, H, W, 3]` in [-1, 1], H and W multiples of `config.downscale`, to its latent, without variance.
 
         Raises:
-            FastsdError: there is no encoder.
+            FastsdError: it has no encoder.
         """
         if self.encoder is None:
             raise FastsdError(DECODES_ONLY)
@@ -122,5 +122,5 @@ Autoencoder = AutoencoderKL | TAESD
 
 
 def make_autoencoder(config: AutoencoderConfig) -> Autoencoder:
-    """The autoencoder that a config describes."""
+    """The autoencoder for a config."""
     return TAESD(config) if isinstance(config, TAESDConfig) else AutoencoderKL(config)

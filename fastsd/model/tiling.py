@@ -1,4 +1,4 @@
-"""The autoencoder in overlapping tiles, for images whose maps do not fit in memory at once."""
+"""The autoencoder in overlapping tiles, for images whose maps do not fit into memory at once."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from fastsd.model.taesd import Autoencoder
 from fastsd.model.vae import Gaussian
 
 TILE = 64  # latent pixels along a side
-OVERLAP = 16  # latent pixels shared by neighbours, over which they are cross-faded
+OVERLAP = 16  # latent pixels that neighbours share, over which they are cross-faded
 
 
 def decode_tiled(vae: Autoencoder, latent: torch.Tensor, tile: int = TILE, overlap: int = OVERLAP) -> torch.Tensor:
     """`vae.decode` of `[B, h, w, C]` in tiles of at most `tile` latent pixels.
 
-    Norms use a tile's statistics, so the result differs a little from an untiled one (with TAESD, which has no norms,
-    only near a tile's edge). The cross-fade hides the edges between neighbours.
+    Norms see only a tile, so the result differs a little from an untiled one (TAESD's, which has no norms, only near a
+    tile's edge). The cross-fade hides the edges.
     """
     return _in_tiles(vae.decode, latent, tile, overlap, scale_up=vae.config.downscale, scale_down=1)
 
@@ -41,7 +41,7 @@ def _in_tiles(
     scale_up: int,
     scale_down: int,
 ) -> torch.Tensor:
-    """The average of `run` over tiles, each weighted by a ramp that falls towards its inner edges.
+    """Average of `run` over tiles, each weighted by a ramp that falls towards its inner edges.
 
     `tile` and `overlap` count latent pixels; a latent pixel is `scale_down` pixels of `x` and `scale_up` of the result.
     """
@@ -66,7 +66,7 @@ def _in_tiles(
 
 
 def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
-    """Spans of `tile` that cover `range(length)` and share at least `overlap`; the last ends at `length`."""
+    """Spans of length `tile` that cover `range(length)` and share at least `overlap`; the last one ends at `length`."""
     if length <= tile:
         return [(0, length)]
     starts = [*range(0, length - tile, tile - overlap), length - tile]
@@ -74,10 +74,9 @@ def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
 
 
 def _ramp(length: int, rise: int, fall: int, device: torch.device) -> torch.Tensor:
-    """Weights that climb from near 0 over the first `rise` and descend over the last `fall` entries.
+    """Weights that rise from near 0 over the first `rise` entries and fall over the last `fall`.
 
-    The rise is 3 t^2 - 2 t^3. Near a tile's edge, where the result lacks its surroundings and is least accurate, the
-    weights are of second order.
+    They follow 3 t^2 - 2 t^3, which starts quadratically: next to its edge a tile lacks its surroundings and errs most.
     """
     position = torch.arange(length, device=device, dtype=torch.float32) + 0.5
     weight = torch.ones_like(position)

@@ -1,8 +1,8 @@
 """CLIP's tokenizer: text to the 77 ids that the text encoder reads.
 
 Lower-cased byte-pair encoding (Sennrich et al. 2016) over bytes, with "</w>" at the end of each word, as in Radford
-et al. 2021, section 2.4. The ids are those of transformers' `CLIPTokenizer`, quirks included: its added tokens, such as
-the padding "!" of Stable Diffusion 2, are matched anywhere in the text before it is split into words.
+et al. 2021, section 2.4. The ids equal those of transformers' `CLIPTokenizer`, quirks included: added tokens, such as
+the padding "!" of Stable Diffusion 2, match anywhere in the text, before it is split into words.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 from fastsd.errors import FastsdError
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-MAX_LENGTH = 77  # positions of every CLIP text encoder that Stable Diffusion uses
+MAX_LENGTH = 77  # positions of the CLIP text encoders of Stable Diffusion
 BUNDLED_MERGES = Path(__file__).parent.parent / "assets" / "clip_vocab" / "merges.txt.gz"
 
 # Start and end; contractions; runs of letters; single digits; runs of everything else.
 _WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 _LONGEST = 8192  # a model_max_length above it means "none" (transformers writes 10**30)
 
 Vocab = dict[str, int]
@@ -33,22 +33,30 @@ Merges = list[tuple[str, str]]
 
 
 class Tokenizer:
-    """Text to ids, with the bundled CLIP vocabulary or a checkpoint folder's own.
+    """Text to ids, with the bundled CLIP vocabulary or that of a checkpoint's folder.
 
-    `vocab`: None (the bundled vocabulary as Stable Diffusion 1 uses it, padded with the end token) or a `tokenizer/`
-    folder in the diffusers layout: `tokenizer.json`, or `vocab.json` and `merges.txt`; `tokenizer_config.json`,
-    `special_tokens_map.json` and `added_tokens.json` are read where they exist (padding token, length, added tokens).
-    `pad`: the bundled vocabulary's padding; OpenCLIP's encoders (SD2, SDXL's second) were trained with "!".
+    Args:
+        vocab: None, the bundled vocabulary as Stable Diffusion 1 uses it; or a `tokenizer/` folder in the diffusers
+            layout: `tokenizer.json`, or `vocab.json` and `merges.txt`. Padding token, length and added tokens come from
+            `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json`, where these exist.
+        pad: the padding token with the bundled vocabulary. OpenCLIP's encoders (SD2, SDXL's second) were trained with
+            "!".
 
-    Attributes: `bos_id`, `eos_id`, `pad_id`, `max_length`. `len(tokenizer)` is the number of ids, added ones included.
-    Raises FastsdError that names the file for a vocabulary that is missing or malformed.
+    Attributes:
+        bos_id, eos_id, pad_id: ids of the start, end and padding tokens.
+        max_length: the number of ids that a call returns for each prompt.
+
+    `len(tokenizer)` is the number of ids, added ones included.
+
+    Raises:
+        FastsdError: a vocabulary is missing or malformed; the error has the file.
     """
 
     def __init__(self, vocab: Path | str | None = None, pad: str = EOS) -> None:
         if vocab is None:
             self._vocab, self._merges = _bundled()
-            # As transformers reads the published Stable Diffusion 1 folders: of the two, only the start token is found
-            # in any case; the end token's entry gives way to the padding's, which is a plain string.
+            # As transformers reads the published Stable Diffusion 1 folders: the start token matches in upper case too,
+            # the end token does not, since the padding's entry for the same token replaces its own.
             bos = AddedToken(BOS, normalized=True, special=True)
             eos = AddedToken(EOS, normalized=False, special=True)
             special: dict[str, AddedToken] = {"bos_token": bos, "eos_token": eos, "unk_token": eos, "pad_token": eos}
@@ -65,18 +73,24 @@ class Tokenizer:
         self._special = special
         self._added = added
         self._backend = _build(self._vocab, self._merges, special["unk_token"].content, where)
-        for wanted, token in sorted(added.items()):
+        for listed_id, token in sorted(added.items()):
             self._backend.add_tokens([token])
-            got = self._backend.token_to_id(token.content)
-            if got != wanted:
-                raise FastsdError(f"added token {token.content!r:.60} has id {wanted}, its place is {got}", path=where)
-        self._backend.add_tokens([special[name] for name in _NAMES if special[name].content not in _contents(added)])
+            token_id = self._backend.token_to_id(token.content)
+            if token_id != listed_id:
+                raise FastsdError(
+                    f"added token {token.content!r:.60} has id {listed_id}; it should be {token_id}", path=where
+                )
+        self._backend.add_tokens([special[name] for name in _ROLES if special[name].content not in _contents(added)])
         self.bos_id, self.eos_id, self.pad_id = (self._id(name) for name in ("bos_token", "eos_token", "pad_token"))
 
     def __call__(self, prompts: str | list[str]) -> torch.Tensor:
-        """Ids of each prompt: start, tokens, end, padding; what does not fit is cut before the end token.
+        """Ids of each prompt: start, tokens (as many as fit), end, padding.
 
-        `prompts`: one string or B of them. Returns int64 [B, max_length]; a single string gives B = 1.
+        Args:
+            prompts: a string, or B of them.
+
+        Returns:
+            int64 `[B, max_length]`; B is 1 for a single string.
         """
         if isinstance(prompts, str):
             prompts = [prompts]
@@ -93,35 +107,35 @@ class Tokenizer:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def ids(self, text: str) -> list[int]:
-        """The ids of the whole text, uncut, without start and end."""
+        """The ids of the whole text, without start and end."""
         return list(self._encode(text).ids)
 
     @property
     def comma_id(self) -> int | None:
-        """The id of a comma as a word of its own; None where the vocabulary has no such token."""
+        """The id of a comma that stands as a word; None where the vocabulary has no such token."""
         return self._backend.token_to_id(",</w>")
 
     def tokens(self, prompt: str) -> list[str]:
-        """The tokens of the whole prompt as text, uncut, without start and end: "a cat" gives ["a</w>", "cat</w>"].
+        """The tokens of the whole prompt, without start and end: "a cat" gives ["a</w>", "cat</w>"].
 
-        Bytes outside printable ASCII and Latin-1 are written as in GPT-2's byte alphabet.
+        Bytes outside printable ASCII and Latin-1 are written in GPT-2's byte alphabet.
         """
         return list(self._encode(prompt).tokens)
 
     def truncated(self, prompt: str) -> str:
-        """The part of the prompt that does not fit and is cut off, as it was written; "" where all fits."""
+        """The end of the prompt that does not fit, as written; "" where all fits."""
         encoding = self._encode(prompt)
         room = self.max_length - 2
         return prompt[encoding.offsets[room][0] :] if len(encoding.ids) > room else ""
 
     def save(self, folder: Path | str) -> None:
-        """Write the vocabulary as a `tokenizer/` folder that fastsd, transformers and diffusers open.
+        """Write the vocabulary as a `tokenizer/` folder for fastsd, transformers and diffusers.
 
-        Files: vocab.json, merges.txt, tokenizer_config.json, special_tokens_map.json. Existing ones are replaced.
+        It writes or replaces vocab.json, merges.txt, tokenizer_config.json and special_tokens_map.json.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        # Every added token by its id: then transformers takes flags and ids from here and from nowhere else.
+        # With every added token in the config, transformers reads flags and ids from there only.
         table = self._backend.get_added_tokens_decoder()
         special = {name: token.content for name, token in self._special.items()}
         config = {
@@ -142,13 +156,13 @@ class Tokenizer:
             raise FastsdError(f"prompt must be a string or a list of strings, not a list with {type(prompt).__name__}")
         try:
             prompt.encode("utf-8")
-        except UnicodeEncodeError as error:  # half of a surrogate pair, as from an argument that is not UTF-8
+        except UnicodeEncodeError as error:  # half of a surrogate pair: a command line that is not UTF-8
             raise FastsdError(f"prompt: character {error.start + 1} is not valid Unicode; give it as UTF-8") from None
         return self._backend.encode(prompt, add_special_tokens=False)
 
     def _id(self, name: str) -> int:
         token_id = self._backend.token_to_id(self._special[name].content)
-        assert token_id is not None  # all of them were added above
+        assert token_id is not None  # __init__ added all of them
         return token_id
 
 
@@ -156,15 +170,14 @@ def _build(vocab: Vocab, merges: Merges, unk_token: str, where: Path) -> tokeniz
     """The `tokenizers` pipeline of CLIP: NFC, white space to one blank, lower case; words; bytes; merges."""
     try:
         bpe = models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>", unk_token=unk_token, fuse_unk=False)
-    except Exception as error:  # the library raises bare Exception: a merge names a token that is not in the vocabulary
+    except Exception as error:  # the library's own: a merge names a token that the vocabulary lacks
         raise FastsdError(f"vocabulary and merges do not fit together: {_one_line(error)}", path=where) from None
     backend = tokenizers.Tokenizer(bpe)
-    # The library types these as attributes of no declared type.
-    parts = cast(Any, backend)
-    parts.normalizer = normalizers.Sequence(
+    untyped = cast(Any, backend)  # the library declares no types for these attributes
+    untyped.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
-    parts.pre_tokenizer = pre_tokenizers.Sequence(
+    untyped.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_WORD), behavior="removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
@@ -175,7 +188,7 @@ def _build(vocab: Vocab, merges: Merges, unk_token: str, where: Path) -> tokeniz
 
 @lru_cache(maxsize=1)
 def _bundled() -> tuple[Vocab, Merges]:
-    """The bundled CLIP vocabulary: 256 bytes, the same at a word's end, one token for each merge, start, end."""
+    """The bundled CLIP vocabulary: 256 bytes, 256 bytes at a word's end, a token for each merge, start, end."""
     with gzip.open(BUNDLED_MERGES, "rt", encoding="utf-8") as lines:
         merges = _parse_merges(lines.read(), BUNDLED_MERGES)
     alphabet = _byte_alphabet()
@@ -186,14 +199,14 @@ def _bundled() -> tuple[Vocab, Merges]:
 def _byte_alphabet() -> list[str]:
     """One printable character for each of the 256 bytes, in CLIP's order (GPT-2's `bytes_to_unicode`).
 
-    Printable Latin-1 characters stand for themselves and come first; the other bytes are U+0100 and up, in order.
+    Printable Latin-1 characters come first and stand for themselves; the other bytes are U+0100 and up, in order.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     return [chr(byte) for byte in printable] + [chr(0x100 + n) for n in range(256 - len(printable))]
 
 
 def _read_vocabulary(folder: Path) -> tuple[Vocab, Merges, dict[int, AddedToken] | None]:
-    """Vocabulary, merges and, from tokenizer.json, the added tokens by id (None where the folder has only the two)."""
+    """Vocabulary, merges, and the added tokens by id that tokenizer.json lists; None without that file."""
     if not folder.is_dir():
         raise FastsdError("no such tokenizer folder", path=folder)
     single = folder / "tokenizer.json"
@@ -228,14 +241,14 @@ def _read_settings(
 ) -> tuple[dict[str, AddedToken], dict[int, AddedToken], int]:
     """Special tokens by role, added tokens by id, and the length, with transformers' precedence.
 
-    An `added_tokens_decoder` in tokenizer_config.json rules; without one, special_tokens_map.json goes over
+    An `added_tokens_decoder` in tokenizer_config.json comes first. Without one, special_tokens_map.json precedes
     tokenizer_config.json, and the added tokens are those of added_tokens.json and of tokenizer.json (`listed`).
     """
     config_file, map_file, added_file = (
         folder / name for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     )
     config = _read_json(config_file) if config_file.is_file() else {}
-    named: dict[str, tuple[Any, Path]] = {key: (config.get(key), config_file) for key in _NAMES}
+    named: dict[str, tuple[Any, Path]] = {key: (config.get(key), config_file) for key in _ROLES}
     added: dict[int, AddedToken] = {}
     if "added_tokens_decoder" in config:
         table = config["added_tokens_decoder"]
@@ -245,7 +258,7 @@ def _read_settings(
     else:
         if map_file.is_file():
             special_map = _read_json(map_file)
-            named.update({key: (special_map[key], map_file) for key in _NAMES if special_map.get(key) is not None})
+            named.update({key: (special_map[key], map_file) for key in _ROLES if special_map.get(key) is not None})
         if added_file.is_file():
             roles = {entry.get("content") if isinstance(entry, dict) else entry for entry, _ in named.values()}
             for text, token_id in _check_vocab(_read_json(added_file), added_file).items():

@@ -1,7 +1,7 @@
 """The denoising UNet (Rombach et al. 2022; SDXL: Podell et al. 2023).
 
-What does not depend on the latent is computed outside the denoising loop: `project_context` once per prompt,
-`embed_time` once per pass for all steps. `denoise` is what remains of a step.
+Whatever does not depend on the latent is computed outside the denoising loop: `project_context` once per prompt,
+`embed_time` once per run for all steps. `denoise` is the rest of a step.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from fastsd.model.layers import (
     timestep_embedding,
 )
 
-# Computed outside the loop, in order of use: one entry for each block that takes one.
-Embeddings = Iterator[torch.Tensor]
+# Precomputed inputs, one for each block that takes one, in order of use.
+BlockInputs = Iterator[torch.Tensor]
 
 
 @dataclass(frozen=True)
 class AddedConditioning:
-    """SDXL's conditioning besides the prompt: pooled text `[B, P]` and size numbers `[B, K]` (original size, crop)."""
+    """SDXL's conditioning beside the prompt: pooled text `[B, P]` and sizes `[B, K]` (original size, crop, ...)."""
 
     pooled: torch.Tensor
     sizes: torch.Tensor
@@ -42,26 +42,26 @@ class AddedConditioning:
 class EmbeddingMLP(nn.Module):
     """Two linear layers with SiLU between them; embeds the timestep and SDXL's added conditioning.
 
-    condition: features that are projected and added to the input; 0: none.
+    With `cond_features`, a second input of that width is projected and added to the first.
     """
 
-    def __init__(self, in_features: int, features: int, condition: int = 0):
+    def __init__(self, in_features: int, features: int, cond_features: int = 0):
         super().__init__()
-        self.cond_proj = Linear(condition, in_features, bias=False) if condition else None
+        self.cond_proj = Linear(cond_features, in_features, bias=False) if cond_features else None
         self.linear_1 = Linear(in_features, features)
         self.linear_2 = Linear(features, features)
 
-    def forward(self, x: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
-        if self.cond_proj is not None and condition is not None:
-            x = x + self.cond_proj(condition)
+    def forward(self, x: torch.Tensor, cond: torch.Tensor | None = None) -> torch.Tensor:
+        if self.cond_proj is not None and cond is not None:
+            x = x + self.cond_proj(cond)
         return self.linear_2(self.linear_1(x, activation="silu"))
 
 
 class UNetLevel(nn.Module):
-    """One resolution of the UNet: residual blocks, a transformer after each where the level has attention."""
+    """One resolution of the UNet: residual blocks, each followed by a transformer where the level has attention."""
 
     def __init__(self, config: UNetConfig, inputs: list[int], channels: int, heads: int, depth: int, attentions: int):
-        """`inputs`: the residual blocks' input widths; `depth`: blocks in each of the `attentions` transformers."""
+        """`inputs`: input widths of the residual blocks; `attentions`: transformer count; `depth`: blocks in each."""
         super().__init__()
         groups = config.norm_num_groups
         self.resnets = nn.ModuleList([ResBlock(width, channels, groups, config.norm_eps) for width in inputs])
@@ -75,18 +75,18 @@ class UNetLevel(nn.Module):
         self.upsamplers: nn.ModuleList | None = None
 
     def block(
-        self, i: int, x: torch.Tensor, times: Embeddings, texts: Embeddings, skip: torch.Tensor | None = None
+        self, i: int, x: torch.Tensor, times: BlockInputs, texts: BlockInputs, skip: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Residual block `i` and, where the level has attention, the transformer after it."""
+        """Residual block `i` and the transformer after it, if any."""
         x = self.resnets[i](x, next(times), skip)
         return self.attentions[i](x, texts) if i < len(self.attentions) else x
 
 
 class DownLevel(UNetLevel):
-    """A level of the contracting path; all but the last halve the map at their end."""
+    """A level of the contracting path. All but the last end by halving the map."""
 
-    def forward(self, x: torch.Tensor, times: Embeddings, texts: Embeddings) -> list[torch.Tensor]:
-        """Returns all maps. They are skip connections; the last also goes down."""
+    def forward(self, x: torch.Tensor, times: BlockInputs, texts: BlockInputs) -> list[torch.Tensor]:
+        """Returns all maps, which become skip connections; the last one is the next level's input."""
         maps = []
         for i in range(len(self.resnets)):
             x = self.block(i, x, times, texts)
@@ -99,31 +99,33 @@ class DownLevel(UNetLevel):
 class MidLevel(UNetLevel):
     """The lowest level: residual block, transformer, residual block."""
 
-    def forward(self, x: torch.Tensor, times: Embeddings, texts: Embeddings) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, times: BlockInputs, texts: BlockInputs) -> torch.Tensor:
         for i in range(len(self.resnets)):
             x = self.block(i, x, times, texts)
         return x
 
 
 class UpLevel(UNetLevel):
-    """A level of the expanding path, which reads the skip connections from last to first."""
+    """A level of the expanding path, which reads the skip connections in reverse order."""
 
     concatenates = True
 
-    def forward(self, x: torch.Tensor, skips: list[torch.Tensor], times: Embeddings, texts: Embeddings) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, skips: list[torch.Tensor], times: BlockInputs, texts: BlockInputs
+    ) -> torch.Tensor:
         for i in range(len(self.resnets)):
             skip = skips.pop()
             if self.concatenates:
                 x = self.block(i, x, times, texts, skip)
-            else:  # added to the first channels
+            else:  # add the skip connection to the first channels
                 x = self.block(i, x + F.pad(skip, (0, x.shape[-1] - skip.shape[-1])), times, texts)
         return x if self.upsamplers is None else self.upsamplers[0](x, skips[-1].shape[1:3])
 
 
 class ContractingPath(nn.Module):
-    """The contracting path, which UNet and ControlNet share: `conv_in`, `down_blocks`, `mid_block`, time embedding.
+    """The part that UNet and ControlNet share: `conv_in`, `down_blocks`, `mid_block`, and the time embedding.
 
-    Submodules are named as in a diffusers folder. Subclasses call `_project_times` when their last block is made.
+    Submodules are named as in a diffusers folder. Subclasses call `_project_times` after making their last block.
     """
 
     def __init__(self, config: UNetConfig):
@@ -148,7 +150,7 @@ class ContractingPath(nn.Module):
         )
 
     def _build_down(self, widths: tuple[int, ...]) -> list[int]:
-        """Make `down_blocks`; returns the channel counts of the skip connections, in the order they are made."""
+        """Make `down_blocks`; returns the channel counts of the skip connections, from first to last."""
         config = self.config
         self.down_blocks = nn.ModuleList()
         skips = [widths[0]]
@@ -163,12 +165,12 @@ class ContractingPath(nn.Module):
         return skips
 
     def _attention(self, i: int, count: int) -> tuple[int, int, int]:
-        """Heads, depth and number of the transformers of level `i`."""
+        """Heads and depth of the transformers of level `i`, and their number, `count`."""
         config = self.config
         return config.num_attention_heads[i], config.transformer_layers_per_block[i], count
 
     def _project_times(self) -> None:
-        """Make one product of all blocks' time projections."""
+        """Stack all blocks' time projections into one product."""
         blocks = {name: m for name, m in self.named_modules() if isinstance(m, ResBlock)}
         self.time_sizes = tuple(block.out_channels for block in blocks.values())
         self.time_projections = Linear(
@@ -181,12 +183,12 @@ class ContractingPath(nn.Module):
     def embed_time(
         self, timestep: torch.Tensor, added: AddedConditioning | None = None, guidance_scale: float = 1.0
     ) -> torch.Tensor:
-        """Time embeddings, projected for every residual block, by one product.
+        """Time embeddings, projected for every residual block in one product.
 
         Args:
             timestep: `[N]`.
-            added: SDXL's added conditioning, with a first dimension of N (or 1).
-            guidance_scale: for UNets that take it as an input (`time_cond_proj_dim`); others ignore it.
+            added: SDXL's added conditioning; its first dimension is N or 1.
+            guidance_scale: an input of UNets with `time_cond_proj_dim`; others ignore it.
 
         Returns:
             `[N, sum of the blocks' channels]`.
@@ -204,7 +206,7 @@ class ContractingPath(nn.Module):
         return self.time_projections(activate(embedding, "silu"))
 
     def _embed_guidance(self, timestep: torch.Tensor, guidance_scale: float) -> torch.Tensor | None:
-        """The sinusoids of w = guidance_scale - 1, in thousandths (Luo et al. 2023, section 4.2), `[1, channels]`."""
+        """Sinusoids `[1, channels]` of 1000 w, w = guidance_scale - 1 (Luo et al. 2023, section 4.2)."""
         if not self.config.time_cond_proj_dim:
             return None
         w = timestep.new_tensor([guidance_scale - 1.0], dtype=torch.float32)
@@ -212,13 +214,13 @@ class ContractingPath(nn.Module):
         return waves.to(self.conv_in.weight.dtype)
 
     def project_context(self, context: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Keys and values of every cross-attention for the text `[B, L, cross_attention_dim]`, in order of use."""
+        """Keys and values of every cross-attention for a text `[B, L, cross_attention_dim]`, in order of use."""
         return tuple(m.project_context(context) for m in self.modules() if isinstance(m, CrossAttention))
 
     def contract(
-        self, x: torch.Tensor, times: Embeddings, texts: Embeddings
+        self, x: torch.Tensor, times: BlockInputs, texts: BlockInputs
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """From `conv_in`'s map to all skip connections, that map the first, and the lowest map."""
+        """All skip connections, of which `x` from `conv_in` is the first, and the lowest map."""
         skips = [x]
         for level in self.down_blocks:
             skips += level(skips[-1], times, texts)
@@ -226,10 +228,9 @@ class ContractingPath(nn.Module):
 
 
 class UNet(ContractingPath):
-    """Predicts what `SchedulerConfig.prediction_type` says from a noisy latent, a timestep and the text.
+    """Predicts noise, v or the image (`SchedulerConfig.prediction_type`) from a noisy latent, a timestep and a text.
 
-    In the papers' terms: `down_blocks` and `mid_block` are the contracting path, `up_blocks` the expanding path that
-    reads the skip connections in reverse order.
+    In the papers' terms, `down_blocks` and `mid_block` are the contracting path, `up_blocks` the expanding path.
     """
 
     def __init__(self, config: UNetConfig):
@@ -264,14 +265,14 @@ class UNet(ContractingPath):
         added: AddedConditioning | None = None,
         guidance_scale: float = 1.0,
     ) -> torch.Tensor:
-        """The network in one call.
+        """The whole network in one call.
 
         Args:
             x: noisy latent `[B, H, W, in_channels]`, any H and W.
             timestep: `[B]`, in training steps.
             context: text features `[B, L, cross_attention_dim]`.
             added: SDXL's added conditioning.
-            guidance_scale: for UNets that take it as an input.
+            guidance_scale: as in `embed_time`.
 
         Returns:
             `[B, H, W, out_channels]`.
@@ -288,16 +289,16 @@ class UNet(ContractingPath):
         """The part of `forward` that depends on `x`.
 
         Args:
-            x: as there.
+            x: as in `forward`.
             time: `[B or 1, ...]` from `embed_time`.
             key_values: from `project_context`.
-            control: what ControlNets add to the skip connections and, last, to the lowest map.
+            control: ControlNets' residuals for the skip connections and, last, for the lowest map.
         """
         times = iter(time.split(self.time_sizes, dim=-1))
         texts = iter(key_values)
         skips, x = self.contract(self.conv_in(x), times, texts)
         if control is not None:
-            skips = [skip + added for skip, added in zip(skips, control[:-1], strict=True)]
+            skips = [skip + residual for skip, residual in zip(skips, control[:-1], strict=True)]
             x = x + control[-1]
         for level in self.up_blocks:
             x = level(x, skips, times, texts)

@@ -21,26 +21,26 @@ class Gaussian(NamedTuple):
         return self.mean
 
     def sample(self, noise: torch.Tensor) -> torch.Tensor:
-        """The reparameterised sample for standard normal `noise` of the same shape."""
+        """The sample for standard normal `noise` of the same shape (the reparameterisation trick)."""
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
 
 class AttentionBlock(SelfAttention):
-    """Self-attention with one head over all pixels of a map, normalised before and added after."""
+    """Self-attention with one head over all pixels of a map, with a norm before it and a residual around it."""
 
     def __init__(self, channels: int, groups: int, eps: float):
         super().__init__(channels, heads=1, qkv_bias=True)
         self.group_norm = GroupNorm(groups, channels, eps, silu=False)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """`[B, H, W, C]` to the same; `residual` is `x` unless given."""
+        """`[B, H, W, C]` to the same shape; `residual` is `x` by default."""
         residual = x if residual is None else residual
         tokens = super().forward(self.group_norm(x).flatten(1, 2), residual.flatten(1, 2))
         return tokens.view(x.shape)
 
 
 class VAELevel(nn.Module):
-    """Residual blocks of one resolution and, except at the last level, the change to the next."""
+    """Residual blocks of one resolution and, except at the last level, the resampling to the next."""
 
     def __init__(self, config: VAEConfig, inputs: list[int], channels: int):
         super().__init__()
@@ -58,7 +58,7 @@ class VAELevel(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Two residual blocks at the lowest resolution with attention between them."""
+    """Two residual blocks at the lowest resolution, with attention between them."""
 
     def __init__(self, config: VAEConfig, channels: int):
         super().__init__()
@@ -73,7 +73,7 @@ class MidBlock(nn.Module):
         return self.resnets[1](x)
 
 
-class Encoder(nn.Module):
+class VAEEncoder(nn.Module):
     """Image `[B, H, W, 3]` to the moments of its latent `[B, H/f, W/f, 2 * latent_channels]`."""
 
     def __init__(self, config: VAEConfig):
@@ -99,7 +99,7 @@ class Encoder(nn.Module):
         return self.conv_out(self.conv_norm_out(self.mid_block(x)))
 
 
-class Decoder(nn.Module):
+class VAEDecoder(nn.Module):
     """Latent `[B, h, w, latent_channels]` to image `[B, h * f, w * f, 3]`."""
 
     def __init__(self, config: VAEConfig):
@@ -126,13 +126,13 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Encoder and decoder. Latents here are unscaled; the diffusion model sees `config.scaling_factor` times them."""
+    """Encoder and decoder. Latents here are unscaled; the diffusion model sees them times `config.scaling_factor`."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = VAEEncoder(config)
+        self.decoder = VAEDecoder(config)
         self.quant_conv = Linear(2 * config.latent_channels, 2 * config.latent_channels)
         self.post_quant_conv = Linear(config.latent_channels, config.latent_channels)
 

@@ -1,4 +1,4 @@
-"""Where and in which precision to run."""
+"""The device and the precision of a run."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """ "auto" or a device's name as a device that is there.
+    """The device of this machine that "auto" or a device's name stands for.
 
     Raises:
-        FastsdError: it is not there.
+        FastsdError: this machine has no such device.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        place = torch.device(device)
+        resolved = torch.device(device)
     except RuntimeError as error:
         raise FastsdError("it should be auto, cpu, cuda or cuda:N", argument="device", value=device) from error
-    if place.type not in ("cpu", "cuda"):
-        raise FastsdError("fastsd runs on cpu and cuda", argument="device", value=str(place))
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+    if resolved.type not in ("cpu", "cuda"):
+        raise FastsdError("fastsd runs on cpu and cuda", argument="device", value=str(resolved))
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise FastsdError(
-            f"this machine has {torch.cuda.device_count()} CUDA devices", argument="device", value=str(place)
+            f"this machine has {torch.cuda.device_count()} CUDA devices", argument="device", value=str(resolved)
         )
-    return place
+    return resolved
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """ "auto", "fp32", "fp16" or "bf16" as a torch dtype; see `Pipeline.from_pretrained`.
+    """The dtype that "auto", "fp32", "fp16" or "bf16" stands for; see `Pipeline.from_pretrained`.
 
     Raises:
-        FastsdError: another name, or a dtype that the device lacks.
+        FastsdError: another name or dtype, or one that the device cannot compute in.
     """
     if isinstance(dtype, torch.dtype):
         if dtype not in DTYPES.values():
             raise FastsdError("it should be float32, float16 or bfloat16", argument="dtype", value=dtype)
-        found = dtype
+        resolved = dtype
     elif dtype == "auto":
         if device.type == "cuda":
             return torch.float16
@@ -49,8 +49,8 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     elif dtype not in DTYPES:
         raise FastsdError(f"it should be auto, {', '.join(DTYPES)}", argument="dtype", value=dtype)
     else:
-        found = DTYPES[dtype]
-    if found == torch.bfloat16 and device.type == "cuda" and torch.version.hip is None:
+        resolved = DTYPES[dtype]
+    if resolved == torch.bfloat16 and device.type == "cuda" and torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             name = torch.cuda.get_device_name(device)
@@ -59,7 +59,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
                 argument="dtype",
                 value="bf16",
             )
-    return found
+    return resolved
 
 
 def cpu_has_bf16() -> bool:
@@ -73,4 +73,4 @@ def cpu_has_bf16() -> bool:
 
 def dtype_name(dtype: torch.dtype) -> str:
     """The short name of a dtype, as `resolve_dtype` takes it."""
-    return next(name for name, known in DTYPES.items() if known == dtype)
+    return next(name for name, named in DTYPES.items() if named == dtype)

@@ -1,1 +1,1 @@
-"""Sampling: a sampler is a table of coefficients, and one update runs them all."""
+"""Samplers as tables of coefficients, and the one update that runs them all."""

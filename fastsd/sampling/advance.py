@@ -3,7 +3,7 @@
 state = begin(table, noise)
 while not state.done:
     out = unet(model_input(state), timestep(state), ...)
-    step(state, out, guidance_scale=7.5, noise_i=draw() if draws(state) else None)
+    step(state, out, guidance_scale=7.5, noise_i=sample_noise() if draws_noise(state) else None)
 latent = state.x
 """
 
@@ -20,16 +20,20 @@ BUFFERS = ("x", "x_in", "saved", "history", "noise", "row")
 
 
 @dataclass
-class State:
-    """Buffers of one run. They are changed in place and never replaced, so that a captured graph can hold them.
+class SamplerState:
+    """Buffers of one run, updated in place and never replaced, since a captured graph refers to them.
 
-    x: the latent `[N, h, w, C]` fp32 (float64 if the noise was), at the level that the table's last finished row
-    left. x_in: c_in * x, what the network is called with. saved `[N, h, w, C]`, history `[3, N, h, w, C]`, noise `[2,
-    N, h, w, C]` and table `[R + 1, 16]`: see `fastsd.kernels.advance`. row: `[1]` int64 on the device. index: the
-    same on the host.
+    Attributes:
+        host_table: the sampler's table.
+        x: the latent `[N, h, w, C]` fp32, or float64 if the noise was; at the noise level after the last finished row.
+        x_in: c_in * x, the network's input.
+        saved, history, noise: `[N, h, w, C]`, `[3, N, h, w, C]` and `[2, N, h, w, C]`; see `fastsd.kernels.advance`.
+        table: `[R + 1, 16]`, the table on the device.
+        row: `[1]` int64 on the device, the current row.
+        index: the same on the host.
     """
 
-    plan: Table
+    host_table: Table
     x: torch.Tensor
     x_in: torch.Tensor
     saved: torch.Tensor
@@ -43,15 +47,15 @@ class State:
         """The tensors that `fastsd.kernels.advance.advance` reads and writes."""
         return {name: getattr(self, name) for name in (*BUFFERS, "table")}
 
-    def copy(self, rows: int = 0) -> State:
-        """The same state in buffers of its own, the table padded to at least `rows`."""
+    def copy(self, rows: int = 0) -> SamplerState:
+        """A copy in new buffers, with the table padded to at least `rows`."""
         table = self.table.new_zeros(max(rows, len(self.table)), op.WIDTH)
         table[: len(self.table)].copy_(self.table)
         buffers = {name: getattr(self, name).clone() for name in BUFFERS}
         return replace(self, table=table, **buffers)
 
-    def load(self, other: State) -> None:
-        """Take over the contents of `other`, whose table may be shorter."""
+    def load(self, other: SamplerState) -> None:
+        """Copy the contents of `other`, whose table may be shorter."""
         self.table[: len(other.table)].copy_(other.table)
         for name in BUFFERS:
             getattr(self, name).copy_(getattr(other, name))
@@ -59,17 +63,20 @@ class State:
     @property
     def done(self) -> bool:
         """Whether every row has run."""
-        return self.index == len(self.plan)
+        return self.index == len(self.host_table)
 
 
-def begin(table: Table, noise: torch.Tensor, image: torch.Tensor | None = None) -> State:
+def begin(table: Table, noise: torch.Tensor, image: torch.Tensor | None = None) -> SamplerState:
     """The state before the first row: `init * noise`, or `mix[0] * image + mix[1] * noise` from an image.
 
-    noise: `[N, h, w, C]`, unit variance; its device is the run's, its dtype fp32 or float64 the state's (anything
-    narrower is widened to fp32). image: the scaled latent of the image, broadcast to that shape.
+    Args:
+        table: the sampler's.
+        noise: `[N, h, w, C]`, unit variance. It determines the state's device and dtype: float64 stays, any other dtype
+            becomes fp32.
+        image: the scaled latent of an image, broadcast to the shape of `noise`.
 
     Raises:
-        ValueError: `noise` has not four dimensions.
+        ValueError: `noise` does not have four dimensions.
     """
     if noise.ndim != 4:
         raise ValueError(f"noise is {list(noise.shape)}; it needs four dimensions, [N, h, w, C]")
@@ -80,8 +87,8 @@ def begin(table: Table, noise: torch.Tensor, image: torch.Tensor | None = None) 
     else:
         x = table.mix[0] * image.to(noise).expand_as(noise) + table.mix[1] * noise
     coefficients = _device_table(table).to(noise)
-    return State(
-        plan=table,
+    return SamplerState(
+        host_table=table,
         x=x,
         x_in=coefficients[0, 1] * x,
         saved=torch.zeros_like(x),
@@ -92,27 +99,27 @@ def begin(table: Table, noise: torch.Tensor, image: torch.Tensor | None = None) 
     )
 
 
-def model_input(state: State) -> torch.Tensor:
-    """What the network is called with in the current row, `c_in * x` `[N, h, w, C]` in the dtype of the state.
+def model_input(state: SamplerState) -> torch.Tensor:
+    """The network's input in the current row, `c_in * x` `[N, h, w, C]`, in the dtype of the state.
 
-    It is a buffer of the state that `step` and `hold` rewrite; whoever writes to `state.x` directly has to do so too.
+    It is a buffer that `step` and `restore_known` update; code that writes to `state.x` must update it too.
     """
     return state.x_in
 
 
-def timestep(state: State) -> float:
-    """The timestep at which the network is called in the current row; not always whole."""
-    return float(state.plan.rows[state.index, 0])
+def timestep(state: SamplerState) -> float:
+    """The timestep of the network call in the current row; not always a whole number."""
+    return float(state.host_table.rows[state.index, 0])
 
 
-def draws(state: State) -> bool:
-    """Whether the current row takes fresh noise."""
-    return bool(state.plan.draw[state.index])
+def draws_noise(state: SamplerState) -> bool:
+    """Whether the current row needs fresh noise."""
+    return bool(state.host_table.draw[state.index])
 
 
 @torch.no_grad()
 def step(
-    state: State,
+    state: SamplerState,
     out: torch.Tensor,
     guidance_scale: float | torch.Tensor = 1.0,
     guidance_rescale: float = 0.0,
@@ -120,16 +127,20 @@ def step(
 ) -> None:
     """Finish the current row with the network's output and go to the next.
 
-    out: `[N, h, w, C]`, or `[2N, h, w, C]` with the unconditional half first; then guided by `guidance_scale` and
-    taken back to the conditional half's spread by the share `guidance_rescale` (Lin et al. 2024, section 3.4).
-    noise_i: `[N, h, w, C]` unit-variance noise, needed where `draws(state)`.
+    Args:
+        state: updated in place.
+        out: `[N, h, w, C]`, or with guidance `[2N, h, w, C]`, the unconditional half first.
+        guidance_scale: of classifier-free guidance, for `2N` outputs.
+        guidance_rescale: the share by which the guided output gets the conditional half's standard deviation (Lin et
+            al. 2024, section 3.4).
+        noise_i: `[N, h, w, C]` noise of unit variance; required where `draws_noise(state)`.
 
     Raises:
         ValueError: the run is done, noise is missing, or a shape does not fit.
     """
     if state.done:
         raise ValueError("every row of the table has run")
-    if draws(state):
+    if draws_noise(state):
         if noise_i is None:
             raise ValueError(f"row {state.index} draws noise; pass noise_i")
         state.noise[0].copy_(noise_i)
@@ -142,19 +153,22 @@ def step(
 
 
 @torch.no_grad()
-def hold(state: State, image: torch.Tensor, noise: torch.Tensor, mask: torch.Tensor) -> None:
-    """Put the known image, at the level the last row left, back outside the mask (inpainting with an ordinary model).
+def restore_known(state: SamplerState, image: torch.Tensor, noise: torch.Tensor, mask: torch.Tensor) -> None:
+    """Restore the known image outside the mask, at the last row's noise level: inpainting with an ordinary model.
 
-    x = mask * x + (1 - mask) * (keep[0] * image + keep[1] * noise), and the model input follows. Call it after
-    `step`. image, noise: `[N, h, w, C]`, the scaled latent and the noise that the run began with. mask: `[N, h, w,
-    1]`, 1 where new content goes. All broadcast.
+    x = mask * x + (1 - mask) * (keep[0] * image + keep[1] * noise), and the model input likewise. Call it after `step`.
+
+    Args:
+        state: updated in place.
+        image, noise: `[N, h, w, C]`, the scaled latent and the noise that the run started from.
+        mask: `[N, h, w, 1]`, 1 where content is new. All three broadcast.
 
     Raises:
         ValueError: no row has run yet.
     """
     if state.index == 0:
-        raise ValueError("hold comes after step: no row has run yet")
-    signal, sigma = (float(value) for value in state.plan.keep[state.index - 1])
+        raise ValueError("call restore_known after step: no row has run yet")
+    signal, sigma = (float(value) for value in state.host_table.keep[state.index - 1])
     known = signal * image.to(state.x) + sigma * noise.to(state.x)
     mask = mask.to(state.x)
     state.x.copy_(mask * state.x + (1 - mask) * known)
@@ -162,7 +176,7 @@ def hold(state: State, image: torch.Tensor, noise: torch.Tensor, mask: torch.Ten
 
 
 def _device_table(table: Table) -> torch.Tensor:
-    """`[R + 1, 16]` float64: rows, flags and two zeros; the last row scales the finished latent by 1."""
+    """`[R + 1, 16]` float64: rows, flags and two zeros. An added last row has c_in 1, for the finished latent."""
     full = torch.zeros(len(table) + 1, op.WIDTH, dtype=torch.float64)
     full[:-1, :12] = torch.from_numpy(table.rows)
     full[:-1, 12] = torch.from_numpy(table.save)

@@ -1,7 +1,6 @@
 """Samplers in the notation of Karras et al. 2022: x = image + sigma z. Euler, Euler ancestral, Heun, LMS, DPM++ SDE.
 
-Notation: S is sigma at the row, S_next at the end of the step. The probability-flow ODE is dx/dsigma = (x - D) /
-sigma.
+Notation: S is sigma at the row, S_next at the end of the step. The probability-flow ODE is dx/dsigma = (x - D) / sigma.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import math
 import numpy as np
 
 from fastsd.sampling.schedule import Schedule
-from fastsd.sampling.table import Row, Table, TableBuilder, karras_c_in, karras_prediction
+from fastsd.sampling.table import Table, TableBuilder, TableRow, karras_c_in, karras_prediction
 
 
 def euler(schedule: Schedule) -> Table:
@@ -28,7 +27,7 @@ def euler_a(schedule: Schedule) -> Table:
     """Euler's method to sigma_down, then noise up to S_next (k-diffusion, `sample_euler_ancestral`, eta = 1).
 
     sigma_up and sigma_down are the standard deviation and the level of DDPM's posterior (Ho et al. 2020, equation 7):
-    sigma_down = S_next^2 / S. The last row draws noise as diffusers does, with weight 0.
+    sigma_down = S_next^2 / S. The last row draws noise with weight 0, as in diffusers.
     """
     times, sigmas = schedule.karras_levels()
     builder = _builder(schedule, sigmas)
@@ -42,7 +41,7 @@ def euler_a(schedule: Schedule) -> Table:
 
 
 def heun(schedule: Schedule) -> Table:
-    """Heun's second-order method, two calls a step but one in the last (Karras et al. 2022, algorithm 1)."""
+    """Heun's second-order method: two calls in each step but the last (Karras et al. 2022, algorithm 1)."""
     times, sigmas = schedule.karras_levels()
     builder = _builder(schedule, sigmas)
     for i in range(schedule.start, len(times)):
@@ -58,8 +57,8 @@ def heun(schedule: Schedule) -> Table:
 def lms(schedule: Schedule) -> Table:
     """Linear multistep (Adams-Bashforth) of order 4 on the uneven grid of sigmas (k-diffusion, `sample_lms`).
 
-    The history is of slopes; its weights are integrals of Lagrange's polynomials over the step. The order is 4 or the
-    number of slopes there are; diffusers takes weights of the full order in image-to-image while slopes are missing.
+    The history holds slopes; their weights are integrals of Lagrange polynomials over the step. The order is 4, or the
+    number of slopes so far. In image-to-image diffusers uses weights of order 4 even where slopes are missing.
     """
     times, sigmas = schedule.karras_levels()
     builder = _builder(schedule, sigmas)
@@ -68,7 +67,7 @@ def lms(schedule: Schedule) -> Table:
         p, q = karras_prediction(schedule.config.prediction_type, S)
         order = min(i - schedule.start + 1, 4)
         builder.add(
-            Row(
+            TableRow(
                 t=times[i],
                 prediction=((1 - p) / S, -q / S),  # slope (x - D) / S
                 c_in=karras_c_in(S),
@@ -90,9 +89,9 @@ def _adams_weights(nodes: list[float]) -> list[float]:
     result = []
     for node in known:
         lagrange = np.ones_like(tau)
-        for other in known:
-            if other != node:
-                lagrange *= (tau - other) / (node - other)
+        for root in known:
+            if root != node:
+                lagrange *= (tau - root) / (node - root)
         result.append(float((end - start) / 2 * np.sum(weights * lagrange)))
     return result
 
@@ -100,9 +99,9 @@ def _adams_weights(nodes: list[float]) -> list[float]:
 def dpmpp_sde(schedule: Schedule) -> Table:
     """DPM-Solver++ singlestep SDE with the midpoint at r = 1/2 (k-diffusion, `sample_dpmpp_sde`, eta = 1).
 
-    Row A goes to the geometric mean M of S and S_next, row B from S to S_next with D at M. Brownian motion on (S, M)
-    is part of that on (S, S_next): row B's noise is sqrt(r) z_(i-1) + sqrt(1 - r) z_i with r = (S - M) / (S -
-    S_next).
+    The first row of a step goes to the geometric mean M of S and S_next, the second from S to S_next with D at M.
+    Brownian motion on (S, M) is part of that on (S, S_next), so the second row's noise is sqrt(r) z_(i-1) + sqrt(1 - r)
+    z_i with r = (S - M) / (S - S_next).
     """
     times, sigmas = schedule.karras_levels()
     builder = _builder(schedule, sigmas)
@@ -113,7 +112,7 @@ def dpmpp_sde(schedule: Schedule) -> Table:
             continue
         M = math.sqrt(S * S_next)
         down, up = _ancestral(S, M)
-        # Outside an inpainting mask diffusers goes to S_next already here; `keep` follows it.
+        # In inpainting, diffusers has the known part at S_next after this row already; `keep` follows it.
         builder.add(_row(schedule, times[i], S, i, S_next, a=down / S, b=[1 - down / S], n=up, save=True, draw=True))
         down, up = _ancestral(S, S_next)
         r = (S - M) / (S - S_next)
@@ -130,8 +129,8 @@ def _ancestral(sigma_from: float, sigma_to: float) -> tuple[float, float]:
 
 
 def _builder(schedule: Schedule, sigmas: list[float]) -> TableBuilder:
-    # In "leading" spacing the run starts below the last timestep; there diffusers scales the noise to the deviation
-    # of a noisy image with unit variance, elsewhere to that of pure noise.
+    # In "leading" spacing the run starts below the last timestep. There diffusers scales the noise to the standard
+    # deviation of a noisy image of unit variance, elsewhere to sigma.
     leading = schedule.config.timestep_spacing == "leading" and schedule.schedule != "sgm_uniform"
     init = math.sqrt(sigmas[0] ** 2 + 1) if leading else sigmas[0]
     return TableBuilder(mix=(1.0, sigmas[schedule.start]), init=init)
@@ -151,7 +150,7 @@ def _row(
     m: float = 0.0,
     save: bool = False,
     draw: bool = False,
-) -> Row:
-    """A row whose network call is at (t, sigma) and whose D is the clean image."""
+) -> TableRow:
+    """A row that calls the network at (t, sigma), with the clean image as D."""
     prediction = karras_prediction(schedule.config.prediction_type, sigma)
-    return Row(t, prediction, step, (1.0, sigma_after), karras_c_in(sigma), a, s, b, n, m, save, True, draw)
+    return TableRow(t, prediction, step, (1.0, sigma_after), karras_c_in(sigma), a, s, b, n, m, save, True, draw)

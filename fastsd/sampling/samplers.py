@@ -1,67 +1,118 @@
-"""The one call that builds the table of any sampler."""
+"""The registry of samplers and schedules. It imports neither numpy nor torch, so that `--help` starts fast.
+
+To add a sampler, add an entry to `SAMPLERS`. `resolve`, the tables (`fastsd.sampling.build`), the command line's help,
+A1111's text and the schedulers of diffusers' folders derive from it.
+"""
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
-from fastsd.sampling.names import SAMPLERS, SCHEDULES, resolve
-from fastsd.sampling.schedule import Schedule
-from fastsd.sampling.table import COLUMNS, Table
 
-__all__ = ["COLUMNS", "SAMPLERS", "SCHEDULES", "Table", "build", "resolve"]
+if TYPE_CHECKING:
+    from fastsd.sampling.schedule import Schedule
+    from fastsd.sampling.table import Table
 
 
-def build(
-    sampler: str,
-    num_inference_steps: int,
-    config: SchedulerConfig,
-    *,
-    schedule: str = "default",
-    start: int = 0,
-    eta: float = 0.0,
-) -> Table:
-    """The table of a sampler for a checkpoint's noise schedule.
+@dataclass(frozen=True)
+class Sampler:
+    """One sampler.
 
-    Args:
-        sampler, schedule: names in `SAMPLERS` and `SCHEDULES`; `resolve` turns others into these.
-        num_inference_steps: the user's steps.
-        config: the checkpoint's.
-        start: the first of the steps that runs. A table that starts later is not a part of another, because multistep
-            methods have no history there.
-        eta: DDIM's share of fresh noise, 0 to 1.
+    Attributes:
+        name: in the API, on the command line and in metadata.
+        function: `Schedule -> Table`, as "module.function" in this package; imported at its first use.
+        label: its name in A1111's text.
+        diffusers: the scheduler class that stands for it in a diffusers folder; "": none does.
+        aliases: other spellings. Case, spaces, "_", "-", a leading "k_" and "pp" for "++" never matter.
+        takes_schedule: its noise levels can be moved. Samplers of the discrete process cannot: they step from one
+            training timestep to another.
+        takes_eta: it uses eta.
+    """
+
+    name: str
+    function: str
+    label: str
+    diffusers: str = ""
+    aliases: tuple[str, ...] = ()
+    takes_schedule: bool = True
+    takes_eta: bool = False
+
+    @property
+    def make_table(self) -> Callable[[Schedule], Table]:
+        """The function."""
+        module, function = self.function.split(".")
+        return getattr(importlib.import_module(f"fastsd.sampling.{module}"), function)
+
+
+# A1111 has no "DDPM", no "DPM++ 2S" and no "Euler Maruyama"; these labels are ours.
+SAMPLERS: dict[str, Sampler] = {
+    sampler.name: sampler
+    for sampler in (
+        Sampler("ddpm", "vp.ddpm", "DDPM", "DDPMScheduler", takes_schedule=False),
+        Sampler("ddim", "vp.ddim", "DDIM", "DDIMScheduler", takes_schedule=False, takes_eta=True),
+        Sampler("pndm", "vp.pndm", "PLMS", "PNDMScheduler", takes_schedule=False),
+        Sampler("euler", "karras.euler", "Euler", "EulerDiscreteScheduler"),
+        Sampler("euler_a", "karras.euler_a", "Euler a", "EulerAncestralDiscreteScheduler", ("euler_ancestral",)),
+        Sampler("heun", "karras.heun", "Heun", "HeunDiscreteScheduler"),
+        Sampler("dpm++2m", "dpm_solver.dpmpp_2m", "DPM++ 2M", "DPMSolverMultistepScheduler", ("dpm++", "dpm_solver++")),
+        Sampler("dpm++2m_sde", "dpm_solver.dpmpp_2m_sde", "DPM++ 2M SDE", aliases=("dpm++_sde_2m",)),
+        Sampler("dpm++sde", "karras.dpmpp_sde", "DPM++ SDE", "DPMSolverSDEScheduler"),
+        Sampler("dpm++2s", "dpm_solver.dpmpp_2s", "DPM++ 2S", "DPMSolverSinglestepScheduler"),
+        Sampler("unipc", "unipc.unipc", "UniPC", "UniPCMultistepScheduler", ("unipc_bh2",)),
+        Sampler("lms", "karras.lms", "LMS", "LMSDiscreteScheduler"),
+        Sampler("lcm", "vp.lcm", "LCM", "LCMScheduler", takes_schedule=False),
+        Sampler(
+            "euler_maruyama",
+            "vp.euler_maruyama",
+            "Euler Maruyama",
+            aliases=("euler_maruyama_sde", "em"),
+            takes_schedule=False,
+        ),
+    )
+}
+
+# Schedules and their names in A1111's text. "Uniform" is always written: where the schedule is missing, A1111 takes the
+# sampler's favourite, which is Karras for DPM++ 2M.
+SCHEDULES = {"default": "Uniform", "karras": "Karras", "exponential": "Exponential", "sgm_uniform": "SGM Uniform"}
+
+
+def resolve(sampler: str, schedule: str = "default") -> tuple[str, str]:
+    """The names in `SAMPLERS` and `SCHEDULES` that a user means.
+
+    The spellings of A1111 and k-diffusion and diffusers' class names are known. A schedule at the end of the sampler's
+    name ("DPM++ 2M Karras") applies where `schedule` is "default".
 
     Raises:
-        FastsdError: an unknown sampler or schedule, two that do not go together, or a number out of range.
+        FastsdError: an unknown name; the message offers the nearest ones.
     """
-    row = SAMPLERS.get(sampler)
-    if row is None:
-        raise FastsdError(f"{sampler!r} is unknown; fastsd knows {', '.join(SAMPLERS)}", argument="sampler")
-    if schedule not in SCHEDULES:
+    schedules = {_key(name): name for name in SCHEDULES}
+    resolved = schedules.get(_key(schedule))
+    if resolved is None:
         raise FastsdError(f"{schedule!r} is unknown; fastsd knows {', '.join(SCHEDULES)}", argument="schedule")
-    total = config.num_train_timesteps
-    if not 1 <= num_inference_steps <= total:
-        raise FastsdError(f"takes 1 to {total}, not {num_inference_steps}", argument="num_inference_steps")
-    if not 0 <= start < num_inference_steps:
-        last = num_inference_steps - 1
-        raise FastsdError(f"takes 0 to {last} for {num_inference_steps} steps, not {start}", argument="start")
-    if not 0 <= eta <= 1:
-        raise FastsdError(f"takes 0 to 1, not {eta}", argument="eta")
-    if eta > 0 and sampler != "ddim":
-        raise FastsdError(f"only ddim uses it, not {sampler}; leave it at 0", argument="eta")
-    if schedule != "default" and not row.schedules:
-        others = ", ".join(other.name for other in SAMPLERS.values() if other.schedules)
-        raise FastsdError(f"{sampler} has no {schedule} schedule; use default, or one of {others}", argument="schedule")
-    module, _, function = row.function.partition(":")
-    make = getattr(importlib.import_module(f"fastsd.sampling.{module}"), function)
-    try:
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            return make(Schedule(config, num_inference_steps, start, schedule, eta))
-    except ZeroDivisionError:
-        raise FastsdError(
-            f"{num_inference_steps} of {sampler} put two steps on one noise level; take fewer",
-            argument="num_inference_steps",
-        ) from None
+    known = {
+        _key(spelling): entry.name
+        for entry in SAMPLERS.values()
+        for spelling in (entry.name, entry.label, entry.diffusers, *entry.aliases)
+        if spelling
+    }
+    key = _key(sampler)
+    for suffix, name in schedules.items():
+        if key not in known and key.endswith(suffix) and key.removesuffix(suffix) in known:
+            key, resolved = key.removesuffix(suffix), name if resolved == "default" else resolved
+    if key not in known:
+        near = dict.fromkeys(known[match] for match in difflib.get_close_matches(key, known, n=4, cutoff=0.5))
+        offer = f"did you mean {' or '.join(near)}?" if near else f"fastsd knows {', '.join(SAMPLERS)}"
+        raise FastsdError(f"{sampler!r} is unknown; {offer}", argument="sampler")
+    return known[key], resolved
+
+
+def _key(name: str) -> str:
+    """`name` without case, separators, a leading "k_" and diffusers' "Scheduler"; "+" becomes "p"."""
+    lowered = re.sub(r"^k[_ ]|scheduler$", "", name.strip().lower())
+    return re.sub(r"[^a-z0-9]", "", lowered.replace("+", "p"))

@@ -1,8 +1,7 @@
-"""Noise levels: the training schedule in float64, and which of its timesteps a run visits.
+"""Noise levels: the training schedule in float64, and the timesteps that a run visits.
 
-Three ways to write one level: `alpha_bar` (the share of signal power of the variance-preserving process), `sigma`
-(noise per unit of signal, sqrt((1 - alpha_bar) / alpha_bar)) and `lambda = -log sigma` (half the log signal-to-
-noise).
+A level has three notations: `alpha_bar`, the signal power in the variance-preserving process; `sigma`, the noise per
+unit of signal, sqrt((1 - alpha_bar) / alpha_bar); and `lambda = -log sigma`, half the log signal-to-noise ratio.
 """
 
 from __future__ import annotations
@@ -21,14 +20,17 @@ Float64 = NDArray[np.float64]
 
 
 def betas(config: SchedulerConfig) -> Float64:
-    """Variance that each training timestep adds, `[T]`.
+    """The variance that each training timestep adds, `[T]`.
 
-    "linear": Ho et al. 2020, section 4. "scaled_linear": linear in sqrt(beta), as latent diffusion does (Rombach et
-    al. 2022, released code). "squaredcos_cap_v2": Nichol and Dhariwal 2021, equation 17, capped at 0.999.
+    "linear": Ho et al. 2020, section 4. "scaled_linear": linear in sqrt(beta), as in the code of latent diffusion
+    (Rombach et al. 2022). "squaredcos_cap_v2": Nichol and Dhariwal 2021, equation 17, capped at 0.999.
+
+    Raises:
+        FastsdError: another `beta_schedule`.
     """
     steps = config.num_train_timesteps
     if config.beta_schedule == "linear":
-        return np.linspace(config.beta_start, config.beta_end, steps, dtype=np.float64)
+        return np.linspace(config.beta_start, config.beta_end, steps)
     if config.beta_schedule == "scaled_linear":
         return np.square(np.linspace(config.beta_start**0.5, config.beta_end**0.5, steps))
     if config.beta_schedule == "squaredcos_cap_v2":
@@ -43,7 +45,7 @@ def betas(config: SchedulerConfig) -> Float64:
 def alphas_cumprod(config: SchedulerConfig) -> Float64:
     """`alpha_bar` of every training timestep, `[T]` float64, read-only.
 
-    With `rescale_betas_zero_snr` the last is exactly 0 and the first is kept: sqrt(alpha_bar) is shifted and scaled
+    With `rescale_betas_zero_snr`, sqrt(alpha_bar) is shifted and scaled: the last becomes exactly 0, the first stays
     (Lin et al. 2024, "Common diffusion noise schedules and sample steps are flawed", algorithm 1).
     """
     alpha_bar = np.cumprod(1 - betas(config), dtype=np.float64)
@@ -56,10 +58,14 @@ def alphas_cumprod(config: SchedulerConfig) -> Float64:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a sampler builds its table from: the training schedule and what the user asked for.
+    """What a sampler builds its table from: the training schedule and the user's choices.
 
-    config: the checkpoint's noise schedule. num_inference_steps: the user's steps, N. start: the first of them that
-    runs (0 except in image-to-image). schedule: a name in `fastsd.sampling.names`. eta: DDIM's share of fresh noise.
+    Attributes:
+        config: the checkpoint's noise schedule.
+        num_inference_steps: the user's steps, N.
+        start: the first of them that runs, 0 except in image-to-image.
+        schedule: one of `fastsd.sampling.samplers.SCHEDULES`.
+        eta: DDIM's share of fresh noise.
     """
 
     config: SchedulerConfig
@@ -70,23 +76,26 @@ class Schedule:
 
     @cached_property
     def alphas_cumprod(self) -> Float64:
-        """`alpha_bar` `[T]` of the variance-preserving samplers."""
+        """`alpha_bar` `[T]`, for the variance-preserving samplers."""
         return alphas_cumprod(self.config)
 
     @cached_property
     def sigmas(self) -> Float64:
-        """`sigma` `[T]` of the samplers that work in sigma; a zero terminal SNR becomes 2^-24, so that it is
-        finite."""
+        """`sigma` `[T]`, for the samplers that work in sigma; an alpha_bar of 0 becomes 2^-24 to keep it finite."""
         alpha_bar = self.alphas_cumprod
         if self.config.rescale_betas_zero_snr:
             alpha_bar = np.append(alpha_bar[:-1], 2.0**-24)
         return np.sqrt((1 - alpha_bar) / alpha_bar)
 
     def timesteps(self, *, extra_point: bool = False, integers: bool = True) -> Float64:
-        """The N timesteps of the config's spacing, falling (Lin et al. 2024, table 2).
+        """The N timesteps of the config's spacing, from high to low (Lin et al. 2024, table 2).
 
-        extra_point: space N + 1 points and drop the last, as DPM-Solver and UniPC do ("leading", "linspace").
-        integers: round "linspace" to timesteps that exist (half to even); the samplers in sigma interpolate instead.
+        Args:
+            extra_point: space N + 1 points and drop the last, as DPM-Solver and UniPC do ("leading", "linspace").
+            integers: round "linspace" to whole timesteps (half to even). The samplers in sigma interpolate instead.
+
+        Raises:
+            FastsdError: another `timestep_spacing`.
         """
         config, steps, total = self.config, self.num_inference_steps, self.config.num_train_timesteps
         points = steps + extra_point
@@ -96,7 +105,7 @@ class Schedule:
         elif config.timestep_spacing == "leading":
             times = (np.arange(points, dtype=np.float64) * (total // points))[::-1] + config.steps_offset
         elif config.timestep_spacing == "trailing":
-            # arange yields N + 1 points for some N (61, 103, ...): the cut below drops the one at t = -1.
+            # For some N (61, 103, ...) arange yields N + 1 points; the slice below drops the last, t = -1.
             times = np.arange(total, 0, -total / steps).round() - 1
         else:
             raise FastsdError(
@@ -108,7 +117,7 @@ class Schedule:
     def karras_levels(self) -> tuple[list[float], list[float]]:
         """Timesteps `[N]` and sigmas `[N + 1]`, the last 0, for samplers in the notation of Karras et al. 2022.
 
-        Timesteps are floats; "karras" and "exponential" span the sigmas that the spacing selects.
+        Timesteps are not whole numbers. "karras" and "exponential" span the sigmas that the spacing selects.
         """
         times = self._sgm_uniform() if self.schedule == "sgm_uniform" else self.timesteps(integers=False)
         sigmas = self._interpolate(times)
@@ -120,15 +129,15 @@ class Schedule:
     def solver_levels(self, *, linspace: bool = False) -> tuple[list[float], list[float]]:
         """Timesteps `[N]` and sigmas `[N + 1]`, the last 0, for DPM-Solver++ and UniPC.
 
-        Timesteps are whole; "karras" and "exponential" span all the sigmas of training. linspace: whatever the
-        config's spacing says (the singlestep solver of diffusers knows no other).
+        Timesteps are whole numbers. "karras" and "exponential" span all training sigmas. With `linspace`, that spacing
+        replaces the config's, as in diffusers' singlestep solver.
         """
         if self.schedule in ("karras", "exponential"):
             sigmas = self._ramp(self.sigmas[-1], self.sigmas[0])
             times = self.timestep_of(sigmas)
             if self.schedule == "karras" and self.config.beta_schedule != "squaredcos_cap_v2":
                 times = np.round(times)
-            else:  # diffusers casts to int here; 1e-6 keeps what is whole but for rounding where it is
+            else:  # diffusers casts to int; 1e-6 keeps timesteps that rounding left just below a whole number
                 times = np.floor(times + 1e-6)
         else:
             uniform = linspace or self.schedule == "sgm_uniform"
@@ -137,20 +146,18 @@ class Schedule:
         return times.tolist(), [*sigmas.tolist(), 0.0]
 
     def timestep_of(self, sigmas: Float64) -> Float64:
-        """Timesteps whose training sigmas are `sigmas`, interpolated in log sigma and clamped to the ends."""
+        """The timesteps of `sigmas`, interpolated in log sigma and clamped to the first and the last."""
         return np.interp(np.log(np.maximum(sigmas, 1e-10)), np.log(self.sigmas), np.arange(len(self.sigmas)))
 
     def _interpolate(self, times: Float64) -> Float64:
         return np.interp(times, np.arange(len(self.sigmas)), self.sigmas)
 
     def _sgm_uniform(self) -> Float64:
-        """N + 1 even points from the last timestep to 0, without the 0, as Stability's generative-models spaces
-        them."""
-        return np.linspace(self.config.num_train_timesteps - 1, 0, self.num_inference_steps + 1, dtype=np.float64)[:-1]
+        """N + 1 even points from the last timestep to 0, without the 0, as in Stability's generative-models."""
+        return np.linspace(self.config.num_train_timesteps - 1, 0, self.num_inference_steps + 1)[:-1]
 
     def _ramp(self, sigma_max: float, sigma_min: float) -> Float64:
-        """N sigmas from `sigma_max` to `sigma_min`: Karras et al. 2022, equation 5 (rho = 7), or even in log
-        sigma."""
+        """N sigmas from `sigma_max` to `sigma_min`: Karras et al. 2022, equation 5, rho = 7; or even in log sigma."""
         steps = self.num_inference_steps
         if self.schedule == "exponential":
             return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), steps))

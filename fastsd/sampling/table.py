@@ -1,12 +1,11 @@
-"""The row format: one row of coefficients for each call of the network.
+"""A sampler's table: one row of coefficients for each call of the network.
 
     if save: saved = x
     D  = p x + q F(c_in x, t)                       F: the network's output after guidance
     x' = a x + s saved + b0 D + b1 H1 + b2 H2 + b3 H3 + n z_i + m z_(i-1)
     if push: (H1, H2, H3) = (D, H1, H2)
 
-z_i is the fresh noise that row i draws, z_(i-1) what the row before it drew. The saved latent and the histories are 0
-at the start.
+z_i is the fresh noise of row i, z_(i-1) that of the row before. The saved latent and the history start at 0.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ COLUMNS = ("t", "c_in", "p", "q", "a", "s", "b0", "b1", "b2", "b3", "n", "m")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One call of the network and the update after it. `b`: the weights of D, H1, H2, H3, as many as are not 0."""
+class TableRow:
+    """One call of the network and the update after it. `b`: the weights of D, H1, H2, H3; missing ones are 0."""
 
     t: float
     prediction: tuple[float, float]  # (p, q)
-    step: int  # which of the user's steps
-    keep: tuple[float, float]  # level after this row, see Table.keep
+    step: int  # the user's step that it belongs to
+    keep: tuple[float, float]  # (signal, noise) after this row, see Table.keep
     c_in: float = 1.0
     a: float = 0.0
     s: float = 0.0
@@ -45,13 +44,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A sampler with its schedule worked out: everything that does not depend on the latent. All arrays on the host.
+    """A sampler for one schedule: everything that does not depend on the latent. Arrays are on the host.
 
-    rows: `[R, 12]` float64, columns `COLUMNS`. save, push, draw: `[R]` bool (draw: row i takes fresh noise).
-    step: `[R]` int, the user's step (0 .. N - 1) that a row belongs to. keep: `[R, 2]` float64, what diffusers'
-    inpainting pipeline puts outside the mask after row i: `keep[i, 0] * image + keep[i, 1] * noise`; (1, 0) in the
-    last row. init: the run starts from `init * noise`. mix: or, with an image, from `mix[0] * image + mix[1] *
-    noise`.
+    Attributes:
+        rows: `[R, 12]` float64, with the columns `COLUMNS`.
+        save, push: `[R]` bool, see above.
+        draw: `[R]` bool, whether a row needs fresh noise.
+        keep: `[R, 2]` float64. Inpainting restores the known part after row i to `keep[i, 0] * image + keep[i, 1] *
+            noise`, as diffusers' pipeline does. It is (1, 0) in the last row.
+        step: `[R]` int, the user's step, 0 to N - 1, that a row belongs to.
+        init: the run starts from `init * noise`.
+        mix: with an image, it starts from `mix[0] * image + mix[1] * noise`.
     """
 
     rows: Float64
@@ -68,37 +71,37 @@ class Table:
 
     @property
     def steps(self) -> int:
-        """How many of the user's steps run."""
+        """The number of the user's steps that run."""
         return int(self.step[-1] - self.step[0]) + 1 if len(self) else 0
 
     def without_rows(self) -> Table:
-        """A table that leaves an image as it is: with an image, the run starts and ends with that image."""
+        """A table that changes nothing: with an image, the run starts and ends at that image."""
         per_row = ("rows", "save", "push", "draw", "keep", "step")
         return replace(self, **{name: getattr(self, name)[:0] for name in per_row}, mix=(1.0, 0.0))
 
     @property
     def timesteps(self) -> Float64:
-        """The timestep at which each row calls the network, `[R]`."""
+        """The timestep of each row's network call, `[R]`."""
         return self.rows[:, 0]
 
 
 @dataclass
 class TableBuilder:
-    """Collects rows and checks them. init, mix: as in `Table`."""
+    """Collects rows. init, mix: as in `Table`."""
 
     mix: tuple[float, float]
     init: float = 1.0
-    rows: list[Row] = field(default_factory=list)
+    rows: list[TableRow] = field(default_factory=list)
 
-    def add(self, row: Row) -> None:
+    def add(self, row: TableRow) -> None:
         self.rows.append(row)
 
     def table(self) -> Table:
-        """The finished table; its last row leaves a clean image, so its `keep` is (1, 0).
+        """The finished table. The last row ends at the clean image, so its `keep` is (1, 0).
 
         Raises:
-            FastsdError: a coefficient is not finite, which happens where a prediction type cannot be used at the
-                schedule's noise level, or where two steps coincide.
+            FastsdError: a coefficient is not finite: the prediction type does not work at one of the noise levels, or
+                two steps coincide.
         """
         flat = [(r.t, r.c_in, *r.prediction, r.a, r.s, *r.b, *(0.0,) * (4 - len(r.b)), r.n, r.m) for r in self.rows]
         keep = [r.keep for r in self.rows[:-1]] + [(1.0, 0.0)]
@@ -126,13 +129,13 @@ def vp_level(alpha_bar: float) -> tuple[float, float]:
 
 
 def vp_level_of_sigma(sigma: float) -> tuple[float, float]:
-    """Variance-preserving (signal, noise) where noise / signal is `sigma`."""
+    """Variance-preserving: (signal, noise) with noise / signal = `sigma`."""
     signal = 1 / math.sqrt(1 + sigma * sigma)
     return signal, sigma * signal
 
 
 def vp_prediction(prediction_type: str, signal: float, noise: float) -> tuple[float, float]:
-    """(p, q) with D = p x + q F the clean image, for a latent x = signal * image + noise * z.
+    """(p, q) that make D = p x + q F the clean image, for a latent x = signal * image + noise * z.
 
     epsilon: Ho et al. 2020, equation 15. v: Salimans and Ho 2022, appendix D. sample: F is the image.
     """
@@ -154,12 +157,12 @@ def vp_prediction(prediction_type: str, signal: float, noise: float) -> tuple[fl
 
 
 def karras_prediction(prediction_type: str, sigma: float) -> tuple[float, float]:
-    """(p, q) with D = p x + q F the clean image, for a latent x = image + sigma * z (Karras et al. 2022, table 1)."""
+    """(p, q) that make D = p x + q F the clean image, for x = image + sigma * z (Karras et al. 2022, table 1)."""
     signal = 1 / math.sqrt(1 + sigma * sigma)
     p, q = vp_prediction(prediction_type, signal, sigma * signal)
     return p * signal, q  # the variance-preserving latent is signal * x
 
 
 def karras_c_in(sigma: float) -> float:
-    """What scales x = image + sigma * z to the variance-preserving latent that the network knows."""
+    """The factor from x = image + sigma * z to the variance-preserving latent, which is the network's input."""
     return 1 / math.sqrt(1 + sigma * sigma)

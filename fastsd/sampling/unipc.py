@@ -1,12 +1,12 @@
-"""UniPC: a predictor and a corrector that share one call of the network (Zhao et al. 2023, "UniPC").
+"""UniPC: a predictor and a corrector that share a network call (Zhao et al. 2023, "UniPC").
 
-Notation as in `dpm_solver`. An interval from sigma to sigma' has h, and B(h) = e^-h - 1 (their bh2) weighs the
-differences of older D from the one at its start, m0. Predictor and corrector are the same sum
+Notation as in `dpm_solver`. For an interval from sigma to sigma', m0 is D at its start, m_k are older D, and B = e^-h -
+1 (the authors' bh2) weighs their differences. Predictor and corrector are the same sum
 
     x' = (sigma' / sigma) x + alpha' (1 - e^-h) m0 - alpha' B sum_k rho_k (m_k - m0) / r_k
 
-over the older points, and for the corrector also the D found at the interval's end (r = 1). So the corrected latent
-is the predicted one plus terms in D and the history only, and the saved latent cancels: one row does both.
+over the older points; the corrector's also has D at the interval's end (r = 1). So the corrected latent is the
+predicted one plus terms in D and the history. No saved latent is needed, and one row does both.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import math
 import numpy as np
 
 from fastsd.sampling.schedule import Float64, Schedule
-from fastsd.sampling.table import Row, Table, TableBuilder, vp_level_of_sigma, vp_prediction
+from fastsd.sampling.table import Table, TableBuilder, TableRow, vp_level_of_sigma, vp_prediction
 
 ORDER = 2
 
 
 def unipc(schedule: Schedule) -> Table:
-    """UniPC-2 with B2(h) and prediction of the image (Zhao et al. 2023, algorithms 1 and 2).
+    """UniPC-2 with B2(h) and prediction of the clean image (Zhao et al. 2023, algorithms 1 and 2).
 
-    Each row first corrects the latent that it was called with, over the interval before, then predicts over the next.
+    A row corrects its latent over the interval before it, then predicts over the next.
     """
     times, sigmas = schedule.solver_levels()
     builder = TableBuilder(mix=vp_level_of_sigma(sigmas[schedule.start]))
-    previous = 0  # order of the interval before this row; 0: none, and nothing to correct
+    previous = 0  # the order of the interval before this row; 0: there is none
     for i in range(schedule.start, len(times)):
         correction = _correction(sigmas, i - 1, previous) if previous else np.zeros(4)
         order = min(ORDER, len(times) - i, i - schedule.start + 1)
@@ -40,7 +40,7 @@ def unipc(schedule: Schedule) -> Table:
         if order > 1:
             b += _differences(sigmas, i, _predictor_weights(order, sigmas, i))
         builder.add(
-            Row(
+            TableRow(
                 t=times[i],
                 prediction=vp_prediction(schedule.config.prediction_type, *vp_level_of_sigma(sigmas[i])),
                 a=x_weight,
@@ -58,15 +58,14 @@ def _lambda(sigma: float) -> float:
 
 
 def _ratios(sigmas: list[float], i: int, order: int) -> Float64:
-    """r_k = (lambda_(i-k) - lambda_i) / h of the older points k = 1 .. order - 1 of interval i, which is i to i +
-    1."""
+    """r_k = (lambda_(i-k) - lambda_i) / h for the older points k = 1 .. order - 1 of interval i, from i to i + 1."""
     h = _lambda(sigmas[i + 1]) - _lambda(sigmas[i])
     return np.array([(_lambda(sigmas[i - k]) - _lambda(sigmas[i])) / h for k in range(1, order)])
 
 
 def _system(sigmas: list[float], i: int, order: int) -> tuple[Float64, Float64]:
-    """R and b of R rho = b (Zhao et al. 2023, theorem 3.1): rows are powers of r_1 .. r_(order-1), 1."""
-    hh = _lambda(sigmas[i]) - _lambda(sigmas[i + 1])  # -h, as the image is predicted
+    """R and b of R rho = b (Zhao et al. 2023, theorem 3.1). Rows of R are powers of r_1 .. r_(order-1), 1."""
+    hh = _lambda(sigmas[i]) - _lambda(sigmas[i + 1])  # -h, for prediction of the clean image
     nodes = np.append(_ratios(sigmas, i, order), 1.0)
     R = np.stack([nodes**j for j in range(order)])
     phi, b = math.expm1(hh) / hh - 1, []
@@ -77,7 +76,7 @@ def _system(sigmas: list[float], i: int, order: int) -> tuple[Float64, Float64]:
 
 
 def _predictor_weights(order: int, sigmas: list[float], i: int) -> Float64:
-    """rho / r of the older points. Order 2 takes 1/2 for the system's root, as the authors' code does."""
+    """rho / r for the older points. Order 2 has rho = 1/2 instead of the system's root, as in the authors' code."""
     if order == 2:
         rho = np.array([0.5])
     else:
@@ -87,7 +86,7 @@ def _predictor_weights(order: int, sigmas: list[float], i: int) -> Float64:
 
 
 def _differences(sigmas: list[float], i: int, weights: Float64) -> Float64:
-    """Weights of D, H1, H2, H3 in -alpha' B sum_k weights_k (m_k - m0), where m0 is D and m_k is H_k."""
+    """The weights of D, H1, H2, H3 in -alpha' B sum_k weights_k (m_k - m0), where m0 is D and m_k is H_k."""
     scale = vp_level_of_sigma(sigmas[i + 1])[0] * math.expm1(_lambda(sigmas[i]) - _lambda(sigmas[i + 1]))
     result = np.zeros(4)
     result[1 : 1 + len(weights)] = -scale * weights
@@ -96,10 +95,10 @@ def _differences(sigmas: list[float], i: int, weights: Float64) -> Float64:
 
 
 def _correction(sigmas: list[float], i: int, order: int) -> Float64:
-    """Weights of D, H1, H2, H3 in the corrected minus the predicted latent at the end of interval i.
+    """The weights of D, H1, H2, H3 in the corrected minus the predicted latent at the end of interval i.
 
-    Seen from the row that follows it, the interval's m0 is H1, its m_k is H_(k+1) and its end is D.
-    Order 1 takes 1/2 for the point at the end, as the authors' code does.
+    In the row after the interval, its m0 is H1, its m_k is H_(k+1) and its end is D. Order 1 has rho = 1/2 for the end,
+    as in the authors' code.
     """
     R, b = _system(sigmas, i, order)
     rho = np.array([0.5]) if order == 1 else np.linalg.solve(R, b)
@@ -107,5 +106,5 @@ def _correction(sigmas: list[float], i: int, order: int) -> Float64:
     if order > 1:
         older = older - _predictor_weights(order, sigmas, i)
     at_start = _differences(sigmas, i, np.append(older, rho[-1]))
-    # _differences orders points as m0, older, end; in this row the end is D, m0 is H1 and the older are H2, ...
+    # `_differences` orders points as m0, older, end. In this row the end is D, m0 is H1, and the older are H2, ...
     return np.array([at_start[order], at_start[0], *at_start[1:order], *np.zeros(3 - order)])

@@ -1,6 +1,6 @@
 """Samplers of the discrete variance-preserving process: DDPM, DDIM, PNDM, LCM, Euler-Maruyama.
 
-Notation: A is alpha_bar at the row's timestep, P at the level that the row goes to.
+Notation: A is alpha_bar at the row's timestep, P at the level after the row.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import math
 
 from fastsd.errors import FastsdError
 from fastsd.sampling.schedule import Schedule
-from fastsd.sampling.table import Row, Table, TableBuilder, vp_level, vp_prediction
+from fastsd.sampling.table import Table, TableBuilder, TableRow, vp_level, vp_prediction
 
 
 def ddpm(schedule: Schedule) -> Table:
     """Ancestral sampling with the posterior q(x_prev | x, x0) (Ho et al. 2020, equations 6 and 7, variance "small").
 
-    Steps may skip timesteps: then beta = 1 - A / P (Nichol and Dhariwal 2021, section 4).
+    Where steps skip timesteps, beta = 1 - A / P (Nichol and Dhariwal 2021, section 4).
     """
     alpha_bar, times = _grid(schedule)
     builder = TableBuilder(mix=vp_level(alpha_bar[times[schedule.start]]))
@@ -23,10 +23,10 @@ def ddpm(schedule: Schedule) -> Table:
         A = alpha_bar[times[i]]
         P = alpha_bar[times[i + 1]] if i + 1 < len(times) else 1.0
         beta = 1 - A / P
-        # diffusers floors the variance at 1e-20, which shows in the last row, where it is 0.
+        # diffusers clamps the variance to at least 1e-20; that matters in the last row, where it would be 0.
         variance = max(beta * (1 - P) / (1 - A), 1e-20) if times[i] > 0 else 0.0
         builder.add(
-            Row(
+            TableRow(
                 t=times[i],
                 prediction=vp_prediction(schedule.config.prediction_type, *vp_level(A)),
                 a=math.sqrt(A / P) * (1 - P) / (1 - A),
@@ -41,9 +41,9 @@ def ddpm(schedule: Schedule) -> Table:
 
 
 def ddim(schedule: Schedule) -> Table:
-    """Deterministic for eta = 0, as noisy as DDPM for eta = 1 (Song, Meng and Ermon 2021, equations 12 and 16).
+    """Deterministic with eta = 0, as noisy as DDPM with eta = 1 (Song, Meng and Ermon 2021, equations 12 and 16).
 
-    A row goes to t - T // N, which in "leading" spacing is the next timestep and elsewhere nearly so.
+    A row goes to t - T // N. In "leading" spacing that is the next timestep, in others close to it.
     """
     config, (alpha_bar, times) = schedule.config, _grid(schedule)
     stride = config.num_train_timesteps // schedule.num_inference_steps
@@ -53,9 +53,9 @@ def ddim(schedule: Schedule) -> Table:
         A = alpha_bar[times[i]]
         P = alpha_bar[times[i] - stride] if times[i] >= stride else final
         n = schedule.eta * math.sqrt((1 - P) / (1 - A) * (1 - A / P))
-        a = math.sqrt(max(1 - P - n * n, 0.0) / (1 - A))  # rounding takes 1 - P - n^2 below 0 where eta is 1
+        a = math.sqrt(max(1 - P - n * n, 0.0) / (1 - A))  # with eta = 1, rounding can make 1 - P - n^2 negative
         builder.add(
-            Row(
+            TableRow(
                 t=times[i],
                 prediction=vp_prediction(config.prediction_type, *vp_level(A)),
                 a=a,
@@ -69,17 +69,20 @@ def ddim(schedule: Schedule) -> Table:
     return builder.table()
 
 
-# Weights of the newest and older outputs (Liu et al. 2022, equation 12); the second row averages two calls one step
-# apart, as in the improved Euler method.
+# Weights of the outputs, newest first (Liu et al. 2022, equation 12). The second row averages two calls one step apart,
+# as in the improved Euler method.
 _PLMS = ((1.0,), (1 / 2, 1 / 2), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
 def pndm(schedule: Schedule) -> Table:
     """Pseudo linear multistep without its Runge-Kutta start, known as PLMS (Liu et al. 2022, algorithm 2).
 
-    The second timestep is visited twice: the first row's result is only used to improve the first step. The history
-    is of noise (or v) predictions; a prediction of the sample is turned into noise first. `start` counts in the list
-    with the repeated timestep, as diffusers slices it, so that an image-to-image run has N + 1 - start rows.
+    The second timestep is visited twice: the second row repeats the first step, with the average of its two ends. The
+    history holds noise (or v) predictions; a predicted sample is converted to noise first. `start` counts in the list
+    with the repeated timestep, as in diffusers, so an image-to-image run has N + 1 - start rows.
+
+    Raises:
+        FastsdError: zero terminal SNR.
     """
     config, (alpha_bar, base) = schedule.config, _grid(schedule)
     if config.rescale_betas_zero_snr:
@@ -90,7 +93,7 @@ def pndm(schedule: Schedule) -> Table:
     v = config.prediction_type == "v_prediction"
     builder = TableBuilder(mix=vp_level(alpha_bar[times[0]]))
     for i, t in enumerate(times):
-        second = i == 1  # the first step again, with the average of its two ends
+        second = i == 1
         level, target = (t + stride, t) if second else (t, t - stride)
         A = alpha_bar[min(level, len(alpha_bar) - 1)]
         P = alpha_bar[target] if target >= 0 else final
@@ -99,7 +102,7 @@ def pndm(schedule: Schedule) -> Table:
         x_weight = math.sqrt(P / A) - (noise_weight * math.sqrt(1 - A) if v else 0.0)
         output_weight = -noise_weight * (math.sqrt(A) if v else 1.0)
         builder.add(
-            Row(
+            TableRow(
                 t=t,
                 prediction=_noise_or_v(config.prediction_type, alpha_bar[t]),
                 a=0.0 if second else x_weight,
@@ -117,8 +120,8 @@ def pndm(schedule: Schedule) -> Table:
 def lcm(schedule: Schedule) -> Table:
     """Consistency sampling: jump to the clean image, add fresh noise, repeat (Luo et al. 2023, algorithm 3).
 
-    Timesteps are every N-th of the 50 that distillation used. The boundary condition is c_skip and c_out of Song et
-    al. 2023, appendix C, at 10 t with sigma_data = 1/2.
+    The timesteps are N of the 50 that distillation used, evenly spaced. The boundary condition is c_skip and c_out of
+    Song et al. 2023, appendix C, at 10 t with sigma_data = 1/2.
 
     Raises:
         FastsdError: more than 50 steps.
@@ -137,7 +140,7 @@ def lcm(schedule: Schedule) -> Table:
         u = times[i] * scale
         c_skip, c_out = sigma_data**2 / (u * u + sigma_data**2), u / math.sqrt(u * u + sigma_data**2)
         builder.add(
-            Row(
+            TableRow(
                 t=times[i],
                 prediction=vp_prediction(schedule.config.prediction_type, *vp_level(alpha_bar[times[i]])),
                 a=signal * c_skip,
@@ -154,13 +157,12 @@ def lcm(schedule: Schedule) -> Table:
 def euler_maruyama(schedule: Schedule) -> Table:
     """Euler-Maruyama on the reverse of the variance-preserving SDE (Song et al. 2021, equations 6 and 11).
 
-    In the clock B = integral of beta dt, in which alpha_bar = exp(-B), the reverse SDE is
-    dx = (x / 2 + score) dB + dw, with score = (sqrt(A) D - x) / (1 - A). Between two timesteps B grows by log(P / A),
-    so levels match the training betas exactly. The last row adds no noise: nothing after it would take that out
-    again.
+    In the time variable B = integral of beta dt, where alpha_bar = exp(-B), the reverse SDE is
+    dx = (x / 2 + score) dB + dw, with score = (sqrt(A) D - x) / (1 - A). Between two timesteps B changes by log(P / A),
+    so levels match the training betas exactly. The last row adds no noise, since no later row would remove it.
 
     Raises:
-        FastsdError: zero terminal SNR, which is infinitely far away in B.
+        FastsdError: zero terminal SNR, where B is infinite.
     """
     if schedule.config.rescale_betas_zero_snr:
         raise FastsdError(
@@ -174,7 +176,7 @@ def euler_maruyama(schedule: Schedule) -> Table:
         dB = math.log(keep[0] ** 2 / A)
         last = i + 1 == len(times)
         builder.add(
-            Row(
+            TableRow(
                 t=times[i],
                 prediction=vp_prediction(schedule.config.prediction_type, *vp_level(A)),
                 a=1 + dB / 2 - dB / (1 - A),
@@ -194,14 +196,14 @@ def _grid(schedule: Schedule) -> tuple[list[float], list[int]]:
 
 
 def _level_of_next(alpha_bar: list[float], times: list[int], i: int) -> tuple[float, float]:
-    """(signal, noise) at the timestep after the i-th; clean after the last."""
+    """(signal, noise) at the timestep after the i-th; the clean image after the last."""
     return vp_level(alpha_bar[times[i + 1]]) if i + 1 < len(times) else (1.0, 0.0)
 
 
 def _noise_or_v(prediction_type: str, alpha_bar: float) -> tuple[float, float]:
-    """(p, q) of PNDM's history: the network's own output, or noise where that is the sample."""
+    """(p, q) for PNDM's history: the network's output itself, or the noise that a predicted sample implies."""
     if prediction_type != "sample":
-        vp_prediction(prediction_type, 1.0, 0.0)  # refuses unknown types
+        vp_prediction(prediction_type, 1.0, 0.0)  # raises for an unknown type
         return 0.0, 1.0
     signal, noise = vp_level(alpha_bar)
     return 1 / noise, -signal / noise

@@ -50,7 +50,7 @@ def inspect(path: Path, allow_pickle: bool = False) -> Facts:
         family = find_family(path, {key: entry.shape for key, entry in entries.items()}, metadata)
         facts += _family_facts(family, entries)
     except FastsdError as error:
-        facts += [("family", "unknown: " + error.message)]
+        facts += [("family", "unknown: " + str(error).removeprefix(f"{path}: "))]
         if (detection := detect_in_metadata(metadata)) is not None:
             facts += [("few steps", _few_step(detection))]
     facts += _named("metadata", _metadata(metadata))
@@ -105,7 +105,7 @@ def _few_step(detection: Detection | None) -> str:
     if detection is None:
         return "no (the file does not say so); set it with --few-step"
     kind = detection.kind
-    return f"{kind.name}: {kind.samplers[0]}, {kind.steps} step{'s' * (kind.steps > 1)} ({detection.why})"
+    return f"{kind.name}: {kind.samplers[0]}, {kind.steps} step{'s' * (kind.steps > 1)} ({detection.reason})"
 
 
 def _reason(family: CheckpointFamily) -> str:

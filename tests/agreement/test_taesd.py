@@ -15,7 +15,7 @@ from fastsd.config import TAESDConfig
 from fastsd.errors import FastsdError
 from fastsd.generate import latents
 from fastsd.kernels import dispatch
-from fastsd.model.taesd import TAESD, DoublingConv, TAESDBlock, TAESDDecoder, TAESDEncoder
+from fastsd.model.taesd import TAESD, TAESDBlock, TAESDDecoder, TAESDEncoder, UpsampleConv
 from fastsd.model.tiling import decode_tiled
 from fastsd.model.vae import AutoencoderKL
 from fastsd.pipeline import Pipeline
@@ -79,11 +79,11 @@ def test_every_layer_at_full_size(tmp_path: Path, reference: bool) -> None:
 def run_layer(name: str, module: torch.nn.Module, calls: dict[str, Call]) -> float | None:
     """How far a layer is from theirs on what theirs was given."""
     parent, _, last = name.rpartition(".")
-    if not isinstance(module, TAESDBlock | DoublingConv | TAESDEncoder | TAESDDecoder) and parent.count(".") != 1:
+    if not isinstance(module, TAESDBlock | UpsampleConv | TAESDEncoder | TAESDDecoder) and parent.count(".") != 1:
         return None
     call = calls[name]
     x = call.args[0]
-    if isinstance(module, DoublingConv):  # the layer before is the doubling
+    if isinstance(module, UpsampleConv):  # the layer before is the doubling
         x = calls[f"{parent}.{int(last) - 1}"].args[0]
     return error(nchw(module(nhwc(x))), call.output)
 
@@ -173,9 +173,9 @@ def test_a_decoder_alone_generates_and_says_what_it_cannot(
     pipe = Pipeline.from_pretrained(families.folder / "sd1", "cpu", "fp32", vae=path)
     arguments = {"num_inference_steps": 2, "seed": 1}
     assert pipe("a cat", **arguments).images[0].tobytes() == both("a cat", **arguments).images[0].tobytes()
-    with pytest.raises(FastsdError, match="image: the autoencoder is TAESD's decoder alone"):
+    with pytest.raises(FastsdError, match="image: the autoencoder is only TAESD's decoder"):
         pipe("a cat", image=photo, **arguments)
-    with pytest.raises(FastsdError, match="hires_upscaler: the autoencoder is TAESD's decoder alone"):
+    with pytest.raises(FastsdError, match="hires_upscaler: the autoencoder is only TAESD's decoder"):
         pipe("a cat", hires_scale=2, hires_upscaler="lanczos", **arguments)
     assert pipe("a cat", hires_scale=2, **arguments).images[0].size == (128, 128)
     with pytest.raises(FastsdError, match="not written: the autoencoder is only TAESD's decoder"):

@@ -128,7 +128,7 @@ def test_a_decoder_alone_and_an_image_to_start_from(cli: Callable, model: Path, 
     Image.new("RGB", (64, 64)).save("a.png")
     assert cli("-p", "x", "-m", model, "--vae", alone, "-o", "b.png").code == 0
     ran = cli("-p", "x", "-m", model, "--vae", alone, "-o", "c.png", "--image", "a.png")
-    refused(ran, "--image: the autoencoder is TAESD's decoder alone", "its encoder beside")
+    refused(ran, "--image: the autoencoder is only TAESD's decoder", "its encoder beside")
 
 
 def test_what_is_refused(cli: Callable, model: Path, taesd: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsd.image import infotext
-from fastsd.sampling.names import SAMPLERS, resolve
+from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
 from tests.support.infotext import FULL, HOSTILE
 
 # A1111's texts, as found in its documentation, its tests and images made with it.
@@ -195,10 +195,11 @@ def test_a1111s_texts_are_read(case: str) -> None:
     assert infotext.parse_parameters(text) == (expected, others)
 
 
-def test_every_sampler_is_read_by_its_label() -> None:
-    for name, sampler in SAMPLERS.items():
-        assert infotext.parse_parameters(f"a\nSteps: 1, Sampler: {sampler.label}, Seed: 1")[0]["sampler"] == name
-        assert resolve(sampler.label)[0] == name
+def test_labels_of_samplers_and_schedules_are_read() -> None:
+    for name, entry in SAMPLERS.items():
+        assert infotext.parse_parameters(f"a\nSteps: 1, Sampler: {entry.label}, Seed: 1")[0]["sampler"] == name
+    for name, label in SCHEDULES.items():
+        assert infotext.parse_parameters(f"a\nSteps: 1, Schedule type: {label}, Seed: 1")[0]["schedule"] == name
 
 
 @settings(max_examples=150, deadline=None)

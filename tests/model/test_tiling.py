@@ -1,4 +1,4 @@
-"""The autoencoder in tiles: no edge shows where tiles meet, whether tiles disagree a little or in their borders."""
+"""The autoencoder in tiles: no edge shows between tiles that differ in brightness, or that err at their borders."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LEVEL = 1 / 255  # of 8-bit images
 
 
 def smooth_image(height: int, width: int) -> torch.Tensor:
-    """`[1, height, width, 3]` in [-1, 1], a few waves across the image."""
+    """`[1, height, width, 3]` in [-1, 1], with a few waves across the image."""
     y = torch.linspace(-1, 1, height)[:, None]
     x = torch.linspace(-1, 1, width)[None, :]
     waves = (torch.sin(2 * x + y), torch.cos(3 * y - x), x * y)
@@ -23,14 +23,14 @@ def smooth_image(height: int, width: int) -> torch.Tensor:
 
 
 def largest_step(x: torch.Tensor) -> float:
-    """Between neighbouring pixels, of images in [0, 1]."""
+    """The largest difference between neighbouring pixels."""
     return max(float(x.diff(dim=dim).abs().max()) for dim in (1, 2))
 
 
 class Patchwork:
-    """Stands for an autoencoder whose tiles differ by `offset` in brightness and are wrong by `border` at their edges.
+    """An autoencoder whose tiles are too light or too dark by `offset` in turn, and off by `border` at their edges.
 
-    It enlarges latents bilinearly, so that all that is not smooth comes from the tiles.
+    It repeats latent pixels, so that edges in an image of a constant latent come from the tiles.
     """
 
     config = VAEConfig()
@@ -54,22 +54,22 @@ class Patchwork:
         return Gaussian(mean, 2 * mean)
 
 
-def test_tiles_that_disagree_meet_smoothly() -> None:
+def test_tiles_that_differ_meet_smoothly() -> None:
     latent = torch.full((1, HEIGHT, WIDTH, 3), 0.5)
-    inner = slice(8, -8)  # the image's own edge keeps what its tile gives there
+    inner = slice(8, -8)  # at the image's own edge nothing is cross-faded
     offset, border = 10 * LEVEL, 20 * LEVEL
     vae = Patchwork(offset, border)
-    photo = decode_tiled(vae, latent)[:, inner, inner]  # type: ignore[arg-type]
+    image = decode_tiled(vae, latent)[:, inner, inner]  # type: ignore[arg-type]
     assert vae.tiles == 6
-    # A fade of 2 * offset over the overlap; and a tile's border, which has at most 8 of its pixels' share there.
+    # The fade spreads 2 * offset over the overlap. A border of 8 pixels has at most weight 1 / OVERLAP.
     fade = 2 * offset / (OVERLAP * 8)
-    assert largest_step(photo) < LEVEL + fade
-    assert (photo - 0.5).abs().max() < offset + 2 * border * 8 / (OVERLAP * 8)
+    assert largest_step(image) < LEVEL + fade
+    assert (image - 0.5).abs().max() < offset + 2 * border * 8 / (OVERLAP * 8)
     abrupt = decode_tiled(Patchwork(offset, border), latent, overlap=0)[:, inner, inner]  # type: ignore[arg-type]
-    assert largest_step(abrupt) > 2 * offset  # the measure sees edges where nothing fades
+    assert largest_step(abrupt) > 2 * offset  # without a fade the measure sees the edges
 
 
-def test_tiles_that_agree_change_nothing() -> None:
+def test_equal_tiles_change_nothing() -> None:
     image = smooth_image(HEIGHT * 8, WIDTH * 8)
     vae = Patchwork(0.0, 0.0)
     whole = Gaussian(image[:, 4::8, 4::8], 2 * image[:, 4::8, 4::8])
@@ -90,10 +90,10 @@ def test_spans_cover_all_and_overlap(length: int) -> None:
 
 
 def interpolating_vae() -> AutoencoderKL:
-    """An autoencoder of the ordinary layers whose weights make it smooth, as trained ones are on smooth images.
+    """An AutoencoderKL whose weights keep smooth images smooth, as trained ones do.
 
-    Levels are changed by averaging kernels, and residual blocks add little. Channels stand at different levels, so
-    that a norm's statistics depend less on which part of the image a tile shows than on the channels themselves.
+    Averaging kernels change the resolution, and residual blocks add little. Channels have different means, so that a
+    norm's statistics depend on the channels more than on the part of the image in a tile.
     """
     torch.manual_seed(0)
     config = VAEConfig(block_out_channels=(16, 16, 16), layers_per_block=1, norm_num_groups=4)
@@ -105,9 +105,9 @@ def interpolating_vae() -> AutoencoderKL:
         if isinstance(module, Upsample | Downsample):
             module.conv.weight.copy_(average)
             module.conv.bias.zero_()
-    for half in (vae.encoder, vae.decoder):
-        half.conv_in.bias.copy_(3 * torch.randn(16))
-        half.conv_out.weight.copy_(half.conv_out.weight.mean((2, 3), keepdim=True).expand(-1, -1, 3, 3))
+    for network in (vae.encoder, vae.decoder):
+        network.conv_in.bias.copy_(3 * torch.randn(16))
+        network.conv_out.weight.copy_(network.conv_out.weight.mean((2, 3), keepdim=True).expand(-1, -1, 3, 3))
     return vae
 
 
@@ -119,15 +119,14 @@ def vae() -> AutoencoderKL:
 def test_a_smooth_image_shows_no_seams(vae: AutoencoderKL) -> None:
     latent = vae.encode(smooth_image(HEIGHT * 4, WIDTH * 4)).mean
     whole, tiled = vae.decode(latent) / 2, decode_tiled(vae, latent) / 2  # [0, 1] has half the range of [-1, 1]
-    assert float(whole.max() - whole.min()) > 0.25  # there is an image
+    assert float(whole.max() - whole.min()) > 0.25  # the image is not flat
     difference = tiled - whole
     assert 0 < float(difference.abs().max())
     assert largest_step(difference) < LEVEL
 
 
-@pytest.mark.heavy
 def test_encoding_in_tiles_shows_no_seams(vae: AutoencoderKL) -> None:
-    """In the image that the latent stands for: latents have no brightness of their own."""
+    """Compared as decoded images, since latents have no brightness."""
     image = smooth_image(HEIGHT * 4, WIDTH * 4)
     whole, tiled = vae.encode(image).mean, encode_tiled(vae, image).mean
     assert 0 < float((tiled - whole).abs().max())

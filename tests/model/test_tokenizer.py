@@ -1,4 +1,4 @@
-"""The tokenizer against transformers' CLIPTokenizer, and against vocabularies that are broken."""
+"""The tokenizer against transformers' CLIPTokenizer, and with broken vocabularies."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ PIECES = [
 
 
 def strings(count: int, seed: int) -> list[str]:
-    """Deterministic strings of every kind: empty, short, pieces glued with and without blanks, random code points."""
+    """Deterministic strings of every kind: empty, short, pieces joined with and without blanks, random code points."""
     rng = random.Random(seed)
 
     def code_point() -> str:
@@ -68,31 +68,31 @@ def strings(count: int, seed: int) -> list[str]:
             if not 0xD800 <= point <= 0xDFFF:
                 return chr(point)
 
-    made = ["", " ", "\n", "a", BOS, EOS, "hi!", "!"]
-    while len(made) < count:
+    texts = ["", " ", "\n", "a", BOS, EOS, "hi!", "!"]
+    while len(texts) < count:
         kind = rng.randrange(4)
         if kind == 0:
-            made.append("".join(code_point() for _ in range(rng.randrange(1, 40))))
+            texts.append("".join(code_point() for _ in range(rng.randrange(1, 40))))
         elif kind == 1:
-            made.append("".join(rng.choice(PIECES) for _ in range(rng.randrange(1, 15))))
+            texts.append("".join(rng.choice(PIECES) for _ in range(rng.randrange(1, 15))))
         else:  # longer than 77 tokens about half of the time
-            made.append(rng.choice([" ", ", ", "  "]).join(rng.choice(PIECES) for _ in range(rng.randrange(1, 90))))
-    return made
+            texts.append(rng.choice([" ", ", ", "  "]).join(rng.choice(PIECES) for _ in range(rng.randrange(1, 90))))
+    return texts
 
 
 STRINGS = strings(2000, seed=0)
 
 
 def write_folder(folder: Path, pad: str = EOS, legacy: bool = True) -> Path:
-    """A tokenizer folder as the published Stable Diffusion checkpoints have it, from the bundled vocabulary."""
+    """Write the bundled vocabulary as a tokenizer folder like those of the published Stable Diffusion checkpoints."""
     BUNDLED.save(folder)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         (folder / name).unlink()
     if legacy:
         flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
-        named = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS}
-        special = {name: {"content": text, **flags} for name, text in named.items()}
-        config = {name: {"__type": "AddedToken", **token} for name, token in special.items()}
+        roles = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS}
+        special = {role: {"content": text, **flags} for role, text in roles.items()}
+        config = {role: {"__type": "AddedToken", **token} for role, token in special.items()}
         settings = {"pad_token": pad, "model_max_length": 77, "do_lower_case": True, "tokenizer_class": "CLIPTokenizer"}
         (folder / "tokenizer_config.json").write_text(json.dumps({**config, **settings}))
         (folder / "special_tokens_map.json").write_text(json.dumps({**special, "pad_token": pad}))
@@ -114,81 +114,79 @@ def assert_same(ours: torch.Tensor, expected: torch.Tensor) -> None:
     assert not wrong, f"{len(wrong)} of {len(ours)} differ, the first: {STRINGS[wrong[0]]!r}"
 
 
-def test_published_ids() -> None:
-    """The ids that CLIP's own tokenizer gives for the Stable Diffusion README's prompt."""
+def test_ids_of_the_published_prompt() -> None:
+    """The ids of CLIP's own tokenizer for the prompt in Stable Diffusion's README."""
     ids = BUNDLED("a photo of an astronaut riding a horse")[0].tolist()
     assert ids == [49406, 320, 1125, 539, 550, 18376, 6765, 320, 4558] + [49407] * 68
     assert len(BUNDLED) == 49408
 
 
-def test_strings_cover_what_they_should() -> None:
+def test_the_strings_are_long_and_short_and_differ() -> None:
     lengths = [len(BUNDLED.tokens(text)) for text in STRINGS]
     assert sum(length > 75 for length in lengths) > 200 and sum(length < 20 for length in lengths) > 200
     assert len(set(STRINGS)) > 1950
 
 
-def test_bundled_vocabulary_as_transformers(tmp_path: Path) -> None:
+def test_the_bundled_vocabulary_agrees_with_transformers(tmp_path: Path) -> None:
     assert_same(BUNDLED(STRINGS), theirs(write_folder(tmp_path))(STRINGS))
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize("pad", [EOS, "!"], ids=["sd1", "sd2"])
 @pytest.mark.parametrize("layout", ["published", "tokenizer.json", "saved by fastsd", "vocabulary only"])
-def test_folder_as_transformers(tmp_path: Path, pad: str, layout: str) -> None:
-    folder = write_folder(tmp_path / "one", pad, legacy=layout != "vocabulary only")
+def test_a_folder_agrees_with_transformers(tmp_path: Path, pad: str, layout: str) -> None:
+    folder = write_folder(tmp_path / "written", pad, legacy=layout != "vocabulary only")
     if layout == "tokenizer.json":
         from transformers import CLIPTokenizer
 
-        CLIPTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "two")
-        folder = tmp_path / "two"
+        CLIPTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+        folder = tmp_path / "saved"
         assert (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").exists()
     elif layout == "saved by fastsd":
-        Tokenizer(folder).save(tmp_path / "two")
-        folder = tmp_path / "two"
+        Tokenizer(folder).save(tmp_path / "saved")
+        folder = tmp_path / "saved"
     ours = Tokenizer(folder)
     if layout != "vocabulary only":
         assert ours.pad_id == (0 if pad == "!" else 49407)
-    sample = STRINGS[:500]  # each string goes through every layout's settings, which is what differs here
+    sample = STRINGS[:500]  # layouts differ in their settings, which every string uses
     assert_same(ours(sample), theirs(folder)(sample))
 
 
-@pytest.mark.heavy
-def test_added_tokens_as_transformers(tmp_path: Path) -> None:
-    """Tokens beyond the vocabulary, as textual inversion leaves them, get their ids and are found in the text."""
+def test_added_tokens_agree_with_transformers(tmp_path: Path) -> None:
+    """Tokens beyond the vocabulary, such as those of textual inversion, keep their ids and match in the text."""
     from transformers import CLIPTokenizer
 
-    tokenizer = CLIPTokenizer.from_pretrained(write_folder(tmp_path / "one"))
+    tokenizer = CLIPTokenizer.from_pretrained(write_folder(tmp_path / "plain"))
     tokenizer.add_tokens(["<cat-toy>", "<Style>"])
-    tokenizer.save_pretrained(tmp_path / "two")
+    tokenizer.save_pretrained(tmp_path / "extended")
     prompts = ["a <cat-toy> in <style>", "a<cat-toy>", "<STYLE> <Cat-Toy>"]
-    ours = Tokenizer(tmp_path / "two")
+    ours = Tokenizer(tmp_path / "extended")
     assert len(ours) == 49410 and ours("a <cat-toy>")[0, 2] == 49408
-    assert_same(ours(prompts), theirs(tmp_path / "two")(prompts))
-    ours.save(tmp_path / "three")
-    assert_same(Tokenizer(tmp_path / "three")(prompts), ours(prompts))
+    assert_same(ours(prompts), theirs(tmp_path / "extended")(prompts))
+    ours.save(tmp_path / "saved")
+    assert_same(Tokenizer(tmp_path / "saved")(prompts), ours(prompts))
     # The older form: added_tokens.json beside the vocabulary.
-    folder = write_folder(tmp_path / "four")
+    folder = write_folder(tmp_path / "older")
     (folder / "added_tokens.json").write_text(json.dumps({"<cat-toy>": 49408, "<Style>": 49409}))
     assert_same(Tokenizer(folder)(prompts), theirs(folder)(prompts))
 
 
-def test_a_short_length_is_kept(tmp_path: Path) -> None:
+def test_model_max_length_sets_the_length(tmp_path: Path) -> None:
     folder = write_folder(tmp_path)
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    for written, expected in ((16, 16), (10**30, 77)):
+    for written, expected in ((16, 16), (10**30, 77)):  # transformers writes 10**30 for none
         (folder / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": written}))
         ids = Tokenizer(folder)("word " * 100)
         assert ids.shape == (1, expected) and ids[0, -1] == 49407 and ids[0, -2] != 49407
 
 
-def test_a_list_is_its_prompts() -> None:
+def test_a_list_gives_the_rows_of_its_prompts() -> None:
     prompts = ["one", "two words", ""]
     batch = BUNDLED(prompts)
     assert batch.shape == (3, 77) and torch.equal(batch, torch.cat([BUNDLED(prompt) for prompt in prompts]))
     assert BUNDLED([]).shape == (0, 77)
 
 
-def test_tokens() -> None:
+def test_tokens_are_text() -> None:
     assert BUNDLED.tokens("A cat, Sleeping!") == ["a</w>", "cat</w>", ",</w>", "sleeping</w>", "!</w>"]
 
 
@@ -199,13 +197,13 @@ def test_truncated_is_the_end_of_the_prompt() -> None:
         rest = BUNDLED.truncated(text)
         assert text.endswith(rest)
         assert bool(rest) == (len(BUNDLED.tokens(text)) > 75)
-    # What is kept gives the same ids on its own.
+    # The part that fits has the same ids alone.
     text = "word " * 74 + "cat dog"
     assert torch.equal(BUNDLED(text.removesuffix(BUNDLED.truncated(text))), BUNDLED(text))
 
 
 @pytest.mark.parametrize("prompt", [7, None, ["a", 7], b"a", "a \ud800", ["ok", "\udcff"]])
-def test_bad_prompts(prompt: object) -> None:
+def test_bad_prompts_are_refused(prompt: object) -> None:
     with pytest.raises(FastsdError, match="^prompt") as caught:
         BUNDLED(prompt)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
@@ -249,7 +247,7 @@ def test_bad_prompts(prompt: object) -> None:
         ("tokenizer.json", '{"model": {"vocab": {"a": 0}, "merges": []}, "added_tokens": 3}', "added_tokens"),
     ],
 )
-def test_bad_folders(tmp_path: Path, file: str, content: str | bytes | None, reason: str) -> None:
+def test_bad_folders_are_refused(tmp_path: Path, file: str, content: str | bytes | None, reason: str) -> None:
     folder = write_folder(tmp_path, legacy=False)
     if content is None:
         (folder / file).unlink()
@@ -262,6 +260,6 @@ def test_bad_folders(tmp_path: Path, file: str, content: str | bytes | None, rea
         assert file in str(caught.value)
 
 
-def test_no_folder(tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FastsdError, match="no such tokenizer folder"):
         Tokenizer(tmp_path / "nothing")

@@ -1,4 +1,4 @@
-"""Euler-Maruyama, which diffusers lacks for this process, against the exact solution for Gaussian data."""
+"""Euler-Maruyama, which diffusers does not have for this process, against the exact solution for Gaussian data."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 from fastsd.config import SchedulerConfig
 from fastsd.sampling import advance
-from fastsd.sampling.samplers import build
+from fastsd.sampling.build import build
 from fastsd.sampling.schedule import alphas_cumprod
 from fastsd.sampling.table import Table
 
-MEAN, STD = 0.6, 0.5  # of the data; neither the process's own (0, 1)
+MEAN, STD = 0.6, 0.5  # of the data, unlike those of the process (0, 1)
 
 
 def config_of(prediction_type: str = "epsilon") -> SchedulerConfig:
@@ -26,15 +26,15 @@ def gain(alpha_bar: float) -> float:
 
 
 def network(x: torch.Tensor, alpha_bar: float, prediction_type: str) -> torch.Tensor:
-    """What a perfect network of that prediction type returns."""
+    """The output of a perfect network of that prediction type."""
     signal, noise = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
     image = MEAN + gain(alpha_bar) * (x - signal * MEAN)
     epsilon = (x - signal * image) / noise
     return {"epsilon": epsilon, "v_prediction": signal * epsilon - noise * image, "sample": image}[prediction_type]
 
 
-def law(table: Table, config: SchedulerConfig) -> list[tuple[float, float]]:
-    """Mean and variance after every row, exactly: with this denoiser each row is affine in x."""
+def moments(table: Table, config: SchedulerConfig) -> list[tuple[float, float]]:
+    """The exact mean and variance after every row: with this denoiser each row is affine in x."""
     alpha_bar = alphas_cumprod(config)
     mean, variance = table.mix[0] * MEAN, table.mix[0] ** 2 * STD**2 + table.mix[1] ** 2
     result = []
@@ -46,13 +46,13 @@ def law(table: Table, config: SchedulerConfig) -> list[tuple[float, float]]:
     return result
 
 
-def exact(table: Table) -> list[tuple[float, float]]:
-    """Mean and variance of noised data at the level after every row, which the reverse SDE passes through."""
+def exact_moments(table: Table) -> list[tuple[float, float]]:
+    """Mean and variance of noised data at the level after every row: those of the reverse SDE."""
     return [(signal * MEAN, signal**2 * STD**2 + noise**2) for signal, noise in table.keep]
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_samples_have_the_datas_mean_and_variance(prediction_type: str) -> None:
+def test_samples_have_the_mean_and_variance_of_the_data(prediction_type: str) -> None:
     config = config_of(prediction_type)
     table, alpha_bar = build("euler_maruyama", 100, config), alphas_cumprod(config)
     generator = torch.Generator().manual_seed(1)
@@ -62,31 +62,31 @@ def test_samples_have_the_datas_mean_and_variance(prediction_type: str) -> None:
 
     state = advance.begin(table, normal(), MEAN + STD * normal())
     count = state.x.numel()
-    for i, (steps_law, truth) in enumerate(zip(law(table, config), exact(table))):
-        noise = normal() if advance.draws(state) else None
+    for i, (expected, truth) in enumerate(zip(moments(table, config), exact_moments(table))):
+        noise = normal() if advance.draws_noise(state) else None
         x_in = advance.model_input(state)
         out = network(x_in, float(alpha_bar[int(advance.timestep(state))]), prediction_type)
         advance.step(state, out, noise_i=noise)
         if i % 20 < 19:
             continue
-        # Five standard errors of 40,000 samples (6 rows are looked at), and the error of 100 steps, known exactly.
-        mean_tolerance = 5 * math.sqrt(truth[1] / count) + abs(steps_law[0] - truth[0])
-        variance_tolerance = 5 * truth[1] * math.sqrt(2 / count) + abs(steps_law[1] - truth[1])
+        # Five standard errors of 40,000 samples in each of 5 rows, and the exact error of 100 steps.
+        mean_tolerance = 5 * math.sqrt(truth[1] / count) + abs(expected[0] - truth[0])
+        variance_tolerance = 5 * truth[1] * math.sqrt(2 / count) + abs(expected[1] - truth[1])
         assert abs(float(state.x.mean()) - truth[0]) < mean_tolerance
         assert abs(float(state.x.var()) - truth[1]) < variance_tolerance
 
 
-def test_the_error_of_the_steps_is_small_and_of_first_order() -> None:
+def test_the_discretisation_error_is_small_and_of_first_order() -> None:
     config = config_of()
     errors = []
     for steps in (250, 500, 1000):
         table = build("euler_maruyama", steps, config)
-        (mean, variance), truth = law(table, config)[-1], exact(table)[-1]
+        (mean, variance), truth = moments(table, config)[-1], exact_moments(table)[-1]
         errors.append((abs(mean - truth[0]), abs(variance - truth[1])))
     assert errors[0][0] < 1e-3 and errors[0][1] < 1e-3
     for coarse, fine in zip(errors, errors[1:]):
-        for a, b in zip(coarse, fine):
-            assert a / b == pytest.approx(2, rel=0.1)  # halving the steps halves a first-order error
+        for coarse_error, fine_error in zip(coarse, fine):
+            assert coarse_error / fine_error == pytest.approx(2, rel=0.1)  # twice the steps, half the error
 
 
 def test_no_noise_is_added_after_the_last_call() -> None:

@@ -1,27 +1,22 @@
-"""Names, refusals and the shape of tables."""
+"""The registry: names that resolve, and one entry that is enough for a new sampler."""
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
-import types
-from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from fastsd.cli import flags
 from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
 from fastsd.image import infotext
-from fastsd.sampling import advance
-from fastsd.sampling.karras import euler
-from fastsd.sampling.names import Sampler
-from fastsd.sampling.samplers import COLUMNS, SAMPLERS, SCHEDULES, build, resolve
+from fastsd.sampling.build import build
+from fastsd.sampling.samplers import SAMPLERS, SCHEDULES, Sampler, resolve
 
-CONFIG = SchedulerConfig()
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.parametrize(
@@ -33,6 +28,7 @@ CONFIG = SchedulerConfig()
         ("PLMS", ("pndm", "default")),
         ("DPM++ 2M", ("dpm++2m", "default")),
         ("dpmpp_2m", ("dpm++2m", "default")),
+        ("dpmsolver++", ("dpm++2m", "default")),
         ("k_dpmpp_2m_sde", ("dpm++2m_sde", "default")),
         ("dpmpp_sde", ("dpm++sde", "default")),
         ("DPM++ 2M Karras", ("dpm++2m", "karras")),
@@ -41,10 +37,12 @@ CONFIG = SchedulerConfig()
         ("EulerAncestralDiscreteScheduler", ("euler_a", "default")),
         ("DPMSolverMultistepScheduler", ("dpm++2m", "default")),
         ("UniPC", ("unipc", "default")),
+        ("uni_pc_bh2", ("unipc", "default")),
         ("euler-maruyama", ("euler_maruyama", "default")),
+        ("EM", ("euler_maruyama", "default")),
     ],
 )
-def test_other_names_are_known(name: str, expected: tuple[str, str]) -> None:
+def test_other_programs_names_resolve(name: str, expected: tuple[str, str]) -> None:
     assert resolve(name) == expected
 
 
@@ -57,113 +55,74 @@ def test_names_resolve_to_themselves_and_the_argument_wins_over_the_suffix() -> 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("sampler", "schedule", "message"),
     [
-        ({"sampler": "eulr"}, "sampler: 'eulr' is unknown; fastsd knows ddpm, ddim"),
-        ({"sampler": "euler", "schedule": "karass"}, "schedule: 'karass' is unknown; .*karras"),
-        ({"sampler": "ddim", "schedule": "karras"}, "schedule: ddim has no karras schedule; use default"),
-        ({"num_inference_steps": 0}, "num_inference_steps: takes 1 to 1000, not 0"),
-        ({"num_inference_steps": 1001}, "num_inference_steps: takes 1 to 1000, not 1001"),
-        ({"sampler": "lcm", "num_inference_steps": 51}, "num_inference_steps: lcm takes 1 to 50, not 51"),
-        ({"sampler": "dpm++2m", "num_inference_steps": 1000}, "num_inference_steps: 1000 of dpm[+][+]2m put two steps"),
-        ({"start": 20}, "start: takes 0 to 19 for 20 steps, not 20"),
-        ({"sampler": "ddim", "eta": 1.5}, "eta: takes 0 to 1"),
-        ({"sampler": "euler", "eta": 0.5}, "eta: only ddim"),
+        ("eulr", "default", "^sampler: 'eulr' is unknown; did you mean euler"),
+        ("dpm++2n", "default", "^sampler: .*did you mean .*dpm[+][+]2m or"),
+        ("?", "default", "^sampler: .* fastsd knows ddpm, ddim"),
+        ("euler", "karass", "^schedule: 'karass' is unknown; .*karras"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(arguments: dict, message: str) -> None:
-    arguments = {"sampler": "euler", "num_inference_steps": 20, **arguments}
+def test_an_unknown_name_is_refused_with_the_nearest(sampler: str, schedule: str, message: str) -> None:
     with pytest.raises(FastsdError, match=message) as caught:
-        build(config=CONFIG, **arguments)
+        resolve(sampler, schedule)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "lcm"])
-def test_noise_cannot_be_predicted_from_noise_alone(sampler: str) -> None:
-    zero = replace(CONFIG, rescale_betas_zero_snr=True, timestep_spacing="trailing")
-    with pytest.raises(FastsdError, match="prediction_type: epsilon cannot start from zero terminal SNR"):
-        build(sampler, 20, zero)
+def test_every_spelling_belongs_to_one_sampler() -> None:
+    """An alias of two samplers would silently mean the later one."""
+    for name, sampler in SAMPLERS.items():
+        assert sampler.name == name
+        for spelling in (name, sampler.label, sampler.diffusers, *sampler.aliases):
+            assert not spelling or resolve(spelling)[0] == name, spelling
 
 
-@pytest.mark.parametrize("sampler", ["pndm", "euler_maruyama"])
-def test_samplers_without_zero_terminal_snr_say_so(sampler: str) -> None:
-    zero = replace(CONFIG, rescale_betas_zero_snr=True, prediction_type="v_prediction")
-    with pytest.raises(FastsdError, match=f"sampler: {sampler} cannot start from zero terminal SNR"):
-        build(sampler, 20, zero)
+MIDPOINT = Sampler("midpoint", "karras.euler", "Mid point", "MidpointScheduler", ("rk2",), takes_schedule=False)
 
 
-@pytest.mark.parametrize("field", ["prediction_type", "timestep_spacing", "beta_schedule"])
-@pytest.mark.parametrize("sampler", ["euler", "ddim", "pndm", "unipc"])
-def test_an_unknown_config_value_is_named(sampler: str, field: str) -> None:
-    with pytest.raises(FastsdError, match=f"{field}: 'other' is unknown"):
-        build(sampler, 20, replace(CONFIG, **{field: "other"}))
+@pytest.fixture
+def midpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one entry that a new sampler needs."""
+    monkeypatch.setitem(SAMPLERS, "midpoint", MIDPOINT)
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    sampler=st.sampled_from(sorted(SAMPLERS)),
-    steps=st.integers(1, 50),
-    schedule=st.sampled_from(sorted(SCHEDULES)),
-    spacing=st.sampled_from(["leading", "trailing", "linspace"]),
-    prediction=st.sampled_from(["epsilon", "v_prediction", "sample"]),
-    data=st.data(),
-)
-def test_every_table_is_well_formed(
-    sampler: str, steps: int, schedule: str, spacing: str, prediction: str, data: st.DataObject
-) -> None:
-    start = data.draw(st.integers(0, steps - 1))
-    schedule = schedule if SAMPLERS[sampler].schedules else "default"
-    config = replace(CONFIG, timestep_spacing=spacing, prediction_type=prediction)
-    table = build(sampler, steps, config, schedule=schedule, start=start)
-    count = len(table)
-    assert table.rows.shape == (count, len(COLUMNS)) and np.isfinite(table.rows).all()
-    assert {len(a) for a in (table.save, table.push, table.draw, table.keep, table.step)} == {count}
-    assert count == {"heun": 2 * (steps - start) - 1, "dpm++sde": 2 * (steps - start) - 1}.get(
-        sampler, steps - start + (sampler == "pndm" and steps > 1)
-    )
-    assert ((0 <= table.timesteps) & (table.timesteps <= 999)).all()
-    assert (table.step[0], table.step[-1]) == (start, steps - 1) and (np.diff(table.step) >= 0).all()
-    assert (np.diff(table.keep[:, 1] / table.keep[:, 0]) <= 0).all()  # never noisier than before
-    assert tuple(table.keep[-1]) == (1, 0)
-    assert not table.rows[~table.draw, 10].any()  # noise is weighed only where it is drawn
+def test_a_new_entry_resolves_and_builds(midpoint: None) -> None:
+    for spelling in ("midpoint", "Mid Point", "MidpointScheduler", "k_rk2"):
+        assert resolve(spelling) == ("midpoint", "default")
+    table = build("rk2", 5, SchedulerConfig())
+    np.testing.assert_array_equal(table.rows, build("euler", 5, SchedulerConfig()).rows)
+    with pytest.raises(FastsdError, match="midpoint has no karras schedule; use default, or one of euler, "):
+        build("midpoint", 5, SchedulerConfig(), schedule="karras")
+    with pytest.raises(FastsdError, match="did you mean midpoint"):
+        resolve("midpont")
 
 
-@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
-def test_a_perfect_network_gives_the_image_back(sampler: str) -> None:
-    """With F the image at every call, every sampler must end there."""
-    table = build(sampler, 20, replace(CONFIG, prediction_type="sample", set_alpha_to_one=True))
-    generator = torch.Generator().manual_seed(0)
-    image, noise = (torch.randn(1, 4, 4, 4, generator=generator, dtype=torch.float64) for _ in range(2))
-    state = advance.begin(table, noise)
-    while not state.done:
-        advance.step(state, image, noise_i=torch.zeros_like(noise))
-    # LCM keeps c_skip (6e-8) of x; Euler-Maruyama's last row x' = (1 + B / 2 - B / (1 - A)) x + ... is not exact.
-    tolerance = {"lcm": 1e-6, "euler_maruyama": 2e-3}.get(sampler, 1e-10)
-    assert (state.x - image).abs().max() < tolerance * 4
+def test_a1111s_text_holds_a_new_entry(midpoint: None) -> None:
+    settings = {"prompt": "x", "num_inference_steps": 5, "sampler": "midpoint", "schedule": "default", "seed": 1}
+    text = infotext.write_parameters(settings)
+    assert "Sampler: Mid point" in text and "Schedule type" not in text
+    assert infotext.parse_parameters(text)[0]["sampler"] == "midpoint"
 
 
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (("eulr",), "sampler: 'eulr' is unknown; did you mean euler"),
-        (("dpm++2n",), "did you mean .*dpm[+][+]2m or"),
-        (("?",), "sampler: .* fastsd knows ddpm, ddim"),
-        (("euler", "karass"), "schedule: 'karass' is unknown; .*karras"),
-    ],
-)
-def test_unknown_names_are_refused_with_the_nearest(names: tuple[str, ...], message: str) -> None:
-    with pytest.raises(FastsdError, match=message):
-        resolve(*names)
+def test_the_help_and_diffusers_folders_have_a_new_entry_without_numpy() -> None:
+    """Both are made on import, so a new process adds the entry first."""
+    code = f"""
+import sys
+from fastsd.sampling.samplers import SAMPLERS, Sampler
+SAMPLERS["midpoint"] = {MIDPOINT!r}
+from fastsd.parameters import PARAMETERS
+assert not {{"numpy", "torch"}} & set(sys.modules)
+from fastsd.cli import flags
+from fastsd.weights.layouts.configs import CLASS_OF_SAMPLER
+assert CLASS_OF_SAMPLER["midpoint"] == "MidpointScheduler"
+print(flags.make_parser({{}}).format_help())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"--sampler\b.*euler_maruyama\s+midpoint\b", done.stdout, re.S)
 
 
-def test_one_row_is_a_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The recipe of docs/architecture.md: a function and a row."""
-    module = types.ModuleType("fastsd.sampling.leap")
-    module.leap = euler  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "fastsd.sampling.leap", module)
-    monkeypatch.setitem(SAMPLERS, "leap", Sampler("leap", "leap:leap", "Leap frog", ("jump",)))
-    assert resolve("Leap Karras") == ("leap", "karras") and resolve("k_jump")[0] == "leap"
-    assert np.array_equal(build("leap", 5, CONFIG).rows, build("euler", 5, CONFIG).rows)
-    text = infotext.write_parameters({"prompt": "x", "sampler": "leap", "num_inference_steps": 5, "seed": 1})
-    assert "Sampler: Leap frog" in text and infotext.parse_parameters(text)[0]["sampler"] == "leap"
-    assert " leap" in flags.make_parser({}).format_help()
+def test_the_page_lists_every_sampler_and_schedule() -> None:
+    page = (ROOT / "docs" / "samplers.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` |" in page for name in SAMPLERS)
+    assert all(f"`{name}`" in page for name in SCHEDULES)

@@ -1,4 +1,4 @@
-"""Noise schedules and timesteps, for every step count against diffusers' own."""
+"""Noise schedules and timesteps against diffusers', for every step count."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("kind", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
-def test_timesteps_are_diffusers_for_every_count(kind: str, spacing: str) -> None:
-    """Half to even, linspace unrounded for Euler, one point more for DPM-Solver: each differs for some count only."""
-    scheduler = getattr(diffusers, kind)(timestep_spacing=spacing, **SD)
+@pytest.mark.parametrize("scheduler_class", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_timesteps_agree_with_diffusers_for_every_step_count(scheduler_class: str, spacing: str) -> None:
+    """Rounding half to even, unrounded linspace for Euler, one more point for DPM-Solver: each shows at few counts."""
+    scheduler = getattr(diffusers, scheduler_class)(timestep_spacing=spacing, **SD)
     config = SchedulerConfig(timestep_spacing=spacing)
     for steps in range(1, 201):
         scheduler.set_timesteps(steps)
         schedule = Schedule(config, steps)
-        if kind == "DDIMScheduler":
+        if scheduler_class == "DDIMScheduler":
             times = schedule.timesteps().tolist()
         else:
-            times = (schedule.karras_levels if kind.startswith("Euler") else schedule.solver_levels)()[0]
+            times = (schedule.karras_levels if scheduler_class.startswith("Euler") else schedule.solver_levels)()[0]
         theirs = scheduler.timesteps.numpy()
-        # In trailing spacing and for 61, 103, ... steps rounding gives diffusers one more timestep, -1; here it is cut.
+        # In trailing spacing and for 61, 103, ... steps, rounding gives diffusers one more timestep, -1.
         assert len(theirs) == steps or (spacing == "trailing" and len(theirs) == steps + 1 and theirs[-1] == -1)
         np.testing.assert_allclose(times, theirs[:steps], rtol=0, atol=1e-4)  # theirs are float32
 
 
 @pytest.mark.parametrize("betas", ["linear", "scaled_linear", "squaredcos_cap_v2"])
-def test_alphas_cumprod_is_diffusers_in_more_digits(betas: str) -> None:
+def test_alphas_cumprod_agrees_with_diffusers_to_fp32(betas: str) -> None:
     config = SchedulerConfig(beta_schedule=betas)
     theirs = DDIMScheduler(**{**SD, "beta_schedule": betas}).alphas_cumprod.double().numpy()
-    # Their betas are float32: 1000 factors, each off by 2^-24.
+    # diffusers' betas are float32: 1000 factors, each off by 2^-24.
     np.testing.assert_allclose(alphas_cumprod(config), theirs, rtol=1000 * 2.0**-24)
 
 
@@ -54,7 +54,7 @@ def test_zero_terminal_snr_keeps_the_first_level_and_zeroes_the_last() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["karras", "exponential"])
-def test_ramps_span_what_they_should(schedule: str) -> None:
+def test_ramps_span_the_right_sigmas(schedule: str) -> None:
     config = SchedulerConfig(timestep_spacing="leading")
     levels = Schedule(config, 10, schedule=schedule)
     _, selected = Schedule(config, 10).karras_levels()

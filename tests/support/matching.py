@@ -1,4 +1,4 @@
-"""Running a fastsd module on what the module of the same name in diffusers or transformers was given."""
+"""Run a fastsd module on the inputs of the module of the same name in diffusers or transformers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Maps = torch.Tensor | list[torch.Tensor]
 
 
 class Call(NamedTuple):
-    """One call of their module."""
+    """A recorded call of one of their modules."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -28,13 +28,20 @@ class Call(NamedTuple):
         return self.get(0, "hidden_states")
 
 
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest difference over the largest value; inf where shapes differ or ours is not finite."""
+    if ours.shape != theirs.shape or not bool(ours.isfinite().all()):
+        return float("inf")
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
 def record(module: nn.Module) -> tuple[dict[str, Call], list[Any]]:
-    """The last call of every submodule by name, filled while `module` runs; and the hooks to remove."""
+    """The last call of every submodule by name, filled while `module` runs, and the hooks to remove."""
     calls: dict[str, Call] = {}
 
     def hook(name: str) -> Callable[..., None]:
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            calls[name] = Call(tuple(map(single, args)), kwargs, output)
+            calls[name] = Call(tuple(map(in_fp32, args)), kwargs, output)
 
         return keep
 
@@ -42,8 +49,8 @@ def record(module: nn.Module) -> tuple[dict[str, Call], list[Any]]:
     return calls, hooks
 
 
-def single(x: Any) -> Any:
-    """What theirs was given in float64, as ours takes it."""
+def in_fp32(x: Any) -> Any:
+    """An input of ours from a float64 input of theirs."""
     return x.float() if isinstance(x, torch.Tensor) and x.dtype == torch.float64 else x
 
 
@@ -56,38 +63,39 @@ def nchw(x: torch.Tensor) -> torch.Tensor:
 
 
 class UNetRun:
-    """Calls of fastsd's UNet blocks with the text and time that the whole network was given."""
+    """Runs fastsd's UNet blocks with the text and time of a recorded call of the whole network."""
 
     def __init__(self, model: unet.UNet, calls: dict[str, Call], context: torch.Tensor):
         self.context = context
         embedding = calls["time_embedding"].output
         if model.add_embedding is not None:
             embedding = embedding + calls["add_embedding"].output
-        # As UNet.embed_time does it: one product for all blocks, split by their widths.
+        # As in UNet.embed_time: one product for all blocks, split by their widths.
         projected = model.time_projections(nn.functional.silu(embedding)).split(model.time_sizes, dim=-1)
         names = [name for name, m in model.named_modules() if isinstance(m, layers.ResBlock)]
         self.times = dict(zip(names, projected, strict=True))
 
-    def texts(self, module: nn.Module) -> unet.Embeddings:
+    def texts(self, module: nn.Module) -> unet.BlockInputs:
+        """Keys and values for the cross-attentions in a module."""
         return iter([m.project_context(self.context) for m in module.modules() if isinstance(m, layers.CrossAttention)])
 
-    def inside(self, name: str) -> unet.Embeddings:
+    def times_in(self, name: str) -> unet.BlockInputs:
+        """Time embeddings for the residual blocks in the module of that name."""
         return iter([time for block, time in self.times.items() if block.startswith(name + ".")])
 
     def run(self, name: str, module: nn.Module, call: Call) -> Maps | None:
-        """fastsd's output for `call`, in their layout; None where the two do not divide the work alike."""
+        """The module's output for `call`, in their layout; None where the two networks divide the work differently."""
         x = nhwc(call.x) if isinstance(call.x, torch.Tensor) else call.x
         if isinstance(module, unet.DownLevel):
-            return [nchw(y) for y in module(x, self.inside(name), self.texts(module))]
+            return [nchw(y) for y in module(x, self.times_in(name), self.texts(module))]
         if isinstance(module, unet.MidLevel):
-            return nchw(module(x, self.inside(name), self.texts(module)))
+            return nchw(module(x, self.times_in(name), self.texts(module)))
         if isinstance(module, unet.UpLevel):
             skips = [nhwc(skip) for skip in call.get(1, "res_hidden_states_tuple")]
-            if (size := call.get(4, "upsample_size")) is not None and module.upsamplers is not None:
-                skips = [x.new_zeros(1, *size, 1), *skips]  # the map that the next level down was made from
-            elif module.upsamplers is not None:
-                skips = [x.new_zeros(1, 2 * x.shape[1], 2 * x.shape[2], 1), *skips]
-            return nchw(module(x, skips, self.inside(name), self.texts(module)))
+            if module.upsamplers is not None:  # ours upsamples to the size of the next skip connection
+                size = call.get(4, "upsample_size") or (2 * x.shape[1], 2 * x.shape[2])
+                skips = [x.new_zeros(1, *size, 1), *skips]
+            return nchw(module(x, skips, self.times_in(name), self.texts(module)))
         if isinstance(module, layers.ResBlock):
             return nchw(module(x, self.times[name]))
         if isinstance(module, layers.SpatialTransformer):
@@ -100,10 +108,12 @@ class UNetRun:
 
 
 def run_layer(module: nn.Module, x: torch.Tensor, call: Call) -> Maps | None:
-    """The layers that UNet, VAE and text encoder share."""
-    if isinstance(module, layers.ResBlock | vae.AttentionBlock | vae.MidBlock | vae.Level | vae.Encoder | vae.Decoder):
+    """As `UNetRun.run`, for the layers that UNet, VAE and text encoder share."""
+    if isinstance(
+        module, layers.ResBlock | vae.AttentionBlock | vae.MidBlock | vae.VAELevel | vae.VAEEncoder | vae.VAEDecoder
+    ):
         return nchw(module(x))
-    if isinstance(module, layers.SelfAttention | layers.FeedForward | clip.CausalAttention | clip.FeedForwardMLP):
+    if isinstance(module, layers.SelfAttention | layers.FeedForward | clip.CausalAttention | clip.TextMLP):
         return module(x, torch.zeros_like(x))
     if isinstance(module, layers.GroupNorm) and x.ndim == 3:  # [B, C, S] in their attention
         return module(x.transpose(1, 2)[:, None])[:, 0].transpose(1, 2)
@@ -111,18 +121,18 @@ def run_layer(module: nn.Module, x: torch.Tensor, call: Call) -> Maps | None:
         size = call.get(1, "output_size")
         return nchw(module(x, None if size is None else torch.Size(size)))
     if isinstance(module, layers.Linear) and module.parts:
-        return None  # several of theirs in one; likewise
-    if isinstance(module, nn.ModuleList | nn.ModuleDict | clip.EncoderLayers | clip.TextModel | clip.TextEncoder):
-        return None  # containers
-    if isinstance(module, unet.UNet | vae.AutoencoderKL | clip.TokenTable):
+        return None  # several of theirs in one
+    if isinstance(module, nn.ModuleList | nn.ModuleDict | clip.LayerStack | clip.TextModel | clip.TextEncoder):
+        return None  # containers only
+    if isinstance(module, unet.UNet | vae.AutoencoderKL | clip.Embedding):
         return None
     return nchw(module(x))
 
 
 def expected(module: nn.Module, output: Any) -> Maps:
-    """What a module of theirs gave: a map, or for a contracting level its skip connections."""
+    """The output of one of their modules: a map, or a contracting level's skip connections."""
     if isinstance(module, layers.GroupNorm) and module.silu:
-        return nn.functional.silu(output)  # a step of its own there
+        return nn.functional.silu(output)  # a separate module of theirs
     if isinstance(output, torch.Tensor):
         return output
     if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], tuple | list):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastsd.components import Components, Embedding
+from fastsd.components import Components, TextualInversion
 from fastsd.text import encode
 from fastsd.text.encode import TextFeatures, emphasize
 from fastsd.text.parse import parse_text
@@ -118,7 +118,7 @@ def test_vectors_stand_in_for_a_word(components: Components) -> None:
         (word,) = tokenizer.ids("zebra")
         encoder.text_model.embeddings.token_embedding.weight[word] = vector[0]
     embedded = copy.copy(components)
-    embedded.embeddings = {"<toy>": Embedding(("<toy>",), vectors)}
+    embedded.embeddings = {"<toy>": TextualInversion(("<toy>",), vectors)}
     found = encode_text(embedded, "a <TOY>, (<toy>:1.2) x", 1, syntax="a1111")
     wanted = encode_text(taught, "a zebra, (zebra:1.2) x", 1, syntax="a1111")
     assert torch.equal(found.context, wanted.context) and torch.equal(found.pooled, wanted.pooled)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsd.components import Components, Embedding
+from fastsd.components import Components, TextualInversion
 from fastsd.errors import FastsdError
 from fastsd.text import parse
 from fastsd.text.encode import encode_text
@@ -55,14 +55,14 @@ def test_any_prompt_is_parsed_and_encoded(embedded: Components, prompt: str, syn
 @pytest.fixture(scope="module")
 def embedded() -> Components:
     components = tiny.sd1()
-    components.embeddings = {"toy": Embedding(("toy",), (torch.ones(9, 32),))}
+    components.embeddings = {"toy": TextualInversion(("toy",), (torch.ones(9, 32),))}
     return components
 
 
 def test_notes() -> None:
     components = tiny.sd1()
     components.known_words = frozenset({"a", "cat"})
-    components.embeddings = {"toy": Embedding(("toy",), (torch.ones(1, 32),))}
+    components.embeddings = {"toy": TextualInversion(("toy",), (torch.ones(1, 32),))}
     assert notes(components, "(a:1.2) cat BREAK toy", "a1111") == []
     assert "'dog'" in notes(components, "a [dog]", "a1111")[0]
     components.known_words = frozenset()

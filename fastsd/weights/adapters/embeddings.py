@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fastsd.components import Embedding
+from fastsd.components import TextualInversion
 from fastsd.errors import FastsdError
 from fastsd.model.clip import TextEncoder
 from fastsd.weights.formats.pickle_file import open_pickle, tensors_in
@@ -26,7 +26,7 @@ _KEY_WITHOUT_NAME = "emb_params"  # A1111 writes this in place of the token that
 
 def load_embedding(
     path: str | Path, encoders: Sequence[TextEncoder], token: str | None = None, allow_pickle: bool = False
-) -> Embedding:
+) -> TextualInversion:
     """Read a textual inversion for the given text encoders.
 
     Args:
@@ -54,7 +54,7 @@ def load_embedding(
         names.append(next(iter(tensors)))
     if not all(name.strip() and len(name) <= 200 for name in names):
         raise FastsdError(f"the token {names[-1][:40]!r} should be a text of 1 to 200 characters", path=path)
-    return Embedding(tuple(dict.fromkeys(names)), _vectors(path, tensors, encoders))
+    return TextualInversion(tuple(dict.fromkeys(names)), _vectors(path, tensors, encoders))
 
 
 def _unpickle(path: Path, allow_pickle: bool) -> dict[str, torch.Tensor]:

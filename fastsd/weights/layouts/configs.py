@@ -7,23 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from fastsd.config import AutoencoderConfig, CLIPConfig, SchedulerConfig, TAESDConfig, UNetConfig, VAEConfig
+from fastsd.sampling.samplers import SAMPLERS
 from fastsd.weights.formats.json_file import ConfigReader
 
 # The sampler for each scheduler class that a folder may name.
-SAMPLER_OF_CLASS = {
-    "DDPMScheduler": "ddpm",
-    "DDIMScheduler": "ddim",
-    "PNDMScheduler": "pndm",
-    "EulerDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler_a",
-    "HeunDiscreteScheduler": "heun",
-    "DPMSolverMultistepScheduler": "dpm++2m",
-    "DPMSolverSDEScheduler": "dpm++sde",
-    "DPMSolverSinglestepScheduler": "dpm++2s",
-    "UniPCMultistepScheduler": "unipc",
-    "LMSDiscreteScheduler": "lms",
-    "LCMScheduler": "lcm",
-}
+SAMPLER_OF_CLASS = {entry.diffusers: name for name, entry in SAMPLERS.items() if entry.diffusers}
 # The defaults of diffusers' classes for keys that a file lacks; old files lack those that were added later.
 _SCHEDULER_DEFAULTS: dict[str, Any] = {
     "beta_start": 0.0001,

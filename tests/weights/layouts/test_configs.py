@@ -16,7 +16,7 @@ from fastsd.errors import FastsdError
 from fastsd.model.clip import TextEncoder
 from fastsd.model.unet import UNet
 from fastsd.model.vae import AutoencoderKL
-from fastsd.sampling.samplers import build
+from fastsd.sampling.build import build
 from fastsd.weights.layouts import configs
 from tests.support.tiny import CLIP, UNET, VAE
 

@@ -1,0 +1,60 @@
+"""The table of any sampler, by one call."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastsd.config import SchedulerConfig
+from fastsd.errors import FastsdError
+from fastsd.sampling.samplers import SAMPLERS, resolve
+from fastsd.sampling.schedule import Schedule
+from fastsd.sampling.table import Table
+
+
+def build(
+    sampler: str,
+    num_inference_steps: int,
+    config: SchedulerConfig,
+    *,
+    schedule: str = "default",
+    start: int = 0,
+    eta: float = 0.0,
+) -> Table:
+    """The table of a sampler for a checkpoint's noise schedule.
+
+    Args:
+        sampler, schedule: as `resolve` takes them.
+        num_inference_steps: the user's steps, N.
+        config: the checkpoint's noise schedule.
+        start: the first of the N steps that runs. A later start has another table, since a multistep method begins
+            without a history.
+        eta: DDIM's share of fresh noise, 0 to 1.
+
+    Raises:
+        FastsdError: an unknown sampler or schedule, two that do not go together, or a number out of range.
+    """
+    sampler, schedule = resolve(sampler, schedule)
+    entry = SAMPLERS[sampler]
+    total = config.num_train_timesteps
+    if not 1 <= num_inference_steps <= total:
+        raise FastsdError(f"takes 1 to {total}, not {num_inference_steps}", argument="num_inference_steps")
+    if not 0 <= start < num_inference_steps:
+        raise FastsdError(
+            f"takes 0 to {num_inference_steps - 1} for {num_inference_steps} steps, not {start}", argument="start"
+        )
+    if not 0 <= eta <= 1:
+        raise FastsdError(f"takes 0 to 1, not {eta}", argument="eta")
+    if eta > 0 and not entry.takes_eta:
+        users = " and ".join(other.name for other in SAMPLERS.values() if other.takes_eta)
+        raise FastsdError(f"only {users} uses it, not {sampler}; leave it at 0", argument="eta")
+    if schedule != "default" and not entry.takes_schedule:
+        others = ", ".join(other.name for other in SAMPLERS.values() if other.takes_schedule)
+        raise FastsdError(f"{sampler} has no {schedule} schedule; use default, or one of {others}", argument="schedule")
+    try:
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            return entry.make_table(Schedule(config, num_inference_steps, start, schedule, eta))
+    except ZeroDivisionError:
+        raise FastsdError(
+            f"{num_inference_steps} of {sampler} put two steps on one noise level; take fewer",
+            argument="num_inference_steps",
+        ) from None
