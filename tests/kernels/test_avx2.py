@@ -1,6 +1,7 @@
-"""The CPU's own path as it runs on processors without AVX-512, in a process of its own.
+"""The CPU path as on processors without AVX-512, in a separate process.
 
-PyTorch and oneDNN choose their code when they are loaded: on AVX2 sums have another order, and bf16 is not oneDNN's.
+PyTorch and oneDNN choose their code when they are loaded. On AVX2 sums have a different order, and oneDNN does not
+compute in bf16.
 """
 
 from __future__ import annotations
@@ -36,28 +37,27 @@ INSIDE = all(os.environ.get(name) == value for name, value in AVX2.items())
 
 
 def reason() -> str | None:
-    """Why this machine cannot run the selection on AVX2, or need not do so in a process of its own."""
+    """Why this machine cannot run the selection on AVX2, or needs no separate process for it."""
     if platform.machine() not in ("x86_64", "AMD64"):
-        return f"{platform.machine()} is no x86"
+        return f"{platform.machine()} is not x86"
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in ("AVX2", "AVX512"):
-        return f"AVX2 is not there: PyTorch found {capability}"
+        return f"no AVX2: PyTorch reports {capability}"
     if INSIDE or (capability == "AVX2" and torch.bfloat16 not in dispatch.onednn_dtypes()):
         return "this process runs on AVX2 already"
     return None
 
 
-def test_what_the_process_on_avx2_computes_with():
+def test_the_process_uses_avx2():
     if not INSIDE:
-        pytest.skip("this is for the process on AVX2")
+        pytest.skip("not the process on AVX2")
     assert torch.backends.cpu.get_cpu_capability() == "AVX2"
     assert dispatch.onednn_dtypes() == (torch.float32,)
 
 
 def test_on_avx2():
-    why = reason()
-    if why is not None:
-        pytest.skip(why)
+    if (skipped := reason()) is not None:
+        pytest.skip(skipped)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--no-header", *(str(TESTS / t) for t in SELECTION)],
         cwd=TESTS.parent,

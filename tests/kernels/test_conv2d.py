@@ -19,12 +19,12 @@ SAME: Padding = (1, 1, 1, 1)
 needs_onednn = pytest.mark.skipif(not dispatch.onednn_dtypes(), reason="PyTorch has no oneDNN for this processor")
 SHAPES = [  # batch, height, width, in, out, kernel, stride, padding
     (2, 8, 8, 64, 96, 3, 1, SAME),  # whole blocks of oneDNN's layouts
-    (1, 9, 7, 33, 17, 3, 1, SAME),  # nothing is a multiple of anything
+    (1, 9, 7, 33, 17, 3, 1, SAME),  # sizes that are no multiples of a block
     (2, 16, 16, 4, 32, 3, 1, SAME),  # the UNet's first convolution
     (1, 16, 16, 32, 3, 3, 1, SAME),  # the VAE's last one
     (1, 8, 8, 32, 32, 3, 2, SAME),  # the UNet's downsampling
     (1, 9, 8, 32, 32, 3, 2, (0, 1, 0, 1)),  # the VAE's downsampling, of an odd height
-    (1, 1, 1, 16, 16, 3, 1, SAME),  # one pixel, all else padding
+    (1, 1, 1, 16, 16, 3, 1, SAME),  # one pixel, surrounded by padding
     (1, 4, 4, 8, 8, 1, 1, (0, 0, 0, 0)),  # a 1 x 1 kernel
     (1, 8, 8, 640, 320, 3, 1, SAME),  # long sums, as in the UNet's deep levels
 ]
@@ -67,7 +67,7 @@ def test_conv2d(batch, height, width, cin, cout, kernel, stride, padding, dtype)
 @pytest.mark.parametrize(("with_bias", "with_residual"), [(False, False), (False, True), (True, False), (True, True)])
 @torch.no_grad()
 def test_conv2d_with_relu_and_without_bias(with_bias, with_residual, dtype):
-    """ReLU comes last, after the residual; half of the sums here are below zero."""
+    """ReLU comes last, after the residual; half of these sums are negative."""
     x, w = rand(2, 9, 7, 33, dtype=dtype), rand(17, 33, 3, 3, dtype=dtype, scale=(9 * 33) ** -0.5)
     b = rand(17, dtype=dtype) if with_bias else None
     r = rand(2, 9, 7, 17, dtype=dtype, seed=1) if with_residual else None
@@ -125,14 +125,14 @@ def test_packing_changes_no_bit():
 
 @needs_onednn
 @torch.no_grad()
-def test_a_packed_weight_is_never_changed_unnoticed():
+def test_a_change_of_a_packed_weight_raises_or_takes_effect():
     x, layer = rand(1, 8, 8, 32, dtype=torch.float32), Conv2d(32, 48).eval()
     layer.requires_grad_(False)
     before = layer(x)
     for change in (layer.weight.add_, layer.weight.copy_, layer.weight.data.add_):
         with pytest.raises(RuntimeError):
             change(torch.ones(48, 32, 3, 3))
-    layer.weight.mul_(2)  # what the packed layout does know takes effect
+    layer.weight.mul_(2)  # supported by the packed layout
     torch.testing.assert_close(layer(x) - layer.bias, 2 * (before - layer.bias), rtol=0, atol=1e-5)
     layer.unpack()
     layer.weight.zero_()
@@ -140,7 +140,7 @@ def test_a_packed_weight_is_never_changed_unnoticed():
 
 
 @needs_onednn
-def test_a_packed_layer_is_loaded_moved_copied_pickled_and_trained_like_any_other():
+def test_a_packed_layer_is_loaded_converted_copied_pickled_and_trained_like_any_other():
     layer = Conv2d(4, 8).eval().requires_grad_(False)
     plain_weight, x = layer.weight.clone(), torch.ones(1, 4, 4, 4)
     layer(x)
@@ -183,10 +183,10 @@ def test_gradients_reach_the_input_of_a_packed_layer():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
-def test_a_weight_is_packed_for_the_map_that_it_meets(dtype):
-    """Where oneDNN does not compute in the dtype, the weight stays as it is.
+def test_a_weight_is_packed_again_for_another_map(dtype):
+    """If oneDNN does not compute in the dtype, the weight is not packed.
 
-    96 channels in bf16 on AVX-512: oneDNN wants blocks of 32 at 4 x 4 and of 48 at 12 x 12.
+    For 96 channels in bf16 on AVX-512, oneDNN chooses blocks of 32 at 4 x 4 and of 48 at 12 x 12.
     """
     layer = Conv2d(96, 96).to(dtype).eval().requires_grad_(False)
     weight = layer.weight.clone()
@@ -196,7 +196,7 @@ def test_a_weight_is_packed_for_the_map_that_it_meets(dtype):
         assert torch.equal(layer(x), conv2d(x, weight, layer.bias, 1, SAME))
         layouts.append(layer.weight)
         layer(x)
-        assert layer.weight is layouts[-1]  # once
+        assert layer.weight is layouts[-1]  # not packed twice
         assert torch.equal(onednn.dense(layer.weight), weight)
     packed = dtype in dispatch.onednn_dtypes()
     assert len({id(layout) for layout in layouts}) == (3 if packed else 1)

@@ -1,4 +1,4 @@
-"""Which backend runs: forced ones nest and end, gradients exclude what has none."""
+"""The choice of a backend: forced backends nest and end, gradients exclude the fast paths."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def test_forced_backends_nest_and_end():
     assert dispatch.backend(x) == usual
 
 
-def test_forcing_concerns_one_thread():
-    seen = []
+def test_a_forced_backend_applies_to_one_thread():
+    names = []
     with dispatch.reference_only():
-        thread = threading.Thread(target=lambda: seen.append(dispatch.backend(torch.ones(1))))
+        thread = threading.Thread(target=lambda: names.append(dispatch.backend(torch.ones(1))))
         thread.start()
         thread.join()
-    assert seen != ["reference"]
+    assert names != ["reference"]
 
 
 def test_gradients_take_the_torch_backend():
@@ -39,7 +39,7 @@ def test_gradients_take_the_torch_backend():
         assert dispatch.backend(x, None, w) == dispatch.backend(x)
 
 
-def test_what_onednn_does_not_compute_takes_the_torch_backend():
+def test_tensors_that_onednn_does_not_take_use_the_torch_backend():
     for x in (
         torch.ones(2, dtype=torch.float64),
         torch.ones(2, dtype=torch.float16),
@@ -49,8 +49,8 @@ def test_what_onednn_does_not_compute_takes_the_torch_backend():
         assert dispatch.backend(x) == "torch"
 
 
-def test_an_op_without_onednn_takes_its_own_path_in_every_dtype_of_a_pipeline(monkeypatch: pytest.MonkeyPatch):
-    """Also on a processor where oneDNN computes in none."""
+def test_an_op_without_onednn_takes_its_cpu_path_in_every_dtype(monkeypatch: pytest.MonkeyPatch):
+    """Even on a processor where oneDNN computes in none."""
     monkeypatch.setattr(dispatch, "onednn_dtypes", lambda: ())
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x = torch.ones(2, dtype=dtype)
@@ -60,8 +60,8 @@ def test_an_op_without_onednn_takes_its_own_path_in_every_dtype_of_a_pipeline(mo
             assert dispatch.backend(x, op="groupnorm_silu") == "torch"
 
 
-def test_triton_that_cannot_run_is_said_once(monkeypatch: pytest.MonkeyPatch):
-    """A CUDA device stands in for all: only its name and capability are asked for."""
+def test_one_warning_if_triton_cannot_run(monkeypatch: pytest.MonkeyPatch):
+    """No GPU is needed: only the name and the capability of the device are read."""
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))

@@ -1,4 +1,4 @@
-"""Attention against float64, above all where logits are large or alike."""
+"""Attention against float64, especially with large or nearly equal logits."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fastsd.kernels.flash_attn import flash_attn
 from tests.support.precision import DTYPES, check, check_batch, rand
 
 SHAPES = [  # batch, S, T, heads, head size
-    (2, 256, 256, 2, 40),  # SD1's head size: scale is no power of two, columns to spare
+    (2, 256, 256, 2, 40),  # SD1's head size: the scale is no power of two; spare columns
     (1, 1024, 77, 2, 64),  # a text's length; a scale that is a power of two
     (1, 257, 131, 1, 33),  # primes and odd sizes
     (1, 200, 4099, 1, 40),  # several chunks of rows, the last one short
     (1, 256, 256, 1, 512),  # the autoencoder
-    (1, 200, 200, 1, 16),  # no column to spare for the sums: 16 are added
-    (2, 64, 64, 2, 160),  # small enough for PyTorch's
+    (1, 200, 200, 1, 16),  # no spare column for the sums: 16 are added
+    (2, 64, 64, 2, 160),  # small enough for PyTorch's attention
     (1, 1, 7, 2, 8),  # one query
     (1, 20000, 1, 1, 8),  # one key: the weights are all 1
 ]
@@ -35,11 +35,11 @@ def inputs(batch: int, s: int, t: int, heads: int, size: int, dtype: torch.dtype
 
 
 def roundings(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> float:
-    """On the way to a result: T in its sum, T in the sum of its weights, and what the D of each logit come to.
+    """The roundings of one result: T in its sum, T in the sum of its weights, and the effect of D in each logit.
 
-    An error e of a logit moves the result by p (v - result) e. A sum of D products has errors of standard deviation
-    2^-24 sqrt(D / 6) |q * k|, * being elementwise: the mean square of partial sums is half the sum's, and that of a
-    rounding a third of its bound's. Six standard deviations, of all logits together, count as roundings of the result.
+    An error e of a logit moves the result by p (v - result) e. A sum of D products has an error of standard deviation
+    2^-24 sqrt(D / 6) |q * k|, with * elementwise: the mean square of its partial sums is half that of the sum, and that
+    of a rounding a third of its bound's square. Six standard deviations over all logits count as roundings.
     """
     q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
     logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
@@ -74,14 +74,14 @@ def test_flash_attn(shape, dtype):
 @pytest.mark.parametrize("scale", [1e-4, 0.3, 2.0, 4.0, 20.0])
 @torch.no_grad()
 def test_flash_attn_at_logits_of_all_sizes(scale, dtype):
-    """Standard deviations of the logits from 1e-8 to 400; beyond about 10 the bound is too far from some maximum."""
+    """Standard deviations of the logits from 1e-8 to 400. Beyond about 10, the bound exceeds some maximum too far."""
     check_attention(*inputs(1, 256, 300, 2, 40, dtype=dtype, scale=scale))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
 def test_flash_attn_of_keys_with_a_large_common_part(dtype):
-    """It shifts all logits of a row by about +-300 and changes nothing else."""
+    """It only shifts all logits of a row, by about +-300."""
     q, k, v = inputs(1, 256, 256, 1, 40, dtype=dtype)
     check_attention(q, k + rand(1, 1, 1, 40, dtype=dtype, scale=40), v)
 
@@ -89,7 +89,7 @@ def test_flash_attn_of_keys_with_a_large_common_part(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
 def test_flash_attn_between_two_nearly_equal_large_logits(dtype):
-    """Two keys far above all others and 0.03 apart: rounding the logits to bf16 would make that 0 or 0.12."""
+    """Two logits far above all others, 0.03 apart: rounded to bf16, they would differ by 0 or 0.12."""
     q, k, v = (x.clone() for x in inputs(1, 256, 256, 1, 64, dtype=dtype, scale=0.1))
     q[..., 0], k[..., 0] = 16.0, 0.0
     k[:, :2, :, 0] = 8.0  # logits of 16 * 8 / 8 = 16
@@ -105,7 +105,7 @@ def test_flash_attn_reads_views_of_a_fused_projection():
 
 
 @torch.no_grad()
-def test_a_head_beyond_reach_leaves_the_others_alone():
+def test_a_head_with_large_logits_does_not_change_the_others():
     q, k, v = inputs(1, 256, 256, 3, 16, dtype=torch.bfloat16)
     k[:, :, 1] *= 300
     result = flash_attn(q, k, v).unflatten(-1, (3, 16))
@@ -117,7 +117,7 @@ def test_a_head_beyond_reach_leaves_the_others_alone():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
-def test_flash_attn_hands_on_what_is_not_finite(dtype):
+def test_flash_attn_propagates_nan(dtype):
     q, k, v = inputs(2, 256, 256, 1, 16, dtype=dtype)
     k[0, 3] = torch.nan
     result = flash_attn(q, k, v)
@@ -126,7 +126,7 @@ def test_flash_attn_hands_on_what_is_not_finite(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
-def test_causal(dtype):
+def test_flash_attn_causal(dtype):
     check_attention(*inputs(2, 77, 77, 2, 64, dtype), causal=True)
     check_attention(*inputs(1, 200, 200, 1, 8, dtype), causal=True)
     with dispatch.reference_only():
@@ -147,7 +147,7 @@ def test_flash_attn_gradients():
     assert torch.autograd.gradcheck(flash_attn, tensors, fast_mode=True)
 
 
-def test_flash_attn_says_which_shapes_do_not_fit():
+def test_flash_attn_refuses_shapes_that_do_not_match():
     q, k = torch.ones(1, 4, 2, 8), torch.ones(1, 4, 2, 16)
     with pytest.raises(ValueError, match=r"q \(1, 4, 2, 8\)"):
         flash_attn(q, k, k)

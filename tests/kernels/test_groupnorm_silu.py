@@ -11,10 +11,10 @@ from fastsd.kernels.groupnorm_silu import groupnorm_silu
 from tests.support.precision import DTYPES, check, check_batch, rand
 
 SHAPES = [  # batch, height, width, channels, groups, mean, standard deviation
-    (2, 8, 8, 64, 32, 0.0, 1.0),  # two channels a group
+    (2, 8, 8, 64, 32, 0.0, 1.0),  # two channels per group
     (1, 5, 7, 33, 3, 0.0, 1.0),  # odd everything
     (2, 48, 48, 32, 8, 0.0, 1.0),  # enough pixels for several threads
-    (1, 1, 1, 64, 32, 0.0, 1.0),  # a group of two numbers
+    (1, 1, 1, 64, 32, 0.0, 1.0),  # groups of two values
     (1, 16, 16, 32, 32, 30.0, 1e-3),  # E[x^2] - E[x]^2 would cancel
     (1, 16, 16, 32, 8, 0.0, 1e-6),  # eps decides
     (1, 110, 90, 16, 2, 1.0, 1.0),  # long sums, in several blocks of pixels, the last one short
@@ -23,7 +23,7 @@ SHAPES = [  # batch, height, width, channels, groups, mean, standard deviation
 
 
 def plain(groups: int, silu: bool, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, add: torch.Tensor | None):
-    """In contiguous memory: there, unlike in channels-last, PyTorch's norm does not cancel."""
+    """In contiguous memory, where PyTorch's norm does not cancel as it does in channels-last memory."""
     x = (x if add is None else x + add[:, None, None, :]).permute(0, 3, 1, 2).contiguous()
     y = F.group_norm(x, groups, w, b, 1e-5).permute(0, 2, 3, 1)
     return F.silu(y) if silu else y
@@ -58,7 +58,7 @@ def test_groupnorm_silu_does_not_depend_on_the_batch(size, channels, groups, sil
 
 @torch.no_grad()
 def test_groupnorm_silu_in_fp16():
-    """No processor computes it by oneDNN; the CPU's own path takes it all the same."""
+    """oneDNN computes in fp16 on no processor; the CPU path takes it nevertheless."""
     x, w, b = rand(1, 110, 90, 16, dtype=torch.float16, mean=1.0), torch.ones(16).half(), torch.zeros(16).half()
     assert dispatch.backend(x) == "torch" and dispatch.backend(x, op="groupnorm_silu") == "onednn"
     check(lambda x, w, b: groupnorm_silu(x, w, b, 2, 1e-5), lambda x, w, b: plain(2, True, x, w, b, None), x, w, b)
@@ -66,23 +66,23 @@ def test_groupnorm_silu_in_fp16():
 
 @pytest.mark.parametrize("name", ["onednn", "torch", "reference"])
 @torch.no_grad()
-def test_groupnorm_silu_of_one_number_a_group_is_its_bias(name):
+def test_groupnorm_silu_of_one_value_per_group_is_its_bias(name):
     x, b = rand(2, 1, 1, 8, dtype=torch.float32), rand(8, dtype=torch.float32)
     with dispatch.forced(name):
-        found = groupnorm_silu(x, torch.ones(8), b, 8, 1e-5, silu=False)
-    # x - mean may be an ulp of x instead of nothing, and is multiplied by 1 / sqrt(eps).
-    assert (found - b.expand_as(found)).abs().max() <= x.abs().max() * 2.0**-23 * 1e-5**-0.5
+        result = groupnorm_silu(x, torch.ones(8), b, 8, 1e-5, silu=False)
+    # x - mean may be an ulp of x instead of 0, and is multiplied by 1 / sqrt(eps).
+    assert (result - b.expand_as(result)).abs().max() <= x.abs().max() * 2.0**-23 * 1e-5**-0.5
 
 
 @torch.no_grad()
-def test_groupnorm_silu_leaves_its_input_alone():
+def test_groupnorm_silu_does_not_change_its_input():
     x = rand(1, 4, 4, 8, dtype=torch.float32)
     before = x.clone()
     groupnorm_silu(x, torch.ones(8), torch.zeros(8), 2, 1e-5, True, rand(1, 8, dtype=torch.float32))
     assert torch.equal(x, before)
 
 
-def test_groupnorm_silu_names_groups_that_do_not_divide():
+def test_groupnorm_silu_refuses_groups_that_do_not_divide():
     with pytest.raises(ValueError, match="3 groups do not divide 8"):
         groupnorm_silu(torch.ones(1, 2, 2, 8), torch.ones(8), torch.ones(8), 3, 1e-5)
 
@@ -95,10 +95,10 @@ def test_groupnorm_silu_gradients():
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
 def test_groupnorm_silu_reads_a_skip_connection(dtype):
-    """A group lies across the seam of the two parts."""
+    """One group has channels of both parts."""
     x, skip = rand(2, 7, 5, 20, dtype=dtype), rand(2, 7, 5, 12, dtype=dtype, seed=1)
     w, b, add = rand(32, dtype=dtype), rand(32, dtype=dtype, seed=1), rand(2, 32, dtype=dtype, seed=2)
     for name in ("onednn", "torch", "reference"):
         with dispatch.forced(name):
-            found = groupnorm_silu(x, w, b, 4, 1e-5, True, add, skip)
-            assert torch.equal(found, groupnorm_silu(torch.cat([x, skip], -1), w, b, 4, 1e-5, True, add))
+            result = groupnorm_silu(x, w, b, 4, 1e-5, True, add, skip)
+            assert torch.equal(result, groupnorm_silu(torch.cat([x, skip], -1), w, b, 4, 1e-5, True, add))

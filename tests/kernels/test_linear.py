@@ -12,11 +12,11 @@ from tests.support.precision import DTYPES, check, check_batch, rand
 
 SHAPES = [  # rows, in, out
     ((2, 20), 320, 960),  # a fused query-key-value projection
-    ((1, 77), 768, 64),  # the text's keys and values: a row count of no blocking
-    ((1,), 320, 640),  # one row: oneDNN has another path for it
+    ((1, 77), 768, 64),  # the text's keys and values: no multiple of a block of rows
+    ((1,), 320, 640),  # one row, for which oneDNN has a separate path
     ((3, 5), 33, 17),  # primes and odd sizes
     ((7,), 1, 1),  # sums of one product
-    ((2, 0), 8, 8),  # nothing
+    ((2, 0), 8, 8),  # no rows
 ]
 
 
@@ -40,14 +40,14 @@ def test_linear(rows, k, n, activation, dtype):
 
 
 @torch.no_grad()
-def test_linear_of_nothing_and_of_strided_views():
+def test_linear_of_no_rows_and_of_strided_views():
     w, b = rand(8, 16, dtype=torch.float32), rand(8, dtype=torch.float32)
     assert linear(torch.empty(2, 0, 16), w, b).shape == (2, 0, 8)
     x = rand(6, 10, 40, dtype=torch.float32)[::2, 1:8, 5:21]
     check(linear, F.linear, x, w, b, roundings=17)
 
 
-def test_linear_knows_its_activations():
+def test_linear_refuses_an_unknown_activation():
     with pytest.raises(ValueError, match="'relu7'.*quick_gelu"):
         linear(torch.ones(2, 3), torch.ones(4, 3), activation="relu7")
 
@@ -64,7 +64,7 @@ def test_linear_does_not_depend_on_the_batch(s, k, n, dtype):
 @pytest.mark.parametrize("dtype", (*DTYPES, torch.float16))
 @pytest.mark.parametrize("activation", ["none", "silu", "gelu", "quick_gelu"])
 def test_activations_do_not_depend_on_the_batch(activation, dtype):
-    """Enough numbers for three threads, whose shares end in the middle of an image and of a vector."""
+    """Enough elements for three threads, whose shares end inside an image and inside a vector."""
     x = rand(4, 256, 2 * 640, dtype=dtype)[..., 640:]
     check_batch(lambda x: activate_by_image(x, activation), x, anywhere=True)
     assert torch.equal(activate_by_image(x[:1], activation), activate(x[:1], activation))
@@ -77,12 +77,12 @@ def test_linear_gradients(activation):
     assert torch.autograd.gradcheck(lambda x, w, b, r: linear(x, w, b, activation, r), tensors)
 
 
-@pytest.mark.parametrize("asks", [0, 1, 2, 3])
-def test_whatever_asks_for_gradients_gets_them_in_fp32(asks):
+@pytest.mark.parametrize("index", range(4))
+def test_any_input_of_linear_may_require_gradients_in_fp32(index):
     x, w, b, r = (rand(*shape, dtype=torch.float32) for shape in ((2, 3, 5), (4, 5), (4,), (2, 3, 4)))
-    asking = (x, w, b, r)[asks].requires_grad_(True)
+    tensor = (x, w, b, r)[index].requires_grad_(True)
     linear(x, w, b, "none", r).sum().backward()
-    assert asking.grad is not None
+    assert tensor.grad is not None
 
 
 @pytest.mark.parametrize("name", ["torch", "onednn", "triton", "reference"])
@@ -90,7 +90,7 @@ def test_whatever_asks_for_gradients_gets_them_in_fp32(asks):
 def test_linear_reads_a_skip_connection(name):
     x, skip, residual = rand(2, 9, 20, dtype=torch.float32), rand(2, 9, 12, dtype=torch.float32), torch.ones(2, 9, 24)
     w, b = rand(24, 32, dtype=torch.float32), rand(24, dtype=torch.float32)
-    wanted = torch.cat([x, skip], -1).double() @ w.double().T + b + 1
+    expected = torch.cat([x, skip], -1).double() @ w.double().T + b + 1
     with dispatch.forced(name):
-        found = linear(x, w, b, "none", residual, skip)
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+        result = linear(x, w, b, "none", residual, skip)
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Upsampling, alone and with its convolution, against float64."""
+"""Upsampling, with and without its convolution, against float64."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fastsd.kernels.upsample2x import upsample2x, upsample2x_conv
 from tests.support.precision import DTYPES, check, check_batch, rand
 
 SHAPES = [  # batch, height, width, in, out
-    (2, 32, 32, 32, 64),  # large enough for the four small kernels
-    (1, 41, 37, 17, 33),  # the same, odd everything
-    (1, 1, 1024, 8, 8),  # one row: all its neighbours are padding
+    (2, 32, 32, 32, 64),  # large enough for four 2 x 2 convolutions
+    (1, 41, 37, 17, 33),  # the same, all sizes odd
+    (1, 1, 1024, 8, 8),  # one row, between rows of padding
     (2, 8, 8, 64, 32),  # small: upsampled, then convolved
     (1, 1, 1, 4, 4),  # one pixel
 ]

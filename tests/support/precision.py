@@ -1,10 +1,10 @@
-"""The rule: an op is no more than twice as far from the truth as PyTorch in the same dtype, plus an ulp.
+"""The rule: an op's error is at most twice that of PyTorch in the same dtype, plus an ulp.
 
-PyTorch adds up in the order that suits the processor, and the error of a sum in fp32 depends on the order, by more than
-twice. So an op whose results are sums may also be as far off as their roundings can take them in any order: n of them,
-of independent sign, each of at most 2^-24 of a partial sum. Where terms have either sign, as here, partial sums are no
-larger than the largest result, and the error is within sqrt(n) 2^-24 of that: five or more standard deviations (Higham
-and Mary 2019, theorem 2.4, with partial sums in place of sums of magnitudes). In bf16 the ulp is larger.
+PyTorch adds in an order that suits the processor, and the error of an fp32 sum varies with the order by more than a
+factor of two. So an op whose results are sums may also have the error of n roundings in any order. Each is at most
+2^-24 of a partial sum, and their signs are independent. If terms have either sign, as here, partial sums do not exceed
+the largest result, and the error is within sqrt(n) 2^-24 of that: five or more standard deviations (Higham and Mary
+2019, theorem 2.4, with partial sums instead of sums of magnitudes). In bf16 the ulp is larger.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ def check(op: Op, plain: Op, *inputs: torch.Tensor | None, roundings: float = 0)
 
     Args:
         op: the op under test.
-        plain: the same function in a few public PyTorch operations; in float64 it is the truth.
+        plain: the same function in a few public PyTorch operations; in float64, the truth.
         inputs: tensors in the dtype that both compute in.
-        roundings: in fp32 on the way to one result, in whatever order its terms are added.
+        roundings: the number of fp32 roundings of one result, in any order of its terms.
     """
     result, same_dtype = op(*inputs).double(), plain(*inputs).double()
     dtype = next(x.dtype for x in inputs if x is not None)
     truth = plain(*(None if x is None else x.double() for x in inputs))
     largest = truth.abs().max().item()
-    in_any_order = roundings**0.5 * 2.0**-24 * largest
-    allowed = max(2 * (same_dtype - truth).abs().max().item(), in_any_order) + largest * torch.finfo(dtype).eps
+    any_order = roundings**0.5 * 2.0**-24 * largest
+    allowed = max(2 * (same_dtype - truth).abs().max().item(), any_order) + largest * torch.finfo(dtype).eps
     assert result.shape == truth.shape
     assert bool(result.isfinite().all())
     distance = (result - truth).abs().max().item()
@@ -42,10 +42,10 @@ def check(op: Op, plain: Op, *inputs: torch.Tensor | None, roundings: float = 0)
 
 
 def check_batch(op: Op, *inputs: torch.Tensor, anywhere: bool = False) -> None:
-    """Assert that each image of a batch comes out bit for bit as it does alone, on one to three threads.
+    """Assert that each image of a batch equals, bit for bit, the image computed alone, on one to three threads.
 
-    Skipped where that is promised neither `anywhere` nor on this processor (docs/numerics.md): PyTorch's own products
-    in fp32 depend on how many rows there are.
+    anywhere: it holds on every processor; otherwise only where oneDNN computes (docs/numerics.md), because the rows of
+    PyTorch's own fp32 products depend on the number of rows. The test is skipped elsewhere.
     """
     if not (anywhere or torch.float32 in dispatch.onednn_dtypes()):
         pytest.skip("PyTorch has no oneDNN for this processor")

@@ -1,4 +1,4 @@
-"""The rule lets pass what rounds otherwise than PyTorch, and nothing that computes in less than fp32."""
+"""The rule of precision.py passes any order of a sum, and fails products in less than fp32."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TERMS = [64, 768, 9 * 640]
 
 
 def in_one_chain(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """The order that rounds most: one product after another to one sum."""
+    """The order with the largest rounding errors: one product after another, in one sum."""
     total = x.new_zeros(len(x), len(w))
     for k in range(x.shape[1]):
         total = total + x[:, k : k + 1] * w[:, k]
@@ -20,7 +20,7 @@ def in_one_chain(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 def to_tf32(x: torch.Tensor) -> torch.Tensor:
-    """Rounded to 11 significant bits, as NVIDIA's tensor cores read fp32."""
+    """`x` rounded to 11 significant bits, as NVIDIA's tensor cores read fp32."""
     return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
@@ -41,6 +41,6 @@ def test_a_narrower_product_fails(terms, narrower):
 
 
 @pytest.mark.parametrize("terms", TERMS)
-def test_a_lost_term_fails(terms):
+def test_a_missing_term_fails(terms):
     with pytest.raises(AssertionError, match="from the truth"):
         check(lambda x, w: F.linear(x[:, 1:], w[:, 1:]), F.linear, *operands(terms), roundings=terms)

@@ -1,8 +1,8 @@
 """How every Triton kernel is checked: the rule of precision.py, poisoned outputs, guard zones, broken copies of it.
 
-Kernels run on CPU tensors in Triton's interpreter, which notices no access out of bounds. So every buffer lies between
-guard zones: of NaN around what a test places, so that a stray read makes a result NaN; of a number around what a
-launcher allocates or a kernel changes in place, so that a stray write, even of NaN, changes it.
+Kernels run on CPU tensors in Triton's interpreter, which does not notice accesses out of bounds. So every buffer lies
+between guard zones. Around inputs they hold NaN, so that a stray read makes a result NaN. Around what a launcher
+allocates or a kernel changes in place they hold a number, so that a stray write, even of NaN, changes it.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ Outputs = torch.Tensor | Sequence[torch.Tensor]
 
 
 class Guards(TorchFunctionMode):
-    """Inside this context `torch.empty` and its like give NaN between guard zones; `intact` looks at all of them."""
+    """Inside this context `torch.empty` and similar return NaN between guard zones, which `intact` checks."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._buffers: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # bytes: now, before; what is free
+        # Each buffer with a copy of its first contents and a mask of its writable part.
+        self._buffers: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def _buffer(self, numel: int, dtype: torch.dtype, guard: float) -> torch.Tensor:
         fill = guard if dtype.is_floating_point else torch.iinfo(dtype).max
@@ -52,8 +53,8 @@ class Guards(TorchFunctionMode):
     def place(self, x: torch.Tensor, layout: str = "contiguous", guard: float = math.nan) -> torch.Tensor:
         """A copy of `x` between guard zones.
 
-        layout: "contiguous"; "offset", which starts one element late, so that no vector is aligned; "gaps", with
-        three elements of guard behind each run of the last dimension.
+        layout: "contiguous"; "offset" by one element, so that no vector is aligned; "gaps" of three guard elements
+        after each row of the last dimension.
         """
         shape = [*x.shape[:-1], x.shape[-1] + (3 if layout == "gaps" and x.ndim > 1 else 0)]
         start = GUARD + (1 if layout == "offset" else 0)
@@ -72,7 +73,7 @@ class Guards(TorchFunctionMode):
         return self._register(buffer, view.fill_(math.nan) if result.is_floating_point() else view)
 
     def intact(self) -> None:
-        """Assert that nothing was written outside the buffers."""
+        """Assert that no guard zone was written to."""
         for buffer, before, free in self._buffers:
             size = buffer.element_size()
             same = buffer.view(torch.uint8).view(-1, size) == before.view(torch.uint8).view(-1, size)
@@ -88,10 +89,10 @@ def check(
     """Assert max|op - truth| <= 2 max|plain - truth| + 1 ulp of the largest value, for each output.
 
     Args:
-        op: the kernel's launcher. It gets copies of `inputs` between guard zones, and must leave them as they are.
-        plain: the same function in a few public PyTorch operations; in float64 it is the truth.
+        op: the kernel's launcher. It gets copies of `inputs` between guard zones, which it must not change.
+        plain: the same function in a few public PyTorch operations; in float64, the truth.
         inputs: tensors in the dtype that both compute in.
-        layout: how inputs of more than one dimension lie in memory, see `Guards.place`.
+        layout: of inputs with more than one dimension, see `Guards.place`.
     """
     guards = Guards()
     placed = [None if x is None else guards.place(x, layout if x.ndim > 1 else "contiguous") for x in inputs]
@@ -104,14 +105,14 @@ def check(
 
 
 def compare(results: Outputs, plain: Callable[..., Outputs], *inputs: torch.Tensor | None) -> None:
-    """The rule itself, for results that are already there."""
+    """Apply the rule of `check` to `results`."""
     results = _tuple(results)
     same_dtype = _tuple(plain(*(None if x is None else x.clone() for x in inputs)))
     truths = _tuple(plain(*(x.double() if x is not None and x.is_floating_point() else x for x in inputs)))
     assert len(results) == len(truths)
     for result, same, truth in zip(results, same_dtype, truths):
         assert result.shape == truth.shape and result.dtype == same.dtype
-        # The interpreter truncates what it stores as bf16, where a device rounds: up to one ulp more.
+        # The interpreter truncates to bf16 where a device rounds: up to one ulp more.
         ulps = 2 if INTERPRETED and result.dtype == torch.bfloat16 else 1
         allowed = 2 * (same.double() - truth).abs().max().item()
         allowed += ulps * truth.abs().max().item() * torch.finfo(result.dtype).eps
@@ -127,9 +128,10 @@ def _tuple(outputs: Outputs) -> tuple[torch.Tensor, ...]:
 def broken_with_importers(
     module: ModuleType, old: str, new: str, importers: Sequence[ModuleType], folder: Path, monkeypatch: MonkeyPatch
 ) -> Any:
-    """The last of `importers`, which use a copy of `module` in which `old` reads `new`; itself if there are none.
+    """A copy of the last of `importers` that uses a copy of `module` in which `old` reads `new`.
 
-    importers: modules that import `module` or one another, in the order of their imports.
+    importers: modules that import `module` or one another, each after those that it imports. Without any, the broken
+    copy itself.
     """
     for i, loaded in enumerate((module, *importers)):
         copy = broken(loaded, *((old, new) if i == 0 else ("", "")), folder, f"broken_{i}")

@@ -35,7 +35,7 @@ def test_a_saved_table_loads_exactly(cache: Path) -> None:
     file = tuned.save(LAUNCHES, FINGERPRINT)
     assert file == cache / "launches-nvidia-h200-fake-sm90.json"
     assert tuned.load(FINGERPRINT) == LAUNCHES
-    assert list(cache.iterdir()) == [file]  # no temporary file is left
+    assert list(cache.iterdir()) == [file]  # no temporary file remains
 
 
 def test_a_missing_table_is_empty() -> None:
@@ -83,7 +83,7 @@ def test_a_damaged_table_is_ignored_with_one_warning(kind: str) -> None:
     assert len(caught) == 1
 
 
-def test_a_table_that_is_not_text(cache: Path) -> None:
+def test_a_table_that_is_not_text_is_ignored(cache: Path) -> None:
     tuned.save(LAUNCHES, FINGERPRINT).write_bytes(b"\xff\xfe\xff")
     with pytest.warns(UserWarning, match="cannot be read"):
         assert tuned.load(FINGERPRINT) == {}

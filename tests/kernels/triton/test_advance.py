@@ -1,4 +1,4 @@
-"""The kernel of the sampler's update against float64."""
+"""The kernel of `advance` against float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHANGED = ("x", "x_in", "saved", "history", "noise")
 def buffers(
     shape: tuple[int, ...], dtype: torch.dtype, guided: bool, rescaled: bool, row: int, saves: int, pushes: int
 ):
-    """What one update reads; every coefficient of the table differs from the others."""
+    """The buffers of one update; no two coefficients of the table are equal."""
     wide = {"dtype": torch.float32}
     table = rand(4, 16, **wide)
     table[:, 12], table[:, 13] = saves, pushes
@@ -39,7 +39,7 @@ def buffers(
 
 
 def plain(*tensors):
-    """The specification's results, with x_in in the dtype of `out` unless all is float64."""
+    """The specification's results; x_in in the dtype of `out`, or in float64 like everything else."""
     inputs = [None if t is None else t.clone() for t in tensors]
     advance_ref(*inputs)
     return inputs[0], inputs[1], inputs[5], inputs[6], inputs[7]
@@ -60,8 +60,8 @@ def run(shape, dtype, guided=True, rescaled=True, row=1, saves=1, pushes=1, numb
 
 CASES = {
     "one latent": ((1, 8, 8, 4), {}),
-    "odd everything": ((3, 5, 7, 3), {}),
-    "one number": ((1, 1, 1, 1), {}),
+    "all sizes odd": ((3, 5, 7, 3), {}),
+    "one element": ((1, 1, 1, 1), {}),
     "no guidance": ((2, 5, 5, 4), {"guided": False}),
     "no rescaling": ((2, 5, 5, 4), {"rescaled": False}),
     "guidance as a number": ((2, 5, 5, 4), {"number": True}),
@@ -96,18 +96,18 @@ MUTATIONS = {
     "writes past the end": ("mask = i < NL", "mask = i < NL + 1"),
     "misses a block": ("tl.program_id(0).to(tl.int64) * BLOCK", "0 * tl.program_id(0).to(tl.int64)"),
     "stays in the first row": ("row * 16", "0 * row"),
-    "takes this row's scale for the next input": ("coefficients + 17", "coefficients + 1"),
+    "scales the next input by this row": ("coefficients + 17", "coefficients + 1"),
     "swaps the halves": ("scale * (cond - guided)", "scale * (guided - cond)"),
-    "takes one half": ("out_ptr + NL + i", "out_ptr + i"),
+    "uses one half": ("out_ptr + NL + i", "out_ptr + i"),
     "rescales by another image": ("rescale_ptr + i // L", "rescale_ptr + i * 0"),
     "saves after the update": ("tl.where(saves, x, saved)", "saved"),
     "always saves": ("tl.where(saves, x, saved)", "x"),
     "always pushes": ("i, h0, mask=mask & pushes", "i, h0, mask=mask"),
     "shifts history by one too few": ("2 * NL + i, h1", "2 * NL + i, h2"),
-    "pushes the update for the prediction": ("history_ptr + i, denoised", "history_ptr + i, x"),
+    "pushes the latent instead of the prediction": ("history_ptr + i, denoised", "history_ptr + i, x"),
     "keeps the last noise": ("noise_ptr + NL + i, noise,", "noise_ptr + NL + i, last,"),
     "swaps the noises": ("n * noise + m * last", "m * noise + n * last"),
-    "loses one coefficient": ("b3 * h2", "b2 * h2"),
+    "uses a coefficient twice": ("b3 * h2", "b2 * h2"),
 }
 
 
@@ -141,7 +141,7 @@ def test_advance_refuses(changes: dict[str, Any], message: str):
 
 
 def test_advance_rows_follow_each_other_on_the_device():
-    """The same launch, with the row index counted up on the device, walks through the table."""
+    """The same launch, with the row index incremented on the device, applies one row after the other."""
     tensors = {
         k: t.to(DEVICE) for k, t in buffers((1, 3, 3, 4), torch.float32, True, False, 0, 0, 1).items() if t is not None
     }

@@ -22,7 +22,7 @@ from fastsd.kernels.triton import flash_attn_tiles as tiles
 from fastsd.kernels.triton import flash_attn_wide as wide
 from tests.support.triton_checks import DEVICE, INTERPRETED, LAYOUTS, broken_with_importers, check, must_fail, rand
 
-FAST = (torch.float16, torch.float32)  # the interpreter has no bf16 products, see `bf16_products`
+DTYPES = (torch.float16, torch.float32)  # the interpreter has no bf16 products, see `bf16_products`
 
 
 class Case(NamedTuple):
@@ -48,8 +48,8 @@ CASES = {
     "primes": Case(1, 67, 131, 3, 37),
     "a head narrower than any product": Case(2, 70, 140, 3, 8),
     "one query": Case(2, 1, 200, 2, 40),
-    "one key more than blocks": Case(1, 33, 129, 1, 40, launch=Tile(32, 32, 4, 2, parts=(64, 0))),
-    "one key less than blocks": Case(1, 31, 127, 1, 40, launch=Tile(32, 32, 4, 2, parts=(64, 0))),
+    "one key more than whole blocks": Case(1, 33, 129, 1, 40, launch=Tile(32, 32, 4, 2, parts=(64, 0))),
+    "one key less than whole blocks": Case(1, 31, 127, 1, 40, launch=Tile(32, 32, 4, 2, parts=(64, 0))),
     "causal, long": Case(1, 140, 140, 1, 64, causal=True),
     "causal, more keys than queries": Case(1, 40, 140, 2, 40, causal=True),
     "causal, more queries than keys": Case(1, 70, 33, 1, 16, causal=True, launch=Tile(32, 16, 4, 2, parts=(16, 0))),
@@ -57,7 +57,7 @@ CASES = {
     "a text, SDXL": Case(1, 130, 77, 2, 64),
     "a text, heads in two parts": Case(1, 33, 77, 1, 160),
     "CLIP": Case(2, 77, 77, 2, 64, causal=True),
-    "several blocks a program, the last one short": Case(
+    "several blocks per program, the last one short": Case(
         1, 75, 77, 2, 40, launch=FewKeys(16, 3, 4, 2, (32, 16), (64, 16))
     ),
     "one key": Case(2, 5, 1, 2, 40),
@@ -66,8 +66,8 @@ CASES = {
     "the autoencoder, several chunks of rows, the last one short": Case(1, 50, 50, 1, 512, launch=Wide(50 * 16, 32)),
     "wide, two heads, causal, in chunks": Case(1, 50, 45, 2, 192, causal=True, launch=Wide(45 * 32, 16)),
     "wide, a row at a time": Case(1, 5, 40, 2, 192, launch=Wide(1, 16)),
-    "logits near 0: every weight counts alike": Case(1, 65, 150, 1, 40, scale=1e-4),
-    "logits of 30: few weights count": Case(1, 65, 150, 1, 40, scale=5.0),
+    "logits near 0: nearly equal weights": Case(1, 65, 150, 1, 40, scale=1e-4),
+    "logits of 30: few large weights": Case(1, 65, 150, 1, 40, scale=5.0),
     "logits of 500, beyond fp16's exponentials": Case(1, 65, 150, 1, 40, scale=20.0),
     "logits of 500, few keys": Case(1, 65, 77, 1, 40, scale=20.0),
     "logits of 500, wide": Case(1, 40, 50, 1, 192, scale=20.0),
@@ -115,7 +115,7 @@ def bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "DTYPES", (*module.DTYPES, torch.bfloat16))
 
 
-@pytest.mark.parametrize("dtype", FAST)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reason", CASES)
 def test_flash_attn(reason, dtype):
     run(CASES[reason], dtype)
@@ -134,10 +134,10 @@ def test_flash_attn_of_unaligned_tensors(reason, layout):
     run(CASES[reason], torch.float16, layout)
 
 
-@pytest.mark.parametrize("dtype", FAST)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("length", "size"), [(140, 40), (77, 40), (140, 64), (40, 512)])
 def test_flash_attn_of_a_fused_projection(length, size, dtype):
-    """Queries, keys and values are views of one tensor, heads beside each other; and of a text's keys and values."""
+    """Views of one tensor with queries, keys and values, and of one with a text's keys and values."""
     check(
         lambda qkv: module.flash_attn(*qkv.unbind(2)),
         lambda qkv: plain(*qkv.unbind(2)),
@@ -151,8 +151,8 @@ def test_flash_attn_of_a_fused_projection(length, size, dtype):
     )
 
 
-def test_flash_attn_of_heads_that_lie_apart():
-    """`[B, heads, S, D]` in memory: strides of another order."""
+def test_flash_attn_of_heads_in_the_outer_dimension():
+    """`[B, heads, S, D]` in memory."""
     case = Case(2, 40, 140, 3, 40)
     q, k, v = (x.transpose(1, 2).contiguous() for x in inputs(case, torch.float16))
     check(
@@ -176,8 +176,8 @@ def test_flash_attn_at_any_shape(data):
         Wide(data.draw(st.integers(1, 4000)), columns),
     ]
     launch = data.draw(st.sampled_from(launches))
-    dtype = data.draw(st.sampled_from(FAST))
-    # Few results of fp32 at large logits would make it chance whose largest error is smaller.
+    dtype = data.draw(st.sampled_from(DTYPES))
+    # With large logits and few fp32 results, it would be chance whose largest error is smaller.
     scale = 1.0 if dtype == torch.float16 else 0.3
     case = Case(batch, queries, keys, heads, size, data.draw(st.booleans()), scale, launch)
     run(case, dtype, data.draw(st.sampled_from(LAYOUTS)))
@@ -192,8 +192,8 @@ def test_flash_attn_does_not_depend_on_the_batch(keys, size):
 
 
 @pytest.mark.parametrize(("keys", "size"), [(140, 40), (77, 40), (50, 192)])
-def test_flash_attn_hands_on_what_is_not_finite(keys, size):
-    """NaN in a query stays in its row, in a value in its column; a key beyond `key_length` is not read."""
+def test_flash_attn_keeps_a_nan_in_its_row_or_column(keys, size):
+    """NaN in a query stays in its row, NaN in a value in its column."""
     case = Case(1, 20, keys, 2, size)
     q, k, v = (x.to(DEVICE) for x in inputs(case, torch.float32))
     q[0, 3, 0, 1] = v[0, 5, 1, 2] = float("nan")
@@ -204,7 +204,7 @@ def test_flash_attn_hands_on_what_is_not_finite(keys, size):
 
 
 @pytest.mark.parametrize(("keys", "length", "size"), [(140, 135, 40), (140, 70, 40), (77, 9, 64), (60, 33, 192)])
-def test_flash_attn_reads_no_more_keys_than_count(keys, length, size):
+def test_flash_attn_reads_no_keys_beyond_key_length(keys, length, size):
     q, k, v = inputs(Case(2, 40, keys, 2, size), torch.float16)
     k[:, length:], v[:, length:] = float("nan"), float("nan")
     with dispatch.forced("triton"):
@@ -221,7 +221,7 @@ LONG = Case(2, 45, 75, 2, 40, launch=Tile(32, 32, 4, 2, parts=(32, 16)))
 LONG_CAUSAL = LONG._replace(queries=75, causal=True)
 FEW = Case(2, 45, 77, 2, 40, launch=FewKeys(16, 2, 4, 2, (32, 16), (64, 16)))
 FEW_CAUSAL = FEW._replace(causal=True)
-NARROW = Case(1, 17, 40, 1, 16, launch=Tile(16, 16, 4, 2, parts=(16, 0)))  # a row too many ends in the guard zone
+NARROW = Case(1, 17, 40, 1, 16, launch=Tile(16, 16, 4, 2, parts=(16, 0)))  # an extra row would end in the guard zone
 WIDE = Case(2, 20, 45, 2, 24, launch=Wide(45 * 2 * 8, 16))
 WIDE_CAUSAL = WIDE._replace(causal=True)
 # fmt: off

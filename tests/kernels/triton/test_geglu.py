@@ -1,4 +1,4 @@
-"""The kernel of GEGLU's gate against float64."""
+"""The kernel of `geglu` against float64."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ CASES = {  # rows, columns of the value, scale
     "several column blocks, the last one short": (3, 600, 1.0),
     "several row blocks, the last one short": (11, 250, 1.0),
     "a prime": (5, 37, 1.0),
-    "one number": (1, 1, 1.0),
+    "one column": (1, 1, 1.0),
     "SD1.5 at 8 x 8": (2, 5120, 1.0),
-    "gates far out, where GELU is 0 or the gate": (4, 64, 100.0),
+    "large gates, where GELU is 0 or the gate": (4, 64, 100.0),
     "gates near 0": (4, 64, 1e-4),
 }
 
@@ -59,12 +59,12 @@ def test_geglu_at_any_shape(shape, dtype, bias, layout):
 MUTATIONS = {
     "writes past the rows": ("row < R", "row < R + 1"),
     "writes past the columns": ("column < N", "column < N + 1"),
-    "takes the value for the gate": ("stride_yr + (N + c)", "stride_yr + c"),
-    "takes the value's bias for the gate": ("bias_ptr + N + c", "bias_ptr + c"),
-    "stride of the rows": ("y_ptr + r * stride_yr + c", "y_ptr + r * 2 * N + c"),
-    "stride of the output": ("out_ptr + r * N", "out_ptr + r * (N + 1)"),
-    "takes the value inside erf": ("tl.erf(gate", "tl.erf(value"),
-    "another scale inside erf": ("0.7071067811865476", "0.70"),
+    "uses the value as the gate": ("stride_yr + (N + c)", "stride_yr + c"),
+    "uses the value's bias for the gate": ("bias_ptr + N + c", "bias_ptr + c"),
+    "wrong stride of the rows": ("y_ptr + r * stride_yr + c", "y_ptr + r * 2 * N + c"),
+    "wrong stride of the output": ("out_ptr + r * N", "out_ptr + r * (N + 1)"),
+    "uses the value inside erf": ("tl.erf(gate", "tl.erf(value"),
+    "wrong scale inside erf": ("0.7071067811865476", "0.70"),
     "misses a column block": ("tl.program_id(1) * BLOCK_N", "0 * BLOCK_N"),
 }
 

@@ -1,4 +1,4 @@
-"""Group normalisation's kernels against float64."""
+"""The kernels of `groupnorm_silu` against float64."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "ten channels a group, as in SD1.5": Case(2, 8, 8, 40, 4),
-    "odd everything": Case(1, 5, 7, 33, 3),
+    "ten channels per group, as in SD1.5": Case(2, 8, 8, 40, 4),
+    "all sizes odd": Case(1, 5, 7, 33, 3),
     "primes": Case(1, 7, 11, 39, 13),
-    "one number a group": Case(2, 1, 1, 8, 8),
+    "one value per group": Case(2, 1, 1, 8, 8),
     "one pixel": Case(2, 1, 1, 64, 4),
     "one group": Case(1, 3, 4, 20, 1),
     "one channel": Case(1, 3, 4, 1, 1),
     "more pixels than a tile": Case(1, 17, 15, 64, 2, launch=GroupNormLaunch(1, 32, 4)),
-    "several groups a program": Case(2, 9, 5, 36, 12, launch=GroupNormLaunch(3, 16, 4)),
-    "a group across the seam of the parts": Case(2, 4, 5, 40, 2, skip=20),
+    "several groups per program": Case(2, 9, 5, 36, 12, launch=GroupNormLaunch(3, 16, 4)),
+    "a group with channels of both parts": Case(2, 4, 5, 40, 2, skip=20),
     "a narrow first part": Case(1, 3, 5, 2, 3, skip=7),
     "split, the last one short": Case(2, 9, 9, 20, 2, launch=SPLIT),
     "split, one pixel in the last": Case(1, 3, 11, 20, 2, launch=SPLIT),
@@ -53,7 +53,7 @@ CASES = {
     "split and merged": Case(2, 9, 9, 24, 2, launch=MERGE),
     "split, of two parts": Case(2, 7, 7, 20, 4, skip=12, launch=replace(SPLIT, groups=2)),
     "E[x^2] - E[x]^2 would cancel": Case(1, 8, 8, 16, 4, mean=30.0, std=1e-3),
-    "the same, where the rounding of the mean shows": Case(
+    "the same, where rounding the mean matters": Case(
         2, 8, 8, 64, 32, launch=GroupNormLaunch(16, 64, 4), mean=30.0, std=1e-3
     ),
     "the same, split": Case(1, 9, 9, 16, 4, launch=SPLIT, mean=30.0, std=1e-3),
@@ -61,7 +61,7 @@ CASES = {
     "large activations of the autoencoder": Case(1, 8, 8, 16, 4, std=1e4),
 }
 
-# Each case runs once for each dtype, in another variant of the op; hypothesis mixes them.
+# Each case runs in one variant per dtype; hypothesis combines them.
 VARIANTS = {
     torch.float32: (True, 0, "contiguous"),
     torch.float16: (False, "batch", "offset"),
@@ -70,7 +70,7 @@ VARIANTS = {
 
 
 def plain(groups: int, silu: bool, x, weight, bias, add, skip):
-    """In contiguous memory: there, unlike in channels-last, PyTorch's norm does not cancel."""
+    """In contiguous memory, where PyTorch's norm does not cancel as it does in channels-last memory."""
     x = x if skip is None else torch.cat([x, skip], -1)
     x = (x if add is None else x + add[:, None, None, :]).permute(0, 3, 1, 2).contiguous()
     y = torch.group_norm(x, groups, weight, bias, EPS).permute(0, 2, 3, 1)
@@ -78,7 +78,7 @@ def plain(groups: int, silu: bool, x, weight, bias, add, skip):
 
 
 def run(case: Case, dtype: torch.dtype, silu: bool, add: int, layout: str = "contiguous", kernels: Any = module):
-    """add: how many rows it has, 0 for none."""
+    """Check one case. add: its number of rows, 0 for none."""
     channels, space = case.channels + case.skip, (case.batch, case.height, case.width)
     like = {"dtype": dtype, "scale": case.std, "mean": case.mean}
     check(
@@ -142,27 +142,27 @@ MUTATIONS: dict[str, tuple[Any, str, str]] = {
     "reads past the pixels": (tiles, "offset + row < n\n", "offset + row < n + 1\n"),
     "writes past the pixels": (tiles, "live = pixel < end", "live = pixel <= end"),
     "writes past the channels": (tiles, "live[:, None] & within[None, :])\n", "live[:, None])\n"),
-    "forgets the size of a group": (tiles, "group_m2 / HW / CPG", "group_m2 / HW"),
-    "forgets eps": (tiles, "/ CPG + eps", "/ CPG"),
-    "forgets the mean": (tiles, "(y - mean[None, :]) * scale", "y * scale"),
+    "omits the size of a group": (tiles, "group_m2 / HW / CPG", "group_m2 / HW"),
+    "omits eps": (tiles, "/ CPG + eps", "/ CPG"),
+    "omits the mean": (tiles, "(y - mean[None, :]) * scale", "y * scale"),
     "adds no shift": (tiles, "* scale[None, :] + shift[None, :]", "* scale[None, :]"),
-    "weighs every tile alike": (tiles, "delta * (1.0 / count)", "delta * 0.5"),
-    "weighs every lane alike": (tiles, "((n - row + BLOCK_P - 1) // BLOCK_P)", "((n - row * 0) // BLOCK_P)"),
-    "forgets spread between channels": (tiles, "n * centred * centred, 1)", "0 * centred, 1)"),
+    "weights all tiles equally": (tiles, "delta * (1.0 / count)", "delta * 0.5"),
+    "weights all lanes equally": (tiles, "((n - row + BLOCK_P - 1) // BLOCK_P)", "((n - row * 0) // BLOCK_P)"),
+    "omits the spread between channels": (tiles, "n * centred * centred, 1)", "0 * centred, 1)"),
     "one pivot for each channel": (tiles, "channel // CPG * CPG", "channel"),
     "no pivot": (tiles, "zero == 0, first", "zero != 0, first"),
-    "other stride of pixels in x": (tiles, "p * stride_xp", "p * (stride_xp + 1)"),
+    "wrong stride of pixels in x": (tiles, "p * stride_xp", "p * (stride_xp + 1)"),
     "stride of the first part for the second": (tiles, "left, stride_xp, stride_x2p", "left, stride_xp, stride_xp"),
     "seam one channel late": (tiles, "left = c < C1", "left = c <= C1"),
     "second part from its end": (tiles, "(c - C1)", "c"),
-    "stride of the output": (tiles, "[:, None] * C + channel", "[:, None] * C1 + channel"),
-    "SiLU where there is none": (tiles, "if SILU:", "if not SILU:"),
+    "wrong stride of the output": (tiles, "[:, None] * C + channel", "[:, None] * C1 + channel"),
+    "inverts the choice of SiLU": (tiles, "if SILU:", "if not SILU:"),
     "takes the next group's channels": (module, "lane < G * CPG", "lane < G * CPG + 1"),
     "first image's skip for all": (module, "x2_ptr += b * stride_x2b", "x2_ptr += 0 * stride_x2b"),
     "first image's addition for all": (module, "add_ptr += b * stride_ab", "add_ptr += 0 * stride_ab"),
     "takes the next group's channels, split": (split, "lane < G * CPG", "lane < G * CPG + 1"),
-    "weighs every split alike": (split, "tl.minimum(split_pixels, HW - s * split_pixels)", "split_pixels + 0 * s"),
-    "forgets spread between splits": (split, "m2 + n * CPG * centred * centred", "m2"),
+    "weights all splits equally": (split, "tl.minimum(split_pixels, HW - s * split_pixels)", "split_pixels + 0 * s"),
+    "omits the spread between splits": (split, "m2 + n * CPG * centred * centred", "m2"),
     "counts splits by pixels": (split, "n * CPG * centred", "n * centred"),
     "first image's skip for all, split": (split, "x2_ptr += b * stride_x2b", "x2_ptr += 0 * stride_x2b"),
     "first image's addition for all, split": (split, "add_ptr += b * stride_ab", "add_ptr += 0 * stride_ab"),
@@ -178,12 +178,12 @@ def test_the_checks_notice_when_groupnorm_silu(fault: str, tmp_path: Path, monke
     copy = broken_with_importers(where, old, new, order[order.index(where) + 1 :], tmp_path, monkeypatch)
     with must_fail():
         run(CASES["the same, split"], torch.float32, True, 0, kernels=copy)
-        run(CASES["several groups a program"], torch.float32, True, 2, kernels=copy)
-        run(CASES["a group across the seam of the parts"], torch.float32, True, 2, kernels=copy)
+        run(CASES["several groups per program"], torch.float32, True, 2, kernels=copy)
+        run(CASES["a group with channels of both parts"], torch.float32, True, 2, kernels=copy)
         run(CASES["split, of two parts"], torch.float32, True, 2, kernels=copy)
         run(CASES["split and merged"], torch.float32, True, 0, kernels=copy)
         run(CASES["eps decides"], torch.float32, True, 0, kernels=copy)
-        run(CASES["the same, where the rounding of the mean shows"], torch.float32, True, 0, kernels=copy)
+        run(CASES["the same, where rounding the mean matters"], torch.float32, True, 0, kernels=copy)
 
 
 @pytest.mark.parametrize(
@@ -213,14 +213,15 @@ def test_launches_of_groupnorm_silu_fit(architecture: int, itemsize: int):
     sizes += [(p * p, c, 32) for p in (64, 512, 1024, 2048) for c in (128, 256, 512)]
     sizes += [(1, 1, 1), (7, 33, 3), (81, 10007, 1), (10**6, 3, 3)]
     for pixels, channels, groups in sizes:
-        launch, row = choose(architecture, pixels, channels, groups, itemsize), TABLE[architecture]
+        launch = choose(architecture, pixels, channels, groups, itemsize)
+        class_settings = TABLE[architecture]
         columns = power_of_two(launch.groups * channels // groups)
         assert (
             groups % launch.groups == 0
             and launch.block_p == power_of_two(launch.block_p)
             and launch.warps in (1, 2, 4, 8, 16)
         )
-        assert launch.block_p * columns <= max(row.whole_tile, row.tile, columns)
+        assert launch.block_p * columns <= max(class_settings.whole_tile, class_settings.tile, columns)
         assert launch.split_pixels % launch.block_p == 0 and launch.apply_pixels % launch.block_p == 0
         if launch.split_pixels:
-            assert -(-pixels // launch.split_pixels) <= (1024 if launch.merge else row.merge)
+            assert -(-pixels // launch.split_pixels) <= (1024 if launch.merge else class_settings.merge)

@@ -1,4 +1,4 @@
-"""Layer normalisation's kernel against float64."""
+"""The kernel of `layernorm` against float64."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tests.support.triton_checks import DEVICE, DTYPES, LAYOUTS, broken, check, 
 
 EPS = 1e-5
 CASES = {  # rows, columns, mean, standard deviation
-    "two rows a program, the last one alone": (3, 1000, 0.0, 1.0),
+    "two rows per program, the last one alone": (3, 1000, 0.0, 1.0),
     "CLIP": (5, 768, 0.0, 1.0),
     "a prime": (7, 37, 0.0, 1.0),
-    "one number": (2, 1, 0.0, 1.0),
+    "one column": (2, 1, 0.0, 1.0),
     "one row": (1, 64, 0.0, 1.0),
     "E[x^2] - E[x]^2 would cancel": (3, 333, 30.0, 1e-3),
     "eps decides": (3, 64, 0.0, 1e-6),
@@ -77,15 +77,15 @@ MUTATIONS = {
     "reads and writes past the columns": ("column < C", "column < BLOCK_C"),
     "divides by the padded width": ("tl.sum(y * y, 1) / C", "tl.sum(y * y, 1) / BLOCK_C"),
     "takes the mean of the padded width": ("tl.sum(y, 1) / C", "tl.sum(y, 1) / BLOCK_C"),
-    "takes the padding for numbers": (
+    "includes the padding": (
         "tl.where(mask, y - (tl.sum(y, 1) / C)[:, None], 0.0)",
         "y - (tl.sum(y, 1) / C)[:, None]",
     ),
-    "forgets eps": ("variance + eps", "variance"),
-    "forgets the bias": (" + bias[None, :]", ""),
-    "stride of x": ("r * stride_xr", "r * C"),
-    "stride of the residual": ("r * stride_rr", "r * C"),
-    "stride of the output": ("out_ptr + r * C", "out_ptr + r * stride_xr"),
+    "omits eps": ("variance + eps", "variance"),
+    "omits the bias": (" + bias[None, :]", ""),
+    "wrong stride of x": ("r * stride_xr", "r * C"),
+    "wrong stride of the residual": ("r * stride_rr", "r * C"),
+    "wrong stride of the output": ("out_ptr + r * C", "out_ptr + r * stride_xr"),
     "returns x for the sum": ("y += tl.load(residual_ptr", "z = tl.load(residual_ptr"),
 }
 
@@ -116,7 +116,7 @@ def test_layernorm_refuses(changes: dict[str, Any], message: str):
         module.layernorm(**(good | changes))
 
 
-def test_layernorm_of_nothing_is_nothing():
+def test_layernorm_of_no_rows():
     assert module.layernorm(torch.ones(0, 8), torch.ones(8), torch.ones(8), EPS).shape == (0, 8)
 
 
