@@ -21,7 +21,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from bench import compile_report
-from bench.compile_report import Launch
+from bench.compile_report import KernelLaunch
 from bench.compiled import SHARED, source_of
 from fastsd import config
 from fastsd.kernels import advance, dispatch
@@ -39,7 +39,7 @@ ENCODERS = {"CLIP": config.CLIP_L, "OpenCLIP H": config.OPENCLIP_H, "OpenCLIP bi
 
 Calls = Iterator[tuple[str, Callable[[], Any]]]
 
-EVERY: list[Launch] = []  # what processes that are forked from this one find here: kernels cannot be sent to them
+EVERY: list[KernelLaunch] = []  # what processes that are forked from this one find here: kernels cannot be sent to them
 
 
 class ChannelsLast(TorchFunctionMode):
@@ -89,29 +89,34 @@ def steps() -> Calls:
             yield "step", lambda given=(*buffers, *rest): advance.advance(*given)
 
 
-def launches() -> list[Launch]:
+def launches() -> list[KernelLaunch]:
     """What all of that launches; one of those that are the same to the compiler."""
-    found: list[Launch] = []
+    found: list[KernelLaunch] = []
     for calls in (models(), steps()):
         for name, call in calls:
 
             def tell(kernel: Any, arguments: dict[str, Any], name: str = name) -> None:
-                found.append(Launch(f"{name}: {kernel.fn.__name__}", kernel, arguments))
+                found.append(KernelLaunch(f"{name}: {kernel.fn.__name__}", kernel, arguments))
 
-            with compile_report.recorded(SM, tell), dispatch.forced("triton"), torch.no_grad(), ChannelsLast():
+            with (
+                compile_report.intercepted_launches(SM, tell),
+                dispatch.forced("triton"),
+                torch.no_grad(),
+                ChannelsLast(),
+            ):
                 call()
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         found += compile_report.launches(SM, dtype)
     return list({key_of(launch): launch for launch in reversed(found)}.values())
 
 
-def key_of(launch: Launch) -> tuple[Any, ...]:
+def key_of(launch: KernelLaunch) -> tuple[Any, ...]:
     """What the compiler is given."""
     options = (launch.arguments.get(name) for name in ("num_warps", "num_stages", "maxnreg"))
     return (source_of(launch.kernel, launch.arguments).hash(), *options)
 
 
-def wrong(launch: Launch) -> str | None:
+def wrong(launch: KernelLaunch) -> str | None:
     """Why this launch is not as it should be."""
     try:
         made = compile_report.compiled(launch, SM)
