@@ -75,14 +75,22 @@ def why_no_triton(device: torch.device) -> str | None:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return "Triton is not installed (pip install triton)"
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+    if _release(version) < OLDEST_TRITON:
         return f"Triton {version} is too old, they need {'.'.join(map(str, OLDEST_TRITON))} or newer"
     if device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)
         if capability < OLDEST_GPU:
             name, (major, minor) = torch.cuda.get_device_name(device), capability
             return f"{name} has compute capability {major}.{minor}, they need {OLDEST_GPU[0]}.{OLDEST_GPU[1]} or newer"
+    numpy = importlib.metadata.version("numpy")
+    if device.type == "cpu" and _release(version) < (3, 7) and _release(numpy) >= (2, 4):
+        return f"the interpreter of Triton {version} needs numpy older than 2.4, this is {numpy}"
     return None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version."""
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 @functools.cache

@@ -84,6 +84,22 @@ def test_one_warning_if_triton_cannot_run(monkeypatch: pytest.MonkeyPatch):
     assert "not installed" in str(dispatch.why_no_triton(gpu))
 
 
+@pytest.mark.parametrize(
+    ("triton", "numpy", "reason"),
+    [
+        ("3.6.0", "2.4.6", "the interpreter of Triton 3.6.0 needs numpy older than 2.4, this is 2.4.6"),
+        ("3.6.0", "2.3.5", None),
+        ("3.7.0", "2.4.6", None),
+    ],
+)
+def test_which_numpy_the_interpreter_of_triton_takes(
+    triton: str, numpy: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    """Triton 3.6 makes numbers of arrays of one element, which numpy 2.4 refuses; on a GPU neither is asked."""
+    monkeypatch.setattr(dispatch.importlib.metadata, "version", {"triton": triton, "numpy": numpy}.__getitem__)
+    assert dispatch.why_no_triton(torch.device("cpu")) == reason
+
+
 def test_a_forced_kernel_refuses_gradients():
     from fastsd.kernels.layernorm import layernorm
 
