@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ def launches() -> list[KernelLaunch]:
             ):
                 call()
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        found += compile_report.launches(SM, dtype)
+        found += [replace(launch, case=f"{launch.case} {dtype}") for launch in compile_report.launches(SM, dtype)]
     return list({key_of(launch): launch for launch in reversed(found)}.values())
 
 
