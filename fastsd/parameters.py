@@ -109,7 +109,7 @@ ROWS: tuple[Parameter, ...] = (
     Parameter(
         "few_step",
         Name(metavar="KIND"),
-        "lcm turbo lightning lightning-1 hyper: how model or LoRA was distilled, where its file does not say",
+        "lcm turbo lightning lightning-1 hyper none: how model or LoRA was distilled, where its file does not say",
         ("--few-step",),
         WHAT,
         of="load",
@@ -211,7 +211,7 @@ ROWS: tuple[Parameter, ...] = (
     Parameter(
         "prompt_syntax",
         Constant(options=("a1111", "plain"), value="plain"),
-        "read (), [], BREAK and the like as text, and only as much as fits the text encoder",
+        "plain reads (), [], BREAK and the like as text, and only as much as fits the text encoder",
         ("--plain-prompt",),
         WHAT,
         "a1111",
@@ -257,7 +257,7 @@ ROWS: tuple[Parameter, ...] = (
     Parameter(
         "graphs",
         Switch(stored=None, value=False),
-        "CUDA: launch each kernel alone, slower",
+        "CUDA: without graphs, each kernel is launched alone, slower",
         ("--no-graphs",),
         WHERE,
         True,
@@ -276,7 +276,7 @@ ROWS: tuple[Parameter, ...] = (
     Parameter(
         "output_type",
         Choice(options=("pil", "np", "pt", "latent"), stored=None),
-        "the form of the images",
+        "the form of the images: pil, np, pt or latent",
         default="pil",
     ),
 )
@@ -327,7 +327,9 @@ def check_call(arguments: Mapping[str, Any], loaded: Collection[str] = ()) -> Se
     known = {parameter.name: parameter for parameter in of_call()}
     for name in arguments:
         if name not in known:
-            raise FastsdError(f"no such argument{nearest(name, known)}", argument=name)
+            flags = {flag.lstrip("-").replace("-", "_"): row.name for row in known.values() for flag in row.flags}
+            hint = f"; did you mean {flags[name]}?" if name in flags else nearest(name, known)
+            raise FastsdError(f"no such argument{hint}", argument=name)
     given = {name: value for name, value in arguments.items() if value is not None}
     check_needs({*given, *loaded})
     return Settings(

@@ -82,9 +82,17 @@ def _choose(args: argparse.Namespace, k: int, old: dict[str, Any]) -> ChosenCont
         if k < len(values):
             parts[part] = values[k]
         elif isinstance(old.get(part), int | float):
-            with about("from_image", args.from_image):
-                parts[part] = CLI[f"control_{part}"].kind.check(old[part])
+            parts[part] = _earlier_part(args, f"control_{part}", old[part])
     return ChosenControl(args.control[k], image, given, edges, parts)
+
+
+def _earlier_part(args: argparse.Namespace, name: str, value: Any) -> Any:
+    """A number of the repeated image's control, within the limits of its flag."""
+    try:
+        return CLI[name].kind.check(value)
+    except FastsdError as error:
+        message = f"its {{{name}}} is {value!r}; {error.message}"
+        raise FastsdError(message, argument="from_image", path=args.from_image) from None
 
 
 def load(pipe: Pipeline, chosen: list[ChosenControl], allow_pickle: bool) -> tuple[list[Control], list[dict[str, Any]]]:

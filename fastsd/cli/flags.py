@@ -132,10 +132,10 @@ def parse(parser: Parser, words: list[str]) -> argparse.Namespace:
         FastsdError: it names the flag.
     """
     args = parser.parse(words)
-    typed = {word.split("=")[0] for word in words}
+    typed = [word.split("=")[0] for word in reversed(words)]
     for row in known():
         value = getattr(args, row.name, None)
-        with about(next((flag for flag in row.flags if flag in typed), row.name)):
+        with about(next((word for word in typed if word in row.flags), row.name)):
             if isinstance(value, str):
                 setattr(args, row.name, row.kind.parse(value))
             elif isinstance(value, list):

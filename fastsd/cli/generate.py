@@ -93,7 +93,7 @@ def check(args: argparse.Namespace) -> None:
     flags.check_flags(args)
     count = args.num_images_per_prompt or 1
     if args.seed is not None and args.seed + count > MAX_SEED:
-        raise FastsdError(f"leaves no seeds for {count} images below {MAX_SEED}", argument="seed")
+        raise FastsdError(f"it leaves no seeds for {count} images below {MAX_SEED}", argument="seed", value=args.seed)
     if args.sampler is not None or args.schedule is not None:
         sampler = "euler" if args.sampler is None else args.sampler
         resolve(sampler, "default" if args.schedule is None else args.schedule)

@@ -33,6 +33,9 @@ class Adapter:
     unet: float = 1.0
     text: float = 1.0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))  # a text is a path too
+
 
 @dataclass(frozen=True)
 class _AdapterTarget:
@@ -105,13 +108,14 @@ class Adapters:
         for adapter in adapters:
             unknown = self._collect(adapter, changes)
             if unknown:
-                text = (
-                    f"{adapter.path}: {len(unknown)} of its layers are not in this model: {', '.join(unknown[:4])}"
-                    + (", ..." if len(unknown) > 4 else "")
+                text = f"{len(unknown)} of its layers are not in this model: {', '.join(unknown[:4])}" + (
+                    ", ..." if len(unknown) > 4 else ""
                 )
                 if not allow_partial:
-                    raise FastsdError(f"{text}; is it for another model? {{allow_partial}} skips them")
-                notes.append(text)
+                    raise FastsdError(
+                        f"{text}; is it for another model? {{allow_partial}} skips them", path=adapter.path
+                    )
+                notes.append(f"{adapter.path}: {text}")
         if not changes and not self._base:
             self.active = tuple(adapters)
             return notes
