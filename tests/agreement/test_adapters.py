@@ -1,4 +1,4 @@
-"""Adapters give the network that peft and LyCORIS make of it, from files as they and others write them."""
+"""Adapters change a network as peft and LyCORIS do, from files as these and other programs write them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from safetensors.torch import load_file, save_file
 from fastsd.components import Components
 from fastsd.weights import load_folder
 from fastsd.weights.adapters.apply import Adapter, Adapters
+from tests.support.families import TOLERANCE
+from tests.support.matching import nchw, nhwc, relative_error
 
-peft = pytest.importorskip("peft", reason="compared with peft, which is not installed")
-lycoris = pytest.importorskip("lycoris", reason="compared with LyCORIS, which is not installed")
+peft = pytest.importorskip("peft", reason="peft is not installed")
+lycoris = pytest.importorskip("lycoris", reason="LyCORIS is not installed")
 
-TOLERANCE = 1e-4
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
 CONVOLUTION = ["conv1", "conv2", "conv_shortcut", "time_emb_proj"]
 
 
 @pytest.fixture(scope="module")
-def given() -> dict[str, torch.Tensor]:
+def inputs() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(4)
     x, context = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 7, 32, generator=generator)
     return {"sample": x, "timestep": torch.tensor([301.0]), "encoder_hidden_states": context}
@@ -35,18 +36,13 @@ def components(families: Any) -> Components:
 
 
 @torch.no_grad()
-def theirs(unet: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
-    return unet(**given).sample
+def theirs(unet: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return unet(**inputs).sample
 
 
 @torch.no_grad()
-def ours(components: Components, given: dict[str, torch.Tensor]) -> torch.Tensor:
-    x = given["sample"].permute(0, 2, 3, 1).contiguous()
-    return components.unet(x, given["timestep"], given["encoder_hidden_states"]).permute(0, 3, 1, 2)
-
-
-def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).abs().max() / wanted.abs().max())
+def ours(components: Components, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return nchw(components.unet(nhwc(inputs["sample"]), inputs["timestep"], inputs["encoder_hidden_states"]))
 
 
 def randomise(parameters: Any, seed: int = 0) -> None:
@@ -56,6 +52,7 @@ def randomise(parameters: Any, seed: int = 0) -> None:
 
 
 def snapshot(components: Components) -> dict[str, torch.Tensor]:
+    """A copy of the weights that adapters change."""
     parts = {"unet": components.unet, **{f"text{i}": m for i, m in enumerate(components.text_encoders)}}
     return {f"{part}.{k}": v.clone() for part, m in parts.items() for k, v in m.state_dict().items()}
 
@@ -65,13 +62,13 @@ def assert_same(before: dict[str, torch.Tensor], components: Components) -> None
         assert torch.equal(value, before[key]), key
 
 
-def check(components: Components, file: Path, given: dict[str, torch.Tensor], wanted: torch.Tensor) -> None:
-    """The adapter gives `wanted`, which is not the network's own output, and leaves no trace."""
-    before, plain = snapshot(components), ours(components, given)
-    assert error(plain, wanted) > 50 * TOLERANCE  # there is something to agree on
+def check(components: Components, file: Path, inputs: dict[str, torch.Tensor], expected: torch.Tensor) -> None:
+    """The adapter gives `expected`, which differs from the network's own output, and can be removed to the bit."""
+    before, plain = snapshot(components), ours(components, inputs)
+    assert relative_error(plain, expected) > 50 * TOLERANCE  # the adapter matters
     adapters = Adapters(components)
     assert adapters.set([Adapter(file)]) == []
-    assert error(ours(components, given), wanted) < TOLERANCE
+    assert relative_error(ours(components, inputs), expected) < TOLERANCE
     adapters.set([])
     assert_same(before, components)
 
@@ -95,25 +92,25 @@ def check(components: Components, file: Path, given: dict[str, torch.Tensor], wa
     ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items()),
 )
 def test_lycoris(
-    options: dict[str, Any], families: Any, components: Components, given: dict[str, torch.Tensor], tmp_path: Path
+    options: dict[str, Any], families: Any, components: Components, inputs: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    """Linear layers and convolutions, named as kohya's trainer names them."""
+    """Linear layers and convolutions, with the names of kohya's trainer."""
     unet = copy.deepcopy(families.pipelines["sd1"].unet)
     lycoris.LycorisNetwork.apply_preset({"target_module": ["Attention", "FeedForward", "ResnetBlock2D"]})
     net = lycoris.create_lycoris(unet, 1.0, linear_dim=3, linear_alpha=2.0, conv_dim=3, conv_alpha=2.0, **options)
     net.apply_to()
     magnitudes = {name for name, _ in net.named_parameters() if "dora" in name}
     randomise(parameter for name, parameter in net.named_parameters() if name not in magnitudes)
-    wanted = theirs(unet, given)
+    expected = theirs(unet, inputs)
     stored = {
         key.replace("lycoris_", "lora_unet_"): value.contiguous().clone() for key, value in net.state_dict().items()
     }
     save_file(stored, tmp_path / "adapter.safetensors")
-    check(components, tmp_path / "adapter.safetensors", given, wanted)
+    check(components, tmp_path / "adapter.safetensors", inputs, expected)
 
 
 def with_peft(unet: Any, **options: Any) -> dict[str, torch.Tensor]:
-    """`unet` with a random LoRA, and the tensors of it."""
+    """Add a random LoRA to `unet`; returns its tensors."""
     unet.add_adapter(peft.LoraConfig(r=3, lora_alpha=5, target_modules=ATTENTION + CONVOLUTION, **options))
     lora = [parameter for name, parameter in unet.named_parameters() if "lora_A" in name or "lora_B" in name]
     randomise(lora)
@@ -126,32 +123,32 @@ def with_peft(unet: Any, **options: Any) -> dict[str, torch.Tensor]:
     ids=str,
 )
 def test_peft(
-    options: dict[str, Any], families: Any, components: Components, given: dict[str, torch.Tensor], tmp_path: Path
+    options: dict[str, Any], families: Any, components: Components, inputs: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    """As diffusers saves it: PEFT's config stands in the header."""
+    """As diffusers saves it, with PEFT's config in the header."""
     import diffusers
 
     unet = copy.deepcopy(families.pipelines["sd1"].unet)
     layers = with_peft(unet, **options)
-    metadata = {**unet.peft_config["default"].to_dict()}
+    metadata = unet.peft_config["default"].to_dict()
     diffusers.StableDiffusionPipeline.save_lora_weights(
         tmp_path, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata
     )
-    check(components, tmp_path / "pytorch_lora_weights.safetensors", given, theirs(unet, given))
+    check(components, tmp_path / "pytorch_lora_weights.safetensors", inputs, theirs(unet, inputs))
 
 
-def test_pefts_own_folder(
-    families: Any, components: Components, given: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
+def test_a_peft_folder(families: Any, components: Components, inputs: dict[str, torch.Tensor], tmp_path: Path) -> None:
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=ATTENTION)
     model = peft.get_peft_model(copy.deepcopy(families.pipelines["sd1"].unet), config)
     randomise(parameter for name, parameter in model.named_parameters() if "lora_" in name)
     model.save_pretrained(tmp_path)
-    check(components, tmp_path, given, theirs(model, given))
+    check(components, tmp_path, inputs, theirs(model, inputs))
 
 
-def test_before_peft(families: Any, components: Components, given: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    """diffusers' attention processors: the same numbers under other names, without an alpha."""
+def test_diffusers_files_from_before_peft(
+    families: Any, components: Components, inputs: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """diffusers' attention processors: the same tensors under other names, without an alpha."""
     unet = copy.deepcopy(families.pipelines["sd1"].unet)
     unet.add_adapter(peft.LoraConfig(r=3, lora_alpha=3, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     randomise(p for name, p in unet.named_parameters() if "lora_" in name)
@@ -162,22 +159,22 @@ def test_before_peft(families: Any, components: Components, given: dict[str, tor
             key = key.replace(f".{name}_lora", f".processor.{name}_lora")
         old[f"unet.{key}"] = value.contiguous()
     save_file(old, tmp_path / "old.safetensors")
-    check(components, tmp_path / "old.safetensors", given, theirs(unet, given))
+    check(components, tmp_path / "old.safetensors", inputs, theirs(unet, inputs))
 
 
 def test_text_encoder(families: Any, components: Components, tmp_path: Path) -> None:
-    """PEFT's, kohya's and old diffusers' names for the text encoder's layers are one adapter."""
+    """The text encoder's layers have the same adapter under the names of PEFT, kohya and old diffusers."""
     encoder = copy.deepcopy(families.pipelines["sd1"].text_encoder)
     ids = components.tokenizers[0]("a cat")
     encoder.add_adapter(peft.LoraConfig(r=3, lora_alpha=3, target_modules=["q_proj", "v_proj", "out_proj", "fc1"]))
     randomise(p for name, p in encoder.named_parameters() if "lora_" in name)
     with torch.no_grad():
-        wanted = encoder(ids).last_hidden_state
+        expected = encoder(ids).last_hidden_state
     adapters = Adapters(components)
     before = snapshot(components)
     stored = {k: v.contiguous() for k, v in peft.get_peft_model_state_dict(encoder).items()}
 
-    def named(key: str, style: str) -> str:
+    def rename(key: str, style: str) -> str:
         key = "text_model." + key.removeprefix("text_model.")
         if style == "peft":
             return f"text_encoder.{key}"
@@ -189,19 +186,19 @@ def test_text_encoder(families: Any, components: Components, tmp_path: Path) -> 
 
     for style in ("peft", "kohya", "old"):
         file = tmp_path / f"{style}.safetensors"
-        save_file({named(key, style): value for key, value in stored.items()}, file)
+        save_file({rename(key, style): value for key, value in stored.items()}, file)
         adapters.set([Adapter(file)])
         with torch.no_grad():
-            assert error(components.text_encoders[0](ids).hidden, wanted) < TOLERANCE, style
+            assert relative_error(components.text_encoders[0](ids).hidden, expected) < TOLERANCE, style
     adapters.set([Adapter(tmp_path / "peft.safetensors", unet=1.0, text=0.0)])
     adapters.set([])
     assert_same(before, components)
 
 
 def test_norms_and_biases(
-    families: Any, components: Components, given: dict[str, torch.Tensor], tmp_path: Path
+    families: Any, components: Components, inputs: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    """LyCORIS's differences: of a norm, of a bias, of a convolution."""
+    """LyCORIS's differences of a norm, a bias and a convolution."""
     unet = copy.deepcopy(families.pipelines["sd1"].unet)
     generator = torch.Generator().manual_seed(9)
     block, stored = unet.down_blocks[0].resnets[0], {}
@@ -215,7 +212,7 @@ def test_norms_and_biases(
         parameter.data += change
         stored[f"lora_unet_down_blocks_0_resnets_0_{role}"] = change
     save_file(stored, tmp_path / "differences.safetensors")
-    check(components, tmp_path / "differences.safetensors", given, theirs(unet, given))
+    check(components, tmp_path / "differences.safetensors", inputs, theirs(unet, inputs))
 
 
 @pytest.fixture
@@ -233,7 +230,7 @@ def files(families: Any, tmp_path: Path) -> list[Path]:
 
 
 def test_several_at_once_with_strengths(
-    families: Any, components: Components, given: dict[str, torch.Tensor], files: list[Path]
+    families: Any, components: Components, inputs: dict[str, torch.Tensor], files: list[Path]
 ) -> None:
     unet = copy.deepcopy(families.pipelines["sd1"].unet)
     for name, file in zip(("one", "two"), files):
@@ -242,9 +239,9 @@ def test_several_at_once_with_strengths(
         unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=targets), adapter_name=name)
         peft.set_peft_model_state_dict(unet, stored, adapter_name=name)
     unet.set_adapters(["one", "two"], [0.7, -0.4])
-    wanted = theirs(unet, given)
+    expected = theirs(unet, inputs)
     before, adapters = snapshot(components), Adapters(components)
     adapters.set([Adapter(files[0], unet=0.7), Adapter(files[1], unet=-0.4)])
-    assert error(ours(components, given), wanted) < TOLERANCE
+    assert relative_error(ours(components, inputs), expected) < TOLERANCE
     adapters.set([])
     assert_same(before, components)

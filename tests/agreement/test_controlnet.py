@@ -1,4 +1,4 @@
-"""ControlNets give what diffusers' give, by themselves and in whole images, from every file form."""
+"""ControlNets agree with diffusers', alone and in generated images, from every form of file."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from fastsd import Control, Pipeline
 from fastsd.model.controlnet import ControlNet
-from tests.support.families import Families, disturbed
+from fastsd.model.unet import AddedConditioning
+from tests.support.families import TOLERANCE, Families, disturbed, generator, latents_of
+from tests.support.matching import nchw, nhwc, relative_error
 
-TOLERANCE = 1e-4  # of whole images; of the network by itself 1e-5
+PROMPT = "a cat on a mat"
 FAMILIES = ("sd1", "sd2", "sdxl", "inpainting")
 HINTS = (8, 12, 16, 24)
 SETTINGS: dict[str, Any] = {"num_inference_steps": 5, "guidance_scale": 4.0}
@@ -29,16 +31,16 @@ def nets(families: Families, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     import diffusers
 
     torch.manual_seed(5)
-    made = {}
+    nets = {}
     for family in FAMILIES:
         unet = families.pipelines["sd1" if family == "inpainting" else family].unet
-        made[family] = [
+        nets[family] = [
             disturbed(diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=HINTS))
             for _ in range(2)
         ]
-        for i, net in enumerate(made[family]):
+        for i, net in enumerate(nets[family]):
             net.save_pretrained(families.folder / f"controlnet-{family}-{i}")
-    return made
+    return nets
 
 
 @pytest.fixture(scope="module")
@@ -62,63 +64,53 @@ def loaded(pipe: Pipeline, families: Families, family: str, i: int = 0) -> Contr
     return pipe.load_controlnet(families.folder / f"controlnet-{family}-{i}")
 
 
-def theirs(families: Families, kind: str, family: str, nets: Any) -> Any:
+def theirs(families: Families, pipeline_class: str, family: str, nets: Any) -> Any:
+    """diffusers' pipeline with ControlNets."""
     import diffusers
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         extra = {} if family == "sdxl" else {"safety_checker": None}
-        pipe = getattr(diffusers, kind).from_pretrained(families.folder / family, controlnet=nets, **extra)
+        pipe = getattr(diffusers, pipeline_class).from_pretrained(families.folder / family, controlnet=nets, **extra)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def run(pipe: Any, **arguments: Any) -> torch.Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = pipe("a cat on a mat", output_type="latent", generator=[torch.Generator().manual_seed(3)], **arguments)
-    return found.images
-
-
-def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).abs().max() / wanted.abs().max())
+    """The latents of diffusers' pipeline."""
+    return latents_of(pipe, PROMPT, generator=generator(3), **arguments)
 
 
 @pytest.mark.parametrize("family", FAMILIES[:3])
-def test_what_is_added_to_the_unet(families: Families, nets: Any, family: str) -> None:
-    their, pipe = nets[family][0], ours(families, family)
-    net = loaded(pipe, families, family)
+def test_residuals(families: Families, nets: Any, family: str) -> None:
+    net = loaded(ours(families, family), families, family)
     torch.manual_seed(0)
     x, photo = torch.randn(2, 4, 8, 8), torch.rand(2, 3, 64, 64)
     time, text = torch.tensor([7.0, 801.0]), torch.randn(2, 5, net.config.cross_attention_dim)
-    added = {}
-    ours_added = None
+    added, their_added = None, {}
     if family == "sdxl":
-        from fastsd.model.unet import AddedConditioning
-
-        pooled, sizes = torch.randn(2, 24), torch.rand(2, 6) * 64
-        added = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
-        ours_added = AddedConditioning(pooled, sizes)
+        added = AddedConditioning(torch.randn(2, 24), torch.rand(2, 6) * 64)
+        their_added = {"added_cond_kwargs": {"text_embeds": added.pooled, "time_ids": added.sizes}}
     with torch.no_grad():
-        down, middle = their(x, time, text, photo, conditioning_scale=0.7, return_dict=False, **added)
-        found = net.denoise(
-            x.permute(0, 2, 3, 1),
-            net.embed_time(time, ours_added),
+        down, middle = nets[family][0](x, time, text, photo, conditioning_scale=0.7, return_dict=False, **their_added)
+        residuals = net.denoise(
+            nhwc(x),
+            net.embed_time(time, added),
             net.project_context(text),
-            net.embed_hint(photo.permute(0, 2, 3, 1)),
+            net.embed_hint(nhwc(photo)),
             torch.tensor([0.7]),
         )
-    for one, wanted in zip(found, (*down, middle), strict=True):
-        assert float((one.permute(0, 3, 1, 2) - wanted).norm() / wanted.norm()) < 1e-5
+    for residual, expected in zip(residuals, (*down, middle), strict=True):
+        assert float((nchw(residual) - expected).norm() / expected.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES[:3])
 def test_text_to_image(families: Families, nets: Any, family: str, photos: list[Image.Image]) -> None:
-    kind = "StableDiffusionXLControlNetPipeline" if family == "sdxl" else "StableDiffusionControlNetPipeline"
+    xl = "XL" if family == "sdxl" else ""
     pipe = ours(families, family)
     arguments = {"negative_prompt": "blue", **SETTINGS}
-    wanted = run(
-        theirs(families, kind, family, nets[family][0]),
+    expected = run(
+        theirs(families, f"StableDiffusion{xl}ControlNetPipeline", family, nets[family][0]),
         image=photos[0],
         controlnet_conditioning_scale=0.8,
         height=64,
@@ -126,17 +118,17 @@ def test_text_to_image(families: Families, nets: Any, family: str, photos: list[
         **arguments,
     )
     control = Control(loaded(pipe, families, family), photos[0], weight=0.8)
-    found = pipe("a cat on a mat", controls=[control], seed=3, output_type="latent", **arguments).images
-    assert error(found, wanted) < TOLERANCE
-    without = pipe("a cat on a mat", seed=3, output_type="latent", **arguments).images
-    assert error(without, wanted) > 100 * TOLERANCE  # the ControlNet matters
+    latents = pipe(PROMPT, controls=[control], seed=3, output_type="latent", **arguments).images
+    assert relative_error(latents, expected) < TOLERANCE
+    without = pipe(PROMPT, seed=3, output_type="latent", **arguments).images
+    assert relative_error(without, expected) > 100 * TOLERANCE  # the ControlNet matters
 
 
 @pytest.mark.parametrize(("start", "end"), [((0.0, 0.4), (0.6, 1.0)), ((0.2, 0.0), (0.8, 0.1))])
-def test_several_with_their_parts_of_the_steps(
+def test_several_that_act_in_parts_of_the_steps(
     families: Families, nets: Any, photos: list[Image.Image], start: tuple[float, float], end: tuple[float, float]
 ) -> None:
-    wanted = run(
+    expected = run(
         theirs(families, "StableDiffusionControlNetPipeline", "sd1", nets["sd1"]),
         image=photos[:2],
         controlnet_conditioning_scale=[0.8, 1.3],
@@ -148,14 +140,14 @@ def test_several_with_their_parts_of_the_steps(
     )
     pipe = ours(families, "sd1")
     controls = [Control(loaded(pipe, families, "sd1", i), photos[i], (0.8, 1.3)[i], start[i], end[i]) for i in range(2)]
-    found = pipe("a cat on a mat", controls=controls, seed=3, output_type="latent", **SETTINGS).images
-    assert error(found, wanted) < TOLERANCE
+    latents = pipe(PROMPT, controls=controls, seed=3, output_type="latent", **SETTINGS).images
+    assert relative_error(latents, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_image_to_image(families: Families, nets: Any, family: str, photos: list[Image.Image]) -> None:
     xl = "XL" if family == "sdxl" else ""
-    wanted = run(
+    expected = run(
         theirs(families, f"StableDiffusion{xl}ControlNetImg2ImgPipeline", family, nets[family][0]),
         image=photos[1],
         control_image=photos[0],
@@ -166,14 +158,14 @@ def test_image_to_image(families: Families, nets: Any, family: str, photos: list
     pipe = ours(families, family)
     control = Control(loaded(pipe, families, family), photos[0])
     arguments = {"image": photos[1], "strength": 0.6, "seed": 3, "output_type": "latent", **SETTINGS}
-    found = pipe("a cat on a mat", controls=[control], **arguments).images
-    assert error(found, wanted) < TOLERANCE
+    latents = pipe(PROMPT, controls=[control], **arguments).images
+    assert relative_error(latents, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("family", ["sd1", "inpainting"])
 def test_inpainting(families: Families, nets: Any, family: str, photos: list[Image.Image], mask: Image.Image) -> None:
     arguments = {"image": photos[1], "mask_image": mask, "strength": 0.8, **SETTINGS}
-    wanted = run(
+    expected = run(
         theirs(families, "StableDiffusionControlNetInpaintPipeline", family, nets[family][0]),
         control_image=photos[0],
         controlnet_conditioning_scale=1.0,
@@ -183,12 +175,12 @@ def test_inpainting(families: Families, nets: Any, family: str, photos: list[Ima
     )
     pipe = ours(families, family)
     control = Control(loaded(pipe, families, family), photos[0])
-    found = pipe("a cat on a mat", controls=[control], seed=3, output_type="latent", **arguments).images
-    assert error(found, wanted) < TOLERANCE
+    latents = pipe(PROMPT, controls=[control], seed=3, output_type="latent", **arguments).images
+    assert relative_error(latents, expected) < TOLERANCE
 
 
 def original(tensors: dict[str, torch.Tensor], layers: int, levels: int) -> dict[str, torch.Tensor]:
-    """diffusers' names to the original layout's, by counting blocks as Zhang's code appends them."""
+    """From diffusers' names to the original layout's, by counting blocks as Zhang's code appends them."""
     inner = {
         "norm1": "in_layers.0",
         "conv1": "in_layers.2",
@@ -215,34 +207,33 @@ def original(tensors: dict[str, torch.Tensor], layers: int, levels: int) -> dict
     blocks |= {f"controlnet_cond_embedding.blocks.{i}.": f"input_hint_block.{2 * i + 2}." for i in range(6)}
     blocks |= {"controlnet_cond_embedding.conv_in.": "input_hint_block.0."}
     blocks |= {"controlnet_cond_embedding.conv_out.": "input_hint_block.14."}
-    found = {}
+    renamed = {}
     for key, tensor in tensors.items():
         head = next(head for head in blocks if key.startswith(head))
         rest = key.removeprefix(head)
         if ".resnets." in head:
-            layer_name, kind = rest.rsplit(".", 1)
-            rest = f"{inner[layer_name]}.{kind}"
-        found[blocks[head] + rest] = tensor.contiguous()
-    return found
+            layer_name, parameter = rest.rsplit(".", 1)
+            rest = f"{inner[layer_name]}.{parameter}"
+        renamed[blocks[head] + rest] = tensor.contiguous()
+    return renamed
 
 
 @pytest.mark.parametrize("prefix", ["", "control_model."])
 @pytest.mark.parametrize("family", FAMILIES[:3])
 def test_single_files(families: Families, nets: Any, tmp_path: Path, family: str, prefix: str) -> None:
-    """Both layouts, with and without the prefix of whole training checkpoints: the same weights."""
+    """The weights are the same from both layouts, with and without the prefix of training checkpoints."""
     pipe = ours(families, family)
-    wanted = loaded(pipe, families, family).state_dict()
+    expected = loaded(pipe, families, family).state_dict()
     stored = load_file(families.folder / f"controlnet-{family}-0" / "diffusion_pytorch_model.safetensors")
     for name, tensors in (("diffusers", stored), ("original", original(stored, layers=1, levels=2))):
         file = tmp_path / f"{name}.safetensors"
         save_file({prefix + key: tensor for key, tensor in tensors.items()}, file)
-        found = pipe.load_controlnet(file).state_dict()
-        assert found.keys() == wanted.keys()
-        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+        weights = pipe.load_controlnet(file).state_dict()
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
-def test_channels_in_the_other_order(families: Families, nets: Any, tmp_path: Path) -> None:
-    """What a folder calls bgr reads the mirrored channels."""
+def test_a_bgr_controlnet_reads_the_channels_in_reverse(families: Families, nets: Any, tmp_path: Path) -> None:
     import diffusers
 
     torch.manual_seed(6)
@@ -253,9 +244,9 @@ def test_channels_in_the_other_order(families: Families, nets: Any, tmp_path: Pa
         )
     )
     net.save_pretrained(tmp_path / "bgr")
-    found = ours(families, "sd1").load_controlnet(tmp_path / "bgr")
+    loaded_net = ours(families, "sd1").load_controlnet(tmp_path / "bgr")
     photo = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
-        wanted = net.controlnet_cond_embedding(photo.flip(1))
-        hint = found.embed_hint(photo.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    assert float((hint - wanted).norm() / wanted.norm()) < 1e-5
+        expected = net.controlnet_cond_embedding(photo.flip(1))
+        hint = nchw(loaded_net.embed_hint(nhwc(photo)))
+    assert float((hint - expected).norm() / expected.norm()) < 1e-5

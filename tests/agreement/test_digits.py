@@ -1,4 +1,4 @@
-"""The bundled model opens in diffusers, and draws the same image there."""
+"""The bundled model opens in diffusers and generates the same images there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from fastsd.pipeline import BUNDLED, Pipeline
 
-PROMPTS = ["a thick eight slanted right", "3", "zebra"]  # the last is no word of its captions
+PROMPTS = ["a thick eight slanted right", "3", "zebra"]  # the last word is in none of its captions
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def theirs() -> Any:
     return pipeline
 
 
-def test_the_scheduler_is_the_one_that_fastsd_takes(theirs: Any) -> None:
+def test_its_scheduler_is_fastsds(theirs: Any) -> None:
     config = theirs.scheduler.config
     assert type(theirs.scheduler).__name__ == "DDIMScheduler"
     assert (config.prediction_type, config.timestep_spacing) == ("v_prediction", "trailing")
@@ -40,7 +40,7 @@ def test_the_same_image_at_the_default_settings(theirs: Any, prompt: str) -> Non
         "num_inference_steps": ours.defaults["num_inference_steps"],
         "guidance_scale": ours.defaults["guidance_scale"],
     }
-    wanted = theirs(prompt, height=64, width=64, latents=noise.clone(), output_type="np", **settings).images
-    found = ours(prompt, latents=noise, output_type="np", **settings).images
-    assert np.abs(found - wanted).max() < 0.5 / 255 + 1e-4  # ours went through 8 bits
-    assert wanted.max() > 0.9  # something is drawn
+    expected = theirs(prompt, height=64, width=64, latents=noise.clone(), output_type="np", **settings).images
+    images = ours(prompt, latents=noise, output_type="np", **settings).images
+    assert np.abs(images - expected).max() < 0.5 / 255 + 1e-4  # ours are rounded to 8 bits
+    assert expected.max() > 0.9  # there are strokes

@@ -1,4 +1,4 @@
-"""Whole images agree with diffusers' pipelines, from the same noise, to 1e-4 in fp32."""
+"""Generated latents and images agree with diffusers' pipelines, from the same noise, to 1e-4 in fp32."""
 
 from __future__ import annotations
 
@@ -11,25 +11,15 @@ import torch
 from PIL import Image
 
 from fastsd.pipeline import Pipeline
-from tests.support.families import TOLERANCE, error, run
+from fastsd.sampling.samplers import SAMPLERS
+from tests.support.families import TOLERANCE, generator, latents_of
+from tests.support.matching import relative_error
 
-# dpm++sde is missing: diffusers draws its noise from a Brownian tree of its own. dpm++2m_sde needs a setting.
-SAMPLERS = {
-    "ddpm": "DDPMScheduler",
-    "ddim": "DDIMScheduler",
-    "pndm": "PNDMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_a": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "dpm++2m": "DPMSolverMultistepScheduler",
-    "dpm++2m_sde": "DPMSolverMultistepScheduler",
-    "dpm++2s": "DPMSolverSinglestepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "lms": "LMSDiscreteScheduler",
-    "lcm": "LCMScheduler",
-}
+SCHEDULERS = {name: entry.diffusers for name, entry in SAMPLERS.items() if entry.diffusers}
+SCHEDULERS["dpm++2m_sde"] = "DPMSolverMultistepScheduler"
+del SCHEDULERS["dpm++sde"]  # diffusers samples its noise from a Brownian tree
 SETTINGS = {
-    "ddpm": {"clip_sample": False},  # every Stable Diffusion checkpoint says so; diffusers' default is for pixels
+    "ddpm": {"clip_sample": False},  # as in every Stable Diffusion checkpoint; diffusers' default is for pixels
     "ddim": {"clip_sample": False, "set_alpha_to_one": False},
     "pndm": {"skip_prk_steps": True},
     "dpm++2m_sde": {"algorithm_type": "sde-dpmsolver++"},
@@ -41,10 +31,6 @@ def ours(folder: Any) -> Pipeline:
     return Pipeline.from_pretrained(folder, device="cpu", dtype="fp32")
 
 
-def generator(seed: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed)]
-
-
 @pytest.fixture(scope="module")
 def photo() -> Image.Image:
     return Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
@@ -52,24 +38,24 @@ def photo() -> Image.Image:
 
 @pytest.fixture(scope="module")
 def mask() -> Image.Image:
-    """On latent pixels' edges, where the two ways of shrinking a mask agree."""
+    """Aligned to latent pixels, where both ways of shrinking a mask agree."""
     area = np.zeros((64, 64), dtype=np.uint8)
     area[16:48, 8:40] = 255
     return Image.fromarray(area)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", SCHEDULERS)
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_text_to_image(families: Any, family: str, sampler: str) -> None:
     import diffusers
 
     theirs = families.pipelines[family]
-    kind = getattr(diffusers, SAMPLERS[sampler])
-    own = theirs.scheduler
+    scheduler_class = getattr(diffusers, SCHEDULERS[sampler])
+    scheduler = theirs.scheduler
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     try:
-        theirs.scheduler = kind.from_config(own.config, **SETTINGS.get(sampler, {}))
-        wanted = run(
+        theirs.scheduler = scheduler_class.from_config(scheduler.config, **SETTINGS.get(sampler, {}))
+        expected = latents_of(
             theirs,
             "a cat on a mat",
             negative_prompt="blue",
@@ -82,8 +68,8 @@ def test_text_to_image(families: Any, family: str, sampler: str) -> None:
             generator=generator(11),
         )
     finally:
-        theirs.scheduler = own
-    found = run(
+        theirs.scheduler = scheduler
+    latents = latents_of(
         ours(families.folder / family),
         "a cat on a mat",
         negative_prompt="blue",
@@ -94,29 +80,29 @@ def test_text_to_image(families: Any, family: str, sampler: str) -> None:
         seed=11,
         sampler=sampler,
     )
-    assert error(found, wanted) < TOLERANCE
+    assert relative_error(latents, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_no_negative_prompt_and_the_decoded_image(families: Any, family: str) -> None:
-    """SDXL takes zeros where there is no negative prompt; the images then differ by rounding to 8 bits at most."""
+def test_images_without_a_negative_prompt(families: Any, family: str) -> None:
+    """SDXL uses zeros for a missing negative prompt. Images differ at most by rounding to 8 bits."""
     arguments: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 5.0, "width": 64, "height": 48}
-    wanted = families.pipelines[family]("a cat", generator=generator(7), output_type="np", **arguments).images
-    found = ours(families.folder / family)("a cat", seed=7, output_type="np", **arguments).images
-    assert np.abs(found - wanted).max() < 0.5 / 255 + TOLERANCE
+    expected = families.pipelines[family]("a cat", generator=generator(7), output_type="np", **arguments).images
+    images = ours(families.folder / family)("a cat", seed=7, output_type="np", **arguments).images
+    assert np.abs(images - expected).max() < 0.5 / 255 + TOLERANCE
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "refiner"])
 def test_image_to_image(families: Any, family: str, photo: Image.Image) -> None:
     import diffusers
 
-    kind = "StableDiffusionImg2ImgPipeline" if family == "sd1" else "StableDiffusionXLImg2ImgPipeline"
-    theirs = getattr(diffusers, kind).from_pretrained(families.folder / family)
+    pipeline_class = "StableDiffusionImg2ImgPipeline" if family == "sd1" else "StableDiffusionXLImg2ImgPipeline"
+    theirs = getattr(diffusers, pipeline_class).from_pretrained(families.folder / family)
     theirs.set_progress_bar_config(disable=True)
     arguments: dict[str, Any] = {"image": photo, "strength": 0.6, "num_inference_steps": 10, "guidance_scale": 4.0}
-    wanted = run(theirs, "a cat", generator=generator(5), **arguments)
-    found = run(ours(families.folder / family), "a cat", seed=5, **arguments)
-    assert error(found, wanted) < TOLERANCE
+    expected = latents_of(theirs, "a cat", generator=generator(5), **arguments)
+    latents = latents_of(ours(families.folder / family), "a cat", seed=5, **arguments)
+    assert relative_error(latents, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.7])
@@ -128,6 +114,6 @@ def test_inpainting(families: Any, family: str, strength: float, photo: Image.Im
     theirs.set_progress_bar_config(disable=True)
     arguments: dict[str, Any] = {"image": photo, "mask_image": mask, "strength": strength, "guidance_scale": 4.0}
     arguments["num_inference_steps"] = 8
-    wanted = run(theirs, "a cat", generator=generator(5), height=64, width=64, **arguments)
-    found = run(ours(families.folder / family), "a cat", seed=5, **arguments)
-    assert error(found, wanted) < TOLERANCE
+    expected = latents_of(theirs, "a cat", generator=generator(5), height=64, width=64, **arguments)
+    latents = latents_of(ours(families.folder / family), "a cat", seed=5, **arguments)
+    assert relative_error(latents, expected) < TOLERANCE

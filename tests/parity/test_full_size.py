@@ -1,7 +1,7 @@
-"""Stable Diffusion at its real sizes: what diffusers and transformers compute, from the same random weights, in fp32.
+"""Stable Diffusion at its real sizes against diffusers and transformers, with the same random weights, in fp32.
 
-`make parity` prints the table of docs/parity.md. diffusers makes and saves a model, computes, and is freed before
-fastsd loads what was saved, so the larger of the two is all the memory that it takes (16 GB for SDXL, as much disk).
+`make parity` prints the table of docs/parity.md. diffusers' model is saved, run and freed before fastsd loads the saved
+folder, so only one is in memory at a time (16 GB for SDXL, and as much disk).
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from fastsd.pipeline import Pipeline
 from fastsd.weights import load_folder
 from fastsd.weights.layouts.controlnet import load_controlnet
 from tests.support.families import SCHEDULE
+from tests.support.matching import relative_error
 
 Outputs = dict[str, torch.Tensor]
-MODULE, PHOTO = 1e-5, 1e-4  # relative, of the largest value
+MODULE, IMAGE = 1e-5, 1e-4  # of the largest value
 PROMPT, NEGATIVE = "a lighthouse at dusk, oil on canvas", "fog"
 
-# The published unet/config.json, where it differs from diffusers' defaults, which are SD1.5's.
+# The published unet/config.json, where it differs from diffusers' defaults (SD1.5's).
 SD15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 SD21: dict[str, Any] = {
     "sample_size": 96,
@@ -62,7 +63,7 @@ ROWS: list[str] = []
 
 @pytest.fixture(scope="module", autouse=True)
 def report() -> Any:
-    """The table, printed when all is done."""
+    """Print the table at the end."""
     yield
     print("\n| model | what | relative error | allowed |\n|---|---|---|---|")
     print("\n".join(ROWS))
@@ -73,18 +74,18 @@ def report() -> Any:
 def test_full_size(family: str, tmp_path: Path) -> None:
     """Every network at the model's own size, and two steps of a guided image at 512 x 512."""
     try:
-        wanted = outputs_of_diffusers(family, tmp_path)
+        theirs = outputs_of_diffusers(family, tmp_path)
         gc.collect()
-        found = outputs_of_fastsd(tmp_path)
+        ours = outputs_of_fastsd(tmp_path)
     finally:
         shutil.rmtree(tmp_path, ignore_errors=True)
-    assert found.keys() == wanted.keys()
+    assert ours.keys() == theirs.keys()
     wrong = []
-    for what, truth in wanted.items():
-        allowed = PHOTO if what.startswith("image") else MODULE
-        error = float((found[what] - truth).abs().max() / truth.abs().max())
-        ROWS.append(f"| {family} | {what} | {error:.1e} | {allowed:.0e} |")
-        assert truth.isfinite().all() and float(truth.std()) > 1e-3, f"{what}: nothing to compare"
+    for name, expected in theirs.items():
+        allowed = IMAGE if name.startswith("image") else MODULE
+        error = relative_error(ours[name], expected)
+        ROWS.append(f"| {family} | {name} | {error:.1e} | {allowed:.0e} |")
+        assert expected.isfinite().all() and float(expected.std()) > 1e-3, f"{name}: nothing to compare"
         if not error < allowed:
             wrong.append(ROWS[-1])
     assert not wrong, "\n".join(wrong)
@@ -93,40 +94,41 @@ def test_full_size(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", SIZES)
 @torch.no_grad()
 def test_controlnet_at_full_size(family: str, tmp_path: Path) -> None:
-    """What a ControlNet adds to the UNet at the model's own size: each map by itself, the largest error of all."""
+    """A ControlNet's residuals at the model's own size: the largest error of all maps."""
     import diffusers
 
     torch.manual_seed(0)
-    wanted_by = {key: value for key, value in SIZES[family].items() if key not in ("sample_size", "up_block_types")}
-    net = diffusers.ControlNetModel(**wanted_by)
+    config = {key: value for key, value in SIZES[family].items() if key not in ("sample_size", "up_block_types")}
+    net = diffusers.ControlNetModel(**config)
     disturb(net)
     for name, parameter in net.named_parameters():
-        if name.startswith("controlnet_") and not parameter.any():  # made to add nothing
+        if name.startswith("controlnet_") and not parameter.any():  # initialised to 0
             parameter.copy_(torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
     size = SIZES[family]["sample_size"]
-    given = inputs(net, size, pooled=1280)
+    tensors = random_inputs(net, size, pooled=1280)
     photo = torch.rand(1, 3, 8 * size, 8 * size, generator=torch.Generator().manual_seed(2))
-    added = {"text_embeds": given["pooled"], "time_ids": given["sizes"]} if family == "SDXL" else None
-    x, timestep, context = given["x"], given["timestep"], given["context"]
-    down, middle = net(x, timestep, context, photo, 0.7, added_cond_kwargs=added, return_dict=False)
+    their_added = {"text_embeds": tensors["pooled"], "time_ids": tensors["sizes"]} if family == "SDXL" else None
+    x, timestep, context = tensors["x"], tensors["timestep"], tensors["context"]
+    down, middle = net(x, timestep, context, photo, 0.7, added_cond_kwargs=their_added, return_dict=False)
     net.save_pretrained(tmp_path)
     del net
     gc.collect()
     ours = load_controlnet(tmp_path, {"SD1.5": SD15_UNET, "SD2.1": SD21_UNET, "SDXL": SDXL_UNET}[family], torch.float32)
     shutil.rmtree(tmp_path)
-    told = AddedConditioning(given["pooled"], given["sizes"]) if family == "SDXL" else None
-    time, key_values = ours.embed_time(timestep, told), ours.project_context(context)
-    found = ours.denoise(last(x), time, key_values, ours.embed_hint(last(photo)), torch.tensor([0.7]))
+    added = AddedConditioning(tensors["pooled"], tensors["sizes"]) if family == "SDXL" else None
+    time, key_values = ours.embed_time(timestep, added), ours.project_context(context)
+    hint = ours.embed_hint(channels_last(photo))
+    residuals = ours.denoise(channels_last(x), time, key_values, hint, torch.tensor([0.7]))
     errors = []
-    for one, wanted in zip(found, (*down, middle), strict=True):
-        assert wanted.isfinite().all() and float(wanted.std()) > 1e-3, "nothing to compare"
-        errors.append(float((first(one) - wanted).abs().max() / wanted.abs().max()))
+    for residual, expected in zip(residuals, (*down, middle), strict=True):
+        assert expected.isfinite().all() and float(expected.std()) > 1e-3, "nothing to compare"
+        errors.append(relative_error(channels_first(residual), expected))
     ROWS.append(f"| {family} | ControlNet, the worst of {len(errors)} maps | {max(errors):.1e} | {MODULE:.0e} |")
     assert max(errors) < MODULE, errors
 
 
-def inputs(unet: Any, sample_size: int, pooled: int) -> Outputs:
-    """The same random inputs for both: one sample at the model's own size."""
+def random_inputs(unet: Any, sample_size: int, pooled: int) -> Outputs:
+    """The same random inputs for both programs: one sample at the model's own size."""
     generator = torch.Generator().manual_seed(1)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -157,57 +159,57 @@ def image_settings(noise: torch.Tensor) -> dict[str, Any]:
 
 
 def outputs_of_diffusers(family: str, folder: Path) -> Outputs:
-    """Make a model with random weights, save it to `folder`, and run it."""
+    """Run a model with random weights and save it to `folder`."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipeline = make_pipeline(family, folder)
         pipeline.save_pretrained(folder)
-    given = inputs(pipeline.unet, pipeline.unet.config.sample_size, pooled=1280)
-    added = {"text_embeds": given["pooled"], "time_ids": given["sizes"]} if family == "SDXL" else None
-    x, timestep, context = given["x"], given["timestep"], given["context"]
-    found = {"UNet": pipeline.unet(x, timestep, context, added_cond_kwargs=added).sample}
-    distribution = pipeline.vae.encode(given["image"]).latent_dist
-    found |= {"VAE encoder, mean": distribution.mean, "VAE encoder, log variance": distribution.logvar}
-    found["VAE decoder"] = pipeline.vae.decode(given["latent"]).sample
+    tensors = random_inputs(pipeline.unet, pipeline.unet.config.sample_size, pooled=1280)
+    added = {"text_embeds": tensors["pooled"], "time_ids": tensors["sizes"]} if family == "SDXL" else None
+    x, timestep, context = tensors["x"], tensors["timestep"], tensors["context"]
+    outputs = {"UNet": pipeline.unet(x, timestep, context, added_cond_kwargs=added).sample}
+    distribution = pipeline.vae.encode(tensors["image"]).latent_dist
+    outputs |= {"VAE encoder, mean": distribution.mean, "VAE encoder, log variance": distribution.logvar}
+    outputs["VAE decoder"] = pipeline.vae.decode(tensors["latent"]).sample
     encoders = (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None))
     for i, encoder in enumerate(encoder for encoder in encoders if encoder is not None):
         text = encoder(Tokenizer()(PROMPT), output_hidden_states=True)
-        found[f"text encoder {i + 1}, penultimate layer"] = text.hidden_states[-2]
-        found[f"text encoder {i + 1}, last layer"] = text.last_hidden_state
-        found[f"text encoder {i + 1}, pooled"] = text.text_embeds if "text_embeds" in text else text.pooler_output
-    found["image, 2 guided steps"] = pipeline(PROMPT, **image_settings(given["noise"])).images
-    return found
+        outputs[f"text encoder {i + 1}, penultimate layer"] = text.hidden_states[-2]
+        outputs[f"text encoder {i + 1}, last layer"] = text.last_hidden_state
+        outputs[f"text encoder {i + 1}, pooled"] = text.text_embeds if "text_embeds" in text else text.pooler_output
+    outputs["image, 2 guided steps"] = pipeline(PROMPT, **image_settings(tensors["noise"])).images
+    return outputs
 
 
 def outputs_of_fastsd(folder: Path) -> Outputs:
-    """Load what diffusers saved, and run that."""
+    """Run the model that diffusers saved."""
     components: Components = load_folder(folder, torch.float32)
     unet, vae = components.unet, components.vae
-    given = inputs(unet, components.sample_size, pooled=1280)
-    added = AddedConditioning(given["pooled"], given["sizes"]) if unet.add_embedding is not None else None
-    out = unet(last(given["x"]), given["timestep"], given["context"], added)
-    found = {"UNet": first(out)}
-    distribution = vae.encode(last(given["image"]))
-    found |= {"VAE encoder, mean": first(distribution.mean)}
-    found |= {"VAE encoder, log variance": first(distribution.logvar)}
-    found["VAE decoder"] = first(vae.decode(last(given["latent"])))
+    tensors = random_inputs(unet, components.sample_size, pooled=1280)
+    added = AddedConditioning(tensors["pooled"], tensors["sizes"]) if unet.add_embedding is not None else None
+    out = unet(channels_last(tensors["x"]), tensors["timestep"], tensors["context"], added)
+    outputs = {"UNet": channels_first(out)}
+    distribution = vae.encode(channels_last(tensors["image"]))
+    outputs |= {"VAE encoder, mean": channels_first(distribution.mean)}
+    outputs |= {"VAE encoder, log variance": channels_first(distribution.logvar)}
+    outputs["VAE decoder"] = channels_first(vae.decode(channels_last(tensors["latent"])))
     for i, (encoder, tokenizer) in enumerate(zip(components.text_encoders, components.tokenizers, strict=True)):
         ids = tokenizer(PROMPT)
-        found[f"text encoder {i + 1}, penultimate layer"] = encoder(ids, hidden_layer=-2).hidden
+        outputs[f"text encoder {i + 1}, penultimate layer"] = encoder(ids, hidden_layer=-2).hidden
         text = encoder(ids)
-        found[f"text encoder {i + 1}, last layer"] = text.hidden
-        found[f"text encoder {i + 1}, pooled"] = text.pooled
+        outputs[f"text encoder {i + 1}, last layer"] = text.hidden
+        outputs[f"text encoder {i + 1}, pooled"] = text.pooled
     pipe = Pipeline(components, torch.device("cpu"), torch.float32)
-    found["image, 2 guided steps"] = pipe(PROMPT, **image_settings(given["noise"])).images
-    return found
+    outputs["image, 2 guided steps"] = pipe(PROMPT, **image_settings(tensors["noise"])).images
+    return outputs
 
 
-def last(x: torch.Tensor) -> torch.Tensor:
+def channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 
 
-def first(x: torch.Tensor) -> torch.Tensor:
+def channels_first(x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 3, 1, 2)
 
 
@@ -252,11 +254,11 @@ def make_vae(scaling_factor: float) -> Any:
     )
 
 
-def make_text(sizes: tuple[int, int, int, int, str, int], kind: Callable[[Any], Any]) -> Any:
+def make_text(sizes: tuple[int, int, int, int, str, int], model_class: Callable[[Any], Any]) -> Any:
     import transformers
 
     width, inner, layers, heads, activation, projection = sizes
-    return kind(
+    return model_class(
         transformers.CLIPTextConfig(
             hidden_size=width,
             intermediate_size=inner,
@@ -271,7 +273,7 @@ def make_text(sizes: tuple[int, int, int, int, str, int], kind: Callable[[Any], 
 
 
 def disturb(module: Any) -> None:
-    """No weight of a norm is 1 and no bias 0, so that none can be left out or mixed up unnoticed."""
+    """Change norm weights from 1 and biases from 0, so that none can be left out or swapped unnoticed."""
     module.eval()
     for parameter in module.parameters():
         if parameter.ndim == 1:

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 at its real size as one file: the folder's weights and image to the bit, there and back."""
+"""Stable Diffusion 1.5 at its real size as one file and back: bit for bit the folder's image."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from fastsd.weights.inspect import inspect
 pytestmark = pytest.mark.parity
 
 
-def make(folder: Path) -> None:
-    """Save a model of random weights; norms and biases are disturbed, so that none is 1 or 0."""
+def save_random_model(folder: Path) -> None:
+    """Save a model with random weights, norms and biases too, so that none is 1 or 0."""
     torch.manual_seed(0)
     components = Components(
         UNet(SD15_UNET), AutoencoderKL(SD_VAE), (TextEncoder(CLIP_L),), (Tokenizer(),), SchedulerConfig(), 64
@@ -37,30 +37,30 @@ def make(folder: Path) -> None:
     save_folder(components, folder, torch.float32)
 
 
-def photo(path: Path) -> np.ndarray:
+def generate(path: Path) -> np.ndarray:
     pipe = Pipeline.from_pretrained(path, device="cpu", dtype="fp32")
     arguments = {"num_inference_steps": 1, "width": 256, "height": 256, "seed": 5, "output_type": "np"}
     return pipe("a lighthouse at dusk", negative_prompt="fog", **arguments).images
 
 
 def test_full_size_single_file(tmp_path: Path) -> None:
-    """One model is in memory at a time, 4.3 GB of it, and twice as much on the disk."""
+    """One model is in memory at a time, 4.3 GB; the disk holds two."""
     folder, file, back = tmp_path / "folder", tmp_path / "file.safetensors", tmp_path / "back"
     try:
-        make(folder)
+        save_random_model(folder)
         gc.collect()
         assert convert(folder, file) == []
-        found = dict(inspect(file))
-        assert found["family"].startswith("SD 1 (") and found["dtype"] == "F32 100%"
-        assert found["missing keys"] == found["extra keys"] == found["wrong shapes"] == "none"
-        wanted = photo(folder)
+        report = dict(inspect(file))
+        assert report["family"].startswith("SD 1 (") and report["dtype"] == "F32 100%"
+        assert report["missing keys"] == report["extra keys"] == report["wrong shapes"] == "none"
+        expected = generate(folder)
         gc.collect()
-        assert float(wanted.std()) > 1e-3, "nothing to compare"
-        np.testing.assert_array_equal(photo(file), wanted)
+        assert float(expected.std()) > 1e-3, "nothing to compare"
+        np.testing.assert_array_equal(generate(file), expected)
         gc.collect()
         shutil.rmtree(folder)
         convert(file, back)
-        np.testing.assert_array_equal(photo(back), wanted)
+        np.testing.assert_array_equal(generate(back), expected)
     finally:
         for path in (folder, back):
             shutil.rmtree(path, ignore_errors=True)

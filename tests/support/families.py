@@ -1,4 +1,4 @@
-"""Tiny random models of every family, made and saved by diffusers and transformers."""
+"""Tiny random models of every family, built and saved by diffusers and transformers; and calls of pipelines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ATTENTION_ABOVE = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
-ATTENTION_BELOW = {  # as SDXL has it
+ATTENTION_BELOW = {  # as in SDXL
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     "transformer_layers_per_block": (1, 2),
@@ -33,7 +33,7 @@ ATTENTION_BELOW = {  # as SDXL has it
 
 
 def disturbed(module: Any) -> Any:
-    """Noise on every parameter, so that none is left at an initial 0 or 1 that would hide a mistake."""
+    """Add noise to every parameter, since an initial 0 or 1 would hide a mistake."""
     for parameter in module.parameters():
         parameter.data += 0.03 * torch.randn_like(parameter)
     return module.eval()
@@ -83,20 +83,20 @@ def make_text(tokenizer: Any, projection: int = 0, act: str = "quick_gelu") -> A
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
     )
-    kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
-    return disturbed(kind(config))
+    model_class = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
+    return disturbed(model_class(config))
 
 
 def make_pipelines(folder: Path) -> dict[str, Any]:
-    """One diffusers pipeline of every family, each saved in a folder of its name."""
+    """A diffusers pipeline of every family, saved in a folder of that name."""
     import diffusers
     import transformers
 
     Tokenizer().save(folder / "tokenizer")
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
 
-    def plain(kind: Any, prediction: str = "epsilon", **unet: Any) -> Any:
-        return kind(
+    def plain(pipeline_class: Any, prediction: str = "epsilon", **unet: Any) -> Any:
+        return pipeline_class(
             vae=make_vae(),
             text_encoder=make_text(tokenizer, act="gelu" if unet.get("use_linear_projection") else "quick_gelu"),
             tokenizer=tokenizer,
@@ -107,14 +107,14 @@ def make_pipelines(folder: Path) -> dict[str, Any]:
             requires_safety_checker=False,
         )
 
-    def xl(kind: Any, encoders: int, **changes: Any) -> Any:
+    def xl(pipeline_class: Any, encoders: int, **changes: Any) -> Any:
         sizes = 6 if encoders == 2 else 5
         unet = make_unet(
             **ATTENTION_BELOW,
             projection_class_embeddings_input_dim=24 + 8 * sizes,
             cross_attention_dim=32 * encoders,
         )
-        return kind(
+        return pipeline_class(
             vae=make_vae(),
             text_encoder=make_text(tokenizer) if encoders == 2 else None,
             text_encoder_2=make_text(tokenizer, 24, "gelu"),
@@ -128,7 +128,7 @@ def make_pipelines(folder: Path) -> dict[str, Any]:
             **changes,
         )
 
-    made = {
+    pipelines = {
         "sd1": plain(diffusers.StableDiffusionPipeline),
         "sd2": plain(
             diffusers.StableDiffusionPipeline,
@@ -140,28 +140,30 @@ def make_pipelines(folder: Path) -> dict[str, Any]:
         "sdxl": xl(diffusers.StableDiffusionXLPipeline, 2),
         "refiner": xl(diffusers.StableDiffusionXLImg2ImgPipeline, 1, requires_aesthetics_score=True),
     }
-    for name, pipeline in made.items():
+    for name, pipeline in pipelines.items():
         pipeline.set_progress_bar_config(disable=True)
         pipeline.save_pretrained(folder / name)
-    return made
+    return pipelines
 
 
 class Families:
-    """`pipelines[name]` is diffusers' own, `folder / name` what it saved."""
+    """The pipelines that diffusers saved: `pipelines[name]` in memory, `folder / name` on disk."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.pipelines = make_pipelines(folder)
 
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # of latents after the whole loop
 
 
-def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).abs().max() / wanted.abs().max())
-
-
-def run(pipeline: Any, prompt: str, **arguments: Any) -> torch.Tensor:
+def latents_of(pipeline: Any, prompt: str, **arguments: Any) -> torch.Tensor:
+    """The latents that a pipeline, ours or diffusers', generates."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pipeline(prompt, output_type="latent", **arguments).images
+
+
+def generator(seed: int) -> list[torch.Generator]:
+    """diffusers' generators for one image, which give the noise of our `seed`."""
+    return [torch.Generator().manual_seed(seed)]

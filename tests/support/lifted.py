@@ -1,7 +1,7 @@
-"""diffusers' own schedulers, computing in float64, run the way its pipelines run them.
+"""diffusers' schedulers in float64, run as its pipelines run them.
 
-diffusers fixes float32 in many places, which costs 1e-5 and would hide small mistakes. Here every mention of `float32`
-in a scheduler's module means `float64` while it runs, so that what is left between it and a table is rounding.
+diffusers uses float32 in many places; the error of 1e-5 would hide small mistakes. Here `float32` means `float64` in a
+scheduler's module while it runs, so that it differs from a table only by rounding.
 """
 
 from __future__ import annotations
@@ -31,17 +31,24 @@ def _normal(*shape: int) -> torch.Tensor:
 
 _WEIGHT, _BIAS = _normal(24, 24) / math.sqrt(24), _normal(24)
 NOISE, IMAGE = _normal(*SHAPE), _normal(*SHAPE)
-DRAWS = _normal(128, *SHAPE)  # what a run draws, in order
+DRAWS = _normal(128, *SHAPE)  # the noise of a run, in order
 
 
 def toy_model(x: torch.Tensor, t: float) -> torch.Tensor:
-    """A nonlinear network of the input and the timestep, so that no error can cancel."""
+    """A network that is nonlinear in the input and depends on the timestep, so that errors do not cancel."""
     return torch.tanh(x.reshape(1, -1) @ _WEIGHT.T + _BIAS * (t * 1e-3)).reshape(SHAPE)
 
 
 @dataclass
 class Run:
-    """What happened: model inputs, timesteps, the latent before and after every call, inpainting levels, draws."""
+    """The record of a run.
+
+    Attributes:
+        states: the latent before the first network call and after each.
+        inputs, timesteps: of each call.
+        keep: the known part of an inpainted image after each call.
+        draws: how often noise was sampled.
+    """
 
     states: list[torch.Tensor]
     inputs: list[torch.Tensor] = field(default_factory=list)
@@ -51,7 +58,7 @@ class Run:
 
 
 class _Widened:
-    """A module whose float32 is float64."""
+    """A module (torch or numpy) whose float32 is float64."""
 
     def __init__(self, module: Any) -> None:
         self._module, self.float32 = module, module.float64
@@ -61,13 +68,13 @@ class _Widened:
 
 
 class _SharedIncrements:
-    """Stands for the Brownian tree of DPMSolverSDEScheduler: two intervals with one start share their increments."""
+    """Replaces the Brownian tree of DPMSolverSDEScheduler: two intervals with the same start share their increments."""
 
-    def __init__(self, draw: Any) -> None:
-        self._draw, self._first = draw, None
+    def __init__(self, sample_noise: Any) -> None:
+        self._sample_noise, self._first = sample_noise, None
 
     def __call__(self, sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
-        start, end, z = float(sigma), float(sigma_next), self._draw()
+        start, end, z = float(sigma), float(sigma_next), self._sample_noise()
         if self._first and self._first[0] == start:
             _, inner, z_inner = self._first
             r, self._first = (start - inner) / (start - end), None
@@ -81,15 +88,15 @@ def _lifted(scheduler: type, run: Run) -> Iterator[None]:
     module = importlib.import_module(scheduler.__module__)
     before = dict(vars(module))
 
-    def draw(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def sample_noise(*args: Any, **kwargs: Any) -> torch.Tensor:
         run.draws += 1
         return DRAWS[run.draws - 1]
 
     logging.disable(logging.WARNING)
     torch.set_default_dtype(torch.float64)
-    vars(module).update(torch=_Widened(torch), np=_Widened(np), randn_tensor=draw)
+    vars(module).update(torch=_Widened(torch), np=_Widened(np), randn_tensor=sample_noise)
     if "BrownianTreeNoiseSampler" in before:
-        vars(module)["BrownianTreeNoiseSampler"] = lambda *args, **kwargs: _SharedIncrements(draw)
+        vars(module)["BrownianTreeNoiseSampler"] = lambda *args, **kwargs: _SharedIncrements(sample_noise)
     try:
         yield
     finally:
@@ -101,11 +108,19 @@ def _lifted(scheduler: type, run: Run) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Case:
-    """One run of a diffusers scheduler. config: its constructor's arguments. step: those of its `step`.
+    """One run of a diffusers scheduler.
 
-    start: the first of the user's steps, from an image. timesteps: visit these instead of the spacing's. first: what
-    the first timestep is, where rounding decides. levels_of: take sigmas and timesteps from this other scheduler with
-    its extra arguments. growing_order: pass LMS the order that its history allows.
+    Attributes:
+        scheduler: its class.
+        steps: the number of steps.
+        config: the arguments of its constructor.
+        start: from an image, the first of the steps that runs.
+        step: the arguments of its `step`.
+        timesteps: replace those of the spacing.
+        first: replaces the first timestep, where rounding decides.
+        levels_of: another scheduler, with extra arguments, whose sigmas and timesteps are used.
+        growing_order: pass LMS the order that its history allows.
+        image_as_noise: the network predicts the sample, but the scheduler takes only noise.
     """
 
     scheduler: str
@@ -117,12 +132,12 @@ class Case:
     first: float | None = None
     levels_of: tuple[str, tuple[tuple[str, Any], ...]] | None = None
     growing_order: bool = False
-    image_as_noise: bool = False  # the network predicts the sample, the scheduler only knows noise
+    image_as_noise: bool = False
 
 
 @cache
 def reference(case: Case) -> Run:
-    """Run the loop of diffusers' pipelines; `keep` is what its inpainting pipeline puts outside the mask."""
+    """Run the loop of diffusers' pipelines; `keep` is the known part in its inpainting pipeline."""
     cls = _scheduler_class(case.scheduler)
     run = Run(states=[])
     with _lifted(cls, run):
@@ -156,7 +171,7 @@ def reference(case: Case) -> Run:
 def _scheduler_class(name: str) -> Any:
     if name != "DPMSolverSDEScheduler":
         return getattr(diffusers, name)
-    # Its Brownian tree is replaced here, so it need not find the package that grows one.
+    # Its Brownian tree is replaced, so the package for that need not be installed.
     absent = "torchsde" not in sys.modules and importlib.util.find_spec("torchsde") is None
     if absent:
         sys.modules["torchsde"] = types.ModuleType("torchsde")
@@ -177,12 +192,12 @@ def _prepared(cls: type, case: Case) -> Any:
         scheduler.timesteps[0] = case.first
     if case.levels_of is not None:
         name, extra = case.levels_of
-        other_class = _scheduler_class(name)
-        with _lifted(other_class, Run(states=[])):
-            other = other_class(**dict(case.config), **dict(extra))
-            other.set_timesteps(case.steps)
+        source_class = _scheduler_class(name)
+        with _lifted(source_class, Run(states=[])):
+            source = source_class(**dict(case.config), **dict(extra))
+            source.set_timesteps(case.steps)
         torch.set_default_dtype(torch.float64)
-        scheduler.sigmas, scheduler.timesteps = other.sigmas, other.timesteps
+        scheduler.sigmas, scheduler.timesteps = source.sigmas, source.timesteps
     return scheduler
 
 

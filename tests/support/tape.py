@@ -1,8 +1,8 @@
-"""A stand-in for CUDA graphs on the CPU: repeats the recorded operations on the same memory, with the same numbers.
+"""A stand-in for CUDA graphs on the CPU: it repeats recorded operations on the same memory.
 
-What a graph cannot see, a tape does not see either: a number of the host that was read while recording, a tensor that
-was made elsewhere, a decision of the host. A tape keeps the operations' arguments as they were, runs them again, and
-copies what they give into the memory of the first time.
+Like a graph, a tape does not see what the host did: numbers that it read while recording, tensors that it made
+elsewhere, decisions. A tape keeps the arguments of each operation, runs the operation again, and copies the results
+into the memory of the first run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class _Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
-            raise RuntimeError(f"{func} asks the device for a number: a graph cannot")
+            raise RuntimeError(f"{func} reads a number from the device, which a graph cannot do")
         result = func(*args, **(kwargs or {}))
         self.operations.append((func, args, kwargs or {}, result))
         return result
@@ -34,13 +34,13 @@ class _Tape(TorchDispatchMode):
         for func, args, kwargs, first in self.operations:
             again = func(*args, **kwargs)
             for old, new in zip(tree_leaves(first), tree_leaves(again), strict=True):
-                # Views and results in place are in the old memory already.
+                # Views and results of operations in place already share the old memory.
                 if isinstance(old, torch.Tensor) and old.untyped_storage()._cdata != new.untyped_storage()._cdata:
                     old.copy_(new)
 
 
 class TapeRecorder:
-    """`fastsd.graph.Recorder` by tapes. `recorded` counts captures; `fail` is raised by the next ones, in turn."""
+    """A `fastsd.graph.Recorder` of tapes. `recorded` counts captures; the next ones raise the errors in `fail`."""
 
     def __init__(self, fail: list[Exception] | None = None):
         self.recorded, self.freed, self.fail = 0, 0, list(fail or [])
