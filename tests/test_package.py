@@ -15,14 +15,8 @@ import pytest
 from PIL import Image
 
 import fastsd
+from tests.support.project import PYPROJECT, ROOT, dry_run
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-ROOT = Path(__file__).parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PINS = [
     line.split(";")[0].strip()
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
@@ -56,7 +50,7 @@ def test_every_data_file_is_packaged() -> None:
     """A wheel holds .py files and what package-data names; a file that neither covers would be missing there."""
     package = ROOT / "fastsd"
     packaged = {
-        path for pattern in PROJECT["tool"]["setuptools"]["package-data"]["fastsd"] for path in package.glob(pattern)
+        path for pattern in PYPROJECT["tool"]["setuptools"]["package-data"]["fastsd"] for path in package.glob(pattern)
     }
     data = {
         path
@@ -122,7 +116,7 @@ def test_every_requirement_is_pinned() -> None:
     from packaging.requirements import Requirement
 
     pins = {canonical(name): version for name, version in (pin.split("==") for pin in PINS)}
-    project = PROJECT["project"]
+    project = PYPROJECT["project"]
     wanted = [
         *project["dependencies"],
         *(line for extra in project["optional-dependencies"].values() for line in extra),
@@ -134,13 +128,7 @@ def test_every_requirement_is_pinned() -> None:
 
 def test_make_never_installs_an_unpinned_torch() -> None:
     """The first package that pip is asked for is torch by its exact pin, before anything that depends on it."""
-    env = {key: value for key, value in os.environ.items() if key not in {"MAKEFLAGS", "MAKELEVEL", "NOVENV", "PYTHON"}}
-    command = ["make", "--dry-run", "--always-make", "--no-print-directory", ".venv/.dev"]
-    try:
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-    except FileNotFoundError:
-        pytest.skip("make is not installed here")
-    installs = [line for line in done.stdout.splitlines() if "pip install" in line]
+    installs = [line for line in dry_run(".venv/.dev") if "pip install" in line]
     assert [line.split("constraints.txt ")[1] for line in installs] == [
         next(pin for pin in PINS if pin.startswith("torch==")),
         "-e .",

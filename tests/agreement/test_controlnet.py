@@ -18,6 +18,7 @@ from fastsd.model.controlnet import ControlNet
 from fastsd.model.unet import AddedConditioning
 from tests.support.families import TOLERANCE, Families, disturbed, generator, latents_of
 from tests.support.matching import nchw, nhwc, relative_error
+from tests.support.original import controlnet_tensors
 
 PROMPT = "a cat on a mat"
 FAMILIES = ("sd1", "sd2", "sdxl", "inpainting")
@@ -179,45 +180,6 @@ def test_inpainting(families: Families, nets: Any, family: str, photos: list[Ima
     assert relative_error(latents, expected) < TOLERANCE
 
 
-def original(tensors: dict[str, torch.Tensor], layers: int, levels: int) -> dict[str, torch.Tensor]:
-    """From diffusers' names to the original layout's, by counting blocks as Zhang's code appends them."""
-    inner = {
-        "norm1": "in_layers.0",
-        "conv1": "in_layers.2",
-        "time_emb_proj": "emb_layers.1",
-        "norm2": "out_layers.0",
-        "conv2": "out_layers.3",
-        "conv_shortcut": "skip_connection",
-    }
-    blocks = {"conv_in.": "input_blocks.0.0."}
-    number = 1
-    for level in range(levels):
-        for layer in range(layers):
-            blocks[f"down_blocks.{level}.resnets.{layer}."] = f"input_blocks.{number}.0."
-            blocks[f"down_blocks.{level}.attentions.{layer}."] = f"input_blocks.{number}.1."
-            number += 1
-        if level < levels - 1:
-            blocks[f"down_blocks.{level}.downsamplers.0.conv."] = f"input_blocks.{number}.0.op."
-            number += 1
-    blocks |= {"mid_block.resnets.0.": "middle_block.0.", "mid_block.attentions.0.": "middle_block.1."}
-    blocks |= {"mid_block.resnets.1.": "middle_block.2.", "controlnet_mid_block.": "middle_block_out.0."}
-    blocks |= {"time_embedding.linear_1.": "time_embed.0.", "time_embedding.linear_2.": "time_embed.2."}
-    blocks |= {"add_embedding.linear_1.": "label_emb.0.0.", "add_embedding.linear_2.": "label_emb.0.2."}
-    blocks |= {f"controlnet_down_blocks.{i}.": f"zero_convs.{i}.0." for i in range(number)}
-    blocks |= {f"controlnet_cond_embedding.blocks.{i}.": f"input_hint_block.{2 * i + 2}." for i in range(6)}
-    blocks |= {"controlnet_cond_embedding.conv_in.": "input_hint_block.0."}
-    blocks |= {"controlnet_cond_embedding.conv_out.": "input_hint_block.14."}
-    renamed = {}
-    for key, tensor in tensors.items():
-        head = next(head for head in blocks if key.startswith(head))
-        rest = key.removeprefix(head)
-        if ".resnets." in head:
-            layer_name, parameter = rest.rsplit(".", 1)
-            rest = f"{inner[layer_name]}.{parameter}"
-        renamed[blocks[head] + rest] = tensor.contiguous()
-    return renamed
-
-
 @pytest.mark.parametrize("prefix", ["", "control_model."])
 @pytest.mark.parametrize("family", FAMILIES[:3])
 def test_single_files(families: Families, nets: Any, tmp_path: Path, family: str, prefix: str) -> None:
@@ -225,7 +187,7 @@ def test_single_files(families: Families, nets: Any, tmp_path: Path, family: str
     pipe = ours(families, family)
     expected = loaded(pipe, families, family).state_dict()
     stored = load_file(families.folder / f"controlnet-{family}-0" / "diffusion_pytorch_model.safetensors")
-    for name, tensors in (("diffusers", stored), ("original", original(stored, layers=1, levels=2))):
+    for name, tensors in (("diffusers", stored), ("original", controlnet_tensors(stored, layers=1, levels=2))):
         file = tmp_path / f"{name}.safetensors"
         save_file({prefix + key: tensor for key, tensor in tensors.items()}, file)
         weights = pipe.load_controlnet(file).state_dict()

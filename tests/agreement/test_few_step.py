@@ -6,14 +6,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from fastsd.pipeline import Pipeline
 from tests.support.families import TOLERANCE, disturbed, generator, latents_of, make_unet
 from tests.support.matching import relative_error
+from tests.support.pipelines import PHOTO
 
 SEED = 11
 DDIM = {"clip_sample": False, "set_alpha_to_one": False}  # in every published folder; not in the tiny SDXL's
@@ -121,8 +120,7 @@ def test_from_an_image(families: Any, kind: str) -> None:
     theirs.set_progress_bar_config(disable=True)
     name, changes, steps = CARDS[kind]
     theirs.scheduler = getattr(diffusers, name).from_config(theirs.scheduler.config, **changes)
-    photo = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
-    arguments: dict[str, Any] = {"image": photo, "strength": 0.5}
+    arguments: dict[str, Any] = {"image": PHOTO, "strength": 0.5}
     settings = {"num_inference_steps": max(steps, 2), "guidance_scale": 0.0}
     expected = latents_of(theirs, "a cat", generator=generator(SEED), **settings, **arguments)
     ours = Pipeline.from_pretrained(families.folder / "sd1", device="cpu", dtype="fp32", few_step=kind)

@@ -14,6 +14,7 @@ from fastsd.pipeline import Pipeline
 from fastsd.sampling.samplers import SAMPLERS
 from tests.support.families import TOLERANCE, generator, latents_of
 from tests.support.matching import relative_error
+from tests.support.pipelines import PHOTO
 
 SCHEDULERS = {name: entry.diffusers for name, entry in SAMPLERS.items() if entry.diffusers}
 SCHEDULERS["dpm++2m_sde"] = "DPMSolverMultistepScheduler"
@@ -29,11 +30,6 @@ SETTINGS = {
 @functools.cache
 def ours(folder: Any) -> Pipeline:
     return Pipeline.from_pretrained(folder, device="cpu", dtype="fp32")
-
-
-@pytest.fixture(scope="module")
-def photo() -> Image.Image:
-    return Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +89,13 @@ def test_images_without_a_negative_prompt(families: Any, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "refiner"])
-def test_image_to_image(families: Any, family: str, photo: Image.Image) -> None:
+def test_image_to_image(families: Any, family: str) -> None:
     import diffusers
 
     pipeline_class = "StableDiffusionImg2ImgPipeline" if family == "sd1" else "StableDiffusionXLImg2ImgPipeline"
     theirs = getattr(diffusers, pipeline_class).from_pretrained(families.folder / family)
     theirs.set_progress_bar_config(disable=True)
-    arguments: dict[str, Any] = {"image": photo, "strength": 0.6, "num_inference_steps": 10, "guidance_scale": 4.0}
+    arguments: dict[str, Any] = {"image": PHOTO, "strength": 0.6, "num_inference_steps": 10, "guidance_scale": 4.0}
     expected = latents_of(theirs, "a cat", generator=generator(5), **arguments)
     latents = latents_of(ours(families.folder / family), "a cat", seed=5, **arguments)
     assert relative_error(latents, expected) < TOLERANCE
@@ -107,12 +103,12 @@ def test_image_to_image(families: Any, family: str, photo: Image.Image) -> None:
 
 @pytest.mark.parametrize("strength", [1.0, 0.7])
 @pytest.mark.parametrize("family", ["sd1", "inpainting"])
-def test_inpainting(families: Any, family: str, strength: float, photo: Image.Image, mask: Image.Image) -> None:
+def test_inpainting(families: Any, family: str, strength: float, mask: Image.Image) -> None:
     import diffusers
 
     theirs = diffusers.StableDiffusionInpaintPipeline.from_pretrained(families.folder / family, safety_checker=None)
     theirs.set_progress_bar_config(disable=True)
-    arguments: dict[str, Any] = {"image": photo, "mask_image": mask, "strength": strength, "guidance_scale": 4.0}
+    arguments: dict[str, Any] = {"image": PHOTO, "mask_image": mask, "strength": strength, "guidance_scale": 4.0}
     arguments["num_inference_steps"] = 8
     expected = latents_of(theirs, "a cat", generator=generator(5), height=64, width=64, **arguments)
     latents = latents_of(ours(families.folder / family), "a cat", seed=5, **arguments)

@@ -24,6 +24,7 @@ from fastsd.weights.convert import convert
 from tests.support import taesd_files
 from tests.support.families import TOLERANCE
 from tests.support.matching import Call, nchw, nhwc, record, relative_error
+from tests.support.pipelines import PHOTO
 
 FP32 = torch.float32
 ROUNDING = 1e-5  # of the largest value: the roundings (6e-8 each) of about forty layers
@@ -38,11 +39,6 @@ def theirs() -> Any:
 @pytest.fixture(scope="module")
 def path(theirs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return taesd_files.write(theirs, "two files", tmp_path_factory.mktemp("taesd"))
-
-
-@pytest.fixture(scope="module")
-def photo() -> Image.Image:
-    return Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize("reference", [False, True])
@@ -129,7 +125,7 @@ def test_generated_images(families: Any, family: str, theirs: Any, path: Path) -
 
 
 @pytest.mark.parametrize("family", ["sd1", "inpainting"])
-def test_starting_from_an_image(families: Any, family: str, theirs: Any, path: Path, photo: Image.Image) -> None:
+def test_starting_from_an_image(families: Any, family: str, theirs: Any, path: Path) -> None:
     """The deterministic encoder needs no noise. fastsd samples it anyway, so that a seed's later noise is the same.
 
     diffusers does not, so its generator here has sampled that noise before.
@@ -139,7 +135,7 @@ def test_starting_from_an_image(families: Any, family: str, theirs: Any, path: P
     inpaints = family == "inpainting"
     pipeline_class = diffusers.StableDiffusionInpaintPipeline if inpaints else diffusers.StableDiffusionImg2ImgPipeline
     pipeline = with_tiny(pipeline_class.from_pretrained(families.folder / family, safety_checker=None), theirs)
-    arguments: dict[str, Any] = {"image": photo, "strength": 0.6, "num_inference_steps": 5, "guidance_scale": 4.0}
+    arguments: dict[str, Any] = {"image": PHOTO, "strength": 0.6, "num_inference_steps": 5, "guidance_scale": 4.0}
     size: dict[str, Any] = {}
     if inpaints:
         area = np.zeros((64, 64), dtype=np.uint8)
@@ -153,9 +149,7 @@ def test_starting_from_an_image(families: Any, family: str, theirs: Any, path: P
     assert relative_error(result, expected) < TOLERANCE
 
 
-def test_without_an_encoder_images_are_generated_but_not_read(
-    families: Any, theirs: Any, tmp_path: Path, photo: Image.Image
-) -> None:
+def test_without_an_encoder_images_are_generated_but_not_read(families: Any, theirs: Any, tmp_path: Path) -> None:
     path = taesd_files.write(theirs, "two files", tmp_path)
     both = Pipeline.from_pretrained(families.folder / "sd1", "cpu", "fp32", vae=path)
     (tmp_path / "taesd_encoder.safetensors").unlink()
@@ -163,7 +157,7 @@ def test_without_an_encoder_images_are_generated_but_not_read(
     arguments = {"num_inference_steps": 2, "seed": 1}
     assert pipe("a cat", **arguments).images[0].tobytes() == both("a cat", **arguments).images[0].tobytes()
     with pytest.raises(FastsdError, match="image: the autoencoder is only TAESD's decoder"):
-        pipe("a cat", image=photo, **arguments)
+        pipe("a cat", image=PHOTO, **arguments)
     with pytest.raises(FastsdError, match="hires_upscaler: the autoencoder is only TAESD's decoder"):
         pipe("a cat", hires_scale=2, hires_upscaler="lanczos", **arguments)
     assert pipe("a cat", hires_scale=2, **arguments).images[0].size == (128, 128)

@@ -16,9 +16,7 @@ from fastsd.errors import FastsdError
 from fastsd.generate.inputs import fit_image, fit_mask
 from fastsd.model.controlnet import ControlNet
 from fastsd.pipeline import Pipeline
-from tests.support.pipelines import tiny_pipeline
-
-PHOTO = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
+from tests.support.pipelines import PHOTO, tiny_pipeline
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from fastsd.pipeline import Pipeline
 from fastsd.weights import load_folder
 from fastsd.weights.layouts.controlnet import load_controlnet
 from tests.support.families import SCHEDULE
-from tests.support.matching import relative_error
+from tests.support.matching import nchw, nhwc, relative_error
 
 Outputs = dict[str, torch.Tensor]
 MODULE, IMAGE = 1e-5, 1e-4  # of the largest value
@@ -117,12 +117,12 @@ def test_controlnet_at_full_size(family: str, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path)
     added = AddedConditioning(tensors["pooled"], tensors["sizes"]) if family == "SDXL" else None
     time, key_values = ours.embed_time(timestep, added), ours.project_context(context)
-    hint = ours.embed_hint(channels_last(photo))
-    residuals = ours.denoise(channels_last(x), time, key_values, hint, torch.tensor([0.7]))
+    hint = ours.embed_hint(nhwc(photo))
+    residuals = ours.denoise(nhwc(x), time, key_values, hint, torch.tensor([0.7]))
     errors = []
     for residual, expected in zip(residuals, (*down, middle), strict=True):
         assert expected.isfinite().all() and float(expected.std()) > 1e-3, "nothing to compare"
-        errors.append(relative_error(channels_first(residual), expected))
+        errors.append(relative_error(nchw(residual), expected))
     ROWS.append(f"| {family} | ControlNet, the worst of {len(errors)} maps | {max(errors):.1e} | {MODULE:.0e} |")
     assert max(errors) < MODULE, errors
 
@@ -188,12 +188,12 @@ def outputs_of_fastsd(folder: Path) -> Outputs:
     unet, vae = components.unet, components.vae
     tensors = random_inputs(unet, components.sample_size, pooled=1280)
     added = AddedConditioning(tensors["pooled"], tensors["sizes"]) if unet.add_embedding is not None else None
-    out = unet(channels_last(tensors["x"]), tensors["timestep"], tensors["context"], added)
-    outputs = {"UNet": channels_first(out)}
-    distribution = vae.encode(channels_last(tensors["image"]))
-    outputs |= {"VAE encoder, mean": channels_first(distribution.mean)}
-    outputs |= {"VAE encoder, log variance": channels_first(distribution.logvar)}
-    outputs["VAE decoder"] = channels_first(vae.decode(channels_last(tensors["latent"])))
+    out = unet(nhwc(tensors["x"]), tensors["timestep"], tensors["context"], added)
+    outputs = {"UNet": nchw(out)}
+    distribution = vae.encode(nhwc(tensors["image"]))
+    outputs |= {"VAE encoder, mean": nchw(distribution.mean)}
+    outputs |= {"VAE encoder, log variance": nchw(distribution.logvar)}
+    outputs["VAE decoder"] = nchw(vae.decode(nhwc(tensors["latent"])))
     for i, (encoder, tokenizer) in enumerate(zip(components.text_encoders, components.tokenizers, strict=True)):
         ids = tokenizer(PROMPT)
         outputs[f"text encoder {i + 1}, penultimate layer"] = encoder(ids, hidden_layer=-2).hidden
@@ -203,14 +203,6 @@ def outputs_of_fastsd(folder: Path) -> Outputs:
     pipe = Pipeline(components, torch.device("cpu"), torch.float32)
     outputs["image, 2 guided steps"] = pipe(PROMPT, **image_settings(tensors["noise"])).images
     return outputs
-
-
-def channels_last(x: torch.Tensor) -> torch.Tensor:
-    return x.permute(0, 2, 3, 1).contiguous()
-
-
-def channels_first(x: torch.Tensor) -> torch.Tensor:
-    return x.permute(0, 3, 1, 2)
 
 
 def make_pipeline(family: str, folder: Path) -> Any:

@@ -146,23 +146,32 @@ def file_tensors(folder: Path, family: str) -> Tensors:
     return tensors
 
 
-def unet_tensors(tensors: Tensors, config: UNetConfig) -> Tensors:
-    """A UNet's tensors by their original keys. Counts blocks in the order in which the original code appends them."""
-    levels, names = len(config.block_out_channels), {}
-    names |= {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+def encoder_names(layers: int, levels: int) -> dict[str, str]:
+    """The original names of the modules that a UNet and a ControlNet share, which is all but a UNet's second half.
+
+    Counts blocks in the order in which the original code appends them.
+    """
+    names = {"conv_in": "input_blocks.0.0"}
     names |= {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
     names |= {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
     names |= {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
     names["mid_block.attentions.0"] = "middle_block.1"
     count = 1
     for level in range(levels):
-        for layer in range(config.layers_per_block):
+        for layer in range(layers):
             names[f"down_blocks.{level}.resnets.{layer}"] = f"input_blocks.{count}.0"
             names[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{count}.1"
             count += 1
         if level < levels - 1:
             names[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{count}.0.op"
             count += 1
+    return names
+
+
+def unet_tensors(tensors: Tensors, config: UNetConfig) -> Tensors:
+    """A UNet's tensors by their original keys."""
+    levels = len(config.block_out_channels)
+    names = encoder_names(config.layers_per_block, levels) | {"conv_norm_out": "out.0", "conv_out": "out.2"}
     count = 0
     for level in range(levels):
         attends = bool(config.transformer_layers_per_block[levels - 1 - level])
@@ -174,6 +183,21 @@ def unet_tensors(tensors: Tensors, config: UNetConfig) -> Tensors:
             if layer == config.layers_per_block and level < levels - 1:
                 names[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{count}.{len(block)}.conv"
             count += 1
+    return rename(tensors, names)
+
+
+def controlnet_tensors(tensors: Tensors, layers: int, levels: int) -> Tensors:
+    """A ControlNet's tensors by their keys in Zhang's code."""
+    names = encoder_names(layers, levels) | {"controlnet_mid_block": "middle_block_out.0"}
+    names |= {f"controlnet_down_blocks.{i}": f"zero_convs.{i}.0" for i in range((layers + 1) * levels)}
+    names |= {f"controlnet_cond_embedding.blocks.{i}": f"input_hint_block.{2 * i + 2}" for i in range(6)}
+    names |= {"controlnet_cond_embedding.conv_in": "input_hint_block.0"}
+    names |= {"controlnet_cond_embedding.conv_out": "input_hint_block.14"}
+    return rename(tensors, names)
+
+
+def rename(tensors: Tensors, names: dict[str, str]) -> Tensors:
+    """Replace the modules' names, and those of the layers in their residual blocks."""
     inside = [("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("norm2", "out_layers.0"), ("conv2", "out_layers.3")]
     inside += [("time_emb_proj", "emb_layers.1"), ("conv_shortcut", "skip_connection")]
     result = {}

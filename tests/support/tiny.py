@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -27,11 +28,20 @@ VAE = VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=
 CLIP = CLIPConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
 
 
-def sd1(unet: UNetConfig = UNET) -> Components:
+XL: dict[str, Any] = {  # how SDXL's UNet differs, but for the width of its context
+    "transformer_layers_per_block": (0, 2),
+    "mid_transformer_layers": 2,
+    "use_linear_projection": True,
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 24 + 6 * 8,
+}
+
+
+def sd1(unet: UNetConfig = UNET, vae: VAEConfig = VAE) -> Components:
     torch.manual_seed(0)
     return Components(
         unet=UNet(unet),
-        vae=AutoencoderKL(VAE),
+        vae=AutoencoderKL(vae),
         text_encoders=(TextEncoder(CLIP),),
         tokenizers=(Tokenizer(),),
         scheduler=SchedulerConfig(sampler="ddim"),
@@ -43,18 +53,9 @@ def sd1(unet: UNetConfig = UNET) -> Components:
 def sdxl(text_features: int = 64) -> Components:
     """`text_features`: the width of the UNet's context: 64 for both text encoders, 32 for the refiner's one."""
     torch.manual_seed(1)
-    unet = replace(
-        UNET,
-        transformer_layers_per_block=(0, 2),
-        mid_transformer_layers=2,
-        cross_attention_dim=text_features,
-        use_linear_projection=True,
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=24 + 6 * 8,
-    )
     second = replace(CLIP, projection_dim=24, hidden_act="gelu")
     return Components(
-        unet=UNet(unet),
+        unet=UNet(replace(UNET, **XL, cross_attention_dim=text_features)),
         vae=AutoencoderKL(VAE),
         text_encoders=(TextEncoder(CLIP), TextEncoder(second)),
         tokenizers=(Tokenizer(), Tokenizer()),

@@ -20,6 +20,7 @@ from fastsd.model.clip import TextEncoder
 from fastsd.model.unet import AddedConditioning, UNet
 from fastsd.model.vae import AutoencoderKL
 from fastsd.pipeline import Pipeline
+from tests.support import tiny
 from tests.support.triton_checks import DEVICE
 
 MODULE, IMAGE = 1e-5, 1e-4  # relative, of the largest value: of a module, of a whole image
@@ -32,14 +33,7 @@ SMALL = UNetConfig(  # heads of 32 and 40 channels, groups that a skip connectio
     cross_attention_dim=32,
     norm_num_groups=16,
 )
-SMALL_XL = replace(
-    SMALL,
-    transformer_layers_per_block=(0, 2),
-    mid_transformer_layers=2,
-    use_linear_projection=True,
-    addition_time_embed_dim=8,
-    projection_class_embeddings_input_dim=24 + 6 * 8,
-)
+SMALL_XL = replace(SMALL, **tiny.XL)
 
 
 @pytest.fixture
