@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     save_folder(tiny_components(steps=2), folder, torch.float32)
     return folder
+
+
+@pytest.fixture
+def as_on_a_gpu() -> Iterator[None]:
+    """PyTorch's operations, as CUDA runs linear layers and convolutions: oneDNN's path reads numbers on the host."""
+    from fastsd.kernels import dispatch
+
+    with dispatch.forced("torch"):
+        yield
 
 
 @pytest.fixture
