@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+PREDICTIONS = ("epsilon", "v_prediction", "sample")  # what a network predicts
+
 
 @dataclass(frozen=True)
 class CLIPConfig:
@@ -169,7 +171,7 @@ class SchedulerConfig:
     beta_start: float = 0.00085
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"  # "linear", "scaled_linear" or "squaredcos_cap_v2" (cosine)
-    prediction_type: str = "epsilon"  # "epsilon", "v_prediction" or "sample"
+    prediction_type: str = "epsilon"  # one of `PREDICTIONS`
     timestep_spacing: str = "leading"  # "leading", "trailing" or "linspace"
     steps_offset: int = 1  # added to every timestep in "leading" spacing
     set_alpha_to_one: bool = False  # ddim and pndm end at the clean image, not at the level of timestep 0

@@ -187,7 +187,7 @@ class Parameter:
         needs: the parameter without which it has no effect, and what that one does.
         excludes: the parameter that it cannot be combined with, and why.
         label: its key in A1111's text, where one value stands for one parameter.
-        key: its key in the metadata, where that is not its name.
+        metadata_key: its key in the metadata, where that is not its name.
         repeat: `--from-image` gives it the value in the image's metadata, where that is one value.
         few_step: its default belongs to the kind of few-step model.
         several: the flag may be given again.
@@ -203,7 +203,7 @@ class Parameter:
     needs: tuple[str, str] | None = None
     excludes: tuple[str, str] | None = None
     label: str = ""
-    key: str = ""
+    metadata_key: str = ""
     repeat: bool = True
     few_step: bool = False
     several: bool = False
@@ -212,6 +212,11 @@ class Parameter:
     def flag(self) -> str:
         """The flag that messages use, or the name where there is none."""
         return next((flag for flag in self.flags if flag.startswith("--")), self.name)
+
+    @property
+    def key(self) -> str:
+        """The key in the metadata."""
+        return self.metadata_key or self.name
 
     @property
     def text(self) -> str:

@@ -11,6 +11,7 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from fastsd.config import PREDICTIONS
 from fastsd.errors import FastsdError
 from fastsd.kinds import MAX_SEED, Choice, Constant, File, Name, Number, Parameter, Switch, Text, Value, Whole
 from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
@@ -90,7 +91,7 @@ ROWS: tuple[Parameter, ...] = (
     ),
     Parameter(
         "prediction",
-        Choice(options=("epsilon", "v_prediction", "sample")),
+        Choice(options=PREDICTIONS),
         "epsilon, v_prediction or sample, where the file does not say",
         ("--prediction",),
         WHAT,
@@ -140,7 +141,7 @@ ROWS: tuple[Parameter, ...] = (
         ("--mask",),
         START,
         needs=("image", "the image to change"),
-        key="mask",
+        metadata_key="mask",
     ),
     Parameter(
         "clip_skip",

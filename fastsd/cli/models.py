@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastsd.config import PREDICTIONS
 from fastsd.errors import FastsdError
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from fastsd.weights.hub.hub_id import HubId, ModelLocation
 
 BLOCK, BLOCKS = 4096, 16
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 def settings(pipe: Pipeline, args: argparse.Namespace) -> dict[str, Any]:

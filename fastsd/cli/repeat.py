@@ -15,7 +15,7 @@ from fastsd.image.metadata import read_texts
 from fastsd.kinds import Number, Parameter
 from fastsd.parameters import PARAMETERS
 
-IMAGES = {"image": "image", "mask_image": "mask"}  # parameters, and their keys in the metadata
+IMAGES = [PARAMETERS[name] for name in ("image", "mask_image")]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ def fill_in(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         if settings.get("hires_scale") is not None and args.image is not None:
             notes.append("not repeated: --hires, as --image starts from an image")
         models.fill_in(args, settings, notes)
+        if settings.get("refiner_switch") is not None and args.refiner is None:
+            notes.append("not repeated: --refiner-switch, as there is no --refiner")
         kind_changed = args.few_step not in (None, settings.get("few_step"))
         for row in PARAMETERS.values():
             value = settings.get(row.name)
@@ -70,9 +72,9 @@ def _notes_on(settings: dict[str, Any], others: dict[str, str]) -> list[str]:
 
 def _check_images(args: argparse.Namespace, settings: dict[str, Any]) -> None:
     """Refuse to repeat an image without the image that it was generated from."""
-    for name, key in IMAGES.items():
-        if settings.get(key) and getattr(args, name) is None:
-            raise FastsdError(f"it was generated with {{{name}}} {_named(settings[key])}; give that file again")
+    for row in IMAGES:
+        if settings.get(row.key) and getattr(args, row.name) is None:
+            raise FastsdError(f"it was generated with {{{row.name}}} {_named(settings[row.key])}; give that file again")
     if settings.get("strength") is not None and args.image is None:
         raise FastsdError("it was generated from another image; give that with {image}")
 
@@ -105,10 +107,10 @@ def _named(wanted: dict[str, Any]) -> str:
 def differences(settings: dict[str, Any], now: dict[str, Any], args: argparse.Namespace) -> list[str]:
     """Notes on what differs from the first time, and whose effect a user may not expect."""
     notes = []
-    for flag, key in (("--image", "image"), ("--mask", "mask")):
-        before, after = settings.get(key), now.get(key)
+    for row in IMAGES:
+        before, after = settings.get(row.key), now.get(row.key)
         if before and after and before.get("sha256") != after["sha256"]:
-            notes.append(f"{flag} is another file than {_named(before)}, which was used the first time")
+            notes.append(f"{row.flag} is another file than {_named(before)}, which was used the first time")
     notes += models.differences(settings, now)
     if args.device is None and settings.get("device") not in (None, now.get("device")):
         notes.append(

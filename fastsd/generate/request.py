@@ -52,10 +52,10 @@ class Pass:
         guided: an unconditional half runs beside the conditional one.
         workload: what its memory depends on.
         controls: with RGB images, width x height.
+        refiner_row: the first row of the table that the refiner does; without one, past the last.
         image: RGB, width x height, or None.
         mask: of the image, or None.
         latents: starting noise `[N, C, h, w]`, or None.
-        refiner_row: the first row of the table that the refiner does; without one, past the last.
     """
 
     settings: Settings
@@ -68,10 +68,10 @@ class Pass:
     guided: bool
     workload: memory.Workload
     controls: tuple[Control, ...]
+    refiner_row: int
     image: Image.Image | None = None
     mask: InpaintMask | None = None
     latents: torch.Tensor | None = None
-    refiner_row: int = 0
 
     def ends_step(self, row: int) -> bool:
         """Whether `row` is the last of one of the user's steps."""
@@ -244,10 +244,10 @@ def _first_pass(
         guided=guided,
         workload=workload,
         controls=images.controls,
+        refiner_row=refiner_row(table, components.scheduler, settings.refiner_switch),
         image=images.image,
         mask=images.mask,
         latents=latents,
-        refiner_row=refiner_row(table, components.scheduler, settings.refiner_switch),
     )
 
 

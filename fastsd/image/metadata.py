@@ -33,7 +33,7 @@ RECORDS: dict[str, type] = {
 
 def stored_types() -> dict[str, Any]:
     """What the JSON copy may hold: keys, and the types of their values."""
-    stored = {row.key or row.name: row.kind.stored for row in PARAMETERS.values() if row.kind.stored is not None}
+    stored = {row.key: row.kind.stored for row in PARAMETERS.values() if row.kind.stored is not None}
     return RECORDS | stored
 
 

@@ -12,10 +12,11 @@ import torch
 from fastsd.components import Components
 from fastsd.errors import FastsdError, about
 from fastsd.model.taesd import Autoencoder
+from fastsd.parameters import PARAMETERS
 from fastsd.weights.formats.pickle_file import is_pickle
 from fastsd.weights.formats.safetensors_file import read_header
 from fastsd.weights.layouts.folder import load_folder
-from fastsd.weights.layouts.single_file import EMA_PREFIX, PREDICTIONS, load_single_file
+from fastsd.weights.layouts.single_file import EMA_PREFIX, load_single_file
 from fastsd.weights.layouts.vae_file import check_latents, resolve_vae
 from fastsd.weights.load import STEMS, find_files
 
@@ -41,8 +42,8 @@ def load_checkpoint(
     Raises:
         FastsdError: something is missing, malformed or does not fit; one line with file and key.
     """
-    if prediction is not None and prediction not in PREDICTIONS:
-        raise FastsdError(f"{prediction!r} should be {', '.join(PREDICTIONS)}", argument="prediction")
+    if prediction is not None:
+        PARAMETERS["prediction"].check(prediction)
     make_vae = None if vae is None else _vae_maker(vae, dtype, device, allow_pickle)
     if Path(path).is_dir():
         if ema:

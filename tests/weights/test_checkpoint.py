@@ -35,7 +35,7 @@ def test_the_prediction_type_applies_to_both_layouts(originals: Any) -> None:
     for path in (originals.file("sd1"), originals.folder("sd1")):
         components = load_checkpoint(path, FP32, prediction="v_prediction")
         assert components.scheduler.prediction_type == "v_prediction"
-        with pytest.raises(FastsdError, match="prediction: 'v' should be epsilon, v_prediction, sample"):
+        with pytest.raises(FastsdError, match="prediction is 'v'; it should be one of epsilon, v_prediction, sample"):
             load_checkpoint(path, FP32, prediction="v")
 
 

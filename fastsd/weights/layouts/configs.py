@@ -6,7 +6,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from fastsd.config import AutoencoderConfig, CLIPConfig, SchedulerConfig, TAESDConfig, UNetConfig, VAEConfig
+from fastsd.config import (
+    PREDICTIONS,
+    AutoencoderConfig,
+    CLIPConfig,
+    SchedulerConfig,
+    TAESDConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from fastsd.sampling.samplers import SAMPLERS
 from fastsd.weights.formats.json_file import ConfigReader
 
@@ -265,7 +273,7 @@ def read_scheduler(path: Path) -> SchedulerConfig:
         beta_schedule=r.one_of(
             "beta_schedule", ("linear", "scaled_linear", "squaredcos_cap_v2"), defaults["beta_schedule"]
         ),
-        prediction_type=r.one_of("prediction_type", ("epsilon", "v_prediction", "sample"), "epsilon"),
+        prediction_type=r.one_of("prediction_type", PREDICTIONS, "epsilon"),
         timestep_spacing=r.one_of(
             "timestep_spacing", ("leading", "trailing", "linspace"), defaults["timestep_spacing"]
         ),

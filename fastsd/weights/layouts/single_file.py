@@ -17,6 +17,7 @@ from fastsd.model.taesd import Autoencoder
 from fastsd.model.tokenizer import EOS, Tokenizer
 from fastsd.model.unet import UNet
 from fastsd.model.vae import AutoencoderKL
+from fastsd.parameters import PARAMETERS
 from fastsd.weights.formats.pickle_file import is_pickle, read_pickle
 from fastsd.weights.formats.safetensors_file import TensorEntry, read_header
 from fastsd.weights.layouts.family import CheckpointFamily, FileTextEncoder, find_family
@@ -25,7 +26,6 @@ from fastsd.weights.layouts.ldm_names import OriginalKey, openclip_key, unet_key
 from fastsd.weights.layouts.names import folder_keys, is_ignored
 from fastsd.weights.load import fill
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
 OPENCLIP_PAD = "!"
 EMA_PREFIX = "model_ema."  # a second copy of the UNet: the exponential moving average of its weights in training
 # Starts of keys, after a network's prefix, that hold none of its weights.
@@ -198,8 +198,8 @@ def tokenizer_for(text: TextEncoderLayout) -> Tokenizer:
 
 
 def _prediction(path: Path, family: CheckpointFamily, requested: str | None) -> str:
-    if requested is not None and requested not in PREDICTIONS:
-        raise FastsdError(f"{requested!r} should be {', '.join(PREDICTIONS)}", argument="prediction")
+    if requested is not None:
+        PARAMETERS["prediction"].check(requested)
     if requested is None and family.prediction is None:
         raise FastsdError(
             f"it is {family.name} and does not say what it predicts; add {{prediction}} v_prediction (the models "

@@ -101,7 +101,7 @@ def test_marker_keys(originals: Any, family: str) -> None:
 def test_the_users_prediction_type_wins(originals: Any) -> None:
     marked = originals.save(originals.tensors("sd1") | {"v_pred": torch.tensor([])}, "marked.safetensors")
     assert load_single_file(marked, torch.float32, prediction="epsilon").scheduler.prediction_type == "epsilon"
-    with pytest.raises(FastsdError, match="prediction: 'v' should be epsilon, v_prediction, sample"):
+    with pytest.raises(FastsdError, match="prediction is 'v'; it should be one of epsilon, v_prediction, sample"):
         load_single_file(marked, torch.float32, prediction="v")
 
 
