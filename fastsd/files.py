@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from fastsd.errors import FastsdError
+
 
 def cache_folder() -> Path:
     """Where fastsd keeps what it measured on this machine.
@@ -36,6 +38,22 @@ def reason(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
         return "the disk is full"
     return (error.strerror or str(error) or type(error).__name__).lower()
+
+
+def check_path(path: str | Path) -> None:
+    """Refuse a path that cannot be looked up, such as one with a name that is too long; it need not exist.
+
+    Raises:
+        FastsdError: it says why.
+    """
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise FastsdError(reason(error), path=path) from error
+    except ValueError as error:  # a null character
+        raise FastsdError(str(error), path=repr(str(path))) from error
 
 
 def write_whole(path: Path, data: bytes, overwrite: bool = False) -> None:

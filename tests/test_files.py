@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from fastsd.files import cache_folder, replace_whole, write_whole
+from fastsd.errors import FastsdError
+from fastsd.files import cache_folder, check_path, replace_whole, write_whole
+
+
+def test_paths_that_cannot_be_looked_up(tmp_path: Path) -> None:
+    check_path(tmp_path)
+    check_path(tmp_path / "none")
+    (tmp_path / "file").touch()
+    check_path(tmp_path / "file" / "none")
+    for name, message in (("a" * 300, "name too long"), ("a\0b", "null")):
+        with pytest.raises(FastsdError, match=message):
+            check_path(tmp_path / name)
 
 
 def test_writing_never_replaces_unasked(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import argparse
 import sys
 
 from fastsd.cli.parser import one_line
+from fastsd.config import PREDICTIONS
 from fastsd.errors import FastsdError
+from fastsd.parameters import PARAMETERS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,9 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="of the weights (default: as they are)")
     parser.add_argument(
         "--prediction",
-        choices=("epsilon", "v_prediction"),
+        choices=PREDICTIONS,
         metavar="NAME",
-        help="epsilon or v_prediction, where the file does not say",
+        help=PARAMETERS["prediction"].help,
     )
     parser.add_argument("--allow-pickle", action="store_true", help="read a .ckpt: tensors and plain values")
     parser.add_argument("--ema", action="store_true", help="take the weights as training averaged them")

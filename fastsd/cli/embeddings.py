@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ def load(pipe: Pipeline, args: argparse.Namespace, before: dict[str, Any], notes
 def split(given: str) -> tuple[Path, str | None]:
     """`FILE` or `FILE:token`; a colon in the name of an existing file belongs to the name."""
     path, colon, token = given.rpartition(":")
-    if not colon or Path(given).is_file() or not Path(path).suffix:
+    if not colon or os.path.isfile(given) or not Path(path).suffix:
         return Path(given), None
     return Path(path), token
 
@@ -73,7 +74,7 @@ def in_folder(folder: Path) -> list[Path]:
     Raises:
         FastsdError: no such folder.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise FastsdError("no such folder", argument="embedding_dir", path=folder)
     files = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in SUFFIXES]
     return sorted(files, key=lambda file: SUFFIXES.index(file.suffix.lower()))

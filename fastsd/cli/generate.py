@@ -47,7 +47,7 @@ def generate(args: argparse.Namespace) -> int:
     output = Output(args.output or flags.DEFAULT_OUTPUT, args.num_images_per_prompt or 1, bool(args.overwrite))
     try:
         pipe, fixed = load(args, before, notes)
-        fixed |= {PARAMETERS[name].key or name: image.as_setting() for name, image in given.items()}
+        fixed |= {PARAMETERS[name].key: image.as_setting() for name, image in given.items()}
         fixed["embeddings"] = embeddings.load(pipe, args, before, notes) or None
         fixed["loras"] = loras.load(pipe, args, before, notes) or None
         arguments["controls"], fixed["controls"] = controls.load(pipe, chosen, bool(args.allow_pickle))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,8 @@ def load(pipe: Pipeline, args: argparse.Namespace, before: dict[str, Any], notes
     from fastsd.weights.adapters.apply import Adapter
     from fastsd.weights.hub.locate import locate_file
 
+    if args.lora_dir is not None and not os.path.isdir(args.lora_dir):
+        raise FastsdError("no such folder", argument="lora_dir", path=args.lora_dir)
     with about("lora"):
         files = [(locate_file(str(path)).path, strength) for path, strength in map(split, args.lora or ())]
     chosen = [Adapter(path, strength, strength) for path, strength in files]
@@ -64,7 +67,7 @@ def split(given: str) -> tuple[Path, float]:
         FastsdError: the strength is not a number from -100 to 100.
     """
     path, colon, text = given.rpartition(":")
-    if not colon or Path(given).exists():
+    if not colon or os.path.exists(given):
         return Path(given), 1.0
     try:
         return Path(path), STRENGTH.parse(text)
@@ -81,8 +84,6 @@ def find_in_folder(folder: str | None, name: str) -> Path:
     if folder is None:
         raise FastsdError(f"<lora:{name}> needs {{lora_dir}}, the folder that holds {name}{SUFFIX}", argument="prompt")
     with about("lora_dir", folder):
-        if not Path(folder).is_dir():
-            raise FastsdError("no such folder")
         files = {file.stem: file for file in sorted(Path(folder).rglob(f"*{SUFFIX}"))}
         if name not in files:
             hint = nearest(name, files) or f", but {', '.join(sorted(files)[:5]) or 'no such files'}"

@@ -15,7 +15,7 @@ import torch
 from fastsd.components import Components
 from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
-from fastsd.files import replace_whole
+from fastsd.files import check_path, replace_whole
 from fastsd.model.vae import AutoencoderKL
 from fastsd.weights.formats.safetensors_file import DTYPES, TensorEntry
 from fastsd.weights.layouts.family import CheckpointFamily, find_family
@@ -104,6 +104,8 @@ def convert(
 
 
 def _check_target(source: Path, target: Path, overwrite: bool) -> None:
+    check_path(source)
+    check_path(target)
     if (target.exists() or target.is_symlink()) and not overwrite:
         raise FastsdError("already exists; {overwrite} replaces it", path=target)
     if target.suffix.lower() in (".ckpt", ".pt", ".bin"):

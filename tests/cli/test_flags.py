@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from fastsd.cli import COMMANDS, flags
 from fastsd.cli.parser import one_line
 from fastsd.errors import FastsdError, describe
 from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
+from tests.support.cli import refused, write_image
 
 
 def help_text(columns: int, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -141,3 +143,40 @@ def test_arguments_become_flags() -> None:
 
 def test_nothing_breaks_the_line() -> None:
     assert one_line("a\nb\r\x1b[31m\u2028é猫\udc80") == r"a\nb\r\x1b[31m\u2028é猫\udc80"
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--model",
+        "--vae",
+        "--refiner",
+        "--preview-decoder",
+        "--lora",
+        "--lora-dir",
+        "--embedding",
+        "--embedding-dir",
+        "--control",
+        "--image",
+        "--mask",
+        "--from-image",
+        "--output",
+    ],
+)
+def test_a_path_that_cannot_be_looked_up_is_one_line(cli: Callable, model: Path, flag: str) -> None:
+    photo = write_image(Path("photo.png"))
+    beside: dict[str, tuple] = {
+        "--model": (),
+        "--preview-decoder": ("--preview", 1),
+        "--mask": ("--image", photo),
+        "--control": ("--control-image", photo),
+    }
+    words = ("-p", "x", *beside.get(flag, ()), *(() if flag == "--model" else ("-m", model)))
+    refused(cli(*words, flag, "a" * 300), flag)
+
+
+def test_the_commands_refuse_such_paths_too(cli: Callable, model: Path) -> None:
+    refused(cli("inspect", "a" * 300), "name too long")
+    refused(cli("convert", "a" * 300, "b.safetensors"), "name too long")
+    refused(cli("convert", model, "a" * 300), "name too long")

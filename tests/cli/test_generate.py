@@ -173,6 +173,10 @@ def test_from_image_of_another_program(cli: Callable, model: Path, tmp_path: Pat
     assert ran.code == 0 and ran.err.count("\n") == 1 and "not repeated: Variation seed" in ran.err
     found = settings(ran.paths[0])
     assert (found["sampler"], found["schedule"], found["seed"], found["width"]) == ("dpm++2m", "karras", 8, 72)
+    text = "a cat\nSteps: 3, Sampler: Euler, Seed: 8, Size: 64x64, Refiner: dreams, Refiner switch at: 0.8"
+    ran = cli("--from-image", write_image(tmp_path / "refined.png", parameters=text), "-m", model)
+    assert ran.code == 0 and "not repeated: Refiner\n" in ran.err
+    assert "not repeated: --refiner-switch, as there is no --refiner" in ran.err
 
 
 def test_from_image_of_what_cannot_be_repeated(cli: Callable, model: Path, tmp_path: Path) -> None:

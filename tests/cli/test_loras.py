@@ -86,6 +86,7 @@ def test_loras_that_cannot_be(cli: Callable, model: Path, lora: Path) -> None:
     refused(cli("-p", "a <lora:ink>", "-m", model), "--prompt: <lora:ink> needs --lora-dir")
     refused(cli("-p", "a <lora:inc>", "-m", model, "--lora-dir", lora.parent), "did you mean ink?")
     refused(cli("-p", "a <lora:ink>", "-m", model, "--lora-dir", "nowhere"), "--lora-dir nowhere: no such folder")
+    refused(cli(*base, "--lora-dir", "nowhere"), "--lora-dir nowhere: no such folder")
     stranger = {f"lora_unet_elsewhere.lora_{part}.weight": torch.ones(2, 2) for part in ("up", "down")}
     save_file(stranger, lora.parent / "other.safetensors")
     refused(cli(*base, "--lora", lora.parent / "other.safetensors"), "not in this model: lora_unet_elsewhere")

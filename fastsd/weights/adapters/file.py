@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsd.errors import FastsdError
+from fastsd.files import check_path
 from fastsd.weights.formats.json_file import read_json
 from fastsd.weights.formats.safetensors_file import TensorEntry, read_header
 
@@ -67,6 +68,7 @@ def read_adapter(path: Path) -> list[AdapterLayer]:
         FastsdError: no such file, malformed, or not an adapter.
     """
     configs: dict[str, dict[str, Any]] = {}
+    check_path(path)
     if path.is_dir():
         config = path / "adapter_config.json"
         if not config.is_file():

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from fastsd.errors import FastsdError
+from fastsd.files import check_path
 from fastsd.weights.formats.json_file import MAX_JSON
 from fastsd.weights.hub.errors import first_line, hub_error
 from fastsd.weights.hub.files import FileSelector, model_files, network_files, one_file, with_shards
@@ -30,7 +31,7 @@ def locate_model(text: str | Path, revision: str | None, half: bool) -> ModelLoc
     """
     hub_id = parse_hub_id(text, revision)
     if hub_id is None:
-        return ModelLocation(Path(text))
+        return _here(text)
     return _fetch(hub_id, one_file(hub_id) if hub_id.file else model_files(hub_id, half), half)
 
 
@@ -47,7 +48,7 @@ def locate_controlnet(text: str | Path, half: bool) -> ModelLocation:
 def _locate_network(text: str | Path, half: bool, network: str) -> ModelLocation:
     hub_id = parse_hub_id(text)
     if hub_id is None:
-        return ModelLocation(Path(text))
+        return _here(text)
     if hub_id.file:
         return _fetch(hub_id, one_file(hub_id), half)
     location = _fetch(hub_id, network_files(hub_id, half, network), half)
@@ -59,7 +60,13 @@ def _locate_network(text: str | Path, half: bool, network: str) -> ModelLocation
 def locate_file(text: str | Path) -> ModelLocation:
     """One file, fetched from the hub if `text` is the id of one."""
     hub_id = parse_hub_id(text)
-    return _fetch(hub_id, one_file(hub_id), True) if hub_id is not None and hub_id.file else ModelLocation(Path(text))
+    return _fetch(hub_id, one_file(hub_id), True) if hub_id is not None and hub_id.file else _here(text)
+
+
+def _here(path: str | Path) -> ModelLocation:
+    """A path on this machine, whether or not anything is there."""
+    check_path(path)
+    return ModelLocation(Path(path))
 
 
 def is_cached(hub_id: HubId, vae: bool = False) -> bool:
