@@ -53,7 +53,7 @@ OPENCLIP_BIGG = replace(
 class UNetConfig:
     """The denoising UNet of latent diffusion (Rombach et al. 2022, appendix E; SDXL: Podell et al. 2023, table 1)."""
 
-    in_channels: int = 4  # 9 for inpainting checkpoints: latent 4, mask 1, masked latent 4
+    in_channels: int = 4  # more where it reads an image beside the latent: see `reads`
     out_channels: int = 4
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
@@ -74,6 +74,17 @@ class UNetConfig:
     @property
     def time_embed_dim(self) -> int:
         return 4 * self.block_out_channels[0]
+
+    @property
+    def reads(self) -> str | None:
+        """What it reads beside the latent of C channels; None: nothing known here reads as many channels.
+
+        "": nothing. "mask": a mask and the masked image's latent, for inpainting (Rombach et al. 2022, section 4.5).
+        "image": another image's latent (InstructPix2Pix, Brooks et al. 2023). "depth": a depth map (SD 2's model).
+        """
+        latent = self.out_channels
+        known = {latent: "", latent + 1: "depth", 2 * latent: "image", 2 * latent + 1: "mask"}
+        return known.get(self.in_channels)
 
 
 SD15_UNET = UNetConfig()

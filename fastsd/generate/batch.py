@@ -52,7 +52,7 @@ class Engine:
     @property
     def inpaints(self) -> bool:
         """The UNet reads mask and masked image."""
-        return self.components.unet.config.in_channels == 2 * self.components.vae.config.latent_channels + 1
+        return self.components.unet.config.reads == "mask"
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,9 @@ def check_refiner(components: Components, refiner: Components) -> None:
     channels = components.vae.config.latent_channels
     if components.unet.config.in_channels != channels or refiner.unet.config.in_channels != channels:
         raise FastsdError(
-            f"model and refiner should both read {channels} channels; one is for inpainting", argument="refiner"
+            f"model and refiner should both read {channels} channels, the latent alone; they read "
+            f"{components.unet.config.in_channels} and {refiner.unet.config.in_channels}",
+            argument="refiner",
         )
     if components.xl != refiner.xl:  # the autoencoders of SD 1 and 2 and of SDXL make different latents
         xl, other = ("model", "refiner") if components.xl else ("refiner", "model")

@@ -75,7 +75,7 @@ def fit_images(components: Components, settings: Settings, default: tuple[int, i
         fitted, more = fit_mask(settings.mask_image, image)
         mask = InpaintMask.from_image(fitted, config.downscale)
         notes += more
-    if components.unet.config.in_channels == 9 and mask is None:
+    if components.unet.config.reads == "mask" and mask is None:
         raise FastsdError("this is an inpainting checkpoint: give {image} and {mask_image}")
     width = check_side("width", default[0] if width is None else width, config.downscale)
     height = check_side("height", default[1] if height is None else height, config.downscale)

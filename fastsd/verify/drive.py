@@ -15,6 +15,6 @@ def drive(pipe: Pipeline, prompt: str, width: int, height: int) -> None:
     """Run img2img at strength 0.5: text encoders, VAE encoder, one guided UNet step, the update, VAE decoder."""
     waves = np.sin(np.arange(height)[:, None] / 5) * np.cos(np.arange(width) / 7)
     image = Image.fromarray(((waves + 1) * 127).astype(np.uint8)).convert("RGB")
-    mask = Image.new("L", image.size, 255) if pipe.components.unet.config.in_channels == 9 else None
+    mask = Image.new("L", image.size, 255) if pipe.components.unet.config.reads == "mask" else None
     pipe(prompt, image=image, mask_image=mask, strength=0.5, num_inference_steps=2, guidance_scale=2.0, seed=0,
          width=width, height=height)  # fmt: skip

@@ -50,7 +50,8 @@ def inspect(path: Path, allow_pickle: bool = False) -> Facts:
         family = find_family(path, {key: entry.shape for key, entry in entries.items()}, metadata)
         facts += _family_facts(family, entries)
     except FastsdError as error:
-        facts += [("family", "unknown: " + str(error).removeprefix(f"{path}: "))]
+        reason = str(error).removeprefix(f"{path}: ")
+        facts += [("family", reason if reason.startswith("it is ") else f"unknown: {reason}")]
         if (detection := detect_in_metadata(metadata)) is not None:
             facts += [("few steps", _few_step(detection))]
     facts += _named("metadata", _metadata(metadata))

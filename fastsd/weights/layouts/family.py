@@ -11,8 +11,7 @@ from fastsd.errors import FastsdError
 from fastsd.few_step import Detection
 from fastsd.weights.few_step import detect_in_metadata, detect_in_unet
 from fastsd.weights.layouts.file_layouts import FILE_LAYOUTS, FileLayout, TextEncoderLayout
-
-Shapes = Mapping[str, tuple[int, ...]]
+from fastsd.weights.layouts.fit import Shapes, check_fit, refuse_other_keys
 
 FIRST_KEY = "input_blocks.0.0.weight"  # of every UNet in the original layout, after its prefix
 # What a file is if it is not a checkpoint, by parts of its keys.
@@ -73,7 +72,7 @@ class CheckpointFamily:
 
     def sample_size(self, prediction: str) -> int:
         """Side of the latents that the family was trained on."""
-        if prediction == "v_prediction" and self.layout.sample_size_v and not _inpaints(self.unet):
+        if prediction == "v_prediction" and self.layout.sample_size_v and not self.unet.reads:
             return self.layout.sample_size_v
         return self.layout.sample_size
 
@@ -88,12 +87,12 @@ class CheckpointFamily:
         )
 
 
-def _inpaints(unet: UNetConfig) -> bool:
-    return unet.in_channels == 9
+_KINDS = {"mask": "inpainting", "image": "InstructPix2Pix", "depth": "depth"}  # by what the UNet reads
 
 
 def _full_name(layout: FileLayout, unet: UNetConfig) -> str:
-    return f"{layout.family} inpainting" if _inpaints(unet) else layout.family
+    kind = _KINDS.get(unet.reads or "")
+    return f"{layout.family} {kind}" if kind else layout.family
 
 
 def find_family(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> CheckpointFamily:
@@ -111,16 +110,8 @@ def find_family(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> Chec
     layout = _find_layout(reader)
     texts = tuple(_text_encoder(reader, text) for text in layout.texts)
     unet = _unet(reader, layout, texts)
-    width = sum(text.config.hidden_size for text in texts)
-    if width != unet.cross_attention_dim:
-        raise FastsdError(
-            f"its text encoders give {width} features, its UNet reads {unet.cross_attention_dim}; "
-            "they belong to different families",
-            path=path,
-        )
-    vae = None
-    if reader.has(layout.vae_prefix):
-        vae = find_vae(path, reader.under(layout.vae_prefix), layout.vae)
+    vae = find_vae(path, reader.under(layout.vae_prefix), layout.vae) if reader.has(layout.vae_prefix) else None
+    check_fit(path, unet, vae, [text.config for text in texts], layout.aesthetic_score)
     few_step = detect_in_unet(unet) or detect_in_metadata(metadata)
     prediction, reason = _prediction(layout, unet, shapes, metadata)
     return CheckpointFamily(layout, unet, vae, texts, prediction, reason, "ztsnr" in shapes, few_step)
@@ -185,6 +176,7 @@ def _find_layout(reader: _ShapeReader) -> FileLayout:
     rows = [row for row in FILE_LAYOUTS if row.unet_prefix + FIRST_KEY in reader.shapes]
     if not rows:
         raise FastsdError(f"{_what_else(reader.shapes)}", path=reader.path)
+    refuse_other_keys(reader.path, reader.shapes)
     layout = next((row for row in rows if all(reader.has(text.prefix) for text in row.texts)), None)
     if layout is None:
         prefixes = ", or ".join(" and ".join(f"{text.prefix}*" for text in row.texts) for row in rows)
@@ -333,7 +325,7 @@ def _prediction(
     if stated is not None:
         return stated, "its metadata says so (modelspec.prediction_type)"
     name = _full_name(layout, unet)
-    if layout.prediction is None and not _inpaints(unet):
+    if layout.prediction is None and not unet.reads:
         return None, f"{name} was published with either, and the file does not say which"
     prediction = layout.prediction or "epsilon"
     return prediction, f"{name} was published so, and no marker key says otherwise"

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from fastsd.components import Components
-from fastsd.config import AutoencoderConfig, CLIPConfig, UNetConfig
 from fastsd.errors import FastsdError
 from fastsd.few_step import KINDS, Detection
 from fastsd.model.clip import TextEncoder
@@ -18,6 +17,7 @@ from fastsd.model.unet import UNet
 from fastsd.weights.few_step import detect_in_scheduler, detect_in_unet
 from fastsd.weights.formats.json_file import read_json
 from fastsd.weights.layouts import configs
+from fastsd.weights.layouts.fit import check_fit, refuse_other_class
 from fastsd.weights.load import error_path, fill, find_files, read_headers
 
 FASTSD_FILE = "fastsd.json"  # what only fastsd reads: default settings, known words, the few-step method
@@ -61,6 +61,7 @@ def outline_folder(root: Path, half: bool) -> tuple[Components, dict[str, list[P
     """
     check_model_folder(root)
     index = read_json(root / "model_index.json")
+    refuse_other_class(root, index)
     unet_config, sample_size = configs.read_unet(root / "unet" / "config.json")
     vae_config = configs.read_autoencoder(root / "vae" / "config.json")
     extras = read_json(root / FASTSD_FILE) if (root / FASTSD_FILE).is_file() else {}
@@ -74,7 +75,7 @@ def outline_folder(root: Path, half: bool) -> tuple[Components, dict[str, list[P
         tokenizers.append(Tokenizer(root / f"tokenizer{suffix}"))
     if not clip_configs:
         raise FastsdError("no text_encoder folder; a Stable Diffusion checkpoint has one or two", path=root)
-    _check_compatible(root, unet_config, vae_config, clip_configs, index.get("requires_aesthetics_score") is True)
+    check_fit(root, unet_config, vae_config, clip_configs, index.get("requires_aesthetics_score") is True)
     for name in ("unet", "vae"):
         files[name] = find_files(root / name, "diffusion_pytorch_model", half)
     with torch.device("meta"):
@@ -101,30 +102,6 @@ def outline_folder(root: Path, half: bool) -> tuple[Components, dict[str, list[P
     if set(files) != {name for name, _ in components.networks()}:
         raise FastsdError("its text encoders should be text_encoder/, and for SDXL text_encoder_2/ too", path=root)
     return components, files
-
-
-def _check_compatible(
-    root: Path, unet: UNetConfig, vae: AutoencoderConfig, clips: list[CLIPConfig], scored: bool
-) -> None:
-    """Refuse networks that do not fit together, before their weights are read."""
-    width = sum(config.hidden_size for config in clips)
-    if width != unet.cross_attention_dim:
-        raise FastsdError(
-            f"the text encoders give {width} features, the UNet reads {unet.cross_attention_dim}", path=root
-        )
-    channels = vae.latent_channels
-    if unet.out_channels != channels or unet.in_channels not in (channels, 2 * channels + 1):
-        raise FastsdError(
-            f"the UNet reads {unet.in_channels} channels and gives {unet.out_channels}; with this autoencoder "
-            f"it should read {channels} (or {2 * channels + 1}, for inpainting) and give {channels}",
-            path=root,
-        )
-    if unet.addition_time_embed_dim:
-        pooled = clips[-1].projection_dim or clips[-1].hidden_size
-        features = pooled + (5 if scored else 6) * unet.addition_time_embed_dim
-        expected = unet.projection_class_embeddings_input_dim
-        if features != expected:
-            raise FastsdError(f"text and sizes give {features} added features, the UNet reads {expected}", path=root)
 
 
 def check_model_folder(root: Path) -> None:

@@ -70,11 +70,11 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another text encoder": (
         lambda f: edit_json(f / "unet/config.json", cross_attention_dim=48),
-        "give 32 features, the UNet reads 48",
+        "give 32 features, its UNet reads 48",
     ),
     "a UNet for other latents": (
-        lambda f: edit_json(f / "unet/config.json", in_channels=8),
-        "the UNet reads 8 channels and gives 4; with this autoencoder it should read 4 (or 9, for inpainting)",
+        lambda f: edit_json(f / "unet/config.json", in_channels=10),
+        "its UNet reads 10 channels; fastsd runs UNets that read 4 or 9 (inpainting)",
     ),
     "absurd size": (lambda f: edit_json(f / "unet/config.json", in_channels=2**40), "in_channels is"),
 }
