@@ -184,7 +184,8 @@ def _as_file(
 def _layout(path: Path, components: Components) -> FileLayout:
     folders = [name for name, _ in components.networks() if name.startswith("text_encoder")]
     openclip = components.text_encoders[-1].config.hidden_act == "gelu"
-    layout = layout_for(folders, components.xl, openclip, components.vae.config.scaling_factor)
+    few_step = components.few_step.kind.name if components.few_step is not None else None
+    layout = layout_for(folders, components.xl, openclip, components.vae.config.scaling_factor, few_step)
     if layout is None:
         raise FastsdError(f"no single-file layout has the text encoders {', '.join(folders)} with this UNet", path=path)
     return layout

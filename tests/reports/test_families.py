@@ -10,8 +10,10 @@ from safetensors.torch import save_file
 
 from fastsd.errors import FastsdError
 from fastsd.pipeline import Pipeline
-from fastsd.weights import save_folder
+from fastsd.weights import load_folder, load_single_file, save_folder
+from fastsd.weights.convert import convert
 from tests.support import original
+from tests.support.tiny import all_weights, assert_same
 
 Tensors = dict[str, torch.Tensor]
 UNET = "model.diffusion_model."
@@ -39,3 +41,23 @@ def test_the_x4_upscaler_in_one_file_is_refused_by_name(tensors: dict[str, Tenso
     stored[f"{UNET}label_emb.weight"] = torch.randn(1000, 256)
     with pytest.raises(FastsdError, match="it is Stable Diffusion's x4 upscaler; fastsd does not run it"):
         Pipeline.from_pretrained(file_of(tmp_path, stored), "cpu", "fp32")
+
+
+def test_sd_turbo_in_one_file_loads_with_its_settings(tensors: dict[str, Tensors], tmp_path: Path) -> None:
+    """sd_turbo.safetensors has SD 2's keys under `conditioner.embedders.0.model.`; its card: one step, guidance off."""
+    pipe = Pipeline.from_pretrained(file_of(tmp_path, tensors["sd-turbo"]), "cpu", "fp32")
+    assert pipe.defaults["num_inference_steps"] == 1 and pipe.defaults["guidance_scale"] == 1.0
+    assert pipe.components.scheduler.timestep_spacing == "trailing"
+    assert pipe("a cat", width=32, height=32, seed=1).images[0].size == (32, 32)
+
+
+def test_a_projection_stored_as_a_layer_loads(tensors: dict[str, Tensors], tmp_path: Path) -> None:
+    """SSD-1B, Vega and Playground 2: `text_projection.weight`, a Linear's, is the transpose of OpenCLIP's matrix."""
+    prefix = "conditioner.embedders.1.model."
+    stored = dict(tensors["sdxl"])
+    stored[f"{prefix}text_projection.weight"] = stored.pop(f"{prefix}text_projection").T
+    found = load_single_file(file_of(tmp_path, stored), torch.float32)
+    save_file({key: value.contiguous() for key, value in tensors["sdxl"].items()}, tmp_path / "usual.safetensors")
+    assert_same(all_weights(found), all_weights(load_single_file(tmp_path / "usual.safetensors", torch.float32)))
+    convert(tmp_path / "model.safetensors", tmp_path / "folder")
+    assert_same(all_weights(load_folder(tmp_path / "folder", torch.float32)), all_weights(found))

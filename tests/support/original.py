@@ -47,6 +47,7 @@ class TinyFamily:
         texts: for each text encoder its folder, its prefix in a single file, and its config.
         prediction: of its models that do not inpaint.
         truncated: its files also hold a last layer and a projection that the model does not use.
+        spacing: of its timesteps.
     """
 
     name: str
@@ -56,6 +57,7 @@ class TinyFamily:
     vae: VAEConfig = VAE
     prediction: str = "epsilon"
     truncated: bool = False
+    spacing: str = "leading"
 
 
 FAMILIES = {
@@ -84,6 +86,21 @@ FAMILIES = {
         "ddim",
         prediction="v_prediction",
         truncated=True,
+    ),
+    "sd-turbo": TinyFamily(
+        "SD-Turbo",
+        UNetConfig(
+            block_out_channels=(64, 128),
+            layers_per_block=1,
+            transformer_layers_per_block=(1, 0),
+            num_attention_heads=(1, 2),
+            cross_attention_dim=64,
+            use_linear_projection=True,
+        ),
+        (("text_encoder", "conditioner.embedders.0.model.", OPENCLIP),),
+        "euler",
+        truncated=True,
+        spacing="trailing",
     ),
     "sdxl": TinyFamily(
         "SDXL",
@@ -118,7 +135,11 @@ def components(family: str, inpainting: bool = False) -> Components:
         tokenizers=tuple(
             Tokenizer() if config.hidden_act == "quick_gelu" else Tokenizer(pad="!") for config in configs
         ),
-        scheduler=SchedulerConfig(sampler=tiny.sampler, prediction_type="epsilon" if inpainting else tiny.prediction),
+        scheduler=SchedulerConfig(
+            sampler=tiny.sampler,
+            prediction_type="epsilon" if inpainting else tiny.prediction,
+            timestep_spacing=tiny.spacing,
+        ),
         sample_size=8,
         zeros_for_empty_prompt=family == "sdxl",
         aesthetic_score=family == "refiner",

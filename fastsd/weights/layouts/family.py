@@ -8,10 +8,11 @@ from pathlib import Path
 
 from fastsd.config import CLIPConfig, SchedulerConfig, UNetConfig, VAEConfig
 from fastsd.errors import FastsdError
-from fastsd.few_step import Detection
+from fastsd.few_step import KINDS, Detection
 from fastsd.weights.few_step import detect_in_metadata, detect_in_unet
 from fastsd.weights.layouts.file_layouts import FILE_LAYOUTS, FileLayout, TextEncoderLayout
 from fastsd.weights.layouts.fit import Shapes, check_fit, refuse_other_keys
+from fastsd.weights.layouts.ldm_names import linear_projection
 
 FIRST_KEY = "input_blocks.0.0.weight"  # of every UNet in the original layout, after its prefix
 # What a file is if it is not a checkpoint, by parts of its keys.
@@ -78,12 +79,13 @@ class CheckpointFamily:
 
     def scheduler(self, prediction: str) -> SchedulerConfig:
         """The training schedule, which all families share, and the sampler of the published folders."""
+        kind = self.layout.few_step
         return SchedulerConfig(
             prediction_type=prediction,
             sampler=self.layout.sampler,
             rescale_betas_zero_snr=self.zero_snr,
             # The last timestep is where zero signal-to-noise is (Lin et al. 2024, section 3.3).
-            timestep_spacing="trailing" if self.zero_snr else "leading",
+            timestep_spacing="trailing" if self.zero_snr else (kind and KINDS[kind].spacing) or "leading",
         )
 
 
@@ -113,6 +115,8 @@ def find_family(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> Chec
     vae = find_vae(path, reader.under(layout.vae_prefix), layout.vae) if reader.has(layout.vae_prefix) else None
     check_fit(path, unet, vae, [text.config for text in texts], layout.aesthetic_score)
     few_step = detect_in_unet(unet) or detect_in_metadata(metadata)
+    if few_step is None and layout.few_step is not None:
+        few_step = Detection(KINDS[layout.few_step], f"its keys are those of {layout.family}")
     prediction, reason = _prediction(layout, unet, shapes, metadata)
     return CheckpointFamily(layout, unet, vae, texts, prediction, reason, "ztsnr" in shapes, few_step)
 
@@ -177,15 +181,16 @@ def _find_layout(reader: _ShapeReader) -> FileLayout:
     if not rows:
         raise FastsdError(f"{_what_else(reader.shapes)}", path=reader.path)
     refuse_other_keys(reader.path, reader.shapes)
-    layout = next((row for row in rows if all(reader.has(text.prefix) for text in row.texts)), None)
-    if layout is None:
+    held = [row for row in rows if all(reader.has(text.prefix) for text in row.texts)]
+    if not held:
         prefixes = ", or ".join(" and ".join(f"{text.prefix}*" for text in row.texts) for row in rows)
         raise FastsdError(f"no text encoder in this file; its keys should start with {prefixes}", path=reader.path)
-    label = f"{layout.unet_prefix}label_emb."
-    if reader.has(label) != bool(layout.size_inputs):
-        state = f"lacks {label}*" if layout.size_inputs else f"has {label}*"
+    layout = next((row for row in held if reader.has(f"{row.unet_prefix}label_emb.") == bool(row.size_inputs)), None)
+    if layout is None:
+        label = f"{held[0].unet_prefix}label_emb."
+        state = f"lacks {label}*" if held[0].size_inputs else f"has {label}*"
         raise FastsdError(
-            f"its text encoders are those of {layout.family}, but its UNet {state}; no family has both",
+            f"its text encoders are those of {held[0].family}, but its UNet {state}; no family has both",
             path=reader.path,
         )
     return layout
@@ -232,7 +237,9 @@ def _openclip(reader: _ShapeReader, truncated: bool) -> CLIPConfig:
     vocabulary, hidden = reader.shape("token_embedding.weight", 2)
     layers = _text_layers(reader, "transformer.resblocks.")
     # A file converted from a folder has neither the last layer nor the projection after it.
-    complete = f"{reader.prefix}text_projection" in reader.shapes or layers == 24
+    matrix = "text_projection.weight" if linear_projection(reader.shapes, reader.prefix) else "text_projection"
+    complete = f"{reader.prefix}{matrix}" in reader.shapes or layers == 24
+    features = 0 if truncated else reader.shape(matrix, 2)[0 if matrix.endswith("weight") else 1]
     return CLIPConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -241,7 +248,7 @@ def _openclip(reader: _ShapeReader, truncated: bool) -> CLIPConfig:
         num_attention_heads=_text_heads(reader, hidden),
         max_position_embeddings=reader.shape("positional_embedding", 2)[0],
         hidden_act="gelu",
-        projection_dim=0 if truncated else reader.shape("text_projection", 2)[1],
+        projection_dim=features,
     )
 
 

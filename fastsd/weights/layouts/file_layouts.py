@@ -44,6 +44,7 @@ class FileLayout:
         sample_size_v: the same for models that predict v, if it differs.
         size_inputs: how many sizes and coordinates the added conditioning (`label_emb`) holds; 0: the UNet has none.
         zeros_for_empty_prompt, aesthetic_score: as in `fastsd.components.Components`.
+        few_step: the kind of few-step model (`fastsd.few_step.KINDS`) that every published file of this layout is.
         unet_prefix, vae_prefix: what the keys of UNet and autoencoder start with.
     """
 
@@ -57,11 +58,13 @@ class FileLayout:
     size_inputs: int = 0
     zeros_for_empty_prompt: bool = False
     aesthetic_score: bool = False
+    few_step: str | None = None
     unet_prefix: str = UNET_PREFIX
     vae_prefix: str = VAE_PREFIX
 
 
-# A file has the first layout whose UNet and text encoders it holds. Converting chooses by `layout_for`.
+# A file has the first layout whose UNet, text encoders and added conditioning it holds. Converting chooses by
+# `layout_for`.
 FILE_LAYOUTS: tuple[FileLayout, ...] = (
     FileLayout(
         "SDXL",
@@ -92,19 +95,29 @@ FILE_LAYOUTS: tuple[FileLayout, ...] = (
         prediction=None,  # published with either
         sample_size_v=96,
     ),
+    FileLayout(  # SD 2 as Stability's later code stores it, in which SD-Turbo alone was published
+        "SD-Turbo",
+        (TextEncoderLayout("text_encoder", "conditioner.embedders.0.model.", openclip=True, truncated=True),),
+        sampler="euler",
+        few_step="turbo",
+    ),
 )
 
 
 def layout_for(
-    text_folders: list[str], added_conditioning: bool, openclip: bool, scaling_factor: float
+    text_folders: list[str],
+    added_conditioning: bool,
+    openclip: bool,
+    scaling_factor: float,
+    few_step: str | None = None,
 ) -> FileLayout | None:
     """The layout to write a model in; None if no family has such text encoders.
 
     Args:
         text_folders: the folders of its text encoders, in their order.
         added_conditioning: its UNet reads sizes in addition to the text.
-        openclip, scaling_factor: of its last text encoder and its autoencoder. They choose between the families that
-            agree in the rest; if several fit equally well, the first is chosen.
+        openclip, scaling_factor, few_step: of its last text encoder, its autoencoder and itself. They choose between
+            the families that agree in the rest; if several fit equally well, the first is chosen.
     """
     rows = [
         row
@@ -113,6 +126,10 @@ def layout_for(
     ]
     return min(
         rows,
-        key=lambda row: (row.texts[-1].openclip != openclip, row.vae.scaling_factor != scaling_factor),
+        key=lambda row: (
+            row.texts[-1].openclip != openclip,
+            row.vae.scaling_factor != scaling_factor,
+            row.few_step != few_step,
+        ),
         default=None,
     )

@@ -6,6 +6,7 @@ Loading looks up the file's key for each parameter; converting writes it. So eac
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 from fastsd.config import UNetConfig, VAEConfig
@@ -118,10 +119,15 @@ def vae_key(config: VAEConfig, key: str) -> OriginalKey:
     return OriginalKey(key)  # conv_in, conv_out
 
 
-def openclip_key(key: str) -> OriginalKey:
-    """The key of a text encoder's `key` in OpenCLIP's layout."""
+def linear_projection(keys: Container[str], prefix: str) -> bool:
+    """Whether a file holds OpenCLIP's projection as a layer's weight, which is its transpose (SSD-1B, Vega)."""
+    return f"{prefix}text_projection.weight" in keys and f"{prefix}text_projection" not in keys
+
+
+def openclip_key(key: str, linear: bool = False) -> OriginalKey:
+    """The key of a text encoder's `key` in OpenCLIP's layout. `linear`: see `linear_projection`."""
     if key == "text_projection.weight":
-        return OriginalKey("text_projection", transposed=True)
+        return OriginalKey(key) if linear else OriginalKey("text_projection", transposed=True)
     if key in _OPENCLIP_FIXED:
         return OriginalKey(_OPENCLIP_FIXED[key])
     layer, inner = key.removeprefix("text_model.encoder.layers.").split(".", 1)

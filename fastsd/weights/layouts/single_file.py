@@ -22,7 +22,7 @@ from fastsd.weights.formats.pickle_file import is_pickle, read_pickle
 from fastsd.weights.formats.safetensors_file import TensorEntry, read_header
 from fastsd.weights.layouts.family import CheckpointFamily, FileTextEncoder, find_family
 from fastsd.weights.layouts.file_layouts import FileLayout, TextEncoderLayout
-from fastsd.weights.layouts.ldm_names import OriginalKey, openclip_key, unet_key, unet_table, vae_key
+from fastsd.weights.layouts.ldm_names import OriginalKey, linear_projection, openclip_key, unet_key, unet_table, vae_key
 from fastsd.weights.layouts.names import folder_keys, is_ignored
 from fastsd.weights.load import fill
 
@@ -177,7 +177,8 @@ def file_networks(family: CheckpointFamily, entries: dict[str, TensorEntry]) -> 
 def _text_network(text: FileTextEncoder, encoder: TextEncoder, entries: dict[str, TensorEntry]) -> FileNetwork:
     prefix, names = text.layout.prefix, folder_keys(encoder)
     if text.layout.openclip:
-        keys = {key: openclip_key(key) for key in names}
+        linear = linear_projection(entries, prefix)
+        keys = {key: openclip_key(key, linear) for key in names}
         kept = _without_unused(text, entries)
     else:
         flat = not any(key.startswith(f"{prefix}text_model.") for key in entries)
@@ -244,5 +245,5 @@ def _without_unused(text: FileTextEncoder, entries: dict[str, TensorEntry]) -> d
     if not text.layout.truncated:
         return entries
     last = f"{text.layout.prefix}transformer.resblocks.{text.config.num_hidden_layers}."
-    projection = f"{text.layout.prefix}text_projection"
-    return {key: entry for key, entry in entries.items() if not key.startswith(last) and key != projection}
+    projections = [f"{text.layout.prefix}text_projection{end}" for end in ("", ".weight")]
+    return {key: entry for key, entry in entries.items() if not key.startswith(last) and key not in projections}

@@ -33,6 +33,7 @@ from tests.support import original
 FULL_SIZE = {
     "sd1": (SD15_UNET, SD_VAE, {"text_encoder": CLIP_L}),
     "sd2": (SD21_UNET, SD_VAE, {"text_encoder": OPENCLIP_H}),
+    "sd-turbo": (SD21_UNET, SD_VAE, {"text_encoder": OPENCLIP_H}),
     "sdxl": (SDXL_UNET, SDXL_VAE, {"text_encoder": CLIP_L, "text_encoder_2": OPENCLIP_BIGG}),
     "refiner": (SDXL_REFINER_UNET, SDXL_VAE, {"text_encoder_2": OPENCLIP_BIGG}),
 }
@@ -69,7 +70,7 @@ def test_full_size_files_have_the_published_configs(family: str) -> None:
     assert found.unet == unet
     assert found.vae == vae
     assert [text.config for text in found.texts] == list(texts.values())
-    assert found.sample_size("v_prediction") == {"sd1": 64, "sd2": 96}.get(family, 128)
+    assert found.sample_size("v_prediction") == {"sd1": 64, "sd2": 96, "sd-turbo": 64}.get(family, 128)
 
 
 def stored(module: torch.nn.Module, linear: bool) -> dict[str, torch.Tensor]:
