@@ -122,7 +122,7 @@ Call = tuple[str, Callable[[], Any]]  # its name, and the call of a launcher
 def launches(capability: int, dtype: torch.dtype) -> list[KernelLaunch]:
     """Every distinct launch of every op at the shapes above, on sm_`capability`."""
     by_name: dict[str, KernelLaunch] = {}
-    calls = [*_norm_calls(dtype), *_geglu_calls(dtype), _advance_call(dtype)]
+    calls = [*_norm_calls(dtype), *_geglu_calls(dtype), *_advance_calls(dtype)]
     if capability >= 80:  # sm_75 uses PyTorch's attention
         calls += _attention_calls(dtype)
     for case, call in calls:
@@ -160,12 +160,15 @@ def _geglu_calls(dtype: torch.dtype) -> Iterator[Call]:
         yield f"geglu {columns}", partial(geglu_triton.geglu_gate, y, vector)
 
 
-def _advance_call(dtype: torch.dtype) -> Call:
+def _advance_calls(dtype: torch.dtype) -> Iterator[Call]:
     x, history, noise = (_meta(*shape) for shape in ((1, 64, 64, 4), (3, 1, 64, 64, 4), (2, 1, 64, 64, 4)))
-    x_in, out = _meta(1, 64, 64, 4, dtype=dtype), _meta(2, 64, 64, 4, dtype=dtype)
+    x_in = _meta(1, 64, 64, 4, dtype=dtype)
     row, table, guidance = _meta(1, dtype=torch.int64), _meta(31, 16), _meta(1)
     run = advance_triton.advance
-    return "advance", partial(run, x, x_in, out, table, row, x, history, noise, guidance)
+    out = _meta(2, 64, 64, 4, dtype=dtype)
+    yield "advance", partial(run, x, x_in, out, table, row, x, history, noise, guidance)
+    out = _meta(3, 64, 64, 4, dtype=dtype)
+    yield "advance, text and image", partial(run, x, x_in, out, table, row, x, history, noise, guidance, None, guidance)
 
 
 def _attention_calls(dtype: torch.dtype) -> Iterator[Call]:

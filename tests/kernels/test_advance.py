@@ -11,18 +11,18 @@ from fastsd.kernels.advance import WIDTH, advance, advance_ref
 from tests.support.precision import rand
 
 SHAPE = (2, 5, 3, 4)
-GUIDANCE = 7.5
+GUIDANCE, IMAGE_GUIDANCE = 7.5, 1.5
 CHANGED = ("x", "x_in", "saved", "history", "noise")
 
 
-def buffers(guided: bool = True, save: float = 1.0, push: float = 1.0, out_dtype: torch.dtype = torch.float64) -> dict:
+def buffers(parts: int = 2, save: float = 1.0, push: float = 1.0, out_dtype: torch.dtype = torch.float64) -> dict:
     """Every buffer random, so that a term that is missing or doubled shows."""
     table = rand(3, WIDTH, dtype=torch.float64)
     table[:, 12], table[:, 13] = save, push
     return {
         "x": rand(*SHAPE, dtype=torch.float64, seed=1),
         "x_in": rand(*SHAPE, dtype=out_dtype, seed=2),
-        "out": rand((2 if guided else 1) * SHAPE[0], *SHAPE[1:], dtype=out_dtype, seed=3),
+        "out": rand(parts * SHAPE[0], *SHAPE[1:], dtype=out_dtype, seed=3),
         "table": table,
         "row": torch.tensor([1]),
         "saved": rand(*SHAPE, dtype=torch.float64, seed=4),
@@ -30,6 +30,7 @@ def buffers(guided: bool = True, save: float = 1.0, push: float = 1.0, out_dtype
         "noise": rand(2, *SHAPE, dtype=torch.float64, seed=6),
         "guidance": GUIDANCE,
         "rescale": None,
+        "image_guidance": IMAGE_GUIDANCE if parts == 3 else None,
     }
 
 
@@ -38,9 +39,12 @@ def formula(b: dict[str, Any]) -> dict[str, torch.Tensor]:
     b = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in b.items()}
     _, _, p, q, a, s, b0, b1, b2, b3, n, m, save, push, _, _ = b["table"][1].tolist()
     out, h, (fresh, last) = b["out"].double(), b["history"], b["noise"]
-    if len(out) > len(b["x"]):
+    if len(out) == 2 * len(b["x"]):
         uncond, cond = out.chunk(2)
         out = uncond + GUIDANCE * (cond - uncond)
+    elif len(out) == 3 * len(b["x"]):
+        uncond, image, cond = out.chunk(3)
+        out = uncond + GUIDANCE * (cond - image) + IMAGE_GUIDANCE * (image - uncond)
     if b["rescale"] is not None:
         out = out * b["rescale"].view(-1, 1, 1, 1)
     saved = b["x"] if save else b["saved"]
@@ -53,7 +57,8 @@ def formula(b: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 CASES: dict[str, dict[str, Any]] = {
     "a full row": {},
-    "without guidance": {"guided": False},
+    "without guidance": {"parts": 1},
+    "guided by a text and an image": {"parts": 3},
     "a row that does not save": {"save": 0.0},
     "a row that does not push": {"push": 0.0},
     "outputs and inputs in 16 bits": {"out_dtype": torch.bfloat16},
@@ -80,7 +85,9 @@ def test_advance(reason: str, rescaled: bool, run: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"out": torch.ones(3, *SHAPE[1:])}, r"out is \[3, 5, 3, 4\]; x is .* twice the batch"),
+        ({"out": torch.ones(3, *SHAPE[1:])}, r"out is \[3, 5, 3, 4\]; x is .* twice or three times its batch"),
+        ({"out": torch.ones(6, *SHAPE[1:])}, "image_guidance belongs to an out of three times the batch"),
+        ({"image_guidance": 1.5}, "image_guidance belongs to an out of three times the batch"),
         ({"x_in": torch.ones(1, *SHAPE[1:])}, "x_in and saved need the shape of x"),
         ({"saved": torch.ones(SHAPE)}, "saved its dtype"),
         ({"history": torch.ones(2, *SHAPE, dtype=torch.float64)}, r"history needs shape \[3, "),

@@ -130,13 +130,14 @@ def test_geglu_compiles(columns, capability, dtype):
 
 
 @pytest.mark.parametrize(("capability", "dtype"), TARGETS)
-def test_advance_compiles(capability, dtype):
+@pytest.mark.parametrize("parts", [2, 3])
+def test_advance_compiles(parts, capability, dtype):
     launch = rows.advance(class_of(capability))
     arguments = {
         **dict.fromkeys(("x_ptr", "table_ptr", "saved_ptr", "history_ptr", "noise_ptr"), torch.float32),
         **{"x_in_ptr": dtype, "out_ptr": dtype, "row_ptr": torch.int64, "rescale_ptr": torch.float32},
-        **{"guidance": torch.float32, "NL": 16384, "L": 16384, "GUIDED": True, "GUIDANCE_ON_DEVICE": True},
-        "BLOCK": launch.block_columns,
+        **{"guidance": torch.float32, "image_guidance": torch.float32, "NL": 16384, "L": 16384},
+        **{"PARTS": parts, "GUIDANCE_ON_DEVICE": True, "BLOCK": launch.block_columns},
     }
     # Two elements a thread, so that 16384 of them keep 64 multiprocessors busy.
     examine(advance_triton._advance_kernel, capability, launch.warps, arguments, 32, 8)

@@ -165,7 +165,7 @@ def test_misuse_raises() -> None:
     state = advance.begin(build("ddpm", 1, SchedulerConfig()), normal(*SHAPE, seed=0))
     with pytest.raises(ValueError, match="draws noise"):
         advance.step(state, state.x_in)
-    with pytest.raises(ValueError, match="twice the batch"):
+    with pytest.raises(ValueError, match="twice or three times its batch"):
         advance.step(state, state.x_in[:1], noise_i=state.x_in)
     with pytest.raises(ValueError, match="call restore_known after step"):
         advance.restore_known(state, state.x, state.x, state.x)

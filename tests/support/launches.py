@@ -88,6 +88,10 @@ def steps() -> Calls:
             buffers = empty(*shape, **wide), empty(*shape), empty(batch, *shape[1:]), empty(31, 16, **wide), number
             rest = empty(*shape, **wide), empty(3, *shape, **wide), empty(2, *shape, **wide), guidance, rescale
             yield "step", lambda given=(*buffers, *rest): advance.advance(*given)
+    for guidance in (7.5, empty(1, **wide)):  # of a text and an image
+        buffers = empty(*shape, **wide), empty(*shape), empty(3, *shape[1:]), empty(31, 16, **wide), number
+        rest = empty(*shape, **wide), empty(3, *shape, **wide), empty(2, *shape, **wide), guidance, None, guidance
+        yield "step", lambda given=(*buffers, *rest): advance.advance(*given)
 
 
 def launches() -> list[KernelLaunch]:

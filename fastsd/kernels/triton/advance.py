@@ -17,7 +17,7 @@ WIDTH = 16  # floats in a row of the table
 def _advance_kernel(
     x_ptr,  # [N, L] fp32, L elements per image
     x_in_ptr,  # [N, L]
-    out_ptr,  # [2 * N, L] with GUIDED, else [N, L]
+    out_ptr,  # [PARTS * N, L]
     table_ptr,  # [R + 1, 16] fp32
     row_ptr,  # [1] int64
     saved_ptr,  # [N, L] fp32
@@ -25,9 +25,10 @@ def _advance_kernel(
     noise_ptr,  # [2, N, L] fp32
     guidance,  # a number, or [1] fp32
     rescale_ptr,  # [N] fp32 or None
+    image_guidance,  # like guidance; read with three parts
     NL,
     L,
-    GUIDED: tl.constexpr,
+    PARTS: tl.constexpr,
     GUIDANCE_ON_DEVICE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -47,10 +48,15 @@ def _advance_kernel(
 
     x = tl.load(x_ptr + i, mask=mask, other=0.0)
     guided = tl.load(out_ptr + i, mask=mask, other=0.0).to(tl.float32)
-    if GUIDED:
+    if PARTS > 1:
         scale = tl.load(guidance) if GUIDANCE_ON_DEVICE else guidance
-        cond = tl.load(out_ptr + NL + i, mask=mask, other=0.0).to(tl.float32)
-        guided = guided + scale * (cond - guided)
+        second = tl.load(out_ptr + NL + i, mask=mask, other=0.0).to(tl.float32)
+        if PARTS == 2:
+            guided = guided + scale * (second - guided)
+        else:
+            cond = tl.load(out_ptr + 2 * NL + i, mask=mask, other=0.0).to(tl.float32)
+            image_scale = tl.load(image_guidance) if GUIDANCE_ON_DEVICE else image_guidance
+            guided = guided + scale * (cond - second) + image_scale * (second - guided)
         if rescale_ptr is not None:
             guided *= tl.load(rescale_ptr + i // L, mask=mask, other=0.0)
     denoised = p * x + q * guided
@@ -83,18 +89,19 @@ def advance(
     noise: torch.Tensor,
     guidance: float | torch.Tensor,
     rescale: torch.Tensor | None = None,
+    image_guidance: float | torch.Tensor | None = None,
     launch: RowwiseLaunch | None = None,
 ) -> None:
     """Apply row `row` of `table` in place; see `fastsd.kernels.advance` for the specification and the buffers.
 
-    All buffers are contiguous. x, saved, history, noise, table, rescale and guidance, if a tensor, are fp32; x_in and
-    out are fp16, bf16 or fp32. A captured graph keeps the guidance if it is a number, and reads it if it is a tensor.
+    All buffers are contiguous. x, saved, history, noise, table, rescale and the guidances, if tensors, are fp32; x_in
+    and out are fp16, bf16 or fp32. A captured graph keeps a guidance that is a number, and reads one that is a tensor;
+    both guidances are of one kind.
 
     Raises:
         ValueError: shapes, strides or dtypes that the kernel does not take, or gradients, which it lacks.
     """
-    if out.shape[1:] != x.shape[1:] or out.shape[0] not in (len(x), 2 * len(x)):
-        raise ValueError(f"advance: out is {list(out.shape)}; x is {list(x.shape)}: out needs that or twice the batch")
+    parts = _count_parts(x, out, guidance, image_guidance)
     if x_in.shape != x.shape or saved.shape != x.shape:
         raise ValueError("advance: x_in and saved need the shape of x")
     if history.shape != (3, *x.shape) or noise.shape != (2, *x.shape):
@@ -104,10 +111,7 @@ def advance(
     if rescale is not None and rescale.shape != (len(x),):
         raise ValueError(f"advance: rescale is {list(rescale.shape)}; it needs [{len(x)}]")
     wide = [x, table, saved, history, noise, *([] if rescale is None else [rescale])]
-    if isinstance(guidance, torch.Tensor):
-        if guidance.numel() != 1:
-            raise ValueError(f"advance: guidance has {guidance.numel()} elements; it needs 1")
-        wide.append(guidance)
+    wide += [scale for scale in (guidance, image_guidance) if isinstance(scale, torch.Tensor)]
     if any(t.dtype != torch.float32 for t in wide):
         raise ValueError("advance: x, table, saved, history, noise, rescale and guidance need to be float32")
     if not all(t.is_contiguous() for t in (*wide, x_in, out)):
@@ -119,10 +123,32 @@ def advance(
     launch = launch or choose(architecture.class_of(x.device))
     with torch.cuda.device_of(x):
         _advance_kernel[(-(-x.numel() // launch.block_columns),)](
-            *(x, x_in, out, table, row, saved, history, noise, guidance, rescale, x.numel(), x.numel() // len(x)),
-            GUIDED=len(out) != len(x),
+            *(x, x_in, out, table, row, saved, history, noise, guidance, rescale),
+            guidance if image_guidance is None else image_guidance,
+            x.numel(),
+            x.numel() // len(x),
+            PARTS=parts,
             GUIDANCE_ON_DEVICE=isinstance(guidance, torch.Tensor),
             BLOCK=launch.block_columns,
             num_warps=launch.warps,
             **OPTIONS,
         )
+
+
+def _count_parts(
+    x: torch.Tensor, out: torch.Tensor, guidance: float | torch.Tensor, image_guidance: float | torch.Tensor | None
+) -> int:
+    """How many outputs there are of each image, 1 to 3; a ValueError where they or the guidances do not fit."""
+    if out.shape[1:] != x.shape[1:] or out.shape[0] not in (len(x), 2 * len(x), 3 * len(x)):
+        raise ValueError(
+            f"advance: out is {list(out.shape)}; x is {list(x.shape)}: out needs once, twice or three times its batch"
+        )
+    parts = len(out) // max(len(x), 1)
+    if (image_guidance is not None) != (parts == 3):
+        raise ValueError("advance: image_guidance belongs to an out of three times the batch, and to no other")
+    for name, scale in (("guidance", guidance), ("image_guidance", image_guidance)):
+        if isinstance(scale, torch.Tensor) and scale.numel() != 1:
+            raise ValueError(f"advance: {name} has {scale.numel()} elements; it needs 1")
+    if image_guidance is not None and isinstance(guidance, torch.Tensor) != isinstance(image_guidance, torch.Tensor):
+        raise ValueError("advance: guidance and image_guidance need to be both numbers or both tensors")
+    return parts
