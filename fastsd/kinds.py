@@ -12,6 +12,12 @@ from typing import Any
 from fastsd.errors import FastsdError, about
 
 MAX_SEED = 2**63 - 1
+MAX_IMAGES = 1000
+MAX_STEPS = 1000
+# The headings of --help.
+WHAT, HOW = "what to generate", "how to generate it (defaults: the model's own)"
+CONTROL = "control (flags may be given again, for the next --control)"
+START, WHERE = "starting from an image", "where"
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,9 @@ class Whole(Number):
 
     def __str__(self) -> str:
         return f"a whole number from {self.low} to {self.high}"
+
+
+SHARE = Number(low=0, high=1)
 
 
 @dataclass(frozen=True)
@@ -191,6 +200,7 @@ class Parameter:
         repeat: `--from-image` gives it the value in the image's metadata, where that is one value.
         few_step: its default belongs to the kind of few-step model.
         several: the flag may be given again.
+        rare: --help leaves it out; --help-all does not.
     """
 
     name: str
@@ -207,6 +217,7 @@ class Parameter:
     repeat: bool = True
     few_step: bool = False
     several: bool = False
+    rare: bool = False
 
     @property
     def flag(self) -> str:

@@ -13,23 +13,35 @@ from typing import Any
 
 from fastsd.config import PREDICTIONS
 from fastsd.errors import FastsdError
-from fastsd.kinds import MAX_SEED, Choice, Constant, File, Name, Number, Parameter, Switch, Text, Value, Whole
+from fastsd.kinds import (
+    HOW,
+    MAX_IMAGES,
+    MAX_SEED,
+    MAX_STEPS,
+    SHARE,
+    START,
+    WHAT,
+    WHERE,
+    Choice,
+    Constant,
+    File,
+    Name,
+    Number,
+    Parameter,
+    Switch,
+    Text,
+    Value,
+    Whole,
+)
+from fastsd.pass_rows import PASS_ROWS
+from fastsd.program_rows import PROGRAM_ROWS
 from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
 
-MAX_IMAGES = 1000
-MAX_STEPS = 1000
 MAX_SIDE = 8192
 MAX_CONTROL_WEIGHT = 10.0
 DEFAULT_BATCH = 8
-REFINER_SWITCH = 0.8
 RANDOM_SEED = -1
 
-
-WHAT, HOW = "what to generate", "how to generate it (defaults: the model's own)"
-CONTROL = "control (flags may be given again, for the next --control)"
-START, WHERE = "starting from an image", "where"
-SHARE = Number(low=0, high=1)
-HIRES = ("hires_scale", "which says by how much to enlarge")
 
 ROWS: tuple[Parameter, ...] = (
     Parameter("prompt", Text(), "what to generate", ("-p", "--prompt"), WHAT),
@@ -62,6 +74,7 @@ ROWS: tuple[Parameter, ...] = (
         WHAT,
         label="Seed",
     ),
+    *PROGRAM_ROWS,
     Parameter("width", Whole(low=8, high=MAX_SIDE), "pixels; a multiple of 8", ("-W", "--width"), WHAT),
     Parameter("height", Whole(low=8, high=MAX_SIDE), "pixels; a multiple of 8", ("-H", "--height"), WHAT),
     Parameter(
@@ -106,6 +119,7 @@ ROWS: tuple[Parameter, ...] = (
         WHAT,
         of="load",
         repeat=False,
+        rare=True,
     ),
     Parameter(
         "few_step",
@@ -152,7 +166,7 @@ ROWS: tuple[Parameter, ...] = (
         1,
         label="Clip skip",
     ),
-    Parameter("eta", SHARE, "ddim's share of fresh noise", ("--eta",), HOW, 0.0, label="Eta DDIM"),
+    Parameter("eta", SHARE, "ddim's share of fresh noise", ("--eta",), HOW, 0.0, label="Eta DDIM", rare=True),
     Parameter(
         "guidance_rescale",
         SHARE,
@@ -161,53 +175,9 @@ ROWS: tuple[Parameter, ...] = (
         HOW,
         0.0,
         label="Guidance rescale",
+        rare=True,
     ),
-    Parameter(
-        "hires_scale",
-        Number(low=1, high=8),
-        "hires fix: enlarge the image by this, 1 to 8, then a second pass",
-        ("--hires",),
-        HOW,
-        excludes=("image", "the second pass belongs to text-to-image"),
-        label="Hires upscale",
-    ),
-    Parameter(
-        "hires_strength", SHARE, "how much the second pass changes", ("--hires-strength",), HOW, 0.5, needs=HIRES
-    ),
-    Parameter(
-        "hires_steps",
-        Whole(low=1, high=MAX_STEPS),
-        "steps of the second pass, which runs that share of them (default: {num_inference_steps})",
-        ("--hires-steps",),
-        HOW,
-        needs=HIRES,
-    ),
-    Parameter(
-        "hires_upscaler",
-        Choice(options=("latent", "lanczos")),
-        "latent or lanczos",
-        ("--hires-upscaler",),
-        HOW,
-        "latent",
-        needs=HIRES,
-    ),
-    Parameter(
-        "refiner",
-        File(metavar="PATH", stored=dict),
-        "a model that does the last steps: SDXL's refiner",
-        ("--refiner",),
-        HOW,
-        of="load",
-    ),
-    Parameter(
-        "refiner_switch",
-        SHARE,
-        f"the share of the noise levels done before it, 0 to 1 (default: {REFINER_SWITCH:g})",
-        ("--refiner-switch",),
-        HOW,
-        needs=("refiner", "the model that does the last steps"),
-        label="Refiner switch at",
-    ),
+    *PASS_ROWS,
     Parameter("controls", Value(stored=list), "`fastsd.Control`s: ControlNets with their images", default=()),
     Parameter(
         "prompt_syntax",
@@ -263,6 +233,7 @@ ROWS: tuple[Parameter, ...] = (
         WHERE,
         True,
         of="load",
+        rare=True,
     ),
     Parameter(
         "preview",
@@ -272,6 +243,7 @@ ROWS: tuple[Parameter, ...] = (
         WHERE,
         of="load",
         needs=("preview_every", "which says how often"),
+        rare=True,
     ),
     Parameter("latents", Value(), "starting noise `[N, C, h, w]`, unit variance"),
     Parameter(

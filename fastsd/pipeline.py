@@ -207,7 +207,7 @@ class Pipeline:
         for which in request.batches:
             first: torch.Tensor | None = None
             for stage in request.passes:
-                batch = self._prepare(request, stage, which, first, timings)
+                batch = self._prepare(stage, which, first, timings)
                 for row in range(len(stage.table)):
                     with self._turn(stage), timed(timings, "steps"):
                         estimate, latents = batch.denoise(), batch.latents
@@ -220,11 +220,9 @@ class Pipeline:
         estimate = Estimate(latents[:1], latents[:1], None)
         yield Step(total, total, latents, self, stage, estimate, self._result(request, finished, timings))
 
-    def _prepare(
-        self, request: Request, stage: Pass, which: slice, first: torch.Tensor | None, timings: Timings
-    ) -> Batch:
+    def _prepare(self, stage: Pass, which: slice, first: torch.Tensor | None, timings: Timings) -> Batch:
         with self._turn(stage):
-            return prepare(self._engine, stage, request.seeds, which, first, timings)
+            return prepare(self._engine, stage, which, first, timings)
 
     def _finish(self, batch: Batch, stage: Pass, timings: Timings) -> torch.Tensor:
         """The latents after the last row. Waits for the device, so that the steps' time is more than their launches."""
@@ -280,7 +278,8 @@ class Pipeline:
         }
         notes = [*request.notes, *self._engine.codec.take_notes(), *self._preview_codec.take_notes()]
         images = join_batches(finished, request.settings.output_type)
-        return Result(images, list(request.seeds), timings, notes, used_settings(request) | used)
+        own = list(request.own)
+        return Result(images, [one["seed"] for one in own], timings, notes, used_settings(request) | used, own)
 
     def load_embedding(self, path: str | Path, token: str | None = None, allow_pickle: bool = False) -> tuple[str, ...]:
         """Load a textual inversion, which prompts then use by its name (Gal et al. 2022).

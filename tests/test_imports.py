@@ -18,6 +18,8 @@ RANKS = {
     "few_step": 1,
     "files": 1,
     "kinds": 1,
+    "pass_rows": 2,
+    "program_rows": 2,
     "kernels": 2,
     "model": 3,
     "sampling": 3,

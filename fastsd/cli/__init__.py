@@ -62,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     """Run the command that the first word names; without one, generate."""
     if not words or words[0].startswith("-"):
+        if "--help-all" in words:
+            print(flags.make_parser(COMMANDS, everything=True).format_help(), end="")
+            return 0
         from fastsd.cli.generate import generate
 
         return generate(flags.parse(flags.make_parser(COMMANDS), words))

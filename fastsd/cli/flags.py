@@ -11,19 +11,25 @@ from typing import Any
 from fastsd import __version__
 from fastsd.cli.parser import Parser
 from fastsd.errors import about
-from fastsd.kinds import Constant, File, Kind, Number, Parameter, Switch, Text, Value, Whole
-from fastsd.parameters import (
+from fastsd.kinds import (
     CONTROL,
     HOW,
-    MAX_CONTROL_WEIGHT,
     MAX_STEPS,
-    PARAMETERS,
     SHARE,
     START,
     WHAT,
     WHERE,
-    check_needs,
+    Constant,
+    File,
+    Kind,
+    Number,
+    Parameter,
+    Switch,
+    Text,
+    Value,
+    Whole,
 )
+from fastsd.parameters import MAX_CONTROL_WEIGHT, PARAMETERS, check_needs
 
 DEFAULT_OUTPUT = "outputs"
 OUTPUT_HELP = f"a folder, or a file: .png, .jpg, .webp (default: {DEFAULT_OUTPUT}/00000-SEED-PROMPT.png)"
@@ -99,8 +105,13 @@ def known() -> list[Parameter]:
     return [row for row in (*PARAMETERS.values(), *CLI.values()) if row.flags]
 
 
-def make_parser(commands: Mapping[str, str]) -> Parser:
-    """The parser of the command that generates. Every value is None until given."""
+def make_parser(commands: Mapping[str, str], everything: bool = False) -> Parser:
+    """The parser of the command that generates. Every value is None until given.
+
+    Args:
+        commands: the other commands, and what each does.
+        everything: the help has rare flags too.
+    """
     names = "".join(f"\n  fastsd {name} --help: {what}" for name, what in commands.items())
     parser = Parser(
         prog="fastsd",
@@ -111,7 +122,9 @@ def make_parser(commands: Mapping[str, str]) -> Parser:
     )
     groups = {title: parser.add_argument_group(title) for title in (WHAT, HOW, CONTROL, START, WHERE)}
     for row in known():
-        groups[row.group].add_argument(*row.flags, dest=row.name, help=help_text(row), **_options(row))
+        text = argparse.SUPPRESS if row.rare and not everything else help_text(row)
+        groups[row.group].add_argument(*row.flags, dest=row.name, help=text, **_options(row))
+    parser.add_argument("--help-all", action="help", help="rare flags too")
     parser.set_defaults(taesd=False, control_images=None)
     return parser
 

@@ -18,13 +18,15 @@ from fastsd.cli.repeat import GivenImage
 from fastsd.errors import FastsdError, about
 from fastsd.image.files import open_image, open_mask
 from fastsd.image.metadata import write_texts
-from fastsd.parameters import DEFAULT_BATCH, MAX_SEED, PARAMETERS, RANDOM_SEED, of_call
+from fastsd.kinds import MAX_SEED
+from fastsd.parameters import DEFAULT_BATCH, PARAMETERS, RANDOM_SEED, of_call
 from fastsd.sampling.samplers import resolve
 
 if TYPE_CHECKING:
     from fastsd.pipeline import Pipeline, Result
 
 READERS = {"image": open_image, "mask_image": open_mask}
+OF_NOISE = ("subseed", "subseed_strength", "noise_index", "noise_count")
 OF_BATCHES = ("prompt", "seed", "num_images_per_prompt", "batch_size")  # each batch is a call with its own
 NOT_PASSED = ("model", "device", "dtype")  # `load` passes these in its own way
 
@@ -159,9 +161,14 @@ def generate_batches(
     """Generate all images. Each batch is a call of its own, and saved before the next."""
     from tqdm import tqdm
 
+    from fastsd.generate.like import LIKE
+    from fastsd.generate.noise import of_image
+
     count = args.num_images_per_prompt or 1
     batch = min(args.batch_size or DEFAULT_BATCH, count)
     seed = secrets.randbelow(2**32) if args.seed in (None, RANDOM_SEED) else args.seed
+    source = args.noise or LIKE[args.like or "none"].settings["noise"]
+    noise = {name: getattr(args, name) for name in OF_NOISE} | {"noise": source, "seed": seed}
     starts = range(0, count, batch)
     wanted = sys.stderr.isatty() if args.progress is None else args.progress
     shown: set[str] = set()
@@ -169,7 +176,7 @@ def generate_batches(
     with tqdm(file=sys.stderr, disable=not wanted, ncols=min(columns, 100), nrows=rows, unit="it") as bar:
         for i, start in enumerate(starts):
             size = min(batch, count - start)
-            own = {"seed": seed + start, "num_images_per_prompt": size, "batch_size": size}
+            own = of_image(noise, start, count) | {"num_images_per_prompt": size, "batch_size": size}
             result = generate_batch(pipe, args.prompt, arguments | own, len(starts), bar, preview)
             shared = {**result.parameters, **fixed, "prompt": args.prompt, "batch_size": size}
             shared["negative_prompt"] = args.negative_prompt or ""
@@ -179,8 +186,8 @@ def generate_batches(
                 if note not in shown:
                     tqdm.write(f"note: {one_line(note)}", file=sys.stderr)
                     shown.add(note)
-            for image, image_seed in zip(result.images, result.seeds, strict=True):
-                path = output.save(image, image_seed, args.prompt, write_texts(shared | {"seed": image_seed}))
+            for image, each in zip(result.images, result.own, strict=True):
+                path = output.save(image, each["seed"], args.prompt, write_texts(shared | each))
                 tqdm.write(str(path), file=sys.stdout)
                 sys.stdout.flush()
 

@@ -16,7 +16,8 @@ from fastsd.errors import FastsdError
 from fastsd.generate.conditioning import ConditioningSchedule, schedule_conditioning
 from fastsd.generate.control import Control
 from fastsd.generate.denoiser import ActiveControl, CapturedStep, Conditioning, StepInputs, denoise_row
-from fastsd.generate.latents import Codec, Noise, image_tensor
+from fastsd.generate.latents import Codec, image_tensor
+from fastsd.generate.noise import Noise
 from fastsd.generate.request import Pass
 from fastsd.generate.start import Start, start_batch
 from fastsd.graph import Graphs, fixed_convolutions
@@ -150,20 +151,18 @@ class Batch:
 
 
 @torch.inference_mode()
-def prepare(
-    engine: Engine, stage: Pass, seeds: tuple[int, ...], which: slice, first: torch.Tensor | None, timings: Timings
-) -> Batch:
+def prepare(engine: Engine, stage: Pass, which: slice, first: torch.Tensor | None, timings: Timings) -> Batch:
     """Everything that does not depend on the loop: text, time, images, noise.
 
     Args:
         stage: the pass.
-        seeds: of all images; `which`: the images of this batch.
+        which: the images of this batch.
         first: `[n, h, w, C]`, the first pass's latents, in the second pass.
         timings: "text" and "encode" are counted up.
     """
     config = engine.components.vae.config
     height, width = stage.height // config.downscale, stage.width // config.downscale
-    noise = Noise(seeds[which], config.latent_channels, height, width, engine.device)
+    noise = Noise(stage.noise, which, config.latent_channels, height, width, engine.device)
     with timed(timings, "text"):
         segments = tuple(_segments(engine, stage, which))
     with timed(timings, "encode"):

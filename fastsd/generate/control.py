@@ -11,9 +11,9 @@ from PIL import Image
 from fastsd.components import Components
 from fastsd.errors import FastsdError, about
 from fastsd.image.files import WHITE, flatten
-from fastsd.kinds import Number
+from fastsd.kinds import SHARE, Number
 from fastsd.model.controlnet import ControlNet
-from fastsd.parameters import MAX_CONTROL_WEIGHT, SHARE
+from fastsd.parameters import MAX_CONTROL_WEIGHT
 from fastsd.runtime.devices import dtype_name
 from fastsd.sampling.table import Table
 

@@ -1,8 +1,8 @@
-"""Noise, images and masks as latents."""
+"""Images and masks as latents."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -21,28 +21,6 @@ FEATHER = 4  # pixels over which an inpainted region fades into the kept image, 
 CAPTURED = 1024 * 1024  # most pixels for a graph of the autoencoder: above, launches cost nothing and maps gigabytes
 
 T = TypeVar("T")
-
-
-class Noise:
-    """Standard normal noise, from one CPU generator for each image.
-
-    An image's noise depends on its seed alone: not on the device, the batch, or its position in the batch.
-
-    Args:
-        shape: `(C, h, w)`.
-    """
-
-    def __init__(self, seeds: Sequence[int], channels: int, height: int, width: int, device: torch.device):
-        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        self.shape = (channels, height, width)
-        self.device = device
-
-    def sample(self) -> torch.Tensor:
-        """The next noise of every image, `[N, h, w, C]` fp32."""
-        noise = torch.stack([torch.randn(self.shape, generator=generator) for generator in self.generators])
-        noise = to_channels_last(noise)
-        # A copy from pinned memory does not wait, and PyTorch keeps that memory until the copy is done.
-        return noise.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else noise
 
 
 def to_channels_last(x: torch.Tensor) -> torch.Tensor:

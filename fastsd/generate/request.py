@@ -17,18 +17,12 @@ from fastsd.generate.control import Control, idle_controls, resize_control
 from fastsd.generate.defaults import steps_from_image
 from fastsd.generate.inputs import Images, check_prompts, fit_images, fit_latents
 from fastsd.generate.latents import InpaintMask
+from fastsd.generate.like import LIKE, Rules, fill
+from fastsd.generate.noise import SOURCES, NoisePlan, of_image
+from fastsd.kinds import MAX_IMAGES, MAX_SEED
 from fastsd.model.taesd import DECODES_ONLY
-from fastsd.parameters import (
-    DEFAULT_BATCH,
-    MAX_IMAGES,
-    MAX_SEED,
-    MAX_SIDE,
-    PARAMETERS,
-    RANDOM_SEED,
-    REFINER_SWITCH,
-    Settings,
-    check_call,
-)
+from fastsd.parameters import DEFAULT_BATCH, MAX_SIDE, PARAMETERS, RANDOM_SEED, Settings, check_call
+from fastsd.pass_rows import REFINER_SWITCH
 from fastsd.runtime import memory
 from fastsd.sampling.build import build
 from fastsd.sampling.samplers import resolve
@@ -56,6 +50,8 @@ class Pass:
         image: RGB, width x height, or None.
         mask: of the image, or None.
         latents: starting noise `[N, C, h, w]`, or None.
+        noise: of all images of the call.
+        rules: of the program that the call follows.
     """
 
     settings: Settings
@@ -72,6 +68,8 @@ class Pass:
     image: Image.Image | None = None
     mask: InpaintMask | None = None
     latents: torch.Tensor | None = None
+    noise: NoisePlan = NoisePlan("cpu", ())
+    rules: Rules = LIKE["none"]
 
     def ends_step(self, row: int) -> bool:
         """Whether `row` is the last of one of the user's steps."""
@@ -85,13 +83,13 @@ class Request:
 
     Attributes:
         settings: a value for every parameter.
-        seeds: one for each image.
+        own: of each image, the settings that it has for itself, its seed among them.
         passes: one, or two with the hires fix.
         notes: what the user should know.
     """
 
     settings: Settings
-    seeds: tuple[int, ...]
+    own: tuple[dict[str, Any], ...]
     passes: tuple[Pass, ...]
     notes: tuple[str, ...]
 
@@ -135,6 +133,7 @@ def plan(
     settings = check_call(arguments, ("refiner",) if has_refiner else ())
     if has_refiner and settings.refiner_switch is None:
         settings = settings.replace(refiner_switch=REFINER_SWITCH)
+    settings = fill(settings, {name for name, value in arguments.items() if value is not None})
     settings = _fill_steps(settings, defaults, few_step)
     settings = _fill_sampling(settings, components, defaults)
     prompts, negatives = _prompts(settings)
@@ -155,8 +154,8 @@ def plan(
         if not len(second.table) and second.strength > 0:
             notes.append(_nothing_changes("the second pass", second.strength, settings.hires_steps))
         passes = (first, second)
-    seeds = tuple(settings.seed + i for i in range(count))
-    return Request(settings, seeds, passes, tuple(dict.fromkeys(notes)))
+    own = tuple(of_image(settings, i, count) for i in range(count))
+    return Request(settings, own, passes, tuple(dict.fromkeys(notes)))
 
 
 def _fill_steps(settings: Settings, defaults: dict[str, Any], few_step: bool) -> Settings:
@@ -215,6 +214,10 @@ def _fill_counts(settings: Settings, count: int) -> Settings:
     seed = secrets.randbelow(2**32) if settings.seed in (None, RANDOM_SEED) else settings.seed
     if seed > MAX_SEED - count:
         raise FastsdError(f"it leaves no seeds for {count} images below {MAX_SEED}", argument="seed", value=seed)
+    if not SOURCES[settings.noise].batched:
+        for name in ("noise_index", "noise_count"):
+            if settings[name] is not None:
+                raise FastsdError(f"{{noise}} {settings.noise} draws for each image alone", argument=name)
     return settings.replace(seed=seed, batch_size=min(settings.batch_size or DEFAULT_BATCH, count))
 
 
@@ -233,6 +236,7 @@ def _first_pass(
     memory.check_workload(workload, weight.device)
     strength = 1.0 if images.image is None else settings.strength
     table = make_table(settings, components.scheduler, settings.num_inference_steps, strength)
+    rules = LIKE[settings.like]
     return Pass(
         settings=settings,
         prompts=prompts,
@@ -248,6 +252,8 @@ def _first_pass(
         image=images.image,
         mask=images.mask,
         latents=latents,
+        noise=NoisePlan.of(settings, count, rules.from_mean),
+        rules=rules,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ class Result:
         timings: seconds for "text", "encode", "steps", "decode", "total"; "steps_per_second".
         notes: what the user should know, a line each.
         parameters: every setting that the images depend on, as used.
+        own: of each image, the settings that it has for itself: its seed, and with some noise more.
     """
 
     images: Any
@@ -31,6 +32,7 @@ class Result:
     timings: dict[str, float]
     notes: list[str]
     parameters: dict[str, Any]
+    own: list[dict[str, Any]] = field(default_factory=list)
 
 
 def convert_images(images: list[Image.Image], output_type: str) -> Any:

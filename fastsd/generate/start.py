@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from PIL import Image
 
-from fastsd.generate.latents import Codec, Noise, enlarge, image_tensor, to_channels_last
+from fastsd.generate.latents import Codec, enlarge, image_tensor, to_channels_last
+from fastsd.generate.noise import Noise
 from fastsd.generate.request import Pass
 
 
@@ -52,14 +53,14 @@ def start_batch(
 def text_to_image(stage: Pass, which: slice, noise: Noise) -> Start:
     """Pure noise: the caller's, or fresh."""
     if stage.latents is None:
-        return Start(noise.sample())
+        return Start(noise.first())
     return Start(to_channels_last(stage.latents[which]).to(noise.device))
 
 
 def image_to_image(codec: Codec, stage: Pass, which: slice, noise: Noise) -> Start:
     """The encoded image; noise is added to it."""
     assert stage.image is not None
-    image = codec.encode(image_tensor(stage.image), noise.sample(), stage.vae_tiling)
+    image = codec.encode(image_tensor(stage.image), noise.encoding(), stage.vae_tiling)
     return replace(text_to_image(stage, which, noise), image=image)
 
 
@@ -74,7 +75,7 @@ def inpaint_by_unet(codec: Codec, stage: Pass, which: slice, noise: Noise) -> St
     assert stage.image is not None and stage.mask is not None
     start = text_to_image(stage, which, noise) if stage.strength == 1.0 else image_to_image(codec, stage, which, noise)
     kept = image_tensor(stage.image) * (stage.mask.pixels < 0.5)
-    masked = codec.encode(kept, noise.sample(), stage.vae_tiling)
+    masked = codec.encode(kept, noise.encoding(), stage.vae_tiling)
     mask = stage.mask.latents.to(noise.device).expand(len(masked), -1, -1, -1)
     return replace(start, extra_channels=torch.cat([mask, masked], dim=-1))
 
@@ -89,13 +90,13 @@ def second_pass(codec: Codec, stage: Pass, noise: Noise, first: torch.Tensor) ->
         )
     else:
         image = enlarge(first, *noise.shape[1:])
-    return Start(noise.sample(), image)
+    return Start(noise.first(), image)
 
 
 def encode_each(codec: Codec, images: Sequence[Image.Image], noise: Noise, tiled: bool) -> torch.Tensor:
     """An image for each latent of a batch, `[n, h, w, C]`."""
     parts = [
         codec.encode(image_tensor(image), sample[None], tiled)
-        for image, sample in zip(images, noise.sample(), strict=True)
+        for image, sample in zip(images, noise.encoding(), strict=True)
     ]
     return torch.cat(parts)

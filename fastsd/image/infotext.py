@@ -19,7 +19,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fastsd.parameters import MAX_STEPS, PARAMETERS
+from fastsd.kinds import MAX_STEPS
+from fastsd.parameters import PARAMETERS
 from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
 
 UPSCALERS = {"latent": "Latent", "lanczos": "Lanczos"}
@@ -50,7 +51,7 @@ def write_parameters(settings: Mapping[str, Any]) -> str:
         "TI hashes": _hashes(settings.get("embeddings"), lambda found: (found["token"], found["sha256"][:12])),
         "Device": settings.get("device"),
         "Dtype": settings.get("dtype"),
-        "RNG": "CPU",
+        "RNG": "NV" if settings.get("noise") == "gpu" else "CPU",
         "Version": f"fastsd {settings['version']}" if settings.get("version") else None,
     }
     line = ", ".join(f"{key}: {quote(_text(value))}" for key, value in pairs.items() if value is not None)
@@ -80,6 +81,7 @@ _WRITERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "sampler": _write_sampler,
     "schedule": _write_schedule,
     "width": _write_size,
+    "noise": lambda settings: {"Noise": settings["noise"] if settings.get("noise") in ("batch", "comfy") else None},
     "model": lambda settings: {"Model hash": settings.get("model_hash"), "Model": settings.get("model")},
     "vae": lambda settings: {
         "VAE hash": (settings.get("vae") or {}).get("hash"),

@@ -16,7 +16,8 @@ from bench.families import SDXL, TINY
 from bench.models import random_components
 from bench.session import Session
 from fastsd.components import Components
-from fastsd.generate.latents import InpaintMask, Noise
+from fastsd.generate.latents import InpaintMask
+from fastsd.generate.noise import Noise, NoisePlan
 
 CPU = torch.device("cpu")
 
@@ -63,7 +64,7 @@ def test_the_compared_pixels_of_an_inpainting_are_inside_the_feathered_mask() ->
 
 def test_the_noise_is_that_of_the_pipeline() -> None:
     components: Components = random_components(TINY, torch.float32, CPU)
-    noise = Noise([5], 4, 8, 8, CPU)
+    noise = Noise(NoisePlan("cpu", (5,)), slice(0, 1), 4, 8, 8, CPU)
     for skip in range(2):
         assert torch.equal(noise.sample().permute(0, 3, 1, 2), modes.sample_noise(5, components, 64, skip))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import fastsd
-from fastsd.cli import COMMANDS, flags
+from fastsd.cli import COMMANDS, flags, main
 from fastsd.cli.parser import one_line
 from fastsd.errors import FastsdError, describe
 from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
@@ -33,6 +33,13 @@ def test_help_names_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     text = " ".join(help_text(100, monkeypatch).split())
     assert all(f" {name} " in f"{text} " for name in (*SAMPLERS, *SCHEDULES))
     assert "examples:" in text and all(f"fastsd {command}" in text for command in COMMANDS)
+
+
+def test_rare_flags_are_in_the_long_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["--help-all"]) == 0
+    long, short = capsys.readouterr().out, help_text(80, monkeypatch)
+    assert all(f"{row.flag}" in long for row in flags.known())
+    assert "--help-all" in short and "--ensd" in long and "--ensd" not in short
 
 
 def test_every_example_in_help_parses() -> None:

@@ -165,12 +165,12 @@ def test_from_image_with_a_model_that_moved_or_changed(cli: Callable, model: Pat
 def test_from_image_of_another_program(cli: Callable, model: Path, tmp_path: Path) -> None:
     text = (
         "a cat\nSteps: 3, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 2, Seed: 8, Size: 72x64, "
-        "Model: dreams, Variation seed: 3, Version: v1.9.4"
+        "Model: dreams, Tiling: True, Version: v1.9.4"
     )
     foreign = write_image(tmp_path / "foreign.png", parameters=text)
     refused(cli("--from-image", foreign), "the model 'dreams'", "--model")
     ran = cli("--from-image", foreign, "-m", model)
-    assert ran.code == 0 and ran.err.count("\n") == 1 and "not repeated: Variation seed" in ran.err
+    assert ran.code == 0 and ran.err.count("\n") == 1 and "not repeated: Tiling" in ran.err
     found = settings(ran.paths[0])
     assert (found["sampler"], found["schedule"], found["seed"], found["width"]) == ("dpm++2m", "karras", 8, 72)
     text = "a cat\nSteps: 3, Sampler: Euler, Seed: 8, Size: 64x64, Refiner: dreams, Refiner switch at: 0.8"

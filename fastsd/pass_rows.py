@@ -1,0 +1,58 @@
+"""The rows of `fastsd.parameters` for the hires fix and for a refiner: a run in two passes, or by two models."""
+
+from __future__ import annotations
+
+from fastsd.kinds import HOW, MAX_STEPS, SHARE, Choice, File, Number, Parameter, Whole
+
+HIRES = ("hires_scale", "which says by how much to enlarge")
+REFINER_SWITCH = 0.8
+
+PASS_ROWS: tuple[Parameter, ...] = (
+    Parameter(
+        "hires_scale",
+        Number(low=1, high=8),
+        "hires fix: enlarge the image by this, 1 to 8, then a second pass",
+        ("--hires",),
+        HOW,
+        excludes=("image", "the second pass belongs to text-to-image"),
+        label="Hires upscale",
+    ),
+    Parameter(
+        "hires_strength", SHARE, "how much the second pass changes", ("--hires-strength",), HOW, 0.5, needs=HIRES
+    ),
+    Parameter(
+        "hires_steps",
+        Whole(low=1, high=MAX_STEPS),
+        "steps of the second pass, which runs that share of them (default: {num_inference_steps})",
+        ("--hires-steps",),
+        HOW,
+        needs=HIRES,
+        rare=True,
+    ),
+    Parameter(
+        "hires_upscaler",
+        Choice(options=("latent", "lanczos")),
+        "latent or lanczos",
+        ("--hires-upscaler",),
+        HOW,
+        "latent",
+        needs=HIRES,
+    ),
+    Parameter(
+        "refiner",
+        File(metavar="PATH", stored=dict),
+        "a model that does the last steps: SDXL's refiner",
+        ("--refiner",),
+        HOW,
+        of="load",
+    ),
+    Parameter(
+        "refiner_switch",
+        SHARE,
+        f"the share of the noise levels done before it, 0 to 1 (default: {REFINER_SWITCH:g})",
+        ("--refiner-switch",),
+        HOW,
+        needs=("refiner", "the model that does the last steps"),
+        label="Refiner switch at",
+    ),
+)
