@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")  # what a network predicts
+SPACINGS = ("leading", "trailing", "linspace")  # of the timesteps (Lin et al. 2024, table 2)
 
 
 @dataclass(frozen=True)
@@ -176,16 +177,20 @@ AutoencoderConfig = VAEConfig | TAESDConfig
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """The training noise schedule, the prediction type, and how timesteps are spaced at inference."""
+    """The training noise schedule, the prediction type, and how timesteps are spaced at inference.
+
+    None: the checkpoint does not say; `fastsd.sampling.samplers.complete` fills in what the sampler that runs has of
+    its own.
+    """
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"  # "linear", "scaled_linear" or "squaredcos_cap_v2" (cosine)
     prediction_type: str = "epsilon"  # one of `PREDICTIONS`
-    timestep_spacing: str = "leading"  # "leading", "trailing" or "linspace"
-    steps_offset: int = 1  # added to every timestep in "leading" spacing
-    set_alpha_to_one: bool = False  # ddim and pndm end at the clean image, not at the level of timestep 0
+    timestep_spacing: str | None = None  # one of `SPACINGS`
+    steps_offset: int | None = 1  # added to every timestep in "leading" spacing
+    set_alpha_to_one: bool | None = False  # ddim and pndm end at the clean image, not at the level of timestep 0
     rescale_betas_zero_snr: bool = False  # the last timestep is pure noise (Lin et al. 2024)
     sampler: str = "pndm"  # the checkpoint's own; a name in `fastsd.sampling.samplers.SAMPLERS`
     schedule: str = "default"  # the checkpoint's own; a name in `fastsd.sampling.samplers.SCHEDULES`

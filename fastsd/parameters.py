@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from fastsd.config import PREDICTIONS
+from fastsd.config import PREDICTIONS, SPACINGS
 from fastsd.errors import FastsdError
 from fastsd.kinds import (
     HOW,
@@ -57,6 +57,15 @@ ROWS: tuple[Parameter, ...] = (
     ),
     Parameter("sampler", Name(names=SAMPLERS), "", ("--sampler", "--sampling-method"), HOW, few_step=True),
     Parameter("schedule", Name(names=SCHEDULES), "", ("--schedule",), HOW, few_step=True),
+    Parameter(
+        "spacing",
+        Choice(options=SPACINGS),
+        "of the timesteps: leading, trailing or linspace",
+        ("--spacing",),
+        HOW,
+        label="Timestep spacing",
+        few_step=True,
+    ),
     Parameter(
         "guidance_scale",
         Number(low=0, high=100),

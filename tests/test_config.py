@@ -10,7 +10,9 @@ import pytest
 
 from fastsd import config
 from fastsd.errors import FastsdError
+from fastsd.sampling.samplers import complete
 from fastsd.weights.layouts import configs
+from fastsd.weights.layouts.scheduler import CLASS_OF_SAMPLER, SAMPLER_OF_CLASS, read_scheduler, write_scheduler
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 
@@ -172,20 +174,20 @@ EULER = PNDM | {  # SDXL's, base and refiner
     [
         (PNDM, config.SchedulerConfig()),
         (DDIM, config.SchedulerConfig(prediction_type="v_prediction", sampler="ddim")),
-        (EULER, config.SchedulerConfig(sampler="euler")),
+        (EULER, config.SchedulerConfig(sampler="euler", timestep_spacing="leading")),
     ],
     ids=["SD1.5", "SD2.1", "SDXL"],
 )
 def test_scheduler_configs(published: dict[str, Any], preset: config.SchedulerConfig, tmp_path: Path) -> None:
     file = tmp_path / "scheduler_config.json"
     file.write_text(json.dumps(published))
-    assert configs.read_scheduler(file) == preset
+    assert read_scheduler(file) == preset
 
 
 SHARED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "steps_offset")
 
 
-@pytest.mark.parametrize("class_name", configs.SAMPLER_OF_CLASS)
+@pytest.mark.parametrize("class_name", SAMPLER_OF_CLASS)
 def test_missing_keys_of_a_scheduler_file_have_diffusers_defaults(class_name: str, tmp_path: Path) -> None:
     """Old folders name a class and little else; diffusers then uses that class's defaults."""
     import inspect
@@ -196,7 +198,8 @@ def test_missing_keys_of_a_scheduler_file_have_diffusers_defaults(class_name: st
         pytest.skip("diffusers needs torchsde for it")
     file = tmp_path / "scheduler_config.json"
     file.write_text(json.dumps({"_class_name": class_name}))
-    ours = configs.read_scheduler(file)
+    ours = read_scheduler(file, xl=True)  # the pipelines of SD 1 and 2 correct its offset
+    ours = complete(ours, ours.sampler)
     defaults = {key: p.default for key, p in inspect.signature(getattr(diffusers, class_name)).parameters.items()}
     for key in (*SHARED, "timestep_spacing", "set_alpha_to_one", "rescale_betas_zero_snr"):
         if key in defaults:
@@ -204,7 +207,7 @@ def test_missing_keys_of_a_scheduler_file_have_diffusers_defaults(class_name: st
     assert ours.schedule == "default"
 
 
-@pytest.mark.parametrize("sampler", sorted({*configs.CLASS_OF_SAMPLER, "dpm++2m_sde"}))
+@pytest.mark.parametrize("sampler", sorted({*CLASS_OF_SAMPLER, "dpm++2m_sde"}))
 def test_schedulers_survive_a_round_trip_and_open_in_diffusers(sampler: str, tmp_path: Path) -> None:
     import diffusers
 
@@ -218,9 +221,9 @@ def test_schedulers_survive_a_round_trip_and_open_in_diffusers(sampler: str, tmp
             sampler=sampler,
             schedule=schedule,
         )
-        written = configs.write_scheduler(ours)
+        written = write_scheduler(ours)
         file.write_text(json.dumps(written))
-        assert configs.read_scheduler(file) == ours
+        assert read_scheduler(file) == ours
         scheduler = getattr(diffusers, written["_class_name"])
         if scheduler.__module__.startswith("diffusers.utils.dummy"):
             continue  # needs torchsde
@@ -238,4 +241,4 @@ def test_schedulers_of_flow_models_are_refused(tmp_path: Path) -> None:
     for change in ({"use_flow_sigmas": True}, {"prediction_type": "flow_prediction"}):
         file.write_text(json.dumps(PNDM | {"_class_name": "DPMSolverMultistepScheduler"} | change))
         with pytest.raises(FastsdError, match=next(iter(change))):
-            configs.read_scheduler(file)
+            read_scheduler(file)

@@ -75,7 +75,7 @@ def test_a_kind_changes_only_what_it_states() -> None:
     for kind in KINDS.values():
         changed = kind.scheduler(base)
         assert changed.sampler in kind.samplers and changed.schedule == "default"
-        assert changed.timestep_spacing == (kind.spacing or "leading")
+        assert changed.timestep_spacing == kind.spacing
         assert changed.prediction_type == (kind.prediction or "epsilon")
         own = replace(base, sampler=kind.samplers[-1], timestep_spacing="trailing", schedule="default")
         assert kind.scheduler(own).sampler == kind.samplers[-1], "a checkpoint keeps a sampler of this kind"

@@ -87,7 +87,8 @@ def _applies(row: Parameter, args: argparse.Namespace, settings: dict[str, Any],
         return False
     if row.few_step and kind_changed:
         return False  # it belongs to the kind of model that was replaced
-    return row.name != "schedule" or args.sampler == settings.get("sampler")  # it belongs to its sampler
+    of_the_sampler = row.name in ("schedule", "spacing")
+    return not of_the_sampler or args.sampler == settings.get("sampler")
 
 
 def _checked(row: Parameter, value: Any) -> Any:

@@ -24,8 +24,8 @@ from fastsd.model.taesd import DECODES_ONLY
 from fastsd.parameters import DEFAULT_BATCH, MAX_SIDE, PARAMETERS, RANDOM_SEED, Settings, check_call
 from fastsd.pass_rows import REFINER_SWITCH
 from fastsd.runtime import memory
-from fastsd.sampling.build import build
-from fastsd.sampling.samplers import resolve
+from fastsd.sampling.build import build, spacing_counts
+from fastsd.sampling.samplers import complete, resolve
 from fastsd.sampling.table import Table
 from fastsd.text.parse import ParsedPrompts, parse_prompts
 
@@ -177,7 +177,7 @@ def _fill_steps(settings: Settings, defaults: dict[str, Any], few_step: bool) ->
 
 
 def _fill_sampling(settings: Settings, components: Components, defaults: dict[str, Any]) -> Settings:
-    """The sampler and schedule by their names here. The checkpoint's schedule belongs to its own sampler."""
+    """Sampler and schedule by their names, and the spacing. The checkpoint's schedule belongs to its own sampler."""
     layers = min(encoder.config.num_hidden_layers for encoder in components.text_encoders)
     if settings.clip_skip > layers:
         raise FastsdError(
@@ -186,7 +186,14 @@ def _fill_sampling(settings: Settings, components: Components, defaults: dict[st
     own = settings.sampler is None
     schedule = settings.schedule or (defaults["schedule"] if own else "default")
     sampler, schedule = resolve(defaults["sampler"] if own else settings.sampler, schedule)
-    return settings.replace(sampler=sampler, schedule=schedule)
+    spacing = settings.spacing
+    if spacing_counts(sampler, schedule, components.scheduler):
+        spacing = complete(components.scheduler, sampler, spacing).timestep_spacing
+    elif spacing is not None:
+        raise FastsdError(
+            f"{sampler} on the {schedule} schedule has timesteps of its own; leave the spacing out", argument="spacing"
+        )
+    return settings.replace(sampler=sampler, schedule=schedule, spacing=spacing)
 
 
 def _prompts(settings: Settings) -> tuple[list[str], list[str]]:
@@ -297,7 +304,8 @@ def make_table(settings: Settings, scheduler: SchedulerConfig, steps: int, stren
     """The sampler's table for the share `strength` of `steps`; without rows where that is less than one step."""
     start = steps - min(int(steps * strength), steps)
     last = min(start, steps - 1)
-    table = build(settings.sampler, steps, scheduler, schedule=settings.schedule, start=last, eta=settings.eta)
+    how = {"schedule": settings.schedule, "spacing": settings.spacing, "eta": settings.eta}
+    table = build(settings.sampler, steps, scheduler, start=last, **how)
     return table if start == last else table.without_rows()
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
-from fastsd.config import SchedulerConfig
+from fastsd.config import SPACINGS, SchedulerConfig
 from fastsd.errors import FastsdError
-from fastsd.sampling.samplers import SAMPLERS, resolve
+from fastsd.sampling.samplers import SAMPLERS, complete, resolve
 from fastsd.sampling.schedule import Schedule
 from fastsd.sampling.table import Table
 
@@ -17,6 +19,7 @@ def build(
     config: SchedulerConfig,
     *,
     schedule: str = "default",
+    spacing: str | None = None,
     start: int = 0,
     eta: float = 0.0,
 ) -> Table:
@@ -26,6 +29,7 @@ def build(
         sampler, schedule: as `resolve` takes them.
         num_inference_steps: the user's steps, N.
         config: the checkpoint's noise schedule.
+        spacing: of the timesteps; None: the config's, else the sampler's own.
         start: the first of the N steps that runs. A later start has another table, since a multistep method begins
             without a history.
         eta: DDIM's share of fresh noise, 0 to 1.
@@ -52,9 +56,29 @@ def build(
         raise FastsdError(f"{sampler} has no {schedule} schedule; use default, or one of {others}", argument="schedule")
     try:
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            return entry.make_table(Schedule(config, num_inference_steps, start, schedule, eta))
+            levels = Schedule(complete(config, sampler, spacing), num_inference_steps, start, schedule, eta)
+            return entry.make_table(levels)
     except ZeroDivisionError:
         raise FastsdError(
             f"{num_inference_steps} of {sampler} put two steps on one noise level; take fewer",
             argument="num_inference_steps",
         ) from None
+
+
+@lru_cache(maxsize=128)
+def spacing_counts(sampler: str, schedule: str, config: SchedulerConfig) -> bool:
+    """Whether the spacing of the timesteps changes a run. LCM, for one, has timesteps of its own.
+
+    Args:
+        sampler, schedule, config: as `build` takes them; the names are in their registries.
+    """
+    steps = min(5, config.num_train_timesteps)
+    found: set[str | bytes] = set()
+    for spacing in SPACINGS:
+        try:
+            table = build(sampler, steps, config, schedule=schedule, spacing=spacing)
+        except FastsdError as error:
+            found.add(str(error))
+        else:
+            found.add(table.rows.tobytes() + np.array([table.init, *table.mix]).tobytes())
+    return len(found) > 1

@@ -9,10 +9,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
+from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class Sampler:
         takes_schedule: its noise levels can be moved. Samplers of the discrete process cannot: they step from one
             training timestep to another.
         takes_eta: it uses eta.
+        unstated: what it takes for the keys that a checkpoint's config leaves open, where that differs from
+            `UNSTATED`; diffusers' class has the same defaults.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Sampler:
     aliases: tuple[str, ...] = ()
     takes_schedule: bool = True
     takes_eta: bool = False
+    unstated: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def make_table(self) -> Callable[[Schedule], Table]:
@@ -50,13 +54,25 @@ class Sampler:
         return getattr(importlib.import_module(f"fastsd.sampling.{module}"), function)
 
 
+# What samplers take for the keys that a config leaves open. k-diffusion's samplers, so A1111's too, space as linspace.
+UNSTATED: dict[str, Any] = {"timestep_spacing": "linspace", "steps_offset": 0, "set_alpha_to_one": False}
+_LEADING = {"timestep_spacing": "leading"}
+
 # A1111 has no "DDPM", no "DPM++ 2S" and no "Euler Maruyama"; these labels are ours.
 SAMPLERS: dict[str, Sampler] = {
     sampler.name: sampler
     for sampler in (
-        Sampler("ddpm", "vp.ddpm", "DDPM", "DDPMScheduler", takes_schedule=False),
-        Sampler("ddim", "vp.ddim", "DDIM", "DDIMScheduler", takes_schedule=False, takes_eta=True),
-        Sampler("pndm", "vp.pndm", "PLMS", "PNDMScheduler", takes_schedule=False),
+        Sampler("ddpm", "vp.ddpm", "DDPM", "DDPMScheduler", takes_schedule=False, unstated=_LEADING),
+        Sampler(
+            "ddim",
+            "vp.ddim",
+            "DDIM",
+            "DDIMScheduler",
+            takes_schedule=False,
+            takes_eta=True,
+            unstated={**_LEADING, "set_alpha_to_one": True},
+        ),
+        Sampler("pndm", "vp.pndm", "PLMS", "PNDMScheduler", takes_schedule=False, unstated=_LEADING),
         Sampler("euler", "karras.euler", "Euler", "EulerDiscreteScheduler"),
         Sampler("euler_a", "karras.euler_a", "Euler a", "EulerAncestralDiscreteScheduler", ("euler_ancestral",)),
         Sampler("heun", "karras.heun", "Heun", "HeunDiscreteScheduler"),
@@ -66,13 +82,21 @@ SAMPLERS: dict[str, Sampler] = {
         Sampler("dpm++2s", "dpm_solver.dpmpp_2s", "DPM++ 2S", "DPMSolverSinglestepScheduler"),
         Sampler("unipc", "unipc.unipc", "UniPC", "UniPCMultistepScheduler", ("unipc_bh2",)),
         Sampler("lms", "karras.lms", "LMS", "LMSDiscreteScheduler"),
-        Sampler("lcm", "vp.lcm", "LCM", "LCMScheduler", takes_schedule=False),
+        Sampler(
+            "lcm",
+            "vp.lcm",
+            "LCM",
+            "LCMScheduler",
+            takes_schedule=False,
+            unstated={**_LEADING, "set_alpha_to_one": True},
+        ),
         Sampler(
             "euler_maruyama",
             "vp.euler_maruyama",
             "Euler Maruyama",
             aliases=("euler_maruyama_sde", "em"),
             takes_schedule=False,
+            unstated=_LEADING,
         ),
     )
 }
@@ -80,6 +104,22 @@ SAMPLERS: dict[str, Sampler] = {
 # Schedules and their names in A1111's text. "Uniform" is always written: where the schedule is missing, A1111 takes the
 # sampler's favourite, which is Karras for DPM++ 2M.
 SCHEDULES = {"default": "Uniform", "karras": "Karras", "exponential": "Exponential", "sgm_uniform": "SGM Uniform"}
+
+
+def complete(config: SchedulerConfig, sampler: str, spacing: str | None = None) -> SchedulerConfig:
+    """The config as `sampler` runs it, with nothing left open.
+
+    What the config states counts, as in diffusers' `from_config`; for the rest the sampler has its own values. The
+    `steps_offset` of the checkpoint's own sampler is 1, as diffusers' pipelines of SD 1 and 2 set it.
+
+    Args:
+        config: the checkpoint's.
+        sampler: a name in `SAMPLERS`.
+        spacing: the caller's, which comes first.
+    """
+    own = UNSTATED | dict(SAMPLERS[sampler].unstated) | ({"steps_offset": 1} if sampler == config.sampler else {})
+    values = {key: value for key, value in own.items() if getattr(config, key) is None}
+    return replace(config, **values | ({"timestep_spacing": spacing} if spacing is not None else {}))
 
 
 def resolve(sampler: str, schedule: str = "default") -> tuple[str, str]:

@@ -103,7 +103,7 @@ class Schedule:
             times = np.linspace(0, total - 1, points)[::-1]
             times = np.round(times) if integers else times
         elif config.timestep_spacing == "leading":
-            times = (np.arange(points, dtype=np.float64) * (total // points))[::-1] + config.steps_offset
+            times = (np.arange(points, dtype=np.float64) * (total // points))[::-1] + (config.steps_offset or 0)
         elif config.timestep_spacing == "trailing":
             # For some N (61, 103, ...) arange yields N + 1 points; the slice below drops the last, t = -1.
             times = np.arange(total, 0, -total / steps).round() - 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
+from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from fastsd.config import CLIPConfig, SchedulerConfig, UNetConfig, VAEConfig
@@ -160,6 +161,8 @@ def _value(kind: Any, value: Any, file: str, key: str) -> Any:
         if not isinstance(value, list) or (inner[-1] is not Ellipsis and len(value) != len(inner)):
             raise FastsdError(f"{key} is {value!r}; it should be a list of {len(inner)} values", path=file)
         return tuple(_value(inner[0], item, file, key) for item in value)
+    if isinstance(kind, UnionType):  # X | None, where a file cannot say None
+        kind = get_args(kind)[0]
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:

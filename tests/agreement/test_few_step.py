@@ -15,7 +15,7 @@ from tests.support.matching import relative_error
 from tests.support.pipelines import PHOTO
 
 SEED = 11
-DDIM = {"clip_sample": False, "set_alpha_to_one": False}  # in every published folder; not in the tiny SDXL's
+DDIM = {"clip_sample": False}  # in every published folder; not in the tiny SDXL's
 # From the model cards: scheduler, its changes, steps. None uses guidance.
 CARDS: dict[str, tuple[str, dict[str, Any], int]] = {
     "lcm": ("LCMScheduler", {}, 4),

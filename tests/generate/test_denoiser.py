@@ -175,7 +175,11 @@ def test_a_refiner_has_graphs_of_its_own() -> None:
     recorder = TapeRecorder()
     pipe = Pipeline(plain.components, plain.device, plain.dtype, Graphs(recorder), second)
     eager = Pipeline(plain.components, plain.device, plain.dtype, None, second)
-    for settings in ({"seed": 1}, {"seed": 2, "refiner_switch": 0.4}, {"prompt": "a dog", "sampler": "dpm++2m"}):
+    for settings in (
+        {"seed": 1},
+        {"seed": 2, "refiner_switch": 0.4},
+        {"prompt": "a dog", "sampler": "dpm++2m", "refiner_switch": 0.7},
+    ):
         settings = {"num_inference_steps": 5} | settings
         found = latents(pipe, **settings)
         assert torch.equal(found, latents(eager, **settings))

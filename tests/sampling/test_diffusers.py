@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from fastsd.config import SchedulerConfig
-from fastsd.sampling import advance
 from fastsd.sampling.build import build
-from fastsd.sampling.samplers import SAMPLERS
+from fastsd.sampling.samplers import SAMPLERS, complete
 from fastsd.sampling.table import COLUMNS, Table
-from tests.support.lifted import DRAWS, IMAGE, NOISE, Case, Run, reference, toy_model
+from tests.support.lifted import Case, difference, reference, run_table
 
 # numpy warns about diffusers' own __array__.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
@@ -47,6 +46,7 @@ def case_of(
     **changes: Any,
 ) -> Case:
     """diffusers' scheduler for the same config. Where it has no prediction of the sample, the sample becomes noise."""
+    config = complete(config, sampler)
     convert = config.prediction_type == "sample" and sampler in WITHOUT_SAMPLE
     arguments = {
         "num_train_timesteps": config.num_train_timesteps,
@@ -71,37 +71,6 @@ def case_of(
         image_as_noise=convert,
         **changes,
     )
-
-
-def run_table(table: Table, from_image: bool) -> Run:
-    """Run the table on the toy model, through `fastsd.sampling.advance`."""
-    state = advance.begin(table, NOISE, IMAGE if from_image else None)
-    run = Run(states=[state.x.clone()])
-    while not state.done:
-        x_in, t = advance.model_input(state).clone(), advance.timestep(state)
-        noise = None
-        if advance.draws_noise(state):
-            noise = DRAWS[run.draws]
-            run.draws += 1
-        advance.step(state, toy_model(x_in, t), noise_i=noise)
-        run.inputs.append(x_in)
-        run.timesteps.append(t)
-        run.states.append(state.x.clone())
-        signal, sigma = table.keep[state.index - 1]
-        run.keep.append(signal * IMAGE + sigma * NOISE)
-    return run
-
-
-def difference(ours: Run, theirs: Run) -> float:
-    """The largest relative difference of any state, model input or inpainting level; inf if their counts differ."""
-    worst = 0.0
-    for xs, ys in ((ours.states, theirs.states), (ours.inputs, theirs.inputs), (ours.keep, theirs.keep)):
-        if len(xs) != len(ys):
-            return float("inf")
-        for x, y in zip(xs, ys):
-            error = float((x - y).abs().max() / y.abs().max())
-            worst = max(worst, error if error == error else float("inf"))
-    return worst
 
 
 def check(table: Table, case: Case) -> None:
@@ -214,7 +183,7 @@ def test_every_sampler_is_compared() -> None:
 @pytest.mark.parametrize("sampler", SCHEDULER)
 def test_a_changed_coefficient_is_noticed(sampler: str) -> None:
     """The comparison can fail: a column that is off by 1e-4, or a flag inverted, is far above the tolerance."""
-    config = SchedulerConfig(prediction_type="v_prediction")
+    config = SchedulerConfig(prediction_type="v_prediction", timestep_spacing="leading")
     table, theirs = build(sampler, 5, config), reference(case_of(sampler, config, 5))
     assert difference(run_table(table, False), theirs) < TOLERANCE
     for i, column in enumerate(COLUMNS):

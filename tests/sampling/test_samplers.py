@@ -113,7 +113,7 @@ SAMPLERS["midpoint"] = {MIDPOINT!r}
 from fastsd.parameters import PARAMETERS
 assert not {{"numpy", "torch"}} & set(sys.modules)
 from fastsd.cli import flags
-from fastsd.weights.layouts.configs import CLASS_OF_SAMPLER
+from fastsd.weights.layouts.scheduler import CLASS_OF_SAMPLER
 assert CLASS_OF_SAMPLER["midpoint"] == "MidpointScheduler"
 print(flags.make_parser({{}}).format_help())
 """

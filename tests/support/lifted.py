@@ -21,6 +21,9 @@ import diffusers
 import numpy as np
 import torch
 
+from fastsd.sampling import advance
+from fastsd.sampling.table import Table
+
 SHAPE = (1, 3, 4, 2)
 _generator = torch.Generator().manual_seed(0)
 
@@ -138,7 +141,7 @@ class Case:
 @cache
 def reference(case: Case) -> Run:
     """Run the loop of diffusers' pipelines; `keep` is the known part in its inpainting pipeline."""
-    cls = _scheduler_class(case.scheduler)
+    cls = scheduler_class(case.scheduler)
     run = Run(states=[])
     with _lifted(cls, run):
         scheduler = _prepared(cls, case)
@@ -168,7 +171,7 @@ def reference(case: Case) -> Run:
     return run
 
 
-def _scheduler_class(name: str) -> Any:
+def scheduler_class(name: str) -> Any:
     if name != "DPMSolverSDEScheduler":
         return getattr(diffusers, name)
     # Its Brownian tree is replaced, so the package for that need not be installed.
@@ -192,7 +195,7 @@ def _prepared(cls: type, case: Case) -> Any:
         scheduler.timesteps[0] = case.first
     if case.levels_of is not None:
         name, extra = case.levels_of
-        source_class = _scheduler_class(name)
+        source_class = scheduler_class(name)
         with _lifted(source_class, Run(states=[])):
             source = source_class(**dict(case.config), **dict(extra))
             source.set_timesteps(case.steps)
@@ -210,3 +213,34 @@ def _as_noise(
         return (x - image) / sigma
     alpha_bar = scheduler.alphas_cumprod[t]
     return (x - alpha_bar.sqrt() * image) / (1 - alpha_bar).sqrt()
+
+
+def run_table(table: Table, from_image: bool) -> Run:
+    """Run the table on the toy model, through `fastsd.sampling.advance`."""
+    state = advance.begin(table, NOISE, IMAGE if from_image else None)
+    run = Run(states=[state.x.clone()])
+    while not state.done:
+        x_in, t = advance.model_input(state).clone(), advance.timestep(state)
+        noise = None
+        if advance.draws_noise(state):
+            noise = DRAWS[run.draws]
+            run.draws += 1
+        advance.step(state, toy_model(x_in, t), noise_i=noise)
+        run.inputs.append(x_in)
+        run.timesteps.append(t)
+        run.states.append(state.x.clone())
+        signal, sigma = table.keep[state.index - 1]
+        run.keep.append(signal * IMAGE + sigma * NOISE)
+    return run
+
+
+def difference(ours: Run, theirs: Run) -> float:
+    """The largest relative difference of any state, model input or inpainting level; inf if their counts differ."""
+    worst = 0.0
+    for xs, ys in ((ours.states, theirs.states), (ours.inputs, theirs.inputs), (ours.keep, theirs.keep)):
+        if len(xs) != len(ys):
+            return float("inf")
+        for x, y in zip(xs, ys):
+            error = float((x - y).abs().max() / y.abs().max())
+            worst = max(worst, error if error == error else float("inf"))
+    return worst

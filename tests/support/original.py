@@ -47,7 +47,7 @@ class TinyFamily:
         texts: for each text encoder its folder, its prefix in a single file, and its config.
         prediction: of its models that do not inpaint.
         truncated: its files also hold a last layer and a projection that the model does not use.
-        spacing: of its timesteps.
+        spacing: of its timesteps; None: its scheduler does not state it.
     """
 
     name: str
@@ -57,7 +57,7 @@ class TinyFamily:
     vae: VAEConfig = VAE
     prediction: str = "epsilon"
     truncated: bool = False
-    spacing: str = "leading"
+    spacing: str | None = None
 
 
 FAMILIES = {
@@ -111,6 +111,7 @@ FAMILIES = {
         ),
         "euler",
         XL_VAE,
+        spacing="leading",
     ),
     "refiner": TinyFamily(
         "SDXL refiner",
@@ -118,6 +119,7 @@ FAMILIES = {
         (("text_encoder_2", "conditioner.embedders.0.model.", PROJECTING),),
         "euler",
         XL_VAE,
+        spacing="leading",
     ),
 }
 WITH_INPAINTING = [*FAMILIES, *(f"{family} inpainting" for family in FAMILIES)]

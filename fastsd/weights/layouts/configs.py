@@ -7,37 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from fastsd.config import (
-    PREDICTIONS,
     AutoencoderConfig,
     CLIPConfig,
-    SchedulerConfig,
     TAESDConfig,
     UNetConfig,
     VAEConfig,
 )
-from fastsd.sampling.samplers import SAMPLERS
 from fastsd.weights.formats.json_file import ConfigReader
-
-# The sampler for each scheduler class that a folder may name.
-SAMPLER_OF_CLASS = {entry.diffusers: name for name, entry in SAMPLERS.items() if entry.diffusers}
-# The defaults of diffusers' classes for keys that a file lacks; old files lack those that were added later.
-_SCHEDULER_DEFAULTS: dict[str, Any] = {
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "timestep_spacing": "linspace",
-    "set_alpha_to_one": False,
-}
-_SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
-_SCHEDULER_DEFAULTS_OF: dict[str, dict[str, Any]] = {
-    "ddpm": {"timestep_spacing": "leading"},
-    "ddim": {"timestep_spacing": "leading", "set_alpha_to_one": True},
-    "pndm": {"timestep_spacing": "leading"},
-    "heun": _SD_BETAS,
-    "dpm++sde": _SD_BETAS,
-    "lcm": {**_SD_BETAS, "beta_schedule": "scaled_linear", "timestep_spacing": "leading", "set_alpha_to_one": True},
-}
-CLASS_OF_SAMPLER = {sampler: name for name, sampler in SAMPLER_OF_CLASS.items()}
 
 
 def read_unet(path: Path) -> tuple[UNetConfig, int]:
@@ -250,51 +226,3 @@ def write_clip(config: CLIPConfig) -> dict[str, Any]:
     name = "CLIPTextModelWithProjection" if config.projection_dim else "CLIPTextModel"
     result["projection_dim"] = config.projection_dim or config.hidden_size
     return result | {"architectures": [name], "model_type": "clip_text_model"}
-
-
-def read_scheduler(path: Path) -> SchedulerConfig:
-    """The noise schedule, and the sampler of the folder's scheduler class."""
-    r = ConfigReader(path)
-    name = r.data.get("_class_name")
-    if not isinstance(name, str) or name not in SAMPLER_OF_CLASS:
-        raise r.error("_class_name", f"fastsd supports {', '.join(SAMPLER_OF_CLASS)}")
-    sampler = SAMPLER_OF_CLASS[name]
-    defaults = _SCHEDULER_DEFAULTS | _SCHEDULER_DEFAULTS_OF.get(sampler, {})
-    if sampler == "dpm++2m" and str(r.data.get("algorithm_type", "")).startswith("sde"):
-        sampler = "dpm++2m_sde"
-    karras, exponential = (r.get(key, bool, False) for key in ("use_karras_sigmas", "use_exponential_sigmas"))
-    r.one_of("use_flow_sigmas", (False,), False)
-    if r.data.get("trained_betas") is not None:
-        raise r.error("trained_betas", "fastsd supports only schedules given by beta_start and beta_end")
-    return SchedulerConfig(
-        num_train_timesteps=r.get("num_train_timesteps", int, 1000),
-        beta_start=r.get("beta_start", float, defaults["beta_start"]),
-        beta_end=r.get("beta_end", float, defaults["beta_end"]),
-        beta_schedule=r.one_of(
-            "beta_schedule", ("linear", "scaled_linear", "squaredcos_cap_v2"), defaults["beta_schedule"]
-        ),
-        prediction_type=r.one_of("prediction_type", PREDICTIONS, "epsilon"),
-        timestep_spacing=r.one_of(
-            "timestep_spacing", ("leading", "trailing", "linspace"), defaults["timestep_spacing"]
-        ),
-        steps_offset=r.get("steps_offset", int, 0),
-        set_alpha_to_one=r.get("set_alpha_to_one", bool, defaults["set_alpha_to_one"]),
-        rescale_betas_zero_snr=r.get("rescale_betas_zero_snr", bool, False),
-        sampler=sampler,
-        schedule="karras" if karras else "exponential" if exponential else "default",
-    )
-
-
-def write_scheduler(config: SchedulerConfig) -> dict[str, Any]:
-    """The JSON that `read_scheduler`, and diffusers, read back."""
-    result = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("sampler", "schedule")}
-    result["_class_name"] = CLASS_OF_SAMPLER.get(config.sampler.removesuffix("_sde"), "DDIMScheduler")
-    if config.sampler == "dpm++2m_sde":
-        result["algorithm_type"] = "sde-dpmsolver++"
-    if config.sampler in ("ddim", "ddpm", "lcm"):
-        result["clip_sample"] = False  # clipping belongs to pixels, not to latents
-    if config.sampler == "pndm":
-        result["skip_prk_steps"] = True
-    if config.schedule in ("karras", "exponential"):
-        result[f"use_{config.schedule}_sigmas"] = True
-    return result

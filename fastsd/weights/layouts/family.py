@@ -85,7 +85,7 @@ class CheckpointFamily:
             sampler=self.layout.sampler,
             rescale_betas_zero_snr=self.zero_snr,
             # The last timestep is where zero signal-to-noise is (Lin et al. 2024, section 3.3).
-            timestep_spacing="trailing" if self.zero_snr else (kind and KINDS[kind].spacing) or "leading",
+            timestep_spacing="trailing" if self.zero_snr else (kind and KINDS[kind].spacing) or self.layout.spacing,
         )
 
 

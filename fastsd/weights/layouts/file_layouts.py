@@ -38,6 +38,7 @@ class FileLayout:
         family: the name in messages and in `fastsd inspect`.
         texts: the text encoders, in the order in which their features are concatenated.
         sampler: the sampler of the published folders.
+        spacing: of their timesteps; None: they do not state it.
         vae: the autoencoder preset that gives `scaling_factor` and `force_upcast`.
         prediction: what the network predicts if the file does not say; None: the user has to say it.
         sample_size: side of the latents that the family was trained on.
@@ -51,6 +52,7 @@ class FileLayout:
     family: str
     texts: tuple[TextEncoderLayout, ...]
     sampler: str
+    spacing: str | None = None
     vae: VAEConfig = SD_VAE
     prediction: str | None = "epsilon"
     sample_size: int = 64
@@ -73,6 +75,7 @@ FILE_LAYOUTS: tuple[FileLayout, ...] = (
             TextEncoderLayout("text_encoder_2", "conditioner.embedders.1.model.", openclip=True),
         ),
         sampler="euler",
+        spacing="leading",
         vae=SDXL_VAE,
         sample_size=128,
         size_inputs=6,  # original height and width, crop top and left, target height and width
@@ -82,6 +85,7 @@ FILE_LAYOUTS: tuple[FileLayout, ...] = (
         "SDXL refiner",
         (TextEncoderLayout("text_encoder_2", "conditioner.embedders.0.model.", openclip=True),),
         sampler="euler",
+        spacing="leading",
         vae=SDXL_VAE,
         sample_size=128,
         size_inputs=5,  # original height and width, crop top and left, aesthetic score

@@ -18,6 +18,7 @@ from fastsd.weights.few_step import detect_in_scheduler, detect_in_unet
 from fastsd.weights.formats.json_file import read_json
 from fastsd.weights.layouts import configs
 from fastsd.weights.layouts.fit import check_fit, refuse_other_class
+from fastsd.weights.layouts.scheduler import read_scheduler
 from fastsd.weights.load import error_path, fill, find_files, read_headers
 
 FASTSD_FILE = "fastsd.json"  # what only fastsd reads: default settings, known words, the few-step method
@@ -81,7 +82,7 @@ def outline_folder(root: Path, half: bool) -> tuple[Components, dict[str, list[P
     with torch.device("meta"):
         unet, vae = UNet(unet_config), make_autoencoder(vae_config)
         text_encoders = tuple(TextEncoder(config) for config in clip_configs)
-    scheduler = configs.read_scheduler(root / "scheduler" / "scheduler_config.json")
+    scheduler = read_scheduler(root / "scheduler" / "scheduler_config.json", xl=unet_config.addition_time_embed_dim > 0)
     few_step = detect_in_unet(unet_config) or detect_in_scheduler(scheduler, xl=unet_config.addition_time_embed_dim > 0)
     if extras.get("few_step") in KINDS:
         few_step = Detection(KINDS[extras["few_step"]], f"its {FASTSD_FILE} says so")

@@ -18,6 +18,7 @@ from fastsd.model.clip import TextEncoder
 from fastsd.weights.layouts import configs
 from fastsd.weights.layouts.folder import FASTSD_FILE
 from fastsd.weights.layouts.names import sources, stored_form
+from fastsd.weights.layouts.scheduler import write_scheduler
 
 
 def save_folder(components: Components, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
@@ -73,7 +74,7 @@ def write_configs(components: Components, root: Path) -> None:
         tokenizer.save(root / tokenizer_name)
         index[name] = ["transformers", text_json["architectures"][0]]
         index[tokenizer_name] = ["transformers", "CLIPTokenizer"]
-    scheduler = configs.write_scheduler(components.scheduler)
+    scheduler = write_scheduler(components.scheduler)
     _write_json(root / "scheduler" / "scheduler_config.json", scheduler)
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     if xl:

@@ -12,13 +12,14 @@ import pytest
 from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
 from fastsd.weights.layouts import configs
+from fastsd.weights.layouts.scheduler import read_scheduler, write_scheduler
 from tests.support.tiny import CLIP, UNET, VAE
 
 CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "unet": (configs.read_unet, configs.write_unet(UNET, 8)),
     "vae": (configs.read_vae, configs.write_vae(VAE, 8)),
     "text_encoder": (configs.read_clip, configs.write_clip(CLIP)),
-    "scheduler": (configs.read_scheduler, configs.write_scheduler(SchedulerConfig(sampler="euler"))),
+    "scheduler": (read_scheduler, write_scheduler(SchedulerConfig(sampler="euler"))),
 }
 
 

@@ -18,6 +18,7 @@ from fastsd.model.unet import UNet
 from fastsd.model.vae import AutoencoderKL
 from fastsd.sampling.build import build
 from fastsd.weights.layouts import configs
+from fastsd.weights.layouts.scheduler import read_scheduler, write_scheduler
 from tests.support.tiny import CLIP, UNET, VAE
 
 NONSENSE: list[Any] = [
@@ -46,7 +47,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], Callable[[Any], No
     "unet": (configs.read_unet, configs.write_unet(UNET, 8), builds(UNet)),
     "vae": (configs.read_vae, configs.write_vae(VAE, 8), builds(AutoencoderKL)),
     "text_encoder": (configs.read_clip, configs.write_clip(CLIP), builds(TextEncoder)),
-    "scheduler": (configs.read_scheduler, configs.write_scheduler(SchedulerConfig(sampler="euler")), finite_table),
+    "scheduler": (read_scheduler, write_scheduler(SchedulerConfig(sampler="euler")), finite_table),
 }
 
 

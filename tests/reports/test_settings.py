@@ -1,0 +1,135 @@
+"""Settings of scheduler files that ran otherwise than in diffusers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+
+from fastsd.errors import FastsdError
+from fastsd.generate.defaults import Defaults
+from fastsd.generate.request import plan
+from fastsd.parameters import recorded
+from fastsd.sampling.build import build
+from fastsd.sampling.samplers import SAMPLERS
+from fastsd.weights.layouts.scheduler import read_scheduler
+from tests.support import original
+from tests.support.lifted import Case, difference, reference, run_table, scheduler_class
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::FutureWarning")
+
+_SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+_SD15 = _SD | {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "clip_sample": False, "trained_betas": None}
+# What published scheduler_config.json files state, by what they belong to.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "SD 1.5": _SD15 | {"set_alpha_to_one": False, "steps_offset": 1},
+    "SD 2.1": _SD15
+    | {"_class_name": "DDIMScheduler", "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": "v_prediction"},
+    "DDIM, to one": _SD15 | {"_class_name": "DDIMScheduler", "set_alpha_to_one": True, "steps_offset": 1},
+    "SD, early": _SD15,
+    "SD, offset 0": _SD15 | {"_class_name": "DDIMScheduler", "steps_offset": 0},
+    "DDPM": _SD15 | {"_class_name": "DDPMScheduler", "steps_offset": 1, "variance_type": "fixed_small"},
+    "Euler a": _SD15 | {"_class_name": "EulerAncestralDiscreteScheduler", "steps_offset": 1, "set_alpha_to_one": False},
+    "UniPC": _SD15 | {"_class_name": "UniPCMultistepScheduler", "steps_offset": 1, "timestep_spacing": "linspace"},
+    "SDXL": _SD15
+    | {"_class_name": "EulerDiscreteScheduler", "steps_offset": 1, "timestep_spacing": "leading"}
+    | {"set_alpha_to_one": False, "interpolation_type": "linear", "use_karras_sigmas": False},
+    "SDXL, early": _SD15 | {"_class_name": "DDIMScheduler"},
+    "SDXL Turbo": _SD15
+    | {"_class_name": "EulerAncestralDiscreteScheduler", "steps_offset": 1, "timestep_spacing": "trailing"},
+}
+STEPS = 7
+SHORT = {"num_inference_steps": STEPS, "width": 32, "height": 32}
+
+
+def read(tmp_path: Path, stated: dict[str, Any], xl: bool = False) -> Any:
+    file = tmp_path / "scheduler_config.json"
+    file.write_text(json.dumps(stated))
+    return read_scheduler(file, xl=xl)
+
+
+def pipelines_config(stated: dict[str, Any], xl: bool) -> Any:
+    """`pipe.scheduler.config` of the folder; the constructor of Stable Diffusion's pipeline changes what is out of
+    date, that of SDXL's does not."""
+    scheduler = scheduler_class(stated["_class_name"]).from_config(stated)
+    if not xl:
+        parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "unet", "safety_checker", "feature_extractor"))
+        diffusers.StableDiffusionPipeline(**parts, scheduler=scheduler, requires_safety_checker=False)
+    return scheduler.config
+
+
+def diffusers_case(sampler: str, stated: dict[str, Any], xl: bool, **changes: Any) -> Case:
+    """`SomeScheduler.from_config(pipe.scheduler.config)`, run as its pipeline runs it."""
+    name = SAMPLERS[sampler].diffusers or "DPMSolverMultistepScheduler"
+    config, extra = pipelines_config(stated, xl), {}
+    if name != stated["_class_name"]:
+        extra = {"algorithm_type": "sde-dpmsolver++"} if sampler == "dpm++2m_sde" else {}
+        config = scheduler_class(name).from_config(config, **extra).config
+    keys = scheduler_class(name)._get_init_keys(scheduler_class(name))
+    used = {key: config[key] for key in keys if key in config and config[key] != []}  # a list cannot be a cache's key
+    return Case(scheduler=name, steps=STEPS, config=tuple(used.items()), **changes)
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if SAMPLERS[name].diffusers or name == "dpm++2m_sde"])
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_a_sampler_chosen_for_a_published_model_runs_as_in_diffusers(model: str, sampler: str, tmp_path: Path) -> None:
+    """Every sampler on every config: the timesteps, and a whole run on a nonlinear network.
+
+    Source: diffusers' `from_config`, which leaves to each class the keys that the file does not state.
+    """
+    stated, xl = PUBLISHED[model], model.startswith("SDXL")
+    if sampler in ("ddim", "ddpm") and model == "SDXL, early":
+        stated = stated | {"clip_sample": False}
+    theirs = reference(diffusers_case(sampler, stated, xl))
+    ours = run_table(build(sampler, STEPS, read(tmp_path, stated, xl)), False)
+    assert ours.timesteps == pytest.approx(theirs.timesteps, abs=1e-9)
+    assert difference(ours, theirs) < 1e-9  # rounding, see tests/sampling/test_diffusers.py
+
+
+def test_euler_starts_at_the_first_noise_level_like_diffusers() -> None:
+    """SD 1.5's config states no spacing, so Euler has its own, linspace: 999, 832.5, ... in diffusers and A1111.
+
+    It used to begin at 853, in the spacing of the model's own sampler.
+    """
+    components = original.components("sd1")
+    for sampler in ("euler", "euler_a", "heun", "lms", "dpm++sde"):
+        request = plan(components, Defaults(components).settings(None), {"prompt": "x", "sampler": sampler, **SHORT})
+        times = request.passes[0].table.timesteps.tolist()
+        assert times[0] == 999 and [t for t in (832.5, 666.0, 499.5, 333.0, 166.5) if t not in times] == []
+        assert request.settings.spacing == "linspace"
+    request = plan(components, Defaults(components).settings(None), {"prompt": "x", "sampler": "ddim", **SHORT})
+    assert request.passes[0].table.timesteps.tolist() == [853, 711, 569, 427, 285, 143, 1]
+
+
+def test_the_spacing_can_be_chosen_and_is_kept_with_the_image() -> None:
+    components = original.components("sd1")
+    defaults = Defaults(components).settings(None)
+    request = plan(components, defaults, {"prompt": "x", "sampler": "euler", "spacing": "leading", **SHORT})
+    assert request.passes[0].table.timesteps[0] == 853
+    assert recorded(request.settings)["spacing"] == "leading"
+    request = plan(components, defaults, {"prompt": "x", "sampler": "dpm++2m", "spacing": "trailing", **SHORT})
+    assert request.passes[0].table.timesteps.tolist() == [999, 856, 713, 570, 428, 285, 142]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "schedule"),
+    [("lcm", "default"), ("dpm++2m", "karras"), ("euler", "sgm_uniform"), ("dpm++2s", "karras")],
+)
+def test_a_spacing_that_would_change_nothing_is_refused(sampler: str, schedule: str) -> None:
+    components = original.components("sd1")
+    arguments = {"prompt": "x", "sampler": sampler, "schedule": schedule, **SHORT}
+    assert plan(components, Defaults(components).settings(None), arguments).settings.spacing is None
+    with pytest.raises(FastsdError, match=f"spacing: {sampler.replace('+', '[+]')} on the {schedule} schedule has"):
+        plan(components, Defaults(components).settings(None), arguments | {"spacing": "trailing"})
+
+
+@pytest.mark.parametrize("stated", [{}, {"steps_offset": 0}, {"steps_offset": 1}])
+def test_an_early_sd_folder_runs_with_an_offset_of_one(stated: dict[str, Any], tmp_path: Path) -> None:
+    """Source: the constructors of diffusers' Stable Diffusion pipelines set `steps_offset` to 1; SDXL's do not."""
+    for name, sampler in (("DDIMScheduler", "ddim"), ("PNDMScheduler", "pndm")):
+        config = {**_SD, "_class_name": name, **stated}
+        assert build(sampler, STEPS, read(tmp_path, config)).timesteps[-1] == 1
+        assert build(sampler, STEPS, read(tmp_path, config, xl=True)).timesteps[-1] == stated.get("steps_offset", 0)
