@@ -190,7 +190,7 @@ ROWS: tuple[Parameter, ...] = (
     Parameter("controls", Value(stored=list), "`fastsd.Control`s: ControlNets with their images", default=()),
     Parameter(
         "prompt_syntax",
-        Constant(options=("a1111", "plain"), value="plain"),
+        Constant(options=("a1111", "comfy", "plain"), value="plain"),
         "plain reads (), [], BREAK and the like as text, and only as much as fits the text encoder",
         ("--plain-prompt",),
         WHAT,

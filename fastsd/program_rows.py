@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastsd.kinds import HOW, MAX_IMAGES, MAX_SEED, SHARE, Choice, Name, Parameter, Whole
 
 LIKE = ("none", "a1111", "comfy", "diffusers")
+EMPHASIS = ("original", "no_norm", "none", "ignore", "comfy")
 NOISE = ("cpu", "gpu", "batch", "comfy")
 _SIDE = r"(?:[89]|[1-9]\d{1,4})"  # 8 pixels or more
 
@@ -81,6 +82,15 @@ PROGRAM_ROWS: tuple[Parameter, ...] = (
         ("--noise-count",),
         HOW,
         label="Noise count",
+        rare=True,
+    ),
+    Parameter(
+        "emphasis",
+        Choice(options=EMPHASIS),
+        "what weights in prompts do: original, no_norm, none and ignore are A1111's, comfy is ComfyUI's (default: "
+        "original, or that of {like})",
+        ("--emphasis",),
+        HOW,
         rare=True,
     ),
 )

@@ -13,7 +13,7 @@ from fastsd.generate.request import Pass
 from fastsd.graph import Graphs
 from fastsd.model.controlnet import ControlNet
 from fastsd.model.unet import ContractingPath
-from fastsd.text.encode import added_conditioning, encode_text
+from fastsd.text.encode import TextFeatures, added_conditioning, encode_text
 from fastsd.text.parse import ParsedText, tokenize
 
 Texts = tuple[tuple[ParsedText, bool], ...]  # of each UNet sample: its text, and whether that is a negative one
@@ -78,10 +78,8 @@ def schedule_conditioning(
     key_values: list[dict[tuple[ParsedText, bool], KeyValues]] = [{} for _ in networks]
     # A table without rows (strength 0) has no texts to encode.
     for text, negative in dict.fromkeys(pair for row in rows for pair in texts[row]):
-        parsed = tokenize(components, text.text, text.sections, text.plain) if retokenize else text
-        zeros = negative and not text.text and components.zeros_for_empty_prompt
-        length = stage.prompts.lengths[which.start]
-        features = encode_text(components, parsed, stage.settings.clip_skip, zeros, length, graphs)
+        parsed = tokenize(components, text.text, text.sections, text.syntax) if retokenize else text
+        features = _encode(components, stage, parsed, negative, stage.prompts.lengths[which.start], graphs)
         added = added_conditioning(components, features.pooled, negative, stage.width, stage.height)
         for network, own_times, own_key_values in zip(networks, times, key_values, strict=True):
             own_key_values[text, negative] = network.project_context(features.context)
@@ -89,6 +87,25 @@ def schedule_conditioning(
                 embedded = network.embed_time(timesteps, added, stage.settings.guidance_scale)
                 own_times[text, negative] = embedded  # [rows, channels]
     return ConditioningSchedule(texts, [_join(own, texts, rows, components.xl) for own in times], key_values)
+
+
+def _encode(
+    components: Components, stage: Pass, text: ParsedText, negative: bool, length: int, graphs: Graphs
+) -> TextFeatures:
+    """A text's features in `length` chunks: filled up with empty ones, or repeated.
+
+    Attention to keys and values that all stand there equally often is attention to one of each. So a repeated text
+    counts as it does in a call of its own, which is how A1111 and ComfyUI treat texts of unequal lengths.
+    """
+    rules, settings = stage.rules, stage.settings
+    wanted = components.zeros_for_empty_prompt if rules.zeros_for_empty is None else rules.zeros_for_empty
+    zeros = wanted and components.xl and negative and not text.text
+    repeats = rules.repeats_texts and length % text.length == 0
+    own = text.length if repeats else length
+    features = encode_text(
+        components, text, settings.clip_skip, zeros, own, graphs, settings.emphasis, rules.clip_layers
+    )
+    return TextFeatures(features.context.repeat(1, length // own, 1), features.pooled)
 
 
 def texts_by_row(stage: Pass, which: slice) -> list[Texts]:

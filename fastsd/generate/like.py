@@ -20,17 +20,36 @@ class Rules:
     Attributes:
         settings: of parameters, where the caller gives none.
         from_mean: an image is encoded to the mean of its latents' distribution, else to a sample of it.
+        clip_layers: how clip skip counts, a key of `fastsd.text.encode.LAYERS`.
+        zeros_for_empty: SDXL reads zeros for an empty negative prompt; None: as the checkpoint says.
+        repeats_texts: where texts of one image fill unequal numbers of chunks, the shorter ones count as they are, else
+            they are filled up with empty chunks.
     """
 
     settings: dict[str, Any]
     from_mean: bool = False
+    clip_layers: str = "added"
+    zeros_for_empty: bool | None = None
+    repeats_texts: bool = False
 
 
 LIKE: dict[str, Rules] = {
-    "none": Rules({"noise": "cpu"}),
-    "a1111": Rules({"noise": "gpu"}, from_mean=True),
-    "comfy": Rules({"noise": "comfy"}, from_mean=True),
-    "diffusers": Rules({"noise": "batch", "prompt_syntax": "plain"}),
+    "none": Rules({"noise": "cpu", "emphasis": "original"}),
+    "a1111": Rules(
+        {"noise": "gpu", "emphasis": "original"},
+        from_mean=True,
+        clip_layers="fixed",
+        zeros_for_empty=True,
+        repeats_texts=True,
+    ),
+    "comfy": Rules(
+        {"noise": "comfy", "emphasis": "comfy", "prompt_syntax": "comfy"},
+        from_mean=True,
+        clip_layers="from_end",
+        zeros_for_empty=False,
+        repeats_texts=True,
+    ),
+    "diffusers": Rules({"noise": "batch", "emphasis": "original", "prompt_syntax": "plain"}),
 }
 
 

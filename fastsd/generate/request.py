@@ -140,7 +140,7 @@ def plan(
     count = len(prompts)
     settings = _fill_counts(settings, count)
     guided = settings.guidance_scale != 1.0 and not components.unet.config.time_cond_proj_dim  # takes it as an input
-    parsed = parse_prompts(components, prompts, negatives, settings.num_inference_steps, settings.prompt_syntax, guided)
+    parsed = _parse(components, settings, prompts, negatives, settings.num_inference_steps, guided)
     images = fit_images(components, settings, (defaults["width"], defaults["height"]))
     settings = settings.replace(width=images.size[0], height=images.size[1])
     first = _first_pass(components, settings, parsed, images, guided, count)
@@ -216,6 +216,21 @@ def _prompts(settings: Settings) -> tuple[list[str], list[str]]:
     return [text for text in prompts for _ in range(each)], negatives
 
 
+def _parse(
+    components: Components,
+    settings: Settings,
+    prompts: Sequence[str],
+    negatives: Sequence[str],
+    steps: int,
+    guided: bool,
+) -> ParsedPrompts:
+    """The prompts of a pass of `steps` steps."""
+    syntax = settings.prompt_syntax
+    if syntax == "a1111" and settings.emphasis == "none":
+        syntax = "literal"
+    return parse_prompts(components, prompts, negatives, steps, syntax, guided, LIKE[settings.like].repeats_texts)
+
+
 def _fill_counts(settings: Settings, count: int) -> Settings:
     """The seed and the batch size of `count` images."""
     seed = secrets.randbelow(2**32) if settings.seed in (None, RANDOM_SEED) else settings.seed
@@ -272,7 +287,7 @@ def _second_pass(components: Components, first: Pass, prompts: Sequence[str], ne
     steps, strength = settings.hires_steps, settings.hires_strength
     parsed = first.prompts
     if steps != settings.num_inference_steps:  # schedules in prompts count steps
-        parsed = parse_prompts(components, prompts, negatives, steps, settings.prompt_syntax, first.guided)
+        parsed = _parse(components, settings, prompts, negatives, steps, first.guided)
     factor = components.vae.config.downscale
     width, height = (max(round(n * settings.hires_scale / factor), 1) * factor for n in (first.width, first.height))
     if max(width, height) > MAX_SIDE:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from fastsd.components import Components
 from fastsd.graph import Graphs
-from fastsd.model.clip import Insertion, TextOutput
+from fastsd.model.clip import Insertion, TextEncoder, TextOutput
+from fastsd.model.tokenizer import Tokenizer
 from fastsd.model.unet import AddedConditioning
 from fastsd.text.chunks import Chunk
+from fastsd.text.emphasis import RULES, Rule, comfy
 from fastsd.text.parse import ParsedText
 
 
@@ -30,11 +32,13 @@ def encode_text(
     zeros: bool = False,
     length: int = 1,
     graphs: Graphs | None = None,
+    emphasis: str = "original",
+    clip_layers: str = "added",
 ) -> TextFeatures:
     """Run the text encoders over one text, chunk by chunk.
 
-    The features of each chunk are multiplied by its tokens' weights, and then by the factor that restores their mean
-    (A1111's arithmetic), for each encoder separately. The pooled text is the first chunk's, without weights.
+    The weights of a chunk's tokens act on its features, for each encoder separately (`fastsd.text.emphasis`). The
+    pooled text is the first chunk's, without weights.
 
     Args:
         components: the checkpoint; the features of two encoders are joined along the last dimension (SDXL).
@@ -43,61 +47,89 @@ def encode_text(
         zeros: return zeros of the right shape (SDXL's encoding of an empty negative prompt).
         length: encode at least so many chunks; those that the text does not fill are empty.
         graphs: where captured encoders are kept; None runs them eagerly.
+        emphasis: what weights do, a key of `fastsd.text.emphasis.RULES`.
+        clip_layers: how `clip_skip` counts, a key of `LAYERS`.
     """
     length = max(length, text.length)
     graphs = Graphs() if graphs is None else graphs
+
+    def encoder(which: int) -> _Encoder:
+        kind = "xl" if components.xl else components.text_encoders[which].config.hidden_act
+        layer = LAYERS[clip_layers](kind, clip_skip)
+        return _Encoder(components, which, layer, graphs)
+
     outputs = [
-        _encode(components, which, [*chunks, *[Chunk()] * (length - len(chunks))], clip_skip, graphs)
+        _encode(encoder(which), [*chunks, *[Chunk()] * (length - len(chunks))], RULES[emphasis])
         for which, chunks in enumerate(text.chunks)
     ]
     features = TextFeatures(torch.cat([output.hidden for output in outputs], dim=-1), outputs[-1].pooled)
     return TextFeatures(torch.zeros_like(features.context), torch.zeros_like(features.pooled)) if zeros else features
 
 
-def _encode(components: Components, which: int, chunks: Sequence[Chunk], clip_skip: int, graphs: Graphs) -> TextOutput:
+# Which layer is read, from the end: of the kind of encoder ("xl": SDXL's, which reads the last but one without the
+# final norm; "quick_gelu": OpenAI's CLIP in SD 1; "gelu": OpenCLIP in SD 2, without its last layer) and clip skip.
+# added: 1 leaves out no layer of those that the model reads. fixed, A1111's: only SD 1 reads another layer
+# (modules/sd_hijack_clip.py and sd_hijack_open_clip.py). from_end, ComfyUI's "CLIP Set Last Layer": 2 is the last but
+# one of every family, which SD 2 and SDXL read anyway.
+LAYERS: dict[str, Callable[[str, int], int]] = {
+    "added": lambda kind, skip: -1 - skip if kind == "xl" else -skip,
+    "fixed": lambda kind, skip: -2 if kind == "xl" else -1 if kind == "gelu" else -skip,
+    "from_end": lambda kind, skip: -max(skip, 2) if kind == "xl" else -max(skip - 1, 1) if kind == "gelu" else -skip,
+}
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """A text encoder that is read at a layer, -1 the last."""
+
+    components: Components
+    which: int
+    layer: int
+    graphs: Graphs
+
+    @property
+    def network(self) -> TextEncoder:
+        return self.components.text_encoders[self.which]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.components.tokenizers[self.which]
+
+    def __call__(self, chunk: Chunk) -> TextOutput:
+        """The encoding of a chunk, without its weights."""
+        network, tokenizer, layer = self.network, self.tokenizer, self.layer
+        ids = torch.full((1, tokenizer.max_length), tokenizer.pad_id, dtype=torch.int64, device="cpu")
+        content = [tokenizer.bos_id, *chunk.ids, tokenizer.eos_id]
+        ids[0, : len(content)] = torch.tensor(content, dtype=torch.int64, device="cpu")
+        ids = ids.to(network.text_model.embeddings.token_embedding.weight.device)
+        if chunk.vectors:
+            output = network(ids, layer, [Insertion(0, 1 + start, vectors) for start, vectors in chunk.vectors])
+        else:
+            output = self.graphs(("text", self.which, layer), lambda x: network(x, layer), ids, weights=network)
+        if layer < -1 and not self.components.xl:
+            output = TextOutput(network.text_model.final_layer_norm(output.hidden), output.pooled)
+        return output
+
+
+def _encode(encoder: _Encoder, chunks: Sequence[Chunk], rule: Rule | None) -> TextOutput:
     """One encoder over all chunks: features joined along the tokens `[1, chunks * L, D]`, pooled of the first."""
     outputs: list[TextOutput] = []
     for i, chunk in enumerate(chunks):
         both_empty = i > 0 and not chunk.ids and not chunks[i - 1].ids
-        outputs.append(outputs[-1] if both_empty else _encode_chunk(components, which, chunk, clip_skip, graphs))
+        outputs.append(outputs[-1] if both_empty else _weighted(encoder, chunk, rule))
     return TextOutput(torch.cat([output.hidden for output in outputs], dim=1), outputs[0].pooled)
 
 
-def _encode_chunk(components: Components, which: int, chunk: Chunk, clip_skip: int, graphs: Graphs) -> TextOutput:
-    encoder, tokenizer = components.text_encoders[which], components.tokenizers[which]
-    ids = torch.full((1, tokenizer.max_length), tokenizer.pad_id, dtype=torch.int64)
-    content = [tokenizer.bos_id, *chunk.ids, tokenizer.eos_id]
-    ids[0, : len(content)] = torch.tensor(content)
-    ids = ids.to(encoder.text_model.embeddings.token_embedding.weight.device)
-    layer = -1 - clip_skip if components.xl else -clip_skip  # SDXL reads the layer before, without the final norm
-    if chunk.vectors:
-        output = encoder(ids, layer, [Insertion(0, 1 + start, vectors) for start, vectors in chunk.vectors])
-    else:
-        output = graphs(("text", which, layer), lambda x: encoder(x, layer), ids, weights=encoder)
-    if clip_skip > 1 and not components.xl:
-        output = TextOutput(encoder.text_model.final_layer_norm(output.hidden), output.pooled)
-    if all(weight == 1.0 for weight in chunk.weights):
+def _weighted(encoder: _Encoder, chunk: Chunk, rule: Rule | None) -> TextOutput:
+    """The encoding of a chunk with its weights; computed in fp32."""
+    output = encoder(chunk)
+    if rule is None or all(weight == 1.0 for weight in chunk.weights):
         return output
-    weights = torch.ones(1, tokenizer.max_length, 1)
-    weights[0, 1 : 1 + len(chunk.weights), 0] = torch.tensor(chunk.weights)
-    return TextOutput(emphasize(output.hidden, weights), output.pooled)
-
-
-def emphasize(hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """A1111's emphasis: `z = w h`, then `z mean(h) / mean(z)`; the means are over all tokens and channels.
-
-    Args:
-        hidden: `[1, L, D]`.
-        weights: `[1, L, 1]`.
-
-    Returns:
-        `[1, L, D]` in the dtype of `hidden`; computed in fp32.
-    """
-    before = hidden.float()
-    after = before * weights.to(before)
-    ratio = before.mean() / after.mean()
-    # Negative weights can make the mean 0, which no factor restores.
-    return (after * torch.where(ratio.isfinite(), ratio, 1.0)).to(hidden.dtype)
+    hidden = output.hidden.float()
+    weights = torch.ones(1, encoder.tokenizer.max_length, 1, dtype=torch.float32, device="cpu")
+    weights[0, 1 : 1 + len(chunk.weights), 0] = torch.tensor(chunk.weights, dtype=torch.float32, device="cpu")
+    empty = encoder(Chunk()).hidden.float() if rule is comfy else hidden
+    return TextOutput(rule(hidden, weights.to(hidden), empty).to(output.hidden.dtype), output.pooled)
 
 
 def added_conditioning(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fastsd.components import Components
 from fastsd.errors import FastsdError
+from fastsd.text import comfy
 from fastsd.text.chunks import COMMA_REACH, Chunk, Piece, pieces_of, split
 from fastsd.text.syntax import LoraTag, Section, Span, by_step, take_loras, weigh
 
@@ -23,14 +25,18 @@ class ParsedText:
         sections: its weighted spans, between two BREAKs each.
         pieces: the same, cut at the names of textual inversions.
         chunks: for each text encoder, what it reads at once.
-        plain: the text has no syntax, and is cut to one chunk.
+        syntax: how it was read, see `parse_prompt`; "plain" text is cut to one chunk.
     """
 
     text: str
     sections: tuple[Section, ...]
     pieces: tuple[tuple[Piece, ...], ...]
     chunks: tuple[tuple[Chunk, ...], ...]
-    plain: bool = False
+    syntax: str = "a1111"
+
+    @property
+    def plain(self) -> bool:
+        return self.syntax == "plain"
 
     @property
     def length(self) -> int:
@@ -72,7 +78,8 @@ class ParsedPrompts:
 
     Attributes:
         positive, negative: parsed; images with equal prompts share them.
-        lengths: chunks that an image's conditioning fills. The negative prompt counts where there is guidance.
+        lengths: chunks that an image's conditioning fills. The negative prompt counts where there is guidance. Shorter
+            texts are filled up with empty chunks, or repeated where the length is a multiple of theirs.
         notes: what the user should know.
     """
 
@@ -94,7 +101,13 @@ class ParsedPrompts:
 
 
 def parse_prompts(
-    components: Components, prompts: Sequence[str], negatives: Sequence[str], steps: int, syntax: str, guided: bool
+    components: Components,
+    prompts: Sequence[str],
+    negatives: Sequence[str],
+    steps: int,
+    syntax: str,
+    guided: bool,
+    repeats: bool = False,
 ) -> ParsedPrompts:
     """Parse a prompt and a negative prompt for each image.
 
@@ -102,8 +115,9 @@ def parse_prompts(
         components: the checkpoint, whose tokenizers and embeddings are used.
         prompts, negatives: one for each image.
         steps: of the run.
-        syntax: "a1111" or "plain".
+        syntax: see `parse_prompt`.
         guided: the negative prompts are used.
+        repeats: shorter texts are repeated, else filled up with empty chunks.
 
     Raises:
         FastsdError: a prompt is malformed or too long.
@@ -119,13 +133,19 @@ def parse_prompts(
         raise
     positive = tuple(parsed[prompt] for prompt in prompts)
     negative = tuple(parsed[prompt] for prompt in negatives)
-    lengths = [each.length for each in positive]
-    if guided:
-        lengths = [max(length, each.length) for length, each in zip(lengths, negative, strict=True)]
+    pairs = zip(positive, negative, strict=True)
+    lengths = [_length((prompt, other) if guided else (prompt,), repeats) for prompt, other in pairs]
     notes = dict.fromkeys(note for each in parsed.values() for note in each.notes)
     if not guided and any(negatives):
         notes["the negative prompt has no effect: without guidance nothing steers away from it"] = None
     return ParsedPrompts(positive, negative, tuple(lengths), tuple(notes))
+
+
+def _length(prompts: Sequence[ParsedPrompt], repeats: bool) -> int:
+    """The chunks that serve all texts of an image: those of the longest, or the least common multiple."""
+    lengths = {text.length for prompt in prompts for text in prompt.texts}
+    common = math.lcm(*lengths)
+    return common if repeats and common <= MAX_CHUNKS else max(lengths)
 
 
 def parse_prompt(
@@ -134,7 +154,8 @@ def parse_prompt(
     """Parse one prompt for a run of `steps` steps.
 
     Args:
-        syntax: "a1111" (weights, schedules, tags), or "plain".
+        syntax: "a1111" (weights, schedules, tags), "literal" (the same, but brackets are text), "comfy" (ComfyUI's
+            weights), or "plain".
         texts: the texts parsed so far; new ones are added.
 
     Raises:
@@ -143,7 +164,7 @@ def parse_prompt(
     texts = {} if texts is None else texts
     loras: tuple[LoraTag, ...] = ()
     by_step_texts = (prompt,) * steps
-    if syntax != "plain":
+    if syntax in ("a1111", "literal"):
         text, loras = take_loras(prompt)
         by_step_texts = by_step(text, steps)
     notes: dict[str, None] = {}
@@ -160,28 +181,32 @@ def parse_text(components: Components, text: str, syntax: str = "plain") -> Pars
     Raises:
         FastsdError: it is malformed or too long.
     """
-    plain = syntax == "plain"
-    return tokenize(components, text, ((Span(text),),) if plain else weigh(text), plain)
+    weighted = {"a1111": weigh, "comfy": comfy.weigh}.get(syntax, lambda text: ((Span(text),),))
+    return tokenize(components, text, weighted(text), syntax)
 
 
-def tokenize(components: Components, text: str, sections: tuple[Section, ...], plain: bool) -> ParsedText:
+def tokenize(components: Components, text: str, sections: tuple[Section, ...], syntax: str) -> ParsedText:
     """A weighted text as chunks for each text encoder of a checkpoint; plain text is cut to its first chunk.
 
     Raises:
         FastsdError: the text fills more than `MAX_CHUNKS`.
     """
-    pieces = pieces_of(sections, components.embeddings)
+    find = comfy.pieces_of if syntax == "comfy" else pieces_of
+    pieces = find(sections, components.embeddings)
     found = []
     for which, tokenizer in enumerate(components.tokenizers):
         vectors = {name: embedding.vectors[which] for name, embedding in components.embeddings.items()}
-        chunks = split(pieces, tokenizer, vectors, comma_reach=0 if plain else COMMA_REACH)
-        found.append(tuple(chunks[:1] if plain else chunks))
+        if syntax == "comfy":
+            chunks = comfy.split(pieces, tokenizer, vectors)
+        else:
+            chunks = split(pieces, tokenizer, vectors, comma_reach=0 if syntax == "plain" else COMMA_REACH)
+        found.append(tuple(chunks[:1] if syntax == "plain" else chunks))
     longest = max(map(len, found))
     if longest > MAX_CHUNKS:
         raise FastsdError(
             f"{longest} chunks of text; the longest prompt that is read fills {MAX_CHUNKS}", argument="prompt"
         )
-    return ParsedText(text, sections, pieces, tuple(found), plain)
+    return ParsedText(text, sections, pieces, tuple(found), syntax)
 
 
 def notes_on(components: Components, text: ParsedText) -> Iterator[str]:
@@ -197,5 +222,5 @@ def notes_on(components: Components, text: ParsedText) -> Iterator[str]:
         cut = components.tokenizers[0].truncated(text.text)
         if cut:
             yield f"the prompt is too long; left out: {cut!r}"
-    elif any(re.search(r"\bAND\b", part) for part in plain):
+    elif text.syntax == "a1111" and any(re.search(r"\bAND\b", part) for part in plain):
         yield "the prompt holds AND, which is read as a word: prompts are not composed"

@@ -267,7 +267,7 @@ BAD = [
     ("prompt", "a, " * 5000),
     ("negative_prompt", "(a:101)"),
     ("negative_prompt", "x" * 200_000),
-    ("prompt_syntax", "comfy"),
+    ("prompt_syntax", "invoke"),
     ("prompt_syntax", 3),
     ("prompt_syntax", ["plain"]),
 ]

@@ -10,7 +10,8 @@ import torch
 
 from fastsd.components import Components, TextualInversion
 from fastsd.text import encode
-from fastsd.text.encode import TextFeatures, emphasize
+from fastsd.text.emphasis import original
+from fastsd.text.encode import TextFeatures
 from fastsd.text.parse import parse_text
 from tests.support import tiny
 
@@ -85,8 +86,9 @@ def test_weights_multiply_and_the_mean_is_restored(components: Components) -> No
 def test_the_mean_is_that_of_all_tokens_and_channels() -> None:
     hidden = torch.tensor([[[1.0, 3.0], [5.0, 7.0]]])  # mean 4
     weights = torch.tensor([[[1.0], [3.0]]])  # 1 3 15 21: mean 10
-    torch.testing.assert_close(emphasize(hidden, weights), torch.tensor([[[0.4, 1.2], [6.0, 8.4]]]), rtol=1e-6, atol=0)
-    assert emphasize(hidden, torch.tensor([[[1.0], [-1 / 3]]])).isfinite().all()  # 1 3 -5/3 -7/3: mean 0
+    expected = torch.tensor([[[0.4, 1.2], [6.0, 8.4]]])
+    torch.testing.assert_close(original(hidden, weights, hidden), expected, rtol=1e-6, atol=0)
+    assert original(hidden, torch.tensor([[[1.0], [-1 / 3]]]), hidden).isfinite().all()  # 1 3 -5/3 -7/3: mean 0
 
 
 def test_long_text_is_encoded_chunk_by_chunk(components: Components) -> None:

@@ -1,0 +1,94 @@
+"""The rules of other programs, each against what that program's own code says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastsd.components import Components
+from fastsd.generate.conditioning import schedule_conditioning
+from fastsd.generate.like import LIKE
+from fastsd.generate.request import plan
+from fastsd.graph import Graphs
+from fastsd.pipeline import Pipeline
+from tests.support import tiny
+from tests.support.pipelines import latents, tiny_components
+
+CPU = torch.device("cpu")
+LONG = "a cat, sitting on a mat, " * 14  # two chunks
+
+
+def contexts(components: Components, like: str, prompt: str, negative: str) -> list[torch.Tensor]:
+    """What the first cross-attention reads: of the negative prompt, then of the prompt; `[1, tokens, ...]`."""
+    request = plan(components, DEFAULTS, {"prompt": prompt, "negative_prompt": negative, "like": like, "seed": 1})
+    schedule = schedule_conditioning(components, request.passes[0], slice(0, 1), range(1), Graphs(), CPU)
+    return [schedule.key_values[0][text][0] for text in schedule.texts[0]]
+
+
+DEFAULTS = {
+    "num_inference_steps": 2,
+    "guidance_scale": 5.0,
+    "width": 64,
+    "height": 64,
+    "sampler": "euler",
+    "schedule": "default",
+}
+
+
+def test_what_the_caller_gives_precedes_the_rules() -> None:
+    components = tiny_components()
+    for name, rules in LIKE.items():
+        settings = plan(components, DEFAULTS, {"prompt": "x", "like": name}).settings
+        assert all(settings[key] == value for key, value in rules.settings.items())
+    given = {"noise": "cpu", "emphasis": "no_norm", "prompt_syntax": "a1111"}
+    settings = plan(components, DEFAULTS, {"prompt": "x", "like": "comfy", **given}).settings
+    assert {key: settings[key] for key in given} == given
+
+
+@pytest.mark.parametrize("like", ["a1111", "comfy"])
+def test_texts_of_unequal_lengths_are_repeated_where_those_programs_keep_them_apart(like: str) -> None:
+    """A1111 calls the UNet for each (`CFGDenoiser.forward`, tensor.shape[1] != uncond.shape[1]); ComfyUI repeats
+    (comfy/conds.py, `CONDCrossAttn.concat`: "padding with repeat doesn't change result")."""
+    components = tiny_components()
+    negative, positive = contexts(components, like, LONG, "fog")
+    alone, _ = contexts(components, like, "x", "fog")
+    assert positive.shape[1] == negative.shape[1] == 2 * alone.shape[1]
+    assert torch.equal(negative, torch.cat([alone, alone], dim=1))
+    padded, _ = contexts(components, "none", LONG, "fog")
+    assert not torch.equal(padded, negative)
+
+
+def test_a_repeated_text_counts_as_it_does_alone() -> None:
+    """The UNet's output agrees to rounding: softmax sums twice as many terms, each half as large."""
+    components = tiny_components()
+    x = torch.randn(1, 8, 8, 4, generator=torch.Generator().manual_seed(0))
+    text = torch.randn(1, 77, components.unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(1))
+    unet = components.unet
+    time = unet.embed_time(torch.tensor([500.0]), None)[:, None]
+    with torch.inference_mode():
+        one, three = (unet.denoise(x, time[0], unet.project_context(text.repeat(1, n, 1))) for n in (1, 3))
+    torch.testing.assert_close(one, three, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("like", "zeros"), [("none", None), ("a1111", True), ("comfy", False), ("diffusers", None)])
+@pytest.mark.parametrize("says", [True, False])
+def test_sdxls_empty_negative_prompt(like: str, zeros: bool | None, says: bool) -> None:
+    """A1111: zeros always (modules/sd_models_xl.py, `force_zero_negative_prompt`). ComfyUI: the encoding of "".
+    diffusers:
+    as model_index.json says (`force_zeros_for_empty_prompt`). fastsd follows diffusers."""
+    components = replace(tiny.sdxl(), zeros_for_empty_prompt=says)
+    negative, _ = contexts(components, like, "a cat", "")
+    wanted, _ = contexts(replace(components, zeros_for_empty_prompt=says if zeros is None else zeros), "none", "a", "")
+    assert torch.equal(negative, wanted)
+
+
+@pytest.mark.parametrize("like", ["a1111", "comfy", "diffusers"])
+def test_an_image_of_each(like: str) -> None:
+    """Each runs, repeats, and is an image of its own."""
+    pipe = Pipeline(tiny_components(), CPU, torch.float32)
+    arguments = {"sampler": "euler_a", "negative_prompt": "fog", "num_images_per_prompt": 2}
+    found = latents(pipe, "a (red:1.4) cat", like=like, **arguments)
+    assert torch.equal(found, latents(pipe, "a (red:1.4) cat", like=like, batch_size=1, **arguments))
+    assert not torch.equal(found, latents(pipe, "a (red:1.4) cat", **arguments))
