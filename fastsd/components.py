@@ -41,6 +41,7 @@ class Components:
         sample_size: side of the latents in training.
         name: for metadata and messages.
         zeros_for_empty_prompt: zeros stand for an empty negative prompt, not the encoding of "" (SDXL base).
+        scaled_image: the image to edit is given to the UNet scaled, like the latent (CosXL Edit).
         aesthetic_score: the added conditioning holds a score (SDXL refiner).
         defaults: settings of `Pipeline.__call__` that the checkpoint's author recommends.
         known_words: the whole vocabulary of a model trained on few words, or empty.
@@ -57,6 +58,7 @@ class Components:
     name: str = "model"
     zeros_for_empty_prompt: bool = False
     aesthetic_score: bool = False
+    scaled_image: bool = False
     defaults: dict[str, Any] = field(default_factory=dict)
     known_words: frozenset[str] = frozenset()
     few_step: Detection | None = None

@@ -16,7 +16,7 @@ from fastsd.cli.parser import one_line
 from fastsd.cli.preview import Preview
 from fastsd.cli.repeat import GivenImage
 from fastsd.errors import FastsdError, about
-from fastsd.image.files import open_image, open_mask
+from fastsd.image.files import open_depth, open_image, open_mask
 from fastsd.image.metadata import write_texts
 from fastsd.kinds import MAX_SEED
 from fastsd.parameters import DEFAULT_BATCH, PARAMETERS, RANDOM_SEED, of_call
@@ -25,7 +25,7 @@ from fastsd.sampling.samplers import resolve
 if TYPE_CHECKING:
     from fastsd.pipeline import Pipeline, Result
 
-READERS = {"image": open_image, "mask_image": open_mask}
+READERS = {"image": open_image, "mask_image": open_mask, "depth_image": open_depth}
 OF_NOISE = ("subseed", "subseed_strength", "noise_index", "noise_count")
 OF_BATCHES = ("prompt", "seed", "num_images_per_prompt", "batch_size")  # each batch is a call with its own
 NOT_PASSED = ("model", "device", "dtype")  # `load` passes these in its own way

@@ -15,7 +15,7 @@ from fastsd.image.metadata import read_texts
 from fastsd.kinds import Number, Parameter
 from fastsd.parameters import PARAMETERS
 
-IMAGES = [PARAMETERS[name] for name in ("image", "mask_image")]
+IMAGES = [PARAMETERS[name] for name in ("image", "mask_image", "depth_image")]
 
 
 @dataclass(frozen=True)

@@ -50,11 +50,6 @@ class Engine:
     def __post_init__(self) -> None:
         self.codec = Codec(self.components.vae, self.graphs)
 
-    @property
-    def inpaints(self) -> bool:
-        """The UNet reads mask and masked image."""
-        return self.components.unet.config.reads == "mask"
-
 
 @dataclass(frozen=True)
 class ScheduledControl:
@@ -166,18 +161,27 @@ def prepare(engine: Engine, stage: Pass, which: slice, first: torch.Tensor | Non
     with timed(timings, "text"):
         segments = tuple(_segments(engine, stage, which))
     with timed(timings, "encode"):
-        start = start_batch(engine.codec, stage, which, noise, engine.inpaints, first)
+        start = start_batch(engine.components, engine.codec, stage, which, noise, first)
     pure_noise = stage.mask is not None and stage.strength == 1.0
     state = advance.begin(stage.table, start.noise, None if pure_noise else start.image)
     settings, rescaled = stage.settings, stage.guided and stage.settings.guidance_rescale > 0
+    by_image = stage.parts == 3
     inputs = StepInputs(
         state,
         Conditioning(state.x),  # `Segment.condition` replaces it before each row
         guidance=state.x.new_tensor([settings.guidance_scale]) if stage.guided else None,
+        image_guidance=state.x.new_tensor([settings.image_guidance_scale]) if by_image else None,
         rescale=state.x.new_tensor([settings.guidance_rescale]) if rescaled else None,
-        extra_channels=start.extra_channels,
+        extra_channels=_extra_channels(start.extra_channels, stage.parts),
     )
     return Batch(engine, inputs, segments, noise, start)
+
+
+def _extra_channels(extra: torch.Tensor | None, parts: int) -> torch.Tensor | None:
+    """Of every UNet sample: the same for each, but for the unconditional one of three, which reads zeros."""
+    if extra is None or parts == 1:
+        return extra
+    return torch.cat([extra if parts == 2 else torch.zeros_like(extra)] + [extra] * (parts - 1))
 
 
 def _segments(engine: Engine, stage: Pass, which: slice) -> Iterator[Segment]:

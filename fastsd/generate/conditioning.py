@@ -60,7 +60,7 @@ def schedule_conditioning(
     """Encode the texts of a batch and project them for its networks.
 
     Each distinct text is encoded once and alone, padded to the chunks of its image, so that an image does not depend
-    on its neighbours in the batch. With guidance, the negative half comes first.
+    on its neighbours in the batch. With guidance, the negative texts come first, twice where an image guides too.
 
     Args:
         components: the checkpoint whose text encoders and UNet run.
@@ -112,7 +112,8 @@ def texts_by_row(stage: Pass, which: slice) -> list[Texts]:
     """The texts of a batch in each row of the table; schedules in prompts count the steps that run."""
     samples = [[(text, False) for text in prompt.texts] for prompt in stage.prompts.positive[which]]
     if stage.guided:
-        samples = [[(text, True) for text in prompt.texts] for prompt in stage.prompts.negative[which]] + samples
+        negatives = [[(text, True) for text in prompt.texts] for prompt in stage.prompts.negative[which]]
+        samples = negatives * (stage.parts - 1) + samples
     return [tuple(sample[step] for sample in samples) for step in stage.table.step - stage.table.step[:1]]
 
 

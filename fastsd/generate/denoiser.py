@@ -63,23 +63,30 @@ class StepInputs:
     Attributes:
         state: the sampler's; while a graph works on this batch, its tensors are the graph's buffers.
         conditioning: the UNet's.
-        guidance: `[1]` fp32, or None: no unconditional half.
+        guidance: `[1]` fp32, or None: no unconditional sample.
+        image_guidance: `[1]` fp32: of three samples, the second reads the image alone; or None.
         rescale: `[1]` fp32, the share of guidance rescaling, or None.
-        extra_channels: `[n, h, w, C + 1]`, mask and masked image of an inpainting UNet, or None.
+        extra_channels: what the UNet reads beside the latent, `[UNet samples, h, w, channels]`, or None.
         controls: the ControlNets that take part in the current row.
     """
 
     state: SamplerState
     conditioning: Conditioning
     guidance: torch.Tensor | None = None
+    image_guidance: torch.Tensor | None = None
     rescale: torch.Tensor | None = None
     extra_channels: torch.Tensor | None = None
     controls: tuple[ActiveControl, ...] = ()
     _keys: dict[Hashable, Hashable] = field(default_factory=dict, repr=False)  # of graphs, by the networks
 
+    @property
+    def parts(self) -> int:
+        """UNet samples of each image."""
+        return 1 if self.guidance is None else 2 if self.image_guidance is None else 3
+
     def constants(self) -> Iterator[torch.Tensor | None]:
         """What stays the same over the rows."""
-        yield from (self.guidance, self.rescale, self.extra_channels)
+        yield from (self.guidance, self.image_guidance, self.rescale, self.extra_channels)
         for control in self.controls:
             yield from (control.hint, control.weight)
 
@@ -92,23 +99,23 @@ def denoise_row(unet: UNet, inputs: StepInputs, row: int) -> torch.Tensor:
     """Call the UNet and update the latent. Nothing here depends on a number of the host but `row`, of the times.
 
     Returns:
-        The UNet's output, `[n or 2n, h, w, C]`.
+        The UNet's output, `[UNet samples, h, w, C]`: of the unconditional samples first.
     """
-    state, guided = inputs.state, inputs.guidance is not None
+    state, parts = inputs.state, inputs.parts
     dtype = unet.conv_in.weight.dtype
-    latent = torch.cat([state.x_in, state.x_in]) if guided else state.x_in
+    latent = torch.cat([state.x_in] * parts) if parts > 1 else state.x_in
     residuals: list[torch.Tensor] | None = None
     for control in inputs.controls:
         given = control.conditioning
         added = control.net.denoise(latent.to(dtype), given.time[row], given.key_values, control.hint, control.weight)
         residuals = added if residuals is None else [a + b for a, b in zip(residuals, added, strict=True)]
     if inputs.extra_channels is not None:
-        latent = torch.cat([state.x_in, inputs.extra_channels], dim=-1)
-        latent = torch.cat([latent, latent]) if guided else latent
+        latent = torch.cat([latent, inputs.extra_channels], dim=-1)
     out = unet.denoise(latent.to(dtype), inputs.conditioning.time[row], inputs.conditioning.key_values, residuals)
     scale = 1.0 if inputs.guidance is None else inputs.guidance
-    rescale = None if inputs.rescale is None else guidance_rescale(out, scale, inputs.rescale)
-    advance(out=out, guidance=scale, rescale=rescale, **state.operands())
+    image = inputs.image_guidance
+    rescale = None if inputs.rescale is None else guidance_rescale(out, scale, inputs.rescale, image)
+    advance(out=out, guidance=scale, rescale=rescale, image_guidance=image, **state.operands())
     state.row += 1
     return out
 
@@ -133,6 +140,7 @@ class CapturedStep:
             inputs.state.copy(MAX_ROWS),
             inputs.conditioning.buffers(),
             copy(inputs.guidance),
+            copy(inputs.image_guidance),
             copy(inputs.rescale),
             copy(inputs.extra_channels),
             tuple(map(copy_control, inputs.controls)),

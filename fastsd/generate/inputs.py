@@ -11,6 +11,7 @@ from PIL import Image
 
 from fastsd.components import Components
 from fastsd.errors import FastsdError, about
+from fastsd.generate.beside import check_beside
 from fastsd.generate.control import Control, check_controls, fit_controls
 from fastsd.generate.latents import InpaintMask
 from fastsd.image.files import BLACK, WHITE, flatten
@@ -26,6 +27,7 @@ class Images:
 
     image: Image.Image | None
     mask: InpaintMask | None
+    depth: Image.Image | None
     controls: tuple[Control, ...]
     size: tuple[int, int]
     notes: list[str]
@@ -51,7 +53,7 @@ def check_side(argument: str, value: Any, factor: int) -> int:
 
 
 def fit_images(components: Components, settings: Settings, default: tuple[int, int]) -> Images:
-    """All images of a call at one size: the size asked for, else the image's own, else the first control's.
+    """All images of a call at one size: the size asked for, else the image's own, the depth map's, the first control's.
 
     Args:
         default: the size without any image.
@@ -62,12 +64,15 @@ def fit_images(components: Components, settings: Settings, default: tuple[int, i
     config = components.vae.config
     notes: list[str] = []
     image, mask, controls = settings.image, None, check_controls(settings.controls)
+    depth = check_beside(components, settings)
     width, height = settings.width, settings.height
     if image is not None:
         if components.vae.encoder is None:
             raise FastsdError(DECODES_ONLY, argument="image")
         image, notes = fit_image(image, width, height, config.downscale)
         width, height = image.size
+    elif depth is not None and width is None and height is None:
+        width, height = own_size("depth_image", depth, config.downscale)
     elif controls and width is None and height is None:
         width, height = own_size("controls[0].image", controls[0].image, config.downscale)
     if settings.mask_image is not None:
@@ -84,7 +89,7 @@ def fit_images(components: Components, settings: Settings, default: tuple[int, i
     trained = components.sample_size * config.downscale
     if width * height > MAX_GROWTH * trained**2:
         notes.append(f"the model was trained at {trained}x{trained}; at {width}x{height} it may repeat or tear objects")
-    return Images(image, mask, fitted_controls, (width, height), notes)
+    return Images(image, mask, depth, fitted_controls, (width, height), notes)
 
 
 def fit_image(image: Any, width: int | None, height: int | None, factor: int) -> tuple[Image.Image, list[str]]:

@@ -62,6 +62,12 @@ class Codec:
         mean, logvar = self._finite("encode", run, image, tiled or image.shape[1] * image.shape[2] > CAPTURED)
         return (mean.float() + torch.exp(0.5 * logvar.float()) * noise) * self.vae.config.scaling_factor
 
+    def mode(self, image: torch.Tensor, tiled: bool) -> torch.Tensor:
+        """One image `[1, H, W, 3]` in [-1, 1] to the mode of its latents, unscaled, `[1, h, w, C]` fp32."""
+        run = partial(encode_tiled, self.vae) if tiled else self.vae.encode
+        mean, _ = self._finite("encode", run, image, tiled or image.shape[1] * image.shape[2] > CAPTURED)
+        return mean.float()
+
     def decode(self, latent: torch.Tensor, tiled: bool) -> np.ndarray:
         """A scaled latent `[1, h, w, C]` to an image `[1, H, W, 3]` uint8; in overlapping tiles where `tiled`.
 

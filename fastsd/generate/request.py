@@ -13,6 +13,7 @@ from PIL import Image
 from fastsd.components import Components
 from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
+from fastsd.generate.beside import count_parts, fill_editing, guidance_notes
 from fastsd.generate.control import Control, idle_controls, resize_control
 from fastsd.generate.defaults import steps_from_image
 from fastsd.generate.inputs import Images, check_prompts, fit_images, fit_latents
@@ -43,12 +44,13 @@ class Pass:
         width, height: in pixels.
         strength: how much of an image it changes.
         vae_tiling: the autoencoder works in tiles.
-        guided: an unconditional half runs beside the conditional one.
+        parts: samples that the UNet runs for an image, see `fastsd.generate.beside.count_parts`.
         workload: what its memory depends on.
         controls: with RGB images, width x height.
         refiner_row: the first row of the table that the refiner does; without one, past the last.
         image: RGB, width x height, or None.
         mask: of the image, or None.
+        depth: a depth map of floating-point pixels, of any size, or None.
         latents: starting noise `[N, C, h, w]`, or None.
         noise: of all images of the call.
         rules: of the program that the call follows.
@@ -61,15 +63,21 @@ class Pass:
     height: int
     strength: float
     vae_tiling: bool
-    guided: bool
+    parts: int
     workload: memory.Workload
     controls: tuple[Control, ...]
     refiner_row: int
     image: Image.Image | None = None
     mask: InpaintMask | None = None
+    depth: Image.Image | None = None
     latents: torch.Tensor | None = None
     noise: NoisePlan = NoisePlan("cpu", ())
     rules: Rules = LIKE["none"]
+
+    @property
+    def guided(self) -> bool:
+        """An unconditional sample runs beside the conditional one."""
+        return self.parts > 1
 
     def ends_step(self, row: int) -> bool:
         """Whether `row` is the last of one of the user's steps."""
@@ -136,15 +144,16 @@ def plan(
     settings = fill(settings, {name for name, value in arguments.items() if value is not None})
     settings = _fill_steps(settings, defaults, few_step)
     settings = _fill_sampling(settings, components, defaults)
+    settings, notes = fill_editing(settings, components, arguments)
     prompts, negatives = _prompts(settings)
     count = len(prompts)
     settings = _fill_counts(settings, count)
-    guided = settings.guidance_scale != 1.0 and not components.unet.config.time_cond_proj_dim  # takes it as an input
-    parsed = _parse(components, settings, prompts, negatives, settings.num_inference_steps, guided)
+    parts = count_parts(components, settings)
+    parsed = _parse(components, settings, prompts, negatives, settings.num_inference_steps, parts > 1)
     images = fit_images(components, settings, (defaults["width"], defaults["height"]))
     settings = settings.replace(width=images.size[0], height=images.size[1])
-    first = _first_pass(components, settings, parsed, images, guided, count)
-    notes = [*parsed.notes, *images.notes]
+    first = _first_pass(components, settings, parsed, images, parts, count)
+    notes += [*guidance_notes(settings, parts), *parsed.notes, *images.notes]
     if not len(first.table) and first.strength > 0:
         notes.append(_nothing_changes("the run", first.strength, settings.num_inference_steps))
     notes += idle_controls(first.controls, first.table)
@@ -244,7 +253,7 @@ def _fill_counts(settings: Settings, count: int) -> Settings:
 
 
 def _first_pass(
-    components: Components, settings: Settings, prompts: ParsedPrompts, images: Images, guided: bool, count: int
+    components: Components, settings: Settings, prompts: ParsedPrompts, images: Images, parts: int, count: int
 ) -> Pass:
     config = components.vae.config
     width, height = images.size
@@ -254,7 +263,9 @@ def _first_pass(
         latents = fit_latents(latents, shape)
     weight = components.unet.conv_in.weight
     tiled = width * height > TILED_FROM if settings.vae_tiling is None else settings.vae_tiling
-    workload = memory.Workload(components.unet.config, config, width, height, settings.batch_size, weight.dtype, tiled)
+    workload = memory.Workload(
+        components.unet.config, config, width, height, settings.batch_size, weight.dtype, tiled, max(parts, 2)
+    )
     memory.check_workload(workload, weight.device)
     strength = 1.0 if images.image is None else settings.strength
     table = make_table(settings, components.scheduler, settings.num_inference_steps, strength)
@@ -267,12 +278,13 @@ def _first_pass(
         height=height,
         strength=strength,
         vae_tiling=tiled,
-        guided=guided,
+        parts=parts,
         workload=workload,
         controls=images.controls,
         refiner_row=refiner_row(table, components.scheduler, settings.refiner_switch),
         image=images.image,
         mask=images.mask,
+        depth=images.depth,
         latents=latents,
         noise=NoisePlan.of(settings, count, rules.from_mean),
         rules=rules,

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from PIL import Image
 
+from fastsd.components import Components
+from fastsd.generate.beside import depth_latent, edited_latent
 from fastsd.generate.latents import Codec, enlarge, image_tensor, to_channels_last
 from fastsd.generate.noise import Noise
 from fastsd.generate.request import Pass
@@ -21,7 +23,8 @@ class Start:
         noise: `[n, h, w, C]`, unit variance.
         image: `[n, h, w, C]`, scaled latents that the noise is added to; None: pure noise.
         mask: `[1, h, w, 1]`: latents outside it follow `image`; or None.
-        extra_channels: `[n, h, w, C + 1]`, mask and masked image, which an inpainting UNet reads; or None.
+        extra_channels: what the UNet reads beside the latent, `[n, h, w, channels]`: mask and masked image, the image
+            to edit, or a depth map; or None.
     """
 
     noise: torch.Tensor
@@ -31,23 +34,38 @@ class Start:
 
 
 def start_batch(
-    codec: Codec, stage: Pass, which: slice, noise: Noise, inpaints: bool, first: torch.Tensor | None
+    components: Components, codec: Codec, stage: Pass, which: slice, noise: Noise, first: torch.Tensor | None
 ) -> Start:
-    """The start of one batch of a pass, by its mode.
+    """The start of one batch of a pass, by its mode and by what the UNet reads.
 
     Args:
         which: the images of the batch.
         noise: of these images.
-        inpaints: the UNet reads mask and masked image.
         first: `[n, h, w, C]`, the first pass's latents, in the second pass.
     """
+    reads = components.unet.config.reads
+    start = _start(codec, stage, which, noise, reads, first)
+    if reads == "image" and stage.image is not None:
+        extra = edited_latent(codec, stage.image, stage.vae_tiling, components.scaled_image)
+    elif stage.depth is not None:
+        extra = depth_latent(stage.depth, *noise.shape[1:])
+    else:
+        return start
+    return replace(start, extra_channels=extra.to(noise.device).expand(len(start.noise), -1, -1, -1))
+
+
+def _start(
+    codec: Codec, stage: Pass, which: slice, noise: Noise, reads: str | None, first: torch.Tensor | None
+) -> Start:
+    """The start without the image to edit and the depth map."""
     if first is not None:
         return second_pass(codec, stage, noise, first)
     if stage.image is None:
         return text_to_image(stage, which, noise)
     if stage.mask is None:
-        return image_to_image(codec, stage, which, noise)
-    return (inpaint_by_unet if inpaints else inpaint_by_mask)(codec, stage, which, noise)
+        edits = reads == "image" and stage.strength == 1.0  # nothing of the image is left, and the UNet reads it
+        return text_to_image(stage, which, noise) if edits else image_to_image(codec, stage, which, noise)
+    return (inpaint_by_unet if reads == "mask" else inpaint_by_mask)(codec, stage, which, noise)
 
 
 def text_to_image(stage: Pass, which: slice, noise: Noise) -> Start:

@@ -47,6 +47,22 @@ def open_mask(source: str | Path | bytes, argument: str | None = "mask_image") -
     return _read(source, argument, "L", BLACK)[0]
 
 
+def open_depth(source: str | Path | bytes, argument: str | None = "depth_image") -> Image.Image:
+    """A depth map as floating-point pixels, in the file's own range.
+
+    Raises:
+        FastsdError: as `open_image`.
+    """
+    return _read(source, argument, "F", BLACK)[0]
+
+
+def as_depth(image: Image.Image) -> Image.Image:
+    """`image` as floating-point pixels: those of 16 bits and more keep their values, colours become their luminance."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        image = flatten(image, "L", BLACK)
+    return Image.fromarray(np.asarray(image).astype(np.float32))
+
+
 def read_text(source: str | Path | bytes, argument: str | None = "image") -> dict[str, str]:
     """The texts stored in an image: a PNG's text chunks; "parameters" and "fastsd" from the EXIF of others.
 
@@ -101,7 +117,7 @@ def read_file(path: str | Path, argument: str | None = None) -> bytes:
 def _read(
     source: str | Path | bytes, argument: str | None, mode: str, background: int
 ) -> tuple[Image.Image, dict[str, str]]:
-    """The image in `mode`, flattened on `background`, and the texts in it."""
+    """The image in `mode`, flattened on `background` (a depth map, "F", is not), and the texts in it."""
     path = None if isinstance(source, bytes) else Path(source)
     data = source if isinstance(source, bytes) else read_file(source, argument)
     with about(argument, path):
@@ -112,7 +128,8 @@ def _read(
                     _check_size(opened.size)
                     opened.load()
                     texts = _texts(opened)
-                    return flatten(_upright(opened), mode, background), texts
+                    image = _upright(opened)
+                    return as_depth(image) if mode == "F" else flatten(image, mode, background), texts
         except FastsdError:
             raise
         except Image.DecompressionBombError:

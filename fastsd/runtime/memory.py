@@ -70,6 +70,7 @@ class Workload:
     batch: int
     dtype: torch.dtype
     tiled: bool
+    parts: int = 2  # samples that the UNet runs for an image
 
     @property
     def activation_bytes(self) -> int:
@@ -83,7 +84,7 @@ class Workload:
         width, height = (min(side, tile) if self.tiled else side for side in (self.width, self.height))
         decoder = 4 * width * height * max(self.vae.block_out_channels[:2])
         tokens = (self.width // self.vae.downscale) * (self.height // self.vae.downscale)
-        denoiser = 2 * self.batch * tokens * self.unet.block_out_channels[0] * 24
+        denoiser = self.parts * self.batch * tokens * self.unet.block_out_channels[0] * 24
         return (decoder + denoiser) * self.dtype.itemsize
 
     def __str__(self) -> str:

@@ -259,6 +259,8 @@ def _compare(
                     f"{getattr(read_back, field)!r}",
                     path=path,
                 )
+    if components.scaled_image != family.scaled_image:
+        raise FastsdError("a single file cannot store that its UNet reads the image to edit scaled", path=path)
     prediction = components.scheduler.prediction_type
     if prediction not in ("epsilon", "v_prediction"):
         raise FastsdError(f"a single file cannot store that its network predicts {prediction!r}", path=path)

@@ -22,6 +22,7 @@ _TRAINING_PREFIXES = (
     *(EMA_PREFIX, "first_stage_model.loss.", "first_stage_model.model_ema.", "embedding_manager.", "denoiser."),
     *("betas", "alphas_", "sqrt_", "log_one_minus", "posterior_", "logvar", "lvlb_weights", "scale_factor"),
     *("v_pred", "ztsnr", "global_step"),
+    "depth_model.",  # MiDaS, which measures depth, beside SD 2's depth model; fastsd takes the depth map as an image
 )
 # Keys of text encoders that no model uses.
 _UNUSED_SUFFIXES = ("position_ids", "logit_scale", "attn_mask", "text_projection", "text_projection.weight")

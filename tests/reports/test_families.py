@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
+from fastsd.cli import main
 from fastsd.errors import FastsdError
+from fastsd.image.files import read_text
+from fastsd.image.metadata import read_texts
 from fastsd.pipeline import Pipeline
 from fastsd.weights import load_folder, load_single_file, save_folder
 from fastsd.weights.convert import convert
 from tests.support import original
+from tests.support.pipelines import PHOTO
 from tests.support.tiny import all_weights, assert_same
 
 Tensors = dict[str, torch.Tensor]
@@ -61,3 +67,39 @@ def test_a_projection_stored_as_a_layer_loads(tensors: dict[str, Tensors], tmp_p
     assert_same(all_weights(found), all_weights(load_single_file(tmp_path / "usual.safetensors", torch.float32)))
     convert(tmp_path / "model.safetensors", tmp_path / "folder")
     assert_same(all_weights(load_folder(tmp_path / "folder", torch.float32)), all_weights(found))
+
+
+KINDS = {"sd1 InstructPix2Pix": 8, "sdxl InstructPix2Pix": 8, "sd2 depth": 5}
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", KINDS)
+def test_a_model_that_reads_an_image_works_from_one_file_and_repeats(
+    name: str, tensors: dict[str, Tensors], tmp_path: Path, capsys: Any
+) -> None:
+    """InstructPix2Pix, CosXL Edit's shape and SD 2's depth model loaded and died in oneDNN.
+
+    The file of the depth model also holds MiDaS. The image's metadata and A1111's text hold both scales.
+    """
+    family, kind = name.split(" ")
+    stored = dict(tensors[family])
+    first = stored[f"{UNET}input_blocks.0.0.weight"]
+    stored[f"{UNET}input_blocks.0.0.weight"] = torch.randn(first.shape[0], KINDS[name], *first.shape[2:]) / 8
+    if kind == "depth":
+        stored["depth_model.model.pretrained.model.cls_token"] = torch.ones(1, 1, 8)
+    file, photo = file_of(tmp_path, stored), tmp_path / "photo.png"
+    PHOTO.resize((32, 32)).save(photo)
+    image = ["--image" if kind == "InstructPix2Pix" else "--depth", str(photo)]
+    words = ["-m", str(file), "-p", "make it blue", "--seed", "1", "--steps", "2", "--device", "cpu", "--dtype", "fp32"]
+    words += ["--image-guidance", "1.25"] if kind == "InstructPix2Pix" else []
+    assert main([*words, *image, "-o", str(tmp_path / "a.png")]) == 0, capsys.readouterr().err
+    settings = read_texts(read_text(tmp_path / "a.png"))[0]
+    assert settings.get("image_guidance_scale") == (1.25 if kind == "InstructPix2Pix" else None)
+    assert ("Image CFG scale: 1.25" in read_text(tmp_path / "a.png")["parameters"]) == (kind == "InstructPix2Pix")
+    assert main(["--from-image", str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png")]) == 2
+    assert f"it was generated with {image[0]} 'photo.png'" in capsys.readouterr().err
+    assert main(["--from-image", str(tmp_path / "a.png"), *image, "-o", str(tmp_path / "b.png")]) == 0
+    assert Image.open(tmp_path / "a.png").tobytes() == Image.open(tmp_path / "b.png").tobytes()
+    assert main(["inspect", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert f"{original.FAMILIES[family].name} {kind} (" in shown and "depth_model" not in shown

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastsd.model.tokenizer import Tokenizer
+from tests.support.folders import edit_json
 
 SCHEDULE = {
     "beta_start": 0.00085,
@@ -87,6 +88,18 @@ def make_text(tokenizer: Any, projection: int = 0, act: str = "quick_gelu") -> A
     return disturbed(model_class(config))
 
 
+def make_depth(base: Any) -> Any:
+    """SD 2's depth model with the networks of `base`, without the one that measures depth."""
+    import diffusers
+
+    parts = {name: getattr(base, name) for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
+    unet = make_unet(in_channels=5, use_linear_projection=True, attention_head_dim=(2, 4))
+    nothing: Any = None
+    return diffusers.StableDiffusionDepth2ImgPipeline(
+        unet=unet, depth_estimator=nothing, feature_extractor=nothing, **parts
+    )
+
+
 def make_pipelines(folder: Path) -> dict[str, Any]:
     """A diffusers pipeline of every family, saved in a folder of that name."""
     import diffusers
@@ -107,12 +120,13 @@ def make_pipelines(folder: Path) -> dict[str, Any]:
             requires_safety_checker=False,
         )
 
-    def xl(pipeline_class: Any, encoders: int, **changes: Any) -> Any:
+    def xl(pipeline_class: Any, encoders: int, in_channels: int = 4, **changes: Any) -> Any:
         sizes = 6 if encoders == 2 else 5
         unet = make_unet(
             **ATTENTION_BELOW,
             projection_class_embeddings_input_dim=24 + 8 * sizes,
             cross_attention_dim=32 * encoders,
+            in_channels=in_channels,
         )
         return pipeline_class(
             vae=make_vae(),
@@ -137,13 +151,23 @@ def make_pipelines(folder: Path) -> dict[str, Any]:
             attention_head_dim=(2, 4),
         ),
         "inpainting": plain(diffusers.StableDiffusionInpaintPipeline, in_channels=9),
+        "pix2pix": plain(diffusers.StableDiffusionInstructPix2PixPipeline, in_channels=8),
         "sdxl": xl(diffusers.StableDiffusionXLPipeline, 2),
+        "sdxl pix2pix": xl(diffusers.StableDiffusionXLInstructPix2PixPipeline, 2, 8),
+        "sdxl pix2pix scaled": xl(diffusers.StableDiffusionXLInstructPix2PixPipeline, 2, 8, is_cosxl_edit=True),
         "refiner": xl(diffusers.StableDiffusionXLImg2ImgPipeline, 1, requires_aesthetics_score=True),
     }
+    pipelines["depth"] = make_depth(pipelines["sd2"])
+    save_pipelines(pipelines, folder)
+    return pipelines
+
+
+def save_pipelines(pipelines: dict[str, Any], folder: Path) -> None:
+    """Each in a folder of its name."""
     for name, pipeline in pipelines.items():
         pipeline.set_progress_bar_config(disable=True)
         pipeline.save_pretrained(folder / name)
-    return pipelines
+    edit_json(folder / "sdxl pix2pix scaled/model_index.json", is_cosxl_edit=True)  # which diffusers does not write
 
 
 class Families:

@@ -122,16 +122,24 @@ FAMILIES = {
         spacing="leading",
     ),
 }
-WITH_INPAINTING = [*FAMILIES, *(f"{family} inpainting" for family in FAMILIES)]
+INPUTS = {"": 4, "inpainting": 9, "InstructPix2Pix": 8, "depth": 5}  # channels that a UNet reads, by kind
+WITH_KINDS = [
+    *FAMILIES,
+    *(f"{family} inpainting" for family in FAMILIES),
+    *("sd1 InstructPix2Pix", "sdxl InstructPix2Pix", "sd2 depth"),
+]
 
 
-def components(family: str, inpainting: bool = False) -> Components:
-    """A tiny random model of a family. Noise on every parameter, because an initial 0 or 1 could hide a mistake."""
+def components(family: str, kind: str = "") -> Components:
+    """A tiny random model of a family and a kind of `INPUTS`.
+
+    Noise on every parameter, because an initial 0 or 1 could hide a mistake.
+    """
     torch.manual_seed(sorted(FAMILIES).index(family))
     tiny = FAMILIES[family]
     configs = [config for _, _, config in tiny.texts]
     result = Components(
-        unet=UNet(replace(tiny.unet, in_channels=9 if inpainting else 4)),
+        unet=UNet(replace(tiny.unet, in_channels=INPUTS[kind])),
         vae=AutoencoderKL(tiny.vae),
         text_encoders=tuple(TextEncoder(config) for config in configs),
         tokenizers=tuple(
@@ -139,7 +147,7 @@ def components(family: str, inpainting: bool = False) -> Components:
         ),
         scheduler=SchedulerConfig(
             sampler=tiny.sampler,
-            prediction_type="epsilon" if inpainting else tiny.prediction,
+            prediction_type="epsilon" if kind else tiny.prediction,
             timestep_spacing=tiny.spacing,
         ),
         sample_size=8,

@@ -17,7 +17,7 @@ from tests.support import original, tiny
 class Originals:
     """`folder(family)`, `tensors(family)` and `file(family)`, each created once.
 
-    A family is "sd1", "sd2", "sdxl" or "refiner", also with " inpainting".
+    A family is one of `original.FAMILIES`, also followed by a kind of `original.INPUTS`: "sd1 inpainting".
     """
 
     def __init__(self, root: Path):
@@ -28,7 +28,7 @@ class Originals:
 
     def _folder(self, family: str) -> Path:
         name, _, kind = family.partition(" ")
-        save_folder(original.components(name, kind == "inpainting"), self.root / family, torch.float32)
+        save_folder(original.components(name, kind), self.root / family, torch.float32)
         return self.root / family
 
     def _tensors(self, family: str) -> dict[str, torch.Tensor]:

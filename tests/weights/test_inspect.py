@@ -29,7 +29,7 @@ def facts(path: Path, capsys: Any, *flags: str) -> dict[str, list[str]]:
     return values
 
 
-@pytest.mark.parametrize("family", [*original.FAMILIES, "sdxl inpainting"])
+@pytest.mark.parametrize("family", [*original.FAMILIES, "sdxl inpainting", "sd1 InstructPix2Pix", "sd2 depth"])
 def test_families(originals: Any, family: str, capsys: Any) -> None:
     found = facts(originals.file(family), capsys)
     name, _, kind = family.partition(" ")

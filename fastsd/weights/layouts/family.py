@@ -52,6 +52,7 @@ class CheckpointFamily:
         prediction_reason: how that is known.
         zero_snr: the schedule has zero terminal signal-to-noise.
         few_step: the few-step method that the file names, or None.
+        scaled_image: its UNet reads the image to edit scaled, as the latent is: CosXL Edit, marked by its levels.
     """
 
     layout: FileLayout
@@ -62,6 +63,7 @@ class CheckpointFamily:
     prediction_reason: str
     zero_snr: bool
     few_step: Detection | None = None
+    scaled_image: bool = False
 
     @property
     def name(self) -> str:
@@ -118,7 +120,8 @@ def find_family(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> Chec
     if few_step is None and layout.few_step is not None:
         few_step = Detection(KINDS[layout.few_step], f"its keys are those of {layout.family}")
     prediction, reason = _prediction(layout, unet, shapes, metadata)
-    return CheckpointFamily(layout, unet, vae, texts, prediction, reason, "ztsnr" in shapes, few_step)
+    scaled = unet.reads == "image" and "edm_vpred.sigma_max" in shapes
+    return CheckpointFamily(layout, unet, vae, texts, prediction, reason, "ztsnr" in shapes, few_step, scaled)
 
 
 def find_vae(path: Path, shapes: Shapes, preset: VAEConfig) -> VAEConfig:

@@ -59,9 +59,7 @@ _OTHER_CLASSES = {
 _OTHER_WIDTHS = {
     3: "a model that works on pixels",
     6: "a model that works on pixels",
-    5: "SD 2's depth model, which also reads a depth map",
     7: "Stable Diffusion's x4 upscaler, which also reads a small image",
-    8: "InstructPix2Pix, which also reads the image to edit",
     12: "a model that reads two more latents, such as a virtual try-on",
     13: "a model that reads a mask and two more latents, such as a virtual try-on",
     16: "a model for latents of 16 channels",
@@ -125,11 +123,11 @@ def check_fit(
             "they belong to different families",
             path=path,
         )
-    if unet.reads not in ("", "mask"):
+    if unet.reads is None:
         what = _OTHER_WIDTHS.get(unet.in_channels) if latent == 4 else None
         raise FastsdError(
             f"its UNet reads {unet.in_channels} channels{f', as {what}' if what else ''}; fastsd runs UNets that read "
-            f"{latent} or {2 * latent + 1} (inpainting)",
+            f"{latent}, {latent + 1} (a depth map), {2 * latent} (InstructPix2Pix) or {2 * latent + 1} (inpainting)",
             path=path,
         )
     if unet.addition_time_embed_dim:

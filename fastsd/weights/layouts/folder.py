@@ -96,6 +96,7 @@ def outline_folder(root: Path, half: bool) -> tuple[Components, dict[str, list[P
         name=root.resolve().name,
         zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt") is True,
         aesthetic_score=index.get("requires_aesthetics_score") is True,
+        scaled_image=index.get("is_cosxl_edit") is True,
         defaults=extras.get("defaults", {}),
         known_words=frozenset(extras.get("known_words", ())),
         few_step=few_step,

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fastsd.components import Components
+from fastsd.config import UNetConfig
 from fastsd.errors import FastsdError
 from fastsd.kernels.cpu import onednn
 from fastsd.model.clip import TextEncoder
@@ -19,6 +20,9 @@ from fastsd.weights.layouts import configs
 from fastsd.weights.layouts.folder import FASTSD_FILE
 from fastsd.weights.layouts.names import sources, stored_form
 from fastsd.weights.layouts.scheduler import write_scheduler
+
+# The parts of diffusers' pipeline names, by what the UNet reads beside the latent.
+_PIPELINES = {"mask": "Inpaint", "image": "InstructPix2Pix", "depth": "Depth2Img"}
 
 
 def save_folder(components: Components, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
@@ -53,12 +57,10 @@ def write_configs(components: Components, root: Path) -> None:
             "not written: the autoencoder is only TAESD's decoder, and a folder needs its encoder too", path=root
         )
     size = components.sample_size
-    xl, refiner = components.xl, len(components.text_encoders) == 1
-    pipeline = "StableDiffusionPipeline"
-    if xl:
-        pipeline = "StableDiffusionXLImg2ImgPipeline" if refiner else "StableDiffusionXLPipeline"
+    xl = components.xl
+    refiner = xl and len(components.text_encoders) == 1
     index: dict[str, Any] = {
-        "_class_name": pipeline,
+        "_class_name": _pipeline(unet.config, xl, refiner),
         "_diffusers_version": "0.30.0",
         "unet": ["diffusers", "UNet2DConditionModel"],
     }
@@ -85,6 +87,10 @@ def write_configs(components: Components, root: Path) -> None:
     else:
         absent = {"safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None]}
         index |= absent | {"requires_safety_checker": False}
+    if components.scaled_image:
+        index["is_cosxl_edit"] = True
+    if unet.config.reads == "depth" and not xl:
+        index["depth_estimator"] = [None, None]
     _write_json(root / "model_index.json", index)
     extras: dict[str, Any] = {}
     if components.defaults or components.known_words:
@@ -93,6 +99,15 @@ def write_configs(components: Components, root: Path) -> None:
         extras["few_step"] = components.few_step.kind.name
     if extras:
         _write_json(root / FASTSD_FILE, extras)
+
+
+def _pipeline(unet: UNetConfig, xl: bool, refiner: bool) -> str:
+    """The class of diffusers that runs the model; without one of its own, that of its family."""
+    if not xl:
+        return f"StableDiffusion{_PIPELINES.get(unet.reads or '', '')}Pipeline"
+    if unet.reads in ("mask", "image"):
+        return f"StableDiffusionXL{_PIPELINES[unet.reads]}Pipeline"
+    return "StableDiffusionXLImg2ImgPipeline" if refiner else "StableDiffusionXLPipeline"
 
 
 def _save_module(module: nn.Module, file: Path, dtype: torch.dtype, use_linear_projection: bool) -> None:

@@ -135,6 +135,7 @@ def outline_file(
         name=path.stem,
         zeros_for_empty_prompt=family.layout.zeros_for_empty_prompt,
         aesthetic_score=family.layout.aesthetic_score,
+        scaled_image=family.scaled_image,
         few_step=family.few_step,
     )
     return components, networks, family

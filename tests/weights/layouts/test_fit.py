@@ -22,8 +22,8 @@ from tests.support.folders import edit_json
 
 FP32 = torch.float32
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-RUNS = {4: "", 9: "mask"}
-NAMED = {3: "pixels", 5: "depth", 7: "x4 upscaler", 8: "InstructPix2Pix", 12: "try-on", 13: "try-on", 16: "16 channels"}
+RUNS = {4: "", 5: "depth", 8: "image", 9: "mask"}
+NAMED = {3: "pixels", 7: "x4 upscaler", 12: "try-on", 13: "try-on", 16: "16 channels"}
 
 
 def with_inputs(originals: Any, family: str, width: int) -> dict[str, torch.Tensor]:

@@ -74,7 +74,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a UNet for other latents": (
         lambda f: edit_json(f / "unet/config.json", in_channels=10),
-        "its UNet reads 10 channels; fastsd runs UNets that read 4 or 9 (inpainting)",
+        "its UNet reads 10 channels; fastsd runs UNets that read 4, 5 (a depth map), 8",
     ),
     "absurd size": (lambda f: edit_json(f / "unet/config.json", in_channels=2**40), "in_channels is"),
 }

@@ -15,7 +15,7 @@ from tests.support.tiny import all_weights, assert_same
 FP32 = torch.float32
 
 
-@pytest.mark.parametrize("family", original.WITH_INPAINTING)
+@pytest.mark.parametrize("family", original.WITH_KINDS)
 def test_a_file_loads_the_weights_and_configs_of_its_folder(originals: Any, family: str) -> None:
     prediction = "v_prediction" if family == "sd2" else None  # which the tests' files of SD 2 do not say
     file = load_single_file(originals.file(family), FP32, prediction=prediction)

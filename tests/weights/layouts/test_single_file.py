@@ -29,15 +29,17 @@ def load(path: Path, **arguments: Any) -> Any:
     return load_single_file(path, FP32, **arguments)
 
 
-@pytest.mark.parametrize("family", original.WITH_INPAINTING)
+@pytest.mark.parametrize("family", original.WITH_KINDS)
 def test_a_file_gives_the_images_of_its_folder(originals: Any, family: str) -> None:
-    """Text to image, image to image with the refiner, inpainting with nine channels."""
+    """Text to image, image to image with the refiner, inpainting, editing, with a depth map."""
     arguments: dict[str, Any] = {"seed": 3, "num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
-    if "inpainting" in family or family == "refiner":
+    if family == "refiner" or any(kind in family for kind in ("inpainting", "InstructPix2Pix")):
         pixels = np.random.RandomState(0).randint(0, 256, (32, 32, 3), dtype=np.uint8)
         arguments |= {"image": Image.fromarray(pixels), "strength": 1.0}
     else:
         arguments |= {"width": 32, "height": 32}
+    if "depth" in family:
+        arguments["depth_image"] = Image.linear_gradient("L")
     if "inpainting" in family:
         left = (np.arange(32) < 16).repeat(32).reshape(32, 32)
         arguments["mask_image"] = Image.fromarray(left.astype(np.uint8) * 255)

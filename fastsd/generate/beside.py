@@ -1,0 +1,109 @@
+"""What a UNet reads beside the latent, other than a mask: the image to edit (InstructPix2Pix), a depth map (SD 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastsd.components import Components
+from fastsd.errors import FastsdError, about
+from fastsd.generate.latents import Codec, image_tensor, to_channels_last
+from fastsd.image.files import as_depth
+from fastsd.parameters import Settings
+
+IMAGE_GUIDANCE = 1.5  # as in diffusers and A1111
+
+
+def fill_editing(settings: Settings, components: Components, given: Mapping[str, Any]) -> tuple[Settings, list[str]]:
+    """The strength and the image's guidance of a model that edits; and notes on what has no effect.
+
+    Args:
+        settings: of the call.
+        components: the checkpoint.
+        given: the arguments that the caller gave. An image that is edited starts from noise alone unless a strength is
+            given, since the network reads the image in every step.
+    """
+    scale = settings.image_guidance_scale
+    if components.unet.config.reads != "image":
+        if scale is None:
+            return settings, []
+        note = "the image guidance has no effect: the model reads no image in each step, as InstructPix2Pix does"
+        return settings.replace(image_guidance_scale=None), [note]
+    if given.get("strength") is None:
+        settings = settings.replace(strength=1.0)
+    return settings.replace(image_guidance_scale=IMAGE_GUIDANCE if scale is None else scale), []
+
+
+def count_parts(components: Components, settings: Settings) -> int:
+    """How many samples the UNet runs for an image: 1 without guidance, 2, or 3 where text and image both guide.
+
+    Three are an unconditional one, one with the image, one with image and text. As in diffusers'
+    StableDiffusionInstructPix2PixPipeline, a guidance of at most 1 or an image guidance below 1 turns both off.
+    """
+    unet = components.unet.config
+    if unet.time_cond_proj_dim:
+        return 1  # the guidance scale is an input
+    if unet.reads == "image":
+        return 3 if settings.guidance_scale > 1.0 and settings.image_guidance_scale >= 1.0 else 1
+    return 2 if settings.guidance_scale != 1.0 else 1
+
+
+def guidance_notes(settings: Settings, parts: int) -> list[str]:
+    """A note on a guidance that has no effect because the other turns both off."""
+    image = settings.image_guidance_scale
+    if image is None or parts == 3:
+        return []
+    if settings.guidance_scale > 1.0 > image:
+        return [f"guidance is off: the image guidance is {image:g}, and below 1 it turns both off"]
+    if image != IMAGE_GUIDANCE and settings.guidance_scale <= 1.0:
+        return [f"the image guidance has no effect: guidance {settings.guidance_scale:g} turns both off"]
+    return []
+
+
+def check_beside(components: Components, settings: Settings) -> Image.Image | None:
+    """The depth map, as floating-point pixels of any size, or None.
+
+    Raises:
+        FastsdError: an image that the model needs is missing, or one that it does not read is given.
+    """
+    reads, depth = components.unet.config.reads, settings.depth_image
+    if reads == "image" and settings.image is None:
+        raise FastsdError("this model edits an image: give {image}")
+    if reads == "depth" and depth is None:
+        raise FastsdError(
+            "this model reads a depth map, an image that is white where things are near: give {depth_image}"
+        )
+    if depth is None:
+        return None
+    with about("depth_image"):
+        if reads != "depth":
+            raise FastsdError("the model reads no depth map; a ControlNet for depth can take it with {controls}")
+        if not isinstance(depth, Image.Image):
+            raise FastsdError(f"should be a PIL image, not {type(depth).__name__}")
+        depth = as_depth(depth)
+        values = np.asarray(depth)
+        if not np.isfinite(values).all() or values.min() == values.max():
+            raise FastsdError("it holds one depth everywhere, or none; a depth map has near and far parts")
+        return depth
+
+
+def depth_latent(depth: Image.Image, height: int, width: int) -> torch.Tensor:
+    """A depth map in [-1, 1] at the latent's size, `[1, height, width, 1]` fp32.
+
+    Bicubic without antialiasing, then stretched to the range, as diffusers' StableDiffusionDepth2ImgPipeline does with
+    a given map.
+    """
+    pixels = torch.from_numpy(np.array(depth, dtype=np.float32))[None, None]
+    resized = torch.nn.functional.interpolate(pixels, size=(height, width), mode="bicubic", align_corners=False)
+    low, high = resized.amin(), resized.amax()
+    return to_channels_last(2.0 * (resized - low) / (high - low) - 1.0)
+
+
+def edited_latent(codec: Codec, image: Image.Image, tiled: bool, scaled: bool) -> torch.Tensor:
+    """The image to edit as the UNet reads it, `[1, h, w, C]` fp32: the mode of its latents, scaled only in CosXL."""
+    mode = codec.mode(image_tensor(image), tiled)
+    return mode * codec.vae.config.scaling_factor if scaled else mode
