@@ -29,6 +29,15 @@ PROGRAM_ROWS: tuple[Parameter, ...] = (
         rare=True,
     ),
     Parameter(
+        "subseed_strength",
+        SHARE,
+        "the share of the second noise",
+        ("--subseed-strength",),
+        HOW,
+        label="Variation seed strength",
+        rare=True,
+    ),
+    Parameter(
         "subseed",
         Whole(low=0, high=MAX_SEED),
         "a second noise, mixed into that of the seed; the next image has one more",
@@ -36,16 +45,6 @@ PROGRAM_ROWS: tuple[Parameter, ...] = (
         HOW,
         needs=("subseed_strength", "the share of it"),
         label="Variation seed",
-        rare=True,
-    ),
-    Parameter(
-        "subseed_strength",
-        SHARE,
-        "the share of the second noise",
-        ("--subseed-strength",),
-        HOW,
-        needs=("subseed", "the seed of the second noise"),
-        label="Variation seed strength",
         rare=True,
     ),
     Parameter(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from fastsd.image.files import read_file, read_text
 from fastsd.image.metadata import read_texts
 from fastsd.kinds import Number, Parameter
 from fastsd.parameters import PARAMETERS
+from fastsd.sampling.samplers import SAMPLERS, SCHEDULES, resolve
 
+PROGRAMS = {"a1111": "A1111", "comfy": "ComfyUI", "diffusers": "diffusers"}
+UNKNOWN = "its precision and its GPU are not stored, so pixels may differ"
 IMAGES = [PARAMETERS[name] for name in ("image", "mask_image", "depth_image")]
 
 
@@ -51,12 +55,13 @@ def fill_in(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         if settings.get("hires_scale") is not None and args.image is not None:
             notes.append("not repeated: --hires, as --image starts from an image")
         models.fill_in(args, settings, notes)
-        if settings.get("refiner_switch") is not None and args.refiner is None:
-            notes.append("not repeated: --refiner-switch, as there is no --refiner")
+        _check_names(args, settings)
         kind_changed = args.few_step not in (None, settings.get("few_step"))
         for row in PARAMETERS.values():
             value = settings.get(row.name)
             if row.is_repeated and value is not None and getattr(args, row.name) is None:
+                if row.needs is not None and getattr(args, row.needs[0]) is None and value != row.default:
+                    notes.append(f"not repeated: {row.flag}, as there is no {PARAMETERS[row.needs[0]].flag}")
                 if _applies(row, args, settings, kind_changed):
                     setattr(args, row.name, _checked(row, value))
     return settings, notes
@@ -65,6 +70,8 @@ def fill_in(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 def _notes_on(settings: dict[str, Any], others: dict[str, str]) -> list[str]:
     """Which of another program's settings have no effect here."""
     ignored = f"not repeated: {', '.join(others)}" if others else ""
+    if settings.get("like") not in (None, "none") and "version" not in settings:
+        return [f"repeated by the rules of {PROGRAMS[settings['like']]}; {UNKNOWN}{ignored and '; '}{ignored}"]
     if "version" not in settings and "device" not in settings:
         return [f"the settings are another program's; the image will differ{ignored and '; '}{ignored}"]
     return [ignored] if ignored else []
@@ -77,6 +84,27 @@ def _check_images(args: argparse.Namespace, settings: dict[str, Any]) -> None:
             raise FastsdError(f"it was generated with {{{row.name}}} {_named(settings[row.key])}; give that file again")
     if settings.get("strength") is not None and args.image is None:
         raise FastsdError("it was generated from another image; give that with {image}")
+
+
+def _check_names(args: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """Refuse a sampler or a schedule that fastsd lacks, by its name in the image, with the nearest that it has."""
+    tables: dict[str, dict[str, str]] = {
+        "sampler": {name: entry.label for name, entry in SAMPLERS.items()},
+        "schedule": SCHEDULES,
+    }
+    for what, labels in tables.items():
+        wanted = settings.get(what)
+        if wanted is None or getattr(args, what) is not None or (what == "schedule" and args.sampler is not None):
+            continue
+        try:
+            resolve(wanted if what == "sampler" else "euler", wanted if what == "schedule" else "default")
+        except FastsdError:
+            spellings = {text.lower(): name for name, label in labels.items() for text in (name, label)}
+            near = difflib.get_close_matches(wanted.lower(), spellings, n=1, cutoff=0)[0]
+            raise FastsdError(
+                f"it was generated with the {what} {wanted[:60]!r}, which fastsd lacks; the nearest is "
+                f"{spellings[near]}: give {{{what}}}"
+            ) from None
 
 
 def _applies(row: Parameter, args: argparse.Namespace, settings: dict[str, Any], kind_changed: bool) -> bool:

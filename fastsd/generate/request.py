@@ -209,8 +209,6 @@ def _prompts(settings: Settings) -> tuple[list[str], list[str]]:
     """A prompt and a negative prompt for each image."""
     prompts = check_prompts("prompt", settings.prompt)
     negatives = check_prompts("negative_prompt", settings.negative_prompt)
-    if not all(text.strip() for text in prompts):
-        raise FastsdError("it is empty; say what to generate", argument="prompt")
     if len(negatives) not in (1, len(prompts)):
         raise FastsdError(
             f"{len(negatives)} texts for {len(prompts)} prompts; give 1 or as many", argument="negative_prompt"
@@ -245,6 +243,8 @@ def _fill_counts(settings: Settings, count: int) -> Settings:
     seed = secrets.randbelow(2**32) if settings.seed in (None, RANDOM_SEED) else settings.seed
     if seed > MAX_SEED - count:
         raise FastsdError(f"it leaves no seeds for {count} images below {MAX_SEED}", argument="seed", value=seed)
+    if settings.subseed_strength and settings.subseed is None:
+        raise FastsdError("given without {subseed}, the seed of the second noise", argument="subseed_strength")
     if not SOURCES[settings.noise].batched:
         for name in ("noise_index", "noise_count"):
             if settings[name] is not None:

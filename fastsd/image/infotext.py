@@ -19,23 +19,13 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fastsd.kinds import MAX_STEPS
+from fastsd.errors import FastsdError
+from fastsd.image.programs import EMPHASIS, ESSENTIAL, HARMLESS, RNG, rules_of
+from fastsd.kinds import MAX_STEPS, Name
 from fastsd.parameters import PARAMETERS
 from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
 
 UPSCALERS = {"latent": "Latent", "lanczos": "Lanczos"}
-# Keys of A1111 that change nothing here, or that say what is known anyway.
-HARMLESS = (
-    "Model hash",
-    "Version",
-    "RNG",
-    "Device",
-    "Dtype",
-    "Batch size",
-    "Batch pos",
-    "VAE hash",
-    "Face restoration",
-)
 
 
 def write_parameters(settings: Mapping[str, Any]) -> str:
@@ -51,7 +41,7 @@ def write_parameters(settings: Mapping[str, Any]) -> str:
         "TI hashes": _hashes(settings.get("embeddings"), lambda found: (found["token"], found["sha256"][:12])),
         "Device": settings.get("device"),
         "Dtype": settings.get("dtype"),
-        "RNG": "NV" if settings.get("noise") == "gpu" else "CPU",
+        "RNG": "NV" if _noise(settings) == "gpu" else "CPU",
         "Version": f"fastsd {settings['version']}" if settings.get("version") else None,
     }
     line = ", ".join(f"{key}: {quote(_text(value))}" for key, value in pairs.items() if value is not None)
@@ -81,7 +71,10 @@ _WRITERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "sampler": _write_sampler,
     "schedule": _write_schedule,
     "width": _write_size,
-    "noise": lambda settings: {"Noise": settings["noise"] if settings.get("noise") in ("batch", "comfy") else None},
+    "emphasis": lambda settings: {
+        "Emphasis": EMPHASIS[settings["emphasis"]] if settings.get("emphasis") not in (None, "original") else None
+    },
+    "noise": lambda settings: {"Noise": _noise(settings) if _noise(settings) in ("batch", "comfy") else None},
     "model": lambda settings: {"Model hash": settings.get("model_hash"), "Model": settings.get("model")},
     "vae": lambda settings: {
         "VAE hash": (settings.get("vae") or {}).get("hash"),
@@ -92,12 +85,16 @@ _WRITERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
         if settings.get("strength") is not None
         else settings.get("hires_strength")
     },
-    "hires_steps": lambda settings: {
-        "Hires steps": _steps_that_run(settings.get("hires_steps"), settings.get("hires_strength"))
-    },
+    "hires_steps": lambda settings: {"Hires steps": _steps_that_run(settings)},
     "hires_upscaler": lambda settings: {"Hires upscaler": UPSCALERS.get(settings.get("hires_upscaler") or "")},
     "refiner": lambda settings: {"Refiner": _title(settings.get("refiner") or {})},
 }
+
+
+def _noise(settings: Mapping[str, Any]) -> str:
+    """Where the noise comes from, also in settings that leave it to the rules of a program."""
+    own = {"a1111": "gpu", "comfy": "comfy", "diffusers": "batch"}
+    return settings.get("noise") or own.get(settings.get("like") or "none", "cpu")
 
 
 def _hashes(files: Any, named: Callable[[dict[str, Any]], tuple[str, str | None]]) -> str | None:
@@ -141,7 +138,16 @@ def parse_parameters(text: str) -> tuple[dict[str, Any], dict[str, str]]:
         if understood is None and key not in HARMLESS:
             others[key] = value
         settings |= understood or {}
+    if ESSENTIAL & pairs.keys() and (rules := rules_of(pairs)) != "none":
+        settings["like"] = rules
+        if "sampler" in settings and "Schedule type" not in pairs:  # A1111 writes the sampler's favourite, where it is
+            settings["schedule"] = "default"
     return settings, others
+
+
+def is_settings(text: str) -> bool:
+    """Whether a text holds settings in A1111's form."""
+    return any(ESSENTIAL & split_pairs(line.strip()).keys() for line in text.split("\n"))
 
 
 def _understand(key: str, value: str, pairs: Mapping[str, str]) -> dict[str, Any] | None:
@@ -149,16 +155,24 @@ def _understand(key: str, value: str, pairs: Mapping[str, str]) -> dict[str, Any
     simple = next((row for row in PARAMETERS.values() if row.label == key), None)
     try:
         match key:
-            case "Hires upscale" | "Hires steps" | "Hires upscaler":
+            case "Hires upscale" | "Hires steps" | "Hires upscaler" | "Hires resize":
                 return _second_pass(pairs)
-            case "Denoising strength" if any(other.startswith("Hires") for other in pairs):
+            case "Hires sampler" | "Hires schedule type" | "Hires CFG Scale" | "Hires prompt" | "Hires negative prompt":
+                return {} if value == pairs.get(_SAME.get(key, "")) else None
+            case "Emphasis":
+                return {"emphasis": _by_label(EMPHASIS, value)} if value in EMPHASIS.values() else None
+            case "RNG" if not pairs.get("Version", "").startswith("fastsd ") or value == "NV":
+                return {"noise": RNG[value]} if value in RNG and "Noise" not in pairs else None
+            case "Eta" if pairs.get("Sampler") == "DDIM":  # before A1111 1.6
+                return {"eta": _finite(value)}
+            case "Denoising strength" if any(other.startswith(("Hires", "First pass size")) for other in pairs):
                 return _second_pass(pairs)
             case "Denoising strength":
                 return {"strength": _finite(value)}
             case "Sampler":
                 return {"sampler": _by_label({name: entry.label for name, entry in SAMPLERS.items()}, value)}
             case "Schedule type":
-                return {"schedule": "default" if value == "Automatic" else _by_label(SCHEDULES, value)}
+                return {} if value == "Automatic" else {"schedule": _by_label(SCHEDULES, value)}
             case "Size":
                 width, height = value.split("x")
                 return {"width": int(width), "height": int(height)}
@@ -167,37 +181,55 @@ def _understand(key: str, value: str, pairs: Mapping[str, str]) -> dict[str, Any
             case "Device" | "Dtype" if pairs.get("Version", "").startswith("fastsd "):
                 return {key.lower(): value}
             case _ if simple is not None:
-                return {simple.name: simple.kind.read(value)}
-    except ValueError:
+                return {
+                    simple.name: simple.kind.parse(value) if isinstance(simple.kind, Name) else simple.kind.read(value)
+                }
+    except (ValueError, FastsdError):
         pass
     return None
 
 
+_SAME = {"Hires sampler": "Sampler", "Hires schedule type": "Schedule type", "Hires CFG Scale": "CFG scale"}
+
+
 def _second_pass(pairs: Mapping[str, str]) -> dict[str, Any] | None:
-    """A1111's second pass as settings; None with an upscaler or a size ("Hires resize") that are not known here.
+    """A1111's second pass as settings; None with an upscaler or another shape of image, which are not known here.
 
     A1111's "Hires steps" all run, on the last part of a schedule that is as much longer (`setup_img2img_steps` in its
-    modules/sd_samplers_common.py); `hires_steps` are that schedule's. Without them, or 0: as many as of the first pass.
+    modules/sd_samplers_common.py), and so they do where `like` is a1111. Elsewhere `hires_steps` are that schedule's.
+    Without them, or 0: as many as of the first pass.
     """
     upscaler = _by_label(UPSCALERS, pairs.get("Hires upscaler", ""))
-    if upscaler not in UPSCALERS or not {"Steps", "Denoising strength", "Hires upscale"} <= pairs.keys():
+    scale = _hires_scale(pairs)
+    if upscaler not in UPSCALERS or scale is None or not {"Steps", "Denoising strength"} <= pairs.keys():
         return None
-    strength = _finite(pairs["Denoising strength"])
-    steps = run = int(pairs.get("Hires steps", 0)) or int(pairs["Steps"])
+    strength, given = _finite(pairs["Denoising strength"]), int(pairs.get("Hires steps", 0))
+    found = {"hires_scale": scale, "hires_strength": strength, "hires_upscaler": upscaler}
+    if rules_of(pairs) == "a1111" or pairs.get("Like") == "a1111":
+        return found | ({"hires_steps": given} if given else {})
+    steps = run = given or int(pairs["Steps"])
     if 0 < strength <= 1:
         steps = min(int(run / strength), MAX_STEPS)
         steps += int(steps * strength) < run  # the division's remainder
-    return {
-        "hires_scale": _finite(pairs["Hires upscale"]),
-        "hires_strength": strength,
-        "hires_steps": min(steps, MAX_STEPS),
-        "hires_upscaler": upscaler,
-    }
+    return found | {"hires_steps": min(steps, MAX_STEPS)}
 
 
-def _steps_that_run(steps: int | None, strength: float | None) -> str | None:
+def _hires_scale(pairs: Mapping[str, str]) -> float | None:
+    """By how much the second pass is larger; None where it has another shape."""
+    if "Hires upscale" in pairs:
+        return _finite(pairs["Hires upscale"])
+    if "Hires resize" not in pairs or "Size" not in pairs:
+        return None
+    (width, height), (wide, high) = (map(int, pairs[key].split("x")) for key in ("Size", "Hires resize"))
+    return wide / width if width > 0 and height > 0 and wide * height == high * width else None
+
+
+def _steps_that_run(settings: Mapping[str, Any]) -> str | None:
     """What A1111 calls "Hires steps", see `_second_pass`; None where no step runs."""
-    run = 0 if steps is None or strength is None else int(steps * strength)
+    steps, strength = settings.get("hires_steps"), settings.get("hires_strength")
+    if steps is None or strength is None:
+        return None
+    run = steps if settings.get("like") == "a1111" else int(steps * strength)
     return str(run) if run else None
 
 

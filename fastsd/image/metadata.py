@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastsd.errors import FastsdError
-from fastsd.image.infotext import parse_parameters, write_parameters
+from fastsd.image.infotext import is_settings, parse_parameters, write_parameters
+from fastsd.image.programs import program_of
 from fastsd.parameters import PARAMETERS
 
 # What metadata holds besides parameters. `embeddings` is a list of {"name", "sha256", "token"}, `loras` a list of
@@ -56,10 +57,13 @@ def read_texts(texts: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]
     own = parse_json(texts.get("fastsd", ""))
     if "prompt" in own:
         return own, {}
-    settings, others = parse_parameters(texts.get("parameters", ""))
-    if not settings.get("prompt") and len(settings) < 3:
-        raise FastsdError("no settings are stored in this image (a PNG text `parameters` or `fastsd`)")
-    return settings, others
+    parameters = texts.get("parameters", "")
+    if is_settings(parameters):
+        return parse_parameters(parameters)
+    program = program_of(texts)
+    if program is not None:
+        raise FastsdError(f"its settings are {program}'s, which fastsd does not read; give {{prompt}} and the others")
+    raise FastsdError("no settings are stored in this image (a PNG text `parameters` or `fastsd`)")
 
 
 def parse_json(text: str) -> dict[str, Any]:

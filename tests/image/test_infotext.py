@@ -47,6 +47,7 @@ WORKED = {
             "height": 1216,
             "model": "sd_xl_base_1.0",
             "clip_skip": 2,
+            "noise": "cpu",
         },
         {},
     ),
@@ -65,7 +66,7 @@ WORKED = {
             "height": 64,
             "model": 'a, b: "c"',
         },
-        {"Lora hashes": "x: 1ab2, y: 33"},
+        {},  # LoRAs are tags in the prompt
     ),
     "image-to-image": (
         "x\nSteps: 20, Sampler: DDIM, CFG scale: 7, Seed: 3, Size: 512x512, Denoising strength: 0.75, Mask blur: 4",
@@ -107,7 +108,7 @@ WORKED = {
             "height": 512,
             "hires_scale": 1.5,
             "hires_strength": 0.45,
-            "hires_steps": 23,  # of which A1111 runs 10
+            "hires_steps": 10,
             "hires_upscaler": "latent",
         },
         {},
@@ -192,6 +193,8 @@ def test_a1111_would_find_every_pair() -> None:
 @pytest.mark.parametrize("case", WORKED)
 def test_a1111s_texts_are_read(case: str) -> None:
     text, expected, others = WORKED[case]
+    if case != "a prompt alone":
+        expected = {"schedule": "default", "like": "a1111"} | expected
     assert infotext.parse_parameters(text) == (expected, others)
 
 
@@ -220,11 +223,97 @@ def test_long_junk_takes_linear_time(junk: str) -> None:
 
 @given(run=st.integers(1, 150), hundredths=st.integers(1, 100))
 def test_the_steps_of_the_second_pass_that_run(run: int, hundredths: int) -> None:
-    """As many as A1111 says, in a schedule that is as long as its, or by the remainder's one step longer."""
+    """A1111's are those that run. Ours are a schedule's, as long as its, or by the remainder's one step longer."""
     strength = hundredths / 100
-    line = f"Steps: {run}, Sampler: Euler, Denoising strength: {strength}, Hires upscale: 2, Hires upscaler: Latent"
+    more = f"Denoising strength: {strength}, Hires upscale: 2, Hires steps: {run}, Hires upscaler: Latent"
+    line = f"Steps: 7, Sampler: Euler, {more}"
     found = infotext.parse_parameters(f"x\n{line}")[0]
+    assert found["hires_steps"] == run
+    assert infotext.parse_parameters(infotext.write_parameters(found))[0] == found | {"noise": "gpu"}
+    found = infotext.parse_parameters(f"x\n{line}, Version: fastsd 0.1")[0]
     steps = found["hires_steps"]
     assert int(steps * strength) == min(run, int(1000 * strength))
     assert steps in (1000, int(run / strength), int(run / strength) + 1)
-    assert infotext.parse_parameters(infotext.write_parameters(found))[0] == found
+    ours = found | {"version": "0.1", "device": "cpu"}
+    assert infotext.parse_parameters(infotext.write_parameters(ours))[0] == found | {"device": "cpu"}
+
+
+# Every key of A1111's `create_infotext` and of what its samplers, scripts and settings add, with a value of each, and
+# what it becomes; None: it is named as not repeated.
+KEYS = {
+    "Variation seed: 9, Variation seed strength: 0.2": {"subseed": 9, "subseed_strength": 0.2},
+    "Seed resize from: 512x768": {"seed_resize_from": "512x768"},
+    "Seed resize from: -1x-1": None,
+    "ENSD: 31337": {"ensd": 31337},
+    "RNG: CPU": {"noise": "cpu"},
+    "RNG: NV": {"noise": "gpu"},
+    "RNG: GPU": {"noise": "gpu"},
+    "Emphasis: No norm": {"emphasis": "no_norm"},
+    "Emphasis: None": {"emphasis": "none"},
+    "Emphasis: Ignore": {"emphasis": "ignore"},
+    "Emphasis: Original": {"emphasis": "original"},
+    "Clip skip: 2": {"clip_skip": 2},
+    "Eta DDIM: 0.5": {"eta": 0.5},
+    "Hires upscale: 2, Denoising strength: 0.5, Hires upscaler: Latent": {
+        "hires_scale": 2.0,
+        "hires_strength": 0.5,
+        "hires_upscaler": "latent",
+    },
+    "Hires resize: 128x96, Denoising strength: 0.5, Hires upscaler: Lanczos, Hires sampler: Euler": {
+        "hires_scale": 2.0,
+        "hires_strength": 0.5,
+        "hires_upscaler": "lanczos",
+    },
+    "Schedule type: Karras": {"schedule": "karras"},
+    "Refiner switch at: 0.8": {"refiner_switch": 0.8},
+    'Lora hashes: "a: 1", TI hashes: "b: 2", Init image hash: 3, Styles: x, Batch size: 2, Batch pos: 1': {},
+} | dict.fromkeys(
+    (
+        "Image CFG scale: 1.5",
+        "Face restoration: CodeFormer",
+        "Conditional mask weight: 0.5",
+        "Tiling: True",
+        "Token merging ratio: 0.5",
+        "NGMS: 1.5",
+        "Sigma churn: 0.1",
+        "Sigma noise: 1.1",
+        "Schedule max sigma: 10",
+        "Discard penultimate sigma: True",
+        "Downcast alphas_cumprod: True",
+        "Noise Schedule: Zero Terminal SNR",
+        "SGM noise multiplier: True",
+        "Extra noise: 0.1",
+        "Noise multiplier: 0.9",
+        "Old prompt editing timelines: True",
+        "Pad conds: True",
+        "VAE Decoder: TAESD",
+        "FP8 weight: Enable",
+        "Hypernet: x",
+        "Hires prompt: x",
+        "Hires sampler: Heun",
+        "Skip Early CFG: 0.1",
+        "ADetailer model: face",
+        "Hires upscale: 2, Denoising strength: 0.5, Hires upscaler: ESRGAN_4x",
+        "Hires resize: 100x96, Denoising strength: 0.5, Hires upscaler: Latent",
+    )
+)
+
+
+@pytest.mark.parametrize("pairs", KEYS)
+def test_every_key_of_a1111_is_used_or_said(pairs: str) -> None:
+    line = f"Steps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 64x48, {pairs}, Version: v1.10.1"
+    found, others = infotext.parse_parameters(f"x\n{line}")
+    base = infotext.parse_parameters("x\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 64x48")[0]
+    expected = KEYS[pairs]
+    if expected is None:
+        assert found == base and others == infotext.split_pairs(pairs)
+    else:
+        assert others == {} and found == base | expected
+
+
+def test_the_favourite_schedule_of_a_sampler_is_written_or_old() -> None:
+    """A1111 from 1.9 on writes the schedule of "Automatic" where the sampler has one; before, it stood in its name."""
+    text = "x\nSteps: 2, Seed: 1, Sampler: "
+    assert infotext.parse_parameters(f"{text}DPM++ 2M")[0]["schedule"] == "default"
+    assert infotext.parse_parameters(f"{text}DPM++ 2M, Schedule type: Karras")[0]["schedule"] == "karras"
+    assert "schedule" not in infotext.parse_parameters(f"{text}DPM++ 2M, Schedule type: Automatic")[0]

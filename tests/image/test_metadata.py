@@ -59,6 +59,37 @@ def test_a_damaged_chunk_is_passed_over(own: str) -> None:
 
 
 def test_no_settings_at_all() -> None:
-    for texts in ({}, {"parameters": ""}, {"Software": "GIMP"}):
+    for texts in ({}, {"parameters": ""}, {"Software": "GIMP"}, {"parameters": "Screenshot"}):
         with pytest.raises(FastsdError, match="no settings"):
             metadata.read_texts(texts)
+
+
+@pytest.mark.parametrize(
+    "text", ["Screenshot", "a cat, a dog: two", "ISO: 100, Flash: on, Lens: 50mm", "x\ny: z", "{}"]
+)
+def test_a_text_that_is_no_settings_counts_as_none(text: str) -> None:
+    with pytest.raises(FastsdError, match="^no settings are stored"):
+        metadata.read_texts({"parameters": text})
+
+
+@pytest.mark.parametrize(
+    ("texts", "program"),
+    [
+        ({"Software": "NovelAI", "Comment": '{"steps": 28}'}, "NovelAI"),
+        ({"invokeai_metadata": "{}"}, "InvokeAI"),
+        ({"Dream": "a cat -s 50"}, "InvokeAI"),
+        ({"parameters": '{"sui_image_params": {}}'}, "SwarmUI"),
+        ({"parameters": '{"base_model": "x"}', "fooocus_scheme": "fooocus"}, "Fooocus"),
+    ],
+)
+def test_other_programs_are_named(texts: dict[str, str], program: str) -> None:
+    with pytest.raises(FastsdError, match=f"^its settings are {program}'s, which fastsd does not read"):
+        metadata.read_texts(texts)
+
+
+def test_an_empty_prompt_is_a_prompt() -> None:
+    found, _ = metadata.read_texts({"parameters": "Steps: 2, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 64x64"})
+    assert found["prompt"] == "" and found["seed"] == 1
+    text = "Negative prompt: fog\nSteps: 2, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 64x64"
+    found, _ = metadata.read_texts({"parameters": text})
+    assert (found["prompt"], found["negative_prompt"]) == ("", "fog")
