@@ -254,6 +254,7 @@ KEYS = {
     "Emphasis: Original": {"emphasis": "original"},
     "Clip skip: 2": {"clip_skip": 2},
     "Eta DDIM: 0.5": {"eta": 0.5},
+    "Image CFG scale: 1.5": {"image_guidance_scale": 1.5},
     "Hires upscale: 2, Denoising strength: 0.5, Hires upscaler: Latent": {
         "hires_scale": 2.0,
         "hires_strength": 0.5,
@@ -269,7 +270,6 @@ KEYS = {
     'Lora hashes: "a: 1", TI hashes: "b: 2", Init image hash: 3, Styles: x, Batch size: 2, Batch pos: 1': {},
 } | dict.fromkeys(
     (
-        "Image CFG scale: 1.5",
         "Face restoration: CodeFormer",
         "Conditional mask weight: 0.5",
         "Tiling: True",
