@@ -95,7 +95,8 @@ ABOUT: dict[str, tuple[str, ...]] = {
         "recipe",
     ),
     "kernels/triton": ("models",),
-    "sampling": ("diffusers", "euler_maruyama"),  # against diffusers' schedulers, and an exact solution
+    # Against diffusers' schedulers, against published loops, and an exact solution.
+    "sampling": ("diffusers", "solvers", "euler_maruyama"),
     "verify": ("gpu",),
     "weights": ("malformed", "memory", "recipes"),
 }

@@ -50,7 +50,7 @@ def build(
         raise FastsdError(f"takes 0 to 1, not {eta}", argument="eta")
     if eta > 0 and not entry.takes_eta:
         users = " and ".join(other.name for other in SAMPLERS.values() if other.takes_eta)
-        raise FastsdError(f"only {users} uses it, not {sampler}; leave it at 0", argument="eta")
+        raise FastsdError(f"only {users} use it, not {sampler}; leave it at 0", argument="eta")
     if schedule != "default" and not entry.takes_schedule:
         others = ", ".join(other.name for other in SAMPLERS.values() if other.takes_schedule)
         raise FastsdError(f"{sampler} has no {schedule} schedule; use default, or one of {others}", argument="schedule")

@@ -9,17 +9,18 @@ import math
 
 import numpy as np
 
+from fastsd.sampling.karras_rows import ancestral, builder_of, row, slope_row, time_of
 from fastsd.sampling.schedule import Schedule
-from fastsd.sampling.table import Table, TableBuilder, TableRow, karras_c_in, karras_prediction
+from fastsd.sampling.table import Table
 
 
 def euler(schedule: Schedule) -> Table:
     """Euler's method on the probability-flow ODE (Karras et al. 2022, algorithm 1 without its second call)."""
     times, sigmas = schedule.karras_levels()
-    builder = _builder(schedule, sigmas)
+    builder = builder_of(schedule, sigmas)
     for i in range(schedule.start, len(times)):
         ratio = sigmas[i + 1] / sigmas[i]
-        builder.add(_row(schedule, times[i], sigmas[i], i, sigmas[i + 1], a=ratio, b=[1 - ratio]))
+        builder.add(row(schedule, times[i], sigmas[i], i, sigmas[i + 1], a=ratio, b=[1 - ratio]))
     return builder.table()
 
 
@@ -30,27 +31,25 @@ def euler_a(schedule: Schedule) -> Table:
     sigma_down = S_next^2 / S. The last row draws noise with weight 0, as in diffusers.
     """
     times, sigmas = schedule.karras_levels()
-    builder = _builder(schedule, sigmas)
+    builder = builder_of(schedule, sigmas)
     for i in range(schedule.start, len(times)):
         ratio = (sigmas[i + 1] / sigmas[i]) ** 2
         sigma_up = sigmas[i + 1] * math.sqrt(1 - ratio)
-        builder.add(
-            _row(schedule, times[i], sigmas[i], i, sigmas[i + 1], a=ratio, b=[1 - ratio], n=sigma_up, draw=True)
-        )
+        builder.add(row(schedule, times[i], sigmas[i], i, sigmas[i + 1], a=ratio, b=[1 - ratio], n=sigma_up, draw=True))
     return builder.table()
 
 
 def heun(schedule: Schedule) -> Table:
     """Heun's second-order method: two calls in each step but the last (Karras et al. 2022, algorithm 1)."""
     times, sigmas = schedule.karras_levels()
-    builder = _builder(schedule, sigmas)
+    builder = builder_of(schedule, sigmas)
     for i in range(schedule.start, len(times)):
         S, S_next = sigmas[i], sigmas[i + 1]
-        builder.add(_row(schedule, times[i], S, i, S_next, a=S_next / S, b=[1 - S_next / S], save=True))
+        builder.add(row(schedule, times[i], S, i, S_next, a=S_next / S, b=[1 - S_next / S], save=True))
         if S_next > 0:  # x' = saved + (S_next - S) (slope at S + slope at S_next) / 2
             half = (S_next - S) / 2
             b = [-half / S_next, -half / S]
-            builder.add(_row(schedule, times[i + 1], S_next, i, S_next, a=half / S_next, s=1 + half / S, b=b))
+            builder.add(row(schedule, times[i + 1], S_next, i, S_next, a=half / S_next, s=1 + half / S, b=b))
     return builder.table()
 
 
@@ -61,22 +60,11 @@ def lms(schedule: Schedule) -> Table:
     number of slopes so far. In image-to-image diffusers uses weights of order 4 even where slopes are missing.
     """
     times, sigmas = schedule.karras_levels()
-    builder = _builder(schedule, sigmas)
+    builder = builder_of(schedule, sigmas)
     for i in range(schedule.start, len(times)):
-        S = sigmas[i]
-        p, q = karras_prediction(schedule.config.prediction_type, S)
         order = min(i - schedule.start + 1, 4)
-        builder.add(
-            TableRow(
-                t=times[i],
-                prediction=((1 - p) / S, -q / S),  # slope (x - D) / S
-                c_in=karras_c_in(S),
-                a=1.0,
-                b=_adams_weights(sigmas[i - order + 1 : i + 2]),
-                step=i,
-                keep=(1.0, sigmas[i + 1]),
-            )
-        )
+        weights = _adams_weights(sigmas[i - order + 1 : i + 2])
+        builder.add(slope_row(schedule, times[i], sigmas[i], i, sigmas[i + 1], a=1.0, b=weights))
     return builder.table()
 
 
@@ -104,53 +92,19 @@ def dpmpp_sde(schedule: Schedule) -> Table:
     z_i with r = (S - M) / (S - S_next).
     """
     times, sigmas = schedule.karras_levels()
-    builder = _builder(schedule, sigmas)
+    builder = builder_of(schedule, sigmas)
     for i in range(schedule.start, len(times)):
         S, S_next = sigmas[i], sigmas[i + 1]
         if S_next == 0:
-            builder.add(_row(schedule, times[i], S, i, S_next, b=[1.0]))
+            builder.add(row(schedule, times[i], S, i, S_next, b=[1.0]))
             continue
         M = math.sqrt(S * S_next)
-        down, up = _ancestral(S, M)
+        down, up = ancestral(S, M)
         # In inpainting, diffusers has the known part at S_next after this row already; `keep` follows it.
-        builder.add(_row(schedule, times[i], S, i, S_next, a=down / S, b=[1 - down / S], n=up, save=True, draw=True))
-        down, up = _ancestral(S, S_next)
+        builder.add(row(schedule, times[i], S, i, S_next, a=down / S, b=[1 - down / S], n=up, save=True, draw=True))
+        down, up = ancestral(S, S_next)
         r = (S - M) / (S - S_next)
-        t_mid = float(schedule.timestep_of(np.array([M]))[0])
+        t_mid = time_of(schedule, M)
         n, m = up * math.sqrt(1 - r), up * math.sqrt(r)
-        builder.add(_row(schedule, t_mid, M, i, S_next, s=down / S, b=[1 - down / S], n=n, m=m, draw=True))
+        builder.add(row(schedule, t_mid, M, i, S_next, s=down / S, b=[1 - down / S], n=n, m=m, draw=True))
     return builder.table()
-
-
-def _ancestral(sigma_from: float, sigma_to: float) -> tuple[float, float]:
-    """(sigma_down, sigma_up) of an ancestral step: down^2 + up^2 = to^2, up^2 = to^2 (from^2 - to^2) / from^2."""
-    up = min(sigma_to, sigma_to * math.sqrt(1 - (sigma_to / sigma_from) ** 2))
-    return math.sqrt(sigma_to**2 - up**2), up
-
-
-def _builder(schedule: Schedule, sigmas: list[float]) -> TableBuilder:
-    # In "leading" spacing the run starts below the last timestep. There diffusers scales the noise to the standard
-    # deviation of a noisy image of unit variance, elsewhere to sigma.
-    leading = schedule.config.timestep_spacing == "leading" and schedule.schedule != "sgm_uniform"
-    init = math.sqrt(sigmas[0] ** 2 + 1) if leading else sigmas[0]
-    return TableBuilder(mix=(1.0, sigmas[schedule.start]), init=init)
-
-
-def _row(
-    schedule: Schedule,
-    t: float,
-    sigma: float,
-    step: int,
-    sigma_after: float,
-    *,
-    a: float = 0.0,
-    s: float = 0.0,
-    b: list[float],
-    n: float = 0.0,
-    m: float = 0.0,
-    save: bool = False,
-    draw: bool = False,
-) -> TableRow:
-    """A row that calls the network at (t, sigma), with the clean image as D."""
-    prediction = karras_prediction(schedule.config.prediction_type, sigma)
-    return TableRow(t, prediction, step, (1.0, sigma_after), karras_c_in(sigma), a, s, b, n, m, save, True, draw)

@@ -31,7 +31,7 @@ CONFIG = SchedulerConfig()
         ({"sampler": "dpm++2m", "num_inference_steps": 1000}, "num_inference_steps: 1000 of dpm[+][+]2m put two steps"),
         ({"start": 20}, "start: takes 0 to 19 for 20 steps, not 20"),
         ({"sampler": "ddim", "eta": 1.5}, "eta: takes 0 to 1"),
-        ({"sampler": "euler", "eta": 0.5}, "eta: only ddim uses it, not euler"),
+        ({"sampler": "euler", "eta": 0.5}, "eta: only ddim and tcd uses? it, not euler"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(arguments: dict, message: str) -> None:
@@ -62,6 +62,22 @@ def test_an_unknown_config_value_is_named(sampler: str, field: str) -> None:
         build(sampler, 20, replace(CONFIG, **{field: "other"}))
 
 
+# But for the last step.
+TWICE = ("heun", "dpm++sde", "dpm2", "dpm2_a", "dpm++2s_a", "restart", "seeds_2", "exp_heun", "exp_heun_sde")
+
+
+def calls(sampler: str, steps: int, start: int) -> int:
+    """How often the network is called in the steps from `start` on."""
+    count = steps - start
+    if sampler in TWICE:
+        return 2 * count - 1
+    if sampler == "seeds_3":
+        return 3 * count - 2
+    if sampler == "heun++":  # once in the last step, twice in the one before it
+        return max(3 * count - 3, 1)
+    return count + (sampler == "pndm" and steps > 1)
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     sampler=st.sampled_from(sorted(SAMPLERS)),
@@ -81,12 +97,11 @@ def test_every_table_is_well_formed(
     count = len(table)
     assert table.rows.shape == (count, len(COLUMNS)) and np.isfinite(table.rows).all()
     assert {len(a) for a in (table.save, table.push, table.draw, table.keep, table.step)} == {count}
-    assert count == {"heun": 2 * (steps - start) - 1, "dpm++sde": 2 * (steps - start) - 1}.get(
-        sampler, steps - start + (sampler == "pndm" and steps > 1)
-    )
+    assert count == calls(sampler, steps, start)
     assert ((0 <= table.timesteps) & (table.timesteps <= 999)).all()
     assert (table.step[0], table.step[-1]) == (start, steps - 1) and (np.diff(table.step) >= 0).all()
-    assert (np.diff(table.keep[:, 1] / table.keep[:, 0]) <= 0).all()  # never noisier than before
+    if sampler not in ("heun++", "restart"):  # they look ahead, or go back up
+        assert (np.diff(table.keep[:, 1] / table.keep[:, 0]) <= 0).all()  # never noisier than before
     assert tuple(table.keep[-1]) == (1, 0)
     assert not table.rows[~table.draw, 10].any()  # rows without fresh noise have no weight for it
 
@@ -100,5 +115,7 @@ def test_a_network_that_predicts_the_image_perfectly_ends_at_it(sampler: str) ->
     while not state.done:
         advance.step(state, image, noise_i=torch.zeros_like(noise))
     # LCM keeps c_skip (6e-8) of x; Euler-Maruyama's last row x' = (1 + B / 2 - B / (1 - A)) x + ... is not exact.
+    # Some end at the level of timestep 0, where sigma is 0.03, and the noise is below 4.
     tolerance = {"lcm": 1e-6, "euler_maruyama": 2e-3}.get(sampler, 1e-10)
+    tolerance = 0.03 if sampler in ("deis", "dpm_fast", "sa_solver", "tcd") else tolerance
     assert (state.x - image).abs().max() < tolerance * 4

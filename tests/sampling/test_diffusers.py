@@ -14,20 +14,28 @@ from fastsd.sampling.build import build
 from fastsd.sampling.samplers import SAMPLERS, complete
 from fastsd.sampling.table import COLUMNS, Table
 from tests.support.lifted import Case, difference, reference, run_table
+from tests.support.solvers import REFERENCES
 
 # numpy warns about diffusers' own __array__.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
 
 SCHEDULER = {name: entry.diffusers for name, entry in SAMPLERS.items() if entry.diffusers}
-SCHEDULER["dpm++2m_sde"] = "DPMSolverMultistepScheduler"
+SCHEDULER["dpm++2m_sde"] = SCHEDULER["dpm++2m_sde_heun"] = "DPMSolverMultistepScheduler"
 EXTRA: dict[str, dict[str, Any]] = {
     "ddpm": {"clip_sample": False},
     "ddim": {"clip_sample": False, "set_alpha_to_one": False},
     "pndm": {"skip_prk_steps": True, "set_alpha_to_one": False},
     "dpm++2m_sde": {"algorithm_type": "sde-dpmsolver++"},
+    "dpm++2m_sde_heun": {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"},
 }
-FIXED_SPACING = ("dpm++2s", "lcm")  # in diffusers
-WITHOUT_SAMPLE = ("pndm", "euler_a", "dpm++sde")  # diffusers has no prediction of the sample for these
+FIXED_SPACING = ("dpm++2s", "lcm", "tcd")  # in diffusers
+WITHOUT_SAMPLE = (
+    "pndm",
+    "euler_a",
+    "dpm++sde",
+    "dpm2",
+    "dpm2_a",
+)  # diffusers has no prediction of the sample for these
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing", "linspace")
 STEPS = (5, 20, 50)
@@ -69,12 +77,14 @@ def case_of(
         # In image-to-image, diffusers' LMS weighs the first slopes as if there were four; its `order` corrects that.
         growing_order=sampler == "lms" and bool(start),
         image_as_noise=convert,
+        **({"step": (("eta", 0.0),)} if sampler == "tcd" and "step" not in changes else {}),
         **changes,
     )
 
 
-def check(table: Table, case: Case) -> None:
+def check(table: Table, case: Case, keep: bool = True) -> None:
     theirs, ours = reference(case), run_table(table, case.start is not None)
+    ours.keep = ours.keep if keep else theirs.keep
     assert ours.timesteps == pytest.approx(theirs.timesteps, abs=1e-9)
     assert ours.draws == theirs.draws
     assert difference(ours, theirs) < TOLERANCE
@@ -111,6 +121,16 @@ def test_ddim_with_noise_agrees_with_diffusers(eta: float, spacing: str) -> None
         check(build("ddim", steps, config, eta=eta), case)
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_tcd_with_noise_agrees_with_diffusers(eta: float, prediction: str) -> None:
+    config = SchedulerConfig(prediction_type=prediction)
+    for steps in (2, 4, 8, 50):
+        for start in starts("tcd", steps):
+            case = case_of("tcd", config, steps, start, step=(("eta", eta),))
+            check(build("tcd", steps, config, start=start or 0, eta=eta), case)
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "pndm"])
 def test_set_alpha_to_one_agrees_with_diffusers(sampler: str) -> None:
     config = SchedulerConfig(set_alpha_to_one=True, steps_offset=0)
@@ -130,6 +150,25 @@ def test_schedules_agree_with_diffusers(sampler: str, schedule: str, prediction:
         for start in (None, steps - int(steps * 0.6)):
             case = case_of(sampler, config, steps, start, extra={f"use_{schedule}_sigmas": True}, first=first)
             check(build(sampler, steps, config, schedule=schedule, start=start or 0), case)
+
+
+@pytest.mark.parametrize("sampler", ["dpm2", "dpm2_a"])
+def test_exponential_levels_of_dpm2_agree_with_diffusers(sampler: str) -> None:
+    config = SchedulerConfig()  # with Karras' levels diffusers rounds the timesteps, k-diffusion does not
+    for steps in STEPS:
+        case = case_of(sampler, config, steps, extra={"use_exponential_sigmas": True})
+        check(build(sampler, steps, config, schedule="exponential"), case)
+
+
+@pytest.mark.parametrize("schedule", ["karras", "exponential"])
+@pytest.mark.parametrize("sampler", ["deis", "sa_solver"])
+def test_levels_of_exponential_adams_methods_agree_with_diffusers(sampler: str, schedule: str) -> None:
+    config = SchedulerConfig()
+    first = 999 if schedule == "exponential" else None  # see above
+    for steps in STEPS:
+        case = case_of(sampler, config, steps, extra={f"use_{schedule}_sigmas": True}, first=first)
+        # diffusers' SA-Solver noises the known part of an inpainted image to the rounded timestep's level.
+        check(build(sampler, steps, config, schedule=schedule), case, keep=sampler != "sa_solver")
 
 
 @pytest.mark.parametrize("schedule", ["karras", "exponential"])
@@ -177,7 +216,10 @@ def test_cosine_karras_timesteps_are_rounded_down() -> None:
 
 
 def test_every_sampler_is_compared() -> None:
-    assert set(SAMPLERS) - set(SCHEDULER) == {"euler_maruyama"}  # not in diffusers; see test_euler_maruyama.py
+    others = {"euler_maruyama", "ipndm_v", *REFERENCES} - {
+        "dpm++2m_sde_heun"
+    }  # see test_euler_maruyama.py and test_solvers.py
+    assert set(SAMPLERS) - set(SCHEDULER) == others
 
 
 @pytest.mark.parametrize("sampler", SCHEDULER)

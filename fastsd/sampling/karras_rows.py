@@ -1,0 +1,68 @@
+"""What the samplers in the notation of Karras et al. 2022, x = image + sigma z, build their tables from."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from fastsd.sampling.schedule import Schedule
+from fastsd.sampling.table import TableBuilder, TableRow, karras_c_in, karras_prediction
+
+
+def ancestral(sigma_from: float, sigma_to: float) -> tuple[float, float]:
+    """(sigma_down, sigma_up) of an ancestral step: down^2 + up^2 = to^2, up^2 = to^2 (from^2 - to^2) / from^2."""
+    up = min(sigma_to, sigma_to * math.sqrt(1 - (sigma_to / sigma_from) ** 2))
+    return math.sqrt(sigma_to**2 - up**2), up
+
+
+def builder_of(schedule: Schedule, sigmas: list[float]) -> TableBuilder:
+    """An empty table that starts at `sigmas[schedule.start]`, from an image or from noise."""
+    # In "leading" spacing the run starts below the last timestep. There diffusers scales the noise to the standard
+    # deviation of a noisy image of unit variance, elsewhere to sigma.
+    leading = schedule.config.timestep_spacing == "leading" and schedule.schedule != "sgm_uniform"
+    init = math.sqrt(sigmas[0] ** 2 + 1) if leading else sigmas[0]
+    return TableBuilder(mix=(1.0, sigmas[schedule.start]), init=init)
+
+
+def row(
+    schedule: Schedule,
+    t: float,
+    sigma: float,
+    step: int,
+    sigma_after: float,
+    *,
+    a: float = 0.0,
+    s: float = 0.0,
+    b: list[float],
+    n: float = 0.0,
+    m: float = 0.0,
+    save: bool = False,
+    draw: bool = False,
+) -> TableRow:
+    """A row that calls the network at (t, sigma), with the clean image as D."""
+    prediction = karras_prediction(schedule.config.prediction_type, sigma)
+    return TableRow(t, prediction, step, (1.0, sigma_after), karras_c_in(sigma), a, s, b, n, m, save, True, draw)
+
+
+def slope_row(
+    schedule: Schedule,
+    t: float,
+    sigma: float,
+    step: int,
+    sigma_after: float,
+    *,
+    b: list[float],
+    a: float = 0.0,
+    s: float = 0.0,
+    save: bool = False,
+) -> TableRow:
+    """A row that calls the network at (t, sigma), with the slope dx/dsigma = (x - image) / sigma as D."""
+    p, q = karras_prediction(schedule.config.prediction_type, sigma)
+    prediction = ((1 - p) / sigma, -q / sigma)
+    return TableRow(t, prediction, step, (1.0, sigma_after), karras_c_in(sigma), a, s, b, save=save)
+
+
+def time_of(schedule: Schedule, sigma: float) -> float:
+    """The timestep of a level that the schedule does not list; not a whole number."""
+    return float(schedule.timestep_of(np.array([sigma]))[0])
