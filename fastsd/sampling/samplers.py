@@ -85,11 +85,7 @@ SAMPLERS: dict[str, Sampler] = {
         Sampler("dpm2_a", "two_stage.dpm2_a", "DPM2 a", "KDPM2AncestralDiscreteScheduler", ("dpm_2_ancestral",)),
         Sampler("heun++", "two_stage.heunpp", "HeunPP2"),
         Sampler("restart", "two_stage.restart", "Restart"),
-        Sampler(
-            "dpm++2m_sde_heun",
-            "dpm_solver_sde.dpmpp_2m_sde_heun",
-            "DPM++ 2M SDE Heun",
-        ),
+        Sampler("dpm++2m_sde_heun", "dpm_solver_sde.dpmpp_2m_sde_heun", "DPM++ 2M SDE Heun"),
         Sampler("dpm++3m_sde", "dpm_solver_sde.dpmpp_3m_sde", "DPM++ 3M SDE"),
         Sampler("dpm_fast", "exponential.dpm_fast", "DPM fast"),
         Sampler("unipc", "unipc.unipc", "UniPC", "UniPCMultistepScheduler", ("unipc_bh2",)),
@@ -177,7 +173,11 @@ def resolve(sampler: str, schedule: str = "default") -> tuple[str, str]:
             key, resolved = key.removesuffix(suffix), name if resolved == "default" else resolved
     if key not in known:
         near = dict.fromkeys(known[match] for match in difflib.get_close_matches(key, known, n=4, cutoff=0.5))
-        offer = f"did you mean {' or '.join(near)}?" if near else f"fastsd knows {', '.join(SAMPLERS)}"
+        offer = (
+            f"did you mean {' or '.join(near)}?"
+            if near
+            else "the help and docs/samplers.md list those that fastsd knows"
+        )
         raise FastsdError(f"{sampler!r} is unknown; {offer}", argument="sampler")
     return known[key], resolved
 

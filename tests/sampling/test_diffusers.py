@@ -85,7 +85,8 @@ def case_of(
 def check(table: Table, case: Case, keep: bool = True) -> None:
     theirs, ours = reference(case), run_table(table, case.start is not None)
     ours.keep = ours.keep if keep else theirs.keep
-    assert ours.timesteps == pytest.approx(theirs.timesteps, abs=1e-9)
+    # diffusers subtracts nearly equal squares for DPM2's sigma_down: at the cosine betas' 20,000 that costs 1e-8.
+    assert ours.timesteps == pytest.approx(theirs.timesteps, abs=1e-7)
     assert ours.draws == theirs.draws
     assert difference(ours, theirs) < TOLERANCE
 
