@@ -318,12 +318,15 @@ class Pipeline:
         path = locate_controlnet(path, self.dtype != torch.float32).path
         return load_controlnet(path, self.components.unet.config, self.dtype, self.device, allow_pickle)
 
-    def set_adapters(self, adapters: Sequence[Adapter], allow_partial: bool = False) -> list[str]:
+    def set_adapters(
+        self, adapters: Sequence[Adapter], allow_partial: bool = False, allow_pickle: bool = False
+    ) -> list[str]:
         """Apply LoRAs and other adapters to the weights; those of an earlier call are removed, bit for bit.
 
         Args:
             adapters: files (or PEFT's folders) with their strengths, which add up; an empty list removes all.
             allow_partial: skip layers that the model does not have; otherwise they are an error.
+            allow_pickle: read pickles; only tensors and plain values are unpickled.
 
         Returns:
             Notes on what was skipped.
@@ -332,7 +335,7 @@ class Pipeline:
             FastsdError: no such file, malformed, or for another model; the weights are then unchanged.
         """
         with self._lock:
-            notes = self.adapters.set(adapters, allow_partial)
+            notes = self.adapters.set(adapters, allow_partial, allow_pickle)
             if self._own.few_step(self.adapters.active) != self.few_step:
                 self._take_defaults()
             return notes

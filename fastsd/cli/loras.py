@@ -47,7 +47,7 @@ def load(pipe: Pipeline, args: argparse.Namespace, before: dict[str, Any], notes
     tags = () if args.prompt_syntax == "plain" else take_loras(args.prompt)[1]
     chosen += [Adapter(find_in_folder(args.lora_dir, tag.name), tag.unet, tag.text) for tag in tags]
     with about("lora"):
-        notes += pipe.set_adapters(chosen, bool(args.allow_partial))
+        notes += pipe.set_adapters(chosen, bool(args.allow_partial), bool(args.allow_pickle))
     used = [_describe(adapter) for adapter in chosen]
     for old in before.get("loras") or ():
         if isinstance(old, dict) and not any(lora["sha256"] == old.get("sha256") for lora in used):
@@ -92,14 +92,10 @@ def find_in_folder(folder: str | None, name: str) -> Path:
 
 
 def _describe(adapter: Adapter) -> dict[str, Any]:
+    from fastsd.weights.adapters.locate import adapter_bytes
     from fastsd.weights.hashes import adapter_hash
 
-    data = content(adapter.path)
+    data = adapter_bytes(adapter.path)
     setting = {"name": adapter.path.name, "sha256": fingerprint(data), "strength": adapter.unet}
     setting["hash"] = adapter_hash(data)
     return setting | ({"text_strength": adapter.text} if adapter.text != adapter.unet else {})
-
-
-def content(path: Path) -> bytes:
-    """The bytes that identify an adapter: its file's, or those of PEFT's folder."""
-    return (path / "adapter_model.safetensors" if path.is_dir() else path).read_bytes()

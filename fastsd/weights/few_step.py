@@ -8,6 +8,8 @@ from pathlib import Path
 
 from fastsd.config import SchedulerConfig, UNetConfig
 from fastsd.few_step import KINDS, Detection
+from fastsd.weights.adapters.locate import adapter_parts
+from fastsd.weights.formats.pickle_file import is_pickle
 from fastsd.weights.formats.safetensors_file import read_header
 
 # In ModelSpec, models that are sampled differently have different architectures. Titles and training records (ss_*)
@@ -70,5 +72,6 @@ def detect_in_adapter(path: Path) -> Detection | None:
     Raises:
         FastsdError: malformed.
     """
-    metadata = read_header(path / "adapter_model.safetensors" if path.is_dir() else path)[1]
+    weights = adapter_parts(path)[0].weights
+    metadata = {} if is_pickle(weights) else read_header(weights)[1]
     return detect_in_metadata(metadata, owner=f"{path.name}'s")

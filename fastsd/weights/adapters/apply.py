@@ -14,11 +14,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastsd.components import Components
+from fastsd.components import Components, TextualInversion
 from fastsd.errors import FastsdError
 from fastsd.model.layers import Conv2d
 from fastsd.weights.adapters.arithmetic import adapted
-from fastsd.weights.adapters.file import AdapterLayer, layer_names, read_adapter
+from fastsd.weights.adapters.embeddings import read_vectors
+from fastsd.weights.adapters.file import AdapterFile, AdapterLayer, layer_roles, read_adapter
+from fastsd.weights.adapters.layer_names import layer_names
+from fastsd.weights.adapters.roles import BIAS, SCALARS
 from fastsd.weights.layouts.ldm_names import unet_key, unet_table
 from fastsd.weights.layouts.names import Source, sources
 
@@ -66,6 +69,7 @@ class Adapters:
         self.active: tuple[Adapter, ...] = ()
         self._components = components
         self._base: dict[Key, torch.Tensor] = {}
+        self._bundled: dict[str, TextualInversion | None] = {}  # of `active`, by name: what the name meant before
 
     @functools.cached_property
     def _targets(self) -> dict[Key, _AdapterTarget]:
@@ -77,36 +81,44 @@ class Adapters:
         }
 
     @functools.cached_property
-    def _names(self) -> dict[str, tuple[str, str]]:
-        """The network and the folder's name of each layer, by every name that files use for it."""
-        names: dict[str, tuple[str, str]] = {}
+    def _names(self) -> dict[str, dict[str, str]]:
+        """The folder's name of each layer by its network, by every name that files use for it.
+
+        Only PEFT's folders of a text encoder have names that mean a layer of either.
+        """
+        names: dict[str, dict[str, str]] = {}
         table = unet_table(self._components.unet.config)
         for network, key in self._targets:
             layer = key.rpartition(".")[0]
             original = unet_key(table, key).key.rpartition(".")[0] if network == "unet" else None
             for name in layer_names(network, layer, original):
-                names.setdefault(name, (network, layer))
+                names.setdefault(name, {})[network] = layer
         return names
 
     @torch.no_grad()
-    def set(self, adapters: Sequence[Adapter], allow_partial: bool = False) -> list[str]:
+    def set(self, adapters: Sequence[Adapter], allow_partial: bool = False, allow_pickle: bool = False) -> list[str]:
         """Make `adapters` the only adapters in the weights.
 
         Args:
             adapters: any number; their changes add up. Each changes a weight W to W + strength * (W' - W), where W' is
                 the weight that the file makes of the checkpoint's W.
             allow_partial: skip layers that the model does not have; otherwise they are an error.
+            allow_pickle: read files that are pickles; only tensors and plain values are unpickled.
 
         Returns:
-            Notes: what was skipped, one line per file.
+            Notes: what was skipped, one line per file; settings in the files that are not known.
 
         Raises:
             FastsdError: not an adapter, or not for this model; the weights are then unchanged.
         """
         changes: Changes = {}
+        bundled: dict[str, TextualInversion] = {}
         notes = []
         for adapter in adapters:
-            unknown = self._collect(adapter, changes)
+            file = read_adapter(adapter.path, allow_pickle)
+            notes += file.notes
+            unknown = self._collect(adapter, file, changes)
+            bundled |= self._bundled_with(adapter, file)
             if unknown:
                 text = f"{len(unknown)} of its layers are not in this model: {', '.join(unknown[:4])}" + (
                     ", ..." if len(unknown) > 4 else ""
@@ -116,38 +128,73 @@ class Adapters:
                         f"{text}; is it for another model? {{allow_partial}} skips them", path=adapter.path
                     )
                 notes.append(f"{adapter.path}: {text}")
-        if not changes and not self._base:
-            self.active = tuple(adapters)
-            return notes
-        previous = self.active
-        try:
-            self._write(changes)
-        except BaseException:
-            self.active = ()
-            self._write({})
-            if previous:
-                self.set(previous, allow_partial=True)
-            raise
+        if changes or self._base:
+            previous = self.active
+            try:
+                self._write(changes)
+            except BaseException:
+                self.active = ()
+                self._write({})
+                if previous:
+                    self.set(previous, allow_partial=True, allow_pickle=True)
+                raise
         self.active = tuple(adapters)
+        self._bundle(bundled)
         return notes
 
-    def _collect(self, adapter: Adapter, changes: Changes) -> list[str]:
+    def _collect(self, adapter: Adapter, file: AdapterFile, changes: Changes) -> list[str]:
         """Add the layers of a file to `changes`; return the names of layers that the model does not have."""
         for strength in (adapter.unet, adapter.text):
             if not -MAX_STRENGTH <= strength <= MAX_STRENGTH:
                 raise FastsdError(f"strength {strength:g}; it should be within ±{MAX_STRENGTH:g}", path=adapter.path)
         unknown = []
-        for layer in read_adapter(adapter.path):
-            network, module = self._names.get(layer.name, ("", ""))
-            kinds = [kind for kind, roles in _kinds(layer).items() if roles]
-            keys = [(network, f"{module}.{kind}") for kind in kinds]
-            if not network or not all(key in self._targets for key in keys):
+        for layer in file.layers:
+            found = self._places(layer)
+            if found is None:
                 unknown.append(layer.name)
                 continue
+            network, keys = found
             for key in keys:
                 strength = adapter.unet if network == "unet" else adapter.text
                 changes.setdefault(key, []).append((layer, str(adapter.path), strength))
         return unknown
+
+    def _places(self, layer: AdapterLayer) -> tuple[str, list[Key]] | None:
+        """The network and the stored keys that a layer of a file changes, or None if the model lacks them."""
+        networks = self._names.get(layer.name, {})
+        if len(networks) > 1:  # the one whose sizes fit; where both do, the one that PEFT's config names
+            fitting = {n: m for n, m in networks.items() if _fits(layer, self._targets.get((n, f"{m}.weight")))}
+            networks = fitting or networks
+            if layer.network in networks:
+                networks = {layer.network: networks[layer.network]}
+        for network, module in networks.items():
+            kinds = layer_roles(layer)
+            if kinds.get("bias") == ["factors"] and (network, f"{module}.bias") not in self._targets:
+                del kinds["bias"]  # (IA)^3 scales a bias where there is one
+            keys = [(network, f"{module}.{kind}") for kind in kinds]
+            return (network, keys) if all(key in self._targets for key in keys) else None
+        return None
+
+    def _bundled_with(self, adapter: Adapter, file: AdapterFile) -> dict[str, TextualInversion]:
+        """The embeddings that a file brings along, by name."""
+        encoders = self._components.text_encoders
+        return {
+            name: TextualInversion(
+                (name,), read_vectors(adapter.path, {key: entry.read() for key, entry in tensors.items()}, encoders)
+            )
+            for name, tensors in file.embeddings.items()
+        }
+
+    def _bundle(self, embeddings: dict[str, TextualInversion]) -> None:
+        """Let prompts use these embeddings, and no longer those of the adapters before."""
+        known = self._components.embeddings
+        for name, before in self._bundled.items():
+            if before is None:
+                known.pop(name, None)
+            else:
+                known[name] = before
+        self._bundled = {name: known.get(name) for name in embeddings}
+        known |= embeddings
 
     def _write(self, changes: Changes) -> None:
         """Rewrite every row that `changes` changes or that an earlier call changed."""
@@ -169,10 +216,14 @@ def _sum(base: torch.Tensor, source: Source, changes: list[tuple[AdapterLayer, s
     weight = base.float()
     total = weight.clone()
     for layer, path, strength in changes:
-        roles = _kinds(layer)[source.key.rpartition(".")[2]]
-        parts = {role.removeprefix("bias_"): layer.entries[role].read().float().to(base.device) for role in roles}
+        roles = layer_roles(layer)[source.key.rpartition(".")[2]]
+        for role in roles:
+            if role not in SCALARS and not layer.entries[role].dtype.is_floating_point:
+                kind = str(layer.entries[role].dtype).removeprefix("torch.")
+                raise FastsdError(f"{layer.name} has {role} in {kind}; it should be a floating-point tensor", path=path)
+        parts = {role.removeprefix(BIAS): layer.entries[role].read().float().to(base.device) for role in roles}
         try:
-            changed = adapted(weight, parts, layer.scale)
+            changed = adapted(weight, parts, layer.scale, layer.options)
         except (RuntimeError, ValueError) as error:
             shapes = ", ".join(f"{role} {list(layer.entries[role].shape)}" for role in roles)
             raise FastsdError(
@@ -184,10 +235,12 @@ def _sum(base: torch.Tensor, source: Source, changes: list[tuple[AdapterLayer, s
     return total
 
 
-def _kinds(layer: AdapterLayer) -> dict[str, list[str]]:
-    """The roles that change the layer's weight, and those that change its bias."""
-    bias = [role for role in layer.entries if role == "bias_difference"]
-    return {"weight": [role for role in layer.entries if role not in bias], "bias": bias}
+def _fits(layer: AdapterLayer, target: _AdapterTarget | None) -> bool:
+    """Whether a LoRA of linear layers has the sizes of a target; other kinds are taken to fit."""
+    up, down = layer.entries.get("up"), layer.entries.get("down")
+    if target is None or up is None or down is None:
+        return target is not None
+    return up.shape[:1] == target.source.shape[:1] and down.shape[1:2] == target.source.shape[1:2]
 
 
 def _networks(components: Components) -> Iterator[tuple[str, nn.Module]]:

@@ -1,21 +1,23 @@
-"""The changes that adapters make to a weight: LoRA, LoCon, LoHa, LoKr, plain differences, and DoRA's decomposition."""
+"""What adapters add to a weight: LoRA, LoCon, LoHa, LoKr, plain differences; and DoRA's decomposition of the sum."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
-Tensors = Mapping[str, torch.Tensor]
+from fastsd.weights.adapters.roles import DIMENSIONS, NO_OPTIONS, SCALARS, LayerOptions, Tensors
+from fastsd.weights.adapters.rotations import rotated
 
 
-def adapted(base: torch.Tensor, parts: Tensors, scale: float | None) -> torch.Tensor:
+def adapted(
+    base: torch.Tensor, parts: Tensors, scale: float | None, options: LayerOptions = NO_OPTIONS
+) -> torch.Tensor:
     """The weight that a layer has at strength 1.
 
     Args:
         base: fp32, `[out, in]`, `[out, in, k, k]`, or `[channels]` of a norm or a bias.
-        parts: an adapter's tensors for this layer, by role (`fastsd.weights.adapters.file.ROLES`).
+        parts: an adapter's tensors for this layer, by role (`fastsd.weights.adapters.roles`).
         scale: alpha / rank; None: from `parts`.
+        options: what only PEFT's config says of the layer.
 
     Returns:
         fp32, the shape of `base`.
@@ -23,15 +25,33 @@ def adapted(base: torch.Tensor, parts: Tensors, scale: float | None) -> torch.Te
     Raises:
         ValueError: the tensors make no change of that shape; raised before memory is allocated for it.
     """
+    _check(parts)
+    base = parts.get("base", base).reshape(base.shape)
+    if "replacement" in parts:
+        return parts["replacement"].reshape(base.shape)
     form = next((form for form in _FORMS if form.needs <= parts.keys()), None)
     if form is None:
-        raise ValueError("no known form of change")
+        changed = rotated(base, parts, options)
+        if changed is None:
+            raise ValueError("no known form of change")
+        return changed
     rows, columns = form.size(parts)
     if (rows, columns) != (len(base), base.numel() // len(base)):
         raise ValueError(f"makes a change of {rows} x {columns}")
     weight = base + form.change(parts).reshape(base.shape) * form.scale(parts, scale)
     magnitude = parts.get("magnitude", parts.get("magnitude_of_outputs"))
     return weight if magnitude is None else _with_magnitude(weight, magnitude, "magnitude_of_outputs" in parts)
+
+
+def _check(parts: Tensors) -> None:
+    """Each role has its numbers of dimensions, none of length 0; they are checked before any size is used."""
+    for role, part in parts.items():
+        low, high = DIMENSIONS.get(role, (1, 4))
+        if not low <= part.ndim <= high or not part.numel():
+            wanted = str(low) if low == high else f"{low} to {high}"
+            raise ValueError(f"its {role} is {list(part.shape)}; it should have {wanted} dimensions, none of length 0")
+        if role in SCALARS and part.numel() != 1:
+            raise ValueError(f"its {role} is {list(part.shape)}; it should be one number")
 
 
 class _Difference:
@@ -64,6 +84,36 @@ class _LowRank(_Difference):
 
     def scale(self, parts: Tensors, peft_scale: float | None) -> float:
         return _alpha_over(parts, len(parts["down"]), peft_scale)
+
+
+class _Embedding(_LowRank):
+    """PEFT's LoRA of a table of token embeddings, `[tokens, channels]`: the transpose of up @ down."""
+
+    needs = {"embedding_up", "embedding_down"}
+
+    def size(self, parts: Tensors) -> tuple[int, int]:
+        return parts["embedding_down"].shape[1], len(parts["embedding_up"])
+
+    def change(self, parts: Tensors) -> torch.Tensor:
+        return (parts["embedding_up"] @ parts["embedding_down"]).t()
+
+    def scale(self, parts: Tensors, peft_scale: float | None) -> float:
+        return _alpha_over(parts, len(parts["embedding_down"]), peft_scale)
+
+
+class _AddedBias(_Difference):
+    """The bias of a LoRA's second matrix (PEFT's `lora_bias`), scaled like the matrix."""
+
+    needs = {"up_bias"}
+
+    def size(self, parts: Tensors) -> tuple[int, int]:
+        return _matrix(parts["up_bias"])
+
+    def change(self, parts: Tensors) -> torch.Tensor:
+        return parts["up_bias"]
+
+    def scale(self, parts: Tensors, peft_scale: float | None) -> float:
+        return 1.0 if peft_scale is None else peft_scale
 
 
 class _Hadamard(_Difference):
@@ -114,12 +164,21 @@ class _Kronecker(_Difference):
 
     def scale(self, parts: Tensors, peft_scale: float | None) -> float:
         low = [parts[name] for name in ("kron_w1_b", "kron_w2_b") if name in parts]
-        return _alpha_over(parts, len(low[0]), peft_scale) if low else 1.0  # alpha belongs to a rank
+        if low or peft_scale is not None:
+            return _alpha_over(parts, len(low[0]) if low else 1, peft_scale)
+        return 1.0  # LyCORIS: without a rank, alpha has no meaning
 
 
 _FIRST = ({"kron_w1"}, {"kron_w1_a", "kron_w1_b"})
 _SECOND = ({"kron_w2"}, {"kron_w2_a", "kron_w2_b"})
-_FORMS = (_Difference(), _LowRank(), _Hadamard(), *(_Kronecker(a, b) for a in _FIRST for b in _SECOND))
+_FORMS = (
+    _Difference(),
+    _LowRank(),
+    _Embedding(),
+    _AddedBias(),
+    _Hadamard(),
+    *(_Kronecker(a, b) for a in _FIRST for b in _SECOND),
+)
 
 
 def _matrix(x: torch.Tensor) -> tuple[int, int]:

@@ -54,7 +54,7 @@ def load_embedding(
         names.append(next(iter(tensors)))
     if not all(name.strip() and len(name) <= 200 for name in names):
         raise FastsdError(f"the token {names[-1][:40]!r} should be a text of 1 to 200 characters", path=path)
-    return TextualInversion(tuple(dict.fromkeys(names)), _vectors(path, tensors, encoders))
+    return TextualInversion(tuple(dict.fromkeys(names)), read_vectors(path, tensors, encoders))
 
 
 def _unpickle(path: Path, allow_pickle: bool) -> dict[str, torch.Tensor]:
@@ -66,8 +66,14 @@ def _unpickle(path: Path, allow_pickle: bool) -> dict[str, torch.Tensor]:
     return {key: entry.read() for key, entry in tensors_in(path, inner, sizes).items()}
 
 
-def _vectors(path: Path, tensors: dict[str, torch.Tensor], encoders: Sequence[TextEncoder]) -> tuple[torch.Tensor, ...]:
-    """The checked vectors of each encoder."""
+def read_vectors(
+    path: Path, tensors: dict[str, torch.Tensor], encoders: Sequence[TextEncoder]
+) -> tuple[torch.Tensor, ...]:
+    """The checked vectors of each encoder, fp32.
+
+    Raises:
+        FastsdError: not vectors, or those of another family.
+    """
     widths = [encoder.config.hidden_size for encoder in encoders]
     if set(SDXL_KEYS) & set(tensors):
         keys = SDXL_KEYS if len(widths) == 2 else SDXL_KEYS[1:]  # SDXL's refiner has only the second encoder

@@ -18,8 +18,8 @@ from fastsd.model.tokenizer import EOS, Tokenizer
 from fastsd.model.unet import UNet
 from fastsd.model.vae import AutoencoderKL
 from fastsd.parameters import PARAMETERS
-from fastsd.weights.formats.pickle_file import is_pickle, read_pickle
-from fastsd.weights.formats.safetensors_file import TensorEntry, read_header
+from fastsd.weights.formats.open_file import read_tensors
+from fastsd.weights.formats.safetensors_file import TensorEntry
 from fastsd.weights.layouts.family import CheckpointFamily, FileTextEncoder, find_family
 from fastsd.weights.layouts.file_layouts import FileLayout, TextEncoderLayout
 from fastsd.weights.layouts.ldm_names import OriginalKey, linear_projection, openclip_key, unet_key, unet_table, vae_key
@@ -67,9 +67,7 @@ def read_file(path: Path, allow_pickle: bool = False) -> tuple[dict[str, TensorE
         raise FastsdError("a folder; a .safetensors file is expected", path=path)
     if not path.is_file():
         raise FastsdError("not a regular file", path=path)
-    if is_pickle(path):
-        return read_pickle(path, allow_pickle), {}
-    return read_header(path)
+    return read_tensors(path, allow_pickle)
 
 
 def load_single_file(

@@ -10,7 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from fastsd.errors import FastsdError
-from fastsd.weights.adapters.file import METADATA, layer_names, read_adapter, split_key
+from fastsd.weights.adapters.file import read_adapter
+from fastsd.weights.adapters.layer_names import layer_names
+from fastsd.weights.adapters.peft_config import METADATA
+from fastsd.weights.adapters.roles import split_key
 
 Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 
@@ -43,6 +46,9 @@ def test_every_name_of_a_layer() -> None:
         "base_model.model.mid_block.resnets.0.conv1",
         "lora_unet_mid_block_resnets_0_conv1",
         "lycoris_mid_block_resnets_0_conv1",
+        "oft_unet_mid_block_resnets_0_conv1",
+        "lycoris_middle_block_0_in_layers_2",
+        "model.diffusion_model.middle_block.0.in_layers.2",
         "lora_unet_middle_block_0_in_layers_2",
         "diffusion_model.middle_block.0.in_layers.2",
     }
@@ -50,7 +56,7 @@ def test_every_name_of_a_layer() -> None:
 
 
 def test_refused_files(tmp_path: Path) -> None:
-    with pytest.raises(FastsdError, match=r"no adapter_config\.json in this folder"):
+    with pytest.raises(FastsdError, match=r"no adapter_config\.json and no pytorch_lora_weights\.safetensors"):
         read_adapter(tmp_path)
     with pytest.raises(FastsdError, match="no such adapter"):
         read_adapter(tmp_path / "x.safetensors")
@@ -70,4 +76,4 @@ def test_the_scale_of_pefts_metadata(tmp_path: Path) -> None:
     stabilised = {"unet.lora_alpha": 8, "unet.use_rslora": True}
     for config, scale in (({}, None), ({"unet.lora_alpha": 8}, 2.0), (stabilised, 4.0)):
         save_file(tensors, file, {METADATA: json.dumps(config)})
-        assert [layer.scale for layer in read_adapter(file)] == [scale]
+        assert [layer.scale for layer in read_adapter(file).layers] == [scale]
