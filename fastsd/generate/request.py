@@ -11,21 +11,21 @@ import torch
 from PIL import Image
 
 from fastsd.components import Components
-from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
 from fastsd.generate.beside import count_parts, fill_editing, guidance_notes
 from fastsd.generate.control import Control, idle_controls, resize_control
 from fastsd.generate.defaults import steps_from_image
 from fastsd.generate.inputs import Images, check_prompts, fit_images, fit_latents
 from fastsd.generate.latents import InpaintMask
-from fastsd.generate.like import LIKE, Rules, fill
+from fastsd.generate.like import LIKE, Rules, fill, rules_notes
 from fastsd.generate.noise import SOURCES, NoisePlan, of_image
+from fastsd.generate.tables import make_table, refiner_row
 from fastsd.kinds import MAX_IMAGES, MAX_SEED
 from fastsd.model.taesd import DECODES_ONLY
 from fastsd.parameters import DEFAULT_BATCH, MAX_SIDE, PARAMETERS, RANDOM_SEED, Settings, check_call
 from fastsd.pass_rows import REFINER_SWITCH
 from fastsd.runtime import memory
-from fastsd.sampling.build import build, spacing_counts
+from fastsd.sampling.build import spacing_counts
 from fastsd.sampling.samplers import complete, resolve
 from fastsd.sampling.table import Table
 from fastsd.text.parse import ParsedPrompts, parse_prompts
@@ -153,6 +153,7 @@ def plan(
     images = fit_images(components, settings, (defaults["width"], defaults["height"]))
     settings = settings.replace(width=images.size[0], height=images.size[1])
     first = _first_pass(components, settings, parsed, images, parts, count)
+    notes += rules_notes(settings)
     notes += [*guidance_notes(settings, parts), *parsed.notes, *images.notes]
     if not len(first.table) and first.strength > 0:
         notes.append(_nothing_changes("the run", first.strength, settings.num_inference_steps))
@@ -161,7 +162,8 @@ def plan(
     if settings.hires_scale is not None:
         second = _second_pass(components, first, prompts, negatives)
         if not len(second.table) and second.strength > 0:
-            notes.append(_nothing_changes("the second pass", second.strength, settings.hires_steps))
+            steps = settings.hires_steps or settings.num_inference_steps
+            notes.append(_nothing_changes("the second pass", second.strength, steps))
         passes = (first, second)
     own = tuple(of_image(settings, i, count) for i in range(count))
     return Request(settings, own, passes, tuple(dict.fromkeys(notes)))
@@ -181,7 +183,9 @@ def _fill_steps(settings: Settings, defaults: dict[str, Any], few_step: bool) ->
     guidance = settings.guidance_scale
     if guidance is None:
         guidance = PARAMETERS["guidance_scale"].check(defaults["guidance_scale"])
-    hires_steps = settings.hires_steps or enough(steps, settings.hires_strength)
+    hires_steps = settings.hires_steps
+    if hires_steps is None and LIKE[settings.like].fills_hires_steps:
+        hires_steps = enough(steps, settings.hires_strength)
     return settings.replace(num_inference_steps=steps, guidance_scale=guidance, hires_steps=hires_steps)
 
 
@@ -193,9 +197,15 @@ def _fill_sampling(settings: Settings, components: Components, defaults: dict[st
             f"it should be a whole number from 1 to {layers}", argument="clip_skip", value=settings.clip_skip
         )
     own = settings.sampler is None
+    rules = LIKE[settings.like]
     schedule = settings.schedule or (defaults["schedule"] if own else "default")
     sampler, schedule = resolve(defaults["sampler"] if own else settings.sampler, schedule)
+    sampler = rules.samplers.get(sampler, sampler)
+    if settings.schedule is None and schedule == "default":
+        schedule = rules.schedules.get(sampler, schedule)
     spacing = settings.spacing
+    if spacing is None and rules.levels is not None and not rules.leaves_start(sampler):
+        spacing = "linspace" if spacing_counts(sampler, schedule, components.scheduler) else None
     if spacing_counts(sampler, schedule, components.scheduler):
         spacing = complete(components.scheduler, sampler, spacing).timestep_spacing
     elif spacing is not None:
@@ -268,8 +278,9 @@ def _first_pass(
     )
     memory.check_workload(workload, weight.device)
     strength = 1.0 if images.image is None else settings.strength
-    table = make_table(settings, components.scheduler, settings.num_inference_steps, strength)
-    rules = LIKE[settings.like]
+    rules, steps = LIKE[settings.like], settings.num_inference_steps
+    total, run = (steps, steps) if images.image is None else rules.steps(steps, strength)
+    table = make_table(settings, components.scheduler, total, run)
     return Pass(
         settings=settings,
         prompts=prompts,
@@ -296,7 +307,7 @@ def _second_pass(components: Components, first: Pass, prompts: Sequence[str], ne
     settings, weight = first.settings, components.unet.conv_in.weight
     if settings.hires_upscaler != "latent" and components.vae.encoder is None:
         raise FastsdError(DECODES_ONLY, argument="hires_upscaler")
-    steps, strength = settings.hires_steps, settings.hires_strength
+    steps, strength = settings.hires_steps or settings.num_inference_steps, settings.hires_strength
     parsed = first.prompts
     if steps != settings.num_inference_steps:  # schedules in prompts count steps
         parsed = _parse(components, settings, prompts, negatives, steps, first.guided)
@@ -311,7 +322,8 @@ def _second_pass(components: Components, first: Pass, prompts: Sequence[str], ne
     tiled = first.vae_tiling or width * height > TILED_FROM
     workload = replace(first.workload, width=width, height=height, tiled=tiled)
     memory.check_workload(workload, weight.device)
-    table = make_table(settings, components.scheduler, steps, strength)
+    total, run = first.rules.hires_steps(settings.hires_steps, settings.num_inference_steps, strength)
+    table = make_table(settings, components.scheduler, total, run)
     return replace(
         first,
         prompts=parsed,
@@ -325,29 +337,6 @@ def _second_pass(components: Components, first: Pass, prompts: Sequence[str], ne
         controls=tuple(resize_control(control, width, height) for control in first.controls),
         refiner_row=refiner_row(table, components.scheduler, settings.refiner_switch),
     )
-
-
-def make_table(settings: Settings, scheduler: SchedulerConfig, steps: int, strength: float) -> Table:
-    """The sampler's table for the share `strength` of `steps`; without rows where that is less than one step."""
-    start = steps - min(int(steps * strength), steps)
-    last = min(start, steps - 1)
-    how = {"schedule": settings.schedule, "spacing": settings.spacing, "eta": settings.eta}
-    table = build(settings.sampler, steps, scheduler, start=last, **how)
-    return table if start == last else table.without_rows()
-
-
-def refiner_row(table: Table, scheduler: SchedulerConfig, switch: float | None) -> int:
-    """The first row of the table that the refiner does; past the last where there is none.
-
-    It takes over at the first step whose timestep lies below the share of them that `switch` leaves, as diffusers
-    counts it.
-    """
-    times, steps = table.timesteps, table.step
-    if switch is None:
-        return len(times)
-    below = round(scheduler.num_train_timesteps * (1.0 - switch))
-    starts = (row for row in range(len(times)) if row == 0 or steps[row] != steps[row - 1])
-    return next((row for row in starts if times[row] < below), len(times))
 
 
 def _nothing_changes(what: str, strength: float, steps: int) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 
 from fastsd.config import SPACINGS, SchedulerConfig
 from fastsd.errors import FastsdError
+from fastsd.sampling.k_levels import KLevels
 from fastsd.sampling.samplers import SAMPLERS, complete, resolve
 from fastsd.sampling.schedule import Schedule
 from fastsd.sampling.table import Table
@@ -22,6 +24,7 @@ def build(
     spacing: str | None = None,
     start: int = 0,
     eta: float = 0.0,
+    levels: KLevels | None = None,
 ) -> Table:
     """The table of a sampler for a checkpoint's noise schedule.
 
@@ -33,6 +36,7 @@ def build(
         start: the first of the N steps that runs. A later start has another table, since a multistep method begins
             without a history.
         eta: DDIM's share of fresh noise, 0 to 1.
+        levels: another program's noise levels, in place of the spacing's.
 
     Raises:
         FastsdError: an unknown sampler or schedule, two that do not go together, or a number out of range.
@@ -56,8 +60,10 @@ def build(
         raise FastsdError(f"{sampler} has no {schedule} schedule; use default, or one of {others}", argument="schedule")
     try:
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            levels = Schedule(complete(config, sampler, spacing), num_inference_steps, start, schedule, eta)
-            return entry.make_table(levels)
+            made = Schedule(complete(config, sampler, spacing), num_inference_steps, start, schedule, eta)
+            if levels is not None and entry.takes_schedule:
+                made = replace(made, given=levels.of(made, sampler))
+            return entry.make_table(made)
     except ZeroDivisionError:
         raise FastsdError(
             f"{num_inference_steps} of {sampler} put two steps on one noise level; take fewer",

@@ -66,6 +66,7 @@ class Schedule:
         start: the first of them that runs, 0 except in image-to-image.
         schedule: one of `fastsd.sampling.samplers.SCHEDULES`.
         eta: DDIM's share of fresh noise.
+        given: timesteps and sigmas that another program has in place of these, as `karras_levels` returns them.
     """
 
     config: SchedulerConfig
@@ -73,6 +74,7 @@ class Schedule:
     start: int = 0
     schedule: str = "default"
     eta: float = 0.0
+    given: tuple[list[float], list[float]] | None = None
 
     @cached_property
     def alphas_cumprod(self) -> Float64:
@@ -119,6 +121,8 @@ class Schedule:
 
         Timesteps are not whole numbers. "karras" and "exponential" span the sigmas that the spacing selects.
         """
+        if self.given is not None:
+            return self.given
         times = self._sgm_uniform() if self.schedule == "sgm_uniform" else self.timesteps(integers=False)
         sigmas = self._interpolate(times)
         if self.schedule in ("karras", "exponential"):
@@ -132,6 +136,8 @@ class Schedule:
         Timesteps are whole numbers. "karras" and "exponential" span all training sigmas. With `linspace`, that spacing
         replaces the config's, as in diffusers' singlestep solver.
         """
+        if self.given is not None:
+            return self.given
         if self.schedule in ("karras", "exponential"):
             sigmas = self._ramp(self.sigmas[-1], self.sigmas[0])
             times = self.timestep_of(sigmas)

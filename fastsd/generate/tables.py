@@ -1,0 +1,51 @@
+"""The sampler's table of a pass: which steps of which schedule run, by the rules of the program that is followed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from fastsd.config import SchedulerConfig
+from fastsd.generate.like import LIKE
+from fastsd.parameters import Settings
+from fastsd.sampling.build import build
+from fastsd.sampling.table import Table
+
+
+def make_table(settings: Settings, scheduler: SchedulerConfig, total: int, run: int) -> Table:
+    """The sampler's table for the last `run` of `total` steps; without rows where none runs."""
+    rules, start = LIKE[settings.like], total - run
+    last = min(start, total - 1)
+    table = build(
+        settings.sampler,
+        total,
+        scheduler,
+        start=last,
+        schedule=settings.schedule,
+        spacing=settings.spacing,
+        eta=settings.eta,
+        levels=rules.levels if settings.spacing in (None, "linspace") else None,
+    )
+    if start != last:
+        return table.without_rows()
+    if rules.starts_at_sigma is None or rules.leaves_start(settings.sampler):
+        return table
+    signal, noise = table.mix  # at the first noise level
+    if rules.starts_at_sigma:
+        return replace(table, init=noise)
+    unit = math.hypot(signal, noise)
+    return replace(table, init=unit, mix=(signal, unit)) if start == 0 else table
+
+
+def refiner_row(table: Table, scheduler: SchedulerConfig, switch: float | None) -> int:
+    """The first row of the table that the refiner does; past the last where there is none.
+
+    It takes over at the first step whose timestep lies below the share of them that `switch` leaves, as diffusers
+    counts it.
+    """
+    times, steps = table.timesteps, table.step
+    if switch is None:
+        return len(times)
+    below = round(scheduler.num_train_timesteps * (1.0 - switch))
+    starts = (row for row in range(len(times)) if row == 0 or steps[row] != steps[row - 1])
+    return next((row for row in starts if times[row] < below), len(times))

@@ -1,0 +1,72 @@
+"""Noise levels as k-diffusion spaces them, which A1111 and ComfyUI follow, where diffusers' schedulers differ.
+
+N timesteps are even from the last to the first, and the noise levels between training timesteps are interpolated in
+log sigma (k_diffusion/external.py, `DiscreteSchedule.get_sigmas` and `t_to_sigma`). Every sampler takes the same
+levels, and the network gets timesteps that are not whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastsd.sampling.schedule import Float64, Schedule
+
+
+@dataclass(frozen=True)
+class KLevels:
+    """How a program makes noise levels of a schedule by name.
+
+    Attributes:
+        nearest: timesteps are the nearest training timesteps, as in ComfyUI (comfy/model_sampling.py,
+            `ModelSamplingDiscrete.timestep`), else they lie between.
+        discards: samplers that take one level more and leave out the last but one.
+        leaves: samplers that have levels of their own.
+    """
+
+    nearest: bool = False
+    discards: Collection[str] = ()
+    leaves: Collection[str] = ()
+
+    def of(self, schedule: Schedule, sampler: str) -> tuple[list[float], list[float]] | None:
+        """Timesteps `[N]` and sigmas `[N + 1]`, the last 0; None: the schedule's own."""
+        if sampler in self.leaves or schedule.schedule not in RAMPS:
+            return None
+        steps, discards = schedule.num_inference_steps, sampler in self.discards
+        sigmas = RAMPS[schedule.schedule](schedule.sigmas, steps + discards)
+        if discards:
+            sigmas = np.delete(sigmas, -1)
+        return self._times(schedule, sigmas).tolist(), [*sigmas.tolist(), 0.0]
+
+    def _times(self, schedule: Schedule, sigmas: Float64) -> Float64:
+        if not self.nearest:
+            return schedule.timestep_of(sigmas)
+        gaps = np.abs(np.log(sigmas)[:, None] - np.log(schedule.sigmas)[None])
+        return gaps.argmin(axis=1).astype(np.float64)
+
+
+def _of_times(sigmas: Float64, times: Float64) -> Float64:
+    return np.exp(np.interp(times, np.arange(len(sigmas)), np.log(sigmas)))
+
+
+def _uniform(sigmas: Float64, steps: int) -> Float64:
+    return _of_times(sigmas, np.linspace(len(sigmas) - 1, 0, steps))
+
+
+def _sgm_uniform(sigmas: Float64, steps: int) -> Float64:
+    return _of_times(sigmas, np.linspace(len(sigmas) - 1, 0, steps + 1)[:-1])
+
+
+def _karras(sigmas: Float64, steps: int) -> Float64:
+    """k_diffusion/sampling.py, `get_sigmas_karras` with rho = 7, between the first and the last training level."""
+    return np.linspace(sigmas[-1] ** (1 / 7), sigmas[0] ** (1 / 7), steps) ** 7
+
+
+def _exponential(sigmas: Float64, steps: int) -> Float64:
+    return np.exp(np.linspace(np.log(sigmas[-1]), np.log(sigmas[0]), steps))
+
+
+# By the names of `fastsd.sampling.samplers.SCHEDULES`; others are the same everywhere.
+RAMPS = {"default": _uniform, "sgm_uniform": _sgm_uniform, "karras": _karras, "exponential": _exponential}
