@@ -11,13 +11,14 @@ from fastsd.errors import FastsdError, about
 from fastsd.files import fingerprint
 from fastsd.kinds import Number
 from fastsd.parameters import nearest
-from fastsd.text.syntax import MAX_WEIGHT, take_loras
+from fastsd.text.syntax import MAX_WEIGHT, composed, take_loras
 
 if TYPE_CHECKING:
     from fastsd.pipeline import Pipeline
     from fastsd.weights.adapters.apply import Adapter
 
 SUFFIX = ".safetensors"
+SUFFIXES = (SUFFIX, ".pt", ".bin", ".ckpt")  # of adapters in a folder; all but the first are pickles
 STRENGTH = Number(low=-MAX_WEIGHT, high=MAX_WEIGHT)
 
 
@@ -45,7 +46,7 @@ def load(pipe: Pipeline, args: argparse.Namespace, before: dict[str, Any], notes
         files = [(locate_file(str(path)).path, strength) for path, strength in map(split, args.lora or ())]
     chosen = [Adapter(path, strength, strength) for path, strength in files]
     tags = () if args.prompt_syntax == "plain" else take_loras(args.prompt)[1]
-    chosen += [Adapter(find_in_folder(args.lora_dir, tag.name), tag.unet, tag.text) for tag in tags]
+    chosen += [Adapter(find_in_folder(args.lora_dir, tag.name, notes), tag.unet, tag.text) for tag in tags]
     with about("lora"):
         notes += pipe.set_adapters(chosen, bool(args.allow_partial), bool(args.allow_pickle))
     used = [_describe(adapter) for adapter in chosen]
@@ -75,8 +76,13 @@ def split(given: str) -> tuple[Path, float]:
         raise FastsdError(f"{text[:40]!r} should be a strength, {STRENGTH}", argument="lora", path=given) from None
 
 
-def find_in_folder(folder: str | None, name: str) -> Path:
-    """The file that <lora:name> means.
+def find_in_folder(folder: str | None, name: str, notes: list[str]) -> Path:
+    """The file, or PEFT's folder, that <lora:name> or <lora:folder/name> means.
+
+    Args:
+        folder: --lora-dir; names count at any depth in it.
+        name: composed or decomposed Unicode, as the file's own may be.
+        notes: where several have the name, a line that says which one is used is added.
 
     Raises:
         FastsdError: no folder was given, or it does not hold that file.
@@ -84,11 +90,35 @@ def find_in_folder(folder: str | None, name: str) -> Path:
     if folder is None:
         raise FastsdError(f"<lora:{name}> needs {{lora_dir}}, the folder that holds {name}{SUFFIX}", argument="prompt")
     with about("lora_dir", folder):
-        files = {file.stem: file for file in sorted(Path(folder).rglob(f"*{SUFFIX}"))}
-        if name not in files:
-            hint = nearest(name, files) or f", but {', '.join(sorted(files)[:5]) or 'no such files'}"
+        known: dict[str, list[Path]] = {}
+        for path in _adapters_in(Path(folder)):
+            inside = composed(str(path.relative_to(folder).as_posix()))
+            inside = inside if path.is_dir() else inside.removesuffix(path.suffix)
+            parts = inside.split("/")
+            for start in range(len(parts)):
+                known.setdefault("/".join(parts[start:]), []).append(path)
+        found = known.get(composed(name).replace("\\", "/"), [])
+        if not found:
+            short = sorted(key for key in known if "/" not in key)
+            hint = nearest(name, short) or f", but {', '.join(short[:5]) or 'no such files'}"
             raise FastsdError(f"no {name}{SUFFIX} in it{hint}")
-    return files[name]
+    if len(found) > 1:
+        others = ", ".join(str(path.relative_to(folder)) for path in found[1:4])
+        notes.append(
+            f"<lora:{name}> is {found[0].relative_to(folder)}; {others} {'has' if len(found) == 2 else 'have'} that "
+            "name too: write <lora:folder/name>"
+        )
+    return found[0]
+
+
+def _adapters_in(folder: Path) -> list[Path]:
+    """The files and PEFT's folders in a folder: nearest to its top first, then those that are no pickles, by name."""
+    found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
+    found += [path.parent for path in folder.rglob("adapter_config.json")]
+    return sorted(
+        (path for path in found if path != folder),
+        key=lambda path: (len(path.parts), bool(path.suffix.lower() in SUFFIXES[1:]), str(path)),
+    )
 
 
 def _describe(adapter: Adapter) -> dict[str, Any]:

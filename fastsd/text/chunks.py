@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ import torch
 
 from fastsd.errors import FastsdError
 from fastsd.model.tokenizer import Tokenizer
-from fastsd.text.syntax import Section
+from fastsd.text.syntax import Section, composed
 
 COMMA_REACH = 20  # A1111's default: a chunk ends after its last comma if at most 20 tokens follow it
 
@@ -132,12 +133,13 @@ def pieces_of(sections: Sequence[Section], names: Iterable[str]) -> tuple[tuple[
 def find_names(text: str, names: Iterable[str]) -> Iterator[tuple[str, str | None]]:
     """Each text before a name, with the name after it (None at the end).
 
-    Case does not matter. A name is not found inside a longer word. Of two that match, the longer one counts.
+    Case does not matter, nor whether letters with marks are composed (Unicode's forms NFC and NFD). A name is not
+    found inside a longer word. Of two that match, the longer one counts.
     """
     ordered = sorted((name for name in names if name.strip()), key=lambda name: (-len(name), name))
     at = 0
     if ordered:
-        either = "|".join(f"({_SPACE.join(map(re.escape, name.split()))})" for name in ordered)
+        either = "|".join(f"({'|'.join(map(_words, _forms(name)))})" for name in ordered)
         # A name that begins or ends with punctuation, as "<toy>" does, needs no gap there.
         for found in re.finditer(rf"(?:(?<!\w)|(?!\w))(?:{either})(?:(?!\w)|(?<!\w))", text, re.IGNORECASE):
             assert found.lastindex is not None  # each alternative is a group
@@ -146,4 +148,10 @@ def find_names(text: str, names: Iterable[str]) -> Iterator[tuple[str, str | Non
     yield text[at:], None
 
 
-_SPACE = r"\s+"
+def _forms(name: str) -> list[str]:
+    return list(dict.fromkeys((name, composed(name), unicodedata.normalize("NFD", name))))
+
+
+def _words(name: str) -> str:
+    """A pattern of the name, with any spaces between its words."""
+    return r"\s+".join(map(re.escape, name.split()))

@@ -14,7 +14,7 @@ import torch
 from fastsd.errors import FastsdError
 from fastsd.model.tokenizer import Tokenizer
 from fastsd.text.chunks import Chunk, Piece
-from fastsd.text.syntax import MAX_DEPTH, MAX_WEIGHT, ROUND, Section, Span, check_length
+from fastsd.text.syntax import MAX_DEPTH, MAX_WEIGHT, ROUND, Section, Span, check_length, composed
 
 EMBEDDING = "embedding:"
 LARGE = 8  # tokens of a word that a chunk's end may cut
@@ -34,7 +34,9 @@ def weigh(text: str) -> tuple[Section, ...]:
         part = part.replace(_CLOSE, ")").replace(_OPEN, "(")
         if not abs(weight) <= MAX_WEIGHT:
             raise FastsdError(
-                f"the weight of {part[:40]!r} comes to {weight:g}; weights go from -100 to 100", argument="prompt"
+                f"the weight of {part[:40]!r} comes to {weight:g}; weights go from -100 to 100; for brackets that are "
+                "part of a name write \\( and \\)",
+                argument="prompt",
             )
         spans.append(Span(part, weight))
     return (tuple(spans),)
@@ -81,12 +83,12 @@ def _outer_brackets(text: str) -> list[str]:
 
 def pieces_of(sections: Sequence[Section], names: Mapping[str, object]) -> tuple[tuple[Piece, ...], ...]:
     """The words of a weighted text, a piece each; `embedding:name` with a comma or without is that embedding."""
-    known = {name.lower(): name for name in names}
+    known = {composed(name).lower(): name for name in names}
     pieces: list[Piece] = []
     for section in sections:
         for span in section:
             for word in span.text.replace("\n", " ").split(" "):
-                name = known.get(word.removeprefix(EMBEDDING).rstrip(",").lower())
+                name = known.get(composed(word.removeprefix(EMBEDDING).rstrip(",")).lower())
                 if word.startswith(EMBEDDING) and name is not None:
                     pieces.append(Piece("", span.weight, name))
                     word = word.removeprefix(EMBEDDING)[len(word.removeprefix(EMBEDDING).rstrip(",")) :]

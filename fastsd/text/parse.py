@@ -11,7 +11,7 @@ from fastsd.components import Components
 from fastsd.errors import FastsdError
 from fastsd.text import comfy
 from fastsd.text.chunks import COMMA_REACH, Chunk, Piece, pieces_of, split
-from fastsd.text.syntax import LoraTag, Section, Span, by_step, take_loras, weigh
+from fastsd.text.syntax import LoraTag, Section, Span, by_step, other_networks, take_loras, weigh
 
 MAX_CHUNKS = 100  # 7,500 tokens
 
@@ -168,6 +168,8 @@ def parse_prompt(
         text, loras = take_loras(prompt)
         by_step_texts = by_step(text, steps)
     notes: dict[str, None] = {}
+    if syntax in ("a1111", "literal"):
+        notes |= dict.fromkeys(f"{tag[:80]} has no effect: no such extra network" for tag in other_networks(prompt))
     for text in dict.fromkeys(by_step_texts):
         if text not in texts:
             texts[text] = parse_text(components, text, syntax)

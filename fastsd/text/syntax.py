@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from dataclasses import dataclass, field
 
 from fastsd.errors import FastsdError
@@ -42,6 +43,11 @@ class LoraTag:
     unet: float = 1.0
 
 
+def composed(text: str) -> str:
+    """The text with each letter and its marks as one character where there is one (Unicode's form NFC)."""
+    return unicodedata.normalize("NFC", text)
+
+
 def check_length(prompt: str) -> None:
     """Refuse a text longer than `MAX_CHARACTERS` with a FastsdError."""
     if len(prompt) > MAX_CHARACTERS:
@@ -53,16 +59,26 @@ def _too_deep() -> FastsdError:
 
 
 def take_loras(prompt: str) -> tuple[str, tuple[LoraTag, ...]]:
-    """The prompt without its `<lora:name>`, `<lora:name:weight>` and `<lora:name:text:unet>` tags, and these in order.
+    """The prompt without its tags, and those of LoRAs in order.
 
-    As in A1111, `te=` and `unet=` name the two strengths, and the UNet's defaults to that of the text encoders.
+    LoRAs are `<lora:name>`, `<lora:name:weight>` and `<lora:name:text:unet>`, and the same with `lyco`, which an
+    extension of A1111 had for LyCORIS's files. As in A1111, `te=` and `unet=` name the two strengths, and the UNet's
+    defaults to that of the text encoders. Any other `<word:name:number>` is taken out too, as A1111 does;
+    `other_networks` finds those.
 
     Raises:
-        FastsdError: a tag's name is empty, or a weight is not a number from -MAX_WEIGHT to MAX_WEIGHT.
+        FastsdError: a tag's name is empty, or a weight is not a number from -MAX_WEIGHT to MAX_WEIGHT; or the tag of
+            a hypernetwork.
     """
     tags = []
-    for found in _LORA.finditer(prompt):
-        name, *values = found[1].split(":")
+    for found in _NETWORK.finditer(prompt):
+        if found[1] == "hypernet":
+            raise FastsdError(
+                f"{found[0][:80]!r} is a hypernetwork, which fastsd does not read; take the tag out", argument="prompt"
+            )
+        if found[1] not in LORA_WORDS:
+            continue
+        name, *values = found[2].split(":")
         named = dict(value.split("=", 1) for value in values if "=" in value)
         placed = [value for value in values if "=" not in value]
         text = _weight(named.pop("te", placed[0] if placed else "1"))
@@ -74,7 +90,12 @@ def take_loras(prompt: str) -> tuple[str, tuple[LoraTag, ...]]:
                 argument="prompt",
             )
         tags.append(LoraTag(name.strip(), text, unet))
-    return _LORA.sub("", prompt), tuple(tags)
+    return _NETWORK.sub("", prompt), tuple(tags)
+
+
+def other_networks(prompt: str) -> tuple[str, ...]:
+    """The tags `<word:name:number>` of extra networks that are not known here, in order."""
+    return tuple(found[0] for found in _NETWORK.finditer(prompt) if found[1] not in LORA_WORDS)
 
 
 def _weight(number: str) -> float | None:
@@ -83,7 +104,9 @@ def _weight(number: str) -> float | None:
     return value if abs(value) <= MAX_WEIGHT else None
 
 
-_LORA = re.compile(r"<lora:([^<>]*)>")
+LORA_WORDS = ("lora", "lyco")
+# A1111's extra networks (modules/extra_networks.py, `re_extra_net`); a LoRA's tag without a name is an error.
+_NETWORK = re.compile(rf"<(lora|lyco|hypernet|\w+(?=:[^<>:]+:\s*{_NUMBER}\s*[:>])):([^<>]*)>")
 
 
 def by_step(prompt: str, steps: int) -> tuple[str, ...]:
@@ -268,7 +291,9 @@ def _sections(pieces: list[tuple[str | None, float]]) -> tuple[Section, ...]:
             sections.append([])
         elif not abs(weight) <= MAX_WEIGHT:
             raise FastsdError(
-                f"the weight of {text[:40]!r} comes to {weight:g}; weights go from -100 to 100", argument="prompt"
+                f"the weight of {text[:40]!r} comes to {weight:g}; weights go from -100 to 100; for brackets that are "
+                "part of a name write \\( and \\)",
+                argument="prompt",
             )
         elif sections[-1] and sections[-1][-1].weight == weight:
             sections[-1][-1] = Span(sections[-1][-1].text + text, weight)

@@ -21,6 +21,7 @@ from fastsd.weights.adapters.arithmetic import adapted
 from fastsd.weights.adapters.embeddings import read_vectors
 from fastsd.weights.adapters.file import AdapterFile, AdapterLayer, layer_roles, read_adapter
 from fastsd.weights.adapters.layer_names import layer_names
+from fastsd.weights.adapters.ordered import named_layers
 from fastsd.weights.adapters.roles import BIAS, SCALARS
 from fastsd.weights.layouts.ldm_names import unet_key, unet_table
 from fastsd.weights.layouts.names import Source, sources
@@ -148,7 +149,7 @@ class Adapters:
             if not -MAX_STRENGTH <= strength <= MAX_STRENGTH:
                 raise FastsdError(f"strength {strength:g}; it should be within ±{MAX_STRENGTH:g}", path=adapter.path)
         unknown = []
-        for layer in file.layers:
+        for layer in [*file.layers, *self._named(adapter, file)]:
             found = self._places(layer)
             if found is None:
                 unknown.append(layer.name)
@@ -158,6 +159,18 @@ class Adapters:
                 strength = adapter.unet if network == "unet" else adapter.text
                 changes.setdefault(key, []).append((layer, str(adapter.path), strength))
         return unknown
+
+    def _named(self, adapter: Adapter, file: AdapterFile) -> list[AdapterLayer]:
+        """The layers of a file that come without names."""
+        shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        for (network, key), target in self._targets.items():
+            layer, _, kind = key.rpartition(".")
+            if kind == "weight":
+                shapes.setdefault(network, {})[layer] = target.source.shape
+        found = []
+        for network, pairs in file.ordered:
+            found += named_layers(network, pairs, shapes, adapter.path)
+        return found
 
     def _places(self, layer: AdapterLayer) -> tuple[str, list[Key]] | None:
         """The network and the stored keys that a layer of a file changes, or None if the model lacks them."""

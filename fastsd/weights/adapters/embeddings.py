@@ -1,6 +1,7 @@
 """Textual inversion files (Gal et al. 2022): vectors that replace a word's embedding in the text encoders.
 
-There are three forms: A1111's `.pt`, with vectors under `string_to_param`; one key in a `.safetensors` or `.bin`
+There are three forms: A1111's `.pt`, with vectors under `string_to_param` (a dict, or the ParameterDict of the first
+trainers); one key in a `.safetensors` or `.bin`
 (diffusers); and `clip_l` with `clip_g` in a `.safetensors` (SDXL). `.pt` and `.bin` are pickles: they are read only if
 the caller allows it, and then only tensors and plain values are unpickled.
 """
@@ -16,6 +17,7 @@ from fastsd.components import TextualInversion
 from fastsd.errors import FastsdError
 from fastsd.model.clip import TextEncoder
 from fastsd.weights.formats.pickle_file import open_pickle, tensors_in
+from fastsd.weights.formats.pickle_globals import ParameterTable
 from fastsd.weights.formats.safetensors_file import read_header
 
 SUFFIXES = (".safetensors", ".pt", ".bin")
@@ -61,6 +63,8 @@ def _unpickle(path: Path, allow_pickle: bool) -> dict[str, torch.Tensor]:
     """The tensors of a pickle, by name."""
     content, sizes = open_pickle(path, allow_pickle)
     inner = content.get("string_to_param", content) if isinstance(content, dict) else None
+    if isinstance(inner, ParameterTable):
+        inner = getattr(inner, "tensors", {})
     if not isinstance(inner, dict):
         raise FastsdError("not an embedding; it should hold tensors, or string_to_param with tensors", path=path)
     return {key: entry.read() for key, entry in tensors_in(path, inner, sizes).items()}

@@ -20,6 +20,10 @@ from fastsd.weights.formats.safetensors_file import TensorEntry
 
 KINDS = "LoRA, LoHa, LoKr, DoRA, GLoRA, OFT, BOFT, IA3 or a difference"
 BUNDLED = "bundle_emb."  # begins the keys of embeddings that a LoRA brings along, as kohya's and OneTrainer's users do
+Pair = dict[str, TensorEntry]  # up and down, by role
+# cloneofsimo's keys: of a layer, by its place; and of an embedding, which the metadata marks.
+_ORDERED = re.compile(r"(unet|text_encoder):(\d+):(up|down)")
+_EMBEDDING_MARK = "<embed>"
 # PEFT's names for a whole model, before the layer's own.
 _PEFT_PREFIX = re.compile(r"^(base_model\.model\.|(unet|text_encoder(_2)?)\.)+")
 
@@ -49,11 +53,13 @@ class AdapterFile:
 
     Attributes:
         layers: the changes.
+        ordered: layers without names, by their order: their network, "" if the file does not say, and the pairs.
         embeddings: textual inversions that come along: tensors by key, by the embedding's name.
         notes: what of the files is passed over.
     """
 
     layers: list[AdapterLayer] = field(default_factory=list)
+    ordered: list[tuple[str, list[Pair]]] = field(default_factory=list)
     embeddings: dict[str, dict[str, TensorEntry]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -78,15 +84,41 @@ def _read_part(part: AdapterPart, allow_pickle: bool, result: AdapterFile) -> No
         configs |= configs_in(path, metadata[METADATA])
     for config in configs.values():
         result.notes += check_config(part.config or path, config)
+    entries = _take_ordered(path, entries, metadata, result)
     bundled = {key: entry for key, entry in entries.items() if key.startswith(BUNDLED)}
     for key, entry in bundled.items():
         name, _, rest = key.removeprefix(BUNDLED).partition(".")
         result.embeddings.setdefault(name, {})[rest.removeprefix("string_to_param.")] = entry
     grouped = _group(path, {key: entry for key, entry in entries.items() if key not in bundled}, bool(configs))
-    if not grouped and not bundled:
+    if not grouped and not bundled and not result.ordered:
         raise FastsdError(f"not an adapter ({KINDS}); it holds no tensors", path=path)
     for name, roles in grouped.items():
         result.layers.append(_layer(path, part, name, roles, configs))
+
+
+def _take_ordered(
+    path: Path, entries: dict[str, TensorEntry], metadata: Mapping[str, str], result: AdapterFile
+) -> dict[str, TensorEntry]:
+    """The tensors without those of cloneofsimo's lora, which go to `result`."""
+    if entries and list(entries) == [str(i) for i in range(len(entries))]:
+        values = list(entries.values())
+        if len(values) % 2:
+            raise FastsdError("a list of an odd number of tensors; a LoRA has two a layer", path=path)
+        result.ordered.append(("", [{"up": up, "down": down} for up, down in zip(values[::2], values[1::2])]))
+        return {}
+    rest, found = {}, dict[str, dict[int, Pair]]()
+    for key, entry in entries.items():
+        if match := _ORDERED.fullmatch(key):
+            found.setdefault(match[1], {}).setdefault(int(match[2]), {})[match[3]] = entry
+        elif metadata.get(key) == _EMBEDDING_MARK:
+            result.embeddings[key] = {key: entry}
+        else:
+            rest[key] = entry
+    for network, pairs in found.items():
+        if sorted(pairs) != list(range(len(pairs))) or any(len(pair) != 2 for pair in pairs.values()):
+            raise FastsdError(f"the layers {network}:0, {network}:1, ... are not complete", path=path)
+        result.ordered.append((network, [pairs[i] for i in range(len(pairs))]))
+    return rest
 
 
 def _group(path: Path, entries: Mapping[str, TensorEntry], peft: bool) -> dict[str, dict[str, TensorEntry]]:

@@ -42,12 +42,16 @@ def is_pickle(path: Path) -> bool:
 def read_pickle(path: Path, allow: bool) -> dict[str, TensorEntry]:
     """The tensors of a checkpoint that `torch.save` wrote, by key; those of its `state_dict` if it has one.
 
+    The keys of a list of tensors are "0", "1", and so on.
+
     Raises:
         FastsdError: as `open_pickle` does; or the file holds no table of tensors.
     """
     content, sizes = open_pickle(path, allow)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
+    if isinstance(content, list) and content and all(isinstance(value, torch.Tensor) for value in content):
+        content = {str(i): value for i, value in enumerate(content)}  # cloneofsimo's LoRAs
     if not isinstance(content, dict):
         raise FastsdError(f"not a checkpoint: it holds a {type(content).__name__}, not a table of tensors", path=path)
     return tensors_in(path, content, sizes)

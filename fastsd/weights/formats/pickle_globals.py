@@ -10,6 +10,8 @@ import pickletools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
+
 GlobalName = tuple[str, str]  # module and name
 
 # Every name that a pickle of tensors and plain values refers to.
@@ -31,6 +33,7 @@ _NUMPY = {
     ("numpy.core.multiarray", "scalar"),
     ("numpy._core.multiarray", "scalar"),
 }
+PARAMETERS = ("torch.nn.modules.container", "ParameterDict")
 _PLAIN = {("__builtin__", "set"), ("builtins", "set")}
 _TRAINING_PACKAGES = ("pytorch_lightning.", "lightning.", "omegaconf.")  # callback states and configs
 # How protocol 2 writes bytes: `_codecs.encode(text, "latin1")`.
@@ -49,14 +52,33 @@ class Placeholder:
     def __setstate__(self, _: Any) -> None: ...
 
 
+class ParameterTable(Placeholder):
+    """Replaces a `torch.nn.ParameterDict`, in which the first trainers of textual inversions keep their vectors.
+
+    Attributes:
+        tensors: its parameters, by key.
+    """
+
+    tensors: dict[str, torch.Tensor]
+
+    def __setstate__(self, state: Any) -> None:
+        kept = state.get("_parameters") if isinstance(state, dict) else None
+        table = kept if isinstance(kept, dict) else {}
+        self.tensors = {key: value for key, value in table.items() if isinstance(value, torch.Tensor)}
+
+
 def has_placeholder(name: GlobalName) -> bool:
     """Whether a `Placeholder` may replace what `name` refers to."""
-    return name in _NUMPY or name in _PLAIN or f"{name[0]}.".startswith(_TRAINING_PACKAGES)
+    return name in (*_NUMPY, *_PLAIN, PARAMETERS) or f"{name[0]}.".startswith(_TRAINING_PACKAGES)
 
 
 def placeholders(names: Iterable[GlobalName]) -> list[Any]:
     """The placeholders for those of `names` that have one, in the form of `torch.serialization.safe_globals`."""
-    return [(Placeholder, ".".join(name)) for name in names if has_placeholder(name)]
+    return [
+        (ParameterTable if name == PARAMETERS else Placeholder, ".".join(name))
+        for name in names
+        if has_placeholder(name)
+    ]
 
 
 def global_names(raw: bytes) -> Iterator[GlobalName]:
