@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from fastsd.cli import flags
 from fastsd.components import Components
+from fastsd.config import SchedulerConfig
 from fastsd.generate.conditioning import schedule_conditioning
 from fastsd.generate.like import LIKE
 from fastsd.generate.request import plan
+from fastsd.generate.tables import make_table
 from fastsd.graph import Graphs
+from fastsd.parameters import Settings
 from fastsd.pipeline import Pipeline
+from fastsd.sampling import advance
 from tests.support import tiny
 from tests.support.pipelines import latents, tiny_components
 
@@ -92,3 +99,48 @@ def test_an_image_of_each(like: str) -> None:
     found = latents(pipe, "a (red:1.4) cat", like=like, **arguments)
     assert torch.equal(found, latents(pipe, "a (red:1.4) cat", like=like, batch_size=1, **arguments))
     assert not torch.equal(found, latents(pipe, "a (red:1.4) cat", **arguments))
+
+
+@pytest.mark.parametrize("schedule", ["default", "karras"])
+def test_keeping_the_image_in_the_latent_or_in_the_prediction_is_the_same_with_euler(schedule: str) -> None:
+    """A1111, `CFGDenoiser.forward`: denoised = init_latent * mask + nmask * denoised. fastsd and diffusers restore the
+    latent after the step. With a hard mask both keep x = image + sigma noise there, and the network sees the same."""
+    settings = Settings(like="a1111", sampler="euler", schedule=schedule, spacing="linspace", eta=0.0)
+    table = make_table(settings, SchedulerConfig(), 8, 8)
+    image, noise = torch.randn(2, 1, 4, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mask = (torch.arange(16).reshape(1, 4, 4, 1) % 3 == 0).double()
+
+    def network(x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(x).roll(1, dims=1) + 0.3 * x  # what is kept reaches what is not
+
+    state = advance.begin(table, noise, image)
+    sigmas = [table.mix[1], *table.keep[:-1, 1], 0.0]
+    x = image + sigmas[0] * noise
+    for row, (sigma, after) in enumerate(zip(sigmas, sigmas[1:])):
+        out = network(x / (sigma**2 + 1) ** 0.5)
+        denoised = (1 - mask) * image + mask * (x - sigma * out)
+        x = x + (after - sigma) * (x - denoised) / sigma
+        advance.step(state, network(advance.model_input(state)))
+        advance.restore_known(state, image, noise, mask)
+        torch.testing.assert_close(state.x, x, rtol=1e-9, atol=1e-9, msg=f"row {row}")
+
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_each_difference_of_the_page_has_its_test() -> None:
+    page = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
+    table = page.split("## The differences")[1].split("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 20
+    for row in rows:
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row)
+        assert named, row
+        for path, test in named:
+            assert f"def {test}(" in (ROOT / path).read_text(encoding="utf-8"), (path, test)
+
+
+def test_each_flag_of_the_page_exists() -> None:
+    page = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
+    known = {flag for row in flags.known() for flag in row.flags}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page)) <= known | {"--help-all"}
