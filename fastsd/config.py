@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")  # what a network predicts
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "exp", "laplace", "sigmoid")
 SPACINGS = ("leading", "trailing", "linspace")  # of the timesteps (Lin et al. 2024, table 2)
 
 
@@ -176,6 +177,32 @@ AutoencoderConfig = VAEConfig | TAESDConfig
 
 
 @dataclass(frozen=True)
+class SolverConfig:
+    """What a scheduler file may state of its sampler, by diffusers' names. None: it does not; the sampler has its own.
+
+    A sampler reads those that diffusers' class for it has (docs/samplers.md).
+    """
+
+    solver_order: int | None = None
+    solver_type: str | None = None  # "midpoint", "heun"; UniPC: "bh1", "bh2"
+    algorithm_type: str | None = None  # "dpmsolver", "dpmsolver++", and on the SDE "sde-dpmsolver", "sde-dpmsolver++"
+    predict_x0: bool | None = None
+    lower_order_final: bool | None = None
+    euler_at_final: bool | None = None
+    disable_corrector: tuple[int, ...] | None = None
+    final_sigmas_type: str | None = None  # "zero", "sigma_min": the noise after the last step
+    lambda_min_clipped: float | None = None
+    use_lu_lambdas: bool | None = None
+    interpolation_type: str | None = None  # "linear", "log_linear"
+    timestep_type: str | None = None  # "discrete", "continuous"
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    variance_type: str | None = None  # "fixed_small", "fixed_small_log", "fixed_large"
+    original_inference_steps: int | None = None
+    timestep_scaling: float | None = None
+
+
+@dataclass(frozen=True)
 class SchedulerConfig:
     """The training noise schedule, the prediction type, and how timesteps are spaced at inference.
 
@@ -186,7 +213,8 @@ class SchedulerConfig:
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
-    beta_schedule: str = "scaled_linear"  # "linear", "scaled_linear" or "squaredcos_cap_v2" (cosine)
+    beta_schedule: str = "scaled_linear"  # one of `BETA_SCHEDULES`
+    trained_betas: tuple[float, ...] | None = None  # one for each training timestep; they replace the schedule
     prediction_type: str = "epsilon"  # one of `PREDICTIONS`
     timestep_spacing: str | None = None  # one of `SPACINGS`
     steps_offset: int | None = 1  # added to every timestep in "leading" spacing
@@ -194,3 +222,5 @@ class SchedulerConfig:
     rescale_betas_zero_snr: bool = False  # the last timestep is pure noise (Lin et al. 2024)
     sampler: str = "pndm"  # the checkpoint's own; a name in `fastsd.sampling.samplers.SAMPLERS`
     schedule: str = "default"  # the checkpoint's own; a name in `fastsd.sampling.samplers.SCHEDULES`
+    solver: SolverConfig = SolverConfig()
+    unfollowed: tuple[str, ...] = ()  # keys of its file that no table can follow, `samplers.UNFOLLOWED`

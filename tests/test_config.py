@@ -198,7 +198,7 @@ def test_missing_keys_of_a_scheduler_file_have_diffusers_defaults(class_name: st
         pytest.skip("diffusers needs torchsde for it")
     file = tmp_path / "scheduler_config.json"
     file.write_text(json.dumps({"_class_name": class_name}))
-    ours = read_scheduler(file, xl=True)  # the pipelines of SD 1 and 2 correct its offset
+    ours = read_scheduler(file, as_stated=True)  # the pipelines of SD 1 and 2 correct its offset
     ours = complete(ours, ours.sampler)
     defaults = {key: p.default for key, p in inspect.signature(getattr(diffusers, class_name)).parameters.items()}
     for key in (*SHARED, "timestep_spacing", "set_alpha_to_one", "rescale_betas_zero_snr"):

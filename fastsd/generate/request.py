@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from fastsd.components import Components
+from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
 from fastsd.generate.beside import count_parts, fill_editing, guidance_notes
 from fastsd.generate.control import Control, idle_controls, resize_control
@@ -26,7 +27,7 @@ from fastsd.parameters import DEFAULT_BATCH, MAX_SIDE, PARAMETERS, RANDOM_SEED, 
 from fastsd.pass_rows import REFINER_SWITCH
 from fastsd.runtime import memory
 from fastsd.sampling.build import spacing_counts
-from fastsd.sampling.samplers import complete, resolve
+from fastsd.sampling.samplers import UNFOLLOWED, complete, resolve
 from fastsd.sampling.table import Table
 from fastsd.text.parse import ParsedPrompts, parse_prompts
 
@@ -155,6 +156,7 @@ def plan(
     first = _first_pass(components, settings, parsed, images, parts, count)
     notes += rules_notes(settings)
     notes += [*guidance_notes(settings, parts), *parsed.notes, *images.notes]
+    notes += _unfollowed(components.scheduler, settings.sampler)
     if not len(first.table) and first.strength > 0:
         notes.append(_nothing_changes("the run", first.strength, settings.num_inference_steps))
     notes += idle_controls(first.controls, first.table)
@@ -213,6 +215,20 @@ def _fill_sampling(settings: Settings, components: Components, defaults: dict[st
             f"{sampler} on the {schedule} schedule has timesteps of its own; leave the spacing out", argument="spacing"
         )
     return settings.replace(sampler=sampler, schedule=schedule, spacing=spacing)
+
+
+def _unfollowed(scheduler: SchedulerConfig, sampler: str) -> list[str]:
+    """A note on each setting of the checkpoint's scheduler file that the sampler does not follow."""
+    meaning = {
+        "clip_sample": "clipping of the predicted image",
+        "thresholding": "dynamic thresholding",
+        "skip_prk_steps": "a Runge-Kutta start",
+    }
+    return [
+        f"the model's scheduler file asks for {meaning[key]} ({key}); {sampler} runs without"
+        for key in scheduler.unfollowed
+        if sampler in UNFOLLOWED[key]
+    ]
 
 
 def _prompts(settings: Settings) -> tuple[list[str], list[str]]:

@@ -64,7 +64,7 @@ def build(
             if levels is not None and entry.takes_schedule:
                 made = replace(made, given=levels.of(made, sampler))
             return entry.make_table(made)
-    except ZeroDivisionError:
+    except (ZeroDivisionError, np.linalg.LinAlgError):
         raise FastsdError(
             f"{num_inference_steps} of {sampler} put two steps on one noise level; take fewer",
             argument="num_inference_steps",

@@ -15,7 +15,8 @@ from fastsd.sampling.table import Table, TableBuilder, TableRow, vp_level_of_sig
 
 
 def deis(schedule: Schedule) -> Table:
-    """DEIS of order 2 with a line in log rho (Zhang and Chen 2023, "Fast sampling with exponential integrator").
+    """DEIS with polynomials in log rho, of order 2 unless the checkpoint states another (Zhang and Chen 2023, "Fast
+    sampling with exponential integrator").
 
     x' / alpha' = x / alpha + the integral of eps over rho; the history holds eps. As in diffusers the run ends at the
     level of timestep 0, not at 0, and the last of fewer than 15 steps has order 1.
@@ -27,7 +28,9 @@ def deis(schedule: Schedule) -> Table:
         level = vp_level_of_sigma(sigmas[i])
         after = vp_level_of_sigma(sigmas[i + 1])
         p, q = vp_prediction(schedule.config.prediction_type, *level)
-        order = 1 if i == schedule.start or (i == count - 1 and count < 15) else 2
+        order = min(schedule.option("solver_order", 2), i - schedule.start + 1)
+        if count < 15 and schedule.option("lower_order_final", True):
+            order = min(order, count - i)
         nodes = [math.log(sigmas[i - k]) for k in range(order)]
         weights = _integrals(nodes, math.log(sigmas[i]), math.log(sigmas[i + 1]), 1.0)
         builder.add(
@@ -55,7 +58,9 @@ def sa_solver(schedule: Schedule) -> Table:
     correction = [0.0] * 4
     for i in range(schedule.start, len(times)):
         tau = 1.0 if 200 <= times[i] <= 800 else 0.0
-        order = min(2, len(times) - i, i - schedule.start + 1)
+        order = min(2, i - schedule.start + 1)
+        if schedule.option("lower_order_final", True):
+            order = min(order, len(times) - i)
         predictor = _predictor(sigmas, i, order, tau)
         after = vp_level_of_sigma(sigmas[i + 1])
         h = math.log(sigmas[i] / sigmas[i + 1])

@@ -16,7 +16,7 @@ from fastsd.sampling.table import Table
 
 def euler(schedule: Schedule) -> Table:
     """Euler's method on the probability-flow ODE (Karras et al. 2022, algorithm 1 without its second call)."""
-    times, sigmas = schedule.karras_levels()
+    times, sigmas = schedule.karras_levels(options=True)
     builder = builder_of(schedule, sigmas)
     for i in range(schedule.start, len(times)):
         ratio = sigmas[i + 1] / sigmas[i]

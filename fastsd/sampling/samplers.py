@@ -56,7 +56,15 @@ class Sampler:
 
 # What samplers take for the keys that a config leaves open. k-diffusion's samplers, so A1111's too, space as linspace.
 UNSTATED: dict[str, Any] = {"timestep_spacing": "linspace", "steps_offset": 0, "set_alpha_to_one": False}
+# Keys of a scheduler file whose values no table can follow, since they depend on the data or on more saved outputs than
+# a row has, and the samplers that diffusers runs with them.
+UNFOLLOWED: dict[str, tuple[str, ...]] = {
+    "clip_sample": ("ddpm", "ddim", "heun", "lcm", "tcd"),
+    "thresholding": ("ddpm", "ddim", "dpm++2m", "dpm++2m_sde", "dpm++2s", "unipc", "deis", "sa_solver", "lcm", "tcd"),
+    "skip_prk_steps": ("pndm",),
+}
 _LEADING = {"timestep_spacing": "leading"}
+_TO_ONE = {**_LEADING, "set_alpha_to_one": True}
 
 # A1111 has no "DDPM", no "DPM++ 2S" and no "Euler Maruyama"; these labels are ours.
 SAMPLERS: dict[str, Sampler] = {
@@ -70,7 +78,7 @@ SAMPLERS: dict[str, Sampler] = {
             "DDIMScheduler",
             takes_schedule=False,
             takes_eta=True,
-            unstated={**_LEADING, "set_alpha_to_one": True},
+            unstated=_TO_ONE,
         ),
         Sampler("pndm", "vp.pndm", "PLMS", "PNDMScheduler", takes_schedule=False, unstated=_LEADING),
         Sampler("euler", "karras.euler", "Euler", "EulerDiscreteScheduler"),
@@ -107,14 +115,14 @@ SAMPLERS: dict[str, Sampler] = {
         Sampler("exp_heun", "exponential.exp_heun", "Exp Heun", aliases=("exp_heun_2_x0",)),
         Sampler("exp_heun_sde", "exponential.exp_heun_sde", "Exp Heun SDE", aliases=("exp_heun_2_x0_sde",)),
         Sampler("er_sde", "exponential.er_sde", "ER SDE"),
-        Sampler("tcd", "tcd.tcd", "TCD", "TCDScheduler", takes_schedule=False, takes_eta=True),
+        Sampler("tcd", "tcd.tcd", "TCD", "TCDScheduler", takes_schedule=False, takes_eta=True, unstated=_TO_ONE),
         Sampler(
             "lcm",
             "vp.lcm",
             "LCM",
             "LCMScheduler",
             takes_schedule=False,
-            unstated={**_LEADING, "set_alpha_to_one": True},
+            unstated=_TO_ONE,
         ),
         Sampler(
             "euler_maruyama",

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastsd.config import SchedulerConfig
+from fastsd.config import BETA_SCHEDULES, SchedulerConfig
 from fastsd.errors import FastsdError
 
 Float64 = NDArray[np.float64]
@@ -23,22 +24,34 @@ def betas(config: SchedulerConfig) -> Float64:
     """The variance that each training timestep adds, `[T]`.
 
     "linear": Ho et al. 2020, section 4. "scaled_linear": linear in sqrt(beta), as in the code of latent diffusion
-    (Rombach et al. 2022). "squaredcos_cap_v2": Nichol and Dhariwal 2021, equation 17, capped at 0.999.
+    (Rombach et al. 2022). "squaredcos_cap_v2": Nichol and Dhariwal 2021, equation 17, capped at 0.999. "exp", "laplace"
+    and "sigmoid" are diffusers' (`betas_for_alpha_bar`, `DDPMScheduler.__init__`).
 
     Raises:
         FastsdError: another `beta_schedule`.
     """
-    steps = config.num_train_timesteps
+    steps, low, high = config.num_train_timesteps, config.beta_start, config.beta_end
+    if config.trained_betas is not None:
+        return np.array(config.trained_betas)
     if config.beta_schedule == "linear":
-        return np.linspace(config.beta_start, config.beta_end, steps)
+        return np.linspace(low, high, steps)
     if config.beta_schedule == "scaled_linear":
-        return np.square(np.linspace(config.beta_start**0.5, config.beta_end**0.5, steps))
+        return np.square(np.linspace(low**0.5, high**0.5, steps))
+    if config.beta_schedule == "sigmoid":
+        return (high - low) / (1 + np.exp(-np.linspace(-6, 6, steps))) + low
+    u = np.arange(steps + 1) / steps
     if config.beta_schedule == "squaredcos_cap_v2":
-        alpha_bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
-        return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
-    raise FastsdError(
-        f"{config.beta_schedule!r} is unknown; use linear, scaled_linear or squaredcos_cap_v2", argument="beta_schedule"
-    )
+        alpha_bar = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
+    elif config.beta_schedule == "exp":
+        alpha_bar = np.exp(-12 * u)
+    elif config.beta_schedule == "laplace":
+        snr = np.exp(-0.5 * np.copysign(1, 0.5 - u) * np.log(1 - 2 * np.abs(0.5 - u) + 1e-6))
+        alpha_bar = np.sqrt(snr / (1 + snr))
+    else:
+        raise FastsdError(
+            f"{config.beta_schedule!r} is unknown; use {', '.join(BETA_SCHEDULES)}", argument="beta_schedule"
+        )
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
 
 
 @lru_cache(maxsize=32)
@@ -100,15 +113,20 @@ class Schedule:
             FastsdError: another `timestep_spacing`.
         """
         config, steps, total = self.config, self.num_inference_steps, self.config.num_train_timesteps
-        points = steps + extra_point
+        points, used = steps + extra_point, self.used_timesteps if extra_point else total
         if config.timestep_spacing == "linspace":
-            times = np.linspace(0, total - 1, points)[::-1]
+            times = np.linspace(0, used - 1, points)[::-1]
             times = np.round(times) if integers else times
         elif config.timestep_spacing == "leading":
-            times = (np.arange(points, dtype=np.float64) * (total // points))[::-1] + (config.steps_offset or 0)
+            times = (np.arange(points, dtype=np.float64) * (used // points))[::-1] + (config.steps_offset or 0)
         elif config.timestep_spacing == "trailing":
             # For some N (61, 103, ...) arange yields N + 1 points; the slice below drops the last, t = -1.
-            times = np.arange(total, 0, -total / steps).round() - 1
+            times = np.arange(used, 0, -total / steps).round() - 1
+            if len(times) < steps:
+                raise FastsdError(
+                    f"lambda_min_clipped leaves {len(times)} of {steps} trailing steps; use leading or linspace",
+                    argument="spacing",
+                )
         else:
             raise FastsdError(
                 f"{config.timestep_spacing!r} is unknown; use leading, trailing or linspace",
@@ -116,22 +134,48 @@ class Schedule:
             )
         return np.clip(times[:steps], 0, total - 1)
 
-    def karras_levels(self) -> tuple[list[float], list[float]]:
+    def option(self, name: str, default: Any) -> Any:
+        """What the checkpoint states of `fastsd.config.SolverConfig`, or the sampler's `default`."""
+        value = getattr(self.config.solver, name)
+        return default if value is None else value
+
+    @cached_property
+    def used_timesteps(self) -> int:
+        """The training timesteps below which DPM-Solver stays: those with lambda >= `lambda_min_clipped`."""
+        lowest = self.option("lambda_min_clipped", -math.inf)
+        return int(np.searchsorted(np.log(self.sigmas), -lowest, side="right"))
+
+    @property
+    def last_sigma(self) -> float:
+        """The noise after the last step: none, or with `final_sigmas_type` "sigma_min" that of timestep 0."""
+        return float(self.sigmas[0]) if self.option("final_sigmas_type", "zero") == "sigma_min" else 0.0
+
+    def karras_levels(self, *, options: bool = False) -> tuple[list[float], list[float]]:
         """Timesteps `[N]` and sigmas `[N + 1]`, the last 0, for samplers in the notation of Karras et al. 2022.
 
-        Timesteps are not whole numbers. "karras" and "exponential" span the sigmas that the spacing selects.
+        Timesteps are not whole numbers. "karras" and "exponential" span the sigmas that the spacing selects. With
+        `options`, the checkpoint's `interpolation_type`, `timestep_type` and `final_sigmas_type` count, as for
+        diffusers' Euler; with "log_linear" the last sigma is the N + 1st, whatever the final type.
         """
         if self.given is not None:
             return self.given
         times = self._sgm_uniform() if self.schedule == "sgm_uniform" else self.timesteps(integers=False)
         sigmas = self._interpolate(times)
+        last = self.last_sigma if options else 0.0
         if self.schedule in ("karras", "exponential"):
             sigmas = self._ramp(sigmas[0], sigmas[-1])
             times = self.timestep_of(sigmas)
-        return times.tolist(), [*sigmas.tolist(), 0.0]
+        elif options and self.option("interpolation_type", "linear") == "log_linear":
+            steps = self.num_inference_steps
+            ramp = np.exp(np.linspace(math.log(self.sigmas[-1]), math.log(self.sigmas[0]), steps + 1))
+            sigmas, last = ramp[:-1], float(ramp[-1])
+        if options and self.config.prediction_type == "v_prediction":
+            if self.option("timestep_type", "discrete") == "continuous":
+                times = 0.25 * np.log(sigmas)
+        return times.tolist(), [*sigmas.tolist(), last]
 
     def solver_levels(self, *, linspace: bool = False) -> tuple[list[float], list[float]]:
-        """Timesteps `[N]` and sigmas `[N + 1]`, the last 0, for DPM-Solver++ and UniPC.
+        """Timesteps `[N]` and sigmas `[N + 1]`, the last `last_sigma`, for DPM-Solver and UniPC.
 
         Timesteps are whole numbers. "karras" and "exponential" span all training sigmas. With `linspace`, that spacing
         replaces the config's, as in diffusers' singlestep solver.
@@ -141,15 +185,20 @@ class Schedule:
         if self.schedule in ("karras", "exponential"):
             sigmas = self._ramp(self.sigmas[-1], self.sigmas[0])
             times = self.timestep_of(sigmas)
-            if self.schedule == "karras" and self.config.beta_schedule != "squaredcos_cap_v2":
+            nearest = self.schedule == "karras" or self.option("use_lu_lambdas", False)
+            if nearest and self.config.beta_schedule != "squaredcos_cap_v2":
                 times = np.round(times)
             else:  # diffusers casts to int; 1e-6 keeps timesteps that rounding left just below a whole number
                 times = np.floor(times + 1e-6)
         else:
-            uniform = linspace or self.schedule == "sgm_uniform"
-            times = np.round(self._sgm_uniform()) if uniform else self.timesteps(extra_point=True)
+            if self.schedule == "sgm_uniform":
+                times = np.round(self._sgm_uniform())
+            elif linspace:
+                times = np.round(np.linspace(self.used_timesteps - 1, 0, self.num_inference_steps + 1)[:-1])
+            else:
+                times = self.timesteps(extra_point=True)
             sigmas = self._interpolate(times)
-        return times.tolist(), [*sigmas.tolist(), 0.0]
+        return times.tolist(), [*sigmas.tolist(), self.last_sigma]
 
     def timestep_of(self, sigmas: Float64) -> Float64:
         """The timesteps of `sigmas`, interpolated in log sigma and clamped to the first and the last."""
@@ -163,8 +212,10 @@ class Schedule:
         return np.linspace(self.config.num_train_timesteps - 1, 0, self.num_inference_steps + 1)[:-1]
 
     def _ramp(self, sigma_max: float, sigma_min: float) -> Float64:
-        """N sigmas from `sigma_max` to `sigma_min`: Karras et al. 2022, equation 5, rho = 7; or even in log sigma."""
+        """N sigmas between two bounds, or the checkpoint's: Karras et al. 2022, equation 5, rho = 7; or even in log
+        sigma."""
         steps = self.num_inference_steps
+        sigma_max, sigma_min = self.option("sigma_max", sigma_max), self.option("sigma_min", sigma_min)
         if self.schedule == "exponential":
             return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), steps))
         rho = 7.0

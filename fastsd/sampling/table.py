@@ -156,6 +156,14 @@ def vp_prediction(prediction_type: str, signal: float, noise: float) -> tuple[fl
     )
 
 
+def noise_prediction(prediction_type: str, signal: float, noise: float) -> tuple[float, float]:
+    """(p, q) that make D = p x + q F the noise z, for a latent x = signal * image + noise * z."""
+    if prediction_type == "epsilon":
+        return 0.0, 1.0
+    p, q = vp_prediction(prediction_type, signal, noise)
+    return (1 - signal * p) / noise, -signal * q / noise
+
+
 def karras_prediction(prediction_type: str, sigma: float) -> tuple[float, float]:
     """(p, q) that make D = p x + q F the clean image, for x = image + sigma * z (Karras et al. 2022, table 1)."""
     signal = 1 / math.sqrt(1 + sigma * sigma)

@@ -8,7 +8,7 @@ from fastsd.errors import FastsdError
 from fastsd.sampling.schedule import Schedule
 from fastsd.sampling.table import Table, TableBuilder, TableRow, vp_level, vp_prediction
 
-DISTILLED = 50  # the timesteps that distillation used
+DISTILLED = 50  # the timesteps that distillation used, unless the checkpoint states `original_inference_steps`
 
 
 def tcd(schedule: Schedule) -> Table:
@@ -22,7 +22,7 @@ def tcd(schedule: Schedule) -> Table:
         FastsdError: more than 50 steps.
     """
     total = schedule.config.num_train_timesteps
-    distilled, steps = min(DISTILLED, total), schedule.num_inference_steps
+    distilled, steps = min(schedule.option("original_inference_steps", DISTILLED), total), schedule.num_inference_steps
     if steps > distilled:
         raise FastsdError(f"tcd takes 1 to {distilled}, not {steps}", argument="num_inference_steps")
     origin = [i * (total // distilled) - 1 for i in range(distilled, 0, -1)]

@@ -13,18 +13,22 @@ from fastsd.sampling.table import Table, TableBuilder, TableRow, vp_level, vp_pr
 
 
 def ddpm(schedule: Schedule) -> Table:
-    """Ancestral sampling with the posterior q(x_prev | x, x0) (Ho et al. 2020, equations 6 and 7, variance "small").
+    """Ancestral sampling with the posterior q(x_prev | x, x0) (Ho et al. 2020, equations 6 and 7).
+
+    The variance is "small", or "large" (beta itself) if the checkpoint's `variance_type` is "fixed_large".
 
     Where steps skip timesteps, beta = 1 - A / P (Nichol and Dhariwal 2021, section 4).
     """
     alpha_bar, times = _grid(schedule)
+    large = schedule.option("variance_type", "fixed_small") == "fixed_large"
     builder = TableBuilder(mix=vp_level(alpha_bar[times[schedule.start]]))
     for i in range(schedule.start, len(times)):
         A = alpha_bar[times[i]]
         P = alpha_bar[times[i + 1]] if i + 1 < len(times) else 1.0
         beta = 1 - A / P
         # diffusers clamps the variance to at least 1e-20; that matters in the last row, where it would be 0.
-        variance = max(beta * (1 - P) / (1 - A), 1e-20) if times[i] > 0 else 0.0
+        variance = beta if large else max(beta * (1 - P) / (1 - A), 1e-20)
+        variance = variance if times[i] > 0 else 0.0
         builder.add(
             TableRow(
                 t=times[i],
@@ -120,13 +124,15 @@ def pndm(schedule: Schedule) -> Table:
 def lcm(schedule: Schedule) -> Table:
     """Consistency sampling: jump to the clean image, add fresh noise, repeat (Luo et al. 2023, algorithm 3).
 
-    The timesteps are N of the 50 that distillation used, evenly spaced. The boundary condition is c_skip and c_out of
-    Song et al. 2023, appendix C, at 10 t with sigma_data = 1/2.
+    The timesteps are N of those that distillation used, evenly spaced; these are 50, or the checkpoint's
+    `original_inference_steps`. The boundary condition is c_skip and c_out of Song et al. 2023, appendix C, at 10 t (or
+    `timestep_scaling` t) with sigma_data = 1/2.
 
     Raises:
-        FastsdError: more than 50 steps.
+        FastsdError: more steps than distillation used.
     """
-    distilled, scale, sigma_data = 50, 10.0, 0.5
+    distilled, scale = schedule.option("original_inference_steps", 50), schedule.option("timestep_scaling", 10.0)
+    sigma_data = 0.5
     steps, total = schedule.num_inference_steps, schedule.config.num_train_timesteps
     distilled = min(distilled, total)
     if steps > distilled:

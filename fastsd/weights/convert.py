@@ -28,7 +28,7 @@ from fastsd.weights.layouts.single_file import outline_file, tokenizer_for
 from fastsd.weights.load import error_path, pop_entry, read_finite, read_headers, refuse_unused
 
 # Settings that a single file does not store, because they are the same in every family.
-_SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+_SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,8 @@ def _notes(components: Components, family: CheckpointFamily) -> Iterator[str]:
     if components.vae.config.force_upcast != family.vae.force_upcast:
         yield "a single file does not store whether its autoencoder needs fp32; readers assume so for SDXL only"
     scheduler = family.scheduler(components.scheduler.prediction_type)
-    differing = [name for name, value in vars(components.scheduler).items() if value != getattr(scheduler, name)]
+    stated, assumed_too = ({**vars(one), **vars(one.solver)} for one in (components.scheduler, scheduler))
+    differing = [name for name, value in stated.items() if name != "solver" and value != assumed_too[name]]
     if components.sample_size != family.sample_size(components.scheduler.prediction_type):
         differing.append("sample_size")
     if differing:

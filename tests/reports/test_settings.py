@@ -48,7 +48,7 @@ SHORT = {"num_inference_steps": STEPS, "width": 32, "height": 32}
 def read(tmp_path: Path, stated: dict[str, Any], xl: bool = False) -> Any:
     file = tmp_path / "scheduler_config.json"
     file.write_text(json.dumps(stated))
-    return read_scheduler(file, xl=xl)
+    return read_scheduler(file, as_stated=xl)
 
 
 def pipelines_config(stated: dict[str, Any], xl: bool) -> Any:
@@ -135,3 +135,33 @@ def test_an_early_sd_folder_runs_with_an_offset_of_one(stated: dict[str, Any], t
         config = {**_SD, "_class_name": name, **stated}
         assert build(sampler, STEPS, read(tmp_path, config)).timesteps[-1] == 1
         assert build(sampler, STEPS, read(tmp_path, config, xl=True)).timesteps[-1] == stated.get("steps_offset", 0)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "stated", "note"),
+    [
+        ("ddim", {"_class_name": "DDIMScheduler"}, "clipping of the predicted image (clip_sample)"),
+        (
+            "ddim",
+            {"_class_name": "DDIMScheduler", "clip_sample": True},
+            "clipping of the predicted image (clip_sample)",
+        ),
+        ("dpm++2m", {"_class_name": "DPMSolverMultistepScheduler", "thresholding": True}, "dynamic thresholding"),
+        ("pndm", {"_class_name": "PNDMScheduler"}, "a Runge-Kutta start (skip_prk_steps)"),
+    ],
+)
+def test_what_no_sampler_follows_is_said(sampler: str, stated: dict[str, Any], note: str, tmp_path: Path) -> None:
+    """Source: the defaults of diffusers' classes; SDXL's pipelines do not change them."""
+    components = original.components("sdxl")
+    components.scheduler = read(tmp_path, _SD | stated, xl=True)
+    defaults = Defaults(components).settings(None)
+    notes = plan(components, defaults, {"prompt": "x", "sampler": sampler, **SHORT}).notes
+    assert any(line.startswith("the model's scheduler file asks for") and note in line for line in notes)
+    others = plan(components, defaults, {"prompt": "x", "sampler": "euler", **SHORT}).notes
+    assert not any("scheduler file" in line for line in others)
+
+
+def test_sd_folders_do_not_clip_whatever_their_file_says(tmp_path: Path) -> None:
+    """Source: the constructors of diffusers' Stable Diffusion pipelines set `clip_sample` to false."""
+    for clip in ({}, {"clip_sample": True}):
+        assert read(tmp_path, {**_SD, "_class_name": "DDIMScheduler", **clip}).unfollowed == ()

@@ -50,6 +50,10 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "scaling_factor": (1e-6, 1e6),
     "num_train_timesteps": (1, 100_000),
     "steps_offset": (0, 100_000),
+    "original_inference_steps": (1, 100_000),
+    "timestep_scaling": (1e-6, 1e6),
+    "lambda_min_clipped": (-math.inf, 100.0),
+    **dict.fromkeys(("sigma_min", "sigma_max"), (1e-6, 1e6)),
 }
 
 

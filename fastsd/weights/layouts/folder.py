@@ -82,8 +82,10 @@ def outline_folder(root: Path, half: bool) -> tuple[Components, dict[str, list[P
     with torch.device("meta"):
         unet, vae = UNet(unet_config), make_autoencoder(vae_config)
         text_encoders = tuple(TextEncoder(config) for config in clip_configs)
-    scheduler = read_scheduler(root / "scheduler" / "scheduler_config.json", xl=unet_config.addition_time_embed_dim > 0)
-    few_step = detect_in_unet(unet_config) or detect_in_scheduler(scheduler, xl=unet_config.addition_time_embed_dim > 0)
+    xl = unet_config.addition_time_embed_dim > 0
+    as_stated = xl or unet_config.reads not in ("", "mask")
+    scheduler = read_scheduler(root / "scheduler" / "scheduler_config.json", as_stated)
+    few_step = detect_in_unet(unet_config) or detect_in_scheduler(scheduler, xl)
     if extras.get("few_step") in KINDS:
         few_step = Detection(KINDS[extras["few_step"]], f"its {FASTSD_FILE} says so")
     components = Components(
