@@ -69,7 +69,7 @@ ROWS: tuple[Parameter, ...] = (
     Parameter(
         "guidance_scale",
         Number(low=0, high=100),
-        "how closely to follow the prompt; 1: without guidance",
+        "how closely to follow the prompt; 1 and less: without guidance",
         ("--guidance", "--cfg-scale"),
         HOW,
         label="CFG scale",

@@ -12,6 +12,7 @@ from PIL import Image
 from fastsd.components import Components
 from fastsd.errors import FastsdError, about
 from fastsd.generate.latents import Codec, image_tensor, to_channels_last
+from fastsd.generate.like import LIKE
 from fastsd.image.files import as_depth
 from fastsd.parameters import Settings
 
@@ -42,14 +43,17 @@ def count_parts(components: Components, settings: Settings) -> int:
     """How many samples the UNet runs for an image: 1 without guidance, 2, or 3 where text and image both guide.
 
     Three are an unconditional one, one with the image, one with image and text. As in diffusers'
-    StableDiffusionInstructPix2PixPipeline, a guidance of at most 1 or an image guidance below 1 turns both off.
+    StableDiffusionInstructPix2PixPipeline, a guidance of at most 1 or an image guidance below 1 turns both off. Any
+    model runs the prompt alone at a guidance of at most 1 (diffusers, `do_classifier_free_guidance`), so the 0.0 on the
+    cards of few-step models means what 1 means; other programs mix in the negative prompt there.
     """
     unet = components.unet.config
     if unet.time_cond_proj_dim:
         return 1  # the guidance scale is an input
     if unet.reads == "image":
         return 3 if settings.guidance_scale > 1.0 and settings.image_guidance_scale >= 1.0 else 1
-    return 2 if settings.guidance_scale != 1.0 else 1
+    guidance = settings.guidance_scale
+    return 2 if guidance > 1.0 or (LIKE[settings.like].mixes_below_one and guidance < 1.0) else 1
 
 
 def guidance_notes(settings: Settings, parts: int) -> list[str]:

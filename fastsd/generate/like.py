@@ -65,6 +65,8 @@ class Rules:
         trees: samplers whose noise comes from a Brownian tree, which fastsd does not draw.
         fills_hires_steps: where none are given, the second pass has the steps of the first as its own.
         pure_noise_at_full: with a mask, a run of strength 1 starts from noise alone.
+        mixes_below_one: a guidance below 1 mixes the negative prompt's result in, else it counts as 1 (A1111,
+            `combine_denoised` in modules/sd_samplers_cfg_denoiser.py; ComfyUI, `cfg_function` in comfy/samplers.py).
     """
 
     settings: dict[str, Any]
@@ -81,6 +83,7 @@ class Rules:
     trees: Collection[str] = ()
     fills_hires_steps: bool = True
     pure_noise_at_full: bool = True
+    mixes_below_one: bool = False
 
     def leaves_start(self, sampler: str) -> bool:
         """Whether a sampler works on training timesteps there, and starts from noise as it is."""
@@ -113,6 +116,7 @@ LIKE: dict[str, Rules] = {
         hires_steps=_a1111_hires,
         fills_hires_steps=False,
         pure_noise_at_full=False,
+        mixes_below_one=True,
         levels=KLevels(discards=("dpm2", "dpm2_a", "dpm++3m_sde"), leaves=("unipc", "restart", "dpm_fast")),
         starts_at_sigma=True,
         schedules=FAVOURITES,
@@ -126,6 +130,7 @@ LIKE: dict[str, Rules] = {
         repeats_texts=True,
         steps=_comfy,
         pure_noise_at_full=False,
+        mixes_below_one=True,
         hires_steps=lambda own, steps, strength: _comfy(own or steps, strength),
         levels=KLevels(nearest=True, discards=("dpm2", "dpm2_a", "unipc"), leaves=("dpm_fast",)),
         starts_at_sigma=False,
