@@ -27,7 +27,7 @@ from fastsd.model.tokenizer import Tokenizer
 from fastsd.model.unet import UNet
 from fastsd.model.vae import AutoencoderKL
 from fastsd.pipeline import Pipeline
-from fastsd.weights.layouts import configs
+from fastsd.weights.layouts import configs, unet_config
 from fastsd.weights.layouts.names import sources, stored_form
 
 
@@ -112,7 +112,7 @@ def peer_unet(components: Components) -> Any:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     unet = components.unet
-    return _peer(UNet2DConditionModel, configs.write_unet(unet.config, components.sample_size), unet, components)
+    return _peer(UNet2DConditionModel, unet_config.write_unet(unet.config, components.sample_size), unet, components)
 
 
 def peer_vae(components: Components) -> Any:

@@ -51,6 +51,14 @@ OPENCLIP_BIGG = replace(
 )
 
 
+# How many transformer blocks follow each residual block of a level: the same number, or one for each (SSD-1B).
+Depth = int | tuple[int, ...]
+
+
+def _each(depth: Depth, blocks: int) -> tuple[int, ...]:
+    return depth if isinstance(depth, tuple) else (depth,) * blocks if depth else ()
+
+
 @dataclass(frozen=True)
 class UNetConfig:
     """The denoising UNet of latent diffusion (Rombach et al. 2022, appendix E; SDXL: Podell et al. 2023, table 1)."""
@@ -59,8 +67,10 @@ class UNetConfig:
     out_channels: int = 4
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
-    transformer_layers_per_block: tuple[int, ...] = (1, 1, 1, 0)  # by level; 0: no attention
+    transformer_layers_per_block: tuple[Depth, ...] = (1, 1, 1, 0)  # by level; 0: no attention
+    up_transformer_layers: tuple[Depth, ...] = ()  # of the expanding path, by level, finest first; empty: the same
     mid_transformer_layers: int = 1
+    mid_resnets: int = 2  # residual blocks of the lowest level: two around its attention; one, or none, without
     num_attention_heads: tuple[int, ...] = (8, 8, 8, 8)  # by level
     cross_attention_dim: int = 768
     use_linear_projection: bool = False  # the stored form of proj_in and proj_out: a matrix, or a 1 x 1 convolution
@@ -76,6 +86,15 @@ class UNetConfig:
     @property
     def time_embed_dim(self) -> int:
         return 4 * self.block_out_channels[0]
+
+    def down_depths(self, level: int) -> tuple[int, ...]:
+        """Transformer blocks after each residual block of a level of the contracting path; () without attention."""
+        return _each(self.transformer_layers_per_block[level], self.layers_per_block)
+
+    def up_depths(self, level: int) -> tuple[int, ...]:
+        """The same for the expanding path, which has one residual block more."""
+        depths = self.up_transformer_layers or self.transformer_layers_per_block
+        return _each(depths[level], self.layers_per_block + 1)
 
     @property
     def reads(self) -> str | None:
@@ -112,6 +131,16 @@ SDXL_REFINER_UNET = replace(
     cross_attention_dim=1280,
     projection_class_embeddings_input_dim=2560,
 )
+
+
+SSD1B_UNET = replace(  # SDXL's without some of its blocks (Gupta et al. 2024, Progressive Knowledge Distillation)
+    SDXL_UNET,
+    transformer_layers_per_block=(0, 2, 4),
+    up_transformer_layers=(0, (2, 1, 1), (4, 4, 10)),
+    mid_transformer_layers=0,
+    mid_resnets=1,
+)
+VEGA_UNET = replace(SSD1B_UNET, transformer_layers_per_block=(0, 1, 2), up_transformer_layers=())
 
 
 @dataclass(frozen=True)

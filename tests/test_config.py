@@ -11,7 +11,7 @@ import pytest
 from fastsd import config
 from fastsd.errors import FastsdError
 from fastsd.sampling.samplers import complete
-from fastsd.weights.layouts import configs
+from fastsd.weights.layouts import configs, unet_config
 from fastsd.weights.layouts.scheduler import CLASS_OF_SAMPLER, SAMPLER_OF_CLASS, read_scheduler, write_scheduler
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
@@ -84,9 +84,9 @@ REFINER = unet(
 def test_unet_configs(published: dict[str, Any], preset: config.UNetConfig, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(published))
-    assert configs.read_unet(file) == (preset, published["sample_size"])
-    file.write_text(json.dumps(configs.write_unet(preset, published["sample_size"])))
-    assert configs.read_unet(file) == (preset, published["sample_size"])
+    assert unet_config.read_unet(file) == (preset, published["sample_size"])
+    file.write_text(json.dumps(unet_config.write_unet(preset, published["sample_size"])))
+    assert unet_config.read_unet(file) == (preset, published["sample_size"])
 
 
 VAE = {

@@ -60,16 +60,13 @@ class EmbeddingMLP(nn.Module):
 class UNetLevel(nn.Module):
     """One resolution of the UNet: residual blocks, each followed by a transformer where the level has attention."""
 
-    def __init__(self, config: UNetConfig, inputs: list[int], channels: int, heads: int, depth: int, attentions: int):
-        """`inputs`: input widths of the residual blocks; `attentions`: transformer count; `depth`: blocks in each."""
+    def __init__(self, config: UNetConfig, inputs: list[int], channels: int, heads: int, depths: tuple[int, ...]):
+        """`inputs`: input widths of the residual blocks; `depths`: blocks of the transformers after the first ones."""
         super().__init__()
         groups = config.norm_num_groups
         self.resnets = nn.ModuleList([ResBlock(width, channels, groups, config.norm_eps) for width in inputs])
         self.attentions = nn.ModuleList(
-            [
-                SpatialTransformer(channels, config.cross_attention_dim, heads, depth, groups)
-                for _ in range(attentions if depth else 0)
-            ]
+            [SpatialTransformer(channels, config.cross_attention_dim, heads, depth, groups) for depth in depths]
         )
         self.downsamplers: nn.ModuleList | None = None
         self.upsamplers: nn.ModuleList | None = None
@@ -97,7 +94,7 @@ class DownLevel(UNetLevel):
 
 
 class MidLevel(UNetLevel):
-    """The lowest level: residual block, transformer, residual block."""
+    """The lowest level: residual block, transformer, residual block; or the first alone, or nothing."""
 
     def forward(self, x: torch.Tensor, times: BlockInputs, texts: BlockInputs) -> torch.Tensor:
         for i in range(len(self.resnets)):
@@ -142,11 +139,10 @@ class ContractingPath(nn.Module):
         self.skip_channels = self._build_down(widths)
         self.mid_block = MidLevel(
             config,
-            inputs=[widths[-1]] * 2,
+            inputs=[widths[-1]] * config.mid_resnets,
             channels=widths[-1],
             heads=config.num_attention_heads[-1],
-            depth=config.mid_transformer_layers,
-            attentions=1,
+            depths=(config.mid_transformer_layers,) if config.mid_transformer_layers else (),
         )
 
     def _build_down(self, widths: tuple[int, ...]) -> list[int]:
@@ -156,18 +152,13 @@ class ContractingPath(nn.Module):
         skips = [widths[0]]
         for i, width in enumerate(widths):
             inputs = [skips[-1]] + [width] * (config.layers_per_block - 1)
-            level = DownLevel(config, inputs, width, *self._attention(i, len(inputs)))
+            level = DownLevel(config, inputs, width, config.num_attention_heads[i], config.down_depths(i))
             skips += [width] * config.layers_per_block
             if i < len(widths) - 1:
                 level.downsamplers = nn.ModuleList([Downsample(width)])
                 skips.append(width)
             self.down_blocks.append(level)
         return skips
-
-    def _attention(self, i: int, count: int) -> tuple[int, int, int]:
-        """Heads and depth of the transformers of level `i`, and their number, `count`."""
-        config = self.config
-        return config.num_attention_heads[i], config.transformer_layers_per_block[i], count
 
     def _project_times(self) -> None:
         """Stack all blocks' time projections into one product."""
@@ -251,7 +242,7 @@ class UNet(ContractingPath):
                 skip = skips.pop()
                 inputs.append(below + skip if config.skip == "concat" else below)
                 below = widths[i]
-            level = UpLevel(config, inputs, widths[i], *self._attention(i, len(inputs)))
+            level = UpLevel(config, inputs, widths[i], config.num_attention_heads[i], config.up_depths(i))
             level.concatenates = config.skip == "concat"
             if i > 0:
                 level.upsamplers = nn.ModuleList([Upsample(widths[i])])

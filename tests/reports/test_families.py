@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from fastsd.cli import main
 from fastsd.errors import FastsdError
 from fastsd.image.files import read_text
 from fastsd.image.metadata import read_texts
+from fastsd.model.unet import UNet
 from fastsd.pipeline import Pipeline
 from fastsd.weights import load_folder, load_single_file, save_folder
 from fastsd.weights.convert import convert
@@ -103,3 +105,25 @@ def test_a_model_that_reads_an_image_works_from_one_file_and_repeats(
     assert main(["inspect", str(file)]) == 0
     shown = capsys.readouterr().out
     assert f"{original.FAMILIES[family].name} {kind} (" in shown and "depth_model" not in shown
+
+
+@pytest.mark.parametrize("name", original.SMALLER)
+def test_ssd_1b_and_vega_load_from_a_folder_and_from_one_file(name: str, tmp_path: Path) -> None:
+    """Their UNets lack attention in the lowest level and blocks of other levels.
+
+    Names of blocks: the key lists of the published files; their numbers: the published folders' configs.
+    """
+    components = replace(original.components("sdxl"), unet=UNet(original.SMALLER[name]))
+    folder, file = tmp_path / "folder", tmp_path / "model.safetensors"
+    save_folder(components, folder, torch.float32)
+    convert(folder, file)
+    unet = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
+    expected, stored = original.unet_tensors(unet, original.SMALLER[name]), load_file(file)
+    assert {key.removeprefix(UNET) for key in stored if key.startswith(UNET)} == set(expected)
+    assert not any(key.startswith(f"{UNET}middle_block.1.") for key in stored)
+    for loaded in (load_folder(folder, torch.float32), load_single_file(file, torch.float32)):
+        assert loaded.unet.config == original.SMALLER[name]
+        assert_same(all_weights(loaded), all_weights(components))
+    convert(file, tmp_path / "back")
+    assert load_folder(tmp_path / "back", torch.float32).unet.config == original.SMALLER[name]
+    assert main(["inspect", str(file)]) == 0

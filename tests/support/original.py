@@ -122,6 +122,13 @@ FAMILIES = {
         spacing="leading",
     ),
 }
+SMALLER = {  # SDXL's UNet without some of its blocks
+    "SSD-1B": replace(
+        XL_UNET, up_transformer_layers=(0, (2, 1, 3)), transformer_layers_per_block=(0, 2),
+        mid_transformer_layers=0, mid_resnets=1,
+    ),
+    "Vega": replace(XL_UNET, transformer_layers_per_block=(0, 1), mid_transformer_layers=0, mid_resnets=1),
+}  # fmt: skip
 INPUTS = {"": 4, "inpainting": 9, "InstructPix2Pix": 8, "depth": 5}  # channels that a UNet reads, by kind
 WITH_KINDS = [
     *FAMILIES,
@@ -205,7 +212,7 @@ def unet_tensors(tensors: Tensors, config: UNetConfig) -> Tensors:
     names = encoder_names(config.layers_per_block, levels) | {"conv_norm_out": "out.0", "conv_out": "out.2"}
     count = 0
     for level in range(levels):
-        attends = bool(config.transformer_layers_per_block[levels - 1 - level])
+        attends = bool(config.up_depths(levels - 1 - level))
         for layer in range(config.layers_per_block + 1):
             block = [f"up_blocks.{level}.resnets.{layer}"]
             block += [f"up_blocks.{level}.attentions.{layer}"] if attends else []

@@ -18,7 +18,7 @@ from fastsd.errors import FastsdError
 from fastsd.model.unet import UNet
 from fastsd.weights import load_folder
 from fastsd.weights.formats.safetensors_file import TensorEntry
-from fastsd.weights.layouts.configs import write_unet
+from fastsd.weights.layouts.unet_config import write_unet
 from tests.support.folders import TEXT_FILE, UNET_FILE, VAE_FILE, Tensors, rewrite, same_weights, shard
 from tests.support.sparse import write_zeros
 from tests.support.tiny import all_weights, sd1
@@ -136,7 +136,7 @@ import sys, torch
 from functools import partial
 from pathlib import Path
 from fastsd.model.unet import UNet
-from fastsd.weights.layouts.configs import read_unet
+from fastsd.weights.layouts.unet_config import read_unet
 from fastsd.weights.load import find_files, load_module
 def read(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))

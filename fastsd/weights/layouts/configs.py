@@ -10,104 +10,9 @@ from fastsd.config import (
     AutoencoderConfig,
     CLIPConfig,
     TAESDConfig,
-    UNetConfig,
     VAEConfig,
 )
 from fastsd.weights.formats.json_file import ConfigReader
-
-
-def read_unet(path: Path) -> tuple[UNetConfig, int]:
-    """The UNet's config, and the side of the latents that it was trained on."""
-    r = ConfigReader(path)
-    channels = r.data.get("block_out_channels")
-    if not isinstance(channels, list) or not 1 <= len(channels) <= 8:
-        raise r.error("block_out_channels", "it should be a list of channel counts")
-    levels = len(channels)
-    attention = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
-    down = r.data.get("down_block_types", [])
-    if not isinstance(down, list) or len(down) != levels or not all(d in list(attention) for d in down):
-        raise r.error("down_block_types", f"it should list {levels} of DownBlock2D and CrossAttnDownBlock2D")
-    mirrored = [name.replace("Down", "Up") for name in reversed(down)]
-    if r.data.get("up_block_types") != mirrored:
-        raise r.error("up_block_types", f"it should mirror down_block_types: {mirrored}")
-    for key, value in _UNET_FIXED.items():
-        r.one_of(key, (value,), value)
-
-    depth = r.per_level("transformer_layers_per_block", levels, 1)
-    heads = r.data.get("num_attention_heads")
-    added = r.one_of("addition_embed_type", (None, "text_time"), None)
-    config = UNetConfig(
-        in_channels=r.get("in_channels", int, 4),
-        out_channels=r.get("out_channels", int, 4),
-        block_out_channels=r.per_level("block_out_channels", levels, None),
-        layers_per_block=r.get("layers_per_block", int, 2),
-        transformer_layers_per_block=tuple(n if attention[d] else 0 for n, d in zip(depth, down, strict=True)),
-        mid_transformer_layers=depth[-1],
-        # In these configs "attention_head_dim" is the number of heads (a misnomer kept for old files).
-        num_attention_heads=r.per_level("num_attention_heads" if heads else "attention_head_dim", levels, 8),
-        cross_attention_dim=r.get("cross_attention_dim", int, 1280),
-        use_linear_projection=r.get("use_linear_projection", bool, False),
-        norm_num_groups=r.get("norm_num_groups", int, 32),
-        norm_eps=r.get("norm_eps", float, 1e-5),
-        flip_sin_to_cos=r.get("flip_sin_to_cos", bool, True),
-        freq_shift=r.get("freq_shift", int, 0),
-        addition_time_embed_dim=r.get("addition_time_embed_dim", int, 0) if added else 0,
-        projection_class_embeddings_input_dim=r.get("projection_class_embeddings_input_dim", int, 0) if added else 0,
-        time_cond_proj_dim=r.get("time_cond_proj_dim", int, 0),
-        skip=r.one_of("fastsd_skip", ("concat", "add"), "concat"),
-    )
-    for level_heads, width in zip(config.num_attention_heads, config.block_out_channels, strict=True):
-        if width % level_heads or width % config.norm_num_groups:
-            raise r.error("block_out_channels", "each should be a multiple of its heads and of norm_num_groups")
-    if config.time_cond_proj_dim % 2 or config.time_cond_proj_dim == 2:
-        raise r.error("time_cond_proj_dim", "it should be an even number from 4 on")
-    return config, r.get("sample_size", int, 64)
-
-
-# Keys that have the same value in every Stable Diffusion checkpoint; the models here support no other.
-_UNET_FIXED = {
-    "act_fn": "silu",
-    "class_embed_type": None,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "downsample_padding": 1,
-    "dual_cross_attention": False,
-    "encoder_hid_dim": None,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "only_cross_attention": False,
-    "resnet_time_scale_shift": "default",
-    "time_embedding_type": "positional",
-}
-
-
-def write_unet(config: UNetConfig, sample_size: int) -> dict[str, Any]:
-    """The JSON that `read_unet`, and diffusers, read back."""
-    down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in config.transformer_layers_per_block]
-    depths = [depth or config.mid_transformer_layers for depth in config.transformer_layers_per_block]
-    depths[-1] = config.mid_transformer_layers
-    added = bool(config.addition_time_embed_dim)
-    result: dict[str, Any] = {
-        "_class_name": "UNet2DConditionModel",
-        "sample_size": sample_size,
-        "down_block_types": down,
-        "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
-        "transformer_layers_per_block": depths,
-        "attention_head_dim": list(config.num_attention_heads),
-        "addition_embed_type": "text_time" if added else None,
-        "addition_time_embed_dim": config.addition_time_embed_dim if added else None,
-        "projection_class_embeddings_input_dim": config.projection_class_embeddings_input_dim if added else None,
-        "block_out_channels": list(config.block_out_channels),
-        **{key: value for key, value in _UNET_FIXED.items() if value is not None},
-    }
-    for name in ("in_channels", "out_channels", "layers_per_block", "cross_attention_dim", "use_linear_projection"):
-        result[name] = getattr(config, name)
-    for name in ("norm_num_groups", "norm_eps", "flip_sin_to_cos", "freq_shift"):
-        result[name] = getattr(config, name)
-    if config.time_cond_proj_dim:
-        result["time_cond_proj_dim"] = config.time_cond_proj_dim
-    if config.skip != "concat":
-        result["fastsd_skip"] = config.skip  # diffusers has no such model
-    return result
 
 
 def read_autoencoder(path: Path) -> AutoencoderConfig:
@@ -163,15 +68,30 @@ def write_taesd(config: TAESDConfig) -> dict[str, Any]:
     return result | _TAESD_FIXED
 
 
+# Values that every autoencoder here has; the models support no other.
+VAE_FIXED: dict[str, Any] = {
+    "act_fn": "silu",
+    "latents_mean": None,
+    "latents_std": None,
+    "shift_factor": None,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+}
+# Arguments of transformers' CLIPTextConfig that change nothing: of training, or of the tokenizer.
+CLIP_NO_EFFECT = ("attention_dropout", "bos_token_id", "initializer_factor", "initializer_range", "pad_token_id")
+
+
 def read_vae(path: Path) -> VAEConfig:
     """The autoencoder's config."""
     r = ConfigReader(path)
     channels = r.data.get("block_out_channels")
     if not isinstance(channels, list) or not 1 <= len(channels) <= 8:
         raise r.error("block_out_channels", "it should be a list of channel counts")
-    for key, value in {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True}.items():
+    for key, value in VAE_FIXED.items():
         r.one_of(key, (value,), value)
-    r.one_of("shift_factor", (None,), None)
+    for key, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        if r.data.get(key) not in (None, [block] * len(channels)):
+            raise r.error(key, f"it should list {len(channels)} of {block}")
     return VAEConfig(
         in_channels=r.get("in_channels", int, 3),
         out_channels=r.get("out_channels", int, 3),
@@ -205,7 +125,10 @@ def read_clip(path: Path) -> CLIPConfig:
     r = ConfigReader(path)
     base = CLIPConfig()
     numbers = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    r.one_of("model_type", ("clip_text_model",), "clip_text_model")
     architectures = str(r.data.get("architectures"))
+    if r.data.get("architectures") is not None and "CLIPTextModel" not in architectures:
+        raise r.error("architectures", "it should be CLIPTextModel or CLIPTextModelWithProjection")
     eos = r.get("eos_token_id", int, base.eos_token_id)
     config = CLIPConfig(
         **{name: r.get(name, int, getattr(base, name)) for name in (*numbers, "max_position_embeddings")},

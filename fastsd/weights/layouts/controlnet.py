@@ -117,11 +117,14 @@ def _config(
         attends = [any(key.startswith(f"down_blocks.{i}.attentions.") for key in entries) for i in range(len(depths))]
         depths = tuple(depth if attention else 0 for depth, attention in zip(depths, attends, strict=True))
         middle = middle if any(key.startswith("mid_block.attentions.") for key in entries) else 0
+    last = ("middle_block.2.", "mid_block.resnets.1.")
+    resnets = 2 if any(key.startswith(last) for key in entries) else 1
     unet = replace(
         model,
         in_channels=model.out_channels,
         transformer_layers_per_block=depths,
         mid_transformer_layers=middle,
+        mid_resnets=resnets,
         time_cond_proj_dim=0,  # no ControlNet reads the guidance scale
     )
     return ControlNetConfig(unet, (shapes[0][0], *(shape[0] for shape in shapes[2::2])), bgr)

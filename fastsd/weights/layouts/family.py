@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fastsd.config import CLIPConfig, SchedulerConfig, UNetConfig, VAEConfig
+from fastsd.config import CLIPConfig, Depth, SchedulerConfig, UNetConfig, VAEConfig
 from fastsd.errors import FastsdError
 from fastsd.few_step import KINDS, Detection
 from fastsd.weights.few_step import detect_in_metadata, detect_in_unet
 from fastsd.weights.layouts.file_layouts import FILE_LAYOUTS, FileLayout, TextEncoderLayout
 from fastsd.weights.layouts.fit import Shapes, check_fit, refuse_other_keys
 from fastsd.weights.layouts.ldm_names import linear_projection
+from fastsd.weights.layouts.unet_config import shortened
 
 FIRST_KEY = "input_blocks.0.0.weight"  # of every UNet in the original layout, after its prefix
 # What a file is if it is not a checkpoint, by parts of its keys.
@@ -270,6 +271,7 @@ def _unet(reader: _ShapeReader, layout: FileLayout, texts: tuple[FileTextEncoder
     shapes = reader.under(prefix)
     inner = _ShapeReader(path, reader.shapes, prefix)
     widths, depths, layers = _levels(inner, shapes)
+    up = _up_depths(inner, shapes, len(widths), layers)
     context = [key for key in shapes if key.endswith("attn2.to_k.weight")]
     projections = [key for key in shapes if key.endswith(".1.proj_in.weight")]
     if not context or not projections:
@@ -295,7 +297,11 @@ def _unet(reader: _ShapeReader, layout: FileLayout, texts: tuple[FileTextEncoder
         block_out_channels=widths,
         layers_per_block=layers,
         transformer_layers_per_block=depths,
-        mid_transformer_layers=_count(shapes, "middle_block.1.transformer_blocks.", MAX_DEPTH, path),
+        up_transformer_layers=() if up == depths else up,
+        mid_transformer_layers=_depth(inner, shapes, "middle_block.1."),
+        mid_resnets=2
+        if inner.has("middle_block.1.") or inner.has("middle_block.2.")
+        else int(inner.has("middle_block.")),
         num_attention_heads=heads,
         cross_attention_dim=inner.shape(min(context), 2)[1],
         use_linear_projection=linear,
@@ -306,8 +312,8 @@ def _unet(reader: _ShapeReader, layout: FileLayout, texts: tuple[FileTextEncoder
     )
 
 
-def _levels(reader: _ShapeReader, shapes: Shapes) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """The width and the transformer depth of each level of a UNet, and its layers per level."""
+def _levels(reader: _ShapeReader, shapes: Shapes) -> tuple[tuple[int, ...], tuple[Depth, ...], int]:
+    """The width and the transformer depths of each level of a UNet's contracting path, and its layers per level."""
     path = reader.path
     reader.shape(FIRST_KEY, 4)
     levels: list[list[tuple[int, int]]] = [[]]  # width and depth of every layer of a level
@@ -316,12 +322,33 @@ def _levels(reader: _ShapeReader, shapes: Shapes) -> tuple[tuple[int, ...], tupl
             levels.append([])
             continue
         width = reader.shape(f"input_blocks.{i}.0.out_layers.3.weight", 4)[0]
-        levels[-1].append((width, _count(shapes, f"input_blocks.{i}.1.transformer_blocks.", MAX_DEPTH, path)))
+        levels[-1].append((width, _depth(reader, shapes, f"input_blocks.{i}.1.")))
     counts = {len(level) for level in levels}
-    if len(levels) > MAX_LEVELS or len(counts) != 1 or 0 in counts or any(len(set(level)) != 1 for level in levels):
+    if len(levels) > MAX_LEVELS or len(counts) != 1 or 0 in counts or not all(map(_is_level, levels)):
         raise FastsdError(f"no known UNet has {reader.prefix}input_blocks of (width, depth) {levels}", path=path)
-    widths, depths = zip(*(level[0] for level in levels), strict=True)
-    return widths, depths, counts.pop()
+    widths = tuple(level[0][0] for level in levels)
+    return widths, tuple(shortened([depth for _, depth in level]) for level in levels), counts.pop()
+
+
+def _up_depths(reader: _ShapeReader, shapes: Shapes, levels: int, layers: int) -> tuple[Depth, ...]:
+    """The transformer depths of each level of the expanding path, the finest level's first."""
+    found = []
+    for level in range(levels):
+        blocks = range(level * (layers + 1), (level + 1) * (layers + 1))
+        depths = [_depth(reader, shapes, f"output_blocks.{i}.1.") for i in blocks]
+        if 0 in depths and any(depths):
+            raise FastsdError(f"no known UNet has {reader.prefix}output_blocks of depths {depths}", path=reader.path)
+        found.append(shortened(depths))
+    return tuple(reversed(found))
+
+
+def _depth(reader: _ShapeReader, shapes: Shapes, block: str) -> int:
+    return _count(shapes, f"{block}transformer_blocks.", MAX_DEPTH, reader.path)
+
+
+def _is_level(layers: list[tuple[int, int]]) -> bool:
+    """All layers are of one width, and all of them have attention or none has."""
+    return len({width for width, _ in layers}) == len({bool(depth) for _, depth in layers}) == 1
 
 
 def _prediction(

@@ -19,6 +19,7 @@ from fastsd.weights.formats.json_file import read_json
 from fastsd.weights.layouts import configs
 from fastsd.weights.layouts.fit import check_fit, refuse_other_class
 from fastsd.weights.layouts.scheduler import read_scheduler
+from fastsd.weights.layouts.unet_config import read_unet
 from fastsd.weights.load import error_path, fill, find_files, read_headers
 
 FASTSD_FILE = "fastsd.json"  # what only fastsd reads: default settings, known words, the few-step method
@@ -63,7 +64,7 @@ def outline_folder(root: Path, half: bool) -> tuple[Components, dict[str, list[P
     check_model_folder(root)
     index = read_json(root / "model_index.json")
     refuse_other_class(root, index)
-    unet_config, sample_size = configs.read_unet(root / "unet" / "config.json")
+    unet_config, sample_size = read_unet(root / "unet" / "config.json")
     vae_config = configs.read_autoencoder(root / "vae" / "config.json")
     extras = read_json(root / FASTSD_FILE) if (root / FASTSD_FILE).is_file() else {}
     files = {}

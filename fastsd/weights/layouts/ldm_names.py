@@ -82,7 +82,7 @@ def unet_table(config: UNetConfig) -> dict[str, str]:
             table[f"{up}.resnets.{layer}"] = f"output_blocks.{level * (n + 1) + layer}.0"
             table[f"{up}.attentions.{layer}"] = f"output_blocks.{level * (n + 1) + layer}.1"
         # The upsampler comes after the level's last residual block, or after the transformer that follows it.
-        index = 2 if config.transformer_layers_per_block[levels - 1 - level] else 1
+        index = 2 if config.up_depths(levels - 1 - level) else 1
         table[f"{up}.upsamplers.0.conv"] = f"output_blocks.{level * (n + 1) + n}.{index}.conv"
     return table
 

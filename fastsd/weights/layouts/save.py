@@ -16,7 +16,7 @@ from fastsd.config import UNetConfig
 from fastsd.errors import FastsdError
 from fastsd.kernels.cpu import onednn
 from fastsd.model.clip import TextEncoder
-from fastsd.weights.layouts import configs
+from fastsd.weights.layouts import configs, unet_config
 from fastsd.weights.layouts.folder import FASTSD_FILE
 from fastsd.weights.layouts.names import sources, stored_form
 from fastsd.weights.layouts.scheduler import write_scheduler
@@ -64,7 +64,7 @@ def write_configs(components: Components, root: Path) -> None:
         "_diffusers_version": "0.30.0",
         "unet": ["diffusers", "UNet2DConditionModel"],
     }
-    _write_json(root / "unet" / "config.json", configs.write_unet(unet.config, size))
+    _write_json(root / "unet" / "config.json", unet_config.write_unet(unet.config, size))
     vae_json = configs.write_autoencoder(vae.config, size * vae.config.downscale)
     _write_json(root / "vae" / "config.json", vae_json)
     index["vae"] = ["diffusers", vae_json["_class_name"]]

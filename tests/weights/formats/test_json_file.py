@@ -11,12 +11,12 @@ import pytest
 
 from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
-from fastsd.weights.layouts import configs
+from fastsd.weights.layouts import configs, unet_config
 from fastsd.weights.layouts.scheduler import read_scheduler, write_scheduler
 from tests.support.tiny import CLIP, UNET, VAE
 
 CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "unet": (configs.read_unet, configs.write_unet(UNET, 8)),
+    "unet": (unet_config.read_unet, unet_config.write_unet(UNET, 8)),
     "vae": (configs.read_vae, configs.write_vae(VAE, 8)),
     "text_encoder": (configs.read_clip, configs.write_clip(CLIP)),
     "scheduler": (read_scheduler, write_scheduler(SchedulerConfig(sampler="euler"))),

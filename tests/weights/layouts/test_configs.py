@@ -17,7 +17,7 @@ from fastsd.model.clip import TextEncoder
 from fastsd.model.unet import UNet
 from fastsd.model.vae import AutoencoderKL
 from fastsd.sampling.build import build
-from fastsd.weights.layouts import configs
+from fastsd.weights.layouts import configs, unet_config
 from fastsd.weights.layouts.scheduler import read_scheduler, write_scheduler
 from tests.support.tiny import CLIP, UNET, VAE
 
@@ -44,7 +44,7 @@ def finite_table(config: SchedulerConfig) -> None:
 
 # The reader of a file, a valid file, and what an accepted config must allow.
 FILES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], Callable[[Any], None]]] = {
-    "unet": (configs.read_unet, configs.write_unet(UNET, 8), builds(UNet)),
+    "unet": (unet_config.read_unet, unet_config.write_unet(UNET, 8), builds(UNet)),
     "vae": (configs.read_vae, configs.write_vae(VAE, 8), builds(AutoencoderKL)),
     "text_encoder": (configs.read_clip, configs.write_clip(CLIP), builds(TextEncoder)),
     "scheduler": (read_scheduler, write_scheduler(SchedulerConfig(sampler="euler")), finite_table),

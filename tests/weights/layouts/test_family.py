@@ -19,6 +19,9 @@ from fastsd.config import (
     SDXL_REFINER_UNET,
     SDXL_UNET,
     SDXL_VAE,
+    SSD1B_UNET,
+    VEGA_UNET,
+    UNetConfig,
 )
 from fastsd.errors import FastsdError
 from fastsd.model.clip import TextEncoder
@@ -71,6 +74,22 @@ def test_full_size_files_have_the_published_configs(family: str) -> None:
     assert found.vae == vae
     assert [text.config for text in found.texts] == list(texts.values())
     assert found.sample_size("v_prediction") == {"sd1": 64, "sd2": 96, "sd-turbo": 64}.get(family, 128)
+
+
+@pytest.mark.parametrize("unet", [SSD1B_UNET, VEGA_UNET], ids=["SSD-1B", "Vega"])
+def test_full_size_unets_without_some_blocks(unet: UNetConfig) -> None:
+    """As the published SSD-1B and Vega: 944 and 564 tensors of the UNet."""
+    tiny = original.FAMILIES["sdxl"]
+    with torch.device("meta"):
+        tensors = original.unet_tensors(stored(UNet(unet), True), unet)
+        assert len(tensors) == (944 if unet is SSD1B_UNET else 564)
+        tensors = {f"model.diffusion_model.{key}": value for key, value in tensors.items()}
+        for name, prefix, config in tiny.texts:
+            text = stored(TextEncoder(FULL_SIZE["sdxl"][2][name]), False)
+            openclip = config.hidden_act == "gelu"
+            text = original.openclip_tensors(text, complete=False) if openclip else text
+            tensors |= {prefix + key: value for key, value in text.items()}
+    assert family_of(tensors).unet == unet
 
 
 def stored(module: torch.nn.Module, linear: bool) -> dict[str, torch.Tensor]:
