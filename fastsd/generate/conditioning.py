@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from fastsd.components import Components
@@ -109,12 +110,16 @@ def _encode(
 
 
 def texts_by_row(stage: Pass, which: slice) -> list[Texts]:
-    """The texts of a batch in each row of the table; schedules in prompts count the steps that run."""
+    """The texts of a batch in each row of the table. Schedules in prompts count the steps that run; or the calls of the
+    network, of which the first two are the first (A1111, `reconstruct_cond_batch` in modules/prompt_parser.py)."""
     samples = [[(text, False) for text in prompt.texts] for prompt in stage.prompts.positive[which]]
     if stage.guided:
         negatives = [[(text, True) for text in prompt.texts] for prompt in stage.prompts.negative[which]]
         samples = negatives * (stage.parts - 1) + samples
-    return [tuple(sample[step] for sample in samples) for step in stage.table.step - stage.table.step[:1]]
+    counts = stage.table.step - stage.table.step[:1]
+    if stage.rules.counts_calls:
+        counts = np.maximum(np.arange(len(stage.table)) - 1, 0)
+    return [tuple(sample[min(count, len(sample) - 1)] for sample in samples) for count in counts]
 
 
 def _join(

@@ -62,6 +62,8 @@ class Rules:
             of unit variance, sqrt(1 + sigma^2); None: as diffusers' schedulers do, by their spacing.
         schedules: of samplers, where the caller names a sampler and no schedule.
         samplers: what stands for a sampler there.
+        counts_calls: schedules in prompts count calls of the network, and go on in the second pass, else steps.
+        twice: samplers whose steps then count as two.
         trees: samplers whose noise comes from a Brownian tree, which fastsd does not draw.
         fills_hires_steps: where none are given, the second pass has the steps of the first as its own.
         pure_noise_at_full: with a mask, a run of strength 1 starts from noise alone.
@@ -80,6 +82,8 @@ class Rules:
     starts_at_sigma: bool | None = None
     schedules: Mapping[str, str] = field(default_factory=dict)
     samplers: Mapping[str, str] = field(default_factory=dict)
+    counts_calls: bool = False
+    twice: Collection[str] = ()
     trees: Collection[str] = ()
     fills_hires_steps: bool = True
     pure_noise_at_full: bool = True
@@ -120,6 +124,8 @@ LIKE: dict[str, Rules] = {
         levels=KLevels(discards=("dpm2", "dpm2_a", "dpm++3m_sde"), leaves=("unipc", "restart", "dpm_fast")),
         starts_at_sigma=True,
         schedules=FAVOURITES,
+        counts_calls=True,
+        twice=("heun", "dpm++sde", "dpm++2s_a", "dpm2", "dpm2_a", "restart"),
         trees=TREES,
     ),
     "comfy": Rules(

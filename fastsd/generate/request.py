@@ -256,12 +256,17 @@ def _parse(
     negatives: Sequence[str],
     steps: int,
     guided: bool,
+    before: int = 0,
 ) -> ParsedPrompts:
-    """The prompts of a pass of `steps` steps."""
-    syntax = settings.prompt_syntax
+    """The prompts of a pass of `steps` steps, after a pass of `before` steps."""
+    syntax, rules = settings.prompt_syntax, LIKE[settings.like]
     if syntax == "a1111" and settings.emphasis == "none":
         syntax = "literal"
-    return parse_prompts(components, prompts, negatives, steps, syntax, guided, LIKE[settings.like].repeats_texts)
+    calls = 2 if rules.counts_calls and settings.sampler in rules.twice else 1
+    before = before * calls if rules.counts_calls else 0
+    return parse_prompts(
+        components, prompts, negatives, steps * calls, syntax, guided, rules.repeats_texts, before=before
+    )
 
 
 def _fill_counts(settings: Settings, count: int) -> Settings:
@@ -325,8 +330,9 @@ def _second_pass(components: Components, first: Pass, prompts: Sequence[str], ne
         raise FastsdError(DECODES_ONLY, argument="hires_upscaler")
     steps, strength = settings.hires_steps or settings.num_inference_steps, settings.hires_strength
     parsed = first.prompts
-    if steps != settings.num_inference_steps:  # schedules in prompts count steps
-        parsed = _parse(components, settings, prompts, negatives, steps, first.guided)
+    if first.rules.counts_calls or steps != settings.num_inference_steps:  # schedules in prompts count steps
+        before = settings.num_inference_steps
+        parsed = _parse(components, settings, prompts, negatives, steps, first.guided, before)
     factor = components.vae.config.downscale
     width, height = (max(round(n * settings.hires_scale / factor), 1) * factor for n in (first.width, first.height))
     if max(width, height) > MAX_SIDE:

@@ -108,6 +108,7 @@ def parse_prompts(
     syntax: str,
     guided: bool,
     repeats: bool = False,
+    before: int = 0,
 ) -> ParsedPrompts:
     """Parse a prompt and a negative prompt for each image.
 
@@ -118,16 +119,17 @@ def parse_prompts(
         syntax: see `parse_prompt`.
         guided: the negative prompts are used.
         repeats: shorter texts are repeated, else filled up with empty chunks.
+        before: steps of a pass before, with which schedules go on.
 
     Raises:
         FastsdError: a prompt is malformed or too long.
     """
     texts: dict[str, ParsedText] = {}
-    parsed = {prompt: parse_prompt(components, prompt, steps, syntax, texts) for prompt in dict.fromkeys(prompts)}
+    parsed = {one: parse_prompt(components, one, steps, syntax, texts, before) for one in dict.fromkeys(prompts)}
     try:
         for prompt in dict.fromkeys(negatives):
             if prompt not in parsed:
-                parsed[prompt] = parse_prompt(components, prompt, steps, syntax, texts)
+                parsed[prompt] = parse_prompt(components, prompt, steps, syntax, texts, before)
     except FastsdError as error:
         error.argument = "negative_prompt"
         raise
@@ -149,7 +151,12 @@ def _length(prompts: Sequence[ParsedPrompt], repeats: bool) -> int:
 
 
 def parse_prompt(
-    components: Components, prompt: str, steps: int, syntax: str, texts: dict[str, ParsedText] | None = None
+    components: Components,
+    prompt: str,
+    steps: int,
+    syntax: str,
+    texts: dict[str, ParsedText] | None = None,
+    before: int = 0,
 ) -> ParsedPrompt:
     """Parse one prompt for a run of `steps` steps.
 
@@ -157,6 +164,7 @@ def parse_prompt(
         syntax: "a1111" (weights, schedules, tags), "literal" (the same, but brackets are text), "comfy" (ComfyUI's
             weights), or "plain".
         texts: the texts parsed so far; new ones are added.
+        before: as `by_step` takes it.
 
     Raises:
         FastsdError: it is malformed or too long.
@@ -166,7 +174,7 @@ def parse_prompt(
     by_step_texts = (prompt,) * steps
     if syntax in ("a1111", "literal"):
         text, loras = take_loras(prompt)
-        by_step_texts = by_step(text, steps)
+        by_step_texts = by_step(text, steps, before)
     notes: dict[str, None] = {}
     if syntax in ("a1111", "literal"):
         notes |= dict.fromkeys(f"{tag[:80]} has no effect: no such extra network" for tag in other_networks(prompt))

@@ -109,12 +109,16 @@ LORA_WORDS = ("lora", "lyco")
 _NETWORK = re.compile(rf"<(lora|lyco|hypernet|\w+(?=:[^<>:]+:\s*{_NUMBER}\s*[:>])):([^<>]*)>")
 
 
-def by_step(prompt: str, steps: int) -> tuple[str, ...]:
+def by_step(prompt: str, steps: int, before: int = 0) -> tuple[str, ...]:
     """The text of each step, `steps` of them, with schedules and alternations resolved.
 
     `[a:b:when]` is a in the first k steps and b after them; k is `when` if that has no decimal point, else `when *
     steps` rounded towards zero. `[b:when]` is nothing before, `[a::when]` nothing after. `[a|b|c]` is a in the first
     step, b in the second, c in the third, a in the fourth. The parts may be nested.
+
+    Args:
+        before: steps of a pass before this one, with which the numbers go on: k is `when - before`, or `(when - 1) *
+            steps`.
 
     Raises:
         FastsdError: the text is too long, or its brackets are nested too deeply.
@@ -123,7 +127,7 @@ def by_step(prompt: str, steps: int) -> tuple[str, ...]:
     if "[" not in prompt:
         return (prompt,) * steps
     tree, changes = _read(prompt)
-    return tuple(_at_step(tree, step, steps) for step in range(1, steps + 1)) if changes else (prompt,) * steps
+    return tuple(_at_step(tree, step, steps, before) for step in range(1, steps + 1)) if changes else (prompt,) * steps
 
 
 @dataclass(frozen=True)
@@ -132,8 +136,9 @@ class _Schedule:
     after: list[_Item]
     number: str
 
-    def at(self, step: int, steps: int) -> list[_Item]:
-        when = float(self.number) * (steps if "." in self.number else 1)
+    def at(self, step: int, steps: int, before: int) -> list[_Item]:
+        number = float(self.number)
+        when = (number - (before > 0)) * steps if "." in self.number else number - before
         return self.before if step <= int(max(0.0, min(when, steps))) else self.after
 
 
@@ -141,7 +146,7 @@ class _Schedule:
 class _Alternation:
     parts: list[list[_Item]]
 
-    def at(self, step: int, steps: int) -> list[_Item]:
+    def at(self, step: int, steps: int, before: int) -> list[_Item]:
         return self.parts[(step - 1) % len(self.parts)]
 
 
@@ -224,7 +229,7 @@ def _close(group: _Open) -> _Item:
 _WHEN = re.compile(rf"\s*({_NUMBER}(?:[eE][+-]?[0-9]+)?)\s*")
 
 
-def _at_step(tree: list[_Item], step: int, steps: int) -> str:
+def _at_step(tree: list[_Item], step: int, steps: int, before: int) -> str:
     done: list[str] = []
     todo: list[_Item] = list(reversed(tree))
     while todo:
@@ -232,7 +237,7 @@ def _at_step(tree: list[_Item], step: int, steps: int) -> str:
         if isinstance(item, str):
             done.append(item)
         else:
-            todo += reversed(item if isinstance(item, list) else item.at(step, steps))
+            todo += reversed(item if isinstance(item, list) else item.at(step, steps, before))
     return "".join(done)
 
 

@@ -12,9 +12,9 @@ import torch
 from fastsd.cli import flags
 from fastsd.components import Components
 from fastsd.config import SchedulerConfig
-from fastsd.generate.conditioning import schedule_conditioning
+from fastsd.generate.conditioning import schedule_conditioning, texts_by_row
 from fastsd.generate.like import LIKE
-from fastsd.generate.request import plan
+from fastsd.generate.request import Pass, plan
 from fastsd.generate.tables import make_table
 from fastsd.graph import Graphs
 from fastsd.parameters import Settings
@@ -99,6 +99,39 @@ def test_an_image_of_each(like: str) -> None:
     found = latents(pipe, "a (red:1.4) cat", like=like, **arguments)
     assert torch.equal(found, latents(pipe, "a (red:1.4) cat", like=like, batch_size=1, **arguments))
     assert not torch.equal(found, latents(pipe, "a (red:1.4) cat", **arguments))
+
+
+def shown(stage: Pass) -> str:
+    """The text of each row, a letter each."""
+    return "".join(texts[-1][0].text[0] for texts in texts_by_row(stage, slice(0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "prompt", "a1111", "own"),
+    [
+        ("euler", "[a:b:0.5]", "aaabb", "aabbb"),  # int(0.5 * 5) = 2: the calls 0, 1 and 2
+        ("euler", "[a:b:4]", "aaaaa", "aaaab"),
+        ("euler", "[a|b|c]", "aabca", "abcab"),
+        ("heun", "[a:b:0.5]", "aaaaaabbb", "aaaabbbbb"),  # of 10 calls, of which 9 are made
+        ("heun", "[a:b:4]", "aaaaabbbb", "aaaaaaaab"),
+    ],
+)
+def test_schedules_in_prompts_count_calls_in_a1111(sampler: str, prompt: str, a1111: str, own: str) -> None:
+    """modules/prompt_parser.py: `get_learned_conditioning_prompt_schedules` numbers steps from 1,
+    `reconstruct_cond_batch` takes the first with current_step <= end_at_step, and the denoiser counts its calls from 0.
+    The steps of samplers of the second order are two (modules/sd_samplers_common.py, `total_steps`)."""
+    arguments = {"prompt": prompt, "num_inference_steps": 5, "sampler": sampler, "schedule": "default"}
+    for like, expected in (("a1111", a1111), ("none", own)):
+        assert shown(plan(tiny_components(), DEFAULTS, {**arguments, "like": like}).passes[0]) == expected
+
+
+def test_schedules_go_on_in_the_second_pass_of_a1111() -> None:
+    """The same function since 1.6: with hires_steps, whole numbers lose the first pass's steps, fractions 1."""
+    hires = {"hires_scale": 2, "hires_strength": 0.5, "hires_steps": 4, "num_inference_steps": 5, "sampler": "euler"}
+    expected = {"[a:b:0.5]": "bbbb", "[a:b:1.5]": "aaab", "[a:b:7]": "aaab", "[a:b:5]": "bbbb"}
+    for prompt, letters in expected.items():
+        stage = plan(tiny_components(), DEFAULTS, {"prompt": prompt, "like": "a1111", **hires}).passes[1]
+        assert shown(stage) == letters, prompt
 
 
 @pytest.mark.parametrize("schedule", ["default", "karras"])
