@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
+from fastsd import Control
+from fastsd.config import ControlNetConfig
 from fastsd.errors import FastsdError
 from fastsd.generate.beside import depth_latent
 from fastsd.generate.request import plan
 from fastsd.image.files import as_depth
+from fastsd.model.controlnet import ControlNet
+from tests.support import tiny
 from tests.support.pipelines import MASK, PHOTO, graphed_pipeline, latents, tiny_components, tiny_pipeline
 
 EDITS, READS_DEPTH = 8, 5  # channels
@@ -116,6 +121,17 @@ def test_every_kind_of_depth_map(mode: str) -> None:
     found = depth_latent(as_depth(image), 4, 6)
     assert found.shape == (1, 4, 6, 1) and float(found.min()) == -1.0 and float(found.max()) == 1.0
     torch.testing.assert_close(found, depth_latent(as_depth(Image.fromarray(values)), 4, 6), rtol=0, atol=1e-6)
+
+
+def test_a_controlnet_steers_an_edit() -> None:
+    """It reads the latent alone, for each of the three samples."""
+    pipe = tiny_pipeline(EDITS)
+    config = ControlNetConfig(replace(tiny.UNET, in_channels=4), (8, 8, 8, 8))
+    torch.manual_seed(2)
+    net = ControlNet(config).requires_grad_(False)
+    plain = latents(pipe, image=PHOTO)
+    off, on = (latents(pipe, image=PHOTO, controls=[Control(net, PHOTO, weight=weight)]) for weight in (0.0, 5.0))
+    assert torch.equal(plain, off) and torch.isfinite(on).all() and not torch.equal(plain, on)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")

@@ -84,6 +84,7 @@ CLIP_NO_EFFECT = ("attention_dropout", "bos_token_id", "initializer_factor", "in
 def read_vae(path: Path) -> VAEConfig:
     """The autoencoder's config."""
     r = ConfigReader(path)
+    r.one_of("_class_name", ("AutoencoderKL", TINY), "AutoencoderKL")
     channels = r.data.get("block_out_channels")
     if not isinstance(channels, list) or not 1 <= len(channels) <= 8:
         raise r.error("block_out_channels", "it should be a list of channel counts")

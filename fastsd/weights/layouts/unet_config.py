@@ -53,6 +53,7 @@ def read_unet(path: Path) -> tuple[UNetConfig, int]:
         FastsdError: malformed, or a value that the models do not support; it names the key.
     """
     r = ConfigReader(path)
+    r.one_of("_class_name", ("UNet2DConditionModel",), "UNet2DConditionModel")
     channels = r.data.get("block_out_channels")
     if not isinstance(channels, list) or not 1 <= len(channels) <= 8:
         raise r.error("block_out_channels", "it should be a list of channel counts")

@@ -37,6 +37,7 @@ READ = {
 # Values other than the default, for which the network computes something else, or is another one.
 REFUSED: dict[str, dict[str, Any]] = {
     "unet": {
+        "_class_name": "UNetSpatioTemporalConditionModel",
         "act_fn": "gelu",
         "attention_type": "gated",
         "center_input_sample": True,
@@ -68,6 +69,7 @@ REFUSED: dict[str, dict[str, Any]] = {
         "reverse_transformer_layers_per_block": [1],
     },
     "vae": {
+        "_class_name": "AsymmetricAutoencoderKL",
         "act_fn": "gelu",
         "down_block_types": ["AttnDownEncoderBlock2D", "DownEncoderBlock2D"],
         "up_block_types": ["UpDecoderBlock2D", "AttnUpDecoderBlock2D"],
