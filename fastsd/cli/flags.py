@@ -22,6 +22,7 @@ from fastsd.kinds import (
     Constant,
     File,
     Kind,
+    Name,
     Number,
     Parameter,
     Switch,
@@ -30,6 +31,7 @@ from fastsd.kinds import (
     Whole,
 )
 from fastsd.parameters import MAX_CONTROL_WEIGHT, PARAMETERS, check_needs
+from fastsd.sampling.samplers import RARE
 
 DEFAULT_OUTPUT = "outputs"
 OUTPUT_HELP = f"a folder, or a file: .png, .jpg, .webp (default: {DEFAULT_OUTPUT}/00000-SEED-PROMPT.png)"
@@ -122,7 +124,7 @@ def make_parser(commands: Mapping[str, str], everything: bool = False) -> Parser
     )
     groups = {title: parser.add_argument_group(title) for title in (WHAT, HOW, CONTROL, START, WHERE)}
     for row in known():
-        text = argparse.SUPPRESS if row.rare and not everything else help_text(row)
+        text = argparse.SUPPRESS if row.rare and not everything else help_text(row, everything)
         groups[row.group].add_argument(*row.flags, dest=row.name, help=text, **_options(row))
     parser.add_argument("--help-all", action="help", help="rare flags too")
     parser.set_defaults(taesd=False, control_images=None)
@@ -161,8 +163,13 @@ def check_flags(args: argparse.Namespace) -> None:
     check_needs({row.name for row in known() if getattr(args, row.name, None) is not None})
 
 
-def help_text(row: Parameter) -> str:
-    """One line of --help, with range and default where the row's own text does not say them."""
+def help_text(row: Parameter, everything: bool = True) -> str:
+    """One line of --help, with range and default where the row's own text does not say them.
+
+    Without `everything`, a table of samplers or schedules is cut to the common ones.
+    """
+    if isinstance(row.kind, Name) and not everything and any(name in RARE for name in row.kind.names):
+        return f"{' '.join(name for name in row.kind.names if name not in RARE)} (--help-all has more)"
     text = re.sub(r"\{(\w+)\}", lambda found: flag_of(found[1]), row.text)
     if "(default" in text or isinstance(row.kind, Constant):
         return text

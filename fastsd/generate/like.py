@@ -138,7 +138,12 @@ LIKE: dict[str, Rules] = {
         pure_noise_at_full=False,
         mixes_below_one=True,
         hires_steps=lambda own, steps, strength: _comfy(own or steps, strength),
-        levels=KLevels(nearest=True, discards=("dpm2", "dpm2_a", "unipc"), leaves=("dpm_fast",)),
+        levels=KLevels(
+            nearest=True,
+            discards=("dpm2", "dpm2_a", "unipc"),
+            leaves=("dpm_fast",),
+            names={"beta": "beta_comfy", "kl_optimal": "kl_optimal_comfy"},
+        ),
         starts_at_sigma=False,
         samplers={"ddim": "euler"},
         trees=TREES,

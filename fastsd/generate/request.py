@@ -301,7 +301,7 @@ def _first_pass(
     strength = 1.0 if images.image is None else settings.strength
     rules, steps = LIKE[settings.like], settings.num_inference_steps
     total, run = (steps, steps) if images.image is None else rules.steps(steps, strength)
-    table = make_table(settings, components.scheduler, total, run)
+    table = make_table(settings, components.scheduler, total, run, components.xl)
     return Pass(
         settings=settings,
         prompts=prompts,
@@ -345,7 +345,7 @@ def _second_pass(components: Components, first: Pass, prompts: Sequence[str], ne
     workload = replace(first.workload, width=width, height=height, tiled=tiled)
     memory.check_workload(workload, weight.device)
     total, run = first.rules.hires_steps(settings.hires_steps, settings.num_inference_steps, strength)
-    table = make_table(settings, components.scheduler, total, run)
+    table = make_table(settings, components.scheduler, total, run, components.xl)
     return replace(
         first,
         prompts=parsed,

@@ -12,7 +12,7 @@ from fastsd.sampling.build import build
 from fastsd.sampling.table import Table
 
 
-def make_table(settings: Settings, scheduler: SchedulerConfig, total: int, run: int) -> Table:
+def make_table(settings: Settings, scheduler: SchedulerConfig, total: int, run: int, xl: bool = False) -> Table:
     """The sampler's table for the last `run` of `total` steps; without rows where none runs."""
     rules, start = LIKE[settings.like], total - run
     last = min(start, total - 1)
@@ -25,6 +25,7 @@ def make_table(settings: Settings, scheduler: SchedulerConfig, total: int, run: 
         spacing=settings.spacing,
         eta=settings.eta,
         levels=rules.levels if settings.spacing in (None, "linspace") else None,
+        xl=xl,
     )
     if start != last:
         return table.without_rows()

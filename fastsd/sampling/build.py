@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 
@@ -10,6 +11,7 @@ import numpy as np
 from fastsd.config import SPACINGS, SchedulerConfig
 from fastsd.errors import FastsdError
 from fastsd.sampling.k_levels import KLevels
+from fastsd.sampling.levels import LEVELS
 from fastsd.sampling.samplers import SAMPLERS, complete, resolve
 from fastsd.sampling.schedule import Schedule
 from fastsd.sampling.table import Table
@@ -25,6 +27,7 @@ def build(
     start: int = 0,
     eta: float = 0.0,
     levels: KLevels | None = None,
+    xl: bool = False,
 ) -> Table:
     """The table of a sampler for a checkpoint's noise schedule.
 
@@ -37,6 +40,7 @@ def build(
             without a history.
         eta: DDIM's share of fresh noise, 0 to 1.
         levels: another program's noise levels, in place of the spacing's.
+        xl: the model is of SDXL's family, for which some schedules have levels of their own.
 
     Raises:
         FastsdError: an unknown sampler or schedule, two that do not go together, or a number out of range.
@@ -61,14 +65,28 @@ def build(
     try:
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             made = Schedule(complete(config, sampler, spacing), num_inference_steps, start, schedule, eta)
-            if levels is not None and entry.takes_schedule:
-                made = replace(made, given=levels.of(made, sampler))
-            return entry.make_table(made)
+            given = levels.of(made, sampler, xl) if levels is not None and entry.takes_schedule else None
+            if given is None and schedule in LEVELS:
+                given = made.at(LEVELS[schedule](made.sigmas, num_inference_steps, xl))
+            return entry.make_table(made) if given is None else _at_levels(entry.make_table, made, given)
     except (ZeroDivisionError, np.linalg.LinAlgError):
         raise FastsdError(
             f"{num_inference_steps} of {sampler} put two steps on one noise level; take fewer",
             argument="num_inference_steps",
         ) from None
+
+
+def _at_levels(
+    make_table: Callable[[Schedule], Table], made: Schedule, given: tuple[list[float], list[float]]
+) -> Table:
+    """The table at `given` timesteps and sigmas.
+
+    Where they are not N, the user's N steps stay: more levels belong to the last step, missing ones to the first. A
+    start counts from the first level, or from the last where levels are missing.
+    """
+    missing = max(made.num_inference_steps - len(given[0]), 0)
+    table = make_table(replace(made, start=max(made.start - missing, 0), given=given))
+    return replace(table, step=np.minimum(table.step + missing, made.num_inference_steps - 1))
 
 
 @lru_cache(maxsize=128)

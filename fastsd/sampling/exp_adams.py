@@ -10,7 +10,7 @@ import math
 
 from numpy.polynomial import Polynomial
 
-from fastsd.sampling.schedule import Schedule
+from fastsd.sampling.schedule import RAMPS, Schedule
 from fastsd.sampling.table import Table, TableBuilder, TableRow, vp_level_of_sigma, vp_prediction
 
 
@@ -123,7 +123,9 @@ def _moment(h: float, tau: float) -> float:
 def _levels(schedule: Schedule) -> tuple[list[float], list[float]]:
     """`Schedule.solver_levels` with the last level above 0: that of timestep 0, or of a ramp's own last."""
     times, sigmas = schedule.solver_levels()
-    last = sigmas[-2] if schedule.schedule in ("karras", "exponential") else float(schedule.sigmas[0])
+    if sigmas[-1] > 0:
+        return times, sigmas
+    last = sigmas[-2] if schedule.schedule in RAMPS else float(schedule.sigmas[0])
     return times, [*sigmas[:-1], min(last, sigmas[-2])]
 
 

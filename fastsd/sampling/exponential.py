@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from fastsd.sampling.karras_rows import ancestral, builder_of, row, slope_row, time_of
+from fastsd.sampling.karras_rows import ancestral, builder_of, next_time, row, slope_row, time_of
 from fastsd.sampling.schedule import Schedule
 from fastsd.sampling.table import Table
 
@@ -86,7 +86,7 @@ def _two_stages(schedule: Schedule, *, r: float, eta: float, phi_2: bool) -> Tab
         _, later = _decay(M, S_next, eta)
         whole = 1 - _power(S, S_next, eta)
         middle = (1 + eta) * h * _phi_2((1 + eta) * h) / r if phi_2 else whole / (2 * r)
-        t = times[i + 1] if r == 1 else time_of(schedule, M)
+        t = next_time(schedule, times, i, S_next) if r == 1 else time_of(schedule, M)
         earlier = math.sqrt(max(total**2 - later**2, 0.0))
         b = [middle, whole - middle]
         builder.add(row(schedule, t, M, i, S_next, s=s, b=b, n=later, m=earlier, draw=eta > 0))

@@ -7,11 +7,12 @@ levels, and the network gets timesteps that are not whole.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from fastsd.sampling.levels import LEVELS, beta_ramp, karras_ramp
 from fastsd.sampling.schedule import Float64, Schedule
 
 
@@ -24,21 +25,32 @@ class KLevels:
             `ModelSamplingDiscrete.timestep`), else they lie between.
         discards: samplers that take one level more and leave out the last but one.
         leaves: samplers that have levels of their own.
+        names: what a schedule's name stands for there.
     """
 
     nearest: bool = False
     discards: Collection[str] = ()
     leaves: Collection[str] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
 
-    def of(self, schedule: Schedule, sampler: str) -> tuple[list[float], list[float]] | None:
-        """Timesteps `[N]` and sigmas `[N + 1]`, the last 0; None: the schedule's own."""
-        if sampler in self.leaves or schedule.schedule not in RAMPS:
+    def of(self, schedule: Schedule, sampler: str, xl: bool) -> tuple[list[float], list[float]] | None:
+        """Timesteps and sigmas, and the sigma after the last step; None: the schedule's own.
+
+        Args:
+            schedule, sampler: of the run.
+            xl: the model is of SDXL's family.
+        """
+        if sampler in self.leaves:
             return None
+        name = self.names.get(schedule.schedule, schedule.schedule)
         steps, discards = schedule.num_inference_steps, sampler in self.discards
-        sigmas = RAMPS[schedule.schedule](schedule.sigmas, steps + discards)
+        if name in RAMPS:
+            sigmas = [*RAMPS[name](schedule.sigmas, steps + discards).tolist(), 0.0]
+        else:
+            sigmas = LEVELS[name](schedule.sigmas, steps + discards, xl)
         if discards:
-            sigmas = np.delete(sigmas, -1)
-        return self._times(schedule, sigmas).tolist(), [*sigmas.tolist(), 0.0]
+            del sigmas[-2]
+        return self._times(schedule, np.array(sigmas[:-1])).tolist(), sigmas
 
     def _times(self, schedule: Schedule, sigmas: Float64) -> Float64:
         if not self.nearest:
@@ -61,12 +73,22 @@ def _sgm_uniform(sigmas: Float64, steps: int) -> Float64:
 
 def _karras(sigmas: Float64, steps: int) -> Float64:
     """k_diffusion/sampling.py, `get_sigmas_karras` with rho = 7, between the first and the last training level."""
-    return np.linspace(sigmas[-1] ** (1 / 7), sigmas[0] ** (1 / 7), steps) ** 7
+    return karras_ramp(sigmas[-1], sigmas[0], steps)
+
+
+def _beta(sigmas: Float64, steps: int) -> Float64:
+    return beta_ramp(sigmas[-1], sigmas[0], steps)
 
 
 def _exponential(sigmas: Float64, steps: int) -> Float64:
     return np.exp(np.linspace(np.log(sigmas[-1]), np.log(sigmas[0]), steps))
 
 
-# By the names of `fastsd.sampling.samplers.SCHEDULES`; others are the same everywhere.
-RAMPS = {"default": _uniform, "sgm_uniform": _sgm_uniform, "karras": _karras, "exponential": _exponential}
+# By the names of `fastsd.sampling.samplers.SCHEDULES`; the others are those of `LEVELS` everywhere.
+RAMPS = {
+    "default": _uniform,
+    "sgm_uniform": _sgm_uniform,
+    "karras": _karras,
+    "exponential": _exponential,
+    "beta": _beta,
+}

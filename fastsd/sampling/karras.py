@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from fastsd.sampling.karras_rows import ancestral, builder_of, row, slope_row, time_of
+from fastsd.sampling.karras_rows import ancestral, builder_of, next_time, row, slope_row, time_of
 from fastsd.sampling.schedule import Schedule
 from fastsd.sampling.table import Table
 
@@ -49,7 +49,18 @@ def heun(schedule: Schedule) -> Table:
         if S_next > 0:  # x' = saved + (S_next - S) (slope at S + slope at S_next) / 2
             half = (S_next - S) / 2
             b = [-half / S_next, -half / S]
-            builder.add(row(schedule, times[i + 1], S_next, i, S_next, a=half / S_next, s=1 + half / S, b=b))
+            builder.add(
+                row(
+                    schedule,
+                    next_time(schedule, times, i, S_next),
+                    S_next,
+                    i,
+                    S_next,
+                    a=half / S_next,
+                    s=1 + half / S,
+                    b=b,
+                )
+            )
     return builder.table()
 
 

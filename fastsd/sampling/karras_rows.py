@@ -20,7 +20,8 @@ def builder_of(schedule: Schedule, sigmas: list[float]) -> TableBuilder:
     """An empty table that starts at `sigmas[schedule.start]`, from an image or from noise."""
     # In "leading" spacing the run starts below the last timestep. There diffusers scales the noise to the standard
     # deviation of a noisy image of unit variance, elsewhere to sigma.
-    leading = schedule.config.timestep_spacing == "leading" and schedule.schedule != "sgm_uniform"
+    spaced = schedule.schedule != "sgm_uniform" and schedule.given is None
+    leading = spaced and schedule.config.timestep_spacing == "leading"
     init = math.sqrt(sigmas[0] ** 2 + 1) if leading else sigmas[0]
     return TableBuilder(mix=(1.0, sigmas[schedule.start]), init=init)
 
@@ -61,6 +62,11 @@ def slope_row(
     p, q = karras_prediction(schedule.config.prediction_type, sigma)
     prediction = ((1 - p) / sigma, -q / sigma)
     return TableRow(t, prediction, step, (1.0, sigma_after), karras_c_in(sigma), a, s, b, save=save)
+
+
+def next_time(schedule: Schedule, times: list[float], i: int, sigma: float) -> float:
+    """The timestep after the i-th, at `sigma`: the next listed one, or that of a last level above 0."""
+    return times[i + 1] if i + 1 < len(times) else time_of(schedule, sigma)
 
 
 def time_of(schedule: Schedule, sigma: float) -> float:

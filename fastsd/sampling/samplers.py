@@ -137,7 +137,40 @@ SAMPLERS: dict[str, Sampler] = {
 
 # Schedules and their names in A1111's text. "Uniform" is always written: where the schedule is missing, A1111 takes the
 # sampler's favourite, which is Karras for DPM++ 2M.
-SCHEDULES = {"default": "Uniform", "karras": "Karras", "exponential": "Exponential", "sgm_uniform": "SGM Uniform"}
+SCHEDULES = {
+    "default": "Uniform",
+    "karras": "Karras",
+    "exponential": "Exponential",
+    "sgm_uniform": "SGM Uniform",
+    "normal": "Normal",
+    "simple": "Simple",
+    "ddim_uniform": "DDIM",
+    "beta": "Beta",
+    "beta_comfy": "Beta ComfyUI",
+    "kl_optimal": "KL Optimal",
+    "kl_optimal_comfy": "KL Optimal ComfyUI",
+    "linear_quadratic": "Linear Quadratic",
+    "turbo": "Turbo",
+    "sd_turbo": "SD Turbo",
+    "align_your_steps": "Align Your Steps",
+    "align_your_steps_32": "Align Your Steps 32",
+    "align_your_steps_gits": "Align Your Steps GITS",
+}
+# Samplers and schedules that only the long help lists.
+RARE = frozenset(
+    ("heun++", "dpm_fast", "ipndm", "ipndm_v", "gradient_estimation", "res_multistep_a", "seeds_2", "seeds_3")
+    + ("exp_heun", "exp_heun_sde", "er_sde", "dpm++2m_sde_heun", "beta_comfy", "kl_optimal_comfy", "linear_quadratic")
+    + ("sd_turbo", "align_your_steps_32", "align_your_steps_gits")
+)
+# Other spellings; "ka" ends A1111's short names, such as k_dpmpp_2m_ka. Polyexponential is Exponential at its rho, 1.
+SCHEDULE_ALIASES = {
+    "align_your_steps_11": "align_your_steps",
+    "ays": "align_your_steps",
+    "ays_32": "align_your_steps_32",
+    "gits": "align_your_steps_gits",
+    "ka": "karras",
+    "polyexponential": "exponential",
+}
 
 
 def complete(config: SchedulerConfig, sampler: str, spacing: str | None = None) -> SchedulerConfig:
@@ -165,7 +198,8 @@ def resolve(sampler: str, schedule: str = "default") -> tuple[str, str]:
     Raises:
         FastsdError: an unknown name; the message offers the nearest ones.
     """
-    schedules = {_key(name): name for name in SCHEDULES}
+    schedules = {_key(spelling): name for name, label in SCHEDULES.items() for spelling in (name, label)}
+    schedules |= {_key(spelling): name for spelling, name in SCHEDULE_ALIASES.items()}
     resolved = schedules.get(_key(schedule))
     if resolved is None:
         raise FastsdError(f"{schedule!r} is unknown; fastsd knows {', '.join(SCHEDULES)}", argument="schedule")

@@ -7,6 +7,7 @@ unit of signal, sqrt((1 - alpha_bar) / alpha_bar); and `lambda = -log sigma`, ha
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -16,8 +17,10 @@ from numpy.typing import NDArray
 
 from fastsd.config import BETA_SCHEDULES, SchedulerConfig
 from fastsd.errors import FastsdError
+from fastsd.sampling.levels import beta_ramp, karras_ramp
 
 Float64 = NDArray[np.float64]
+RAMPS = ("karras", "exponential", "beta")  # schedules that stretch between two sigmas
 
 
 def betas(config: SchedulerConfig) -> Float64:
@@ -79,7 +82,8 @@ class Schedule:
         start: the first of them that runs, 0 except in image-to-image.
         schedule: one of `fastsd.sampling.samplers.SCHEDULES`.
         eta: DDIM's share of fresh noise.
-        given: timesteps and sigmas that another program has in place of these, as `karras_levels` returns them.
+        given: timesteps and sigmas that replace those of the spacing, as `karras_levels` returns them: of a named
+            schedule (`fastsd.sampling.levels`), or another program's.
     """
 
     config: SchedulerConfig
@@ -153,8 +157,8 @@ class Schedule:
     def karras_levels(self, *, options: bool = False) -> tuple[list[float], list[float]]:
         """Timesteps `[N]` and sigmas `[N + 1]`, the last 0, for samplers in the notation of Karras et al. 2022.
 
-        Timesteps are not whole numbers. "karras" and "exponential" span the sigmas that the spacing selects. With
-        `options`, the checkpoint's `interpolation_type`, `timestep_type` and `final_sigmas_type` count, as for
+        Timesteps are not whole numbers. "karras", "exponential" and "beta" span the sigmas that the spacing selects.
+        With `options`, the checkpoint's `interpolation_type`, `timestep_type` and `final_sigmas_type` count, as for
         diffusers' Euler; with "log_linear" the last sigma is the N + 1st, whatever the final type.
         """
         if self.given is not None:
@@ -162,7 +166,7 @@ class Schedule:
         times = self._sgm_uniform() if self.schedule == "sgm_uniform" else self.timesteps(integers=False)
         sigmas = self._interpolate(times)
         last = self.last_sigma if options else 0.0
-        if self.schedule in ("karras", "exponential"):
+        if self.schedule in RAMPS:
             sigmas = self._ramp(sigmas[0], sigmas[-1])
             times = self.timestep_of(sigmas)
         elif options and self.option("interpolation_type", "linear") == "log_linear":
@@ -177,12 +181,12 @@ class Schedule:
     def solver_levels(self, *, linspace: bool = False) -> tuple[list[float], list[float]]:
         """Timesteps `[N]` and sigmas `[N + 1]`, the last `last_sigma`, for DPM-Solver and UniPC.
 
-        Timesteps are whole numbers. "karras" and "exponential" span all training sigmas. With `linspace`, that spacing
-        replaces the config's, as in diffusers' singlestep solver.
+        Timesteps are whole numbers but for named levels. "karras", "exponential" and "beta" span all training sigmas.
+        With `linspace`, that spacing replaces the config's, as in diffusers' singlestep solver.
         """
         if self.given is not None:
             return self.given
-        if self.schedule in ("karras", "exponential"):
+        if self.schedule in RAMPS:
             sigmas = self._ramp(self.sigmas[-1], self.sigmas[0])
             times = self.timestep_of(sigmas)
             nearest = self.schedule == "karras" or self.option("use_lu_lambdas", False)
@@ -200,6 +204,10 @@ class Schedule:
             sigmas = self._interpolate(times)
         return times.tolist(), [*sigmas.tolist(), self.last_sigma]
 
+    def at(self, sigmas: Sequence[float]) -> tuple[list[float], list[float]]:
+        """Timesteps and sigmas, as `karras_levels` returns them, for sigmas with the one after the last step."""
+        return self.timestep_of(np.array(sigmas[:-1])).tolist(), list(sigmas)
+
     def timestep_of(self, sigmas: Float64) -> Float64:
         """The timesteps of `sigmas`, interpolated in log sigma and clamped to the first and the last."""
         return np.interp(np.log(np.maximum(sigmas, 1e-10)), np.log(self.sigmas), np.arange(len(self.sigmas)))
@@ -212,11 +220,10 @@ class Schedule:
         return np.linspace(self.config.num_train_timesteps - 1, 0, self.num_inference_steps + 1)[:-1]
 
     def _ramp(self, sigma_max: float, sigma_min: float) -> Float64:
-        """N sigmas between two bounds, or the checkpoint's: Karras et al. 2022, equation 5, rho = 7; or even in log
-        sigma."""
+        """N sigmas between two bounds, or the checkpoint's: Karras et al. 2022, even in log sigma, or quantiles."""
         steps = self.num_inference_steps
         sigma_max, sigma_min = self.option("sigma_max", sigma_max), self.option("sigma_min", sigma_min)
         if self.schedule == "exponential":
             return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), steps))
-        rho = 7.0
-        return np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps) ** rho
+        ramp = karras_ramp if self.schedule == "karras" else beta_ramp
+        return ramp(sigma_max, sigma_min, steps)
