@@ -158,7 +158,7 @@ def peer_pipeline(components: Components) -> Any:
     import diffusers
     import transformers
 
-    scheduler_config = configs.write_scheduler(components.scheduler)
+    scheduler_config = write_scheduler(components.scheduler)
     scheduler = getattr(diffusers, scheduler_config["_class_name"]).from_config(scheduler_config)
     encoders = [peer_text_encoder(encoder) for encoder in components.text_encoders]
     with tempfile.TemporaryDirectory() as folder, _quiet():
