@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastsd.errors import FastsdError
+from fastsd.image.comfy_graph import read_graph
 from fastsd.image.infotext import is_settings, parse_parameters, write_parameters
 from fastsd.image.programs import program_of
 from fastsd.parameters import PARAMETERS
@@ -60,6 +61,9 @@ def read_texts(texts: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]
     parameters = texts.get("parameters", "")
     if is_settings(parameters):
         return parse_parameters(parameters)
+    graph = read_graph(texts.get("prompt", ""))
+    if graph is not None:
+        return graph
     program = program_of(texts)
     if program is not None:
         raise FastsdError(f"its settings are {program}'s, which fastsd does not read; give {{prompt}} and the others")

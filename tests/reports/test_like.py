@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,6 +67,48 @@ def test_images_of_one_call_repeat_alone_with_a_batchs_noise(cli: Callable, mode
         again = cli("--from-image", path)
         assert again.code == 0
         np.testing.assert_array_equal(pixels(again.paths[0]), pixels(path))
+
+
+def test_an_image_of_comfyui_repeats_by_its_graph(cli: Callable, model: Path, tmp_path: Path) -> None:
+    """ComfyUI stores its graph in the PNG text `prompt`."""
+    graph = {
+        "1": {
+            "class_type": "KSampler",
+            "inputs": {
+                "seed": 5,
+                "steps": 3,
+                "cfg": 4.0,
+                "sampler_name": "euler_ancestral",
+                "scheduler": "karras",
+                "denoise": 1.0,
+                "model": ["2", 0],
+                "positive": ["3", 0],
+                "negative": ["4", 0],
+                "latent_image": ["5", 0],
+            },
+        },
+        "2": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "dreams.safetensors"}},
+        "3": {"class_type": "CLIPTextEncode", "inputs": {"text": "a (red:1.3) cat", "clip": ["2", 1]}},
+        "4": {"class_type": "CLIPTextEncode", "inputs": {"text": "fog", "clip": ["2", 1]}},
+        "5": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 72, "batch_size": 1}},
+    }
+    path = write_image(tmp_path / "comfy.png", prompt=json.dumps(graph), workflow="{}")
+    refused(cli("--from-image", path), "the model 'dreams'", "--model")
+    ran = cli("--from-image", path, "-m", model)
+    assert ran.code == 0 and "repeated by the rules of ComfyUI" in ran.err
+    expected = Pipeline.from_pretrained(model)(
+        "a (red:1.3) cat",
+        negative_prompt="fog",
+        like="comfy",
+        num_inference_steps=3,
+        guidance_scale=4,
+        sampler="euler_a",
+        schedule="karras",
+        seed=5,
+        width=64,
+        height=72,
+    )
+    np.testing.assert_array_equal(pixels(ran.paths[0]), np.asarray(expected.images[0]))
 
 
 @pytest.mark.parametrize("comment", [b"ASCII\0\0\0Screenshot", b"UNICODE\0" + "Screenshot".encode("utf-16-be")])
