@@ -29,6 +29,7 @@ from fastsd.model.vae import AutoencoderKL
 from fastsd.pipeline import Pipeline
 from fastsd.weights.layouts import configs, unet_config
 from fastsd.weights.layouts.names import sources, stored_form
+from fastsd.weights.layouts.scheduler import write_scheduler
 
 
 def random_components(family: ModelFamily, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Components:
