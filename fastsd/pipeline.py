@@ -30,7 +30,7 @@ from fastsd.model.controlnet import ControlNet
 from fastsd.model.taesd import TAESD, Autoencoder
 from fastsd.parameters import describe
 from fastsd.runtime import memory
-from fastsd.runtime.devices import dtype_name, resolve_device, resolve_dtype
+from fastsd.runtime.devices import dtype_name, resolve_device, resolve_dtype, undisturbed
 from fastsd.weights import count_parameters, load_checkpoint, load_preview
 from fastsd.weights.adapters.apply import Adapter, Adapters
 from fastsd.weights.adapters.embeddings import load_embedding
@@ -114,6 +114,7 @@ class Pipeline:
             self.components = replace(self.components, scheduler=scheduler)
 
     @classmethod
+    @undisturbed()
     def from_pretrained(
         cls,
         path: str | Path | None = None,
@@ -243,6 +244,7 @@ class Pipeline:
                 images = [stage.mask.compose(stage.image, image) for image in images]
             return convert_images(images, form)
 
+    @undisturbed()
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor, tiled: bool = False) -> list[Image.Image]:
         """Scaled latents `[n, h, w, C]` to images, one at a time (the decoder's maps are the largest of all)."""
@@ -250,6 +252,7 @@ class Pipeline:
             self.graphs.in_order(self.device)
             return [Image.fromarray(self._engine.codec.decode(latent[None], tiled)[0]) for latent in latents]
 
+    @undisturbed()
     @torch.inference_mode()
     def preview(self, latents: torch.Tensor, tiled: bool = False) -> Image.Image:
         """A scaled latent `[1, h, w, C]` to an image, by the preview's decoder where there is one."""
@@ -260,7 +263,7 @@ class Pipeline:
     @contextmanager
     def _turn(self, stage: Pass) -> Iterator[None]:
         """One thread at a time. Out of memory becomes one line that says what would take less."""
-        with self._lock:
+        with self._lock, undisturbed():
             self.graphs.in_order(self.device)
             try:
                 yield
@@ -281,6 +284,7 @@ class Pipeline:
         own = list(request.own)
         return Result(images, [one["seed"] for one in own], timings, notes, used_settings(request) | used, own)
 
+    @undisturbed()
     def load_embedding(self, path: str | Path, token: str | None = None, allow_pickle: bool = False) -> tuple[str, ...]:
         """Load a textual inversion, which prompts then use by its name (Gal et al. 2022).
 
@@ -305,6 +309,7 @@ class Pipeline:
                 model.embeddings |= dict.fromkeys(embedding.names, TextualInversion(embedding.names, vectors))
         return embedding.names
 
+    @undisturbed()
     def load_controlnet(self, path: str | Path, allow_pickle: bool = False) -> ControlNet:
         """Load a ControlNet for this checkpoint's UNet, for use in a `Control` (Zhang et al. 2023).
 
@@ -318,6 +323,7 @@ class Pipeline:
         path = locate_controlnet(path, self.dtype != torch.float32).path
         return load_controlnet(path, self.components.unet.config, self.dtype, self.device, allow_pickle)
 
+    @undisturbed()
     def set_adapters(
         self, adapters: Sequence[Adapter], allow_partial: bool = False, allow_pickle: bool = False
     ) -> list[str]:

@@ -92,7 +92,10 @@ def canonical(images: torch.Tensor) -> torch.Tensor:
     ink = (images - NOT_INK).clamp_min(0) / (1 - NOT_INK)
     mass = ink.sum((1, 2)).clamp_min(1e-6)
     # Pixels from the centre of the frame.
-    y, x = torch.arange(height) + 0.5 - height / 2, torch.arange(width) + 0.5 - width / 2
+    y, x = (
+        torch.arange(height, dtype=torch.float32, device="cpu") + 0.5 - height / 2,
+        torch.arange(width, dtype=torch.float32, device="cpu") + 0.5 - width / 2,
+    )
     by_row, by_column = ink.sum(2), ink.sum(1)
     row, column = by_row @ y / mass, by_column @ x / mass
     yy = (by_row @ y.square() / mass - row.square()).clamp_min(0.25)
@@ -102,7 +105,7 @@ def canonical(images: torch.Tensor) -> torch.Tensor:
     radius = (yy + xx - xy * shear).sqrt()
     # grid_sample takes the source position of each output pixel; both range over [-1, 1] from edge to edge.
     zoom = radius / CANONICAL_RADIUS * CANONICAL_SIDE
-    inverse = torch.zeros(count, 2, 3)
+    inverse = torch.zeros(count, 2, 3, dtype=torch.float32, device="cpu")
     inverse[:, 0, 0], inverse[:, 0, 1], inverse[:, 0, 2] = zoom / width, shear * zoom / width, column * 2 / width
     inverse[:, 1, 1], inverse[:, 1, 2] = zoom / height, row * 2 / height
     grid = F.affine_grid(inverse, [count, 1, CANONICAL_SIDE, CANONICAL_SIDE], align_corners=False)

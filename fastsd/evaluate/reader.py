@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ SIDE = 32
 SCALES = (0.65, 1.2)  # a little wider than `settings.Data.scales`, which the digits model is trained on
 EPOCHS = 5
 BATCH = 128
+FACTORY: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
 class DigitReader(nn.Module):
@@ -29,9 +31,11 @@ class DigitReader(nn.Module):
 
     def __init__(self, widths: tuple[int, int, int] = (24, 48, 96)):
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1, bias=False) for i, o in zip((1, *widths), widths))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths)
-        self.out = nn.Linear(widths[-1] * (SIDE // 8) ** 2, 10)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(i, o, 3, padding=1, bias=False, **FACTORY) for i, o in zip((1, *widths), widths)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width, **FACTORY) for width in widths)
+        self.out = nn.Linear(widths[-1] * (SIDE // 8) ** 2, 10, **FACTORY)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for conv, norm in zip(self.convs, self.norms):
@@ -75,7 +79,7 @@ def train_reader(
         labels: `[N]`, 0 to 9.
         report: receives a line for every epoch.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     with torch.random.fork_rng(devices=[]):  # for the initial weights and dropout
         torch.manual_seed(seed)
         reader = DigitReader().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -86,7 +90,7 @@ def train_reader(
         for epoch in range(epochs):
             reader.train()
             correct = 0
-            for index in torch.randperm(len(x), generator=generator).split(BATCH):
+            for index in torch.randperm(len(x), generator=generator, dtype=torch.int64, device="cpu").split(BATCH):
                 progress = step / steps
                 for group in optimizer.param_groups:
                     group["lr"] = 4e-3 * min(progress / 0.2, (1 - progress) / 0.8)
@@ -108,10 +112,10 @@ def _augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     n = len(images)
 
     def uniform(low: float, high: float) -> torch.Tensor:
-        return torch.empty(n).uniform_(low, high, generator=generator)
+        return torch.empty(n, dtype=torch.float32, device="cpu").uniform_(low, high, generator=generator)
 
     scale, angle, shear = uniform(*SCALES), uniform(-0.12, 0.12), uniform(-0.15, 0.15)
-    matrix = torch.empty(n, 2, 3)
+    matrix = torch.empty(n, 2, 3, dtype=torch.float32, device="cpu")
     matrix[:, 0, 0], matrix[:, 0, 1] = angle.cos() / scale, (shear - angle.sin()) / scale
     matrix[:, 1, 0], matrix[:, 1, 1] = angle.sin() / scale, angle.cos() / scale
     matrix[:, :, 2] = torch.stack([uniform(-0.08, 0.08), uniform(-0.08, 0.08)], dim=1)

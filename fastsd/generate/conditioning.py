@@ -130,7 +130,7 @@ def _join(
     Rows outside `rows` hold arbitrary values, which nothing reads.
     """
     if not rows:
-        return torch.empty(0)
+        return torch.empty(0, dtype=torch.float32, device="cpu")
     if not each:
         return next(iter(times.values()))[:, None]
     known = texts[rows.start]

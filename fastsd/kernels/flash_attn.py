@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -119,7 +120,8 @@ def _image_bf16(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tens
         left[..., size:-1] = scaled - left[..., :size].float()
     right = torch.cat([keys] * (1 if exact else 2) + [-torch.ones_like(keys[..., :1])], -1)
     parts = 16 - size % 16
-    sums = torch.arange(len(k)) % parts == torch.arange(parts)[:, None]
+    whole: dict[str, Any] = {"dtype": torch.int64, "device": k.device}
+    sums = torch.arange(len(k), **whole) % parts == torch.arange(parts, **whole)[:, None]
     values = torch.cat([v.permute(1, 2, 0), sums.to(q.dtype).expand(heads, -1, -1)], 1)  # [heads, D + parts, T]
 
     out = torch.empty_like(q, memory_format=torch.contiguous_format)

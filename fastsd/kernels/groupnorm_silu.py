@@ -125,14 +125,16 @@ def _statistics(rows: torch.Tensor, groups: int, shift: torch.Tensor | None) -> 
         # Read the block as TERMS pixels of more channels: more sums in parallel, each of TERMS terms.
         terms = TERMS if len(block) % TERMS == 0 else len(block)
         columns = block.reshape(terms, -1)
-        unused = torch.zeros(columns.shape[1])
+        unused = torch.zeros(columns.shape[1], dtype=torch.float32, device=rows.device)
         part = torch.batch_norm_update_stats(columns.T[None, :, :, None], unused, unused, 0.0)
         parts.append(torch.stack(part).view(2, -1, groups, channels // groups))
         counts += [terms] * (len(block) // terms)
     means, variances = torch.cat(parts, 1).double()  # [parts, groups, channels of a group]
     if shift is not None:
         means = means + shift.view(groups, -1)
-    share = torch.tensor(counts, dtype=torch.float64)[:, None, None] / (len(rows) * (channels // groups))
+    share = torch.tensor(counts, dtype=torch.float64, device=rows.device)[:, None, None] / (
+        len(rows) * (channels // groups)
+    )
     mean = (means * share).sum((0, 2))
     variance = ((variances + (means - mean[:, None]).square()) * share).sum((0, 2))
     mean, variance = (part.repeat_interleave(channels // groups).float() for part in (mean, variance))

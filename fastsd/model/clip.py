@@ -48,7 +48,7 @@ class Embedding(nn.Module):
 
     def __init__(self, count: int, channels: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(count, channels))
+        self.weight = nn.Parameter(torch.empty(count, channels, dtype=torch.float32))
         if not self.weight.is_meta:
             nn.init.normal_(self.weight, std=0.02)
 
@@ -150,7 +150,7 @@ class TextEncoder(nn.Module):
             end = input_ids.argmax(dim=-1)
         else:
             end = (input_ids == self.config.eos_token_id).int().argmax(dim=-1)
-        pooled = last[torch.arange(len(last), device=last.device), end]
+        pooled = last[torch.arange(len(last), dtype=torch.int64, device=last.device), end]
         if self.text_projection is not None:
             pooled = self.text_projection(pooled)
         return TextOutput(last if hidden_layer == -1 else states[hidden_layer], pooled)

@@ -47,8 +47,8 @@ class Linear(nn.Module):
         part_sizes: tuple[int, ...] = (),
     ):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=torch.float32)) if bias else None
         self.parts = parts
         self.part_sizes = part_sizes or (out_features // max(len(parts), 1),) * len(parts)
         init_uniform(self.weight, self.bias)
@@ -82,8 +82,10 @@ class Conv2d(nn.Module):
         bias: bool = True,
     ):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size))
-        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        self.weight = nn.Parameter(
+            torch.empty(out_channels, in_channels, kernel_size, kernel_size, dtype=torch.float32)
+        )
+        self.bias = nn.Parameter(torch.empty(out_channels, dtype=torch.float32)) if bias else None
         self.stride, self.padding = stride, padding
         init_uniform(self.weight, self.bias)
 
@@ -148,8 +150,8 @@ class GroupNorm(nn.Module):
 
     def __init__(self, groups: int, channels: int, eps: float, silu: bool):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
+        self.weight = nn.Parameter(torch.ones(channels, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(channels, dtype=torch.float32))
         self.groups, self.eps, self.silu = groups, eps, silu
 
     def forward(
@@ -163,8 +165,8 @@ class LayerNorm(nn.Module):
 
     def __init__(self, channels: int, eps: float = 1e-5):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
+        self.weight = nn.Parameter(torch.ones(channels, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(channels, dtype=torch.float32))
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -97,10 +97,10 @@ class Tokenizer:
         if not isinstance(prompts, (list, tuple)):
             raise FastsdError(f"prompt must be a string or a list of strings, not {type(prompts).__name__}")
         room = self.max_length - 2
-        ids = torch.full((len(prompts), self.max_length), self.pad_id, dtype=torch.int64)
+        ids = torch.full((len(prompts), self.max_length), self.pad_id, dtype=torch.int64, device="cpu")
         for row, prompt in zip(ids, prompts):
             content = [self.bos_id, *self._encode(prompt).ids[:room], self.eos_id]
-            row[: len(content)] = torch.tensor(content, dtype=torch.int64)
+            row[: len(content)] = torch.tensor(content, dtype=torch.int64, device="cpu")
         return ids
 
     def __len__(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -60,6 +62,18 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
                 value="bf16",
             )
     return resolved
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Without the caller's autocast and inference mode, which would change the precision of our arithmetic, and make
+    weights that no adapter can change later."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(torch.inference_mode(False))
+        yield
 
 
 def cpu_has_bf16() -> bool:

@@ -177,7 +177,7 @@ def restore_known(state: SamplerState, image: torch.Tensor, noise: torch.Tensor,
 
 def _device_table(table: Table) -> torch.Tensor:
     """`[R + 1, 16]` float64: rows, flags and two zeros. An added last row has c_in 1, for the finished latent."""
-    full = torch.zeros(len(table) + 1, op.WIDTH, dtype=torch.float64)
+    full = torch.zeros(len(table) + 1, op.WIDTH, dtype=torch.float64, device="cpu")
     full[:-1, :12] = torch.from_numpy(table.rows)
     full[:-1, 12] = torch.from_numpy(table.save)
     full[:-1, 13] = torch.from_numpy(table.push)

@@ -139,7 +139,7 @@ def added_conditioning(
     if not components.xl:
         return None
     sizes = size_conditioning(components, width, height, negative)
-    return AddedConditioning(pooled, torch.tensor([sizes], device=pooled.device))
+    return AddedConditioning(pooled, torch.tensor([sizes], dtype=torch.float32, device=pooled.device))
 
 
 def size_conditioning(components: Components, width: int, height: int, negative: bool) -> tuple[float, ...]:

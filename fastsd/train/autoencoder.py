@@ -28,7 +28,7 @@ def reconstruction_loss(vae: AutoencoderKL, digits: Digits, data: Data, settings
         image = to_rgb(augment(digits.images[chosen], random.numpy, data.scales, data.shear))
         posterior = vae.encode(image)
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        noise = torch.randn(mean.shape, generator=random.torch)
+        noise = torch.randn(mean.shape, generator=random.torch, dtype=torch.float32, device="cpu")
         decoded = vae.decode(mean + torch.exp(0.5 * logvar) * noise).float()
         error = decoded - image
         vertical, horizontal = error[:, 1:] - error[:, :-1], error[:, :, 1:] - error[:, :, :-1]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
@@ -15,6 +18,8 @@ from fastsd.train.autoencoder import Latents
 from fastsd.train.captions import caption
 from fastsd.train.loop import Loss, RandomStreams
 from fastsd.train.settings import Diffusion
+
+FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
 class DiffusionModel(nn.Module):
@@ -63,12 +68,13 @@ def denoising_loss(model: DiffusionModel, latents: Latents, tokenizer: Tokenizer
         )
 
     def loss(random: RandomStreams, batch: int) -> tuple[torch.Tensor, dict[str, float]]:
+        normal = partial(torch.randn, generator=random.torch, **FLOATS)
         rows = random.numpy.integers(len(labels), size=batch)
         texts = [random_caption(row, random.numpy) for row in rows]
         index = torch.from_numpy(rows)
-        x = latents.sample(index, torch.randn(latents.mean[index].shape, generator=random.torch))
-        noise = torch.randn(x.shape, generator=random.torch)
-        fractions = (torch.arange(batch) + torch.rand(batch, generator=random.torch)) / batch
+        x = latents.sample(index, normal(latents.mean[index].shape))
+        noise = normal(x.shape)
+        fractions = (torch.arange(batch, **FLOATS) + torch.rand(batch, generator=random.torch, **FLOATS)) / batch
         t = (fractions * total).long().clamp_max(total - 1)
         alpha_bar = alpha_bars[t].float()[:, None, None, None]
         noisy = alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise

@@ -81,7 +81,7 @@ def enlarge(
     shear = np.broadcast_to(np.asarray(shear, dtype=np.float64), (count,))
     zoom = np.minimum(scale, _largest_scale(images, shear))
     # grid_sample takes the source position of each output pixel; both range over [-1, 1] from edge to edge.
-    inverse = torch.zeros(count, 2, 3)
+    inverse = torch.zeros(count, 2, 3, dtype=torch.float32, device="cpu")
     inverse[:, 0, 0] = inverse[:, 1, 1] = torch.from_numpy(1 / zoom)
     inverse[:, 0, 1] = torch.from_numpy(shear / zoom)
     grid = F.affine_grid(inverse, [count, 1, IMAGE_SIDE, IMAGE_SIDE], align_corners=False)

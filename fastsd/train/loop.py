@@ -40,7 +40,7 @@ class RandomStreams:
     @classmethod
     def create(cls, seed: int, stage: str, step: int, worker: int = 0) -> RandomStreams:
         root = np.random.SeedSequence([seed, *stage.encode(), step, worker])
-        generator = torch.Generator().manual_seed(int(root.generate_state(1, np.uint64)[0] >> 1))
+        generator = torch.Generator("cpu").manual_seed(int(root.generate_state(1, np.uint64)[0] >> 1))
         return cls(np.random.default_rng(root), generator)
 
 

@@ -39,8 +39,9 @@ class TrainingRun:
         self.tokenizer: Tokenizer = vocabulary.write(WORDS, out / "tokenizer", text.max_position_embeddings)
         self.text: CLIPConfig = replace(text, vocab_size=len(self.tokenizer), eos_token_id=self.tokenizer.eos_id)
         torch.manual_seed(settings.seed)  # the initial weights
-        vae = AutoencoderKL(settings.autoencoder.model)
-        model = DiffusionModel(settings.diffusion.unet, self.text)
+        with torch.device("cpu"):
+            vae = AutoencoderKL(settings.autoencoder.model)
+            model = DiffusionModel(settings.diffusion.unet, self.text)
         seed = settings.seed
         self.autoencoder = Stage("autoencoder", vae, settings.autoencoder.fit, seed, out / "autoencoder.pt")
         self.diffusion = Stage("diffusion", model, settings.diffusion.fit, seed, out / "diffusion.pt")

@@ -60,10 +60,10 @@ def check_networks(pipe: Pipeline, prompt: str, clock: Clock | None) -> list[Che
     """
     parts, config = pipe.components, pipe.components.vae.config
     width, height = pipe.defaults["width"], pipe.defaults["height"]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(pipe.device, pipe.dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(pipe.device, pipe.dtype)
 
     results = []
     for i, (encoder, tokenizer) in enumerate(zip(parts.text_encoders, parts.tokenizers)):
@@ -73,7 +73,7 @@ def check_networks(pipe: Pipeline, prompt: str, clock: Clock | None) -> list[Che
     added = added_conditioning(parts, features.pooled, False, width, height)
     latent = (height // config.downscale, width // config.downscale)
     # A whole number: the angles of the time embedding are then the same in every precision.
-    timestep = torch.full((1,), TIMESTEP, device=pipe.device)
+    timestep = torch.full((1,), TIMESTEP, dtype=torch.float32, device=pipe.device)
     noisy = random(2, *latent, parts.unet.config.in_channels)
     denoise = lambda m, x: m(x, timestep, features.context.to(x).expand(2, -1, -1), added)  # noqa: E731
     results.append(_check_network("unet", parts.unet, denoise, noisy, clock, pipe.dtype))

@@ -215,7 +215,7 @@ def _tensor(
     if len(shape) == 4 and shape[2:] == (1, 1):
         shape = shape[:2]
     if len(shape) == 2:
-        empty = torch.empty(shape, device="meta")
+        empty = torch.empty(shape, dtype=target_dtype, device="meta")
         convolution = vae_attention or len(stored_form(_layer_name(key), empty, linear).shape) == 4
         shape = (*shape, 1, 1) if convolution else shape
     rows = shape[0] * len(entries) if shape else 0

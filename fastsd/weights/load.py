@@ -115,7 +115,7 @@ def fill(module: M, entries: dict[str, TensorEntry], where: Path, dtype: torch.d
     """
     state = {}
     # One buffer for all tensors: allocating fresh memory takes longer than reading a tensor.
-    buffer = torch.empty(max((entry.nbytes for entry in entries.values()), default=0), dtype=torch.uint8)
+    buffer = torch.empty(max((entry.nbytes for entry in entries.values()), default=0), dtype=torch.uint8, device="cpu")
     for name, parameter, parts in sources(module):
         layout = torch.channels_last if parameter.ndim == 4 else torch.contiguous_format
         target = torch.empty(parameter.shape, dtype=dtype, device=device, memory_format=layout)

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import ast
+import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from tests.support.pipelines import MASK, PHOTO, latents, tiny_pipeline
+from fastsd import Adapter, Pipeline
+from fastsd.weights import save_folder
+from tests.support import tiny
+from tests.support.pipelines import MASK, PHOTO, latents, tiny_components, tiny_pipeline
 
+ROOT = Path(__file__).parents[2]
 HIRES = {"hires_scale": 1.5, "hires_strength": 0.7}
 MODES: dict[str, dict[str, Any]] = {
     "text": {},
@@ -54,3 +65,149 @@ def test_guidance_0_with_a_controlnet_follows_the_prompt() -> None:
     controls = [fastsd.Control(net, PHOTO)]
     expected = latents(pipe, guidance_scale=1, controls=controls)
     assert torch.equal(latents(pipe, guidance_scale=0, controls=controls), expected)
+
+
+# ---- what other code in the process has set
+
+
+FACTORIES = frozenset(
+    "tensor as_tensor zeros ones full empty arange linspace logspace eye randn rand randint randperm".split()
+)
+LAYERS = ("Linear", "Conv2d", "Embedding", "LayerNorm", "GroupNorm", "BatchNorm2d")
+# Weights are made where `with torch.device(...)` says: on no device for loading, on the CPU for training.
+FOLLOW_THE_CONTEXT = ("layers.py", "clip.py")
+
+
+def test_no_tensor_is_made_without_dtype_and_device() -> None:
+    """`torch.set_default_dtype` and `torch.set_default_device` change what such a call makes."""
+    wrong = []
+    for path in sorted((ROOT / "fastsd").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            module, name = node.func.value, node.func.attr
+            given = {word.arg for word in node.keywords}
+            if not (isinstance(module, ast.Name) and None not in given):
+                continue
+            if module.id == "torch" and name in FACTORIES:
+                needed = {"dtype"} if path.name in FOLLOW_THE_CONTEXT else {"dtype", "device"}
+            elif module.id == "torch" and name == "Generator" and not node.args:
+                needed = {"device"}
+            elif module.id == "nn" and name in (
+                "Linear",
+                "Conv2d",
+                "Embedding",
+                "LayerNorm",
+                "GroupNorm",
+                "BatchNorm2d",
+            ):
+                needed = {"dtype", "device"}
+            else:
+                continue
+            if not needed <= given:
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)[:90]}")
+    assert not wrong, "\n".join(wrong)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "float64": lambda: default_dtype(torch.float64),
+    "float16": lambda: default_dtype(torch.float16),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "meta": lambda: torch.device("meta"),  # as `torch.set_default_device`, and undone
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference": lambda: torch.inference_mode(),
+    "no_grad": lambda: torch.no_grad(),
+    "deterministic": deterministic,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("settings")
+    save_folder(tiny_components(), path / "model")
+    save_folder(tiny.sdxl(), path / "xl")
+    return path
+
+
+def everything(folder: Path, lora: Path) -> list[np.ndarray]:
+    """Loading and every kind of call, as arrays."""
+    pipe = Pipeline.from_pretrained(folder / "model", dtype="fp32", device="cpu")
+    xl = Pipeline.from_pretrained(folder / "xl", dtype="fp32", device="cpu")
+    images = [pipe("a (red:1.3) cat BREAK dog", seed=1, output_type="np", **mode).images for mode in MODES.values()]
+    images.append(xl("a cat", seed=2, num_inference_steps=2, width=32, height=32, output_type="np").images)
+    pipe.set_adapters([Adapter(lora)])
+    images.append(pipe("a cat", seed=1, num_inference_steps=2, output_type="np").images)
+    pipe.set_adapters([])
+    for sampler in ("dpm++2m", "euler_a", "unipc"):
+        images.append(pipe("a cat", seed=1, num_inference_steps=2, sampler=sampler, output_type="np").images)
+    tiled = pipe("a cat", seed=1, num_inference_steps=1, vae_tiling=True, output_type="np").images
+    return [*images, tiled]
+
+
+@pytest.fixture(scope="module")
+def lora(folder: Path) -> Path:
+    path = folder / "ink.safetensors"
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    draw = torch.Generator("cpu").manual_seed(5)
+    down, up = torch.randn(2, 32, generator=draw), torch.randn(32, 2, generator=draw)
+    save_file({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed_images(folder: Path, lora: Path) -> list[np.ndarray]:
+    return everything(folder, lora)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_setting_of_other_code_changes_no_image(
+    setting: str, folder: Path, lora: Path, undisturbed_images: list[np.ndarray]
+) -> None:
+    """`torch.set_default_dtype(torch.float64)` is common in notebooks; ComfyUI's and A1111's extensions call under
+    autocast. None is about fastsd, so none changes what it makes."""
+    with SETTINGS[setting]():
+        found = everything(folder, lora)
+    for own, expected in zip(found, undisturbed_images, strict=True):
+        np.testing.assert_array_equal(own, expected)
+
+
+def test_a_model_loaded_in_inference_mode_takes_adapters_later(folder: Path, lora: Path) -> None:
+    """An inference tensor cannot be changed in place outside that mode (PyTorch's notes on inference mode)."""
+    with torch.inference_mode():
+        pipe = Pipeline.from_pretrained(folder / "model", dtype="fp32", device="cpu")
+        before = latents(pipe)
+    pipe.set_adapters([Adapter(lora)])
+    assert not torch.equal(latents(pipe), before)
+    pipe.set_adapters([])
+    assert torch.equal(latents(pipe), before)
+
+
+def test_a_call_neither_reads_nor_moves_the_callers_random_state() -> None:
+    """A call that drew from the global generators would change what the caller's own code draws next."""
+    pipe = tiny_pipeline()
+    torch.manual_seed(1)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    first = latents(pipe, sampler="euler_a", **MODES["mask"])
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1:] == (np.random.get_state()[1].tolist(), random.getstate())
+    torch.manual_seed(2)
+    assert torch.equal(latents(pipe, sampler="euler_a", **MODES["mask"]), first)

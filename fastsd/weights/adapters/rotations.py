@@ -76,7 +76,7 @@ def _blocks(base: torch.Tensor, parts: Tensors, options: LayerOptions) -> torch.
     norm = float(skew.norm()) + 1e-8
     if 0 < bound < norm:
         skew = skew * (bound / norm)
-    eye = torch.eye(skew.shape[-1], device=skew.device)
+    eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
     rotation = torch.linalg.solve(eye - skew, eye + skew, left=False)
     count, size = blocks.shape[-3], blocks.shape[-1]
     if blocks.ndim < 3 or count * size != len(base):
@@ -122,7 +122,7 @@ def _cayley(skew: torch.Tensor, terms: int | None) -> torch.Tensor:
         skew: the generators Q, `[blocks, b, b]`.
         terms: PEFT's number of terms, by which n is terms - 1, but 3 for three terms; None: exactly.
     """
-    eye = torch.eye(skew.shape[-1], device=skew.device).expand_as(skew)
+    eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device).expand_as(skew)
     if terms is None:
         return torch.linalg.solve(eye + skew, eye - skew, left=False)
     highest = max(terms, 4) - 1 if terms > 2 else terms - 1

@@ -60,7 +60,7 @@ class TensorEntry:
     def read(self, buffer: torch.Tensor | None = None) -> torch.Tensor:
         """The tensor on the CPU, at the beginning of `buffer` (uint8, large enough) or in memory of its own."""
         if buffer is None:
-            buffer = torch.empty(self.nbytes, dtype=torch.uint8)
+            buffer = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu")
         flat = buffer[: self.nbytes].view(self.dtype)
         tensor = flat.view(self.shape) if self.strides is None else flat.as_strided(self.shape, self.strides)
         if self.nbytes == 0:
