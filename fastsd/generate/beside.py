@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 
 from fastsd.components import Components
+from fastsd.config import SD_VAE, SDXL_VAE
 from fastsd.errors import FastsdError, about
 from fastsd.generate.latents import Codec, image_tensor, to_channels_last
 from fastsd.generate.like import LIKE
 from fastsd.image.files import as_depth
+from fastsd.model.taesd import TAESD
 from fastsd.parameters import Settings
 
 IMAGE_GUIDANCE = 1.5  # as in diffusers and A1111
@@ -107,7 +109,13 @@ def depth_latent(depth: Image.Image, height: int, width: int) -> torch.Tensor:
     return to_channels_last(2.0 * (resized - low) / (high - low) - 1.0)
 
 
-def edited_latent(codec: Codec, image: Image.Image, tiled: bool, scaled: bool) -> torch.Tensor:
-    """The image to edit as the UNet reads it, `[1, h, w, C]` fp32: the mode of its latents, scaled only in CosXL."""
+def edited_latent(codec: Codec, image: Image.Image, tiled: bool, components: Components) -> torch.Tensor:
+    """The image to edit as the UNet reads it, `[1, h, w, C]` fp32: the mode of its latents, scaled only in CosXL.
+
+    TAESD's latents are scaled already, so the scale of the family's own autoencoder is taken off.
+    """
     mode = codec.mode(image_tensor(image), tiled)
-    return mode * codec.vae.config.scaling_factor if scaled else mode
+    if not components.scaled_image and not isinstance(codec.vae, TAESD):
+        return mode
+    scaled = mode * codec.vae.config.scaling_factor
+    return scaled if components.scaled_image else scaled / (SDXL_VAE if components.xl else SD_VAE).scaling_factor

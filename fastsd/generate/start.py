@@ -46,7 +46,7 @@ def start_batch(
     reads = components.unet.config.reads
     start = _start(codec, stage, which, noise, reads, first)
     if reads == "image" and stage.image is not None:
-        extra = edited_latent(codec, stage.image, stage.vae_tiling, components.scaled_image)
+        extra = edited_latent(codec, stage.image, stage.vae_tiling, components)
     elif stage.depth is not None:
         extra = depth_latent(stage.depth, *noise.shape[1:])
     else:

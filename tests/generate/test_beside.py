@@ -11,12 +11,15 @@ import torch
 from PIL import Image
 
 from fastsd import Control
-from fastsd.config import ControlNetConfig
+from fastsd.config import ControlNetConfig, TAESDConfig
 from fastsd.errors import FastsdError
-from fastsd.generate.beside import depth_latent
+from fastsd.generate.beside import depth_latent, edited_latent
+from fastsd.generate.latents import Codec, image_tensor
 from fastsd.generate.request import plan
+from fastsd.graph import Graphs
 from fastsd.image.files import as_depth
 from fastsd.model.controlnet import ControlNet
+from fastsd.model.taesd import TAESD
 from tests.support import tiny
 from tests.support.pipelines import MASK, PHOTO, graphed_pipeline, latents, tiny_components, tiny_pipeline
 
@@ -132,6 +135,17 @@ def test_a_controlnet_steers_an_edit() -> None:
     plain = latents(pipe, image=PHOTO)
     off, on = (latents(pipe, image=PHOTO, controls=[Control(net, PHOTO, weight=weight)]) for weight in (0.0, 5.0))
     assert torch.equal(plain, off) and torch.isfinite(on).all() and not torch.equal(plain, on)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_tiny_autoencoder_gives_the_image_at_the_scale_that_the_unet_reads(scaled: bool) -> None:
+    """TAESD's latents are those that the diffusion model sees; InstructPix2Pix reads them unscaled, CosXL scaled."""
+    torch.manual_seed(3)
+    small = TAESD(TAESDConfig(block_out_channels=(8,) * 4)).requires_grad_(False)
+    components = replace(tiny_components(EDITS), vae=small, scaled_image=scaled)
+    found = edited_latent(Codec(small, Graphs()), PHOTO, False, components)
+    mean, _ = small.encode(image_tensor(PHOTO))
+    torch.testing.assert_close(found, mean if scaled else mean / 0.18215)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")

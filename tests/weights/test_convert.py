@@ -260,3 +260,14 @@ def test_converting_takes_the_memory_of_one_tensor(dtype: str, originals: Any, t
         env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # freed memory goes back to the system
         done = subprocess.run(words, check=True, capture_output=True, text=True, env=env)
         assert int(done.stdout) <= limit, f"{int(done.stdout) / max(sizes):.2f} times the largest tensor"
+
+
+def test_a_folder_that_reads_its_image_scaled_is_kept_as_a_folder(originals: Any, tmp_path: Path) -> None:
+    """CosXL Edit's `is_cosxl_edit` is written back; a single file has no place for it."""
+    source = Path(shutil.copytree(originals.folder("sdxl InstructPix2Pix"), tmp_path / "source"))
+    edit_json(source / "model_index.json", is_cosxl_edit=True)
+    assert load_folder(source, torch.float32).scaled_image
+    convert(source, tmp_path / "half", dtype=torch.float16)
+    assert load_folder(tmp_path / "half", torch.float32).scaled_image
+    with pytest.raises(FastsdError, match="cannot store that its UNet reads the image to edit scaled"):
+        convert(source, tmp_path / "x.safetensors")
