@@ -15,7 +15,8 @@ from fastsd.image.files import read_file, read_text
 from fastsd.image.metadata import read_texts
 from fastsd.kinds import Number, Parameter
 from fastsd.parameters import PARAMETERS
-from fastsd.sampling.samplers import SAMPLERS, SCHEDULES, resolve
+from fastsd.sampling.names import refusal
+from fastsd.sampling.samplers import SAMPLERS, SCHEDULES, resolve, spellings
 
 PROGRAMS = {"a1111": "A1111", "comfy": "ComfyUI", "diffusers": "diffusers"}
 UNKNOWN = "its precision and its GPU are not stored, so pixels may differ"
@@ -99,11 +100,12 @@ def _check_names(args: argparse.Namespace, settings: dict[str, Any]) -> None:
         try:
             resolve(wanted if what == "sampler" else "euler", wanted if what == "schedule" else "default")
         except FastsdError:
-            spellings = {text.lower(): name for name, label in labels.items() for text in (name, label)}
-            near = difflib.get_close_matches(wanted.lower(), spellings, n=1, cutoff=0)[0]
+            found = {text.lower(): name for name, label in labels.items() for text in (name, label)}
+            near = found[difflib.get_close_matches(wanted.lower(), found, n=1, cutoff=0)[0]]
+            why, near = (refusal(wanted, spellings()) if what == "sampler" else None) or ("", near)
             raise FastsdError(
-                f"it was generated with the {what} {wanted[:60]!r}, which fastsd lacks; the nearest is "
-                f"{spellings[near]}: give {{{what}}}"
+                f"it was generated with the {what} {wanted[:60]!r}, which fastsd lacks{f': {why}' if why else ''}; "
+                f"the nearest is {near}: give {{{what}}}"
             ) from None
 
 

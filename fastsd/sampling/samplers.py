@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
+from fastsd.sampling.names import key_of, refusal
 
 if TYPE_CHECKING:
     from fastsd.sampling.schedule import Schedule
@@ -70,12 +70,15 @@ _TO_ONE = {**_LEADING, "set_alpha_to_one": True}
 SAMPLERS: dict[str, Sampler] = {
     sampler.name: sampler
     for sampler in (
-        Sampler("ddpm", "vp.ddpm", "DDPM", "DDPMScheduler", takes_schedule=False, unstated=_LEADING),
+        Sampler(
+            "ddpm", "vp.ddpm", "DDPM", "DDPMScheduler", ("ddpm_parallel",), takes_schedule=False, unstated=_LEADING
+        ),
         Sampler(
             "ddim",
             "vp.ddim",
             "DDIM",
             "DDIMScheduler",
+            ("ddim_parallel",),
             takes_schedule=False,
             takes_eta=True,
             unstated=_TO_ONE,
@@ -162,9 +165,11 @@ RARE = frozenset(
     + ("exp_heun", "exp_heun_sde", "er_sde", "dpm++2m_sde_heun", "beta_comfy", "kl_optimal_comfy", "linear_quadratic")
     + ("sd_turbo", "align_your_steps_32", "align_your_steps_gits")
 )
-# Other spellings; "ka" ends A1111's short names, such as k_dpmpp_2m_ka. Polyexponential is Exponential at its rho, 1.
+# Other spellings. A1111's Automatic, the sampler's favourite, belongs to its rules (--like a1111). "ka" ends its short
+# names, such as k_dpmpp_2m_ka. Polyexponential is Exponential at its rho, 1.
 SCHEDULE_ALIASES = {
     "align_your_steps_11": "align_your_steps",
+    "automatic": "default",
     "ays": "align_your_steps",
     "ays_32": "align_your_steps_32",
     "gits": "align_your_steps_gits",
@@ -192,39 +197,39 @@ def complete(config: SchedulerConfig, sampler: str, spacing: str | None = None) 
 def resolve(sampler: str, schedule: str = "default") -> tuple[str, str]:
     """The names in `SAMPLERS` and `SCHEDULES` that a user means.
 
-    The spellings of A1111 and k-diffusion and diffusers' class names are known. A schedule at the end of the sampler's
-    name ("DPM++ 2M Karras") applies where `schedule` is "default".
+    The spellings of A1111, ComfyUI and k-diffusion and diffusers' class names are known. A schedule at the end of the
+    sampler's name ("DPM++ 2M Karras") applies where `schedule` is "default". "_gpu", which says where ComfyUI draws
+    noise, is left out.
 
     Raises:
-        FastsdError: an unknown name; the message offers the nearest ones.
+        FastsdError: an unknown name, with the nearest ones; or a sampler of another program that no table can follow.
     """
-    schedules = {_key(spelling): name for name, label in SCHEDULES.items() for spelling in (name, label)}
-    schedules |= {_key(spelling): name for spelling, name in SCHEDULE_ALIASES.items()}
-    resolved = schedules.get(_key(schedule))
+    schedules = {key_of(spelling): name for name, label in SCHEDULES.items() for spelling in (name, label)}
+    schedules |= {key_of(spelling): name for spelling, name in SCHEDULE_ALIASES.items()}
+    resolved = schedules.get(key_of(schedule))
     if resolved is None:
         raise FastsdError(f"{schedule!r} is unknown; fastsd knows {', '.join(SCHEDULES)}", argument="schedule")
-    known = {
-        _key(spelling): entry.name
-        for entry in SAMPLERS.values()
-        for spelling in (entry.name, entry.label, entry.diffusers, *entry.aliases)
-        if spelling
-    }
-    key = _key(sampler)
+    known = spellings()
+    key = key_of(sampler)
+    key = key if key in known else key.removesuffix("gpu")
     for suffix, name in schedules.items():
         if key not in known and key.endswith(suffix) and key.removesuffix(suffix) in known:
             key, resolved = key.removesuffix(suffix), name if resolved == "default" else resolved
     if key not in known:
+        refused = refusal(sampler, known)
+        if refused is not None:
+            raise FastsdError(f"{sampler!r}: {refused[0]}; the nearest is {refused[1]}", argument="sampler")
         near = dict.fromkeys(known[match] for match in difflib.get_close_matches(key, known, n=4, cutoff=0.5))
-        offer = (
-            f"did you mean {' or '.join(near)}?"
-            if near
-            else "the help and docs/samplers.md list those that fastsd knows"
-        )
+        offer = f"did you mean {' or '.join(near)}?" if near else "docs/samplers.md lists those that fastsd knows"
         raise FastsdError(f"{sampler!r} is unknown; {offer}", argument="sampler")
     return known[key], resolved
 
 
-def _key(name: str) -> str:
-    """`name` without case, separators, a leading "k_" and diffusers' "Scheduler"; "+" becomes "p"."""
-    lowered = re.sub(r"^k[_ ]|scheduler$", "", name.strip().lower())
-    return re.sub(r"[^a-z0-9]", "", lowered.replace("+", "p"))
+def spellings() -> dict[str, str]:
+    """The names in `SAMPLERS` by the keys of all their spellings."""
+    return {
+        key_of(spelling): entry.name
+        for entry in SAMPLERS.values()
+        for spelling in (entry.name, entry.label, entry.diffusers, *entry.aliases)
+        if spelling
+    }
