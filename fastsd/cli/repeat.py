@@ -104,8 +104,8 @@ def _check_names(args: argparse.Namespace, settings: dict[str, Any]) -> None:
             near = found[difflib.get_close_matches(wanted.lower(), found, n=1, cutoff=0)[0]]
             why, near = (refusal(wanted, spellings()) if what == "sampler" else None) or ("", near)
             raise FastsdError(
-                f"it was generated with the {what} {wanted[:60]!r}, which fastsd lacks{f': {why}' if why else ''}; "
-                f"the nearest is {near}: give {{{what}}}"
+                f"it was generated with the {what} {wanted[:60]!r}, which fastsd lacks; the nearest is {near}: "
+                f"give {{{what}}}{f' ({why})' if why else ''}"
             ) from None
 
 
