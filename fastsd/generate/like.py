@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastsd.parameters import Settings
+from fastsd.sampling import a1111
 from fastsd.sampling.k_levels import KLevels
 from fastsd.sampling.samplers import SAMPLERS
 
@@ -89,6 +90,10 @@ class Rules:
     pure_noise_at_full: bool = True
     mixes_below_one: bool = False
 
+    def follows(self, sampler: str) -> bool:
+        """Whether the program's levels, or its own table, stand for a sampler's."""
+        return self.levels is not None and (sampler in self.levels.tables or not self.leaves_start(sampler))
+
     def leaves_start(self, sampler: str) -> bool:
         """Whether a sampler works on training timesteps there, and starts from noise as it is."""
         return not SAMPLERS[sampler].takes_schedule or (self.levels is not None and sampler in self.levels.leaves)
@@ -121,7 +126,11 @@ LIKE: dict[str, Rules] = {
         fills_hires_steps=False,
         pure_noise_at_full=False,
         mixes_below_one=True,
-        levels=KLevels(discards=("dpm2", "dpm2_a", "dpm++3m_sde"), leaves=("unipc", "restart", "dpm_fast")),
+        levels=KLevels(
+            discards=("dpm2", "dpm2_a", "dpm++3m_sde"),
+            leaves=("unipc", "restart", "dpm_fast"),
+            tables={"ddim": a1111.ddim},
+        ),
         starts_at_sigma=True,
         schedules=FAVOURITES,
         counts_calls=True,

@@ -206,8 +206,8 @@ def _fill_sampling(settings: Settings, components: Components, defaults: dict[st
     if settings.schedule is None and schedule == "default":
         schedule = rules.schedules.get(sampler, schedule)
     spacing = settings.spacing
-    if spacing is None and rules.levels is not None and not rules.leaves_start(sampler):
-        spacing = "linspace" if spacing_counts(sampler, schedule, components.scheduler) else None
+    if spacing is None and rules.levels is not None and rules.follows(sampler):
+        spacing = rules.levels.spacing(sampler) if spacing_counts(sampler, schedule, components.scheduler) else None
     if spacing_counts(sampler, schedule, components.scheduler):
         spacing = complete(components.scheduler, sampler, spacing).timestep_spacing
     elif spacing is not None:

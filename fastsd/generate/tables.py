@@ -16,6 +16,7 @@ def make_table(settings: Settings, scheduler: SchedulerConfig, total: int, run: 
     """The sampler's table for the last `run` of `total` steps; without rows where none runs."""
     rules, start = LIKE[settings.like], total - run
     last = min(start, total - 1)
+    follows = rules.levels is not None and settings.spacing in (None, rules.levels.spacing(settings.sampler))
     table = build(
         settings.sampler,
         total,
@@ -24,7 +25,7 @@ def make_table(settings: Settings, scheduler: SchedulerConfig, total: int, run: 
         schedule=settings.schedule,
         spacing=settings.spacing,
         eta=settings.eta,
-        levels=rules.levels if settings.spacing in (None, "linspace") else None,
+        levels=rules.levels if follows else None,
         xl=xl,
     )
     if start != last:

@@ -68,6 +68,8 @@ def build(
             given = levels.of(made, sampler, xl) if levels is not None and entry.takes_schedule else None
             if given is None and schedule in LEVELS:
                 given = made.at(LEVELS[schedule](made.sigmas, num_inference_steps, xl))
+            if levels is not None and sampler in levels.tables:
+                return levels.tables[sampler](made)
             return entry.make_table(made) if given is None else _at_levels(entry.make_table, made, given)
     except (ZeroDivisionError, np.linalg.LinAlgError):
         raise FastsdError(

@@ -7,13 +7,14 @@ levels, and the network gets timesteps that are not whole.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from fastsd.sampling.levels import LEVELS, beta_ramp, karras_ramp
 from fastsd.sampling.schedule import Float64, Schedule
+from fastsd.sampling.table import Table
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,18 @@ class KLevels:
         discards: samplers that take one level more and leave out the last but one.
         leaves: samplers that have levels of their own.
         names: what a schedule's name stands for there.
+        tables: samplers with steps of their own, and what makes their tables.
     """
 
     nearest: bool = False
     discards: Collection[str] = ()
     leaves: Collection[str] = ()
     names: Mapping[str, str] = field(default_factory=dict)
+    tables: Mapping[str, Callable[[Schedule], Table]] = field(default_factory=dict)
+
+    def spacing(self, sampler: str) -> str:
+        """The spacing that stands for these levels."""
+        return "leading" if sampler in self.tables else "linspace"
 
     def of(self, schedule: Schedule, sampler: str, xl: bool) -> tuple[list[float], list[float]] | None:
         """Timesteps and sigmas, and the sigma after the last step; None: the schedule's own.

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fastsd.config import SchedulerConfig
 from fastsd.generate.like import LIKE, rules_notes
 from fastsd.generate.request import plan
 from fastsd.generate.tables import make_table
 from fastsd.parameters import Settings
+from fastsd.sampling import advance
 from fastsd.sampling.samplers import SAMPLERS
 from fastsd.sampling.schedule import alphas_cumprod
 from fastsd.sampling.table import Table
@@ -168,6 +170,54 @@ def test_an_inpainting_of_full_strength_starts_from_the_image_but_in_diffusers()
         "diffusers": True,
     }
     assert planned("a1111", image=PHOTO, mask_image=MASK, strength=1.0).passes[0].rules is LIKE["a1111"]
+
+
+# DDIM.
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+@pytest.mark.parametrize(("steps", "t_enc"), [(20, None), (30, None), (7, None), (20, 10), (30, 21)])
+def test_ddim_makes_the_calls_of_a1111(steps: int, t_enc: int | None, eta: float) -> None:
+    """modules/sd_samplers_timesteps_impl.py, `ddim`, as a loop over the latent; a run from an image has the first
+    `t_enc` timesteps and starts at the next one's level."""
+    alphas = alphas_cumprod(CONFIG)
+    times = np.clip(np.arange(0, 1000, 1000 // steps) + 1, 0, 999)
+    image, noise, *fresh = np.random.RandomState(0).randn(42, 4)
+    x = noise
+    if t_enc is not None:
+        x = image * alphas[times[t_enc]] ** 0.5 + noise * (1 - alphas[times[t_enc]]) ** 0.5
+        times = times[:t_enc]
+    calls = []
+    for i in range(len(times) - 1):
+        index = len(times) - 1 - i
+        a_t, a_prev = alphas[times[index]], alphas[times[index - 1]]
+        sigma = eta * np.sqrt((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev))
+        calls.append(times[index])
+        e_t = np.sin(x) + times[index] / 1000
+        pred_x0 = (x - (1 - a_t) ** 0.5 * e_t) / a_t**0.5
+        x = a_prev**0.5 * pred_x0 + (1 - a_prev - sigma**2) ** 0.5 * e_t + sigma * fresh[i]
+    settings = Settings(like="a1111", sampler="ddim", schedule="default", spacing="leading", eta=eta)
+    run = steps if t_enc is None else t_enc + 1
+    table = make_table(settings, CONFIG, steps, run)
+    assert table.timesteps.tolist() == calls
+    shape = (1, 1, 1, 4)
+    state = advance.begin(
+        table,
+        torch.from_numpy(noise).reshape(shape),
+        None if t_enc is None else torch.from_numpy(image).reshape(shape),
+    )
+    for i in range(len(table)):
+        out = torch.sin(state.x) + advance.timestep(state) / 1000
+        advance.step(state, out, noise_i=torch.from_numpy(fresh[i]).reshape(shape))
+    np.testing.assert_allclose(state.x.numpy().ravel(), x, rtol=1e-9)
+
+
+def test_ddim_of_a1111_is_a_run_like_any_other() -> None:
+    assert len(planned("a1111", sampler="ddim").passes[0].table) == 19
+    assert planned("a1111", sampler="ddim").settings.spacing == "leading"
+    assert len(planned("a1111", sampler="ddim", spacing="trailing").passes[0].table) == 20
+    for strength in (0.0, 0.05, 0.1, 0.5, 1.0):
+        assert len(planned("a1111", sampler="ddim", image=PHOTO, strength=strength).passes[0].table) >= 1
 
 
 # Names.
