@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -99,7 +100,7 @@ def outline_folder(root: Path, half: bool) -> tuple[Components, dict[str, list[P
         name=root.resolve().name,
         zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt") is True,
         aesthetic_score=index.get("requires_aesthetics_score") is True,
-        scaled_image=index.get("is_cosxl_edit") is True,
+        scaled_image=reads_scaled(index, read_json(root / "scheduler" / "scheduler_config.json")),
         defaults=extras.get("defaults", {}),
         known_words=frozenset(extras.get("known_words", ())),
         few_step=few_step,
@@ -107,6 +108,15 @@ def outline_folder(root: Path, half: bool) -> tuple[Components, dict[str, list[P
     if set(files) != {name for name, _ in components.networks()}:
         raise FastsdError("its text encoders should be text_encoder/, and for SDXL text_encoder_2/ too", path=root)
     return components, files
+
+
+def reads_scaled(index: Mapping[str, Any], scheduler: Mapping[str, Any]) -> bool:
+    """Whether a UNet that edits reads the image scaled: model_index.json says so, or it is trained as CosXL Edit.
+
+    diffusers leaves that to its caller (`is_cosxl_edit`); ComfyUI goes by EDM's noise levels with v-prediction.
+    """
+    trained = str(scheduler.get("_class_name")).startswith("EDM") and scheduler.get("prediction_type") == "v_prediction"
+    return trained or index.get("is_cosxl_edit") is True
 
 
 def check_model_folder(root: Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fastsd.errors import FastsdError
 from fastsd.weights import load_folder, save_folder
+from fastsd.weights.layouts.folder import reads_scaled
 from tests.support.folders import UNET_FILE, edit_json
 from tests.support.tiny import sd1, sdxl
 
@@ -102,3 +104,16 @@ def test_a_missing_and_an_empty_folder(tmp_path: Path) -> None:
         load_folder(tmp_path / "nowhere", torch.float32)
     with pytest.raises(FastsdError, match="the folder is empty"):
         load_folder(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("index", "scheduler", "scaled"),
+    [
+        ({}, {"_class_name": "EulerDiscreteScheduler", "prediction_type": "v_prediction"}, False),
+        ({"is_cosxl_edit": True}, {"_class_name": "EulerDiscreteScheduler"}, True),
+        ({"is_cosxl_edit": False}, {"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"}, True),
+        ({}, {"_class_name": "EDMEulerScheduler", "prediction_type": "epsilon"}, False),
+    ],
+)
+def test_the_image_to_edit_is_scaled_in_cosxl(index: dict[str, Any], scheduler: dict[str, Any], scaled: bool) -> None:
+    assert reads_scaled(index, scheduler) == scaled
