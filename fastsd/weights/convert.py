@@ -206,8 +206,10 @@ def _tensor(
     key: str, entries: tuple[TensorEntry, ...], linear: bool, dtype: torch.dtype | None, vae_attention: bool = False
 ) -> OutputTensor:
     """The tensor to write under `key`. A matrix that the layout stores as a 1 x 1 convolution gets four dimensions."""
-    target_dtype = dtype or entries[0].dtype
-    if dtype is None and any(entry.dtype != target_dtype for entry in entries):
+    # A scaled weight of 8 bits fits no 8 bits without its scale, which other layouts lack.
+    own = [entry.dtype if entry.scale is None else torch.float16 for entry in entries]
+    target_dtype = dtype or own[0]
+    if dtype is None and any(other != target_dtype for other in own):
         raise FastsdError(
             f"{key} is assembled from tensors of several dtypes; choose one with {{dtype}}", path=entries[0].path
         )

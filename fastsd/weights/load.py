@@ -12,6 +12,7 @@ from torch import nn
 from fastsd.errors import FastsdError
 from fastsd.weights.formats.json_file import read_json
 from fastsd.weights.formats.safetensors_file import TensorEntry, read_header
+from fastsd.weights.formats.scaled import with_scales
 from fastsd.weights.layouts.names import Source, canonical_key, is_ignored, same_matrix, sources
 
 M = TypeVar("M", bound=nn.Module)
@@ -122,7 +123,7 @@ def fill(module: M, entries: dict[str, TensorEntry], where: Path, dtype: torch.d
         for part in parts:
             entry = pop_entry(entries, part, where)
             rows = target[part.rows]
-            as_stored = rows.is_contiguous() and rows.dtype == entry.dtype and entry.strides is None
+            as_stored = rows.is_contiguous() and rows.dtype == entry.dtype and entry.strides is entry.scale is None
             if as_stored and rows.device.type == "cpu":
                 read_finite(entry, dtype, rows.view(-1).view(torch.uint8))
             else:
@@ -134,7 +135,7 @@ def fill(module: M, entries: dict[str, TensorEntry], where: Path, dtype: torch.d
 
 
 def read_finite(entry: TensorEntry, dtype: torch.dtype, buffer: torch.Tensor | None = None) -> torch.Tensor:
-    """Read a tensor, in the file's dtype, and check that its values are finite in `dtype` too.
+    """Read a tensor, in the file's dtype (8 bits as fp32), and check that its values are finite in `dtype` too.
 
     Args:
         entry: the tensor's place in the file.
@@ -151,7 +152,7 @@ def read_finite(entry: TensorEntry, dtype: torch.dtype, buffer: torch.Tensor | N
     largest = max(-low, high)
     if not largest < float("inf"):
         kind = "NaN" if largest != largest else "infinite"
-        raise FastsdError(f"the key {entry.key} holds {kind} values; download the file again", path=entry.path)
+        raise FastsdError(f"the key {entry.key} holds {kind} values; every image would be black", path=entry.path)
     if largest > torch.finfo(dtype).max:
         raise FastsdError(
             f"the key {entry.key} holds {largest:g}, but {str(dtype).removeprefix('torch.')} ends at "
@@ -165,7 +166,7 @@ def read_headers(files: list[Path]) -> dict[str, TensorEntry]:
     """The tensors of one network, by the names that `sources` gives."""
     entries: dict[str, TensorEntry] = {}
     for path in files:
-        for key, entry in read_header(path)[0].items():
+        for key, entry in with_scales(path, read_header(path)[0]).items():
             name = canonical_key(key)
             if name in entries:
                 raise FastsdError(f"the key {key} appears twice (also in {entries[name].path.name})", path=path)

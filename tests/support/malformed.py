@@ -192,7 +192,7 @@ CASES: dict[str, Case] = {
         raw(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4265146304\n"), "Git LFS pointer"
     ),
     "web page": Case(raw(b"<!DOCTYPE html><html><title>404</title></html>"), "a web page"),
-    "image": Case(raw(b"\x89PNG\r\n\x1a\n" + bytes(100)), "header is longer"),
+    "image": Case(raw(b"\x89PNG\r\n\x1a\n" + bytes(100)), "a PNG image, not weights"),
     "folder": Case(lambda path, _: path.mkdir(), "the folder is empty"),
     "pipe": Case(fifo, "not a regular file"),
     "device": Case(lambda path, _: path.symlink_to("/dev/zero"), "not a regular file"),
@@ -209,7 +209,7 @@ CASES: dict[str, Case] = {
     "a class of its own": Case(pickled({"state_dict": OwnClass()}), "it refers to .*OwnClass", "x.ckpt", PICKLE),
     "a pickle without a zip": Case(
         bare_pickle(os.system, "touch {}"),
-        "not a complete file of torch.save",
+        "not in the form that torch.save has had since PyTorch 1.6",
         "x.ckpt",
         PICKLE,
     ),

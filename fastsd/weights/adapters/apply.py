@@ -231,8 +231,9 @@ def _sum(base: torch.Tensor, source: Source, changes: list[tuple[AdapterLayer, s
     for layer, path, strength in changes:
         roles = layer_roles(layer)[source.key.rpartition(".")[2]]
         for role in roles:
-            if role not in SCALARS and not layer.entries[role].dtype.is_floating_point:
-                kind = str(layer.entries[role].dtype).removeprefix("torch.")
+            dtype = layer.entries[role].dtype
+            if dtype.is_complex or (role not in SCALARS and not dtype.is_floating_point):
+                kind = str(dtype).removeprefix("torch.")
                 raise FastsdError(f"{layer.name} has {role} in {kind}; it should be a floating-point tensor", path=path)
         parts = {role.removeprefix(BIAS): layer.entries[role].read().float().to(base.device) for role in roles}
         try:

@@ -16,9 +16,9 @@ import torch
 from fastsd.components import TextualInversion
 from fastsd.errors import FastsdError
 from fastsd.model.clip import TextEncoder
-from fastsd.weights.formats.pickle_file import open_pickle, tensors_in
+from fastsd.weights.formats.pickle_file import is_pickle, open_pickle, tensors_in
 from fastsd.weights.formats.pickle_globals import ParameterTable
-from fastsd.weights.formats.safetensors_file import read_header
+from fastsd.weights.formats.safetensors_file import looks_like_safetensors, read_header
 
 SUFFIXES = (".safetensors", ".pt", ".bin")
 MAX_BYTES = 64 * 2**20  # 75 vectors of SDXL in fp32 are 0.6 MB
@@ -47,7 +47,7 @@ def load_embedding(
         raise FastsdError("no such file" if not path.exists() else "not a file", path=path)
     if path.stat().st_size > MAX_BYTES:
         raise FastsdError(f"{path.stat().st_size >> 20} MB; an embedding has at most {MAX_BYTES >> 20} MB", path=path)
-    if path.suffix.lower() == ".safetensors":
+    if not is_pickle(path) and (path.suffix.lower() == ".safetensors" or looks_like_safetensors(path)):
         tensors = {key: entry.read() for key, entry in read_header(path)[0].items()}
     else:
         tensors = _unpickle(path, allow_pickle)

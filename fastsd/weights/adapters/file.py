@@ -79,7 +79,7 @@ def read_adapter(path: Path, allow_pickle: bool = False) -> AdapterFile:
 def _read_part(part: AdapterPart, allow_pickle: bool, result: AdapterFile) -> None:
     path = part.weights
     configs: Configs = {} if part.config is None else {"": read_json(part.config)}
-    entries, metadata = read_tensors(path, allow_pickle)
+    entries, metadata = read_tensors(path, allow_pickle, lists=True)
     if METADATA in metadata:
         configs |= configs_in(path, metadata[METADATA])
     for config in configs.values():

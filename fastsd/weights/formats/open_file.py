@@ -6,12 +6,16 @@ from pathlib import Path
 
 from fastsd.weights.formats.pickle_file import is_pickle, read_pickle
 from fastsd.weights.formats.safetensors_file import TensorEntry, read_header
+from fastsd.weights.formats.scaled import with_scales
 
 
-def read_tensors(path: Path, allow_pickle: bool = False) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    """The tensors and metadata of a file; a pickle has no metadata.
+def read_tensors(
+    path: Path, allow_pickle: bool = False, lists: bool = False
+) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """The tensors and metadata of a file; a pickle has no metadata. `lists` as in `read_pickle`.
 
     Raises:
-        FastsdError: malformed, or a pickle that is not allowed.
+        FastsdError: malformed, a pickle that is not allowed, or weights in a quantisation that fastsd lacks.
     """
-    return (read_pickle(path, allow_pickle), {}) if is_pickle(path) else read_header(path)
+    entries, metadata = (read_pickle(path, allow_pickle, lists), {}) if is_pickle(path) else read_header(path)
+    return with_scales(path, entries), metadata

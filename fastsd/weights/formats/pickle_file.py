@@ -17,6 +17,7 @@ import torch
 
 from fastsd.errors import FastsdError
 from fastsd.weights.formats import pickle_globals
+from fastsd.weights.formats.mistakes import what_it_is
 from fastsd.weights.formats.pickle_globals import GlobalName
 from fastsd.weights.formats.safetensors_file import TensorEntry
 
@@ -39,10 +40,10 @@ def is_pickle(path: Path) -> bool:
     return start.startswith(ZIP) or (start[:1] == PICKLE and start[1:2] <= b"\x05" and start[8:9] != b"{")
 
 
-def read_pickle(path: Path, allow: bool) -> dict[str, TensorEntry]:
+def read_pickle(path: Path, allow: bool, lists: bool = False) -> dict[str, TensorEntry]:
     """The tensors of a checkpoint that `torch.save` wrote, by key; those of its `state_dict` if it has one.
 
-    The keys of a list of tensors are "0", "1", and so on.
+    With `lists`, a list of tensors is read too, under the keys "0", "1", and so on.
 
     Raises:
         FastsdError: as `open_pickle` does; or the file holds no table of tensors.
@@ -50,7 +51,7 @@ def read_pickle(path: Path, allow: bool) -> dict[str, TensorEntry]:
     content, sizes = open_pickle(path, allow)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    if isinstance(content, list) and content and all(isinstance(value, torch.Tensor) for value in content):
+    if lists and isinstance(content, list) and content and all(isinstance(value, torch.Tensor) for value in content):
         content = {str(i): value for i, value in enumerate(content)}  # cloneofsimo's LoRAs
     if not isinstance(content, dict):
         raise FastsdError(f"not a checkpoint: it holds a {type(content).__name__}, not a table of tensors", path=path)
@@ -130,12 +131,28 @@ def _members(path: Path) -> Members:
                 members[name] = (start, info.file_size)
     except FastsdError:
         raise
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
-        raise FastsdError(
-            "a pickle, but not a complete file of torch.save (PyTorch 1.6 or newer); download it again", path=path
-        ) from error
+    except OSError as error:
+        raise FastsdError(f"cannot be read ({error.strerror})", path=path) from error
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
+        raise FastsdError(_not_a_zip(path, error), path=path) from error
     _check_overlaps(path, members)
     return members
+
+
+def _not_a_zip(path: Path, error: Exception) -> str:
+    """Why a file is not the zip that torch.save writes. Only one that is cut short is worth fetching again."""
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if start.startswith(ZIP):
+        if isinstance(error, NotImplementedError):
+            return "a zip of a kind that torch.save never writes"
+        return "a pickle, but not a complete file of torch.save (PyTorch 1.6 or newer); download it again"
+    if start.startswith(PICKLE):
+        return (
+            "a pickle, but not in the form that torch.save has had since PyTorch 1.6; load it where you trust it, and "
+            "save it again"
+        )
+    return what_it_is(start) or f"not a file of torch.save{', it is empty' * (not start)}"
 
 
 def _check_overlaps(path: Path, members: Members) -> None:
@@ -173,7 +190,7 @@ def _check_pickle(path: Path, members: Members) -> set[GlobalName]:
     except FastsdError:
         raise
     except (ValueError, IndexError, UnicodeDecodeError, OverflowError, struct.error) as error:
-        raise FastsdError("its data.pkl is damaged; download it again", path=path) from error
+        raise FastsdError("its data.pkl is damaged", path=path) from error
 
 
 def _entry(path: Path, key: str, tensor: Any, sizes: dict[int, int]) -> TensorEntry:

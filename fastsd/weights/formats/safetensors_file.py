@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 
 from fastsd.errors import FastsdError
+from fastsd.weights.formats.mistakes import what_it_is
 
 DTYPES = {
     "F64": torch.float64,
@@ -28,7 +29,18 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }
+EIGHT_BITS = tuple(dtype for name, dtype in DTYPES.items() if name.startswith("F8_"))
+# Dtypes of the format that are read nowhere here: less than a byte, or a scale of others.
+OTHER_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0")
 MAX_HEADER = 20_000_000  # bytes; the library allows five times as many, checkpoints have fewer than one million
 MAX_ITEMS = 300_000  # commas and brackets in the header; bounds the memory of its objects
 MAX_DIMENSIONS = 8
@@ -46,6 +58,7 @@ class TensorEntry:
     nbytes: int
     key: str = ""  # its name in the file
     strides: tuple[int, ...] | None = None  # of its elements, if the file does not store them contiguously
+    scale: float | None = None  # which its values are multiplied by (`fastsd.weights.formats.scaled`)
 
     def transposed(self) -> TensorEntry:
         """The transposed matrix, on the same bytes."""
@@ -58,7 +71,16 @@ class TensorEntry:
         return replace(self, shape=(self.shape[0] // 3, *self.shape[1:]), start=self.start + i * nbytes, nbytes=nbytes)
 
     def read(self, buffer: torch.Tensor | None = None) -> torch.Tensor:
-        """The tensor on the CPU, at the beginning of `buffer` (uint8, large enough) or in memory of its own."""
+        """The tensor on the CPU, at the beginning of `buffer` (uint8, large enough) or in memory of its own.
+
+        Numbers of 8 bits, which PyTorch hardly computes with, and those with a scale come in fp32.
+        """
+        tensor = self._read(buffer)
+        if self.dtype in EIGHT_BITS or self.scale is not None:
+            tensor = tensor.float()
+        return tensor if self.scale is None else tensor * self.scale
+
+    def _read(self, buffer: torch.Tensor | None) -> torch.Tensor:
         if buffer is None:
             buffer = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu")
         flat = buffer[: self.nbytes].view(self.dtype)
@@ -81,23 +103,36 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """The tensors of a file by name, and its metadata.
 
     Raises:
-        FastsdError: not a complete, well-formed safetensors file; the message names the file and the defect.
+        FastsdError: not a complete, well-formed safetensors file; the message names the file and the defect, and says
+            to download it again only if it is cut short.
     """
     try:
         if not path.is_file():
             raise FastsdError(f"{'not a regular file' if path.exists() else 'no such file'}", path=path)
         size = os.path.getsize(path)
         with open(path, "rb") as file:
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > size - 8:
-                raise _malformed(path, _common_mistake(prefix) or "its header is longer than the file")
+            start = file.read(64)
+            length = int.from_bytes(start[:8], "little")
+            if start[8:9] != b"{" and (kind := what_it_is(start)):
+                raise FastsdError(kind, path=path)
+            if len(start) < 8 or length > size - 8:
+                if start[8:9] not in (b"", b"{") or (length > MAX_HEADER and len(start) >= 8):
+                    raise FastsdError("not a safetensors file: its header is longer than the file", path=path)
+                raise _cut_short(path, f"its header is longer than the file{', which is empty' * (not size)}")
             if length > MAX_HEADER:
                 raise _malformed(path, f"its header has {length} bytes; checkpoints have fewer than {MAX_HEADER}")
+            file.seek(8)
             raw = file.read(length)
     except OSError as error:
         raise FastsdError(f"cannot be read ({error.strerror})", path=path) from error
     return parse_header(path, raw, size)
+
+
+def looks_like_safetensors(path: Path) -> bool:
+    """Whether a file begins with a header's length and its bracket, whatever its name says."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER
 
 
 def parse_header(path: Path, raw: bytes, size: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
@@ -133,14 +168,6 @@ def parse_header(path: Path, raw: bytes, size: int) -> tuple[dict[str, TensorEnt
     return entries, metadata
 
 
-def _common_mistake(start: bytes) -> str:
-    """What a file that begins so really is: people often have these in place of a checkpoint."""
-    text = start.lstrip().lower()
-    if start.startswith(b"version "):
-        return "it is a Git LFS pointer, not the file itself"
-    return "it is a web page" if text.startswith((b"<!doct", b"<html", b"<head")) else ""
-
-
 def _size_or_offset(digits: str) -> int:
     """An integer of the header; -1, which every field refuses, if it is too large or negative."""
     return int(digits) if len(digits) <= 19 and digits[0] != "-" else -1
@@ -165,6 +192,8 @@ def _entry(path: Path, name: str, value: Any, data: int, size: int) -> TensorEnt
     if not isinstance(value, dict) or set(value) != _FIELDS:
         raise _malformed(path, f"{what} should have exactly a dtype, a shape and data_offsets")
     kind, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if kind in OTHER_DTYPES:
+        raise FastsdError(f"{what} has the dtype {kind}, which fastsd does not read; give fp16 weights", path=path)
     if not isinstance(kind, str) or kind not in DTYPES:
         raise _malformed(path, f"{what} has the dtype {str(kind)[:20]!r}; fastsd reads {', '.join(DTYPES)}")
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
@@ -175,7 +204,8 @@ def _entry(path: Path, name: str, value: Any, data: int, size: int) -> TensorEnt
         raise _malformed(path, f"{what} has an impossible shape or offset")
     begin, end = offsets
     if not begin <= end <= size - data:
-        raise _malformed(path, f"{what} has offsets {begin} to {end}, beyond the file's {size - data} bytes of data")
+        reason = f"{what} has offsets {begin} to {end}, beyond the file's {size - data} bytes of data"
+        raise _cut_short(path, reason) if begin <= end else _malformed(path, reason)
     dtype = DTYPES[kind]
     count = dtype.itemsize
     for n in shape:
@@ -198,4 +228,8 @@ def _check_layout(path: Path, entries: dict[str, TensorEntry], data: int, size: 
 
 
 def _malformed(path: Path, reason: str) -> FastsdError:
+    return FastsdError(f"not a well-formed safetensors file: {reason}", path=path)
+
+
+def _cut_short(path: Path, reason: str) -> FastsdError:
     return FastsdError(f"not a complete safetensors file: {reason}; download it again", path=path)

@@ -52,7 +52,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda f: (f / "unet/config.json").unlink(), "config.json: cannot be read"),
     "weights are a Git LFS pointer": (
         lambda f: (f / UNET_FILE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n"),
-        "not a complete safetensors file",
+        "a Git LFS pointer, not the file itself",
     ),
     "weights are cut": (lambda f: cut(f / UNET_FILE, 40_000), "diffusion_pytorch_model.safetensors"),
     "weights are empty": (lambda f: (f / UNET_FILE).write_bytes(b""), "not a complete safetensors file"),
