@@ -61,8 +61,8 @@ def fill_in(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         for row in PARAMETERS.values():
             value = settings.get(row.name)
             if row.is_repeated and value is not None and getattr(args, row.name) is None:
-                if row.needs is not None and getattr(args, row.needs[0]) is None and value != row.default:
-                    notes.append(f"not repeated: {row.flag}, as there is no {PARAMETERS[row.needs[0]].flag}")
+                if value != row.default and (lacking := _lacking(row, args)):
+                    notes.append(f"not repeated: {row.flag}, as there is no {lacking}")
                 if _applies(row, args, settings, kind_changed):
                     setattr(args, row.name, _checked(row, value))
     return settings, notes
@@ -107,6 +107,16 @@ def _check_names(args: argparse.Namespace, settings: dict[str, Any]) -> None:
                 f"it was generated with the {what} {wanted[:60]!r}, which fastsd lacks; the nearest is {near}: "
                 f"give {{{what}}}{f' ({why})' if why else ''}"
             ) from None
+
+
+def _lacking(row: Parameter, args: argparse.Namespace) -> str:
+    """The flag that a setting needs and that is missing, or nothing: also where another flag excludes it, which is
+    said."""
+    needed = PARAMETERS[row.needs[0]] if row.needs is not None else None
+    if needed is None or getattr(args, needed.name) is not None:
+        return ""
+    excluded = needed.excludes is not None and getattr(args, needed.excludes[0]) is not None
+    return "" if excluded else needed.flag
 
 
 def _applies(row: Parameter, args: argparse.Namespace, settings: dict[str, Any], kind_changed: bool) -> bool:
