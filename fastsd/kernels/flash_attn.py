@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from fastsd.kernels import dispatch
-from fastsd.kernels.cpu import onednn
+from fastsd.kernels.cpu import choices, onednn
 
 # The oneDNN path.
-SMALLEST = 2**14  # scores; below that, PyTorch's attention is as fast (measured)
 CHUNK = 2**21  # scores computed at a time: small enough for a cache of a few MB
 MARGIN = 7.0  # sigmoid(x) / exp(x) is about 1 - exp(x); exp(-7) is half a rounding of bf16
 REACH = 67.0  # the largest weight of a row is at least exp(-67); bf16 still represents exp(-17) times that
@@ -63,11 +62,17 @@ def flash_attn(
         if reason is None:
             return flash_attn_triton.flash_attn(q, k, v, causal)
         dispatch.fall_back("flash_attn", reason)
-    if backend == "onednn" and not causal and q.shape[1] * k.shape[1] >= SMALLEST:
+    if backend == "onednn" and not causal and _by_products(q, k):
         run = _image_bf16 if q.dtype == torch.bfloat16 else _image_fp32
         # Image by image, so that an image's result does not depend on its batch.
         return torch.stack([run(q[b], k[b], v[b]) for b in range(len(q))])
     return _sdpa(q, k, v, causal)
+
+
+def _by_products(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether the CPU computes this attention by two of oneDNN's products rather than by PyTorch's attention."""
+    op = "flash_attn, wide heads" if q.shape[3] >= choices.WIDE_HEAD else "flash_attn"
+    return choices.way(op, q.dtype, q.shape[1] * k.shape[1]) == "products"
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False) -> torch.Tensor:

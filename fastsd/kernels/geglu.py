@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from fastsd.kernels import dispatch
 from fastsd.kernels.cpu import onednn
-from fastsd.kernels.linear import activate_by_image
+from fastsd.kernels.linear import activate_by_image, product_by_image, small_products
 
 CHUNK = 2**21  # elements of the result that the oneDNN path computes at a time: they stay in the cache
 
@@ -44,8 +44,11 @@ def geglu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Te
 
 def _geglu_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Two products, the second with GELU in its epilogue. No pass reads half a row, and no result has 2 * N columns."""
-    (value_weight, gate_weight), (value_bias, gate_bias) = weight.chunk(2), bias.chunk(2)
     rows = x.reshape(-1, x.shape[-1])
+    if small_products(x, weight, "geglu") == "torch":
+        value, gate = product_by_image(rows, weight, bias, len(x)).view(*x.shape[:-1], -1).chunk(2, dim=-1)
+        return activate_by_image(gate.contiguous(), "gelu").mul_(value)
+    (value_weight, gate_weight), (value_bias, gate_bias) = weight.chunk(2), bias.chunk(2)
     step = max(CHUNK // len(value_weight), 1)
     out = x.new_empty(len(rows), len(value_weight))
     for start in range(0, len(rows), step):

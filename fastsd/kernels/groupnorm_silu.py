@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
 from fastsd.kernels import dispatch
+from fastsd.kernels.cpu import choices
+from fastsd.kernels.linear import activate_by_image
 
 # The CPU path.
-BLOCK = 4096  # pixels whose statistics are computed at a time
-TERMS = 64  # terms of one fp32 sum
+TERMS = 128  # of one fp32 sum
+WIDTH = 4096  # sums in parallel, which stay in the first cache
 
 
 def groupnorm_silu_ref(
@@ -76,7 +80,7 @@ def groupnorm_silu(
     if skip is not None:
         x = torch.cat([x, skip], dim=-1)
     if backend == "onednn":
-        return _groupnorm_silu_by_image(x, weight, bias, groups, eps, silu, add)
+        return _groupnorm_silu_cpu(x, weight, bias, groups, eps, silu, add)
     if add is not None:
         x = x + add[:, None, None, :]
     # `F.group_norm` refuses one pixel with one channel per group, whose result is the bias.
@@ -84,7 +88,7 @@ def groupnorm_silu(
     return F.silu(y) if silu else y
 
 
-def _groupnorm_silu_by_image(
+def _groupnorm_silu_cpu(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
@@ -93,49 +97,94 @@ def _groupnorm_silu_by_image(
     silu: bool,
     add: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The CPU path: image by image, so that the order of an image's sums does not depend on its batch."""
-    weight, bias = weight.float(), bias.float()
-    images = []
-    out = torch.empty_like(x, memory_format=torch.contiguous_format) if len(x) > 1 else None
-    for b in range(len(x)):
-        image, shift = x[b : b + 1], None
-        if add is not None:
-            shift = add[b if len(add) > 1 else 0].float()
-        mean, variance = _statistics(image.flatten(0, 2), groups, shift)
-        # With statistics for every channel, this is batch normalisation.
-        y = F.batch_norm(image.permute(0, 3, 1, 2), mean, variance, weight, bias, eps=eps).permute(0, 2, 3, 1)
-        if silu:
-            y = torch.ops.aten.silu.out(y, out=y if out is None else out[b : b + 1])
-        images.append(y)
-    if out is None:
-        return images[0]
-    return out if silu else torch.cat(images, out=out)
+    """The CPU path. No sum of an image depends on its batch."""
+    if choices.way("groupnorm_silu", x.dtype, x[0].numel()) == "contiguous":
+        return _by_contiguous(x, weight, bias, groups, eps, silu, add)
+    return _by_moments(x, weight.float(), bias.float(), groups, eps, silu, add)
 
 
-def _statistics(rows: torch.Tensor, groups: int, shift: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean minus `shift`, and variance, of the groups of `rows + shift` `[S, C]`, per channel: `[C]` fp32 each.
+def _by_contiguous(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    add: torch.Tensor | None,
+) -> torch.Tensor:
+    """A copy in channels-first memory, where PyTorch's group norm is exact (Welford's update) and sums row by row."""
+    y = x.permute(0, 3, 1, 2)
+    y = y.contiguous() if add is None else torch.add(y, add[:, :, None, None], out=y.new_empty(y.shape))
+    y = torch.group_norm(y, groups, weight, bias, eps)
+    return (activate_by_image(y, "silu") if silu else y).permute(0, 2, 3, 1).contiguous()
+
+
+def _by_moments(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    add: torch.Tensor | None,
+) -> torch.Tensor:
+    """Moments of short sums, merged; then one pass for the normalisation of each image, and one for SiLU in place."""
+    batch, channels = len(x), x.shape[-1]
+    rows = x.reshape(batch, -1, channels)
+    shift = None if add is None else add.float().view(len(add), groups, -1)
+    mean, variance = _moments(rows, groups, shift)
+    if shift is not None:
+        mean = mean - shift
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.dtype == torch.float32:
+        scale = variance.add_(eps).rsqrt_() * weight.view(groups, -1)
+        offset = torch.addcmul(bias.view(groups, -1), mean, scale, value=-1)
+        flat = (batch, channels)
+        for image, y, a, b in zip(rows, out.view(rows.shape), scale.view(flat), offset.view(flat)):
+            torch.addcmul(b, image, a, out=y)
+            if silu:
+                torch.ops.aten.silu.out(y, out=y)
+        return out
+    mean, variance = (m.expand(batch, groups, channels // groups).reshape(batch, channels) for m in (mean, variance))
+    for i in range(batch):
+        # With statistics for every channel, this is batch normalisation, which computes in fp32.
+        y = F.batch_norm(x[i : i + 1].permute(0, 3, 1, 2), mean[i], variance[i], weight, bias, eps=eps)
+        y = y.permute(0, 2, 3, 1)
+        out[i : i + 1] = F.silu(y, inplace=True) if silu else y
+    return out
+
+
+def _moments(rows: torch.Tensor, groups: int, shift: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance of the groups of `rows + shift`, `[B, S, C]` and `[B or 1, G, C / G]`: `[B, G, 1]` fp32 each.
 
     For channels-last maps, PyTorch's group norm computes E[x^2] - E[x]^2 in fp32 sums over all pixels. Its error is
-    3e-4 at 512 x 512, and unbounded if |mean| >> std. Here short sums take two passes each, and are merged in float64
-    (Chan, Golub and LeVeque 1983, equation 2.1).
+    3e-4 at 512 x 512, and unbounded if |mean| >> std. Here sums of `terms` pixels take two passes each, the second
+    while they are in the cache, and are merged pairwise (Chan, Golub and LeVeque 1983, equation 2.1).
     """
-    channels = rows.shape[1]
-    parts, counts = [], []
-    for block in rows.split(BLOCK):
-        # Read the block as TERMS pixels of more channels: more sums in parallel, each of TERMS terms.
-        terms = TERMS if len(block) % TERMS == 0 else len(block)
-        columns = block.reshape(terms, -1)
-        unused = torch.zeros(columns.shape[1], dtype=torch.float32, device=rows.device)
-        part = torch.batch_norm_update_stats(columns.T[None, :, :, None], unused, unused, 0.0)
-        parts.append(torch.stack(part).view(2, -1, groups, channels // groups))
-        counts += [terms] * (len(block) // terms)
-    means, variances = torch.cat(parts, 1).double()  # [parts, groups, channels of a group]
+    batch, size, channels = rows.shape
+    terms, width = _division(size, channels)
+    unused = rows.new_empty(width * channels, dtype=torch.float32)
+    # `width` pixels are read as one of more channels: as many more sums in parallel.
+    blocks = rows.view(-1, 1, terms, width * channels).permute(0, 3, 1, 2)
+    parts = [torch.batch_norm_update_stats(block, unused, unused, 0.0) for block in blocks.split(1)]
+    means, variances = parts[0] if len(parts) == 1 else (torch.cat(part) for part in zip(*parts))
+    means, variances = (part.view(batch, -1, groups, channels // groups) for part in (means, variances))
     if shift is not None:
-        means = means + shift.view(groups, -1)
-    share = torch.tensor(counts, dtype=torch.float64, device=rows.device)[:, None, None] / (
-        len(rows) * (channels // groups)
-    )
-    mean = (means * share).sum((0, 2))
-    variance = ((variances + (means - mean[:, None]).square()) * share).sum((0, 2))
-    mean, variance = (part.repeat_interleave(channels // groups).float() for part in (mean, variance))
-    return mean if shift is None else mean - shift, variance
+        means = means + shift[:, None]
+    mean = means.mean((1, 3), keepdim=True)
+    variance = (means - mean).square_().add_(variances).mean((1, 3), keepdim=True)
+    return mean.view(batch, groups, 1), variance.view(batch, groups, 1)
+
+
+@functools.lru_cache(maxsize=1024)
+def _division(size: int, channels: int) -> tuple[int, int]:
+    """How `size` pixels are summed: (terms of one sum, pixels side by side); their product divides `size`.
+
+    Terms are the largest divisor up to TERMS, if that is not very small; else the smallest one above.
+    """
+    divisors = [d for d in range(1, size + 1) if size % d == 0]
+    terms = max(d for d in divisors if d <= TERMS)
+    if terms < TERMS // 8:
+        terms = min((d for d in divisors if d > TERMS), default=terms)
+    side = [d for d in divisors if size // terms % d == 0 and d * channels <= max(WIDTH, channels)]
+    return terms, max(side)

@@ -6,7 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from fastsd.kernels import dispatch
-from fastsd.kernels.cpu import onednn
+from fastsd.kernels.cpu import choices, onednn
+
+SHARE = 2**15  # elements that PyTorch computes in one thread at least (at::internal::GRAIN_SIZE)
+LINE = 16  # elements of fp32 in a cache line
+VECTORS = 64  # elements that PyTorch computes at a time at most: two AVX-512 vectors of 16-bit numbers
 
 
 def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
@@ -26,9 +30,11 @@ def activate_by_image(x: torch.Tensor, activation: str) -> torch.Tensor:
     """`activate`, image by image during inference on a CPU, so that an image's result does not depend on its batch.
 
     PyTorch gives each thread a share of the batch. The last elements of a share run scalar code, which rounds
-    differently.
+    differently. A small batch is one share; if its images are whole vectors, no element of it is a last one.
     """
     if activation == "none" or x.device.type != "cpu" or x.requires_grad or len(x) < 2:
+        return activate(x, activation)
+    if x.numel() <= SHARE and x[0].numel() % VECTORS == 0 and x.is_contiguous():
         return activate(x, activation)
     return torch.cat([activate(image, activation) for image in x.split(1)])
 
@@ -90,12 +96,37 @@ def linear(
 def _linear_onednn(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str, residual: torch.Tensor | None
 ) -> torch.Tensor:
-    """`linear` with oneDNN's fused epilogues: an activation, or a residual if there is no activation."""
+    """`linear` on the CPU: oneDNN's products with a fused activation, or small ones by PyTorch.
+
+    oneDNN can also add the residual, but reads it slower than a pass over the result does (measured).
+    """
     rows = x.reshape(-1, x.shape[-1])
     shape = (*x.shape[:-1], len(weight))
-    if residual is not None and activation == "none":
-        return onednn.matmul_add(rows, weight, bias, residual.reshape(-1, len(weight))).view(shape)
-    fused = activation if activation in onednn.ACTIVATIONS else "none"
-    y = onednn.matmul(rows, weight, bias, fused).view(shape)
+    if small_products(x, weight) == "torch":
+        y, fused = product_by_image(rows, weight, bias, len(x)).view(shape), "none"
+    else:
+        fused = activation if activation in onednn.ACTIVATIONS else "none"
+        y = onednn.matmul(rows, weight, bias, fused).view(shape)
     y = y if fused == activation else activate_by_image(y, activation)
-    return y if residual is None else y + residual
+    return y if residual is None else y.add_(residual)
+
+
+def small_products(x: torch.Tensor, weight: torch.Tensor, op: str = "linear") -> str:
+    """The way of a product of `x` `[B, ..., K]` by `weight` `[N, K]`.
+
+    The results of PyTorch's product may depend on where in memory an image begins, hence the whole cache lines.
+    """
+    rows = x[0].numel() // x.shape[-1]
+    aligned = x.ndim > 2 and rows > 1 and rows * x.shape[-1] % LINE == 0 and rows * len(weight) % LINE == 0
+    return choices.way(op, x.dtype, rows * weight.numel()) if aligned else "onednn"
+
+
+def product_by_image(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, images: int) -> torch.Tensor:
+    """`rows weight^T + bias` by PyTorch, image by image: the order of its sums depends on the number of rows."""
+    out, transposed = rows.new_empty(len(rows), len(weight)), weight.t()
+    for x, y in zip(rows.chunk(images), out.chunk(images)):
+        if bias is None:
+            torch.mm(x, transposed, out=y)
+        else:
+            torch.addmm(bias, x, transposed, out=y)
+    return out

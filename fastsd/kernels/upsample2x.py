@@ -7,10 +7,9 @@ import torch.nn.functional as F
 
 from fastsd.kernels import dispatch
 from fastsd.kernels.conv2d import Padding, conv2d, conv2d_ref
-from fastsd.kernels.cpu import onednn
+from fastsd.kernels.cpu import choices, onednn
 
 SAME: Padding = (1, 1, 1, 1)
-SMALLEST = 1024  # pixels; below that, summing the weights costs more than it saves (measured)
 
 
 def upsample2x_ref(x: torch.Tensor) -> torch.Tensor:
@@ -43,7 +42,7 @@ def upsample2x_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     backend = dispatch.backend(x, weight, bias)
     if backend == "reference":
         return upsample2x_conv_ref(x, weight, bias)
-    if backend == "onednn" and x.shape[1] * x.shape[2] >= SMALLEST:
+    if backend == "onednn" and choices.way("upsample2x_conv", x.dtype, x.shape[1] * x.shape[2]) == "phases":
         return _upsample2x_conv_onednn(x, weight, bias)
     return conv2d(upsample2x(x), weight, bias, 1, SAME)
 

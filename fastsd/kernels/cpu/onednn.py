@@ -73,10 +73,3 @@ def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, act
         return matmul(x.expand(2, -1).contiguous(), weight, bias, activation)[:1]
     name, algorithm = ACTIVATIONS[activation]
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], algorithm)
-
-
-def matmul_add(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
-    """`x weight^T + bias + other` for `other` `[M, N]`."""
-    if len(x) == 1:
-        return matmul_add(x.expand(2, -1).contiguous(), weight, bias, other.expand(2, -1).contiguous())[:1]
-    return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, "add")

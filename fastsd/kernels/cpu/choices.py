@@ -1,0 +1,106 @@
+"""Which way the CPU computes an op: one measured table, by op, processor, dtype and size.
+
+`python -m bench.choices` measures every way at sizes around every threshold on this machine, and names the rows that
+it would change (bench/README.md). A size is that of one image, so a choice never depends on the batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+PROCESSORS = ("avx512", "avx2", "other")
+WIDE_HEAD = 256  # channels of a head from which it is one of the "wide heads"
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op that has more than one way.
+
+    Attributes:
+        size: what the thresholds count.
+        ways: their names. The first is taken where the table has no row, which only a forced backend meets.
+        dtypes: for each class of processor, the dtypes in which `dispatch` lets the op ask the table.
+    """
+
+    size: str
+    ways: tuple[str, str]
+    dtypes: dict[str, tuple[torch.dtype, ...]]
+
+
+ONEDNN = {"avx512": (FP32, BF16), "avx2": (FP32,), "other": ()}
+EVERY = dict.fromkeys(PROCESSORS, (FP32, BF16, FP16))
+OPS = {
+    "flash_attn": Op("scores of a head", ("products", "sdpa"), ONEDNN),
+    "flash_attn, wide heads": Op("scores of a head", ("products", "sdpa"), ONEDNN),
+    "linear": Op("multiplications", ("onednn", "torch"), ONEDNN),
+    "geglu": Op("multiplications", ("onednn", "torch"), ONEDNN),
+    "groupnorm_silu": Op("elements", ("moments", "contiguous"), EVERY),
+    "upsample2x_conv": Op("pixels of the small map", ("phases", "doubling"), ONEDNN),
+}
+
+Steps = tuple[tuple[int, str], ...]  # (least size, way), the largest size first; the last begins at 0
+
+
+def _rows(op: str, first_from: dict[tuple[str, torch.dtype], float]) -> dict[tuple[str, str, torch.dtype], Steps]:
+    """The rows of an op: its first way from a size on, its second below."""
+    first, second = OPS[op].ways
+    rows: dict[tuple[str, str, torch.dtype], Steps] = {}
+    for (processor_class, dtype), size in first_from.items():
+        above = () if size == NEVER else ((int(size), first),)
+        rows[op, processor_class, dtype] = above if size == 0 else (*above, (0, second))
+    return rows
+
+
+NEVER = float("inf")
+TABLE = {
+    # Below the threshold, the products' Python and their sums per head cost more than they save. On AVX2 PyTorch's own
+    # blocks are as fast as two products with a softmax between them, except where a head is wide.
+    **_rows("flash_attn", {("avx512", FP32): 2**14, ("avx512", BF16): 2**14, ("avx2", FP32): NEVER}),
+    **_rows("flash_attn, wide heads", {("avx512", FP32): 2**14, ("avx512", BF16): 2**14, ("avx2", FP32): 2**20}),
+    # A call of oneDNN costs 12 µs, one of MKL 2 µs; oneDNN's fp32 products are 1.1 times as fast on AVX2, 2.1 times on
+    # AVX-512. In bf16 both are oneDNN's.
+    **_rows("linear", {("avx512", FP32): 2**17, ("avx512", BF16): 0, ("avx2", FP32): 2**19}),
+    **_rows("geglu", {("avx512", FP32): 2**20, ("avx512", BF16): 0, ("avx2", FP32): 2**22}),
+    # Copying a small map to channels-first memory and back costs less than collecting moments by hand.
+    **_rows("groupnorm_silu", dict.fromkeys(((p, d) for p in PROCESSORS for d in (FP32, BF16, FP16)), 20000)),
+    # Summing the weights for the four phases costs the same for a map of any size.
+    **_rows("upsample2x_conv", {("avx512", FP32): 2**10, ("avx512", BF16): 2**10, ("avx2", FP32): 2**10}),
+}
+
+_forced = threading.local()
+
+
+def way(op: str, dtype: torch.dtype, size: int) -> str:
+    """The way of `op` for activations of `dtype`, where one image has `size` of what `OPS[op].size` names."""
+    forced: dict[str, str] = getattr(_forced, "ways", {})
+    if op in forced:
+        return forced[op]
+    for least, name in TABLE.get((op, processor(), dtype), ()):
+        if size >= least:
+            return name
+    return OPS[op].ways[0]
+
+
+@contextmanager
+def forced(op: str, name: str) -> Iterator[None]:
+    """Inside this context, `op` goes the way `name` in this thread, whatever the table says."""
+    previous = getattr(_forced, "ways", {})
+    _forced.ways = previous | {op: name}
+    try:
+        yield
+    finally:
+        _forced.ways = previous
+
+
+@functools.cache
+def processor() -> str:
+    """The class of this processor as PyTorch sees it; ATEN_CPU_CAPABILITY can lower it."""
+    name = torch.backends.cpu.get_cpu_capability().lower()
+    return name if name in PROCESSORS else "other"
