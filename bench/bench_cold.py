@@ -96,15 +96,20 @@ def bench_cold_process(bench: Session, model: str, dtype: torch.dtype, folder: P
     def measure(name: str, state: str) -> tuple[Outcome, dict[str, Any]]:
         outcome = Outcome(f"{name}, empty kernel cache" if state == "empty" else name)
         grow = (cuda or size <= 256) and state == "warm"
+        timeout = min(TIMEOUT, max(1.0, bench.remaining()))
         try:
-            timeout = min(TIMEOUT, max(1.0, bench.remaining()))
             report = run_process(folder, name, dtype, size, tmp_path / "out.npy", grow, tmp_path, timeout)
             image = torch.from_numpy(np.load(tmp_path / "out.npy").astype(np.float32) / 255.0)
             outcome.distance = d = distance(image, expected)
             if not d.psnr >= limit:
                 outcome.problem = check_failed(f"PSNR {d.psnr:.1f} dB, required {limit:.1f}")
                 return outcome, {}
-        except (RuntimeError, subprocess.TimeoutExpired, OSError) as error:
+        except subprocess.TimeoutExpired as error:
+            outcome.problem = f"failed: no image within {error.timeout:.0f} s"
+            if timeout < TIMEOUT:
+                outcome.problem = outcome.cut = f"stopped after {error.timeout:.0f} s: the budget is spent"
+            return outcome, {}
+        except (RuntimeError, OSError) as error:
             outcome.problem = f"failed: {(str(error).splitlines() or [type(error).__name__])[0][-160:]}"
             return outcome, {}
         outcome.samples, outcome.spread = [report["first_image"]], spread([report["first_image"]])
@@ -122,6 +127,9 @@ def bench_cold_process(bench: Session, model: str, dtype: torch.dtype, folder: P
                 **record.outcome_fields(outcome), **fields,
             )  # fmt: skip
     bench.tables.append("\n".join(lines))
+    if outcomes[0].cut:
+        bench.not_run.append(lines[0])
+        pytest.skip(outcomes[0].cut)
     assert not outcomes[0].problem, outcomes[0].problem
 
 

@@ -13,6 +13,8 @@ import torch
 from bench.measure import timed
 from fastsd.model.layers import Conv2d
 
+LONGEST = 2.0  # seconds of the samples of one rate
+
 
 @dataclass(frozen=True)
 class Ceilings:
@@ -32,7 +34,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, side: int = 0, me
     a GPU the specified rate instead, 16 per clock and multiprocessor at the highest clock.
     """
     cuda = device.type == "cuda"
-    n = side or (8192 if cuda else 2048)
+    n = side or (8192 if cuda else 512 if _emulated(dtype) else 2048)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     flops = 2 * n**3 / _best(lambda: a @ b, device)
     if not cuda:
@@ -80,7 +82,15 @@ def _highest_clock(properties: Any, device: torch.device) -> float:
 
 
 def _best(run: Callable[[], Any], device: torch.device, tries: int = 10) -> float:
-    """Seconds per run of the fastest of `tries` samples, after three for warm-up."""
+    """Seconds per run of the fastest of `tries` samples, after three for warm-up; of fewer if they take long."""
     count = 5 if device.type == "cuda" else 1  # runs per sample: CUDA events have a resolution of some microseconds
-    times = [timed(lambda i: run(), 0, count, device) for _ in range(3 + tries)]
-    return min(times[3:])
+    times: list[float] = []
+    while len(times) < 3 + tries and sum(times) < LONGEST:
+        times.append(timed(lambda i: run(), 0, count, device))
+    return min(times[3:] or times)
+
+
+def _emulated(dtype: torch.dtype) -> bool:
+    """Whether this processor computes products in `dtype` so slowly that a large one would take minutes."""
+    x = torch.ones(256, 256, dtype=dtype)
+    return _best(lambda: x @ x, x.device, tries=1) > 0.005  # 7 GFLOP/s; fp32 reaches ten times that

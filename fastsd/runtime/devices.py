@@ -77,7 +77,9 @@ def undisturbed() -> Iterator[None]:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the processor multiplies bf16 in hardware (avx512_bf16 or amx_bf16)."""
+    """Whether the processor multiplies bf16 in hardware (avx512_bf16 or amx_bf16), and PyTorch is not kept from it."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -28,7 +28,7 @@ def test_a_measurement_takes_the_given_values_and_a_check_is_tiny() -> None:
         ("models", "sd99", "sd99.*sd15"),
         ("peers", "onediff", "onediff.*diffusers"),
         ("dtype", "fp4", "fp4.*bf16"),
-        ("budget", "1", "--budget.*10"),
+        ("budget", "0.5", "--budget.*at least 1"),
         ("budget", "soon", "--budget.*soon"),
         ("batch", "0", "--batch"),
         ("size", "100", "--size.*64"),

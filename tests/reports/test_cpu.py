@@ -1,0 +1,112 @@
+"""What users of a CPU reported: parts slower than PyTorch's own, norms that are off, benchmarks that fail."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench import bench_cold, options
+from bench.record import ROOT
+from bench.session import Session
+from fastsd.kernels import groupnorm_silu as norm
+from fastsd.kernels.cpu import choices
+from tests.support.precision import rand
+
+HALF_ULP = 2.0**-24
+MERGING = 64  # roundings of a value while partial sums are merged, and of the scale, at most
+
+
+def inputs(name: str) -> torch.Tensor:
+    x = rand(2, 48, 32, 24, dtype=torch.float32)
+    if name == "outlier":
+        x[0, 0, 0, 0] = 1e4
+    if name == "ramp":
+        x = x + torch.linspace(0, 100, x.numel()).view(x.shape)
+    spread, mean = {"constant": (0.0, 30.1), "mean 30": (1e-3, 30.0), "mean 1e4": (1.0, 1e4)}.get(name, (1.0, 0.0))
+    return x * spread + mean
+
+
+@pytest.mark.parametrize("way", choices.OPS["groupnorm_silu"].ways)
+@pytest.mark.parametrize("name", ["normal", "constant", "mean 30", "mean 1e4", "outlier", "ramp"])
+@torch.no_grad()
+def test_group_norm_is_as_accurate_as_its_sums_whatever_the_mean(name: str, way: str) -> None:
+    """PyTorch's channels-last norm is off by 0.9 at mean 30 and deviation 1e-3.
+
+    The right value is float64's. A mean of sums of t terms in fp32 is off by d <= (t + merging) u max|x|, a standard
+    deviation by a share of (t + merging) u and of d^2 r^2 / 2 (Higham 2002, sections 1.9 and 4.2; r is 1 / deviation).
+    The last line rounds x r, m r and their difference.
+    """
+    x, groups, eps = inputs(name), 4, 1e-5
+    with choices.forced("groupnorm_silu", way):
+        result = norm.groupnorm_silu(x, torch.ones(24), torch.zeros(24), groups, eps, silu=False)
+    wide = x.double().unflatten(-1, (groups, -1))
+    variance, mean = torch.var_mean(wide, (1, 2, 4), correction=0, keepdim=True)
+    r, distance, largest = (variance + eps).rsqrt(), (wide - mean).abs(), wide.abs().amax((1, 2, 4), keepdim=True)
+    share = (norm.TERMS + MERGING) * HALF_ULP
+    off = share * largest
+    allowed = r * (off + 4 * HALF_ULP * largest) + distance * r * (share + (off * r) ** 2 / 2)
+    error = (result.double().unflatten(-1, (groups, -1)) - (wide - mean) * r).abs()
+    assert bool((error <= allowed).all()), f"{(error / allowed).max():.2f} of what is allowed"
+
+
+@torch.no_grad()
+def test_group_norm_is_no_worse_than_pytorchs_in_contiguous_memory() -> None:
+    """Within twice PyTorch's error there, on maps of the sizes at which the table changes its way."""
+    for shape in ((1, 16, 16, 64), (1, 32, 32, 32), (2, 8, 8, 1280)):
+        x, w, b = rand(*shape, dtype=torch.float32), torch.ones(shape[-1]), torch.zeros(shape[-1])
+
+        def plain(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return F.silu(F.group_norm(x.permute(0, 3, 1, 2).contiguous(), 8, w, b, 1e-5)).permute(0, 2, 3, 1)
+
+        truth = plain(x.double(), w.double(), b.double())
+        ulp = torch.finfo(torch.float32).eps * truth.abs().max()
+        error = (norm.groupnorm_silu(x, w, b, 8, 1e-5) - truth).abs().max()
+        assert error <= 2 * (plain(x, w, b) - truth).abs().max() + ulp
+
+
+def test_attention_on_avx2_is_pytorchs_unless_a_head_is_wide() -> None:
+    """Measured on AVX2: two products and a softmax take 1.1 to 1.8 times as long as PyTorch's attention."""
+    rows = {op: steps for (op, processor, _), steps in choices.TABLE.items() if processor == "avx2"}
+    assert rows["flash_attn"] == ((0, "sdpa"),)
+    assert {name for _, name in rows["flash_attn, wide heads"]} == {"products", "sdpa"}
+
+
+def test_a_cold_process_that_the_budget_stops_is_skipped_with_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(options.parse(benchmark=True, models="digits", budget="30", results=str(tmp_path / "r.json")))
+
+    def too_slow(*arguments: object) -> object:
+        raise subprocess.TimeoutExpired("bench.cold", 4.3)
+
+    monkeypatch.setattr(bench_cold, "run_process", too_slow)
+    with pytest.raises(pytest.skip.Exception, match="stopped after 4 s: the budget is spent"):
+        bench_cold.bench_cold_process(session, "digits", torch.float32, tmp_path, tmp_path)
+    assert "cold process" in session.not_run[0]
+    assert "stopped after 4 s: the budget is spent" in session.tables[0]
+
+
+def test_a_cold_process_that_never_ends_is_still_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(options.parse(benchmark=True, models="digits", results=str(tmp_path / "r.json")))
+
+    def hangs(*arguments: object) -> object:
+        raise subprocess.TimeoutExpired("bench.cold", bench_cold.TIMEOUT)
+
+    monkeypatch.setattr(bench_cold, "run_process", hangs)
+    with pytest.raises(AssertionError, match="no image within 900 s"):
+        bench_cold.bench_cold_process(session, "digits", torch.float32, tmp_path, tmp_path)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("budget", [1])
+def test_the_benchmarks_pass_within_any_budget(budget: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "bench", "--benchmark", "--models", "digits"]
+    command += ["--budget", str(budget), "--results", str(tmp_path / "r.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "the budget" in done.stdout
