@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 # autoencoder writes maps of 67 MB, which cost 24 ms each to page in by 4 kB and 4 ms by 2 MB.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+# Threads that wait for others sleep instead of spinning: OpenMP reads this when torch is imported. Beside other busy
+# processes a thread may wait for one that is not running, and spin for milliseconds at every op.
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
 __version__ = "0.1.0"
 __all__ = ["Adapter", "Control", "FastsdError", "Pipeline", "__version__"]
 # Imported when they are first used.

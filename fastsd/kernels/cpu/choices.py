@@ -34,8 +34,8 @@ class Op:
     dtypes: dict[str, tuple[torch.dtype, ...]]
 
 
-ONEDNN = {"avx512": (FP32, BF16), "avx2": (FP32,), "other": ()}
-EVERY = dict.fromkeys(PROCESSORS, (FP32, BF16, FP16))
+ONEDNN: dict[str, tuple[torch.dtype, ...]] = {"avx512": (FP32, BF16), "avx2": (FP32,), "other": ()}
+EVERY: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(PROCESSORS, (FP32, BF16, FP16))
 OPS = {
     "flash_attn": Op("scores of a head", ("products", "sdpa"), ONEDNN),
     "flash_attn, wide heads": Op("scores of a head", ("products", "sdpa"), ONEDNN),
