@@ -30,7 +30,7 @@ SAMPLE_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
-class Case:
+class TwoWays:
     """An op at a shape: its size as the table counts it, and the call, without arguments."""
 
     op: str
@@ -39,39 +39,39 @@ class Case:
     run: Callable[[], torch.Tensor]
 
 
-def attention(dtype: torch.dtype, queries: int, keys: int, heads: int, width: int) -> Case:
+def attention(dtype: torch.dtype, queries: int, keys: int, heads: int, width: int) -> TwoWays:
     q = torch.randn(2, queries, heads, width).to(dtype)
     k, v = torch.randn(2, keys, 2, heads, width).to(dtype).unbind(2)
     op = "flash_attn, wide heads" if width >= choices.WIDE_HEAD else "flash_attn"
     name = f"2x{queries}x{keys}x{heads}x{width}"
-    return Case(op, name, queries * keys, functools.partial(flash_attn, q, k, v))
+    return TwoWays(op, name, queries * keys, functools.partial(flash_attn, q, k, v))
 
 
-def product(dtype: torch.dtype, rows: int, k: int, n: int) -> Case:
+def product(dtype: torch.dtype, rows: int, k: int, n: int) -> TwoWays:
     x, weight, bias = torch.randn(2, rows, k).to(dtype), torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
-    return Case("linear", f"2x{rows}x{k}x{n}", rows * k * n, functools.partial(linear, x, weight, bias))
+    return TwoWays("linear", f"2x{rows}x{k}x{n}", rows * k * n, functools.partial(linear, x, weight, bias))
 
 
-def gated(dtype: torch.dtype, rows: int, k: int, n: int) -> Case:
+def gated(dtype: torch.dtype, rows: int, k: int, n: int) -> TwoWays:
     x, weight, bias = torch.randn(2, rows, k).to(dtype), torch.randn(2 * n, k).to(dtype), torch.randn(2 * n).to(dtype)
-    return Case("geglu", f"2x{rows}x{k}x{n}", rows * k * 2 * n, functools.partial(geglu, x, weight, bias))
+    return TwoWays("geglu", f"2x{rows}x{k}x{n}", rows * k * 2 * n, functools.partial(geglu, x, weight, bias))
 
 
-def norm(dtype: torch.dtype, batch: int, side: int, channels: int, groups: int) -> Case:
+def norm(dtype: torch.dtype, batch: int, side: int, channels: int, groups: int) -> TwoWays:
     x = torch.randn(batch, side, side, channels).to(dtype)
     weight, bias = torch.randn(channels).to(dtype), torch.randn(channels).to(dtype)
     run = functools.partial(groupnorm_silu, x, weight, bias, groups, 1e-5)
-    return Case("groupnorm_silu", f"{batch}x{side}x{side}x{channels}", side * side * channels, run)
+    return TwoWays("groupnorm_silu", f"{batch}x{side}x{side}x{channels}", side * side * channels, run)
 
 
-def doubled(dtype: torch.dtype, side: int, channels: int) -> Case:
+def doubled(dtype: torch.dtype, side: int, channels: int) -> TwoWays:
     x, weight = torch.randn(1, side, side, channels).to(dtype), torch.randn(channels, channels, 3, 3).to(dtype)
     packed = onednn.pack(weight, torch.Size((1, 2 * side, 2 * side, channels)), 1, SAME)
     run = functools.partial(upsample2x_conv, x, packed, torch.randn(channels).to(dtype))
-    return Case("upsample2x_conv", f"1x{side}x{side}x{channels}", side * side, run)
+    return TwoWays("upsample2x_conv", f"1x{side}x{side}x{channels}", side * side, run)
 
 
-def cases(dtype: torch.dtype) -> Iterator[Callable[[], Case]]:
+def cases(dtype: torch.dtype) -> Iterator[Callable[[], TwoWays]]:
     """Shapes of the bundled model and of SD1.5, made one at a time."""
     for queries, keys, heads, width in (
         (64, 64, 2, 32), (64, 77, 8, 160), (256, 77, 8, 160), (256, 256, 8, 160), (1024, 77, 8, 80),
@@ -94,7 +94,7 @@ def cases(dtype: torch.dtype) -> Iterator[Callable[[], Case]]:
         yield functools.partial(doubled, dtype, side, channels)
 
 
-def measure(case: Case, rounds: int) -> dict[str, float]:
+def measure(case: TwoWays, rounds: int) -> dict[str, float]:
     """Seconds of each way: the least of `rounds` samples, taken in turns."""
     ways, best = choices.OPS[case.op].ways, {}
     counts = {}
@@ -115,7 +115,7 @@ def measure(case: Case, rounds: int) -> dict[str, float]:
     return best
 
 
-def line(case: Case, dtype: torch.dtype, best: dict[str, float]) -> str:
+def line(case: TwoWays, dtype: torch.dtype, best: dict[str, float]) -> str:
     chosen = choices.way(case.op, dtype, case.size)
     verdict = "slower" if min(best.values()) < SLOWER * best[chosen] else ""
     times = "  ".join(f"{name} {1e6 * seconds:9.0f} µs" for name, seconds in best.items())

@@ -20,7 +20,7 @@ WIDE_HEAD = 256  # channels of a head from which it is one of the "wide heads"
 
 
 @dataclass(frozen=True)
-class Op:
+class Ways:
     """An op that has more than one way.
 
     Attributes:
@@ -37,12 +37,12 @@ class Op:
 ONEDNN: dict[str, tuple[torch.dtype, ...]] = {"avx512": (FP32, BF16), "avx2": (FP32,), "other": ()}
 EVERY: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(PROCESSORS, (FP32, BF16, FP16))
 OPS = {
-    "flash_attn": Op("scores of a head", ("products", "sdpa"), ONEDNN),
-    "flash_attn, wide heads": Op("scores of a head", ("products", "sdpa"), ONEDNN),
-    "linear": Op("multiplications", ("onednn", "torch"), ONEDNN),
-    "geglu": Op("multiplications", ("onednn", "torch"), ONEDNN),
-    "groupnorm_silu": Op("elements", ("moments", "contiguous"), EVERY),
-    "upsample2x_conv": Op("pixels of the small map", ("phases", "doubling"), ONEDNN),
+    "flash_attn": Ways("scores of a head", ("products", "sdpa"), ONEDNN),
+    "flash_attn, wide heads": Ways("scores of a head", ("products", "sdpa"), ONEDNN),
+    "linear": Ways("multiplications", ("onednn", "torch"), ONEDNN),
+    "geglu": Ways("multiplications", ("onednn", "torch"), ONEDNN),
+    "groupnorm_silu": Ways("elements", ("moments", "contiguous"), EVERY),
+    "upsample2x_conv": Ways("pixels of the small map", ("phases", "doubling"), ONEDNN),
 }
 
 Steps = tuple[tuple[int, str], ...]  # (least size, way), the largest size first; the last begins at 0
