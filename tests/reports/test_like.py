@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import ExifTags, Image
 
+from fastsd.image.metadata import read_texts
 from fastsd.pipeline import Pipeline
+from tests.support import tiny
 from tests.support.cli import pixels, refused, settings, write_image
 
 pytestmark = pytest.mark.heavy
@@ -151,3 +154,18 @@ def test_what_has_no_effect_in_a_repeated_image_is_said(cli: Callable, model: Pa
     ran = repeat(cli, model, text)
     assert ran.code == 0 and "not repeated: Tiling" in ran.err
     assert "not repeated: --subseed, as there is no --subseed-strength" in ran.err
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_clip_skip_2_of_an_sdxl_image_of_a1111_is_the_layer_that_sdxl_reads(family: str) -> None:
+    """A1111 reads SDXL's last layer but one whatever "Clip skip" says (modules/sd_hijack_clip.py,
+    `FrozenCLIPEmbedderForSDXLWithCustomWords`; sd_hijack_open_clip.py); in SD 1 the setting counts."""
+    components = getattr(tiny, family)()
+    components.defaults = {"num_inference_steps": 2}
+    pipe = Pipeline(components, torch.device("cpu"), torch.float32)
+    side = components.sample_size * components.vae.config.downscale
+    arguments = {"seed": 1, "like": "a1111", "width": side, "height": side, "output_type": "latent"}
+    one, two = (pipe("a cat", clip_skip=skip, **arguments).images for skip in (1, 2))
+    assert torch.equal(one, two) == (family == "sdxl")
+    text = f"a cat\nSteps: 2, Sampler: Euler, Seed: 1, Size: {side}x{side}, Clip skip: 2, Version: v1.10.1"
+    assert read_texts({"parameters": text})[0]["clip_skip"] == 2
