@@ -21,7 +21,7 @@ SCHEDULERS["dpm++2m_sde"] = "DPMSolverMultistepScheduler"
 del SCHEDULERS["dpm++sde"]  # diffusers samples its noise from a Brownian tree
 SETTINGS = {
     "ddpm": {"clip_sample": False},  # as in every Stable Diffusion checkpoint; diffusers' default is for pixels
-    "ddim": {"clip_sample": False, "set_alpha_to_one": False},
+    "ddim": {"clip_sample": False},
     "pndm": {"skip_prk_steps": True},
     "dpm++2m_sde": {"algorithm_type": "sde-dpmsolver++"},
 }
