@@ -171,6 +171,8 @@ class VAEConfig:
     norm_eps: float = 1e-6
     mid_block_attention: bool = True
     scaling_factor: float = 0.18215  # the diffusion model sees scaling_factor * latent
+    latents_mean: tuple[float, ...] | None = None  # with both: scaling_factor * (latent - mean) / std, by channel
+    latents_std: tuple[float, ...] | None = None
     force_upcast: bool = False  # the activations overflow fp16 (SDXL's do)
 
     @property
@@ -232,6 +234,27 @@ class SolverConfig:
 
 
 @dataclass(frozen=True)
+class EDMConfig:
+    """A model trained in Karras et al. 2022's own terms: Playground 2.5, CosXL.
+
+    For x = image + sigma z it predicts D = c_skip x + c_out F(c_in x, log(sigma) / 4) (table 1, "EDM"); there are no
+    training timesteps. `docs/samplers.md` gives the factors.
+
+    Attributes:
+        sigma_data: the standard deviation of its latents.
+        sigma_min, sigma_max: its noise levels.
+        rho: of the default schedule, equation 5.
+        ramp: the default schedule, "karras" or "exponential".
+    """
+
+    sigma_data: float = 0.5
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    ramp: str = "karras"
+
+
+@dataclass(frozen=True)
 class SchedulerConfig:
     """The training noise schedule, the prediction type, and how timesteps are spaced at inference.
 
@@ -252,4 +275,5 @@ class SchedulerConfig:
     sampler: str = "pndm"  # the checkpoint's own; a name in `fastsd.sampling.samplers.SAMPLERS`
     schedule: str = "default"  # the checkpoint's own; a name in `fastsd.sampling.samplers.SCHEDULES`
     solver: SolverConfig = SolverConfig()
+    edm: EDMConfig | None = None  # then it has no betas and no timesteps; the prediction is epsilon or v_prediction
     unfollowed: tuple[str, ...] = ()  # keys of its file that no table can follow, `samplers.UNFOLLOWED`

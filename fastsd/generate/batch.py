@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from fastsd.graph import Graphs, fixed_convolutions
 from fastsd.model.controlnet import ControlNet
 from fastsd.model.unet import UNet
 from fastsd.sampling import advance
+from fastsd.sampling.edm import precondition
 from fastsd.sampling.schedule import alphas_cumprod
 
 Timings = dict[str, float]
@@ -91,7 +93,11 @@ class Estimate(NamedTuple):
         """The clean latent that the (conditional) output predicts, `[1, h, w, C]`."""
         if self.timestep is None:
             return self.x_in
-        levels, out = alphas_cumprod(scheduler), self.out.float()
+        out = self.out.float()
+        if scheduler.edm is not None:
+            c_in, c_skip, c_out = precondition(scheduler.edm, scheduler.prediction_type, math.exp(4 * self.timestep))
+            return c_skip / c_in * self.x_in + c_out * out
+        levels = alphas_cumprod(scheduler)
         signal = float(levels[min(max(round(self.timestep), 0), len(levels) - 1)])
         alpha, sigma = signal**0.5, (1.0 - signal) ** 0.5
         if scheduler.prediction_type == "sample":

@@ -117,5 +117,5 @@ def edited_latent(codec: Codec, image: Image.Image, tiled: bool, components: Com
     mode = codec.mode(image_tensor(image), tiled)
     if not components.scaled_image and not isinstance(codec.vae, TAESD):
         return mode
-    scaled = mode * codec.vae.config.scaling_factor
+    scaled = codec.scale(mode)
     return scaled if components.scaled_image else scaled / (SDXL_VAE if components.xl else SD_VAE).scaling_factor

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
+from fastsd.config import TAESDConfig
 from fastsd.errors import FastsdError
 from fastsd.graph import Graphs, fixed_convolutions
 from fastsd.model.taesd import Autoencoder
@@ -60,7 +61,24 @@ class Codec:
         """
         run = partial(encode_tiled, self.vae) if tiled else self.vae.encode
         mean, logvar = self._finite("encode", run, image, tiled or image.shape[1] * image.shape[2] > CAPTURED)
-        return (mean.float() + torch.exp(0.5 * logvar.float()) * noise) * self.vae.config.scaling_factor
+        return self.scale(mean.float() + torch.exp(0.5 * logvar.float()) * noise)
+
+    def scale(self, latent: torch.Tensor) -> torch.Tensor:
+        """The autoencoder's latent `[N, h, w, C]` as the diffusion model sees it."""
+        mean, std = self._spread(latent)
+        return (latent - mean) * (self.vae.config.scaling_factor / std)
+
+    def unscale(self, latent: torch.Tensor) -> torch.Tensor:
+        """The opposite of `scale`."""
+        mean, std = self._spread(latent)
+        return latent / self.vae.config.scaling_factor * std + mean
+
+    def _spread(self, latent: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+        """Mean and standard deviation of the latents in training, by channel, where the autoencoder states them."""
+        config = self.vae.config
+        if isinstance(config, TAESDConfig) or config.latents_mean is None or config.latents_std is None:
+            return 0.0, 1.0
+        return latent.new_tensor(config.latents_mean), latent.new_tensor(config.latents_std)
 
     def mode(self, image: torch.Tensor, tiled: bool) -> torch.Tensor:
         """One image `[1, H, W, 3]` in [-1, 1] to the mode of its latents, unscaled, `[1, h, w, C]` fp32."""
@@ -77,7 +95,7 @@ class Codec:
         config = self.vae.config
         run = partial(decode_tiled, self.vae) if tiled else self.vae.decode
         large = latent.shape[1] * latent.shape[2] * config.downscale**2 > CAPTURED
-        image = self._finite("decode", run, latent / config.scaling_factor, tiled or large)
+        image = self._finite("decode", run, self.unscale(latent), tiled or large)
         return (image.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
 
     def take_notes(self) -> list[str]:

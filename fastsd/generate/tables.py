@@ -48,6 +48,9 @@ def refiner_row(table: Table, scheduler: SchedulerConfig, switch: float | None) 
     times, steps = table.timesteps, table.step
     if switch is None:
         return len(times)
+    if scheduler.edm is not None:  # its levels have no timesteps; the share is of the steps
+        first = round((int(steps[-1]) + 1) * switch) if len(steps) else 0
+        return next((row for row in range(len(steps)) if steps[row] >= first), len(times))
     below = round(scheduler.num_train_timesteps * (1.0 - switch))
     starts = (row for row in range(len(times)) if row == 0 or steps[row] != steps[row - 1])
     return next((row for row in starts if times[row] < below), len(times))

@@ -10,9 +10,10 @@ import numpy as np
 
 from fastsd.config import SPACINGS, SchedulerConfig
 from fastsd.errors import FastsdError
+from fastsd.sampling.edm import of_v
 from fastsd.sampling.k_levels import KLevels
 from fastsd.sampling.levels import LEVELS
-from fastsd.sampling.samplers import SAMPLERS, complete, resolve
+from fastsd.sampling.samplers import SAMPLERS, Sampler, complete, resolve
 from fastsd.sampling.schedule import Schedule
 from fastsd.sampling.table import Table
 
@@ -47,13 +48,31 @@ def build(
     """
     sampler, schedule = resolve(sampler, schedule)
     entry = SAMPLERS[sampler]
-    total = config.num_train_timesteps
-    if not 1 <= num_inference_steps <= total:
-        raise FastsdError(f"takes 1 to {total}, not {num_inference_steps}", argument="num_inference_steps")
-    if not 0 <= start < num_inference_steps:
+    _check(entry, config, num_inference_steps, schedule, start, eta)
+    try:
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            made = Schedule(complete(config, sampler, spacing), num_inference_steps, start, schedule, eta)
+            given = levels.of(made, sampler, xl) if levels is not None and entry.takes_schedule else None
+            if given is None and schedule in LEVELS:
+                given = made.at(LEVELS[schedule](made.sigmas, num_inference_steps, xl))
+            own = levels.tables.get(sampler) if levels is not None else None
+            make = own or entry.make_table
+            make = make if config.edm is None else of_v(make)
+            return make(made) if given is None or own else _at_levels(make, made, given)
+    except (ZeroDivisionError, np.linalg.LinAlgError):
         raise FastsdError(
-            f"takes 0 to {num_inference_steps - 1} for {num_inference_steps} steps, not {start}", argument="start"
-        )
+            f"{num_inference_steps} of {sampler} put two steps on one noise level; take fewer",
+            argument="num_inference_steps",
+        ) from None
+
+
+def _check(entry: Sampler, config: SchedulerConfig, steps: int, schedule: str, start: int, eta: float) -> None:
+    """Refuse a number out of range, or what the sampler does not take."""
+    sampler, total = entry.name, config.num_train_timesteps
+    if not 1 <= steps <= total:
+        raise FastsdError(f"takes 1 to {total}, not {steps}", argument="num_inference_steps")
+    if not 0 <= start < steps:
+        raise FastsdError(f"takes 0 to {steps - 1} for {steps} steps, not {start}", argument="start")
     if not 0 <= eta <= 1:
         raise FastsdError(f"takes 0 to 1, not {eta}", argument="eta")
     if eta > 0 and not entry.takes_eta:
@@ -62,20 +81,11 @@ def build(
     if schedule != "default" and not entry.takes_schedule:
         others = ", ".join(other.name for other in SAMPLERS.values() if other.takes_schedule)
         raise FastsdError(f"{sampler} has no {schedule} schedule; use default, or one of {others}", argument="schedule")
-    try:
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            made = Schedule(complete(config, sampler, spacing), num_inference_steps, start, schedule, eta)
-            given = levels.of(made, sampler, xl) if levels is not None and entry.takes_schedule else None
-            if given is None and schedule in LEVELS:
-                given = made.at(LEVELS[schedule](made.sigmas, num_inference_steps, xl))
-            if levels is not None and sampler in levels.tables:
-                return levels.tables[sampler](made)
-            return entry.make_table(made) if given is None else _at_levels(entry.make_table, made, given)
-    except (ZeroDivisionError, np.linalg.LinAlgError):
+    if config.edm is not None and (not entry.takes_schedule or sampler == "sa_solver"):
         raise FastsdError(
-            f"{num_inference_steps} of {sampler} put two steps on one noise level; take fewer",
-            argument="num_inference_steps",
-        ) from None
+            f"{sampler} steps from one training timestep to another, and an EDM model has none; use euler or dpm++2m",
+            argument="sampler",
+        )
 
 
 def _at_levels(

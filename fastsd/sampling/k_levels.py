@@ -60,7 +60,7 @@ class KLevels:
         return self._times(schedule, np.array(sigmas[:-1])).tolist(), sigmas
 
     def _times(self, schedule: Schedule, sigmas: Float64) -> Float64:
-        if not self.nearest:
+        if not self.nearest or schedule.config.edm is not None:
             return schedule.timestep_of(sigmas)
         gaps = np.abs(np.log(sigmas)[:, None] - np.log(schedule.sigmas)[None])
         return gaps.argmin(axis=1).astype(np.float64)

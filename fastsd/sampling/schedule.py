@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastsd.config import BETA_SCHEDULES, SchedulerConfig
+from fastsd.config import BETA_SCHEDULES, EDMConfig, SchedulerConfig
 from fastsd.errors import FastsdError
 from fastsd.sampling.levels import beta_ramp, karras_ramp
 
@@ -72,6 +72,13 @@ def alphas_cumprod(config: SchedulerConfig) -> Float64:
     return alpha_bar
 
 
+def _edm_ramp(edm: EDMConfig, count: int) -> Float64:
+    """`count` sigmas from the highest to the lowest of an EDM model, on its own schedule."""
+    if edm.ramp == "exponential":
+        return np.exp(np.linspace(math.log(edm.sigma_max), math.log(edm.sigma_min), count))
+    return np.linspace(edm.sigma_max ** (1 / edm.rho), edm.sigma_min ** (1 / edm.rho), count) ** edm.rho
+
+
 @dataclass(frozen=True)
 class Schedule:
     """What a sampler builds its table from: the training schedule and the user's choices.
@@ -101,6 +108,8 @@ class Schedule:
     @cached_property
     def sigmas(self) -> Float64:
         """`sigma` `[T]`, for the samplers that work in sigma; an alpha_bar of 0 becomes 2^-24 to keep it finite."""
+        if self.config.edm is not None:
+            return _edm_ramp(self.config.edm, self.config.num_train_timesteps)[::-1]
         alpha_bar = self.alphas_cumprod
         if self.config.rescale_betas_zero_snr:
             alpha_bar = np.append(alpha_bar[:-1], 2.0**-24)
@@ -163,6 +172,8 @@ class Schedule:
         """
         if self.given is not None:
             return self.given
+        if self.config.edm is not None:
+            return self._edm_levels(self.config.edm)
         times = self._sgm_uniform() if self.schedule == "sgm_uniform" else self.timesteps(integers=False)
         sigmas = self._interpolate(times)
         last = self.last_sigma if options else 0.0
@@ -186,6 +197,8 @@ class Schedule:
         """
         if self.given is not None:
             return self.given
+        if self.config.edm is not None:
+            return self._edm_levels(self.config.edm)
         if self.schedule in RAMPS:
             sigmas = self._ramp(self.sigmas[-1], self.sigmas[0])
             times = self.timestep_of(sigmas)
@@ -209,8 +222,23 @@ class Schedule:
         return self.timestep_of(np.array(sigmas[:-1])).tolist(), list(sigmas)
 
     def timestep_of(self, sigmas: Float64) -> Float64:
-        """The timesteps of `sigmas`, interpolated in log sigma and clamped to the first and the last."""
+        """The timesteps of `sigmas`, interpolated in log sigma and clamped to the first and the last.
+
+        An EDM model has log(sigma) / 4 instead (Karras et al. 2022, table 1, c_noise).
+        """
+        if self.config.edm is not None:
+            return 0.25 * np.log(sigmas)
         return np.interp(np.log(np.maximum(sigmas, 1e-10)), np.log(self.sigmas), np.arange(len(self.sigmas)))
+
+    def _edm_levels(self, edm: EDMConfig) -> tuple[list[float], list[float]]:
+        """Timesteps `[N]` and sigmas `[N + 1]` of an EDM model, the last `last_sigma`, for every sampler."""
+        if self.schedule == "default":
+            sigmas = _edm_ramp(edm, self.num_inference_steps)
+        elif self.schedule == "sgm_uniform":
+            sigmas = self._interpolate(self._sgm_uniform())
+        else:
+            sigmas = self._ramp(edm.sigma_max, edm.sigma_min)
+        return self.timestep_of(sigmas).tolist(), [*sigmas.tolist(), self.last_sigma]
 
     def _interpolate(self, times: Float64) -> Float64:
         return np.interp(times, np.arange(len(self.sigmas)), self.sigmas)

@@ -179,7 +179,7 @@ def euler_maruyama(schedule: Schedule) -> Table:
     for i in range(schedule.start, len(times)):
         A = alpha_bar[times[i]]
         keep = _level_of_next(alpha_bar, times, i)
-        dB = math.log(keep[0] ** 2 / A)
+        dB = max(math.log(keep[0] ** 2 / A), 0.0)  # 0 where a timestep that is cut to the last repeats it
         last = i + 1 == len(times)
         builder.add(
             TableRow(

@@ -28,7 +28,7 @@ from fastsd.weights.layouts.single_file import outline_file, tokenizer_for
 from fastsd.weights.load import error_path, pop_entry, read_finite, read_headers, refuse_unused
 
 # Settings that a single file does not store, because they are the same in every family.
-_SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+_SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "edm")
 
 
 @dataclass(frozen=True)

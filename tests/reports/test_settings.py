@@ -7,14 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
 from fastsd.generate.defaults import Defaults
 from fastsd.generate.request import plan
 from fastsd.parameters import recorded
+from fastsd.pipeline import Pipeline
 from fastsd.sampling.build import build
-from fastsd.sampling.samplers import SAMPLERS
+from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
+from fastsd.weights import save_folder
 from fastsd.weights.layouts.scheduler import read_scheduler
 from tests.support import original
 from tests.support.lifted import Case, difference, reference, run_table, scheduler_class
@@ -165,3 +171,72 @@ def test_sd_folders_do_not_clip_whatever_their_file_says(tmp_path: Path) -> None
     """Source: the constructors of diffusers' Stable Diffusion pipelines set `clip_sample` to false."""
     for clip in ({}, {"clip_sample": True}):
         assert read(tmp_path, {**_SD, "_class_name": "DDIMScheduler", **clip}).unfollowed == ()
+
+
+MARKERS = {
+    "Playground 2.5": {"edm_mean": torch.tensor([-1.6, 1.9, -1.4, 2.5]), "edm_std": torch.tensor([8.5, 5.9, 6.5, 5.2])},
+    "CosXL": {"edm_vpred.sigma_max": torch.tensor(120.0), "edm_vpred.sigma_min": torch.tensor(0.002)},
+}
+
+
+def file_with(tmp_path: Path, markers: dict[str, torch.Tensor]) -> Path:
+    """A tiny SDXL file that holds marker tensors."""
+    save_folder(original.components("sdxl"), tmp_path / "folder", torch.float32)
+    stored = {key: value.contiguous() for key, value in original.file_tensors(tmp_path / "folder", "sdxl").items()}
+    save_file(stored | markers, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+@pytest.mark.parametrize("model", MARKERS)
+def test_a_file_with_markers_of_an_edm_model_runs_in_its_own_terms(model: str, tmp_path: Path) -> None:
+    """Source of the keys and their meaning: ComfyUI's comfy/supported_models.py, `SDXL.model_type`, and its defaults of
+    sigma_data in comfy/model_sampling.py. Such files were drawn as SDXL that predicts epsilon."""
+    components = Pipeline.from_pretrained(file_with(tmp_path, MARKERS[model]), "cpu", "fp32").components
+    edm, config = components.scheduler.edm, components.vae.config
+    assert edm is not None
+    if model == "CosXL":
+        assert (edm.sigma_data, edm.sigma_min, edm.sigma_max) == (1.0, pytest.approx(0.002), 120.0)
+        assert components.scheduler.prediction_type == "v_prediction" and config.latents_mean is None
+    else:
+        assert (edm.sigma_data, edm.sigma_min, edm.sigma_max) == (0.5, 0.002, 80.0)
+        assert components.scheduler.prediction_type == "epsilon" and config.scaling_factor == 0.5
+        assert config.latents_std == pytest.approx((8.5, 5.9, 6.5, 5.2))
+    for sampler in ("euler", "dpm++2m", "heun"):
+        times = build(sampler, 5, components.scheduler).timesteps
+        assert times[0] == pytest.approx(np.log(edm.sigma_max) / 4)
+
+
+def test_half_of_the_markers_is_refused_by_name(tmp_path: Path) -> None:
+    path = file_with(tmp_path, {"edm_mean": torch.zeros(4)})
+    with pytest.raises(FastsdError, match="the key edm_std is missing"):
+        Pipeline.from_pretrained(path, "cpu", "fp32")
+
+
+def test_an_empty_marker_of_v_prediction_and_zero_snr_is_honoured(tmp_path: Path) -> None:
+    """ComfyUI marks v-prediction files with the empty tensors `v_pred` and `ztsnr`."""
+    markers = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    scheduler = Pipeline.from_pretrained(file_with(tmp_path, markers), "cpu", "fp32").components.scheduler
+    assert scheduler.prediction_type == "v_prediction" and scheduler.rescale_betas_zero_snr
+    assert build("euler", 5, scheduler).timesteps[0] == 999
+
+
+def test_euler_maruyama_runs_at_every_training_timestep() -> None:
+    """1000 steps in leading spacing with offset 1 visit the last timestep twice; log 1 may round below 0."""
+    for spacing in ("leading", "trailing", "linspace"):
+        table = build("euler_maruyama", 1000, SchedulerConfig(), spacing=spacing)
+        assert np.isfinite(table.rows).all() and (table.rows[:, 10] >= 0).all()
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_any_number_of_steps_runs_or_is_refused_in_one_line(sampler: str) -> None:
+    schedules = SCHEDULES if SAMPLERS[sampler].takes_schedule else ("default",)
+    cases = [(n, schedule, "leading") for n in (1, 2, 3, 1000) for schedule in schedules]
+    cases += [(n, "default", spacing) for n in (1, 2, 999, 1000) for spacing in ("trailing", "linspace")]
+    for steps, schedule, spacing in cases:
+        try:
+            table = build(sampler, steps, SchedulerConfig(), schedule=schedule, spacing=spacing)
+        except FastsdError as error:
+            assert error.argument == "num_inference_steps" and "\n" not in str(error)
+        else:
+            assert np.isfinite(table.rows).all() and len(table) > 0

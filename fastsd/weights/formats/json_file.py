@@ -53,7 +53,8 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "original_inference_steps": (1, 100_000),
     "timestep_scaling": (1e-6, 1e6),
     "lambda_min_clipped": (-math.inf, 100.0),
-    **dict.fromkeys(("sigma_min", "sigma_max"), (1e-6, 1e6)),
+    **dict.fromkeys(("sigma_min", "sigma_max", "sigma_data"), (1e-6, 1e6)),
+    "rho": (0.1, 100.0),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,6 @@ def write_taesd(config: TAESDConfig) -> dict[str, Any]:
 # Values that every autoencoder here has; the models support no other.
 VAE_FIXED: dict[str, Any] = {
     "act_fn": "silu",
-    "latents_mean": None,
-    "latents_std": None,
     "shift_factor": None,
     "use_quant_conv": True,
     "use_post_quant_conv": True,
@@ -102,8 +101,21 @@ def read_vae(path: Path) -> VAEConfig:
         norm_num_groups=r.get("norm_num_groups", int, 32),
         mid_block_attention=r.get("mid_block_add_attention", bool, True),
         scaling_factor=r.get("scaling_factor", float, 0.18215),
+        latents_mean=_by_channel(r, "latents_mean"),
+        latents_std=_by_channel(r, "latents_std"),
         force_upcast=r.get("force_upcast", bool, False),
     )
+
+
+def _by_channel(r: ConfigReader, key: str) -> tuple[float, ...] | None:
+    """A number for each channel of the latent, or None. diffusers uses mean and standard deviation only together."""
+    found, channels = r.data.get(key), r.get("latent_channels", int, 4)
+    if found is None or r.data.get("latents_mean") is None or r.data.get("latents_std") is None:
+        return None
+    good = isinstance(found, list) and len(found) == channels and all(type(v) in (int, float) for v in found)
+    if not good or not all(math.isfinite(v) and (v > 0 or key == "latents_mean") for v in found):
+        raise r.error(key, f"it should be a list of latent_channels = {channels} numbers")
+    return tuple(float(v) for v in found)
 
 
 def write_vae(config: VAEConfig, sample_size: int) -> dict[str, Any]:

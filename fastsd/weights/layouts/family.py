@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fastsd.config import CLIPConfig, Depth, SchedulerConfig, UNetConfig, VAEConfig
+from fastsd.config import CLIPConfig, Depth, EDMConfig, SchedulerConfig, UNetConfig, VAEConfig
 from fastsd.errors import FastsdError
 from fastsd.few_step import KINDS, Detection
 from fastsd.weights.few_step import detect_in_metadata, detect_in_unet
@@ -54,6 +54,7 @@ class CheckpointFamily:
         zero_snr: the schedule has zero terminal signal-to-noise.
         few_step: the few-step method that the file names, or None.
         scaled_image: its UNet reads the image to edit scaled, as the latent is: CosXL Edit, marked by its levels.
+        edm: the noise levels of an EDM model, whose markers `edm_markers.py` reads, or None.
     """
 
     layout: FileLayout
@@ -65,6 +66,7 @@ class CheckpointFamily:
     zero_snr: bool
     few_step: Detection | None = None
     scaled_image: bool = False
+    edm: EDMConfig | None = None
 
     @property
     def name(self) -> str:
@@ -83,6 +85,9 @@ class CheckpointFamily:
     def scheduler(self, prediction: str) -> SchedulerConfig:
         """The training schedule, which all families share, and the sampler of the published folders."""
         kind = self.layout.few_step
+        if self.edm is not None:  # the sampler of Playground's folder; CosXL has none
+            sampler = "dpm++2m" if prediction == "epsilon" else "euler"
+            return SchedulerConfig(prediction_type=prediction, sampler=sampler, edm=self.edm)
         return SchedulerConfig(
             prediction_type=prediction,
             sampler=self.layout.sampler,

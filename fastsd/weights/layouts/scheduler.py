@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from fastsd.config import BETA_SCHEDULES, PREDICTIONS, SPACINGS, SchedulerConfig, SolverConfig
+from fastsd.config import BETA_SCHEDULES, PREDICTIONS, SPACINGS, EDMConfig, SchedulerConfig, SolverConfig
 from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
 from fastsd.weights.formats.json_file import ConfigReader
 
 # The sampler for each scheduler class that a folder may name.
 SAMPLER_OF_CLASS = {entry.diffusers: name for name, entry in SAMPLERS.items() if entry.diffusers}
+EDM_CLASSES = {"EDMEulerScheduler": "euler", "EDMDPMSolverMultistepScheduler": "dpm++2m"}
 # The training schedule that diffusers' classes take for keys that a file lacks.
 _BETAS: dict[str, Any] = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 _SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
@@ -40,8 +41,10 @@ def read_scheduler(path: Path, as_stated: bool = False) -> SchedulerConfig:
     """
     r = ConfigReader(path)
     name = r.data.get("_class_name")
+    if isinstance(name, str) and name in EDM_CLASSES:
+        return _read_edm(r, EDM_CLASSES[name])
     if not isinstance(name, str) or name not in SAMPLER_OF_CLASS:
-        raise r.error("_class_name", f"fastsd supports {', '.join(SAMPLER_OF_CLASS)}")
+        raise r.error("_class_name", f"fastsd supports {', '.join((*SAMPLER_OF_CLASS, *EDM_CLASSES))}")
     sampler = SAMPLER_OF_CLASS[name]
     betas = _BETAS | _BETAS_OF.get(sampler, {})
     if sampler == "dpm++2m" and str(r.data.get("algorithm_type", "")).startswith("sde"):
@@ -70,6 +73,28 @@ def read_scheduler(path: Path, as_stated: bool = False) -> SchedulerConfig:
         schedule=_schedule(r, sampler),
         solver=_solver(r, sampler),
         unfollowed=_unfollowed(r, sampler, as_stated),
+    )
+
+
+def _read_edm(r: ConfigReader, sampler: str) -> SchedulerConfig:
+    """The noise levels of a model in Karras et al. 2022's terms; diffusers has two schedulers for these."""
+    if str(r.data.get("algorithm_type", "")).startswith("sde"):
+        sampler = "dpm++2m_sde"
+    usual = EDMConfig()
+    edm = EDMConfig(
+        **{name: r.get(name, float, getattr(usual, name)) for name in ("sigma_data", "sigma_min", "sigma_max", "rho")},
+        ramp=r.one_of("sigma_schedule", ("karras", "exponential"), usual.ramp),
+    )
+    if edm.sigma_min >= edm.sigma_max:
+        raise r.error("sigma_min", f"it should be below sigma_max = {edm.sigma_max:g}")
+    r.one_of("algorithm_type", ("dpmsolver++", "sde-dpmsolver++", None), None)
+    return SchedulerConfig(
+        num_train_timesteps=r.get("num_train_timesteps", int, 1000),
+        prediction_type=r.one_of("prediction_type", ("epsilon", "v_prediction"), "epsilon"),
+        sampler=sampler,
+        solver=replace(_solver(r, sampler), sigma_min=None, sigma_max=None),
+        unfollowed=_unfollowed(r, sampler, as_stated=True),
+        edm=edm,
     )
 
 
@@ -168,11 +193,13 @@ def _unfollowed(r: ConfigReader, sampler: str, as_stated: bool) -> tuple[str, ..
 def write_scheduler(config: SchedulerConfig) -> dict[str, Any]:
     """The JSON that `read_scheduler`, and diffusers, read back."""
     stated = {f.name: getattr(config, f.name) for f in fields(config)} | vars(config.solver)
-    for name in ("sampler", "schedule", "solver", "unfollowed"):
+    for name in ("sampler", "schedule", "solver", "unfollowed", "edm"):
         del stated[name]
     stated |= {key: key != "skip_prk_steps" for key in config.unfollowed}
     result = {key: list(value) if isinstance(value, tuple) else value for key, value in stated.items()}
     result = {key: value for key, value in result.items() if value is not None}
+    if config.edm is not None:
+        return _edm_json(config, result)
     result["_class_name"] = CLASS_OF_SAMPLER.get(config.sampler.removesuffix("_sde"), "DDIMScheduler")
     if config.sampler == "dpm++2m_sde":
         result.setdefault("algorithm_type", "sde-dpmsolver++")
@@ -183,3 +210,16 @@ def write_scheduler(config: SchedulerConfig) -> dict[str, Any]:
     if config.schedule in ("karras", "exponential", "beta") and not config.solver.use_lu_lambdas:
         result[f"use_{config.schedule}_sigmas"] = True
     return result
+
+
+def _edm_json(config: SchedulerConfig, stated: dict[str, Any]) -> dict[str, Any]:
+    """The JSON of an EDM model's scheduler."""
+    assert config.edm is not None
+    levels = {"sigma_schedule" if key == "ramp" else key: value for key, value in vars(config.edm).items()}
+    kept = {key: stated[key] for key in ("num_train_timesteps", "prediction_type")}
+    if config.sampler == "euler":
+        return {**kept, **levels, "_class_name": "EDMEulerScheduler"}
+    solver = {key: value for key, value in stated.items() if key in vars(config.solver)}
+    if config.sampler == "dpm++2m_sde":
+        solver["algorithm_type"] = "sde-dpmsolver++"
+    return {**kept, **solver, **levels, "_class_name": "EDMDPMSolverMultistepScheduler"}

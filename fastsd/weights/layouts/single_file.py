@@ -20,6 +20,7 @@ from fastsd.model.vae import AutoencoderKL
 from fastsd.parameters import PARAMETERS
 from fastsd.weights.formats.open_file import read_tensors
 from fastsd.weights.formats.safetensors_file import TensorEntry
+from fastsd.weights.layouts.edm_markers import with_markers
 from fastsd.weights.layouts.family import CheckpointFamily, FileTextEncoder, find_family
 from fastsd.weights.layouts.file_layouts import FileLayout, TextEncoderLayout
 from fastsd.weights.layouts.ldm_names import OriginalKey, linear_projection, openclip_key, unet_key, unet_table, vae_key
@@ -116,6 +117,7 @@ def outline_file(
     """
     entries, metadata = read_file(path, allow_pickle)
     family = find_family(path, {key: entry.shape for key, entry in entries.items()}, metadata)
+    family = with_markers(path, family, entries)
     if ema:
         entries |= ema_entries(path, family.layout, entries)
     prediction = _prediction(path, family, prediction)

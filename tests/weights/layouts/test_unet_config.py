@@ -27,7 +27,7 @@ READ = {
     "vae": {
         *("in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block"),
         *("norm_num_groups", "mid_block_add_attention", "scaling_factor", "force_upcast"),
-        *("down_block_types", "up_block_types"),
+        *("down_block_types", "up_block_types", "latents_mean", "latents_std"),
     },
     "text_encoder": {
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -73,8 +73,6 @@ REFUSED: dict[str, dict[str, Any]] = {
         "act_fn": "gelu",
         "down_block_types": ["AttnDownEncoderBlock2D", "DownEncoderBlock2D"],
         "up_block_types": ["UpDecoderBlock2D", "AttnUpDecoderBlock2D"],
-        "latents_mean": [0.5, 0.0, 0.0, 0.0],
-        "latents_std": [2.0, 1.0, 1.0, 1.0],
         "shift_factor": 0.1,
         "use_quant_conv": False,
         "use_post_quant_conv": False,
