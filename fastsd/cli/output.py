@@ -15,14 +15,17 @@ from fastsd.errors import FastsdError
 from fastsd.files import reason, write_whole
 from fastsd.image.files import WRITABLE, encode
 
+# The ending of a file's name, so of a format that is not written. A folder may be called v1.5, 2024.11 or a.b.
+_FORMAT = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,4}")
 OTHER_IMAGES = (".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".jxl", ".ppm", ".svg")
 
 
 class Output:
     """Where the images of one run go. Made, and checked to be writable, before any work.
 
-    `where` with an image suffix is a file; several images become name-0.png, name-1.png, ... Anything else is a folder,
-    whose files are called 00012-<seed>-<words of the prompt>.png, numbered on from those that are there.
+    `where` with an image suffix is a file; several images become name-0.png, name-1.png, ... A name with another short
+    ending, such as a.xyz, is refused unless a folder has it. Anything else is a folder, whose files are called
+    00012-<seed>-<words of the prompt>.png, numbered on from those that are there.
 
     Args:
         where: a file or a folder.
@@ -101,6 +104,13 @@ class Output:
         if os.path.lexists(path):
             raise FastsdError(
                 "neither a folder nor the name of an image, such as name.png", argument="output", path=where
+            )
+        if _FORMAT.fullmatch(path.suffix):
+            raise FastsdError(
+                f"{path.suffix} is no format that is written; use {', '.join(WRITABLE)}, or end the name of a folder "
+                "with /",
+                argument="output",
+                path=where,
             )
         return False
 

@@ -9,12 +9,15 @@ from pathlib import Path
 
 from fastsd.errors import FastsdError
 from fastsd.few_step import Detection
+from fastsd.weights.adapters.embeddings import vectors_of
 from fastsd.weights.few_step import detect_in_metadata
+from fastsd.weights.formats.pickle_file import is_pickle, open_pickle, tensors_in
 from fastsd.weights.formats.safetensors_file import DTYPES, TensorEntry
 from fastsd.weights.hashes import remember_sha256
 from fastsd.weights.layouts.family import CheckpointFamily, find_family
 from fastsd.weights.layouts.names import same_matrix, sources
 from fastsd.weights.layouts.single_file import EMA_PREFIX, file_networks, read_file
+from fastsd.weights.recognise import embedding_kind, recognise
 
 MAX_KEYS, MAX_TEXT = 10, 200  # keys shown of a list, characters shown of a value
 # Keys that training leaves in a file, which belong to no network.
@@ -38,7 +41,8 @@ def inspect(path: Path, allow_pickle: bool = False) -> Facts:
     Raises:
         FastsdError: no file, malformed, or a pickle that is not allowed.
     """
-    entries, metadata = read_file(path, allow_pickle)
+    other = _other_pickle(path, allow_pickle)
+    entries, metadata = ({}, {}) if other else read_file(path, allow_pickle)
     names = {dtype: name for name, dtype in DTYPES.items()}
     sizes: Counter[str] = Counter()
     for entry in entries.values():
@@ -47,16 +51,38 @@ def inspect(path: Path, allow_pickle: bool = False) -> Facts:
     facts = [("file", str(path)), ("size", f"{total} bytes ({total / 2**30:.2f} GiB), {len(entries)} tensors")]
     shares = (f"{name} {size / max(1, sum(sizes.values())):.0%}" for name, size in sizes.most_common())
     facts += [("dtype", ", ".join(shares) or "none")]
+    if other:
+        return facts + [("kind", other), *_hashes(path)]
     try:
         family = find_family(path, {key: entry.shape for key, entry in entries.items()}, metadata)
         facts += _family_facts(family, entries)
     except FastsdError as error:
         reason = str(error).removeprefix(f"{path}: ")
-        facts += [("family", reason if reason.startswith("it is ") else f"unknown: {reason}")]
+        kinds = [] if reason.startswith("it is ") else recognise(path, entries, allow_pickle)
+        facts += kinds or [("family", reason if reason.startswith("it is ") else f"unknown: {reason}")]
         if (detection := detect_in_metadata(metadata)) is not None:
             facts += [("few steps", _few_step(detection))]
     facts += _named("metadata", _metadata(metadata))
     return facts + _hashes(path)
+
+
+def _other_pickle(path: Path, allow_pickle: bool) -> str | None:
+    """What a pickle is that holds no table of tensors by name; None for any other file."""
+    if not path.is_file() or not is_pickle(path):
+        return None
+    content, sizes = open_pickle(path, allow_pickle)
+    if not isinstance(content, dict):
+        return None
+    if "string_to_param" in content:
+        table = vectors_of(content)
+        shapes = {key: entry.shape for key, entry in tensors_in(path, table, sizes).items()}
+        fits = len(shapes) == 1 and all(len(shape) in (1, 2) for shape in shapes.values())
+        return embedding_kind(shapes) if fits else "a textual inversion without vectors"
+    if any(type(key) is int for key in content):
+        return "a hypernetwork, which fastsd does not read"
+    if any(isinstance(content.get(key), dict) for key in ("params", "params_ema")):
+        return "an upscaler, which fastsd does not read"
+    return None
 
 
 def _family_facts(family: CheckpointFamily, entries: dict[str, TensorEntry]) -> Facts:

@@ -49,6 +49,16 @@ def assert_equal_weights(found: Weights, expected: Weights, base: Weights) -> No
     assert changed, "the adapter changes nothing"
 
 
+def small_lora() -> Weights:
+    """A LoRA of rank 1 for one layer of the tiny model's UNet and one of its text encoder."""
+    layers = {
+        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": 32,
+        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj": 32,
+    }
+    pairs = [(f"{name}.lora_{part}.weight", width, part) for name, width in layers.items() for part in "AB"]
+    return {key: torch.full((1, width) if part == "A" else (width, 1), 0.1) for key, width, part in pairs}
+
+
 def peft_folder(module: Any, config: Any, folder: Path) -> Weights:
     """A random adapter of PEFT in a folder, and the weights that PEFT makes with it."""
     import peft

@@ -89,7 +89,7 @@ def test_half_precision_and_a_missing_autoencoder(originals: Any, capsys: Any) -
 def test_a_file_that_is_not_a_checkpoint(originals: Any, capsys: Any) -> None:
     path = originals.save({"lora_unet_x.lora_down.weight": torch.ones(4, 4)}, "lora.safetensors", {"ss_steps": "3"})
     found = facts(path, capsys)
-    assert found["family"] == ["unknown: not a Stable Diffusion checkpoint: it looks like a LoRA or another adapter"]
+    assert found["kind"] == ["an adapter: LoRA; use it with --lora"] and "family" not in found
     assert found["metadata"] == ["ss_steps = 3"]
 
 

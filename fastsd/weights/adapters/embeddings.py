@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,12 +60,16 @@ def load_embedding(
     return TextualInversion(tuple(dict.fromkeys(names)), read_vectors(path, tensors, encoders))
 
 
+def vectors_of(content: Any) -> Any:
+    """The table of vectors in what a pickle holds: A1111's, that of the first trainers, or the content itself."""
+    inner = content.get("string_to_param", content) if isinstance(content, dict) else None
+    return getattr(inner, "tensors", {}) if isinstance(inner, ParameterTable) else inner
+
+
 def _unpickle(path: Path, allow_pickle: bool) -> dict[str, torch.Tensor]:
     """The tensors of a pickle, by name."""
     content, sizes = open_pickle(path, allow_pickle)
-    inner = content.get("string_to_param", content) if isinstance(content, dict) else None
-    if isinstance(inner, ParameterTable):
-        inner = getattr(inner, "tensors", {})
+    inner = vectors_of(content)
     if not isinstance(inner, dict):
         raise FastsdError("not an embedding; it should hold tensors, or string_to_param with tensors", path=path)
     return {key: entry.read() for key, entry in tensors_in(path, inner, sizes).items()}
