@@ -167,7 +167,8 @@ class _Solver:
 
 def _multistep(solver: _Solver) -> Table:
     schedule, count = solver.schedule, len(solver.times)
-    few = schedule.option("lower_order_final", True) and count < FEW
+    # At levels of k-diffusion's kind only the step to 0 has a lower order, as there; they end above 0 in KL Optimal.
+    few = schedule.option("lower_order_final", True) and count < FEW and schedule.given is None
     at_final = few or schedule.option("euler_at_final", False) or solver.sigmas[-1] == 0
     if solver.order > 2 and solver.algorithm == "sde-dpmsolver":
         raise FastsdError("sde-dpmsolver has solver_order 1 or 2", argument="sampler")

@@ -15,6 +15,7 @@ from fastsd.sampling.build import build
 from fastsd.sampling.levels import LEVELS, beta_quantiles
 from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
 from fastsd.sampling.schedule import RAMPS, Schedule
+from fastsd.sampling.table import COLUMNS
 from tests.support.lifted import Case, difference, reference, run_table
 
 # numpy warns about diffusers' own __array__.
@@ -186,3 +187,11 @@ def test_a1111_leaves_out_the_last_level_but_one_of_dpm2() -> None:
     _, sigmas = LIKE["a1111"].levels.of(Schedule(CONFIG, 10, schedule="simple"), "dpm2", False)
     whole = levels("simple", 11)
     np.testing.assert_array_equal(sigmas, [*whole[:-2], 0])
+
+
+@pytest.mark.parametrize("sampler", ["dpm++2m", "dpm++2m_sde"])
+def test_a_last_step_above_0_keeps_its_order(sampler: str) -> None:
+    """k-diffusion's `sample_dpmpp_2m` takes order 1 only where the next sigma is 0; diffusers in few steps anyway."""
+    last = build(sampler, 5, CONFIG, schedule="kl_optimal").rows[-1]
+    assert last[COLUMNS.index("b1")] != 0
+    assert build(sampler, 5, CONFIG, schedule="kl_optimal_comfy").rows[-1][COLUMNS.index("b1")] == 0

@@ -126,3 +126,8 @@ def test_the_page_lists_every_sampler_and_schedule() -> None:
     page = (ROOT / "docs" / "samplers.md").read_text(encoding="utf-8")
     assert all(f"| `{name}` |" in page for name in SAMPLERS)
     assert all(f"`{name}`" in page for name in SCHEDULES)
+    for name, entry in SAMPLERS.items():
+        line = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+        cells = [cell.strip().strip("`") for cell in line.split("|")[2:5]]
+        assert cells[0] == entry.label and cells[2] == entry.diffusers
+        assert not cells[1] or resolve(cells[1])[0] == name  # ComfyUI's name
