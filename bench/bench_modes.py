@@ -16,7 +16,6 @@ from bench.bench_images import GUIDANCE, PROMPT, forced, image_work, load_diffus
 from bench.measure import Candidate, image_limit
 from bench.session import Session
 from fastsd.components import Components
-from fastsd.generate.latents import FEATHER
 from fastsd.pipeline import Pipeline
 
 # Distilled models: the sampler, diffusers' name for it, steps. Without guidance.
@@ -52,12 +51,12 @@ def make_mode(name: str, size: int, steps: int) -> Mode:
     arguments = {"image": Image.fromarray(noise), "guidance_scale": GUIDANCE, "num_inference_steps": steps}
     if name == "img2img":
         return Mode(name, arguments | {"strength": 0.5}, None, max(1, steps // 2), 1, None)
-    # The mask ends at latent boundaries. Outside, fastsd keeps the input image and blends it in at the border, while
-    # diffusers returns a decoded copy. So only the inside is compared.
+    # The mask ends at latent boundaries. Outside, fastsd keeps the input image, while diffusers returns a
+    # decoded copy. So only the inside is compared.
     mask = np.zeros((size, size), dtype=np.uint8)
     mask[size // 4 : 3 * size // 4, size // 4 : 3 * size // 4] = 255
     arguments |= {"mask_image": Image.fromarray(mask), "strength": 1.0}
-    inside = slice(size // 4 + 2 * FEATHER, 3 * size // 4 - 2 * FEATHER)
+    inside = slice(size // 4, 3 * size // 4)
     return Mode(name, arguments, None, steps, 1, inside)
 
 

@@ -14,6 +14,7 @@ from fastsd.errors import FastsdError, about
 MAX_SEED = 2**63 - 1
 MAX_IMAGES = 1000
 MAX_STEPS = 1000
+MAX_SIDE = 8192
 # The headings of --help.
 WHAT, HOW = "what to generate", "how to generate it (defaults: the model's own)"
 CONTROL = "control (flags may be given again, for the next --control)"
@@ -181,6 +182,26 @@ class Value(Kind):
 
 
 @dataclass(frozen=True)
+class Sides(Kind):
+    """Pixels at the left, top, right and bottom, as a text "64,0,64,0"; a sequence of four is brought to it."""
+
+    metavar: str = "L,T,R,B"
+
+    def check(self, value: Any) -> str:
+        parts = value.split(",") if isinstance(value, str) else value
+        try:
+            pixels = [int(str(part).strip()) for part in parts]
+        except (TypeError, ValueError):
+            pixels = []
+        if len(pixels) != 4 or min(pixels) < 0 or not 0 < max(pixels) <= MAX_SIDE:
+            raise FastsdError(f"it should be {self}", value=value)
+        return ",".join(map(str, pixels))
+
+    def __str__(self) -> str:
+        return f"four whole numbers of pixels up to {MAX_SIDE}: left,top,right,bottom"
+
+
+@dataclass(frozen=True)
 class Parameter:
     """One parameter.
 
@@ -200,6 +221,7 @@ class Parameter:
         repeat: `--from-image` gives it the value in the image's metadata, where that is one value.
         few_step: its default belongs to the kind of few-step model.
         several: the flag may be given again.
+        counts_as: the parameter that it stands for where others need that one.
         rare: --help leaves it out; --help-all does not.
     """
 
@@ -217,6 +239,7 @@ class Parameter:
     repeat: bool = True
     few_step: bool = False
     several: bool = False
+    counts_as: str = ""
     rare: bool = False
 
     @property

@@ -17,6 +17,7 @@ from fastsd.kinds import (
     HOW,
     MAX_IMAGES,
     MAX_SEED,
+    MAX_SIDE,
     MAX_STEPS,
     SHARE,
     START,
@@ -33,11 +34,11 @@ from fastsd.kinds import (
     Value,
     Whole,
 )
+from fastsd.mask_rows import MASK_ROWS
 from fastsd.pass_rows import PASS_ROWS
 from fastsd.program_rows import PROGRAM_ROWS
 from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
 
-MAX_SIDE = 8192
 MAX_CONTROL_WEIGHT = 10.0
 DEFAULT_BATCH = 8
 RANDOM_SEED = -1
@@ -157,15 +158,7 @@ ROWS: tuple[Parameter, ...] = (
         0.8,
         needs=("image", "the image to change"),
     ),
-    Parameter(
-        "mask_image",
-        File(stored=dict),
-        "change only where this image is white",
-        ("--mask",),
-        START,
-        needs=("image", "the image to change"),
-        metadata_key="mask",
-    ),
+    *MASK_ROWS,
     Parameter(
         "depth_image",
         File(stored=dict),
@@ -345,6 +338,7 @@ def recorded(settings: Settings) -> dict[str, Any]:
     them."""
     given = {name for name, value in settings.items() if value is not None}
     given |= {"refiner"} if settings.refiner_switch is not None else set()
+    given = _counted(given - {row.name for row in of_call() if settings[row.name] is False})
     return {
         parameter.name: settings[parameter.name]
         for parameter in of_call()
@@ -364,6 +358,7 @@ def check_needs(given: Collection[str]) -> None:
     Raises:
         FastsdError: it names both.
     """
+    given = _counted(given)
     for parameter in PARAMETERS.values():
         if parameter.name not in given:
             continue
@@ -373,6 +368,11 @@ def check_needs(given: Collection[str]) -> None:
             raise FastsdError(
                 f"given with {{{parameter.excludes[0]}}}; {parameter.excludes[1]}", argument=parameter.name
             )
+
+
+def _counted(given: Collection[str]) -> set[str]:
+    """The names that were given, with those that others of them count as."""
+    return {*given, *(row.counts_as for row in PARAMETERS.values() if row.counts_as and row.name in given)}
 
 
 def nearest(word: str, known: Collection[str]) -> str:

@@ -239,9 +239,12 @@ class Pipeline:
         if form == "latent":
             return latents.permute(0, 3, 1, 2)
         with self._turn(stage), timed(timings, "decode"):
-            images = self.decode(latents, stage.vae_tiling)
-            if stage.image is not None and stage.mask is not None:
-                images = [stage.mask.compose(stage.image, image) for image in images]
+            if stage.unchanged is not None:
+                images = [stage.unchanged.copy() for _ in latents]
+            else:
+                images = self.decode(latents, stage.vae_tiling)
+                if stage.mask is not None:
+                    images = [stage.mask.compose(image) for image in images]
             return convert_images(images, form)
 
     @undisturbed()

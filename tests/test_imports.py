@@ -18,6 +18,7 @@ RANKS = {
     "few_step": 1,
     "files": 1,
     "kinds": 1,
+    "mask_rows": 2,
     "pass_rows": 2,
     "program_rows": 2,
     "kernels": 2,

@@ -43,8 +43,6 @@ def generate(args: argparse.Namespace) -> int:
     check(args)
     given = {name: GivenImage.read(getattr(args, name), name) for name in READERS if getattr(args, name) is not None}
     arguments = _arguments(args) | {name: _open(image, name) for name, image in given.items()}
-    if "mask_image" in arguments and not arguments["mask_image"].getbbox():
-        notes.append("the mask is black all over, so nothing changes; white is what changes")
     chosen = controls.read(args, before)
     output = Output(args.output or flags.DEFAULT_OUTPUT, args.num_images_per_prompt or 1, bool(args.overwrite))
     try:

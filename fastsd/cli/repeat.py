@@ -113,15 +113,21 @@ def _lacking(row: Parameter, args: argparse.Namespace) -> str:
     """The flag that a setting needs and that is missing, or nothing: also where another flag excludes it, which is
     said."""
     needed = PARAMETERS[row.needs[0]] if row.needs is not None else None
-    if needed is None or getattr(args, needed.name) is not None:
+    if needed is None or _is_met(needed.name, args):
         return ""
     excluded = needed.excludes is not None and getattr(args, needed.excludes[0]) is not None
     return "" if excluded else needed.flag
 
 
+def _is_met(needed: str, args: argparse.Namespace) -> bool:
+    """Whether a parameter that others need is given, or one that counts as it."""
+    names = [needed, *(row.name for row in PARAMETERS.values() if row.counts_as == needed)]
+    return any(getattr(args, name) is not None for name in names)
+
+
 def _applies(row: Parameter, args: argparse.Namespace, settings: dict[str, Any], kind_changed: bool) -> bool:
     """Whether a setting still has its meaning beside the flags."""
-    if row.needs is not None and getattr(args, row.needs[0]) is None:
+    if row.needs is not None and not _is_met(row.needs[0], args):
         return False
     if row.excludes is not None and getattr(args, row.excludes[0]) is not None:
         return False

@@ -18,6 +18,7 @@ from fastsd.generate.conditioning import ConditioningSchedule, schedule_conditio
 from fastsd.generate.control import Control
 from fastsd.generate.denoiser import ActiveControl, CapturedStep, Conditioning, StepInputs, denoise_row
 from fastsd.generate.latents import Codec, image_tensor
+from fastsd.generate.masks import free_latents
 from fastsd.generate.noise import Noise
 from fastsd.generate.request import Pass
 from fastsd.generate.start import Start, start_batch
@@ -131,7 +132,8 @@ class Batch:
             out = denoise_row(segment.unet, inputs, row) if step is None else step()
         inputs.state.index += 1
         if self.start.mask is not None and self.start.image is not None:
-            advance.restore_known(inputs.state, self.start.image, self.start.noise, self.start.mask)
+            mask = free_latents(self.start.mask, inputs.state.host_table, row)
+            advance.restore_known(inputs.state, self.start.image, self.start.noise, mask)
         return Estimate(x_in, out[-len(inputs.state.x) :][:1].clone(), timestep)
 
     def _load_graph(self, unet: UNet) -> Callable[[], torch.Tensor] | None:

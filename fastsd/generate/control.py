@@ -10,6 +10,8 @@ from PIL import Image
 
 from fastsd.components import Components
 from fastsd.errors import FastsdError, about
+from fastsd.generate.canvas import cut
+from fastsd.generate.masks import InpaintMask
 from fastsd.image.files import WHITE, flatten
 from fastsd.kinds import SHARE, Number
 from fastsd.model.controlnet import ControlNet
@@ -58,9 +60,12 @@ def check_controls(controls: Any) -> list[Control]:
 
 
 def fit_controls(
-    controls: Sequence[Control], components: Components, width: int, height: int
+    controls: Sequence[Control], components: Components, size: tuple[int, int], mask: InpaintMask | None = None
 ) -> tuple[tuple[Control, ...], list[str]]:
     """The controls with RGB images at the size of the result, and notes on what was changed.
+
+    size: width and height. mask: where it paints a part alone, the control images belong to the whole image, and that
+    part of them is taken.
 
     Raises:
         FastsdError: a ControlNet of another family or pipeline, an image that is none, a number out of range.
@@ -79,9 +84,13 @@ def fit_controls(
                 kind.check(getattr(control, part))
         if control.start > control.end:
             raise FastsdError(f"{control.start:g} comes after its end {control.end:g}", argument=f"{name}.start")
-        if image.size != (width, height):
-            notes.append(f"the control image was resized from {image.width}x{image.height} to {width}x{height}")
-        fitted.append(resize_control(replace(control, image=image), width, height))
+        whole = size if mask is None else mask.original.size
+        if image.size != whole:
+            notes.append(f"the control image was resized from {image.width}x{image.height} to {whole[0]}x{whole[1]}")
+        resized = resize_control(replace(control, image=image), *whole)
+        if mask is not None and mask.box != (0, 0, *whole):
+            resized = replace(resized, image=cut(resized.image, mask.box))
+        fitted.append(resize_control(resized, *size))
     return tuple(fitted), notes
 
 

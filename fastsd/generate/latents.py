@@ -1,15 +1,14 @@
-"""Images and masks as latents."""
+"""Images as latents."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from fastsd.config import TAESDConfig
 from fastsd.errors import FastsdError
@@ -18,7 +17,6 @@ from fastsd.model.taesd import Autoencoder
 from fastsd.model.tiling import decode_tiled, encode_tiled
 from fastsd.runtime.devices import dtype_name
 
-FEATHER = 4  # pixels over which an inpainted region fades into the kept image, inside the mask
 CAPTURED = 1024 * 1024  # most pixels for a graph of the autoencoder: above, launches cost nothing and maps gigabytes
 
 T = TypeVar("T")
@@ -122,40 +120,6 @@ class Codec:
 def is_finite(tensors: Any) -> bool:
     """Whether all values of a tensor, or of a tuple of them, are finite. Waits for the device."""
     return all(bool(torch.isfinite(x).all()) for x in (tensors if isinstance(tensors, tuple) else (tensors,)))
-
-
-@dataclass(frozen=True)
-class InpaintMask:
-    """The part of an image that changes.
-
-    Attributes:
-        pixels: `[1, H, W, 1]` fp32, 1 where the image changes.
-        latents: `[1, h, w, 1]`, 1 where any pixel under the latent pixel changes.
-        feathered: of the image's size, 0 outside the mask, rising to 255 over `FEATHER` pixels inside it.
-    """
-
-    pixels: torch.Tensor
-    latents: torch.Tensor
-    feathered: Image.Image
-
-    @classmethod
-    def from_image(cls, mask: Image.Image, downscale: int) -> InpaintMask:
-        """`mask`: one channel; 128 and above changes."""
-        binary = mask.point([0] * 128 + [255] * 128)
-        pixels = torch.from_numpy(np.array(binary, dtype=np.float32) / 255.0)[None, None]
-        latents = torch.nn.functional.max_pool2d(pixels, downscale)
-        return cls(to_channels_last(pixels), to_channels_last(latents), feather(binary))
-
-    def compose(self, original: Image.Image, generated: Image.Image) -> Image.Image:
-        """`generated` inside the mask; outside it `original`, bit for bit."""
-        return Image.composite(generated, original, self.feathered)
-
-
-def feather(binary: Image.Image) -> Image.Image:
-    """Soften a mask towards its inside: a blur is one half at the edge, so values above one half are stretched."""
-    blurred = np.asarray(binary.filter(ImageFilter.GaussianBlur(FEATHER / 2)), dtype=np.float32) / 255.0
-    inside = np.clip(blurred * 2.0 - 1.0, 0.0, 1.0) * (np.asarray(binary) > 0)
-    return Image.fromarray((inside * 255.0).round().astype(np.uint8))
 
 
 def enlarge(latents: torch.Tensor, height: int, width: int) -> torch.Tensor:

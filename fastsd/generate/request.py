@@ -17,8 +17,8 @@ from fastsd.generate.beside import count_parts, fill_editing, guidance_notes
 from fastsd.generate.control import Control, idle_controls, resize_control
 from fastsd.generate.defaults import steps_from_image
 from fastsd.generate.inputs import Images, check_prompts, fit_images, fit_latents
-from fastsd.generate.latents import InpaintMask
 from fastsd.generate.like import LIKE, Rules, fill, rules_notes
+from fastsd.generate.masks import InpaintMask
 from fastsd.generate.noise import SOURCES, NoisePlan, of_image
 from fastsd.generate.tables import make_table, refiner_row
 from fastsd.kinds import MAX_IMAGES, MAX_SEED
@@ -79,6 +79,13 @@ class Pass:
     def guided(self) -> bool:
         """An unconditional sample runs beside the conditional one."""
         return self.parts > 1
+
+    @property
+    def unchanged(self) -> Image.Image | None:
+        """The image that comes back as it is, since no step runs; None where one runs, or without an image."""
+        if len(self.table) or self.image is None:
+            return None
+        return self.image if self.mask is None else self.mask.original
 
     def ends_step(self, row: int) -> bool:
         """Whether `row` is the last of one of the user's steps."""

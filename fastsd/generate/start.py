@@ -22,7 +22,7 @@ class Start:
     Attributes:
         noise: `[n, h, w, C]`, unit variance.
         image: `[n, h, w, C]`, scaled latents that the noise is added to; None: pure noise.
-        mask: `[1, h, w, 1]`: latents outside it follow `image`; or None.
+        mask: `[1, h, w, 1]` in [0, 1]: latents follow `image` until it frees them, see `free_latents`; or None.
         extra_channels: what the UNet reads beside the latent, `[n, h, w, channels]`: mask and masked image, the image
             to edit, or a depth map; or None.
     """
@@ -85,16 +85,39 @@ def image_to_image(codec: Codec, stage: Pass, which: slice, noise: Noise) -> Sta
 def inpaint_by_mask(codec: Codec, stage: Pass, which: slice, noise: Noise) -> Start:
     """Latents outside the mask follow the image after each step, for any UNet."""
     assert stage.mask is not None
-    return replace(image_to_image(codec, stage, which, noise), mask=stage.mask.latents.to(noise.device))
+    start = image_to_image(codec, stage, which, noise)
+    return _fill(replace(start, mask=stage.mask.latents.to(noise.device)), stage, noise)
+
+
+def _fill(start: Start, stage: Pass, noise: Noise) -> Start:
+    """The start with other latents under the mask, by its value: noise or zeros, where the call asks for them.
+
+    A1111 (`StableDiffusionProcessingImg2Img.init` in modules/processing.py) takes the run's own noise for "latent
+    noise"; here it is drawn anew, so that the noisy latents have unit variance.
+    """
+    fill = stage.settings.inpaint_fill
+    if start.image is None or stage.mask is None or fill not in ("noise", "blank"):
+        return start
+    new = noise.sample() if fill == "noise" else torch.zeros_like(start.image)
+    mask = stage.mask.latents.to(noise.device)
+    return replace(start, image=start.image * (1.0 - mask) + new * mask)
 
 
 def inpaint_by_unet(codec: Codec, stage: Pass, which: slice, noise: Noise) -> Start:
-    """An inpainting UNet reads mask and masked image; at full strength it starts from pure noise."""
+    """An inpainting UNet reads mask and masked image; at full strength it starts from pure noise.
+
+    It was trained to see pixels or not, so it sees those that are kept in full. Of a grey mask, latents are restored as
+    for any UNet.
+    """
     assert stage.image is not None and stage.mask is not None
-    start = text_to_image(stage, which, noise) if stage.strength == 1.0 else image_to_image(codec, stage, which, noise)
-    kept = image_tensor(stage.image) * (stage.mask.pixels < 0.5)
+    pure = stage.strength == 1.0 and not stage.mask.is_grey
+    start = text_to_image(stage, which, noise) if pure else image_to_image(codec, stage, which, noise)
+    if stage.mask.is_grey:
+        start = replace(start, mask=stage.mask.latents.to(noise.device))
+    start = _fill(start, stage, noise)
+    kept = image_tensor(stage.image) * (stage.mask.pixels == 0)
     masked = codec.encode(kept, noise.encoding(), stage.vae_tiling)
-    mask = stage.mask.latents.to(noise.device).expand(len(masked), -1, -1, -1)
+    mask = stage.mask.hidden.to(noise.device).expand(len(masked), -1, -1, -1)
     return replace(start, extra_channels=torch.cat([mask, masked], dim=-1))
 
 

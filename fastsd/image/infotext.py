@@ -25,6 +25,7 @@ from fastsd.kinds import MAX_STEPS, Name
 from fastsd.parameters import PARAMETERS
 from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
 
+FILLS = {"fill": "fill", "noise": "latent noise", "blank": "latent nothing"}  # A1111's "Masked content"
 UPSCALERS = {"latent": "Latent", "lanczos": "Lanczos"}
 
 
@@ -87,6 +88,12 @@ _WRITERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     },
     "hires_steps": lambda settings: {"Hires steps": _steps_that_run(settings)},
     "hires_upscaler": lambda settings: {"Hires upscaler": UPSCALERS.get(settings.get("hires_upscaler") or "")},
+    "mask_invert": lambda settings: {"Mask mode": "Inpaint not masked" if settings.get("mask_invert") else None},
+    "inpaint_fill": lambda settings: {"Masked content": FILLS.get(settings.get("inpaint_fill") or "")},
+    "inpaint_only_masked": lambda settings: {
+        "Inpaint area": "Only masked" if settings.get("inpaint_only_masked") else None,
+        "Masked area padding": settings.get("inpaint_padding") if settings.get("inpaint_only_masked") else None,
+    },
     "refiner": lambda settings: {"Refiner": _title(settings.get("refiner") or {})},
 }
 
@@ -176,6 +183,10 @@ def _understand(key: str, value: str, pairs: Mapping[str, str]) -> dict[str, Any
             case "Size":
                 width, height = value.split("x")
                 return {"width": int(width), "height": int(height)}
+            case "Mask mode" | "Inpaint area" | "Masked content":
+                return _MASKS.get((key, value.lower()))
+            case "Masked area padding":
+                return {"inpaint_padding": int(value)}
             case "Model":
                 return {"model": value}
             case "Device" | "Dtype" if pairs.get("Version", "").startswith("fastsd "):
@@ -189,6 +200,14 @@ def _understand(key: str, value: str, pairs: Mapping[str, str]) -> dict[str, Any
     return None
 
 
+# A1111's words of inpainting (modules/processing.py, `StableDiffusionProcessingImg2Img.init`; modules/ui.py).
+_MASKS: dict[tuple[str, str], dict[str, Any]] = {
+    ("Mask mode", "inpaint not masked"): {"mask_invert": True},
+    ("Mask mode", "inpaint masked"): {"mask_invert": False},
+    ("Inpaint area", "only masked"): {"inpaint_only_masked": True},
+    ("Masked content", "original"): {"inpaint_fill": "original"},
+    **{("Masked content", label): {"inpaint_fill": name} for name, label in FILLS.items()},
+}
 _SAME = {"Hires sampler": "Sampler", "Hires schedule type": "Schedule type", "Hires CFG Scale": "CFG scale"}
 
 

@@ -13,7 +13,8 @@ from PIL import Image
 from fastsd import Control
 from fastsd.config import ControlNetConfig
 from fastsd.errors import FastsdError
-from fastsd.generate.inputs import fit_image, fit_mask
+from fastsd.generate.sizes import fit_image, read_image
+from fastsd.image.files import BLACK
 from fastsd.model.controlnet import ControlNet
 from fastsd.pipeline import Pipeline
 from tests.support.pipelines import PHOTO, tiny_pipeline
@@ -84,11 +85,11 @@ def test_images_of_other_modes_are_read_as_from_files(pipe: Pipeline, control: C
     shallow = Image.fromarray(((values.astype(int) + 128) // 257).astype(np.uint8))
     assert deep.mode.startswith("I") and len(np.unique(shallow)) == 256
     assert np.array_equal(fit_image(deep, None, None, 8)[0], shallow.convert("RGB"))
-    assert np.array_equal(fit_mask(deep, PHOTO)[0], shallow)
+    assert np.array_equal(read_image(deep, "mask_image", "L", BLACK)[0], shallow)
     found, wanted = (latents(pipe, controls=[replace(control, image=image)]) for image in (deep, shallow))
     assert torch.equal(found, wanted)
     clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
     assert fit_image(clear, None, None, 8)[0].getpixel((0, 0)) == (255, 255, 255)
-    assert fit_mask(clear, PHOTO)[0].getpixel((0, 0)) == 0
+    assert read_image(clear, "mask_image", "L", BLACK)[0].getpixel((0, 0)) == 0
     with pytest.raises(FastsdError, match=r"controls\[0\].image: floating-point pixels"):
         pipe("a cat", controls=[replace(control, image=Image.new("F", (64, 64)))])

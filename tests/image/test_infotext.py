@@ -80,8 +80,9 @@ WORKED = {
             "width": 512,
             "height": 512,
             "strength": 0.75,
+            "mask_blur": 4.0,
         },
-        {"Mask blur": "4"},
+        {},
     ),
     "the upscaling pass of text-to-image is no image-to-image": (
         "x\nSteps: 20, Sampler: DPM++ 2M Karras, Seed: 3, Denoising strength: 0.7, Hires upscale: 2, Hires steps: 10",

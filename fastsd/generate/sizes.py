@@ -1,0 +1,64 @@
+"""Sizes: of a result, and images brought to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from PIL import Image
+
+from fastsd.errors import FastsdError, about
+from fastsd.image.files import WHITE, flatten
+from fastsd.kinds import MAX_SIDE
+from fastsd.parameters import PARAMETERS
+
+
+def check_side(argument: str, value: Any, factor: int) -> int:
+    """A width or height: a multiple of `factor` within range; the error names the nearest ones."""
+    value = PARAMETERS[argument].check(value)
+    if value % factor or value < factor:
+        below = max(value // factor * factor, factor)
+        raise FastsdError(
+            f"it should be a multiple of {factor}: {below} or {below + factor}", argument=argument, value=value
+        )
+    return value
+
+
+def fit_image(image: Any, width: int | None, height: int | None, factor: int) -> tuple[Image.Image, list[str]]:
+    """The image to start from, as RGB at the size of the result.
+
+    Without a width and height the size is the image's own, rounded down to multiples of `factor`.
+
+    Returns:
+        The image, and notes on what was changed.
+    """
+    if width is None or height is None:
+        own = own_size("image", image, factor)
+        width, height = own[0] if width is None else width, own[1] if height is None else height
+    size = check_side("width", width, factor), check_side("height", height, factor)
+    read, notes = read_image(image, "image", "RGB", WHITE)
+    if read.size == size:
+        return read, notes
+    notes.append(f"the image was resized from {read.width}x{read.height} to {size[0]}x{size[1]}")
+    return read.resize(size, Image.Resampling.LANCZOS), notes
+
+
+def read_image(image: Any, argument: str, mode: str, background: int) -> tuple[Image.Image, list[str]]:
+    """A PIL image in `mode`, see `fastsd.image.files.flatten`; and notes."""
+    with about(argument):
+        if not isinstance(image, Image.Image):
+            raise FastsdError(f"should be a PIL image, not {type(image).__name__}")
+        return flatten(image, mode, background), []
+
+
+def own_size(argument: str, image: Any, factor: int) -> tuple[int, int]:
+    """An image's width and height, rounded down to multiples of `factor`."""
+    with about(argument):
+        if not isinstance(image, Image.Image):
+            raise FastsdError(f"should be a PIL image, not {type(image).__name__}")
+        if max(image.size) > MAX_SIDE:
+            raise FastsdError(
+                f"{image.width}x{image.height} pixels; at most {MAX_SIDE} a side are generated: give {{width}} and "
+                "{height}"
+            )
+    width, height = (max(n // factor * factor, factor) for n in image.size)
+    return width, height
