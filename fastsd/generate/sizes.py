@@ -7,7 +7,8 @@ from typing import Any
 from PIL import Image
 
 from fastsd.errors import FastsdError, about
-from fastsd.image.files import WHITE, flatten
+from fastsd.image.files import WHITE
+from fastsd.image.modes import flatten
 from fastsd.kinds import MAX_SIDE
 from fastsd.parameters import PARAMETERS
 
@@ -47,7 +48,9 @@ def read_image(image: Any, argument: str, mode: str, background: int) -> tuple[I
     with about(argument):
         if not isinstance(image, Image.Image):
             raise FastsdError(f"should be a PIL image, not {type(image).__name__}")
-        return flatten(image, mode, background), []
+        before = list(image.info.get("notes", ())) if isinstance(image.info.get("notes", ()), tuple) else []
+        read, notes = flatten(image, mode, background)
+        return read, [*before, *notes]
 
 
 def own_size(argument: str, image: Any, factor: int) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from fastsd.errors import FastsdError, about
 from fastsd.files import reason
+from fastsd.image import modes
 
 MAX_PIXELS = 2**27  # 134 million: 384 MiB as RGB
 MAX_BYTES = 2**29
@@ -26,7 +27,8 @@ def open_image(source: str | Path | bytes, argument: str | None = "image") -> Im
     """An image from a file or its bytes as RGB, 8 bits a channel.
 
     An animation gives its first frame. The camera's orientation (EXIF) is applied. Transparent pixels become white, as
-    in A1111. 16 bits are scaled to 8.
+    in A1111. 16 bits are scaled to 8. An embedded colour profile is converted to sRGB; where that fails, a note is in
+    `info["notes"]`, which a call that takes the image repeats.
 
     Args:
         source: a path, or a file's bytes.
@@ -160,28 +162,8 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def flatten(image: Image.Image, mode: str, background: int) -> Image.Image:
-    """`image` in `mode` ("RGB" or "L"), 8 bits a channel, without transparency.
-
-    Args:
-        background: the colour of transparent pixels, `WHITE` or `BLACK`.
-
-    Raises:
-        FastsdError: its pixels are floating-point numbers or have more than 16 bits.
-    """
-    if image.mode == "F":
-        raise FastsdError("floating-point pixels are not read; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16 bits; `convert` would clip at 255 instead of scaling
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise FastsdError("32-bit pixels are not read; save it with 8 or 16 bits")
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        canvas = Image.new("RGBA", rgba.size, (background, background, background, 255))
-        image = Image.alpha_composite(canvas, rgba)
-    converted = image.convert(mode)
-    converted.info = {}
-    return converted if converted is not image else image.copy()
+    """`image` in `mode`, see `fastsd.image.modes.flatten`; notes on its profile are in its `info`."""
+    return modes.flatten(image, mode, background)[0]
 
 
 def _texts(image: Image.Image) -> dict[str, str]:

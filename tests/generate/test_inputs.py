@@ -91,5 +91,5 @@ def test_images_of_other_modes_are_read_as_from_files(pipe: Pipeline, control: C
     clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
     assert fit_image(clear, None, None, 8)[0].getpixel((0, 0)) == (255, 255, 255)
     assert read_image(clear, "mask_image", "L", BLACK)[0].getpixel((0, 0)) == 0
-    with pytest.raises(FastsdError, match=r"controls\[0\].image: floating-point pixels"):
-        pipe("a cat", controls=[replace(control, image=Image.new("F", (64, 64)))])
+    with pytest.raises(FastsdError, match=r"controls\[0\].image: its floating-point pixels"):
+        pipe("a cat", controls=[replace(control, image=Image.new("F", (64, 64), 0.5))])

@@ -111,7 +111,7 @@ def test_what_is_no_image(tmp_path: Path) -> None:
         "wide.png": (png_header(2**31 - 1, 1), "million"),
         "program.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
         "script.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
-        "float.tiff": (saved(Image.new("F", (4, 4)), "TIFF"), "8 or 16 bits"),
+        "float.tiff": (saved(Image.new("F", (4, 4), 0.5), "TIFF"), "8 or 16 bits"),
         "deep.tiff": (saved(Image.new("I", (4, 4), 2**30), "TIFF"), "8 or 16 bits"),
     }
     for name, (data, said) in cases.items():
