@@ -10,6 +10,7 @@ from PIL import Image
 
 from fastsd.errors import FastsdError, about
 from fastsd.generate.canvas import Box, cut, enlarge_canvas, fill_from_around, surroundings
+from fastsd.generate.like import LIKE
 from fastsd.generate.masks import InpaintMask, Weights, blur_mask, mask_notes, scale_mask
 from fastsd.generate.sizes import check_side, fit_image, read_image
 from fastsd.image.files import BLACK, WHITE
@@ -46,7 +47,7 @@ def fit_inpainting(settings: Settings, factor: int, default: tuple[int, int]) ->
     filled = original
     if settings.inpaint_fill != "original":
         filled = fill_from_around(original, weights)
-        if settings.strength == 1.0 and settings.like in (None, "none", "diffusers"):
+        if settings.strength == 1.0 and LIKE[settings.like or "none"].pure_noise_at_full:
             notes.append(f"the fill {settings.inpaint_fill} has no effect: at strength 1 nothing is left of it")
     box: Box = (0, 0, *original.size)
     if settings.inpaint_only_masked:
