@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class FastsdError(ValueError):
@@ -55,6 +61,29 @@ _ARGUMENT = re.compile(r"\{([a-z]\w*)\}")
 def _shortened(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def nearest(word: str, known: Collection[str]) -> str:
+    """ "; did you mean steps?", or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def named_arguments(function: F) -> F:
+    """A function, or a class of that constructor, whose unknown arguments are refused with the nearest name."""
+    if isinstance(function, type):
+        setattr(function, "__init__", named_arguments(vars(function)["__init__"]))  # noqa: B010
+        return cast(F, function)
+    known = [name for name in inspect.signature(function).parameters if name != "self"]
+
+    @functools.wraps(function)
+    def checked(*arguments: Any, **named: Any) -> Any:
+        for name in named:
+            if name not in known:
+                raise FastsdError(f"no such argument{nearest(name, known)}", argument=name)
+        return function(*arguments, **named)
+
+    return cast(F, checked)
 
 
 @contextmanager

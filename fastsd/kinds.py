@@ -202,6 +202,31 @@ class Sides(Kind):
 
 
 @dataclass(frozen=True)
+class Pair(Kind):
+    """Two whole numbers, (height, width) or (top, left), in diffusers' order."""
+
+    stored: type | tuple[type, ...] | None = None
+
+    def check(self, value: Any) -> tuple[int, int]:
+        pair = isinstance(value, tuple | list) and len(value) == 2
+        if not pair or not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**20 for n in value):
+            raise FastsdError("it should be two whole numbers, (height, width) or (top, left)", value=value)
+        return value[0], value[1]
+
+
+@dataclass(frozen=True)
+class Function(Kind):
+    """A callable."""
+
+    stored: type | tuple[type, ...] | None = None
+
+    def check(self, value: Any) -> Any:
+        if not callable(value):
+            raise FastsdError("it should be a function", value=value)
+        return value
+
+
+@dataclass(frozen=True)
 class Parameter:
     """One parameter.
 

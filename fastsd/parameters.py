@@ -7,12 +7,11 @@ docs/reference.md derive from `PARAMETERS`. To add a parameter, add a row; then 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from fastsd.config import PREDICTIONS, SPACINGS
-from fastsd.errors import FastsdError
+from fastsd.errors import FastsdError, nearest
 from fastsd.kinds import (
     HOW,
     MAX_IMAGES,
@@ -36,7 +35,7 @@ from fastsd.kinds import (
 )
 from fastsd.mask_rows import MASK_ROWS
 from fastsd.pass_rows import PASS_ROWS
-from fastsd.program_rows import PROGRAM_ROWS
+from fastsd.program_rows import PROGRAM_ROWS, PYTHON_ROWS
 from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
 
 MAX_CONTROL_WEIGHT = 10.0
@@ -265,13 +264,7 @@ ROWS: tuple[Parameter, ...] = (
         needs=("preview_every", "which says how often"),
         rare=True,
     ),
-    Parameter("latents", Value(), "starting noise `[N, C, h, w]`, unit variance"),
-    Parameter(
-        "output_type",
-        Choice(options=("pil", "np", "pt", "latent"), stored=None),
-        "the form of the images: pil, np, pt or latent",
-        default="pil",
-    ),
+    *PYTHON_ROWS,
 )
 
 PARAMETERS: dict[str, Parameter] = {row.name: row for row in ROWS}
@@ -373,9 +366,3 @@ def check_needs(given: Collection[str]) -> None:
 def _counted(given: Collection[str]) -> set[str]:
     """The names that were given, with those that others of them count as."""
     return {*given, *(row.counts_as for row in PARAMETERS.values() if row.counts_as and row.name in given)}
-
-
-def nearest(word: str, known: Collection[str]) -> str:
-    """ "; did you mean steps?", or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""

@@ -5,24 +5,28 @@ The loop is a generator: progress, preview and cancelling are what the caller do
 
 from __future__ import annotations
 
-import threading
+import inspect
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 from fastsd.components import Components, TextualInversion
-from fastsd.errors import about
+from fastsd.errors import FastsdError, about, named_arguments
 from fastsd.few_step import kind_named
-from fastsd.generate.batch import Batch, Engine, Estimate, Timings, check_refiner, prepare, timed
+from fastsd.generate.batch import Batch, Estimate, Timings, check_refiner, prepare, timed
+from fastsd.generate.callback import StepCallback
 from fastsd.generate.defaults import Defaults, few_step_note
-from fastsd.generate.latents import Codec
+from fastsd.generate.habits import DiffusersNames, loading_habits
+from fastsd.generate.portable import Portable
+from fastsd.generate.progress import Step
 from fastsd.generate.request import Pass, Request, plan
 from fastsd.generate.result import Result, convert_images, join_batches, used_settings
 from fastsd.graph import MAX_GRAPHS, CudaRecorder, Graphs
@@ -41,30 +45,7 @@ from fastsd.weights.layouts.controlnet import load_controlnet
 BUNDLED = Path(__file__).parent / "assets" / "digits"
 
 
-@dataclass
-class Step:
-    """One finished step of the loop. `result` is set on the last.
-
-    Attributes:
-        index: how many steps are done, over all batches; `total`: how many there will be.
-        latents: `[n, h, w, C]` fp32, the batch's state after the step.
-    """
-
-    index: int
-    total: int
-    latents: torch.Tensor
-    _pipeline: Pipeline = field(repr=False)
-    _stage: Pass = field(repr=False)
-    _estimate: Estimate = field(repr=False)
-    result: Result | None = None
-
-    def preview(self) -> Image.Image:
-        """The batch's first image as the network now predicts it."""
-        latent = self._estimate.denoised(self._pipeline.components.scheduler)
-        return self._pipeline.preview(latent, self._stage.vae_tiling)
-
-
-class Pipeline:
+class Pipeline(Portable, DiffusersNames):
     """A checkpoint, ready to generate images.
 
     Attributes:
@@ -72,11 +53,13 @@ class Pipeline:
         few_step: the kind of distilled model whose defaults apply, and why; or None.
         source, vae_source, refiner_source: where `from_pretrained` found the model, an autoencoder that replaces its
             own, a refiner.
+        _interrupt: True ends a call after its current step, as in diffusers; a callback may set it.
     """
 
     source: ModelLocation | None = None
     vae_source: ModelLocation | None = None
     refiner_source: ModelLocation | None = None
+    _interrupt = False
 
     def __init__(
         self,
@@ -95,11 +78,8 @@ class Pipeline:
             FastsdError: the refiner does not fit the checkpoint.
         """
         self.components, self.refiner, self.device, self.dtype = components, refiner, device, dtype
-        self.graphs = Graphs() if graphs is None else graphs
-        self.adapters = Adapters(components)
-        self._engine = Engine(components, device, dtype, self.graphs, refiner)
-        self._preview_codec = self._engine.codec if preview is None else Codec(preview, self.graphs)
-        self._lock = threading.RLock()  # one call works at a time: graphs share their buffers
+        self.adapters, self._preview = Adapters(components), preview
+        self._assemble(Graphs() if graphs is None else graphs)
         self._own = Defaults(components, few_step, prediction)
         self._take_defaults()
         if refiner is not None:
@@ -131,6 +111,7 @@ class Pipeline:
         revision: str | None = None,
         allow_pickle: bool = False,
         refiner: str | Path | None = None,
+        **habits: Any,
     ) -> Pipeline:
         """Load a checkpoint.
 
@@ -139,11 +120,14 @@ class Pipeline:
                 `org/name/file.safetensors`; None or "digits" is the bundled model.
             graphs: on CUDA, capture each shape's work in CUDA graphs at its first use and replay them afterwards.
             max_graphs: how many are kept; an image size takes about four.
+            habits: what diffusers' method takes: honoured, or refused with what to use here (docs/python.md).
 
         Raises:
             FastsdError: no such model, damaged files, unknown device or dtype, too little memory, a refiner that does
                 not fit the model, a model of the hub that cannot be fetched.
         """
+        own = loading_habits(habits, list(inspect.signature(cls.from_pretrained).parameters))
+        dtype, allow_pickle = own.get("dtype", dtype), own.get("allow_pickle", allow_pickle)
         if few_step is not None:
             kind_named(few_step)  # before the weights are read
         place = resolve_device(device)
@@ -172,12 +156,15 @@ class Pipeline:
         pipe.source, pipe.vae_source, pipe.refiner_source = found, own_vae, own_refiner
         return pipe
 
-    def __call__(self, prompt: str | list[str], **arguments: Any) -> Result:
+    def __call__(self, prompt: str | list[str], **arguments: Any) -> Any:
         """Generate images.
 
         Args:
             prompt: a text, or a list of texts, in the syntax of docs/prompts.md.
             arguments: see below. Where one is missing or None, its default applies, or the checkpoint's own.
+
+        Returns:
+            A `Result`; with `return_dict=False` a tuple, as diffusers returns.
 
         Raises:
             FastsdError: an argument is missing, unknown or out of range; one line that names it.
@@ -185,7 +172,9 @@ class Pipeline:
         with self._lock:  # of this call alone, from its first step to its last
             last = deque(self.stream(prompt, **arguments), maxlen=1).pop()
         assert last.result is not None
-        return last.result
+        if arguments.get("return_dict") in (None, True):
+            return last.result
+        return (last.result.images,) if self.components.xl else (last.result.images, None)
 
     def stream(self, prompt: str | list[str], **arguments: Any) -> Iterator[Step]:
         """The same work as `__call__`, step by step. Arguments are checked at once, before the first step."""
@@ -198,9 +187,22 @@ class Pipeline:
             for tag in request.passes[0].prompts.loras
             if tag.name not in known
         ]
-        return self._run(replace(request, notes=(*notes, *request.notes, *missing)))
+        callback = StepCallback.of(request.settings)
+        return self._turns(replace(request, notes=(*notes, *request.notes, *missing)), callback, self._changes)
 
-    def _run(self, request: Request) -> Iterator[Step]:
+    def _turns(self, request: Request, callback: StepCallback | None, changes: int) -> Iterator[Step]:
+        """The loop, during which the weights stay as they were when it was planned."""
+        with self._lock:
+            if changes != self._changes:
+                raise FastsdError("adapters, device or precision changed since the stream was made; make it again")
+            self._running += 1
+            self._interrupt = False
+        try:
+            yield from self._run(request, callback)
+        finally:
+            self._running -= 1
+
+    def _run(self, request: Request, callback: StepCallback | None) -> Iterator[Step]:
         """The loop: batches, passes, rows of the sampler's table."""
         started, done, total = time.perf_counter(), 0, request.total_steps
         timings = {"text": 0.0, "encode": 0.0, "steps": 0.0, "decode": 0.0}
@@ -212,14 +214,27 @@ class Pipeline:
                 for row in range(len(stage.table)):
                     with self._turn(stage), timed(timings, "steps"):
                         estimate, latents = batch.denoise(), batch.latents
-                    if stage.ends_step(row) and (done := done + 1) < total:
+                    if not stage.ends_step(row):
+                        continue
+                    done += 1
+                    if callback is not None:
+                        callback(self, batch, row, estimate)
+                        latents = batch.latents
+                    if done < total and not self._interrupt:
                         yield Step(done, total, latents, self, stage, estimate)
+                    if self._interrupt:
+                        break
                 first = latents = self._finish(batch, stage, timings)
-            finished.append(self._decode(request, latents, timings))
+                if self._interrupt:
+                    break
+            finished.append(self._decode(request, stage, latents, timings))
+            if self._interrupt:
+                break
         timings["total"] = time.perf_counter() - started
-        timings["steps_per_second"] = total / timings["steps"] if timings["steps"] else 0.0
+        timings["steps_per_second"] = done / timings["steps"] if timings["steps"] else 0.0
         estimate = Estimate(latents[:1], latents[:1], None)
-        yield Step(total, total, latents, self, stage, estimate, self._result(request, finished, timings))
+        result = self._result(request, finished, timings, done)
+        yield Step(total, total, latents, self, stage, estimate, result)
 
     def _prepare(self, stage: Pass, which: slice, first: torch.Tensor | None, timings: Timings) -> Batch:
         with self._turn(stage):
@@ -233,27 +248,32 @@ class Pipeline:
                 torch.cuda.synchronize(self.device)
             return latents
 
-    def _decode(self, request: Request, latents: torch.Tensor, timings: Timings) -> Any:
+    def _decode(self, request: Request, stage: Pass, latents: torch.Tensor, timings: Timings) -> Any:
         """A batch's images in the form asked for."""
-        stage, form = request.passes[-1], request.settings.output_type
+        form = request.settings.output_type
         if form == "latent":
             return latents.permute(0, 3, 1, 2)
         with self._turn(stage), timed(timings, "decode"):
             if stage.unchanged is not None:
-                images = [stage.unchanged.copy() for _ in latents]
+                images = [np.array(stage.unchanged, dtype=np.float32) for _ in latents]
             else:
-                images = self.decode(latents, stage.vae_tiling)
+                images = self._decode_float(latents, stage.vae_tiling)
                 if stage.mask is not None:
-                    images = [stage.mask.compose(image) for image in images]
+                    images = [stage.mask.compose_float(image) for image in images]
             return convert_images(images, form)
+
+    def decode(self, latents: torch.Tensor, tiled: bool = False) -> list[Image.Image]:
+        """Scaled latents `[n, h, w, C]` to images, one at a time (the decoder's maps are the largest of all)."""
+        images: list[Image.Image] = convert_images(self._decode_float(latents, tiled), "pil")
+        return images
 
     @undisturbed()
     @torch.inference_mode()
-    def decode(self, latents: torch.Tensor, tiled: bool = False) -> list[Image.Image]:
-        """Scaled latents `[n, h, w, C]` to images, one at a time (the decoder's maps are the largest of all)."""
+    def _decode_float(self, latents: torch.Tensor, tiled: bool) -> list[np.ndarray]:
+        """The same as arrays `[H, W, 3]` fp32 from 0 to 255, not rounded."""
         with self._lock:
             self.graphs.in_order(self.device)
-            return [Image.fromarray(self._engine.codec.decode(latent[None], tiled)[0]) for latent in latents]
+            return [self._engine.codec.decode_float(latent[None], tiled)[0] for latent in latents]
 
     @undisturbed()
     @torch.inference_mode()
@@ -273,7 +293,7 @@ class Pipeline:
             except torch.OutOfMemoryError as error:
                 raise memory.out_of_memory(stage.workload) from error
 
-    def _result(self, request: Request, finished: list[Any], timings: Timings) -> Result:
+    def _result(self, request: Request, finished: list[Any], timings: Timings, done: int) -> Result:
         refiner, few_step = self.refiner, self.few_step
         used = {
             "model": self.components.name,
@@ -284,9 +304,12 @@ class Pipeline:
         }
         notes = [*request.notes, *self._engine.codec.take_notes(), *self._preview_codec.take_notes()]
         images = join_batches(finished, request.settings.output_type)
-        own = list(request.own)
+        own = list(request.own)[: len(images)]
+        if done < request.total_steps:
+            notes.append(f"interrupted after step {done} of {request.total_steps}")
         return Result(images, [one["seed"] for one in own], timings, notes, used_settings(request) | used, own)
 
+    @named_arguments
     @undisturbed()
     def load_embedding(self, path: str | Path, token: str | None = None, allow_pickle: bool = False) -> tuple[str, ...]:
         """Load a textual inversion, which prompts then use by its name (Gal et al. 2022).
@@ -312,6 +335,7 @@ class Pipeline:
                 model.embeddings |= dict.fromkeys(embedding.names, TextualInversion(embedding.names, vectors))
         return embedding.names
 
+    @named_arguments
     @undisturbed()
     def load_controlnet(self, path: str | Path, allow_pickle: bool = False) -> ControlNet:
         """Load a ControlNet for this checkpoint's UNet, for use in a `Control` (Zhang et al. 2023).
@@ -326,6 +350,7 @@ class Pipeline:
         path = locate_controlnet(path, self.dtype != torch.float32).path
         return load_controlnet(path, self.components.unet.config, self.dtype, self.device, allow_pickle)
 
+    @named_arguments
     @undisturbed()
     def set_adapters(
         self, adapters: Sequence[Adapter], allow_partial: bool = False, allow_pickle: bool = False
@@ -341,9 +366,11 @@ class Pipeline:
             Notes on what was skipped.
 
         Raises:
-            FastsdError: no such file, malformed, or for another model; the weights are then unchanged.
+            FastsdError: no such file, malformed, or for another model; the weights are then unchanged. Or a stream is
+                under way; a call of another thread is waited for.
         """
         with self._lock:
+            self._change("changing the adapters")
             notes = self.adapters.set(adapters, allow_partial, allow_pickle)
             if self._own.few_step(self.adapters.active) != self.few_step:
                 self._take_defaults()

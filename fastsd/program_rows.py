@@ -1,8 +1,22 @@
-"""The rows of `fastsd.parameters` by which a call follows another program: its noise, and its other rules."""
+"""The rows of `fastsd.parameters` by which a call follows another program: its rules, its noise, its Python call."""
 
 from __future__ import annotations
 
-from fastsd.kinds import HOW, MAX_IMAGES, MAX_SEED, SHARE, Choice, Name, Parameter, Whole
+from fastsd.kinds import (
+    HOW,
+    MAX_IMAGES,
+    MAX_SEED,
+    SHARE,
+    Choice,
+    Function,
+    Name,
+    Number,
+    Pair,
+    Parameter,
+    Switch,
+    Value,
+    Whole,
+)
 
 LIKE = ("none", "a1111", "comfy", "diffusers")
 EMPHASIS = ("original", "no_norm", "none", "ignore", "comfy")
@@ -91,5 +105,40 @@ PROGRAM_ROWS: tuple[Parameter, ...] = (
         ("--emphasis",),
         HOW,
         rare=True,
+    ),
+)
+
+# What Python alone takes, with diffusers' names and meanings.
+PYTHON_ROWS: tuple[Parameter, ...] = (
+    Parameter("latents", Value(), "starting noise `[N, C, h, w]`, unit variance"),
+    Parameter(
+        "generator",
+        Value(),
+        "a `torch.Generator` that draws the noise and moves on, or a list with one for each image",
+        excludes=("seed", "a generator has one"),
+    ),
+    Parameter("callback_on_step_end", Function(), "a function of (pipe, step, timestep, tensors), after each step"),
+    Parameter(
+        "callback_on_step_end_tensor_inputs",
+        Value(),
+        "the names of its tensors: latents",
+        default=("latents",),
+    ),
+    Parameter("return_dict", Switch(stored=None), "False: a tuple, as diffusers returns", default=True),
+    Parameter("original_size", Pair(), "SDXL: (height, width) of the training image that is meant"),
+    Parameter("crops_coords_top_left", Pair(), "SDXL: (top, left) of its crop"),
+    Parameter("target_size", Pair(), "SDXL: (height, width) of its crop"),
+    Parameter("negative_original_size", Pair(), "the same for the negative prompt"),
+    Parameter("negative_crops_coords_top_left", Pair(), "the same for the negative prompt"),
+    Parameter("negative_target_size", Pair(), "the same for the negative prompt"),
+    Parameter("aesthetic_score", Number(low=0, high=10, stored=None), "SDXL's refiner: of the prompt", default=6.0),
+    Parameter(
+        "negative_aesthetic_score", Number(low=0, high=10, stored=None), "SDXL's refiner: of the negative", default=2.5
+    ),
+    Parameter(
+        "output_type",
+        Choice(options=("pil", "np", "pt", "latent"), stored=None),
+        "the form of the images: pil, np, pt or latent",
+        default="pil",
     ),
 )

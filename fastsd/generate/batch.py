@@ -147,6 +147,13 @@ class Batch:
         captured.work.load(self.inputs)
         return captured.replay
 
+    @torch.inference_mode()
+    def replace_latents(self, latents: torch.Tensor) -> None:
+        """Go on from other latents `[n, h, w, C]`."""
+        state = self.inputs.state
+        state.x.copy_(latents)
+        state.x_in.copy_(state.table[state.index, 1] * state.x)
+
     @property
     def latents(self) -> torch.Tensor:
         """The state `[n, h, w, C]` fp32, as a copy that later rows do not change."""

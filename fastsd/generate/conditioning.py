@@ -81,7 +81,7 @@ def schedule_conditioning(
     for text, negative in dict.fromkeys(pair for row in rows for pair in texts[row]):
         parsed = tokenize(components, text.text, text.sections, text.syntax) if retokenize else text
         features = _encode(components, stage, parsed, negative, stage.prompts.lengths[which.start], graphs)
-        added = added_conditioning(components, features.pooled, negative, stage.width, stage.height)
+        added = added_conditioning(components, features.pooled, negative, stage.width, stage.height, stage.settings)
         for network, own_times, own_key_values in zip(networks, times, key_values, strict=True):
             own_key_values[text, negative] = network.project_context(features.context)
             if added is not None or not own_times:  # without added conditioning, all texts share one

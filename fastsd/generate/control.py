@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from fastsd.components import Components
-from fastsd.errors import FastsdError, about
+from fastsd.errors import FastsdError, about, named_arguments
 from fastsd.generate.canvas import cut
 from fastsd.generate.masks import InpaintMask
 from fastsd.image.files import WHITE, flatten
@@ -23,6 +23,7 @@ WEIGHT = Number(low=-MAX_CONTROL_WEIGHT, high=MAX_CONTROL_WEIGHT)
 PARTS = {"weight": WEIGHT, "start": SHARE, "end": SHARE}  # the numbers of a control
 
 
+@named_arguments
 @dataclass(frozen=True)
 class Control:
     """An image that steers the result through a ControlNet.

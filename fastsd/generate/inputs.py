@@ -89,3 +89,40 @@ def fit_latents(latents: Any, shape: Sequence[int]) -> torch.Tensor:
     if not bool(torch.isfinite(latents).all()):
         raise FastsdError("it holds NaN or infinite values", argument="latents")
     return latents.float().cpu()
+
+
+def fit_generators(settings: Settings, count: int) -> dict[str, Any]:
+    """The settings that a caller's generators stand for: a list with one for each image, or one that draws for all, as
+    in diffusers.
+
+    Raises:
+        FastsdError: something else, or with another source of noise.
+    """
+    given = settings.generator
+    found = [given] if isinstance(given, torch.Generator) else given
+    whole = isinstance(found, list | tuple) and all(isinstance(one, torch.Generator) for one in found)
+    if not whole or len(found) not in (1, count):
+        raise FastsdError(
+            f"it should be a torch.Generator, or a list of {count}, one for each image", argument="generator"
+        )
+    if settings.noise not in ("cpu", "batch"):
+        raise FastsdError(
+            f"given with noise {settings.noise}, which has generators of its own: give a seed", argument="generator"
+        )
+    noise = "batch" if len(found) == 1 and count > 1 else "cpu"
+    return {"generator": list(found), "noise": noise, "seed": found[0].initial_seed()}
+
+
+def moved_generators(settings: Settings) -> list[str]:
+    """A note where a generator stands elsewhere than at its seed, so that the seed does not repeat the image."""
+    for one in settings.generator or ():
+        if not torch.equal(one.get_state(), torch.Generator(one.device).manual_seed(one.initial_seed()).get_state()):
+            return ["a generator had drawn before the call: its seed alone does not repeat the image"]
+    return []
+
+
+def idle_sizes(components: Components, settings: Settings) -> list[str]:
+    """A note on sizes that the model does not read."""
+    names = ("original_size", "crops_coords_top_left", "target_size")
+    given = [name for name in names if settings[name] is not None and not components.xl]
+    return [f"{name} has no effect: only models of SDXL's family read it" for name in given]

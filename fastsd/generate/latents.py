@@ -85,7 +85,12 @@ class Codec:
         return mean.float()
 
     def decode(self, latent: torch.Tensor, tiled: bool) -> np.ndarray:
-        """A scaled latent `[1, h, w, C]` to an image `[1, H, W, 3]` uint8; in overlapping tiles where `tiled`.
+        """A scaled latent `[1, h, w, C]` to an image `[1, H, W, 3]` uint8; see `decode_float`."""
+        return self.decode_float(latent, tiled).round().astype(np.uint8)
+
+    def decode_float(self, latent: torch.Tensor, tiled: bool) -> np.ndarray:
+        """A scaled latent `[1, h, w, C]` to an image `[1, H, W, 3]` fp32 from 0 to 255, not rounded; in overlapping
+        tiles where `tiled`.
 
         Raises:
             FastsdError: it is not finite even in fp32.
@@ -94,7 +99,7 @@ class Codec:
         run = partial(decode_tiled, self.vae) if tiled else self.vae.decode
         large = latent.shape[1] * latent.shape[2] * config.downscale**2 > CAPTURED
         image = self._finite("decode", run, self.unscale(latent), tiled or large)
-        return (image.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+        return (image.float() * 127.5 + 127.5).clamp(0, 255).cpu().numpy()
 
     def take_notes(self) -> list[str]:
         """Notes since the last call."""

@@ -58,11 +58,6 @@ class InpaintMask:
         """Some latent pixel is neither kept nor free throughout."""
         return bool(((self.latents > 0) & (self.latents < 1)).any())
 
-    def compose(self, painted: Image.Image) -> Image.Image:
-        """The original with the painted box in it; where the mask is black, bit for bit the original's pixels."""
-        composed = self.compose_float(np.asarray(painted, dtype=np.float32))
-        return Image.fromarray(composed.round().astype(np.uint8))
-
     def compose_float(self, painted: NDArray[np.float32]) -> NDArray[np.float32]:
         """The original with the painted box in it, `[H, W, 3]`, in floating-point numbers from 0 to 255.
 

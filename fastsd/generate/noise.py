@@ -35,6 +35,23 @@ class CpuGenerator:
         return torch.randn(tuple(shape), generator=self._generator, dtype=torch.float32, device="cpu")
 
 
+class GivenGenerator:
+    """The caller's generator: it goes on from where it stood when the call began, and the caller's moves on with it.
+
+    Each batch of a call, and each pass, starts from there: as with seeds, noise does not depend on the batches.
+    """
+
+    def __init__(self, given: torch.Generator, state: torch.Tensor):
+        self._given, self._own = given, torch.Generator(given.device)
+        self._own.set_state(state)
+
+    def randn(self, shape: Sequence[int]) -> torch.Tensor:
+        device = self._own.device
+        noise = torch.randn(tuple(shape), generator=self._own, dtype=torch.float32, device=device)
+        self._given.set_state(self._own.get_state())
+        return noise.cpu()
+
+
 @dataclass(frozen=True)
 class NoiseSource:
     """One way to draw.
@@ -76,6 +93,7 @@ class NoisePlan:
         index, count: with a batched source, the place of the first image in the noise, and for how many images that
             is drawn.
         from_mean: encoding an image draws no noise, else it draws before anything else.
+        given: the caller's generators and their states, in place of seeds: one for all images, or one for each.
     """
 
     source: str
@@ -87,6 +105,7 @@ class NoisePlan:
     index: int = 0
     count: int = 0
     from_mean: bool = False
+    given: tuple[tuple[torch.Generator, torch.Tensor], ...] = ()
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], images: int, from_mean: bool) -> NoisePlan:
@@ -105,6 +124,7 @@ class NoisePlan:
             index=settings["noise_index"] or 0,
             count=max(settings["noise_count"] or 0, (settings["noise_index"] or 0) + images),
             from_mean=from_mean,
+            given=tuple((one, one.get_state()) for one in settings.get("generator") or ()),
         )
 
 
@@ -115,6 +135,9 @@ def of_image(settings: Mapping[str, Any], i: int, images: int) -> dict[str, Any]
     source one seed for all and a place in the noise each.
     """
     seed, subseed = settings["seed"], settings.get("subseed")
+    generators = settings.get("generator") or ()
+    if len(generators) > 1:
+        return {"seed": generators[i].initial_seed()}
     varied = bool(settings.get("subseed_strength")) and subseed is not None
     own: dict[str, Any] = {"subseed": (subseed or 0) + i} if varied else {}
     if SOURCES[settings.get("noise") or "cpu"].batched:
@@ -144,7 +167,8 @@ class Noise:
             self.rows = slice(plan.index + which.start, plan.index + min(which.stop, len(plan.seeds)))
             which = slice(0, 1)
         self.seeds, self.subseeds = plan.seeds[which], plan.subseeds[which]
-        self.generators: list[NormalGenerator] = [self.source.first(seed) for seed in self.seeds]
+        self.generators: list[NormalGenerator] = [GivenGenerator(*given) for given in plan.given[which]]
+        self.generators = self.generators or [self.source.first(seed) for seed in self.seeds]
 
     def first(self) -> torch.Tensor:
         """The noise that a run starts from, `[N, h, w, C]` fp32."""

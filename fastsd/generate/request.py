@@ -16,7 +16,16 @@ from fastsd.errors import FastsdError
 from fastsd.generate.beside import count_parts, fill_editing, guidance_notes
 from fastsd.generate.control import Control, idle_controls, resize_control
 from fastsd.generate.defaults import steps_from_image
-from fastsd.generate.inputs import Images, check_prompts, fit_images, fit_latents
+from fastsd.generate.habits import without_habits
+from fastsd.generate.inputs import (
+    Images,
+    check_prompts,
+    fit_generators,
+    fit_images,
+    fit_latents,
+    idle_sizes,
+    moved_generators,
+)
 from fastsd.generate.like import LIKE, Rules, fill, rules_notes
 from fastsd.generate.masks import InpaintMask
 from fastsd.generate.noise import SOURCES, NoisePlan, of_image
@@ -146,6 +155,7 @@ def plan(
     Raises:
         FastsdError: something is missing, unknown or out of range; it names the argument.
     """
+    arguments = without_habits(arguments)
     settings = check_call(arguments, ("refiner",) if has_refiner else ())
     if has_refiner and settings.refiner_switch is None:
         settings = settings.replace(refiner_switch=REFINER_SWITCH)
@@ -161,7 +171,7 @@ def plan(
     images = fit_images(components, settings, (defaults["width"], defaults["height"]))
     settings = settings.replace(width=images.size[0], height=images.size[1])
     first = _first_pass(components, settings, parsed, images, parts, count)
-    notes += rules_notes(settings)
+    notes += [*rules_notes(settings), *moved_generators(settings), *idle_sizes(components, settings)]
     notes += [*guidance_notes(settings, parts), *parsed.notes, *images.notes]
     notes += _unfollowed(components.scheduler, settings.sampler)
     if not len(first.table) and first.strength > 0:
@@ -277,7 +287,10 @@ def _parse(
 
 
 def _fill_counts(settings: Settings, count: int) -> Settings:
-    """The seed and the batch size of `count` images."""
+    """The seed, or what stands for it, and the batch size of `count` images."""
+    batch_size = min(settings.batch_size or DEFAULT_BATCH, count)
+    if settings.generator is not None:
+        return settings.replace(**fit_generators(settings, count), batch_size=batch_size)
     seed = secrets.randbelow(2**32) if settings.seed in (None, RANDOM_SEED) else settings.seed
     if seed > MAX_SEED - count:
         raise FastsdError(f"it leaves no seeds for {count} images below {MAX_SEED}", argument="seed", value=seed)
@@ -287,7 +300,7 @@ def _fill_counts(settings: Settings, count: int) -> Settings:
         for name in ("noise_index", "noise_count"):
             if settings[name] is not None:
                 raise FastsdError(f"{{noise}} {settings.noise} draws for each image alone", argument=name)
-    return settings.replace(seed=seed, batch_size=min(settings.batch_size or DEFAULT_BATCH, count))
+    return settings.replace(seed=seed, batch_size=batch_size)
 
 
 def _first_pass(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,12 +35,16 @@ class Result:
     parameters: dict[str, Any]
     own: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def nsfw_content_detected(self) -> None:
+        """None: as in diffusers without a safety checker, nothing was looked at."""
 
-def convert_images(images: list[Image.Image], output_type: str) -> Any:
-    """Images as "pil", "np" or "pt", see `Result`."""
+
+def convert_images(images: Sequence[Any], output_type: str) -> Any:
+    """Arrays `[H, W, 3]` fp32 from 0 to 255 as "pil", rounded; as "np" or "pt", not rounded. See `Result`."""
     if output_type == "pil":
-        return images
-    array = np.stack([np.asarray(image, dtype=np.float32) / 255.0 for image in images])
+        return [Image.fromarray(image.round().astype(np.uint8)) for image in images]
+    array = np.stack(images) / np.float32(255.0)
     return array if output_type == "np" else torch.from_numpy(array).permute(0, 3, 1, 2)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -133,18 +134,39 @@ def _weighted(encoder: _Encoder, chunk: Chunk, rule: Rule | None) -> TextOutput:
 
 
 def added_conditioning(
-    components: Components, pooled: torch.Tensor, negative: bool, width: int, height: int
+    components: Components,
+    pooled: torch.Tensor,
+    negative: bool,
+    width: int,
+    height: int,
+    settings: Mapping[str, Any] | None = None,
 ) -> AddedConditioning | None:
     """SDXL's added conditioning of one prompt with pooled text `[1, P]`; None where the UNet takes none."""
     if not components.xl:
         return None
-    sizes = size_conditioning(components, width, height, negative)
+    sizes = size_conditioning(components, width, height, negative, settings or {})
     return AddedConditioning(pooled, torch.tensor([sizes], dtype=torch.float32, device=pooled.device))
 
 
-def size_conditioning(components: Components, width: int, height: int, negative: bool) -> tuple[float, ...]:
-    """Original size, crop offset, and target size or aesthetic score (Podell et al. 2023, section 2.2)."""
-    sizes = (float(height), float(width), 0.0, 0.0)
+def size_conditioning(
+    components: Components, width: int, height: int, negative: bool, settings: Mapping[str, Any]
+) -> tuple[float, ...]:
+    """Original size, crop offset, and target size or aesthetic score (Podell et al. 2023, section 2.2).
+
+    `settings` may have others than the image's own, by diffusers' names. Those of the negative prompt count where all
+    is said of it, else the prompt's do (`StableDiffusionXLPipeline.__call__`: both sizes; SDXL's image-to-image
+    pipelines, `_get_add_time_ids`, take each by itself; so does fastsd).
+    """
+
+    def chosen(name: str, own: Any) -> Any:
+        found = settings.get(f"negative_{name}") if negative else None
+        found = settings.get(name) if found is None else found
+        return own if found is None else found
+
+    size = height, width
+    sizes = (*chosen("original_size", size), *chosen("crops_coords_top_left", (0, 0)))
     if components.aesthetic_score:
-        return (*sizes, 2.5 if negative else 6.0)
-    return (*sizes, float(height), float(width))
+        own = 2.5 if negative else 6.0
+        score = settings.get("negative_aesthetic_score" if negative else "aesthetic_score", own)
+        return (*map(float, sizes), float(score))
+    return tuple(map(float, (*sizes, *chosen("target_size", size))))

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fastsd.components import Components, TextualInversion
-from fastsd.errors import FastsdError
+from fastsd.errors import FastsdError, named_arguments
 from fastsd.model.layers import Conv2d
 from fastsd.weights.adapters.arithmetic import adapted
 from fastsd.weights.adapters.embeddings import read_vectors
@@ -29,6 +29,7 @@ from fastsd.weights.layouts.names import Source, sources
 MAX_STRENGTH = 100.0
 
 
+@named_arguments
 @dataclass(frozen=True)
 class Adapter:
     """An adapter file and its strengths: 0 has no effect, 1 is as trained, negative values reverse the effect."""
