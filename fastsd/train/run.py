@@ -15,6 +15,7 @@ from fastsd.config import CLIPConfig
 from fastsd.errors import FastsdError
 from fastsd.model.tokenizer import Tokenizer
 from fastsd.model.vae import AutoencoderKL
+from fastsd.runtime.devices import undisturbed
 from fastsd.train import vocabulary
 from fastsd.train.autoencoder import Latents, centre, encode_all, load_latents, reconstruction_loss, save_latents
 from fastsd.train.captions import KNOWN_WORDS, WORDS
@@ -86,7 +87,8 @@ class TrainingRun:
         if not cache.is_file():
             raise FastsdError("nothing to export yet; the autoencoder is not trained", path=self.out)
         settings, latents = self.settings, load_latents(cache)
-        vae, model = AutoencoderKL(settings.autoencoder.model), self.diffusion.average
+        with torch.device("cpu"):
+            vae, model = AutoencoderKL(settings.autoencoder.model), self.diffusion.average
         vae.load_state_dict(self.autoencoder.average.state_dict())
         assert isinstance(model, DiffusionModel)
         centre(vae, latents.offset, latents.spread)
@@ -132,6 +134,8 @@ def _load_in_fp32_by_default(config: Path) -> None:
     config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+@undisturbed()
+@torch.enable_grad()
 def train(
     config: str | Path,
     out: str | Path | None = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import random
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from fastsd import Adapter, Pipeline
+from fastsd import Adapter, Control, Pipeline
+from fastsd.train.run import train
 from fastsd.weights import save_folder
 from tests.support import tiny
 from tests.support.pipelines import MASK, PHOTO, latents, tiny_components, tiny_pipeline
+from tests.support.training import write_config
 
 ROOT = Path(__file__).parents[2]
 HIRES = {"hires_scale": 1.5, "hires_strength": 0.7}
@@ -144,6 +147,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("settings")
     save_folder(tiny_components(), path / "model")
     save_folder(tiny.sdxl(), path / "xl")
+    save_file(tiny.controlnet(tiny.UNET), path / "edges.safetensors")
     return path
 
 
@@ -158,8 +162,10 @@ def everything(folder: Path, lora: Path) -> list[np.ndarray]:
     pipe.set_adapters([])
     for sampler in ("dpm++2m", "euler_a", "unipc"):
         images.append(pipe("a cat", seed=1, num_inference_steps=2, sampler=sampler, output_type="np").images)
-    tiled = pipe("a cat", seed=1, num_inference_steps=1, vae_tiling=True, output_type="np").images
-    return [*images, tiled]
+    images.append(pipe("a cat", seed=1, num_inference_steps=1, vae_tiling=True, output_type="np").images)
+    net = pipe.load_controlnet(folder / "edges.safetensors")
+    images.append(pipe("a cat", seed=1, num_inference_steps=2, controls=[Control(net, PHOTO)], output_type="np").images)
+    return images
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +217,43 @@ def test_a_call_neither_reads_nor_moves_the_callers_random_state() -> None:
     assert before[1:] == (np.random.get_state()[1].tolist(), random.getstate())
     torch.manual_seed(2)
     assert torch.equal(latents(pipe, sampler="euler_a", **MODES["mask"]), first)
+
+
+@pytest.mark.heavy
+def test_every_example_of_the_python_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/python.md, from top to bottom in one process, as a reader tries it."""
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(encoding="utf-8"), re.S)
+    assert len(blocks) >= 6
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, "docs/python.md", "exec"), names)
+    assert (tmp_path / "eight.png").exists() and len(names["images"]) == 2
+
+
+def trained(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights after two steps of both stages."""
+    train(write_config(folder, 2, 2))
+    model = folder / "model"
+    return {
+        f"{path.parent.name}.{key}": value
+        for path in sorted(model.rglob("*.safetensors"))
+        for key, value in load_file(path).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed_training(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    return trained(tmp_path_factory.mktemp("training"))
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("setting", ["float64", "bfloat16", "meta", "autocast", "inference", "no_grad"])
+def test_a_setting_of_other_code_changes_no_training(
+    setting: str, tmp_path: Path, undisturbed_training: dict[str, torch.Tensor]
+) -> None:
+    """As of a call: every tensor of a training step states its dtype and device."""
+    with SETTINGS[setting]():
+        found = trained(tmp_path)
+    assert found.keys() == undisturbed_training.keys()
+    assert all(torch.equal(value, undisturbed_training[key]) for key, value in found.items())
