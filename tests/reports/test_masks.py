@@ -100,6 +100,15 @@ def test_a_mask_that_paints_nothing_is_said(pipe: Pipeline) -> None:
     assert not any("black" in note for note in pipe("a cat", mask_image=white, **SETTINGS).notes)
 
 
+def test_a_blur_that_takes_a_thin_stroke_away_is_said() -> None:
+    """A stroke of one pixel keeps about 1 / (sigma sqrt(2 pi)); a wide area keeps half at its edges."""
+    pipe, square = tiny_pipeline(), Image.new("L", (64, 64))
+    square.paste(255, (10, 10, 50, 50))
+    for mask, said in ((stroke(30, 1), True), (square, False)):
+        notes = pipe("a cat", mask_image=mask, mask_blur=4, **SETTINGS).notes
+        assert any("less than a quarter" in note for note in notes) == said
+
+
 @pytest.mark.parametrize("strength", [0.0, 0.3])
 def test_a_run_that_changes_nothing_gives_the_image_back(strength: float) -> None:
     """Less than one step: the pixels are the input's, not those of a trip through the autoencoder."""
