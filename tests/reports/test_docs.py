@@ -19,7 +19,7 @@ from fastsd.cli.parser import Parser
 from fastsd.weights import save_folder
 from tests.support import original, tiny
 from tests.support.adapter_writers import small_lora
-from tests.support.pipelines import PHOTO, tiny_components
+from tests.support.pipelines import MASK, PHOTO, tiny_components
 from tests.support.project import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -116,7 +116,8 @@ def test_every_python_example_on_the_pages_runs(tmp_path: Path, monkeypatch: pyt
     count = 0
     for page in PAGES:
         pipe = fastsd.Pipeline.from_pretrained("path/to/stable-diffusion-v1-5", device="cpu", dtype="fp32")
-        names = {"fastsd": fastsd, "pipe": pipe, "edges": PHOTO, "house": PHOTO, "depths": PHOTO, "image": PHOTO}
+        photos = dict.fromkeys(("edges", "house", "depths", "image", "crowd", "beach"), PHOTO)
+        names = {"fastsd": fastsd, "pipe": pipe, "door": MASK, "face": MASK} | photos
         for block in blocks(page, ("python", "py")):
             try:
                 exec(compile(block, str(page), "exec"), names)
