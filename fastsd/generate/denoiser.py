@@ -20,7 +20,7 @@ from fastsd.model.controlnet import ControlNet
 from fastsd.model.unet import UNet
 from fastsd.sampling.advance import SamplerState
 
-MAX_ROWS = 2048  # of a captured table: 1000 steps of a sampler that calls the network twice
+MAX_ROWS = 3072  # of a captured table: 1000 steps of a sampler that calls the network three times
 
 
 @dataclass(eq=False)

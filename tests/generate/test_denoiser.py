@@ -17,11 +17,14 @@ import torch
 from PIL import Image
 
 from fastsd import Control
-from fastsd.config import ControlNetConfig
+from fastsd.config import ControlNetConfig, SchedulerConfig
+from fastsd.generate.denoiser import MAX_ROWS
 from fastsd.graph import Graphs
 from fastsd.kernels import dispatch
+from fastsd.kinds import MAX_STEPS
 from fastsd.model.controlnet import ControlNet
 from fastsd.pipeline import Pipeline
+from fastsd.sampling.build import build
 from tests.support.pipelines import PHOTO, graphed_pipeline, latents, tiny_pipeline
 from tests.support.tape import TapeRecorder
 
@@ -165,6 +168,12 @@ def test_two_streams_whose_networks_come_and_go() -> None:
     for steps in itertools.zip_longest(*streams):
         last = [step or before for step, before in zip(steps, last or steps)]
     assert all(torch.equal(step.result.images, want) for step, want in zip(last, wanted, strict=True))
+
+
+@pytest.mark.parametrize("sampler", ["euler", "seeds_3", "heun++"])
+def test_a_captured_table_has_room_for_every_run(sampler: str) -> None:
+    """A table on the device has one row more than the host's; a sampler calls the network up to three times a step."""
+    assert len(build(sampler, MAX_STEPS, SchedulerConfig())) + 1 <= MAX_ROWS
 
 
 def test_a_refiner_has_graphs_of_its_own() -> None:
