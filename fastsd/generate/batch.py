@@ -177,8 +177,7 @@ def prepare(engine: Engine, stage: Pass, which: slice, first: torch.Tensor | Non
         segments = tuple(_segments(engine, stage, which))
     with timed(timings, "encode"):
         start = start_batch(engine.components, engine.codec, stage, which, noise, first)
-    pure_noise = stage.mask is not None and stage.strength == 1.0 and stage.rules.pure_noise_at_full
-    state = advance.begin(stage.table, start.noise, None if pure_noise else start.image)
+    state = advance.begin(stage.table, start.noise, None if stage.starts_from_noise else start.image)
     settings, rescaled = stage.settings, stage.guided and stage.settings.guidance_rescale > 0
     by_image = stage.parts == 3
     inputs = StepInputs(

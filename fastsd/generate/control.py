@@ -102,12 +102,19 @@ def resize_control(control: Control, width: int, height: int) -> Control:
     return replace(control, image=control.image.resize((width, height), Image.Resampling.LANCZOS))
 
 
-def idle_controls(controls: Sequence[Control], table: Table) -> Iterator[str]:
-    """A note on each control that takes part in no step, although its weight is not 0."""
+def idle_controls(controls: Sequence[Control], table: Table, refiner_row: int) -> Iterator[str]:
+    """A note on each control that takes part in no step, although its weight is not 0.
+
+    refiner_row: the first row of the refiner, which ignores ControlNets.
+    """
     for k, control in enumerate(controls, start=1):
-        if len(table) and control.weight and not control.rows(table):
-            within = f"none of the {table.steps} lies within {control.start:g} and {control.end:g}"
-            yield f"control {k} takes part in no step: {within}"
+        rows = control.rows(table)
+        if not len(table) or not control.weight or any(row < refiner_row for row in rows):
+            continue
+        why = f"none of the {table.steps} lies within {control.start:g} and {control.end:g}"
+        if rows:
+            why = "the refiner, which ignores ControlNets, does all of its steps"
+        yield f"control {k} takes part in no step: {why}"
 
 
 def _check_net(net: Any, components: Components) -> None:

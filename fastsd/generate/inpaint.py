@@ -47,7 +47,7 @@ def fit_inpainting(settings: Settings, factor: int, default: tuple[int, int]) ->
     filled = original
     if settings.inpaint_fill != "original":
         filled = fill_from_around(original, weights)
-        if settings.strength == 1.0 and LIKE[settings.like or "none"].pure_noise_at_full:
+        if settings.strength == 1.0 and LIKE[settings.like].pure_noise_at_full:
             notes.append(f"the fill {settings.inpaint_fill} has no effect: at strength 1 nothing is left of it")
     box: Box = (0, 0, *original.size)
     if settings.inpaint_only_masked:

@@ -123,6 +123,8 @@ def moved_generators(settings: Settings) -> list[str]:
 
 def idle_sizes(components: Components, settings: Settings) -> list[str]:
     """A note on sizes that the model does not read."""
+    if components.xl:
+        return []
     names = ("original_size", "crops_coords_top_left", "target_size")
-    given = [name for name in names if settings[name] is not None and not components.xl]
+    given = [name for name in (*names, *(f"negative_{name}" for name in names)) if settings[name] is not None]
     return [f"{name} has no effect: only models of SDXL's family read it" for name in given]

@@ -96,6 +96,11 @@ class Pass:
             return None
         return self.image if self.mask is None else self.mask.original
 
+    @property
+    def starts_from_noise(self) -> bool:
+        """It paints under a mask, and at full strength the rules leave nothing of the image at the start."""
+        return self.mask is not None and self.strength == 1.0 and self.rules.pure_noise_at_full
+
     def ends_step(self, row: int) -> bool:
         """Whether `row` is the last of one of the user's steps."""
         steps = self.table.step
@@ -176,7 +181,7 @@ def plan(
     notes += _unfollowed(components.scheduler, settings.sampler)
     if not len(first.table) and first.strength > 0:
         notes.append(_nothing_changes("the run", first.strength, settings.num_inference_steps))
-    notes += idle_controls(first.controls, first.table)
+    notes += idle_controls(first.controls, first.table, first.refiner_row)
     passes: tuple[Pass, ...] = (first,)
     if settings.hires_scale is not None:
         second = _second_pass(components, first, prompts, negatives)

@@ -110,7 +110,7 @@ def inpaint_by_unet(codec: Codec, stage: Pass, which: slice, noise: Noise) -> St
     for any UNet.
     """
     assert stage.image is not None and stage.mask is not None
-    pure = stage.strength == 1.0 and not stage.mask.is_grey
+    pure = stage.starts_from_noise and not stage.mask.is_grey
     start = text_to_image(stage, which, noise) if pure else image_to_image(codec, stage, which, noise)
     if stage.mask.is_grey:
         start = replace(start, mask=stage.mask.latents.to(noise.device))

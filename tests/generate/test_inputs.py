@@ -64,6 +64,22 @@ def test_controls_that_take_part_in_no_step_are_named(pipe: Pipeline, control: C
         assert pipe("a cat", num_inference_steps=4, controls=[quiet], output_type="latent").notes == []
 
 
+def test_controls_in_the_refiners_steps_alone_are_named(pipe: Pipeline, control: Control) -> None:
+    both = Pipeline(pipe.components, pipe.device, pipe.dtype, refiner=tiny_pipeline().components)
+    settings: dict[str, Any] = {"num_inference_steps": 4, "refiner_switch": 0.5, "output_type": "latent"}
+    late = both("a cat", seed=1, controls=[replace(control, start=0.75)], **settings)
+    assert late.notes == [
+        "control 1 takes part in no step: the refiner, which ignores ControlNets, does all of its steps"
+    ]
+    assert both("a cat", seed=1, controls=[control], **settings).notes == []
+
+
+@pytest.mark.parametrize("name", ["original_size", "negative_original_size", "negative_target_size"])
+def test_sizes_that_the_model_does_not_read_are_named(pipe: Pipeline, name: str) -> None:
+    result = pipe("a cat", num_inference_steps=1, output_type="latent", **{name: (32, 32)})
+    assert result.notes == [f"{name} has no effect: only models of SDXL's family read it"]
+
+
 def test_steps_of_a_second_pass_that_is_not_asked_for(pipe: Pipeline) -> None:
     with pytest.raises(FastsdError, match="hires_steps: given without hires_scale"):
         latents(pipe, hires_steps=3)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from fastsd.cli import flags
 from fastsd.components import Components
@@ -21,7 +22,7 @@ from fastsd.parameters import Settings
 from fastsd.pipeline import Pipeline
 from fastsd.sampling import advance
 from tests.support import tiny
-from tests.support.pipelines import latents, tiny_components
+from tests.support.pipelines import PHOTO, latents, tiny_components, tiny_pipeline
 
 CPU = torch.device("cpu")
 LONG = "a cat, sitting on a mat, " * 14  # two chunks
@@ -52,6 +53,18 @@ def test_what_the_caller_gives_precedes_the_rules() -> None:
     given = {"noise": "cpu", "emphasis": "no_norm", "prompt_syntax": "a1111"}
     settings = plan(components, DEFAULTS, {"prompt": "x", "like": "comfy", **given}).settings
     assert {key: settings[key] for key in given} == given
+
+
+@pytest.mark.parametrize("channels", [4, 9])
+@pytest.mark.parametrize(("like", "pure"), [("none", True), ("a1111", False), ("comfy", False), ("diffusers", True)])
+def test_a_fill_counts_at_full_strength_unless_the_run_starts_from_noise_alone(
+    like: str, pure: bool, channels: int
+) -> None:
+    """Also with a UNet made for inpainting: A1111's `sample_img2img` and ComfyUI's KSampler add noise to the image."""
+    pipe = tiny_pipeline(in_channels=channels)
+    settings = {"image": PHOTO, "mask_image": Image.new("L", PHOTO.size, 255), "strength": 1.0, "like": like}
+    found = [latents(pipe, num_inference_steps=2, inpaint_fill=fill, **settings) for fill in ("original", "blank")]
+    assert torch.equal(*found) == pure
 
 
 @pytest.mark.parametrize("like", ["a1111", "comfy"])
