@@ -313,8 +313,9 @@ Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
         ({"use_qalora": True}, "use_qalora is True"),
         ({"trainable_token_indices": [3]}, "trainable_token_indices"),
         ({"lora_alpha": "much"}, "alpha of .*to_q is 'much'"),
-        ({"alpha_pattern": {"(a+)+": 3}}, "repeats too much"),
-        ({"alpha_pattern": {"(": 3}}, "not a regular expression"),
+        ({"lora_alpha": 10**400}, "NaN or infinite"),
+        ({"alpha_pattern": {"(a+)+": 3}}, "repeats a group; name the layers"),
+        ({"alpha_pattern": {"(": 3}}, "a bracket that is not closed"),
     ],
     ids=str,
 )

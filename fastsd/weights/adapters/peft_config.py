@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fastsd.errors import FastsdError
+from fastsd.weights.adapters.layer_patterns import layer_matcher
 from fastsd.weights.adapters.roles import NO_OPTIONS, LayerOptions
+from fastsd.weights.formats.json_file import parse_json
 
 METADATA = "lora_adapter_metadata"  # the metadata key under which diffusers stores PEFT's configs, as JSON
 TYPES = ("LORA", "LOHA", "LOKR", "OFT", "IA3")
@@ -47,7 +47,7 @@ def configs_in(path: Path, text: str) -> Configs:
         FastsdError: it is not a JSON object.
     """
     try:
-        flat = json.loads(text)
+        flat = parse_json(text)
         pairs = [(*key.split(".", 1), value) for key, value in flat.items() if "." in key]
     except (ValueError, AttributeError, RecursionError) as error:
         raise FastsdError(f"its metadata {METADATA} is not a JSON object", path=path) from error
@@ -120,7 +120,7 @@ def options_of(name: str, config: Mapping[str, Any], path: Path) -> LayerOptions
         if not isinstance(patterns, str | list | tuple):
             raise FastsdError(f"PEFT's feedforward_modules is {_short(patterns)}", path=path)
         if isinstance(patterns, str):
-            return LayerOptions(feedforward=bool(_pattern(patterns, path).fullmatch(name)))
+            return LayerOptions(feedforward=_matches(patterns, name, path))
         return LayerOptions(feedforward=any(name == part or name.endswith(f".{part}") for part in patterns))
     if config.get("peft_type") == "OFT":
         terms, eps = config.get("num_cayley_neumann_terms", 5), config.get("eps", 6e-5)
@@ -136,19 +136,16 @@ def _by_pattern(name: str, patterns: Any, default: Any, path: Path) -> Any:
     if not isinstance(patterns, Mapping):
         return default
     for pattern, value in patterns.items():
-        if _pattern(pattern, path).fullmatch(name):
+        if _matches(pattern, name, path):
             return value
     return default
 
 
-def _pattern(pattern: str, path: Path) -> re.Pattern[str]:
-    """PEFT's pattern, compiled. One that could take long to match, as a hostile file may hold, is refused."""
-    if len(pattern) > 300 or len(re.findall(r"[*+{]", pattern)) > 3 or re.search(r"\)[*+{]", pattern):
-        raise FastsdError(f"PEFT's pattern {_short(pattern)} repeats too much; name the layers instead", path=path)
+def _matches(pattern: str, name: str, path: Path) -> bool:
     try:
-        return re.compile(rf"(?:.*\.)?(?:{pattern})")
-    except (re.error, RecursionError, OverflowError) as error:
-        raise FastsdError(f"PEFT's pattern {_short(pattern)} is not a regular expression", path=path) from error
+        return layer_matcher(pattern)(name)
+    except ValueError as error:
+        raise FastsdError(f"PEFT's pattern {_short(pattern)} {error}; name the layers instead", path=path) from error
 
 
 def _short(value: Any) -> str:

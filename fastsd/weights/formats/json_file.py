@@ -21,14 +21,23 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON:
             raise FastsdError(f"larger than any config ({MAX_JSON // 2**20} MiB)", path=path)
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FastsdError(f"cannot be read ({error.strerror})", path=path) from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise FastsdError(f"not JSON ({error.__class__.__name__})", path=path) from error
     if not isinstance(data, dict):
         raise FastsdError("not a JSON object", path=path)
     return data
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads` for untrusted texts: an integer of more digits than any number here needs becomes a float.
+
+    Raises:
+        ValueError, RecursionError: not JSON, or nested too deeply.
+    """
+    return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 20 else float(digits))
 
 
 # The range of each number. Values outside it belong to no model; they would fill memory or build layers endlessly.
