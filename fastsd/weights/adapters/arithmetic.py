@@ -122,8 +122,10 @@ class _Hadamard(_Difference):
     needs = {"w1_a", "w1_b", "w2_a", "w2_b"}
 
     def size(self, parts: Tensors) -> tuple[int, int]:
-        a, b, core = parts["w1_a"], parts["w1_b"], parts.get("t1")
-        return (a.shape[-1] if core is not None else len(a)), b.shape[-1] * _kernel(core)
+        first, second = (_product_size(parts[f"w{i}_a"], parts[f"w{i}_b"], parts.get(f"t{i}")) for i in (1, 2))
+        if first != second:
+            raise ValueError(f"multiplies {first[0]} x {first[1]} by {second[0]} x {second[1]} elementwise")
+        return first
 
     def change(self, parts: Tensors) -> torch.Tensor:
         first = _product(parts["w1_a"], parts["w1_b"], parts.get("t1"))
@@ -146,8 +148,7 @@ class _Kronecker(_Difference):
             if full is not None:
                 size = _matrix(full)
             else:
-                a, b = parts[f"kron_w{factor}_a"], parts[f"kron_w{factor}_b"]
-                size = (a.shape[-1] if core is not None else len(a)), _matrix(b)[1] * _kernel(core)
+                size = _product_size(parts[f"kron_w{factor}_a"], parts[f"kron_w{factor}_b"], core)
             rows, columns = rows * size[0], columns * size[1]
         return rows, columns
 
@@ -186,8 +187,10 @@ def _matrix(x: torch.Tensor) -> tuple[int, int]:
     return len(x), x.numel() // max(len(x), 1)
 
 
-def _kernel(core: torch.Tensor | None) -> int:
-    return 1 if core is None else core.shape[2:].numel()
+def _product_size(a: torch.Tensor, b: torch.Tensor, core: torch.Tensor | None) -> tuple[int, int]:
+    """Rows and columns of `_product`."""
+    rows, columns = len(a), _matrix(b)[1]
+    return (rows, columns) if core is None else (a.shape[1], columns * core.shape[2:].numel())
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, core: torch.Tensor | None) -> torch.Tensor:

@@ -22,7 +22,7 @@ KINDS = "LoRA, LoHa, LoKr, DoRA, GLoRA, OFT, BOFT, IA3 or a difference"
 BUNDLED = "bundle_emb."  # begins the keys of embeddings that a LoRA brings along, as kohya's and OneTrainer's users do
 Pair = dict[str, TensorEntry]  # up and down, by role
 # cloneofsimo's keys: of a layer, by its place; and of an embedding, which the metadata marks.
-_ORDERED = re.compile(r"(unet|text_encoder):(\d+):(up|down)")
+_ORDERED = re.compile(r"(unet|text_encoder):([0-9]{1,5}):(up|down)")
 _EMBEDDING_MARK = "<embed>"
 # PEFT's names for a whole model, before the layer's own.
 _PEFT_PREFIX = re.compile(r"^(base_model\.model\.|(unet|text_encoder(_2)?)\.)+")

@@ -53,13 +53,13 @@ def _generalised(base: torch.Tensor, parts: Tensors, options: LayerOptions) -> t
     rank, inputs = b2.shape[0], base.shape[1]
     if not (b1.shape[1] == rank == a2.shape[0] == a1.shape[1] and a1.shape[0] == inputs):
         a1, a2, b1, b2, rank = a2, a1, b2, b1, b1.shape[0]
-    matrix = base.flatten(1)
-    added = b1.flatten(1) @ b2.flatten(1)
-    if "glora_mid" in parts:
-        added = torch.einsum("ijkl,oi,jc->ockl", parts["glora_mid"], b1.flatten(1), b2.flatten(1)).flatten(1)
-    if added.shape != matrix.shape:
-        raise ValueError(f"makes a change of {len(added)} x {added.shape[1]}")
-    product = torch.einsum("oi...,ij->oj...", base, a1.flatten(1) @ a2.flatten(1))
+    a1, a2, b1, b2 = (factor.flatten(1) for factor in (a1, a2, b1, b2))
+    core = parts.get("glora_mid")
+    columns = b2.shape[1] * (1 if core is None else core.shape[2:].numel())
+    if (len(b1), columns) != (len(base), base.numel() // len(base)) or (len(a1), a2.shape[1]) != (inputs, inputs):
+        raise ValueError(f"makes changes of {len(b1)} x {columns} and of {len(a1)} x {a2.shape[1]}")
+    added = b1 @ b2 if core is None else torch.einsum("ijkl,oi,jc->ockl", core, b1, b2)
+    product = torch.einsum("oi...,ij->oj...", base, a1 @ a2)
     scale = float(parts["alpha"]) / rank if "alpha" in parts else 1.0
     return base + (added.reshape(base.shape) + product) * scale
 
@@ -71,6 +71,9 @@ def _blocks(base: torch.Tensor, parts: Tensors, options: LayerOptions) -> torch.
     another. `alpha` times the number of outputs bounds the norm of all generators together; 0 does not.
     """
     blocks = parts["oft_blocks"]
+    count, rows, size = blocks.shape[-3:]
+    if rows != size or count * size != len(base):
+        raise ValueError(f"rotates {count} x {size} outputs by blocks of {rows} x {size}")
     skew = blocks - blocks.transpose(-1, -2)
     bound = float(parts["alpha"]) * len(base) if "alpha" in parts else 0.0
     norm = float(skew.norm()) + 1e-8
@@ -78,9 +81,6 @@ def _blocks(base: torch.Tensor, parts: Tensors, options: LayerOptions) -> torch.
         skew = skew * (bound / norm)
     eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
     rotation = torch.linalg.solve(eye - skew, eye + skew, left=False)
-    count, size = blocks.shape[-3], blocks.shape[-1]
-    if blocks.ndim < 3 or count * size != len(base):
-        raise ValueError(f"rotates {count} x {size} outputs")
     weight = base
     if blocks.ndim == 3:
         weight = torch.einsum("knm,kn...->km...", rotation, weight.unflatten(0, (count, size))).flatten(0, 1)

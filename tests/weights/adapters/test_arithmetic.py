@@ -32,9 +32,29 @@ def test_changes(case: str) -> None:
     assert adapted(BASE, parts, scale).tolist() == expected
 
 
-def test_a_change_of_another_shape_is_refused_before_it_is_computed() -> None:
-    parts = {"up": torch.ones(2**20, 1), "down": torch.ones(1, 2**20)}  # 4 TB as a matrix
-    with pytest.raises(ValueError, match="makes a change of 1048576 x 1048576"):
+LONG = 2**20  # a column by a row of this length are 4 TB
+COLUMN, ROW = torch.ones(LONG, 1), torch.ones(1, LONG)
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        ({"up": COLUMN, "down": ROW}, "makes a change of 1048576 x 1048576"),
+        ({"w1_a": UP, "w1_b": DOWN, "w2_a": COLUMN, "w2_b": ROW}, "multiplies 2 x 2 by 1048576 x 1048576"),
+        ({"glora_a1": UP, "glora_a2": DOWN, "glora_b1": COLUMN, "glora_b2": ROW}, "makes changes of 1048576 x 1048576"),
+        ({"glora_a1": UP, "glora_a2": ROW, "glora_b1": UP, "glora_b2": DOWN}, "of 2 x 1048576"),
+        ({"oft_blocks": torch.ones(2, 1, LONG)}, "by blocks of 1 x 1048576"),  # minus its transpose it is square
+        ({"oft_vectors": torch.ones(1, LONG)}, "rotates 1 x 1449 inputs"),
+    ],
+    ids=("LoRA", "LoHa", "GLoRA's addition", "GLoRA's product", "OFT", "PEFT's OFT"),
+)
+def test_a_change_of_another_shape_is_refused_before_it_is_computed(
+    parts: dict[str, torch.Tensor], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
         adapted(BASE, parts, None)
+
+
+def test_an_unknown_form_is_refused() -> None:
     with pytest.raises(ValueError, match="no known form"):
         adapted(BASE, {"up": UP}, None)

@@ -77,3 +77,12 @@ def test_the_scale_of_pefts_metadata(tmp_path: Path) -> None:
     for config, scale in (({}, None), ({"unet.lora_alpha": 8}, 2.0), (stabilised, 4.0)):
         save_file(tensors, file, {METADATA: json.dumps(config)})
         assert [layer.scale for layer in read_adapter(file).layers] == [scale]
+
+
+@pytest.mark.parametrize("place", ["1", "9" * 5000, "\u0661", "-1"], ids=("a gap", "5000 digits", "Arabic", "negative"))
+def test_a_place_that_cannot_be_is_refused(place: str, tmp_path: Path) -> None:
+    """cloneofsimo's keys number the layers from 0."""
+    tensors = {f"unet:{place}:{role}": torch.ones(2, 2) for role in ("up", "down")}
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(FastsdError, match=r"not complete|not an adapter"):
+        read_adapter(tmp_path / "x.safetensors")
