@@ -75,7 +75,8 @@ def _other_pickle(path: Path, allow_pickle: bool) -> str | None:
         return None
     if "string_to_param" in content:
         table = vectors_of(content)
-        shapes = {key: entry.shape for key, entry in tensors_in(path, table, sizes).items()}
+        found = tensors_in(path, table, sizes) if isinstance(table, dict) else {}
+        shapes = {key: entry.shape for key, entry in found.items()}
         fits = len(shapes) == 1 and all(len(shape) in (1, 2) for shape in shapes.values())
         return embedding_kind(shapes) if fits else "a textual inversion without vectors"
     if any(type(key) is int for key in content):

@@ -67,6 +67,7 @@ PICKLES: dict[str, tuple[object, str]] = {
         {"string_to_param": nn.ParameterDict({"*": nn.Parameter(torch.ones(2, 1024))})},
         "a textual inversion for SD 2, 2 vectors",
     ),
+    "a list in place of vectors": ({"string_to_param": [1]}, "a textual inversion without vectors"),
     "a hypernetwork": ({768: [{"linear.weight": torch.ones(2)}], "step": 3}, "a hypernetwork"),
     "an upscaler": ({"params_ema": {"conv_first.weight": torch.ones(2)}}, "an upscaler"),
     "a LoRA": (KOHYA, "an adapter: LoRA;"),

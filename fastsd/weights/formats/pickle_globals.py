@@ -33,7 +33,7 @@ _NUMPY = {
     ("numpy.core.multiarray", "scalar"),
     ("numpy._core.multiarray", "scalar"),
 }
-PARAMETERS = ("torch.nn.modules.container", "ParameterDict")
+PARAMETER_DICT = ("torch.nn.modules.container", "ParameterDict")
 _PLAIN = {("__builtin__", "set"), ("builtins", "set")}
 _TRAINING_PACKAGES = ("pytorch_lightning.", "lightning.", "omegaconf.")  # callback states and configs
 # How protocol 2 writes bytes: `_codecs.encode(text, "latin1")`.
@@ -69,13 +69,13 @@ class ParameterTable(Placeholder):
 
 def has_placeholder(name: GlobalName) -> bool:
     """Whether a `Placeholder` may replace what `name` refers to."""
-    return name in (*_NUMPY, *_PLAIN, PARAMETERS) or f"{name[0]}.".startswith(_TRAINING_PACKAGES)
+    return name in (*_NUMPY, *_PLAIN, PARAMETER_DICT) or f"{name[0]}.".startswith(_TRAINING_PACKAGES)
 
 
 def placeholders(names: Iterable[GlobalName]) -> list[Any]:
     """The placeholders for those of `names` that have one, in the form of `torch.serialization.safe_globals`."""
     return [
-        (ParameterTable if name == PARAMETERS else Placeholder, ".".join(name))
+        (ParameterTable if name == PARAMETER_DICT else Placeholder, ".".join(name))
         for name in names
         if has_placeholder(name)
     ]

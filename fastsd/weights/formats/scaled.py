@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from fastsd.errors import FastsdError
+from fastsd.weights.formats.json_file import parse_json
 from fastsd.weights.formats.safetensors_file import TensorEntry
 
 # ComfyUI's keys (comfy/ops.py): `X.scale_weight`, and later `X.weight_scale` with `X.comfy_quant`, beside `X.weight`.
@@ -61,9 +63,9 @@ def with_scales(path: Path, entries: dict[str, TensorEntry]) -> dict[str, Tensor
 
 def _check_description(path: Path, key: str, entry: TensorEntry) -> None:
     """Refuse a format of ComfyUI's that is no 8-bit float."""
-    text = bytes(entry.read().flatten().tolist()) if entry.nbytes <= 4096 and entry.dtype.itemsize == 1 else b""
+    text = bytes(entry.read().flatten().tolist()) if entry.nbytes <= 4096 and entry.dtype == torch.uint8 else b""
     try:
-        kind = json.loads(text).get("format")
+        kind = parse_json(text).get("format")
     except (ValueError, AttributeError, RecursionError):
         kind = None
     if kind not in _FORMATS:

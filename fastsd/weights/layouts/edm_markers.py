@@ -6,6 +6,7 @@ ComfyUI reads the same keys (comfy/supported_models.py, `SDXL.model_type`), and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from fastsd.weights.layouts.family import CheckpointFamily
 MEAN, STD = "edm_mean", "edm_std"  # of Playground 2.5's latents, by channel
 HIGHEST, LOWEST = "edm_vpred.sigma_max", "edm_vpred.sigma_min"  # CosXL's noise levels
 PLAYGROUND_SCALE = 0.5  # diffusers' PLAYGROUND_VAE_SCALING_FACTOR; the files do not hold it
+MAX_NUMBERS = 64  # in a marker; one per channel of the latents
 COSXL = EDMConfig(sigma_data=1.0, sigma_max=120.0)  # ComfyUI's `ModelSamplingContinuousEDM`
 
 
@@ -51,7 +53,8 @@ def with_markers(path: Path, family: CheckpointFamily, entries: Mapping[str, Ten
 def _numbers(path: Path, entries: Mapping[str, TensorEntry], key: str) -> tuple[float, ...]:
     if key not in entries:
         raise FastsdError(f"the key {key} is missing, though another marker of EDM models is there", path=path)
-    values = tuple(entries[key].read().double().flatten().tolist())
-    if not 1 <= len(values) <= 64 or not all(abs(value) < 1e6 for value in values):
+    few = 1 <= math.prod(entries[key].shape) <= MAX_NUMBERS
+    values = tuple(entries[key].read().double().flatten().tolist()) if few else ()
+    if not few or not all(abs(value) < 1e6 for value in values):
         raise FastsdError(f"the key {key} does not hold a few finite numbers", path=path)
     return values

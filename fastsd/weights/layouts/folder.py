@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastsd.components import Components
+from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
 from fastsd.few_step import KINDS, Detection
 from fastsd.model.clip import TextEncoder
@@ -16,7 +17,7 @@ from fastsd.model.taesd import Autoencoder, make_autoencoder
 from fastsd.model.tokenizer import Tokenizer
 from fastsd.model.unet import UNet
 from fastsd.weights.few_step import detect_in_scheduler, detect_in_unet
-from fastsd.weights.formats.json_file import read_json
+from fastsd.weights.formats.json_file import ConfigReader, read_json
 from fastsd.weights.layouts import configs
 from fastsd.weights.layouts.fit import check_fit, refuse_other_class
 from fastsd.weights.layouts.scheduler import read_scheduler
@@ -67,7 +68,7 @@ def outline_folder(root: Path, half: bool) -> tuple[Components, dict[str, list[P
     refuse_other_class(root, index)
     unet_config, sample_size = read_unet(root / "unet" / "config.json")
     vae_config = configs.read_autoencoder(root / "vae" / "config.json")
-    extras = read_json(root / FASTSD_FILE) if (root / FASTSD_FILE).is_file() else {}
+    extras = _read_extras(root / FASTSD_FILE)
     files = {}
     clip_configs, tokenizers = [], []
     for suffix in ("", "_2"):
@@ -100,7 +101,7 @@ def outline_folder(root: Path, half: bool) -> tuple[Components, dict[str, list[P
         name=root.resolve().name,
         zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt") is True,
         aesthetic_score=index.get("requires_aesthetics_score") is True,
-        scaled_image=reads_scaled(index, read_json(root / "scheduler" / "scheduler_config.json")),
+        scaled_image=reads_scaled(index, scheduler),
         defaults=extras.get("defaults", {}),
         known_words=frozenset(extras.get("known_words", ())),
         few_step=few_step,
@@ -110,12 +111,31 @@ def outline_folder(root: Path, half: bool) -> tuple[Components, dict[str, list[P
     return components, files
 
 
-def reads_scaled(index: Mapping[str, Any], scheduler: Mapping[str, Any]) -> bool:
+def _read_extras(path: Path) -> dict[str, Any]:
+    """What only fastsd reads, if the file is there.
+
+    Raises:
+        FastsdError: malformed, or a value of another type.
+    """
+    if not path.is_file():
+        return {}
+    r = ConfigReader(path)
+    if not isinstance(r.data.get("defaults", {}), dict):
+        raise r.error("defaults", "it should be an object")
+    words = r.data.get("known_words", [])
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise r.error("known_words", "it should be a list of words")
+    if not isinstance(r.data.get("few_step", ""), str):
+        raise r.error("few_step", "it should be a text")
+    return r.data
+
+
+def reads_scaled(index: Mapping[str, Any], scheduler: SchedulerConfig) -> bool:
     """Whether a UNet that edits reads the image scaled: model_index.json says so, or it is trained as CosXL Edit.
 
     diffusers leaves that to its caller (`is_cosxl_edit`); ComfyUI goes by EDM's noise levels with v-prediction.
     """
-    trained = str(scheduler.get("_class_name")).startswith("EDM") and scheduler.get("prediction_type") == "v_prediction"
+    trained = scheduler.edm is not None and scheduler.prediction_type == "v_prediction"
     return trained or index.get("is_cosxl_edit") is True
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastsd.config import EDMConfig, SchedulerConfig
 from fastsd.errors import FastsdError
 from fastsd.weights import load_folder, save_folder
 from fastsd.weights.layouts.folder import reads_scaled
@@ -45,6 +46,13 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "index is a list": (lambda f: (f / "model_index.json").write_text("[]"), "model_index.json: not a JSON object"),
     "index is cut": (lambda f: cut(f / "model_index.json", 20), "model_index.json: not JSON"),
     "index is binary": (lambda f: (f / "model_index.json").write_bytes(b"\xff\xfe\x00"), "not JSON"),
+    "a digit too many": (
+        lambda f: (f / "unet/config.json").write_text('{"block_out_channels": [' + "9" * 5000 + "]}"),
+        "config.json: block_out_channels",
+    ),
+    "fastsd's defaults are a list": (lambda f: (f / "fastsd.json").write_text('{"defaults": [1]}'), "defaults is"),
+    "fastsd's words are numbers": (lambda f: (f / "fastsd.json").write_text('{"known_words": [1]}'), "known_words is"),
+    "fastsd's method is a list": (lambda f: (f / "fastsd.json").write_text('{"few_step": []}'), "few_step is"),
     "no unet": (lambda f: shutil.rmtree(f / "unet"), "the folder unet/ is missing"),
     "no text encoder": (lambda f: shutil.rmtree(f / "text_encoder"), "no text_encoder folder"),
     "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer"),
@@ -109,11 +117,11 @@ def test_a_missing_and_an_empty_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("index", "scheduler", "scaled"),
     [
-        ({}, {"_class_name": "EulerDiscreteScheduler", "prediction_type": "v_prediction"}, False),
-        ({"is_cosxl_edit": True}, {"_class_name": "EulerDiscreteScheduler"}, True),
-        ({"is_cosxl_edit": False}, {"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"}, True),
-        ({}, {"_class_name": "EDMEulerScheduler", "prediction_type": "epsilon"}, False),
+        ({}, SchedulerConfig(prediction_type="v_prediction"), False),
+        ({"is_cosxl_edit": True}, SchedulerConfig(), True),
+        ({"is_cosxl_edit": False}, SchedulerConfig(prediction_type="v_prediction", edm=EDMConfig()), True),
+        ({}, SchedulerConfig(edm=EDMConfig()), False),
     ],
 )
-def test_the_image_to_edit_is_scaled_in_cosxl(index: dict[str, Any], scheduler: dict[str, Any], scaled: bool) -> None:
+def test_the_image_to_edit_is_scaled_in_cosxl(index: dict[str, Any], scheduler: SchedulerConfig, scaled: bool) -> None:
     assert reads_scaled(index, scheduler) == scaled
