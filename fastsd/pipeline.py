@@ -156,11 +156,11 @@ class Pipeline(Portable, DiffusersNames):
         pipe.source, pipe.vae_source, pipe.refiner_source = found, own_vae, own_refiner
         return pipe
 
-    def __call__(self, prompt: str | list[str], **arguments: Any) -> Any:
+    def __call__(self, prompt: str | list[str] | None = None, **arguments: Any) -> Any:
         """Generate images.
 
         Args:
-            prompt: a text, or a list of texts, in the syntax of docs/prompts.md.
+            prompt: a text, or a list of texts, in the syntax of docs/prompts.md; None beside `prompt_embeds`.
             arguments: see below. Where one is missing or None, its default applies, or the checkpoint's own.
 
         Returns:
@@ -176,7 +176,7 @@ class Pipeline(Portable, DiffusersNames):
             return last.result
         return (last.result.images,) if self.components.xl else (last.result.images, None)
 
-    def stream(self, prompt: str | list[str], **arguments: Any) -> Iterator[Step]:
+    def stream(self, prompt: str | list[str] | None = None, **arguments: Any) -> Iterator[Step]:
         """The same work as `__call__`, step by step. Arguments are checked at once, before the first step."""
         has_refiner, few_step = self.refiner is not None, self.few_step is not None
         request = plan(self.components, self.defaults, {"prompt": prompt, **arguments}, has_refiner, few_step)

@@ -112,6 +112,30 @@ PROGRAM_ROWS: tuple[Parameter, ...] = (
 PYTHON_ROWS: tuple[Parameter, ...] = (
     Parameter("latents", Value(), "starting noise `[N, C, h, w]`, unit variance"),
     Parameter(
+        "prompt_embeds",
+        Value(),
+        "features in place of {prompt}, `[N, L, D]`, as diffusers' `encode_prompt` gives them",
+        excludes=("prompt", "give one of the two"),
+    ),
+    Parameter(
+        "negative_prompt_embeds",
+        Value(),
+        "features in place of {negative_prompt}, `[N, L, D]`; or one for all, `[1, L, D]`",
+        excludes=("negative_prompt", "give one of the two"),
+    ),
+    Parameter(
+        "pooled_prompt_embeds",
+        Value(),
+        "SDXL: the pooled text of {prompt_embeds}, `[N, P]`",
+        needs=("prompt_embeds", "the features that it belongs to"),
+    ),
+    Parameter(
+        "negative_pooled_prompt_embeds",
+        Value(),
+        "SDXL: the pooled text of {negative_prompt_embeds}, `[N, P]`",
+        needs=("negative_prompt_embeds", "the features that it belongs to"),
+    ),
+    Parameter(
         "generator",
         Value(),
         "a `torch.Generator` that draws the noise and moves on, or a list with one for each image",

@@ -10,14 +10,16 @@ import torch
 
 from fastsd.components import Components
 from fastsd.generate.denoiser import Conditioning
+from fastsd.generate.prompts import zeros_for_empty
 from fastsd.generate.request import Pass
 from fastsd.graph import Graphs
 from fastsd.model.controlnet import ControlNet
 from fastsd.model.unet import ContractingPath
 from fastsd.text.encode import TextFeatures, added_conditioning, encode_text
-from fastsd.text.parse import ParsedText, tokenize
+from fastsd.text.parse import ParsedPrompt, ParsedText, tokenize
 
-Texts = tuple[tuple[ParsedText, bool], ...]  # of each UNet sample: its text, and whether that is a negative one
+Text = tuple[ParsedText | TextFeatures, bool]  # to be encoded, or encoded by the caller; whether it is a negative one
+Texts = tuple[Text, ...]  # of each UNet sample
 KeyValues = tuple[torch.Tensor, ...]  # of every cross-attention, in order of use
 
 
@@ -33,7 +35,7 @@ class ConditioningSchedule:
 
     texts: Sequence[Texts]
     times: list[torch.Tensor]
-    key_values: list[dict[tuple[ParsedText, bool], KeyValues]]
+    key_values: list[dict[Text, KeyValues]]
     _last: tuple[Texts, list[KeyValues]] = field(default=((), []), repr=False)
 
     def at(self, row: int) -> list[Conditioning]:
@@ -75,12 +77,15 @@ def schedule_conditioning(
     texts = texts_by_row(stage, which)
     timesteps = torch.as_tensor(stage.table.timesteps.copy(), dtype=torch.float32, device=device)
     networks: list[ContractingPath] = [components.unet, *controlnets]
-    times: list[dict[tuple[ParsedText, bool], torch.Tensor]] = [{} for _ in networks]
-    key_values: list[dict[tuple[ParsedText, bool], KeyValues]] = [{} for _ in networks]
+    times: list[dict[Text, torch.Tensor]] = [{} for _ in networks]
+    key_values: list[dict[Text, KeyValues]] = [{} for _ in networks]
     # A table without rows (strength 0) has no texts to encode.
     for text, negative in dict.fromkeys(pair for row in rows for pair in texts[row]):
-        parsed = tokenize(components, text.text, text.sections, text.syntax) if retokenize else text
-        features = _encode(components, stage, parsed, negative, stage.prompts.lengths[which.start], graphs)
+        if isinstance(text, TextFeatures):
+            features = text
+        else:
+            parsed = tokenize(components, text.text, text.sections, text.syntax) if retokenize else text
+            features = _encode(components, stage, parsed, negative, stage.prompts.lengths[which.start], graphs)
         added = added_conditioning(components, features.pooled, negative, stage.width, stage.height, stage.settings)
         for network, own_times, own_key_values in zip(networks, times, key_values, strict=True):
             own_key_values[text, negative] = network.project_context(features.context)
@@ -99,8 +104,7 @@ def _encode(
     counts as it does in a call of its own, which is how A1111 and ComfyUI treat texts of unequal lengths.
     """
     rules, settings = stage.rules, stage.settings
-    wanted = components.zeros_for_empty_prompt if rules.zeros_for_empty is None else rules.zeros_for_empty
-    zeros = wanted and components.xl and negative and not text.text
+    zeros = zeros_for_empty(components, rules) and negative and not text.text
     repeats = rules.repeats_texts and length % text.length == 0
     own = text.length if repeats else length
     features = encode_text(
@@ -112,9 +116,10 @@ def _encode(
 def texts_by_row(stage: Pass, which: slice) -> list[Texts]:
     """The texts of a batch in each row of the table. Schedules in prompts count the steps that run; or the calls of the
     network, of which the first two are the first (A1111, `reconstruct_cond_batch` in modules/prompt_parser.py)."""
-    samples = [[(text, False) for text in prompt.texts] for prompt in stage.prompts.positive[which]]
+    prompts, given = stage.prompts, stage.texts
+    samples = _samples(prompts.positive[which], given.features[which], False)
     if stage.guided:
-        negatives = [[(text, True) for text in prompt.texts] for prompt in stage.prompts.negative[which]]
+        negatives = _samples(prompts.negative[which], given.negative_features[which], True)
         samples = negatives * (stage.parts - 1) + samples
     counts = stage.table.step - stage.table.step[:1]
     if stage.rules.counts_calls:
@@ -122,9 +127,14 @@ def texts_by_row(stage: Pass, which: slice) -> list[Texts]:
     return [tuple(sample[min(count, len(sample) - 1)] for sample in samples) for count in counts]
 
 
-def _join(
-    times: dict[tuple[ParsedText, bool], torch.Tensor], texts: Sequence[Texts], rows: range, each: bool
-) -> torch.Tensor:
+def _samples(prompts: Sequence[ParsedPrompt], features: Sequence[TextFeatures], negative: bool) -> list[list[Text]]:
+    """Of each image its texts, step by step; or the features that stand for all of them."""
+    if features:
+        return [[(one, negative)] for one in features]
+    return [[(text, negative) for text in prompt.texts] for prompt in prompts]
+
+
+def _join(times: dict[Text, torch.Tensor], texts: Sequence[Texts], rows: range, each: bool) -> torch.Tensor:
     """`[rows, samples, channels]`, each sample's own; or `[rows, 1, channels]` where all samples share one.
 
     Rows outside `rows` hold arbitrary values, which nothing reads.

@@ -12,7 +12,7 @@ from typing import Any
 from fastsd.errors import FastsdError, nearest
 
 _CONTROL = "give controls=[fastsd.Control(net, image, weight, start, end)], with net from pipe.load_controlnet(path)"
-_EMBEDS = "texts are encoded here: give the prompt; docs/prompts.md has weights, blends and schedules"
+_ENCODE = "the call encodes its prompt; features made elsewhere are prompt_embeds"
 _IP = "IP-Adapters are not supported; a ControlNet or a LoRA may stand in"
 _ENSEMBLE = "give from_pretrained a refiner and the call refiner_switch, the share of the noise levels done before it"
 _TABLE = "num_inference_steps, sampler, schedule and spacing make the timesteps; pipe.stream gives each step"
@@ -22,10 +22,6 @@ CALL: dict[str, str] = {
     "image_embeds": _IP,
     "ip_adapter_image": _IP,
     "ip_adapter_image_embeds": _IP,
-    "prompt_embeds": _EMBEDS,
-    "negative_prompt_embeds": _EMBEDS,
-    "pooled_prompt_embeds": _EMBEDS,
-    "negative_pooled_prompt_embeds": _EMBEDS,
     "prompt_2": "both text encoders read the prompt",
     "negative_prompt_2": "both text encoders read negative_prompt",
     "timesteps": _TABLE,
@@ -154,7 +150,7 @@ ATTRIBUTES: dict[str, str] = {
     "tokenizer_2": _PART,
     "controlnet": _CONTROL,
     "config": "the networks have theirs: pipe.components.unet.config",
-    "encode_prompt": _EMBEDS,
+    "encode_prompt": _ENCODE,
     "register_modules": _PART,
 }
 

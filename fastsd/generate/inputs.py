@@ -1,4 +1,4 @@
-"""The prompts, images and latents of a call, checked and brought to the size of the result."""
+"""The images and latents of a call, checked and brought to the size of the result."""
 
 from __future__ import annotations
 
@@ -32,14 +32,6 @@ class Images:
     controls: tuple[Control, ...]
     size: tuple[int, int]
     notes: list[str]
-
-
-def check_prompts(argument: str, value: Any) -> list[str]:
-    """One prompt or a list of them, as a list."""
-    prompts = [value] if isinstance(value, str) else value
-    if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(text, str) for text in prompts):
-        raise FastsdError("it should be a text or a list of texts", argument=argument, value=value)
-    return list(prompts)
 
 
 def fit_images(components: Components, settings: Settings, default: tuple[int, int]) -> Images:

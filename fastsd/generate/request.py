@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +18,6 @@ from fastsd.generate.defaults import steps_from_image
 from fastsd.generate.habits import without_habits
 from fastsd.generate.inputs import (
     Images,
-    check_prompts,
     fit_generators,
     fit_images,
     fit_latents,
@@ -29,8 +27,9 @@ from fastsd.generate.inputs import (
 from fastsd.generate.like import LIKE, Rules, fill, rules_notes
 from fastsd.generate.masks import InpaintMask
 from fastsd.generate.noise import SOURCES, NoisePlan, of_image
+from fastsd.generate.prompts import Prompts, parse, read_prompts
 from fastsd.generate.tables import make_table, refiner_row
-from fastsd.kinds import MAX_IMAGES, MAX_SEED
+from fastsd.kinds import MAX_SEED
 from fastsd.model.taesd import DECODES_ONLY
 from fastsd.parameters import DEFAULT_BATCH, MAX_SIDE, PARAMETERS, RANDOM_SEED, Settings, check_call
 from fastsd.pass_rows import REFINER_SWITCH
@@ -38,7 +37,7 @@ from fastsd.runtime import memory
 from fastsd.sampling.build import spacing_counts
 from fastsd.sampling.samplers import UNFOLLOWED, complete, resolve
 from fastsd.sampling.table import Table
-from fastsd.text.parse import ParsedPrompts, parse_prompts
+from fastsd.text.parse import ParsedPrompts
 
 TILED_FROM = 2048 * 2048  # pixels above which the autoencoder works in tiles by default
 
@@ -49,7 +48,8 @@ class Pass:
 
     Attributes:
         settings: of the call, complete.
-        prompts: parsed for the steps of this pass.
+        texts: of the images, as they were given.
+        prompts: the same, parsed for the steps of this pass.
         table: the sampler's, for the steps that run.
         width, height: in pixels.
         strength: how much of an image it changes.
@@ -67,6 +67,7 @@ class Pass:
     """
 
     settings: Settings
+    texts: Prompts
     prompts: ParsedPrompts
     table: Table
     width: int
@@ -168,23 +169,23 @@ def plan(
     settings = _fill_steps(settings, defaults, few_step)
     settings = _fill_sampling(settings, components, defaults)
     settings, notes = fill_editing(settings, components, arguments)
-    prompts, negatives = _prompts(settings)
-    count = len(prompts)
+    texts = read_prompts(components, settings, has_refiner)
+    count = len(texts)
     settings = _fill_counts(settings, count)
     parts = count_parts(components, settings)
-    parsed = _parse(components, settings, prompts, negatives, settings.num_inference_steps, parts > 1)
+    parsed = parse(components, settings, texts, settings.num_inference_steps, parts > 1)
     images = fit_images(components, settings, (defaults["width"], defaults["height"]))
     settings = settings.replace(width=images.size[0], height=images.size[1])
-    first = _first_pass(components, settings, parsed, images, parts, count)
+    first = _first_pass(components, settings, texts, parsed, images, parts)
     notes += [*rules_notes(settings), *moved_generators(settings), *idle_sizes(components, settings)]
-    notes += [*guidance_notes(settings, parts), *parsed.notes, *images.notes]
+    notes += [*guidance_notes(settings, parts), *parsed.notes, *texts.notes(settings, parts > 1), *images.notes]
     notes += _unfollowed(components.scheduler, settings.sampler)
     if not len(first.table) and first.strength > 0:
         notes.append(_nothing_changes("the run", first.strength, settings.num_inference_steps))
     notes += idle_controls(first.controls, first.table, first.refiner_row)
     passes: tuple[Pass, ...] = (first,)
     if settings.hires_scale is not None:
-        second = _second_pass(components, first, prompts, negatives)
+        second = _second_pass(components, first)
         if not len(second.table) and second.strength > 0:
             steps = settings.hires_steps or settings.num_inference_steps
             notes.append(_nothing_changes("the second pass", second.strength, steps))
@@ -253,44 +254,6 @@ def _unfollowed(scheduler: SchedulerConfig, sampler: str) -> list[str]:
     ]
 
 
-def _prompts(settings: Settings) -> tuple[list[str], list[str]]:
-    """A prompt and a negative prompt for each image."""
-    prompts = check_prompts("prompt", settings.prompt)
-    negatives = check_prompts("negative_prompt", settings.negative_prompt)
-    if len(negatives) not in (1, len(prompts)):
-        raise FastsdError(
-            f"{len(negatives)} texts for {len(prompts)} prompts; give 1 or as many", argument="negative_prompt"
-        )
-    each = settings.num_images_per_prompt
-    if len(prompts) * each > MAX_IMAGES:
-        raise FastsdError(
-            f"{len(prompts) * each} images are too many; at most {MAX_IMAGES} are generated",
-            argument="num_images_per_prompt",
-        )
-    negatives = [negatives[i % len(negatives)] for i in range(len(prompts)) for _ in range(each)]
-    return [text for text in prompts for _ in range(each)], negatives
-
-
-def _parse(
-    components: Components,
-    settings: Settings,
-    prompts: Sequence[str],
-    negatives: Sequence[str],
-    steps: int,
-    guided: bool,
-    before: int = 0,
-) -> ParsedPrompts:
-    """The prompts of a pass of `steps` steps, after a pass of `before` steps."""
-    syntax, rules = settings.prompt_syntax, LIKE[settings.like]
-    if syntax == "a1111" and settings.emphasis == "none":
-        syntax = "literal"
-    calls = 2 if rules.counts_calls and settings.sampler in rules.twice else 1
-    before = before * calls if rules.counts_calls else 0
-    return parse_prompts(
-        components, prompts, negatives, steps * calls, syntax, guided, rules.repeats_texts, before=before
-    )
-
-
 def _fill_counts(settings: Settings, count: int) -> Settings:
     """The seed, or what stands for it, and the batch size of `count` images."""
     batch_size = min(settings.batch_size or DEFAULT_BATCH, count)
@@ -309,9 +272,9 @@ def _fill_counts(settings: Settings, count: int) -> Settings:
 
 
 def _first_pass(
-    components: Components, settings: Settings, prompts: ParsedPrompts, images: Images, parts: int, count: int
+    components: Components, settings: Settings, texts: Prompts, prompts: ParsedPrompts, images: Images, parts: int
 ) -> Pass:
-    config = components.vae.config
+    config, count = components.vae.config, len(texts)
     width, height = images.size
     latents = settings.latents
     if latents is not None:
@@ -329,6 +292,7 @@ def _first_pass(
     table = make_table(settings, components.scheduler, total, run, components.xl)
     return Pass(
         settings=settings,
+        texts=texts,
         prompts=prompts,
         table=table,
         width=width,
@@ -348,7 +312,7 @@ def _first_pass(
     )
 
 
-def _second_pass(components: Components, first: Pass, prompts: Sequence[str], negatives: Sequence[str]) -> Pass:
+def _second_pass(components: Components, first: Pass) -> Pass:
     """The hires fix: image-to-image over the enlarged result of the first pass."""
     settings, weight = first.settings, components.unet.conv_in.weight
     if settings.hires_upscaler != "latent" and components.vae.encoder is None:
@@ -357,7 +321,7 @@ def _second_pass(components: Components, first: Pass, prompts: Sequence[str], ne
     parsed = first.prompts
     if first.rules.counts_calls or steps != settings.num_inference_steps:  # schedules in prompts count steps
         before = settings.num_inference_steps
-        parsed = _parse(components, settings, prompts, negatives, steps, first.guided, before)
+        parsed = parse(components, settings, first.texts, steps, first.guided, before)
     factor = components.vae.config.downscale
     width, height = (max(round(n * settings.hires_scale / factor), 1) * factor for n in (first.width, first.height))
     if max(width, height) > MAX_SIDE:

@@ -18,9 +18,9 @@ from fastsd.text.emphasis import RULES, Rule, comfy
 from fastsd.text.parse import ParsedText
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TextFeatures:
-    """The encoded text: `context` `[1, L, D]` and `pooled` `[1, P]`."""
+    """The encoded text: `context` `[1, L, D]` and `pooled` `[1, P]`. Two are equal only if they are the same object."""
 
     context: torch.Tensor
     pooled: torch.Tensor
