@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from fastsd.sampling.schedule import Schedule
-from fastsd.sampling.table import Table, TableBuilder, TableRow, vp_level, vp_prediction
+from fastsd.sampling.table import Table, TableBuilder, vp_level
+from fastsd.sampling.vp import ddim_row
 
 
 def ddim(schedule: Schedule) -> Table:
@@ -15,26 +14,12 @@ def ddim(schedule: Schedule) -> Table:
     the run ends at the level of timestep 1. A run from an image starts at the level of the t-th timestep, where t + 1
     steps run, and its first call is at the timestep below.
     """
-    config, alpha_bar = schedule.config, schedule.alphas_cumprod
-    total = config.num_train_timesteps
+    alpha_bar, total = schedule.alphas_cumprod, schedule.config.num_train_timesteps
     times = [min(t + 1, total - 1) for t in range(0, total, total // schedule.num_inference_steps)]
     top = len(times) - 1
     first = max(min(schedule.num_inference_steps - schedule.start - 2, top), 1) if schedule.start else top
     builder = TableBuilder(mix=vp_level(alpha_bar[times[min(first + 1, top)]]))
     for i, at in enumerate(range(first, 0, -1)):
         A, P = alpha_bar[times[at]], alpha_bar[times[at - 1]]
-        n = schedule.eta * math.sqrt((1 - P) / (1 - A) * (1 - A / P))
-        a = math.sqrt(max(1 - P - n * n, 0.0) / (1 - A))
-        builder.add(
-            TableRow(
-                t=times[at],
-                prediction=vp_prediction(config.prediction_type, *vp_level(A)),
-                a=a,
-                b=[math.sqrt(P) - a * math.sqrt(A)],
-                n=n,
-                draw=schedule.eta > 0,
-                step=schedule.start + i,
-                keep=vp_level(P),
-            )
-        )
+        builder.add(ddim_row(schedule, times[at], schedule.start + i, A, P, vp_level(P)))
     return builder.table()

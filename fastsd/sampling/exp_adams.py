@@ -10,8 +10,10 @@ import math
 
 from numpy.polynomial import Polynomial
 
-from fastsd.sampling.schedule import RAMPS, Schedule
-from fastsd.sampling.table import Table, TableBuilder, TableRow, vp_level_of_sigma, vp_prediction
+from fastsd.sampling.dpm_solver import FEW
+from fastsd.sampling.levels import RAMPS
+from fastsd.sampling.schedule import Schedule
+from fastsd.sampling.table import Table, TableBuilder, TableRow, noise_prediction, vp_level_of_sigma, vp_prediction
 
 
 def deis(schedule: Schedule) -> Table:
@@ -19,7 +21,7 @@ def deis(schedule: Schedule) -> Table:
     sampling with exponential integrator").
 
     x' / alpha' = x / alpha + the integral of eps over rho; the history holds eps. As in diffusers the run ends at the
-    level of timestep 0, not at 0, and the last of fewer than 15 steps has order 1.
+    level of timestep 0, not at 0, and the last of few steps has order 1.
     """
     times, sigmas = _levels(schedule)
     builder = TableBuilder(mix=vp_level_of_sigma(sigmas[schedule.start]))
@@ -27,16 +29,15 @@ def deis(schedule: Schedule) -> Table:
     for i in range(schedule.start, count):
         level = vp_level_of_sigma(sigmas[i])
         after = vp_level_of_sigma(sigmas[i + 1])
-        p, q = vp_prediction(schedule.config.prediction_type, *level)
         order = min(schedule.option("solver_order", 2), i - schedule.start + 1)
-        if count < 15 and schedule.option("lower_order_final", True):
+        if count < FEW and schedule.option("lower_order_final", True):
             order = min(order, count - i)
         nodes = [math.log(sigmas[i - k]) for k in range(order)]
         weights = _integrals(nodes, math.log(sigmas[i]), math.log(sigmas[i + 1]), 1.0)
         builder.add(
             TableRow(
                 t=times[i],
-                prediction=((1 - level[0] * p) / level[1], -level[0] * q / level[1]),  # eps
+                prediction=noise_prediction(schedule.config.prediction_type, *level),
                 a=after[0] / level[0],
                 b=[after[0] * sigmas[i + 1] * w for w in weights],
                 step=i,

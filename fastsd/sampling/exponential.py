@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from fastsd.sampling.karras_rows import ancestral, builder_of, next_time, row, slope_row, time_of
+from fastsd.sampling.karras_rows import ancestral, builder_of, inner_steps, next_time, row, slope_row, time_of
 from fastsd.sampling.schedule import Schedule
 from fastsd.sampling.table import Table
 
@@ -29,11 +29,7 @@ def _res(schedule: Schedule, *, ancestral_noise: bool) -> Table:
     times, sigmas = schedule.karras_levels()
     builder = builder_of(schedule, sigmas)
     reached = 0.0  # the level that the last step's deterministic part reached
-    for i in range(schedule.start, len(times)):
-        S, S_next = sigmas[i], sigmas[i + 1]
-        if S_next == 0:
-            builder.add(row(schedule, times[i], S, i, S_next, b=[1.0]))
-            continue
+    for i, S, S_next in inner_steps(builder, schedule, times, sigmas):
         down, up = ancestral(S, S_next) if ancestral_noise else (S_next, 0.0)
         b = [1 - down / S]
         if i > schedule.start:
@@ -72,11 +68,7 @@ def _two_stages(schedule: Schedule, *, r: float, eta: float, phi_2: bool) -> Tab
     """
     times, sigmas = schedule.karras_levels()
     builder = builder_of(schedule, sigmas)
-    for i in range(schedule.start, len(times)):
-        S, S_next = sigmas[i], sigmas[i + 1]
-        if S_next == 0:
-            builder.add(row(schedule, times[i], S, i, S_next, b=[1.0]))
-            continue
+    for i, S, S_next in inner_steps(builder, schedule, times, sigmas):
         h = math.log(S / S_next)
         M = S_next if r == 1 else S * math.exp(-r * h)
         a, n = _decay(S, M, eta)
@@ -101,11 +93,7 @@ def seeds_3(schedule: Schedule) -> Table:
     """
     times, sigmas = schedule.karras_levels()
     builder = builder_of(schedule, sigmas)
-    for i in range(schedule.start, len(times)):
-        S, S_next = sigmas[i], sigmas[i + 1]
-        if S_next == 0:
-            builder.add(row(schedule, times[i], S, i, S_next, b=[1.0]))
-            continue
+    for i, S, S_next in inner_steps(builder, schedule, times, sigmas):
         h = math.log(S / S_next)
         M, L = S * math.exp(-h / 3), S * math.exp(-2 * h / 3)
         a, n = _decay(S, M, 1.0)
@@ -131,11 +119,7 @@ def er_sde(schedule: Schedule) -> Table:
     """
     times, sigmas = schedule.karras_levels()
     builder = builder_of(schedule, sigmas)
-    for i in range(schedule.start, len(times)):
-        S, S_next = sigmas[i], sigmas[i + 1]
-        if S_next == 0:
-            builder.add(row(schedule, times[i], S, i, S_next, b=[1.0]))
-            continue
+    for i, S, S_next in inner_steps(builder, schedule, times, sigmas):
         ratio = _er_scale(S_next) / _er_scale(S)
         b = [1 - ratio, 0.0, 0.0]
         points = [S_next + k * (S - S_next) / 200 for k in range(200)]

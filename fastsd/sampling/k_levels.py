@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fastsd.sampling.levels import LEVELS, beta_ramp, karras_ramp
+from fastsd.sampling.levels import LEVELS, RAMPS, at_times, normal
 from fastsd.sampling.schedule import Float64, Schedule
 from fastsd.sampling.table import Table
 
@@ -51,10 +51,7 @@ class KLevels:
             return None
         name = self.names.get(schedule.schedule, schedule.schedule)
         steps, discards = schedule.num_inference_steps, sampler in self.discards
-        if name in RAMPS:
-            sigmas = [*RAMPS[name](schedule.sigmas, steps + discards).tolist(), 0.0]
-        else:
-            sigmas = LEVELS[name](schedule.sigmas, steps + discards, xl)
+        sigmas = _levels(name, schedule.sigmas, steps + discards, xl)
         if discards:
             del sigmas[-2]
         return self._times(schedule, np.array(sigmas[:-1])).tolist(), sigmas
@@ -66,36 +63,13 @@ class KLevels:
         return gaps.argmin(axis=1).astype(np.float64)
 
 
-def _of_times(sigmas: Float64, times: Float64) -> Float64:
-    return np.exp(np.interp(times, np.arange(len(sigmas)), np.log(sigmas)))
+def _levels(name: str, sigmas: Float64, steps: int, xl: bool) -> list[float]:
+    """The sigmas of a schedule by its name in `fastsd.sampling.samplers.SCHEDULES`, and the one after the last step.
 
-
-def _uniform(sigmas: Float64, steps: int) -> Float64:
-    return _of_times(sigmas, np.linspace(len(sigmas) - 1, 0, steps))
-
-
-def _sgm_uniform(sigmas: Float64, steps: int) -> Float64:
-    return _of_times(sigmas, np.linspace(len(sigmas) - 1, 0, steps + 1)[:-1])
-
-
-def _karras(sigmas: Float64, steps: int) -> Float64:
-    """k_diffusion/sampling.py, `get_sigmas_karras` with rho = 7, between the first and the last training level."""
-    return karras_ramp(sigmas[-1], sigmas[0], steps)
-
-
-def _beta(sigmas: Float64, steps: int) -> Float64:
-    return beta_ramp(sigmas[-1], sigmas[0], steps)
-
-
-def _exponential(sigmas: Float64, steps: int) -> Float64:
-    return np.exp(np.linspace(np.log(sigmas[-1]), np.log(sigmas[0]), steps))
-
-
-# By the names of `fastsd.sampling.samplers.SCHEDULES`; the others are those of `LEVELS` everywhere.
-RAMPS = {
-    "default": _uniform,
-    "sgm_uniform": _sgm_uniform,
-    "karras": _karras,
-    "exponential": _exponential,
-    "beta": _beta,
-}
+    A ramp stretches between the first and the last of the training `sigmas`; "default" is `normal`.
+    """
+    if name in RAMPS:
+        return [*RAMPS[name](sigmas[-1], sigmas[0], steps).tolist(), 0.0]
+    if name == "sgm_uniform":
+        return [*at_times(sigmas, np.linspace(len(sigmas) - 1, 0, steps + 1)[:-1]).tolist(), 0.0]
+    return (normal if name == "default" else LEVELS[name])(sigmas, steps, xl)

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from fastsd.sampling.karras_rows import ancestral, builder_of, next_time, row, slope_row, time_of
+from fastsd.sampling.karras_rows import ancestral, builder_of, inner_steps, next_time, row, slope_row, time_of
 from fastsd.sampling.schedule import Schedule
 from fastsd.sampling.table import Table
 
@@ -104,11 +104,7 @@ def dpmpp_sde(schedule: Schedule) -> Table:
     """
     times, sigmas = schedule.karras_levels()
     builder = builder_of(schedule, sigmas)
-    for i in range(schedule.start, len(times)):
-        S, S_next = sigmas[i], sigmas[i + 1]
-        if S_next == 0:
-            builder.add(row(schedule, times[i], S, i, S_next, b=[1.0]))
-            continue
+    for i, S, S_next in inner_steps(builder, schedule, times, sigmas):
         M = math.sqrt(S * S_next)
         down, up = ancestral(S, M)
         # In inpainting, diffusers has the known part at S_next after this row already; `keep` follows it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -62,6 +63,18 @@ def slope_row(
     p, q = karras_prediction(schedule.config.prediction_type, sigma)
     prediction = ((1 - p) / sigma, -q / sigma)
     return TableRow(t, prediction, step, (1.0, sigma_after), karras_c_in(sigma), a, s, b, save=save)
+
+
+def inner_steps(
+    builder: TableBuilder, schedule: Schedule, times: list[float], sigmas: list[float]
+) -> Iterator[tuple[int, float, float]]:
+    """(i, S, S_next) of each step that ends above sigma 0. The step to 0 is added here: its result is D."""
+    for i in range(schedule.start, len(times)):
+        S, S_next = sigmas[i], sigmas[i + 1]
+        if S_next == 0:
+            builder.add(row(schedule, times[i], S, i, S_next, b=[1.0]))
+        else:
+            yield i, S, S_next
 
 
 def next_time(schedule: Schedule, times: list[float], i: int, sigma: float) -> float:

@@ -23,6 +23,11 @@ def karras_ramp(sigma_max: float, sigma_min: float, count: int, rho: float = 7.0
     return np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), count) ** rho
 
 
+def exponential_ramp(sigma_max: float, sigma_min: float, count: int) -> Float64:
+    """`count` sigmas from `sigma_max` to `sigma_min`, even in log sigma (k-diffusion, `get_sigmas_exponential`)."""
+    return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), count))
+
+
 def beta_ramp(sigma_max: float, sigma_min: float, count: int) -> Float64:
     """`count` sigmas at even quantiles of the distribution Beta(0.6, 0.6), stretched over the range of sigma.
 
@@ -30,6 +35,14 @@ def beta_ramp(sigma_max: float, sigma_min: float, count: int) -> Float64:
     it.
     """
     return sigma_min + (sigma_max - sigma_min) * beta_quantiles(1 - np.linspace(0, 1, count))
+
+
+# Schedules that stretch between two sigmas, by their names in `fastsd.sampling.samplers.SCHEDULES`.
+RAMPS: dict[str, Callable[[float, float, int], Float64]] = {
+    "karras": karras_ramp,
+    "exponential": exponential_ramp,
+    "beta": beta_ramp,
+}
 
 
 def beta_quantiles(probabilities: Float64, a: float = 0.6) -> Float64:
@@ -54,9 +67,14 @@ def beta_quantiles(probabilities: Float64, a: float = 0.6) -> Float64:
     return np.where(probabilities <= 0.5, x, 1 - x)
 
 
+def at_times(sigmas: Float64, times: Float64) -> Float64:
+    """The sigmas at timesteps that need not be whole, log sigma interpolated; `sigmas` are the training's."""
+    return np.exp(np.interp(times, np.arange(len(sigmas)), np.log(sigmas)))
+
+
 def normal(sigmas: Float64, steps: int, xl: bool) -> list[float]:
     """Even timesteps from the last to the first, log sigma interpolated (A1111's and ComfyUI's `normal_scheduler`)."""
-    return [*_at(sigmas, np.linspace(len(sigmas) - 1, 0, steps)), 0.0]
+    return [*at_times(sigmas, np.linspace(len(sigmas) - 1, 0, steps)).tolist(), 0.0]
 
 
 def simple(sigmas: Float64, steps: int, xl: bool) -> list[float]:
@@ -175,10 +193,6 @@ LEVELS: dict[str, Callable[[Float64, int, bool], list[float]]] = {
 }
 
 
-def _at(sigmas: Float64, times: Float64) -> list[float]:
-    return np.exp(np.interp(times, np.arange(len(sigmas)), np.log(sigmas))).tolist()
-
-
 def _published(levels: tuple[float, ...], steps: int) -> list[float]:
     """`levels` at `steps` even positions, interpolated in log sigma, and 0. A single step starts at the first."""
     if steps == 1:
@@ -186,4 +200,4 @@ def _published(levels: tuple[float, ...], steps: int) -> list[float]:
     if steps == len(levels):
         return [*levels, 0.0]
     positions = np.linspace(0, len(levels) - 1, steps)
-    return [*np.exp(np.interp(positions, np.arange(len(levels)), np.log(levels))).tolist(), 0.0]
+    return [*at_times(np.array(levels), positions).tolist(), 0.0]

@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 
 from fastsd.config import BETA_SCHEDULES, EDMConfig, SchedulerConfig
 from fastsd.errors import FastsdError
-from fastsd.sampling.levels import beta_ramp, karras_ramp
+from fastsd.sampling.levels import RAMPS, exponential_ramp, karras_ramp
 
 Float64 = NDArray[np.float64]
-RAMPS = ("karras", "exponential", "beta")  # schedules that stretch between two sigmas
 
 
 def betas(config: SchedulerConfig) -> Float64:
@@ -75,8 +74,8 @@ def alphas_cumprod(config: SchedulerConfig) -> Float64:
 def _edm_ramp(edm: EDMConfig, count: int) -> Float64:
     """`count` sigmas from the highest to the lowest of an EDM model, on its own schedule."""
     if edm.ramp == "exponential":
-        return np.exp(np.linspace(math.log(edm.sigma_max), math.log(edm.sigma_min), count))
-    return np.linspace(edm.sigma_max ** (1 / edm.rho), edm.sigma_min ** (1 / edm.rho), count) ** edm.rho
+        return exponential_ramp(edm.sigma_max, edm.sigma_min, count)
+    return karras_ramp(edm.sigma_max, edm.sigma_min, count, edm.rho)
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,7 @@ class Schedule:
             times = self.timestep_of(sigmas)
         elif options and self.option("interpolation_type", "linear") == "log_linear":
             steps = self.num_inference_steps
-            ramp = np.exp(np.linspace(math.log(self.sigmas[-1]), math.log(self.sigmas[0]), steps + 1))
+            ramp = exponential_ramp(self.sigmas[-1], self.sigmas[0], steps + 1)
             sigmas, last = ramp[:-1], float(ramp[-1])
         if options and self.config.prediction_type == "v_prediction":
             if self.option("timestep_type", "discrete") == "continuous":
@@ -248,10 +247,7 @@ class Schedule:
         return np.linspace(self.config.num_train_timesteps - 1, 0, self.num_inference_steps + 1)[:-1]
 
     def _ramp(self, sigma_max: float, sigma_min: float) -> Float64:
-        """N sigmas between two bounds, or the checkpoint's: Karras et al. 2022, even in log sigma, or quantiles."""
+        """N sigmas of one of `RAMPS` between two bounds, or between the checkpoint's."""
         steps = self.num_inference_steps
         sigma_max, sigma_min = self.option("sigma_max", sigma_max), self.option("sigma_min", sigma_min)
-        if self.schedule == "exponential":
-            return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), steps))
-        ramp = karras_ramp if self.schedule == "karras" else beta_ramp
-        return ramp(sigma_max, sigma_min, steps)
+        return RAMPS[self.schedule](sigma_max, sigma_min, steps)

@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import math
 
-from fastsd.errors import FastsdError
 from fastsd.sampling.schedule import Schedule
 from fastsd.sampling.table import Table, TableBuilder, TableRow, vp_level, vp_prediction
-
-DISTILLED = 50  # the timesteps that distillation used, unless the checkpoint states `original_inference_steps`
+from fastsd.sampling.vp import distilled_timesteps
 
 
 def tcd(schedule: Schedule) -> Table:
     """Strategic stochastic sampling (Zheng et al. 2024, "Trajectory Consistency Distillation", algorithm 4).
 
     A row goes without noise to the timestep s = floor((1 - gamma) t'), then with noise up to the next, t'; `eta` is the
-    paper's gamma. The timesteps are N of the 50 that distillation used. From an image they are those of the last steps,
-    as in `lcm`.
+    paper's gamma. The timesteps are those of `lcm`.
 
     Raises:
-        FastsdError: more than 50 steps.
+        FastsdError: more steps than distillation used.
     """
-    total = schedule.config.num_train_timesteps
-    distilled, steps = min(schedule.option("original_inference_steps", DISTILLED), total), schedule.num_inference_steps
-    if steps > distilled:
-        raise FastsdError(f"tcd takes 1 to {distilled}, not {steps}", argument="num_inference_steps")
-    origin = [i * (total // distilled) - 1 for i in range(distilled, 0, -1)]
-    times = [origin[i * distilled // steps] for i in range(steps)]
-    alpha_bar = schedule.alphas_cumprod.tolist()
+    times, alpha_bar = distilled_timesteps(schedule, "tcd"), schedule.alphas_cumprod.tolist()
+    steps = len(times)
     builder = TableBuilder(mix=vp_level(alpha_bar[times[schedule.start]]))
     for i in range(schedule.start, steps):
         last = i + 1 == steps

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from fastsd.sampling.karras_rows import ancestral, builder_of, row, slope_row, time_of
+from fastsd.sampling.karras_rows import ancestral, builder_of, inner_steps, row, slope_row, time_of
 from fastsd.sampling.levels import karras_ramp
 from fastsd.sampling.schedule import Schedule
 from fastsd.sampling.table import Table
@@ -23,11 +23,7 @@ def dpm2(schedule: Schedule) -> Table:
     """
     times, sigmas = schedule.karras_levels()
     builder = builder_of(schedule, sigmas)
-    for i in range(schedule.start, len(times)):
-        S, S_next = sigmas[i], sigmas[i + 1]
-        if S_next == 0:
-            builder.add(row(schedule, times[i], S, i, S_next, b=[1.0]))
-            continue
+    for i, S, S_next in inner_steps(builder, schedule, times, sigmas):
         M = math.sqrt(S * S_next)
         # In inpainting, diffusers has the known part at S_next after this row already; `keep` follows it.
         builder.add(row(schedule, times[i], S, i, S_next, a=M / S, b=[1 - M / S], save=True))
@@ -43,11 +39,7 @@ def dpm2_a(schedule: Schedule) -> Table:
     """
     times, sigmas = schedule.karras_levels()
     builder = builder_of(schedule, sigmas)
-    for i in range(schedule.start, len(times)):
-        S, S_next = sigmas[i], sigmas[i + 1]
-        if S_next == 0:
-            builder.add(row(schedule, times[i], S, i, S_next, b=[1.0]))
-            continue
+    for i, S, S_next in inner_steps(builder, schedule, times, sigmas):
         down, up = ancestral(S, S_next)
         builder.add(row(schedule, times[i], S, i, S_next, a=S_next / S, b=[1 - S_next / S], save=True))
         whole = (down - S) / S_next
@@ -65,11 +57,7 @@ def dpmpp_2s_a(schedule: Schedule) -> Table:
     """
     times, sigmas = schedule.karras_levels()
     builder = builder_of(schedule, sigmas)
-    for i in range(schedule.start, len(times)):
-        S, S_next = sigmas[i], sigmas[i + 1]
-        if S_next == 0:
-            builder.add(row(schedule, times[i], S, i, S_next, b=[1.0]))
-            continue
+    for i, S, S_next in inner_steps(builder, schedule, times, sigmas):
         down, up = ancestral(S, S_next)
         builder.add(row(schedule, times[i], S, i, S_next, a=S_next / S, b=[1 - S_next / S], save=True))
         second = row(

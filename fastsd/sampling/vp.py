@@ -11,6 +11,8 @@ from fastsd.errors import FastsdError
 from fastsd.sampling.schedule import Schedule
 from fastsd.sampling.table import Table, TableBuilder, TableRow, vp_level, vp_prediction
 
+DISTILLED = 50  # timesteps that distillation used, unless the checkpoint states `original_inference_steps`
+
 
 def ddpm(schedule: Schedule) -> Table:
     """Ancestral sampling with the posterior q(x_prev | x, x0) (Ho et al. 2020, equations 6 and 7).
@@ -56,21 +58,24 @@ def ddim(schedule: Schedule) -> Table:
     for i in range(schedule.start, len(times)):
         A = alpha_bar[times[i]]
         P = alpha_bar[times[i] - stride] if times[i] >= stride else final
-        n = schedule.eta * math.sqrt((1 - P) / (1 - A) * (1 - A / P))
-        a = math.sqrt(max(1 - P - n * n, 0.0) / (1 - A))  # with eta = 1, rounding can make 1 - P - n^2 negative
-        builder.add(
-            TableRow(
-                t=times[i],
-                prediction=vp_prediction(config.prediction_type, *vp_level(A)),
-                a=a,
-                b=[math.sqrt(P) - a * math.sqrt(A)],
-                n=n,
-                draw=schedule.eta > 0,
-                step=i,
-                keep=_level_of_next(alpha_bar, times, i),
-            )
-        )
+        builder.add(ddim_row(schedule, times[i], i, A, P, _level_of_next(alpha_bar, times, i)))
     return builder.table()
+
+
+def ddim_row(schedule: Schedule, t: int, step: int, A: float, P: float, keep: tuple[float, float]) -> TableRow:
+    """A row at timestep t, from alpha_bar A to P (Song, Meng and Ermon 2021, equation 12)."""
+    n = schedule.eta * math.sqrt((1 - P) / (1 - A) * (1 - A / P))
+    a = math.sqrt(max(1 - P - n * n, 0.0) / (1 - A))  # with eta = 1, rounding can make 1 - P - n^2 negative
+    return TableRow(
+        t=t,
+        prediction=vp_prediction(schedule.config.prediction_type, *vp_level(A)),
+        a=a,
+        b=[math.sqrt(P) - a * math.sqrt(A)],
+        n=n,
+        draw=schedule.eta > 0,
+        step=step,
+        keep=keep,
+    )
 
 
 # Weights of the outputs, newest first (Liu et al. 2022, equation 12). The second row averages two calls one step apart,
@@ -131,15 +136,8 @@ def lcm(schedule: Schedule) -> Table:
     Raises:
         FastsdError: more steps than distillation used.
     """
-    distilled, scale = schedule.option("original_inference_steps", 50), schedule.option("timestep_scaling", 10.0)
-    sigma_data = 0.5
-    steps, total = schedule.num_inference_steps, schedule.config.num_train_timesteps
-    distilled = min(distilled, total)
-    if steps > distilled:
-        raise FastsdError(f"lcm takes 1 to {distilled}, not {steps}", argument="num_inference_steps")
-    distilled_times = [i * (total // distilled) - 1 for i in range(distilled, 0, -1)]
-    times = [distilled_times[i * distilled // steps] for i in range(steps)]
-    alpha_bar = schedule.alphas_cumprod.tolist()
+    scale, sigma_data, steps = schedule.option("timestep_scaling", 10.0), 0.5, schedule.num_inference_steps
+    times, alpha_bar = distilled_timesteps(schedule, "lcm"), schedule.alphas_cumprod.tolist()
     builder = TableBuilder(mix=vp_level(alpha_bar[times[schedule.start]]))
     for i in range(schedule.start, steps):
         signal, noise = _level_of_next(alpha_bar, times, i)
@@ -194,6 +192,20 @@ def euler_maruyama(schedule: Schedule) -> Table:
             )
         )
     return builder.table()
+
+
+def distilled_timesteps(schedule: Schedule, sampler: str) -> list[int]:
+    """N of the timesteps that distillation used, evenly spaced, from high to low.
+
+    Raises:
+        FastsdError: more steps than those; it names the sampler.
+    """
+    steps, total = schedule.num_inference_steps, schedule.config.num_train_timesteps
+    count = min(schedule.option("original_inference_steps", DISTILLED), total)
+    if steps > count:
+        raise FastsdError(f"{sampler} takes 1 to {count}, not {steps}", argument="num_inference_steps")
+    distilled = [i * (total // count) - 1 for i in range(count, 0, -1)]
+    return [distilled[i * count // steps] for i in range(steps)]
 
 
 def _grid(schedule: Schedule) -> tuple[list[float], list[int]]:
