@@ -14,6 +14,7 @@ from fastsd.config import SD_VAE, SDXL_VAE
 from fastsd.errors import FastsdError, about
 from fastsd.generate.latents import Codec, image_tensor, to_channels_last
 from fastsd.generate.like import LIKE
+from fastsd.generate.sizes import check_image
 from fastsd.image.files import as_depth
 from fastsd.model.taesd import TAESD
 from fastsd.parameters import Settings
@@ -88,8 +89,7 @@ def check_beside(components: Components, settings: Settings) -> Image.Image | No
     with about("depth_image"):
         if reads != "depth":
             raise FastsdError("the model reads no depth map; a ControlNet for depth can take it with {controls}")
-        if not isinstance(depth, Image.Image):
-            raise FastsdError(f"should be a PIL image, not {type(depth).__name__}")
+        check_image(depth)
         depth = as_depth(depth)
         values = np.asarray(depth)
         if not np.isfinite(values).all() or values.min() == values.max():

@@ -12,7 +12,8 @@ from fastsd.components import Components
 from fastsd.errors import FastsdError, about, named_arguments
 from fastsd.generate.canvas import cut
 from fastsd.generate.masks import InpaintMask
-from fastsd.image.files import WHITE, flatten
+from fastsd.generate.sizes import read_image
+from fastsd.image.files import WHITE
 from fastsd.kinds import SHARE, Number
 from fastsd.model.controlnet import ControlNet
 from fastsd.parameters import MAX_CONTROL_WEIGHT
@@ -76,10 +77,8 @@ def fit_controls(
         name = f"controls[{k}]"
         with about(f"{name}.net"):
             _check_net(control.net, components)
-        with about(f"{name}.image"):
-            if not isinstance(control.image, Image.Image):
-                raise FastsdError(f"should be a PIL image, not {type(control.image).__name__}")
-            image = flatten(control.image, "RGB", WHITE)
+        image, more = read_image(control.image, f"{name}.image", "RGB", WHITE)
+        notes += more
         for part, kind in PARTS.items():
             with about(f"{name}.{part}"):
                 kind.check(getattr(control, part))

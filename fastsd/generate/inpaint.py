@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastsd.errors import FastsdError, about
+from fastsd.errors import FastsdError
 from fastsd.generate.canvas import Box, cut, enlarge_canvas, fill_from_around, surroundings
 from fastsd.generate.like import LIKE
 from fastsd.generate.masks import InpaintMask, Weights, blur_mask, mask_notes, scale_mask
@@ -63,18 +63,15 @@ def _whole(
 ) -> tuple[Image.Image, Weights, tuple[int, int], list[str]]:
     """The whole image, its mask `[H, W]`, the width and height at which it is painted, and notes."""
     width, height = settings.width, settings.height
-    inside: Box | None = None
-    if settings.outpaint:
+    if settings.outpaint or settings.inpaint_only_masked:
         original, notes = read_image(settings.image, "image", "RGB", WHITE)
-        own = original.size
-        original, inside, more = _enlarge(original, settings, factor)
-        notes += more
-    elif settings.inpaint_only_masked:
-        original, notes = read_image(settings.image, "image", "RGB", WHITE)
-        own = original.size
     else:
         original, notes = fit_image(settings.image, width, height, factor)
-        own = original.size
+    own = original.size
+    inside: Box | None = None
+    if settings.outpaint:
+        original, inside, more = _enlarge(original, settings, factor)
+        notes += more
     if settings.inpaint_only_masked:
         size = tuple(default[i] if side is None else side for i, side in enumerate((width, height)))
         size = check_side("width", size[0], factor), check_side("height", size[1], factor)
@@ -124,8 +121,7 @@ def _read_mask(settings: Settings, size: tuple[int, int]) -> tuple[Weights, list
         if settings.mask_invert:
             raise FastsdError("given without {mask_image}, the mask to invert", argument="mask_invert")
         return np.zeros(size[::-1], dtype=np.uint8), [], []
-    with about("mask_image"):
-        mask, notes = read_image(given, "mask_image", "L", BLACK)
+    mask, notes = read_image(given, "mask_image", "L", BLACK)
     values, why = np.asarray(mask), []
     if settings.mask_invert:
         values, why = 255 - values, ["inverted"]

@@ -57,9 +57,8 @@ class Codec:
         Raises:
             FastsdError: it is not finite even in fp32.
         """
-        run = partial(encode_tiled, self.vae) if tiled else self.vae.encode
-        mean, logvar = self._finite("encode", run, image, tiled or image.shape[1] * image.shape[2] > CAPTURED)
-        return self.scale(mean.float() + torch.exp(0.5 * logvar.float()) * noise)
+        mean, logvar = self._distribution(image, tiled)
+        return self.scale(mean + torch.exp(0.5 * logvar) * noise)
 
     def scale(self, latent: torch.Tensor) -> torch.Tensor:
         """The autoencoder's latent `[N, h, w, C]` as the diffusion model sees it."""
@@ -80,9 +79,13 @@ class Codec:
 
     def mode(self, image: torch.Tensor, tiled: bool) -> torch.Tensor:
         """One image `[1, H, W, 3]` in [-1, 1] to the mode of its latents, unscaled, `[1, h, w, C]` fp32."""
+        return self._distribution(image, tiled)[0]
+
+    def _distribution(self, image: torch.Tensor, tiled: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log variance of an image's latents, unscaled, `[1, h, w, C]` fp32 each."""
         run = partial(encode_tiled, self.vae) if tiled else self.vae.encode
-        mean, _ = self._finite("encode", run, image, tiled or image.shape[1] * image.shape[2] > CAPTURED)
-        return mean.float()
+        mean, logvar = self._finite("encode", run, image, tiled or image.shape[1] * image.shape[2] > CAPTURED)
+        return mean.float(), logvar.float()
 
     def decode(self, latent: torch.Tensor, tiled: bool) -> np.ndarray:
         """A scaled latent `[1, h, w, C]` to an image `[1, H, W, 3]` uint8; see `decode_float`."""

@@ -46,18 +46,22 @@ def fit_image(image: Any, width: int | None, height: int | None, factor: int) ->
 def read_image(image: Any, argument: str, mode: str, background: int) -> tuple[Image.Image, list[str]]:
     """A PIL image in `mode`, see `fastsd.image.files.flatten`; and notes."""
     with about(argument):
-        if not isinstance(image, Image.Image):
-            raise FastsdError(f"should be a PIL image, not {type(image).__name__}")
-        before = list(image.info.get("notes", ())) if isinstance(image.info.get("notes", ()), tuple) else []
+        check_image(image)
+        before = image.info.get("notes")  # of `fastsd.image.files.flatten`, where it read the file
         read, notes = flatten(image, mode, background)
-        return read, [*before, *notes]
+        return read, [*(before if isinstance(before, tuple) else ()), *notes]
+
+
+def check_image(image: Any) -> None:
+    """Refuse what is no PIL image; the caller adds the argument."""
+    if not isinstance(image, Image.Image):
+        raise FastsdError(f"should be a PIL image, not {type(image).__name__}")
 
 
 def own_size(argument: str, image: Any, factor: int) -> tuple[int, int]:
     """An image's width and height, rounded down to multiples of `factor`."""
     with about(argument):
-        if not isinstance(image, Image.Image):
-            raise FastsdError(f"should be a PIL image, not {type(image).__name__}")
+        check_image(image)
         if max(image.size) > MAX_SIDE:
             raise FastsdError(
                 f"{image.width}x{image.height} pixels; at most {MAX_SIDE} a side are generated: give {{width}} and "

@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from fastsd.errors import FastsdError
 from fastsd.model.tokenizer import Tokenizer
 from fastsd.text.chunks import Chunk, Piece
-from fastsd.text.syntax import MAX_DEPTH, MAX_WEIGHT, ROUND, Section, Span, check_length, composed
+from fastsd.text.syntax import MAX_DEPTH, ROUND, Section, Span, check_length, check_weight, composed, too_deep
 
 EMBEDDING = "embedding:"
 LARGE = 8  # tokens of a word that a chunk's end may cut
@@ -32,19 +31,15 @@ def weigh(text: str) -> tuple[Section, ...]:
     spans = []
     for part, weight in _weights(escaped, 1.0, 0):
         part = part.replace(_CLOSE, ")").replace(_OPEN, "(")
-        if not abs(weight) <= MAX_WEIGHT:
-            raise FastsdError(
-                f"the weight of {part[:40]!r} comes to {weight:g}; weights go from -100 to 100; for brackets that are "
-                "part of a name write \\( and \\)",
-                argument="prompt",
-            )
+        check_weight(part, weight)
         spans.append(Span(part, weight))
     return (tuple(spans),)
 
 
 def _weights(text: str, weight: float, depth: int) -> list[tuple[str, float]]:
+    """Each part of a text of this weight, with its own weight; `depth` counts the brackets around it."""
     if depth > MAX_DEPTH:
-        raise FastsdError(f"brackets are nested more than {MAX_DEPTH} deep; write \\( for a bracket", argument="prompt")
+        raise too_deep()
     found = []
     for part in _outer_brackets(text):
         if len(part) < 2 or part[0] != "(" or part[-1] != ")":
@@ -88,10 +83,12 @@ def pieces_of(sections: Sequence[Section], names: Mapping[str, object]) -> tuple
     for section in sections:
         for span in section:
             for word in span.text.replace("\n", " ").split(" "):
-                name = known.get(composed(word.removeprefix(EMBEDDING).rstrip(",")).lower())
-                if word.startswith(EMBEDDING) and name is not None:
+                called = word.removeprefix(EMBEDDING)
+                bare = called.rstrip(",")
+                name = known.get(composed(bare).lower()) if word.startswith(EMBEDDING) else None
+                if name is not None:
                     pieces.append(Piece("", span.weight, name))
-                    word = word.removeprefix(EMBEDDING)[len(word.removeprefix(EMBEDDING).rstrip(",")) :]
+                    word = called[len(bare) :]
                 if word:
                     pieces.append(Piece(word, span.weight))
     return (tuple(pieces),)

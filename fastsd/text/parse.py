@@ -172,11 +172,10 @@ def parse_prompt(
     texts = {} if texts is None else texts
     loras: tuple[LoraTag, ...] = ()
     by_step_texts = (prompt,) * steps
+    notes: dict[str, None] = {}
     if syntax in ("a1111", "literal"):
         text, loras = take_loras(prompt)
         by_step_texts = by_step(text, steps, before)
-    notes: dict[str, None] = {}
-    if syntax in ("a1111", "literal"):
         notes |= dict.fromkeys(f"{tag[:80]} has no effect: no such extra network" for tag in other_networks(prompt))
     for text in dict.fromkeys(by_step_texts):
         if text not in texts:

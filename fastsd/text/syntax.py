@@ -54,7 +54,18 @@ def check_length(prompt: str) -> None:
         raise FastsdError(f"{len(prompt)} characters; the longest that is read has {MAX_CHARACTERS}", argument="prompt")
 
 
-def _too_deep() -> FastsdError:
+def check_weight(text: str, weight: float) -> None:
+    """Refuse a text whose weight is beyond `MAX_WEIGHT` with a FastsdError."""
+    if not abs(weight) <= MAX_WEIGHT:
+        raise FastsdError(
+            f"the weight of {text[:40]!r} comes to {weight:g}; weights go from -100 to 100; for brackets that are "
+            "part of a name write \\( and \\)",
+            argument="prompt",
+        )
+
+
+def too_deep() -> FastsdError:
+    """The error of more than `MAX_DEPTH` brackets within brackets."""
     return FastsdError(f"brackets are nested more than {MAX_DEPTH} deep; write \\( for a bracket", argument="prompt")
 
 
@@ -186,7 +197,7 @@ def _read(prompt: str) -> tuple[list[_Item], bool]:
         top = stack[-1]
         if token in "([":
             if len(stack) > MAX_DEPTH:
-                raise _too_deep()
+                raise too_deep()
             stack.append(_Open(token))
         elif token in "])":
             opening = "[" if token == "]" else "("
@@ -263,7 +274,7 @@ def weigh(text: str) -> tuple[Section, ...]:
         if piece in opened:
             opened[piece].append(len(pieces))
             if sum(map(len, opened.values())) > MAX_DEPTH:
-                raise _too_deep()
+                raise too_deep()
         elif number is not None and opened["("]:
             multiply(opened["("].pop(), float(number))
         elif piece == ")" and opened["("]:
@@ -294,13 +305,9 @@ def _sections(pieces: list[tuple[str | None, float]]) -> tuple[Section, ...]:
     for text, weight in pieces:
         if text is None:
             sections.append([])
-        elif not abs(weight) <= MAX_WEIGHT:
-            raise FastsdError(
-                f"the weight of {text[:40]!r} comes to {weight:g}; weights go from -100 to 100; for brackets that are "
-                "part of a name write \\( and \\)",
-                argument="prompt",
-            )
-        elif sections[-1] and sections[-1][-1].weight == weight:
+            continue
+        check_weight(text, weight)
+        if sections[-1] and sections[-1][-1].weight == weight:
             sections[-1][-1] = Span(sections[-1][-1].text + text, weight)
         elif text:
             sections[-1].append(Span(text, weight))
