@@ -195,7 +195,7 @@ def _understand(key: str, value: str, pairs: Mapping[str, str]) -> dict[str, Any
                 return {
                     simple.name: simple.kind.parse(value) if isinstance(simple.kind, Name) else simple.kind.read(value)
                 }
-    except (ValueError, FastsdError):
+    except (ValueError, OverflowError, FastsdError):  # a number of hundreds of digits has no quotient
         pass
     return None
 

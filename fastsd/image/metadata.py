@@ -18,6 +18,7 @@ from fastsd.image.infotext import is_settings, parse_parameters, write_parameter
 from fastsd.image.programs import program_of
 from fastsd.parameters import PARAMETERS
 
+MAX_TEXT = 2**18  # characters of A1111's text; a prompt has at most 100,000
 # What metadata holds besides parameters. `embeddings` is a list of {"name", "sha256", "token"}, `loras` a list of
 # {"name", "sha256", "strength", "hash"}. Of the parameters, `image` and `mask` are {"name", "sha256"}; `vae` and
 # `refiner` {"name", "path"} with "fingerprint" (or "revision", for the hub) and "hash"; `controls` a list of such with
@@ -59,6 +60,8 @@ def read_texts(texts: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]
     if "prompt" in own:
         return own, {}
     parameters = texts.get("parameters", "")
+    if len(parameters) > MAX_TEXT:
+        raise FastsdError(f"its text of settings has {len(parameters)} characters; at most {MAX_TEXT} are read")
     if is_settings(parameters):
         return parse_parameters(parameters)
     graph = read_graph(texts.get("prompt", ""))

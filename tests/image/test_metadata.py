@@ -93,3 +93,15 @@ def test_an_empty_prompt_is_a_prompt() -> None:
     text = "Negative prompt: fog\nSteps: 2, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 64x64"
     found, _ = metadata.read_texts({"parameters": text})
     assert (found["prompt"], found["negative_prompt"]) == ("", "fog")
+
+
+def test_a_text_of_a_million_characters_is_refused_unread() -> None:
+    with pytest.raises(FastsdError, match="has 1000012 characters; at most 262144"):
+        metadata.read_texts({"parameters": "x\nSteps: 20" + " " * 10**6})
+
+
+def test_numbers_of_hundreds_of_digits_are_no_settings_of_a_second_pass() -> None:
+    many = "9" * 400
+    text = f"x\nSteps: {many}, Denoising strength: 0.5, Hires upscale: 2, Size: {many}x1, Hires resize: 1x{many}"
+    found, others = metadata.read_texts({"parameters": text})
+    assert "hires_steps" not in found and {"Denoising strength", "Hires upscale"} <= others.keys()
