@@ -14,6 +14,7 @@ from fastsd.weights.few_step import detect_in_metadata
 from fastsd.weights.formats.pickle_file import is_pickle, open_pickle, tensors_in
 from fastsd.weights.formats.safetensors_file import DTYPES, TensorEntry
 from fastsd.weights.hashes import remember_sha256
+from fastsd.weights.layouts.edm_markers import MARKERS, with_markers
 from fastsd.weights.layouts.family import CheckpointFamily, find_family
 from fastsd.weights.layouts.names import same_matrix, sources
 from fastsd.weights.layouts.single_file import EMA_PREFIX, file_networks, read_file
@@ -55,6 +56,7 @@ def inspect(path: Path, allow_pickle: bool = False) -> Facts:
         return facts + [("kind", other), *_hashes(path)]
     try:
         family = find_family(path, {key: entry.shape for key, entry in entries.items()}, metadata)
+        family = with_markers(path, family, entries)
         facts += _family_facts(family, entries)
     except FastsdError as error:
         reason = str(error).removeprefix(f"{path}: ")
@@ -124,6 +126,7 @@ def compare_keys(family: CheckpointFamily, entries: dict[str, TensorEntry]) -> t
         key
         for key in entries
         if key not in known
+        and key not in MARKERS
         and not key.startswith((*_TRAINING_PREFIXES, *unloaded))
         and not key.endswith(_UNUSED_SUFFIXES)
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from fastsd.errors import FastsdError
@@ -12,14 +12,18 @@ from fastsd.weights.adapters.embeddings import SDXL_KEYS
 from fastsd.weights.adapters.file import read_adapter
 from fastsd.weights.formats.safetensors_file import TensorEntry
 
-# What the keys of a file show, the first that fits; each pattern must be found in some key.
-_SHOWN: tuple[tuple[tuple[str, ...], str], ...] = (
+Signs = tuple[tuple[tuple[str, ...], str], ...]  # patterns, each of which must be found in some key; the kind
+
+# Files whose keys could be taken for an adapter's.
+_BEFORE_ADAPTERS: Signs = (
     ((r"^control_model\.|^controlnet_cond_embedding\.|^input_hint_block\.",), "a ControlNet; use it with --control"),
     ((r"^lora_controlnet$|^control_model\..*lora",), "a ControlLoRA, which fastsd does not read"),
     ((r"^(adapter\.)?body\.\d+\.(block|in_conv|resnets)",), "a T2I-Adapter, which fastsd does not read"),
     ((r"^ip_adapter\.|^image_proj\.",), "an IP-Adapter, which fastsd does not read"),
     ((r"motion_modules\.|temporal_transformer\.",), "AnimateDiff's motion modules, which fastsd does not read"),
     ((r"double_blocks\.|joint_blocks\.|single_transformer_blocks\.",), "a model of Flux or Stable Diffusion 3"),
+)
+_OTHERS: Signs = (
     ((r"^(decoder|encoder)\.layers\.\d+\.(conv|weight)",), "TAESD, the tiny autoencoder; use it with --vae"),
     ((r"^3\.conv\.0\.weight$",), "one half of TAESD, the tiny autoencoder; use it with --vae"),
     (
@@ -69,17 +73,21 @@ def recognise(path: Path, entries: Mapping[str, TensorEntry], allow_pickle: bool
     """
     if (kind := _embedding(entries)) is not None:
         return [("kind", kind)]
-    for patterns, kind in _SHOWN[:6]:
-        if all(any(re.search(pattern, key) for key in entries) for pattern in patterns):
-            return [("kind", kind)]
+    if (kind := _shown(_BEFORE_ADAPTERS, entries)) is not None:
+        return [("kind", kind)]
     try:
         return _adapter(path, allow_pickle)
     except FastsdError as error:
         named = [("kind", str(error.message))] if "which fastsd does not read" in error.message else []
-    for patterns, kind in _SHOWN[6:]:
-        if all(any(re.search(pattern, key) for key in entries) for pattern in patterns):
-            return [("kind", kind)]
-    return named
+    kind = _shown(_OTHERS, entries)
+    return named if kind is None else [("kind", kind)]
+
+
+def _shown(signs: Signs, keys: Iterable[str]) -> str | None:
+    """The first kind whose patterns the keys show."""
+    return next(
+        (kind for patterns, kind in signs if all(any(re.search(p, key) for key in keys) for p in patterns)), None
+    )
 
 
 def embedding_kind(shapes: Mapping[str, tuple[int, ...]]) -> str:

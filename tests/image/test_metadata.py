@@ -96,7 +96,7 @@ def test_an_empty_prompt_is_a_prompt() -> None:
 
 
 def test_a_text_of_a_million_characters_is_refused_unread() -> None:
-    with pytest.raises(FastsdError, match="has 1000012 characters; at most 262144"):
+    with pytest.raises(FastsdError, match="has 1000011 characters; at most 262144"):
         metadata.read_texts({"parameters": "x\nSteps: 20" + " " * 10**6})
 
 

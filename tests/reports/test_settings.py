@@ -21,6 +21,7 @@ from fastsd.pipeline import Pipeline
 from fastsd.sampling.build import build
 from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
 from fastsd.weights import save_folder
+from fastsd.weights.inspect import inspect
 from fastsd.weights.layouts.scheduler import read_scheduler
 from tests.support import original
 from tests.support.lifted import Case, difference, reference, run_table, scheduler_class
@@ -204,6 +205,14 @@ def test_a_file_with_markers_of_an_edm_model_runs_in_its_own_terms(model: str, t
     for sampler in ("euler", "dpm++2m", "heun"):
         times = build(sampler, 5, components.scheduler).timesteps
         assert times[0] == pytest.approx(np.log(edm.sigma_max) / 4)
+
+
+@pytest.mark.parametrize(("model", "prediction"), [("Playground 2.5", "epsilon"), ("CosXL", "v_prediction")])
+def test_inspect_reads_the_markers_as_loading_does(model: str, prediction: str, tmp_path: Path) -> None:
+    """`inspect` called CosXL an SDXL that predicts epsilon, and the markers extra keys."""
+    facts = dict(inspect(file_with(tmp_path, MARKERS[model])))
+    assert facts["prediction"].startswith(f"{prediction} (the file holds the marker key")
+    assert facts["extra keys"] == "none"
 
 
 def test_half_of_the_markers_is_refused_by_name(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from fastsd.weights.layouts.family import CheckpointFamily
 
 MEAN, STD = "edm_mean", "edm_std"  # of Playground 2.5's latents, by channel
 HIGHEST, LOWEST = "edm_vpred.sigma_max", "edm_vpred.sigma_min"  # CosXL's noise levels
+MARKERS = (MEAN, STD, HIGHEST, LOWEST)
 PLAYGROUND_SCALE = 0.5  # diffusers' PLAYGROUND_VAE_SCALING_FACTOR; the files do not hold it
 MAX_NUMBERS = 64  # in a marker; one per channel of the latents
 COSXL = EDMConfig(sigma_data=1.0, sigma_max=120.0)  # ComfyUI's `ModelSamplingContinuousEDM`
@@ -46,7 +47,8 @@ def with_markers(path: Path, family: CheckpointFamily, entries: Mapping[str, Ten
             raise FastsdError(f"{HIGHEST} is {highest:g}; it should be above {lowest:g}, the lowest level", path=path)
         reason = f"the file holds the marker key {HIGHEST}"
         edm = replace(COSXL, sigma_min=lowest, sigma_max=highest)
-        return replace(family, edm=edm, prediction="v_prediction", prediction_reason=reason)
+        edits = family.unet.reads == "image"  # ComfyUI: a CosXL that edits reads the image scaled
+        return replace(family, edm=edm, prediction="v_prediction", prediction_reason=reason, scaled_image=edits)
     return family
 
 

@@ -53,8 +53,8 @@ class CheckpointFamily:
         prediction_reason: how that is known.
         zero_snr: the schedule has zero terminal signal-to-noise.
         few_step: the few-step method that the file names, or None.
-        scaled_image: its UNet reads the image to edit scaled, as the latent is: CosXL Edit, marked by its levels.
-        edm: the noise levels of an EDM model, whose markers `edm_markers.py` reads, or None.
+        scaled_image: its UNet reads the image to edit scaled, as the latent is: CosXL Edit.
+        edm: the noise levels of an EDM model, or None. `edm_markers.with_markers` gives it and `scaled_image`.
     """
 
     layout: FileLayout
@@ -126,8 +126,7 @@ def find_family(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> Chec
     if few_step is None and layout.few_step is not None:
         few_step = Detection(KINDS[layout.few_step], f"its keys are those of {layout.family}")
     prediction, reason = _prediction(layout, unet, shapes, metadata)
-    scaled = unet.reads == "image" and "edm_vpred.sigma_max" in shapes
-    return CheckpointFamily(layout, unet, vae, texts, prediction, reason, "ztsnr" in shapes, few_step, scaled)
+    return CheckpointFamily(layout, unet, vae, texts, prediction, reason, "ztsnr" in shapes, few_step)
 
 
 def find_vae(path: Path, shapes: Shapes, preset: VAEConfig) -> VAEConfig:

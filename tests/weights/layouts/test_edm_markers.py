@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +51,12 @@ def test_a_marker_as_large_as_a_network_is_refused_unread(family: CheckpointFami
     entry = TensorEntry(path, torch.uint8, (2**36,), 0, 2**36, HIGHEST)
     with pytest.raises(FastsdError, match="a few finite numbers"):
         with_markers(path, family, {HIGHEST: entry})
+
+
+def test_a_cosxl_that_edits_reads_the_image_scaled(family: CheckpointFamily, tmp_path: Path) -> None:
+    """ComfyUI goes by EDM's noise levels (comfy/supported_models.py)."""
+    save_file({HIGHEST: torch.tensor(120.0)}, tmp_path / "x.safetensors")
+    entries = read_header(tmp_path / "x.safetensors")[0]
+    edits = replace(family, unet=replace(family.unet, in_channels=2 * family.unet.out_channels))
+    found = [with_markers(tmp_path, one, entries).scaled_image for one in (family, edits)]
+    assert found == [False, True] and not edits.scaled_image
