@@ -16,18 +16,13 @@ from fastsd.errors import FastsdError
 
 Node = Mapping[str, Any]
 # Inputs that lead from a node to the one whose output it changes.
-MODELS, CLIPS = (
-    {"LoraLoader": "model", "LoraLoaderModelOnly": "model"},
-    {"LoraLoader": "clip", "CLIPSetLastLayer": "clip"},
-)
+MODELS = {"LoraLoader": "model", "LoraLoaderModelOnly": "model"}
+CLIPS = {"LoraLoader": "clip", "CLIPSetLastLayer": "clip"}
+# Nodes that change nothing which a setting could say.
 SILENT = {"VAEDecode", "VAEDecodeTiled", "SaveImage", "PreviewImage", "LoadImage", "VAEEncode", "Note", "PrimitiveNode"}
-SCHEDULES = {"normal": "default"}
-NUMBERS = {
-    "seed": "seed",
-    "noise_seed": "seed",
-    "steps": "num_inference_steps",
-    "cfg": "guidance_scale",
-}
+# ComfyUI's names of schedules and of a sampler's inputs, where ours are others.
+SCHEDULE_NAMES = {"normal": "default"}
+NUMBERS = {"seed": "seed", "noise_seed": "seed", "steps": "num_inference_steps", "cfg": "guidance_scale"}
 
 
 def read_graph(text: str) -> tuple[dict[str, Any], dict[str, str]] | None:
@@ -63,6 +58,7 @@ class _Graph:
         self.others: dict[str, str] = {}
 
     def read(self, sampler: str) -> tuple[dict[str, Any], dict[str, str]]:
+        """What `read_graph` returns, from the name of its KSampler's node on."""
         inputs = self.nodes[sampler]["inputs"]
         self.used.add(sampler)
         settings: dict[str, Any] = {"like": "comfy"}
@@ -70,7 +66,7 @@ class _Graph:
         if isinstance(inputs.get("sampler_name"), str):
             settings["sampler"] = inputs["sampler_name"].removesuffix("_gpu")
         if isinstance(inputs.get("scheduler"), str):
-            settings["schedule"] = SCHEDULES.get(inputs["scheduler"], inputs["scheduler"])
+            settings["schedule"] = SCHEDULE_NAMES.get(inputs["scheduler"], inputs["scheduler"])
         for key, ours in (("positive", "prompt"), ("negative", "negative_prompt")):
             settings[ours], skip = self._text(inputs.get(key), key)
             settings |= {"clip_skip": skip} if skip else {}

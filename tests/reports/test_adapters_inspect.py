@@ -1,4 +1,4 @@
-"""What people reported of `fastsd inspect` on files that are no checkpoints, and of names for the output."""
+"""What people reported of `fastsd inspect` on files that are no checkpoints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fastsd.cli.output import Output
 from fastsd.errors import FastsdError
 from fastsd.weights.inspect import inspect
 from fastsd.weights.layouts.names import folder_keys
@@ -81,22 +80,3 @@ def test_inspect_says_what_a_pickle_is(case: str, tmp_path: Path) -> None:
     assert said in dict(inspect(tmp_path / "x.pt", allow_pickle=True))["kind"]
     with pytest.raises(FastsdError, match="a pickle"):
         inspect(tmp_path / "x.pt")
-
-
-@pytest.mark.parametrize("name", ["a.xyz", "a.tga", "a.jp2", "sub/a.mp4", "a.pngg", "a.JXR", "a.txt"])
-def test_an_ending_that_is_no_format_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(FastsdError, match=r"\.png, \.jpg"):
-        Output(tmp_path / name, 1)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", ["v1.5", "2024.11.28", "a.b", "a.xyz/", "outputs", ".hidden", "my.holidays"])
-def test_folders_may_have_dots_in_their_names(name: str, tmp_path: Path) -> None:
-    output = Output(f"{tmp_path}/{name}", 1)
-    assert output.files is None and (tmp_path / name).is_dir()
-    assert Output(tmp_path / name, 1).files is None  # a folder that exists is one, whatever its name
-
-
-@pytest.mark.parametrize("name", ["a.png", "a.PNG", "a.jpg", "a.jpeg", "a.webp"])
-def test_the_formats_that_are_written(name: str, tmp_path: Path) -> None:
-    assert Output(tmp_path / name, 1).files == [tmp_path / name]

@@ -1,4 +1,4 @@
-"""What people report of the Python call: habits from diffusers, and what other code in the process has set."""
+"""What people reported of the Python call: habits from diffusers, and what other code in the process has set."""
 
 from __future__ import annotations
 

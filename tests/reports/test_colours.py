@@ -1,4 +1,4 @@
-"""Reports of images whose colours or transparency change on reading."""
+"""What people reported of images whose colours or transparency change on reading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What users of a CPU reported: parts slower than PyTorch's own, norms that are off, benchmarks that fail."""
+"""What people reported of the CPU: parts slower than PyTorch's own, norms that are off, benchmarks that fail."""
 
 from __future__ import annotations
 

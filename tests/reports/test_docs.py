@@ -1,4 +1,4 @@
-"""Every example on the pages runs, or is at least read by the real parser."""
+"""What people reported of the pages: every example runs, or is at least read by the real parser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that people have and that crashed, were refused for the wrong reason, or were read as something else."""
+"""What people reported of checkpoints that crashed, were refused for the wrong reason, or were read as something else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people report of images that other programs made, and of repeating them."""
+"""What people reported of images that other programs made, and of repeating them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a diffusers user tries first, and what people report of calls from several threads."""
+"""What a diffusers user tries first, and what people reported of calls from several threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of scheduler files that ran otherwise than in diffusers."""
+"""What people reported of scheduler files: settings that ran otherwise than in diffusers."""
 
 from __future__ import annotations
 

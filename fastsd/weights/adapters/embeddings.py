@@ -1,9 +1,9 @@
 """Textual inversion files (Gal et al. 2022): vectors that replace a word's embedding in the text encoders.
 
 There are three forms: A1111's `.pt`, with vectors under `string_to_param` (a dict, or the ParameterDict of the first
-trainers); one key in a `.safetensors` or `.bin`
-(diffusers); and `clip_l` with `clip_g` in a `.safetensors` (SDXL). `.pt` and `.bin` are pickles: they are read only if
-the caller allows it, and then only tensors and plain values are unpickled.
+trainers); one key in a `.safetensors` or `.bin` (diffusers); and `clip_l` with `clip_g` in a `.safetensors` (SDXL).
+`.pt` and `.bin` are pickles: they are read only if the caller allows it, and then only tensors and plain values are
+unpickled.
 """
 
 from __future__ import annotations

@@ -7,12 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from fastsd.config import (
-    AutoencoderConfig,
-    CLIPConfig,
-    TAESDConfig,
-    VAEConfig,
-)
+from fastsd.config import AutoencoderConfig, CLIPConfig, TAESDConfig, VAEConfig
 from fastsd.weights.formats.json_file import ConfigReader
 
 
