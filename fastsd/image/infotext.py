@@ -26,6 +26,7 @@ from fastsd.parameters import PARAMETERS
 from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
 
 FILLS = {"fill": "fill", "noise": "latent noise", "blank": "latent nothing"}  # A1111's "Masked content"
+ALL_STEPS_RUN = ("a1111", "comfy")  # programs by whose rules the second pass runs all of its own steps
 UPSCALERS = {"latent": "Latent", "lanczos": "Lanczos"}
 
 
@@ -215,7 +216,8 @@ def _second_pass(pairs: Mapping[str, str]) -> dict[str, Any] | None:
     """A1111's second pass as settings; None with an upscaler or another shape of image, which are not known here.
 
     A1111's "Hires steps" all run, on the last part of a schedule that is as much longer (`setup_img2img_steps` in its
-    modules/sd_samplers_common.py), and so they do where `like` is a1111. Elsewhere `hires_steps` are that schedule's.
+    modules/sd_samplers_common.py), and so they do where `like` is in `ALL_STEPS_RUN`. Elsewhere `hires_steps` are that
+    schedule's.
     Without them, or 0: as many as of the first pass.
     """
     upscaler = _by_label(UPSCALERS, pairs.get("Hires upscaler", ""))
@@ -224,7 +226,7 @@ def _second_pass(pairs: Mapping[str, str]) -> dict[str, Any] | None:
         return None
     strength, given = _finite(pairs["Denoising strength"]), int(pairs.get("Hires steps", 0))
     found = {"hires_scale": scale, "hires_strength": strength, "hires_upscaler": upscaler}
-    if rules_of(pairs) == "a1111" or pairs.get("Like") == "a1111":
+    if rules_of(pairs) in ALL_STEPS_RUN or pairs.get("Like") in ALL_STEPS_RUN:
         return found | ({"hires_steps": given} if given else {})
     steps = run = given or int(pairs["Steps"])
     if 0 < strength <= 1:
@@ -248,7 +250,7 @@ def _steps_that_run(settings: Mapping[str, Any]) -> str | None:
     steps, strength = settings.get("hires_steps"), settings.get("hires_strength")
     if steps is None or strength is None:
         return None
-    run = steps if settings.get("like") == "a1111" else int(steps * strength)
+    run = steps if settings.get("like") in ALL_STEPS_RUN else int(steps * strength)
     return str(run) if run else None
 
 

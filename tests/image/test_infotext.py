@@ -318,3 +318,12 @@ def test_the_favourite_schedule_of_a_sampler_is_written_or_old() -> None:
     assert infotext.parse_parameters(f"{text}DPM++ 2M")[0]["schedule"] == "default"
     assert infotext.parse_parameters(f"{text}DPM++ 2M, Schedule type: Karras")[0]["schedule"] == "karras"
     assert "schedule" not in infotext.parse_parameters(f"{text}DPM++ 2M, Schedule type: Automatic")[0]
+
+
+@pytest.mark.parametrize("like", ["a1111", "comfy"])
+def test_the_second_passes_own_steps_all_run_by_the_rules_of(like: str) -> None:
+    """`fastsd.generate.like`: the text states the steps that run, and they come back as they were."""
+    hires = {"hires_scale": 2.0, "hires_strength": 0.5, "hires_steps": 10, "hires_upscaler": "latent"}
+    text = infotext.write_parameters(FULL | hires | {"like": like})
+    assert "Hires steps: 10," in text
+    assert infotext.parse_parameters(text)[0]["hires_steps"] == 10
