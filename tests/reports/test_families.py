@@ -1,4 +1,4 @@
-"""What people reported of checkpoints that crashed, were refused for the wrong reason, or were read as something else."""
+"""What people reported of checkpoints that crashed, or were refused for the wrong reason, or read as something else."""
 
 from __future__ import annotations
 

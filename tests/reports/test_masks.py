@@ -1,4 +1,4 @@
-"""What people reported of masks: strokes that paint nothing, greys that are cut, pixels that change although they are kept."""
+"""What people reported of masks: strokes that paint nothing, greys that are cut, pixels that change though kept."""
 
 from __future__ import annotations
 

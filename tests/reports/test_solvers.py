@@ -1,4 +1,4 @@
-"""What people reported of samplers and schedules: those that images of other programs name, and that people ask for by those programs' names."""
+"""What people reported of samplers and schedules that other programs' images name, or that they know by those names."""
 
 from __future__ import annotations
 
