@@ -54,7 +54,7 @@ PROGRAM_ROWS: tuple[Parameter, ...] = (
     Parameter(
         "subseed",
         Whole(low=0, high=MAX_SEED),
-        "a second noise, mixed into that of the seed; the next image has one more",
+        "a second noise, mixed into that of the seed; the next image has one more, but {noise} batch or comfy the same",
         ("--subseed",),
         HOW,
         needs=("subseed_strength", "the share of it"),

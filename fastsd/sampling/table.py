@@ -100,9 +100,13 @@ class TableBuilder:
         """The finished table. The last row ends at the clean image, so its `keep` is (1, 0).
 
         Raises:
-            FastsdError: a coefficient is not finite: the prediction type does not work at one of the noise levels, or
-                two steps coincide.
+            FastsdError: there is no row, as DDIM of A1111 has none for one step; or a coefficient is not finite: the
+                prediction type does not work at one of the noise levels, or two steps coincide.
         """
+        if not self.rows:
+            raise FastsdError(
+                "the sampler calls the network in none of so few steps; take more", argument="num_inference_steps"
+            )
         flat = [(r.t, r.c_in, *r.prediction, r.a, r.s, *r.b, *(0.0,) * (4 - len(r.b)), r.n, r.m) for r in self.rows]
         keep = [r.keep for r in self.rows[:-1]] + [(1.0, 0.0)]
         table = Table(
