@@ -85,6 +85,17 @@ class Number(Kind):
 
 
 @dataclass(frozen=True)
+class NumberEach(Number):
+    """A number; from Python also a list, an array or a 1-d tensor of them, one for each prompt or each image."""
+
+    def check(self, value: Any) -> Any:
+        several = value.tolist() if hasattr(value, "tolist") else value
+        if isinstance(several, list | tuple) and several:
+            return [Number.check(self, one) for one in several]
+        return Number.check(self, several)
+
+
+@dataclass(frozen=True)
 class Whole(Number):
     """A whole number from `low` to `high`."""
 

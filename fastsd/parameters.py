@@ -27,6 +27,7 @@ from fastsd.kinds import (
     File,
     Name,
     Number,
+    NumberEach,
     Parameter,
     Switch,
     Text,
@@ -68,7 +69,7 @@ ROWS: tuple[Parameter, ...] = (
     ),
     Parameter(
         "guidance_scale",
-        Number(low=0, high=100),
+        NumberEach(low=0, high=100),
         "how closely to follow the prompt; 1 and less: without guidance",
         ("--guidance", "--cfg-scale"),
         HOW,

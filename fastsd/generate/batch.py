@@ -166,11 +166,11 @@ def prepare(engine: Engine, stage: Pass, which: slice, first: torch.Tensor | Non
 
     Args:
         stage: the pass.
-        which: the images of this batch.
+        which: the images of this batch, which have one guidance scale.
         first: `[n, h, w, C]`, the first pass's latents, in the second pass.
         timings: "text" and "encode" are counted up.
     """
-    config = engine.components.vae.config
+    stage, config = stage.of(which), engine.components.vae.config
     height, width = stage.height // config.downscale, stage.width // config.downscale
     noise = Noise(stage.noise, which, config.latent_channels, height, width, engine.device)
     with timed(timings, "text"):

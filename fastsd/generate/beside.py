@@ -13,7 +13,6 @@ from fastsd.components import Components
 from fastsd.config import SD_VAE, SDXL_VAE
 from fastsd.errors import FastsdError, about
 from fastsd.generate.latents import Codec, image_tensor, to_channels_last
-from fastsd.generate.like import LIKE
 from fastsd.generate.sizes import check_image
 from fastsd.image.files import as_depth
 from fastsd.model.taesd import TAESD
@@ -40,35 +39,6 @@ def fill_editing(settings: Settings, components: Components, given: Mapping[str,
     if given.get("strength") is None:
         settings = settings.replace(strength=1.0)
     return settings.replace(image_guidance_scale=IMAGE_GUIDANCE if scale is None else scale), []
-
-
-def count_parts(components: Components, settings: Settings) -> int:
-    """How many samples the UNet runs for an image: 1 without guidance, 2, or 3 where text and image both guide.
-
-    Three are an unconditional one, one with the image, one with image and text. As in diffusers'
-    StableDiffusionInstructPix2PixPipeline, a guidance of at most 1 or an image guidance below 1 turns both off. Any
-    model runs the prompt alone at a guidance of at most 1 (diffusers, `do_classifier_free_guidance`), so the 0.0 on the
-    cards of few-step models means what 1 means; other programs mix in the negative prompt there.
-    """
-    unet = components.unet.config
-    if unet.time_cond_proj_dim:
-        return 1  # the guidance scale is an input
-    if unet.reads == "image":
-        return 3 if settings.guidance_scale > 1.0 and settings.image_guidance_scale >= 1.0 else 1
-    guidance = settings.guidance_scale
-    return 2 if guidance > 1.0 or (LIKE[settings.like].mixes_below_one and guidance < 1.0) else 1
-
-
-def guidance_notes(settings: Settings, parts: int) -> list[str]:
-    """A note on a guidance that has no effect because the other turns both off."""
-    image = settings.image_guidance_scale
-    if image is None or parts == 3:
-        return []
-    if settings.guidance_scale > 1.0 > image:
-        return [f"guidance is off: the image guidance is {image:g}, and below 1 it turns both off"]
-    if image != IMAGE_GUIDANCE and settings.guidance_scale <= 1.0:
-        return [f"the image guidance has no effect: guidance {settings.guidance_scale:g} turns both off"]
-    return []
 
 
 def check_beside(components: Components, settings: Settings) -> Image.Image | None:

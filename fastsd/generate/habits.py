@@ -186,8 +186,6 @@ def without_habits(arguments: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in arguments.items():
         if value is not None and name in CALL:
             raise FastsdError(CALL[name], argument=name)
-    if isinstance(arguments.get("guidance_scale"), list | tuple):
-        raise FastsdError("one number for all images of a call; call once for each", argument="guidance_scale")
     return {name: value for name, value in arguments.items() if name not in CALL}
 
 

@@ -148,9 +148,9 @@ def _tensor(components: Components, name: str, value: Any, shape: tuple[int | st
 
 
 def parse(
-    components: Components, settings: Settings, prompts: Prompts, steps: int, guided: bool, before: int = 0
+    components: Components, settings: Settings, prompts: Prompts, steps: int, guided: Sequence[bool], before: int = 0
 ) -> ParsedPrompts:
-    """The texts of a pass of `steps` steps, after a pass of `before` steps.
+    """The texts of a pass of `steps` steps, after a pass of `before` steps; `guided`: of each image.
 
     Raises:
         FastsdError: a text is malformed, too long, or does not fit into as many tokens as features have.
@@ -170,17 +170,20 @@ def parse(
         rules.repeats_texts,
         before=before,
     )
-    if guided and bool(prompts.features) != bool(prompts.negative_features):
-        parsed = replace(parsed, lengths=_fit_lengths(components, prompts, parsed.lengths))
+    if any(guided) and bool(prompts.features) != bool(prompts.negative_features):
+        parsed = replace(parsed, lengths=_fit_lengths(components, prompts, parsed.lengths, guided))
     return parsed
 
 
-def _fit_lengths(components: Components, prompts: Prompts, lengths: Sequence[int]) -> tuple[int, ...]:
+def _fit_lengths(
+    components: Components, prompts: Prompts, lengths: Sequence[int], guided: Sequence[bool]
+) -> tuple[int, ...]:
     """The chunks that texts fill beside features, which have as many tokens as they have."""
     size, tokens = components.tokenizers[0].max_length, prompts.tokens
     name, other = ("prompt_embeds", "negative_prompt_embeds") if prompts.features else (*reversed(POOLED),)
-    if tokens % size or max(lengths) > tokens // size:
+    longest = max(length for length, steers in zip(lengths, guided, strict=True) if steers)
+    if tokens % size or longest > tokens // size:
         raise FastsdError(
-            f"it has {tokens} tokens and the text beside it {max(lengths) * size}; give {{{other}}} too", argument=name
+            f"it has {tokens} tokens and the text beside it {longest * size}; give {{{other}}} too", argument=name
         )
-    return (tokens // size,) * len(lengths)
+    return tuple(tokens // size if steers else length for length, steers in zip(lengths, guided, strict=True))

@@ -12,9 +12,10 @@ from PIL import Image
 from fastsd.components import Components
 from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
-from fastsd.generate.beside import count_parts, fill_editing, guidance_notes
+from fastsd.generate.beside import fill_editing
 from fastsd.generate.control import Control, idle_controls, resize_control
 from fastsd.generate.defaults import steps_from_image
+from fastsd.generate.guidance import Guidance, guidance_notes, guidance_of_images
 from fastsd.generate.habits import without_habits
 from fastsd.generate.inputs import (
     Images,
@@ -47,14 +48,15 @@ class Pass:
     """One walk through the noise levels: the only one, or one of the hires fix's two.
 
     Attributes:
-        settings: of the call, complete.
+        settings: of the call, complete. Where images have guidance scales of their own, those of `guidance` count.
         texts: of the images, as they were given.
         prompts: the same, parsed for the steps of this pass.
         table: the sampler's, for the steps that run.
         width, height: in pixels.
         strength: how much of an image it changes.
         vae_tiling: the autoencoder works in tiles.
-        parts: samples that the UNet runs for an image, see `fastsd.generate.beside.count_parts`.
+        guidance: of each image.
+        parts: samples that the UNet runs for an image, see `fastsd.generate.guidance.count_parts`; the most of any.
         workload: what its memory depends on.
         controls: with RGB images, width x height.
         refiner_row: the first row of the table that the refiner does; without one, past the last.
@@ -74,6 +76,7 @@ class Pass:
     height: int
     strength: float
     vae_tiling: bool
+    guidance: tuple[Guidance, ...]
     parts: int
     workload: memory.Workload
     controls: tuple[Control, ...]
@@ -89,6 +92,11 @@ class Pass:
     def guided(self) -> bool:
         """An unconditional sample runs beside the conditional one."""
         return self.parts > 1
+
+    def of(self, which: slice) -> Pass:
+        """The same pass with the guidance of these images, which is the same for all of them."""
+        own = self.guidance[which.start]
+        return replace(self, settings=self.settings.replace(guidance_scale=own.scale), parts=own.parts)
 
     @property
     def unchanged(self) -> Image.Image | None:
@@ -126,11 +134,13 @@ class Request:
 
     @property
     def batches(self) -> list[slice]:
-        """The images that run together: up to `batch_size` neighbours whose texts fill as many chunks in every pass."""
-        lengths = list(zip(*(stage.prompts.lengths for stage in self.passes), strict=True))
+        """The images that run together: up to `batch_size` neighbours of one guidance scale, whose texts fill as many
+        chunks in every pass."""
+        shapes = [self.passes[0].guidance, *(stage.prompts.lengths for stage in self.passes)]
+        kinds = list(zip(*shapes, strict=True))
         found, start = [], 0
-        for i in range(1, len(lengths) + 1):
-            differs = i == len(lengths) or lengths[i] != lengths[start]
+        for i in range(1, len(kinds) + 1):
+            differs = i == len(kinds) or kinds[i] != kinds[start]
             if differs or i - start == self.settings.batch_size:
                 found.append(slice(start, i))
                 start = i
@@ -172,13 +182,17 @@ def plan(
     texts = read_prompts(components, settings, has_refiner)
     count = len(texts)
     settings = _fill_counts(settings, count)
-    parts = count_parts(components, settings)
-    parsed = parse(components, settings, texts, settings.num_inference_steps, parts > 1)
+    guidance = guidance_of_images(components, settings, count)
+    settings = settings.replace(guidance_scale=_one_or_each([one.scale for one in guidance]))
+    guided = [one.parts > 1 for one in guidance]
+    parsed = parse(components, settings, texts, settings.num_inference_steps, guided)
     images = fit_images(components, settings, (defaults["width"], defaults["height"]))
     settings = settings.replace(width=images.size[0], height=images.size[1])
-    first = _first_pass(components, settings, texts, parsed, images, parts)
+    first = _first_pass(components, settings, texts, parsed, images, guidance)
     notes += [*rules_notes(settings), *moved_generators(settings), *idle_sizes(components, settings)]
-    notes += [*guidance_notes(settings, parts), *parsed.notes, *texts.notes(settings, parts > 1), *images.notes]
+    for scale, parts in dict.fromkeys(guidance):
+        notes += guidance_notes(settings.replace(guidance_scale=scale), parts)
+    notes += [*parsed.notes, *texts.notes(settings, any(guided)), *images.notes]
     notes += _unfollowed(components.scheduler, settings.sampler)
     if not len(first.table) and first.strength > 0:
         notes.append(_nothing_changes("the run", first.strength, settings.num_inference_steps))
@@ -191,6 +205,8 @@ def plan(
             notes.append(_nothing_changes("the second pass", second.strength, steps))
         passes = (first, second)
     own = tuple(of_image(settings, i, count) for i in range(count))
+    if isinstance(settings.guidance_scale, list):
+        own = tuple(one | {"guidance_scale": scale} for one, (scale, _) in zip(own, guidance, strict=True))
     return Request(settings, own, passes, tuple(dict.fromkeys(notes)))
 
 
@@ -254,6 +270,11 @@ def _unfollowed(scheduler: SchedulerConfig, sampler: str) -> list[str]:
     ]
 
 
+def _one_or_each(scales: list[float]) -> float | list[float]:
+    """The guidance scale as settings state it: one number where all images have the same."""
+    return scales[0] if len(set(scales)) == 1 else scales
+
+
 def _fill_counts(settings: Settings, count: int) -> Settings:
     """The seed, or what stands for it, and the batch size of `count` images."""
     batch_size = min(settings.batch_size or DEFAULT_BATCH, count)
@@ -272,9 +293,14 @@ def _fill_counts(settings: Settings, count: int) -> Settings:
 
 
 def _first_pass(
-    components: Components, settings: Settings, texts: Prompts, prompts: ParsedPrompts, images: Images, parts: int
+    components: Components,
+    settings: Settings,
+    texts: Prompts,
+    prompts: ParsedPrompts,
+    images: Images,
+    guidance: tuple[Guidance, ...],
 ) -> Pass:
-    config, count = components.vae.config, len(texts)
+    config, count, parts = components.vae.config, len(texts), max(one.parts for one in guidance)
     width, height = images.size
     latents = settings.latents
     if latents is not None:
@@ -299,6 +325,7 @@ def _first_pass(
         height=height,
         strength=strength,
         vae_tiling=tiled,
+        guidance=guidance,
         parts=parts,
         workload=workload,
         controls=images.controls,
@@ -321,7 +348,8 @@ def _second_pass(components: Components, first: Pass) -> Pass:
     parsed = first.prompts
     if first.rules.counts_calls or steps != settings.num_inference_steps:  # schedules in prompts count steps
         before = settings.num_inference_steps
-        parsed = parse(components, settings, first.texts, steps, first.guided, before)
+        guided = [one.parts > 1 for one in first.guidance]
+        parsed = parse(components, settings, first.texts, steps, guided, before)
     factor = components.vae.config.downscale
     width, height = (max(round(n * settings.hires_scale / factor), 1) * factor for n in (first.width, first.height))
     if max(width, height) > MAX_SIDE:

@@ -106,7 +106,7 @@ def parse_prompts(
     negatives: Sequence[str],
     steps: int,
     syntax: str,
-    guided: bool,
+    guided: Sequence[bool],
     repeats: bool = False,
     before: int = 0,
 ) -> ParsedPrompts:
@@ -117,7 +117,7 @@ def parse_prompts(
         prompts, negatives: one for each image.
         steps: of the run.
         syntax: see `parse_prompt`.
-        guided: the negative prompts are used.
+        guided: of each image, whether its negative prompt is used.
         repeats: shorter texts are repeated, else filled up with empty chunks.
         before: steps of a pass before, with which schedules go on.
 
@@ -135,11 +135,12 @@ def parse_prompts(
         raise
     positive = tuple(parsed[prompt] for prompt in prompts)
     negative = tuple(parsed[prompt] for prompt in negatives)
-    pairs = zip(positive, negative, strict=True)
-    lengths = [_length((prompt, other) if guided else (prompt,), repeats) for prompt, other in pairs]
+    images = zip(positive, negative, guided, strict=True)
+    lengths = [_length((prompt, other) if steers else (prompt,), repeats) for prompt, other, steers in images]
     notes = dict.fromkeys(note for each in parsed.values() for note in each.notes)
-    if not guided and any(negatives):
-        notes["the negative prompt has no effect: without guidance nothing steers away from it"] = None
+    if any(text and not steers for text, steers in zip(negatives, guided, strict=True)):
+        where = " on some images" if any(guided) else ""
+        notes[f"the negative prompt has no effect{where}: without guidance nothing steers away from it"] = None
     return ParsedPrompts(positive, negative, tuple(lengths), tuple(notes))
 
 

@@ -81,7 +81,7 @@ def test_each_text_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     weigh = parse.weigh
     monkeypatch.setattr(parse, "weigh", lambda text: read.append(text) or weigh(text))
-    prompts = parse_prompts(tiny.sdxl(), ["[a|b] x"] * 3 + ["a x"], ["b x"] * 4, 6, "a1111", True)
+    prompts = parse_prompts(tiny.sdxl(), ["[a|b] x"] * 3 + ["a x"], ["b x"] * 4, 6, "a1111", [True] * 4)
     assert sorted(read) == ["a x", "b x"]
     assert prompts.positive[0].texts[0] is prompts.positive[3].texts[5]
     assert prompts.positive[0].texts[1] is prompts.negative[0].texts[0]

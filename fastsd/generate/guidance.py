@@ -1,0 +1,67 @@
+"""The guidance of each image: its scale, and the samples that the UNet runs for it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fastsd.components import Components
+from fastsd.errors import FastsdError
+from fastsd.generate.beside import IMAGE_GUIDANCE
+from fastsd.generate.like import LIKE
+from fastsd.parameters import Settings
+
+
+def count_parts(components: Components, settings: Settings) -> int:
+    """How many samples the UNet runs for an image: 1 without guidance, 2, or 3 where text and image both guide.
+
+    Three are an unconditional one, one with the image, one with image and text. As in diffusers'
+    StableDiffusionInstructPix2PixPipeline, a guidance of at most 1 or an image guidance below 1 turns both off. Any
+    model runs the prompt alone at a guidance of at most 1 (diffusers, `do_classifier_free_guidance`), so the 0.0 on the
+    cards of few-step models means what 1 means; other programs mix in the negative prompt there.
+    """
+    unet = components.unet.config
+    if unet.time_cond_proj_dim:
+        return 1  # the guidance scale is an input
+    if unet.reads == "image":
+        return 3 if settings.guidance_scale > 1.0 and settings.image_guidance_scale >= 1.0 else 1
+    guidance = settings.guidance_scale
+    return 2 if guidance > 1.0 or (LIKE[settings.like].mixes_below_one and guidance < 1.0) else 1
+
+
+class Guidance(NamedTuple):
+    """Of one image: its guidance scale, and the samples that the UNet runs for it."""
+
+    scale: float
+    parts: int
+
+
+def guidance_of_images(components: Components, settings: Settings, images: int) -> tuple[Guidance, ...]:
+    """One number for all images of a call, or one for each, or one for each prompt.
+
+    Raises:
+        FastsdError: as many as neither.
+    """
+    given, each = settings.guidance_scale, settings.num_images_per_prompt
+    scales = given if isinstance(given, list) else [given] * images
+    if len(scales) == images // each:
+        scales = [scale for scale in scales for _ in range(each)]
+    if len(scales) != images:
+        prompts = images // each
+        raise FastsdError(
+            f"{len(scales)} number{'s' * (len(scales) > 1)} for {prompts} prompt{'s' * (prompts > 1)} and {images} "
+            f"image{'s' * (images > 1)}; give one, or as many",
+            argument="guidance_scale",
+        )
+    return tuple(Guidance(scale, count_parts(components, settings.replace(guidance_scale=scale))) for scale in scales)
+
+
+def guidance_notes(settings: Settings, parts: int) -> list[str]:
+    """A note on a guidance that has no effect because the other turns both off."""
+    image = settings.image_guidance_scale
+    if image is None or parts == 3:
+        return []
+    if settings.guidance_scale > 1.0 > image:
+        return [f"guidance is off: the image guidance is {image:g}, and below 1 it turns both off"]
+    if image != IMAGE_GUIDANCE and settings.guidance_scale <= 1.0:
+        return [f"the image guidance has no effect: guidance {settings.guidance_scale:g} turns both off"]
+    return []
