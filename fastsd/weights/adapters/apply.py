@@ -18,7 +18,7 @@ from fastsd.components import Components, TextualInversion
 from fastsd.errors import FastsdError, named_arguments
 from fastsd.model.layers import Conv2d
 from fastsd.weights.adapters.arithmetic import adapted
-from fastsd.weights.adapters.embeddings import read_vectors
+from fastsd.weights.adapters.embeddings import read_bundled
 from fastsd.weights.adapters.file import AdapterFile, AdapterLayer, layer_roles, read_adapter
 from fastsd.weights.adapters.layer_names import layer_names
 from fastsd.weights.adapters.ordered import named_layers
@@ -193,10 +193,8 @@ class Adapters:
         """The embeddings that a file brings along, by name."""
         encoders = self._components.text_encoders
         return {
-            name: TextualInversion(
-                (name,), read_vectors(adapter.path, {key: entry.read() for key, entry in tensors.items()}, encoders)
-            )
-            for name, tensors in file.embeddings.items()
+            name: TextualInversion((name,), read_bundled(adapter.path, entries, encoders))
+            for name, entries in file.embeddings.items()
         }
 
     def _bundle(self, embeddings: dict[str, TextualInversion]) -> None:

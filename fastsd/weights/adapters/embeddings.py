@@ -8,7 +8,7 @@ unpickled.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from fastsd.errors import FastsdError
 from fastsd.model.clip import TextEncoder
 from fastsd.weights.formats.pickle_file import is_pickle, open_pickle, tensors_in
 from fastsd.weights.formats.pickle_globals import ParameterTable
-from fastsd.weights.formats.safetensors_file import looks_like_safetensors, read_header
+from fastsd.weights.formats.safetensors_file import TensorEntry, looks_like_safetensors, read_header
 
 SUFFIXES = (".safetensors", ".pt", ".bin")
 MAX_BYTES = 64 * 2**20  # 75 vectors of SDXL in fp32 are 0.6 MB
@@ -73,6 +73,20 @@ def _unpickle(path: Path, allow_pickle: bool) -> dict[str, torch.Tensor]:
     if not isinstance(inner, dict):
         raise FastsdError("not an embedding; it should hold tensors, or string_to_param with tensors", path=path)
     return {key: entry.read() for key, entry in tensors_in(path, inner, sizes).items()}
+
+
+def read_bundled(
+    path: Path, entries: Mapping[str, TensorEntry], encoders: Sequence[TextEncoder]
+) -> tuple[torch.Tensor, ...]:
+    """The checked vectors of an embedding that a LoRA brings along, fp32.
+
+    Raises:
+        FastsdError: as `read_vectors`, or larger than any embedding, which is not read.
+    """
+    for key, entry in entries.items():
+        if entry.nbytes > MAX_BYTES:
+            raise FastsdError(f"the key {key[:80]!r} is {list(entry.shape)}, larger than any embedding", path=path)
+    return read_vectors(path, {key: entry.read() for key, entry in entries.items()}, encoders)
 
 
 def read_vectors(

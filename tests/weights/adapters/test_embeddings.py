@@ -17,7 +17,8 @@ from torch import nn
 from fastsd.config import CLIPConfig
 from fastsd.errors import FastsdError
 from fastsd.model.clip import TextEncoder
-from fastsd.weights.adapters.embeddings import load_embedding
+from fastsd.weights.adapters.embeddings import load_embedding, read_bundled
+from fastsd.weights.formats.safetensors_file import TensorEntry
 
 
 def encoder(width: int) -> TextEncoder:
@@ -171,3 +172,10 @@ def test_a_large_file_is_not_read(tmp_path: Path) -> None:
         file.truncate(2**30)
     with pytest.raises(FastsdError, match="1024 MB"):
         load_embedding(path, SD1)
+
+
+def test_a_bundled_tensor_larger_than_any_embedding_is_refused_unread() -> None:
+    path = Path("no such file")  # reading it would fail
+    entry = TensorEntry(path, torch.float32, (2**30, 32), 0, 2**37, "bundle_emb.toy.*")
+    with pytest.raises(FastsdError, match="larger than any embedding"):
+        read_bundled(path, {"*": entry}, SD1)
