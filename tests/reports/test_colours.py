@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ def in_mode(mode: str) -> Image.Image:
 
 @pytest.mark.parametrize("mode", Image.MODES)
 def test_every_pillow_mode_reads_as_it_is_shown(mode: str) -> None:
+    """Right: the colours or greys that were put into the mode; those of LAB to its own precision."""
     image = in_mode(mode)
     if mode == "LAB":
         found = np.asarray(flatten(image, "RGB", 255), int)
@@ -53,6 +55,7 @@ def test_every_pillow_mode_reads_as_it_is_shown(mode: str) -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
 def test_every_mode_that_a_format_can_write_is_read(kind: str) -> None:
+    """Right: Pillow's own `convert`, for the modes that it shows without loss."""
     count = 0
     for mode in Image.MODES:
         try:
@@ -69,6 +72,7 @@ def test_every_mode_that_a_format_can_write_is_read(kind: str) -> None:
 
 
 def test_16_bit_grey_keeps_its_transparency() -> None:
+    """The PNG specification, tRNS: one grey value is clear. 30000 of 65535 is 117 of 255."""
     values = np.full((4, 4), 30000, dtype=np.uint16)
     values[0, 0] = 30001
     data = saved(Image.fromarray(values), transparency=30001)
@@ -80,8 +84,6 @@ def test_16_bit_grey_keeps_its_transparency() -> None:
 def wide_profile(gamma: float = 1.8) -> bytes:
     """sRGB's profile with its curves replaced by a gamma: colours mean something else."""
     data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    import struct
-
     for k in range(struct.unpack(">I", data[128:132])[0]):
         tag, at, size = struct.unpack(">4sII", data[132 + 12 * k : 144 + 12 * k])
         if tag in (b"rTRC", b"gTRC", b"bTRC"):
@@ -104,6 +106,7 @@ def test_embedded_profiles_are_converted_to_srgb(kind: str) -> None:
 
 
 def test_an_srgb_profile_changes_no_pixel() -> None:
+    """Most cameras and editors embed one."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     np.testing.assert_array_equal(open_image(saved(COLOURS, icc_profile=profile)), COLOURS)
 
