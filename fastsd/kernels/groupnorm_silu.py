@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from fastsd.kernels.linear import activate_by_image
 
 # The CPU path.
 TERMS = 128  # of one fp32 sum
+PIXELS = 1024  # of one sum in PyTorch's norm; with more, few maps have a mean as small as `_largest_mean`
 WIDTH = 4096  # sums in parallel, which stay in the first cache
 
 
@@ -98,8 +100,13 @@ def _groupnorm_silu_cpu(
     add: torch.Tensor | None,
 ) -> torch.Tensor:
     """The CPU path. No sum of an image depends on its batch."""
-    if choices.way("groupnorm_silu", x.dtype, x[0].numel()) == "contiguous":
+    way = choices.way("groupnorm_silu", x.dtype, x[0].numel())
+    if way == "contiguous":
         return _by_contiguous(x, weight, bias, groups, eps, silu, add)
+    if way == "direct" and x.shape[1] * x.shape[2] <= PIXELS:
+        adds = [add] * len(x) if add is None or len(add) == 1 else add.split(1)
+        images = [_directly(*pair, weight, bias, groups, eps, silu) for pair in zip(x.split(1), adds)]
+        return images[0] if len(images) == 1 else torch.cat(images)
     return _by_moments(x, weight.float(), bias.float(), groups, eps, silu, add)
 
 
@@ -117,6 +124,39 @@ def _by_contiguous(
     y = y.contiguous() if add is None else torch.add(y, add[:, :, None, None], out=y.new_empty(y.shape))
     y = torch.group_norm(y, groups, weight, bias, eps)
     return (activate_by_image(y, "silu") if silu else y).permute(0, 2, 3, 1).contiguous()
+
+
+def _directly(
+    x: torch.Tensor,
+    add: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+) -> torch.Tensor:
+    """PyTorch's norm of one channels-last image; by moments where it might not be accurate (`_largest_mean`)."""
+    _, height, width, channels = x.shape
+    sum_ = x if add is None else x + add[:, None, None, :]
+    y, mean, r = torch.native_group_norm(
+        sum_.permute(0, 3, 1, 2), weight, bias, 1, channels, height * width, groups, eps
+    )
+    if not float((mean * r).abs_().max()) <= _largest_mean(height * width):
+        return _by_moments(x, weight.float(), bias.float(), groups, eps, silu, add)
+    y = y.permute(0, 2, 3, 1)
+    return (F.silu(y, inplace=True) if silu else y).contiguous()
+
+
+@functools.lru_cache(maxsize=1024)
+def _largest_mean(pixels: int) -> float:
+    """|mean| / deviation of a group up to which E[x^2] - E[x]^2 is as accurate as moments of short sums.
+
+    A sum of n terms in one chain is off by about s = 2 sqrt(n) u of the terms' sizes (the probabilistic bound of Higham
+    and Mary 2019 with lambda = 2). With m = |mean| / deviation and in variances, E[x^2] is off by s (1 + m^2) and
+    E[x]^2 by 2 s m sqrt(1 + m^2), together less than s (m + sqrt(1 + m^2))^2 = s exp(2 asinh(m)). Half of that, the
+    share of the deviation, shall be at most 3 / 2 TERMS u, what short sums and their merging are allowed.
+    """
+    return math.sinh(0.5 * math.log(1.5 * TERMS / pixels**0.5))
 
 
 def _by_moments(
@@ -171,8 +211,8 @@ def _moments(rows: torch.Tensor, groups: int, shift: torch.Tensor | None) -> tup
     means, variances = (part.view(batch, -1, groups, channels // groups) for part in (means, variances))
     if shift is not None:
         means = means + shift[:, None]
-    mean = means.mean((1, 3), keepdim=True)
-    variance = (means - mean).square_().add_(variances).mean((1, 3), keepdim=True)
+    between, mean = torch.var_mean(means, (1, 3), correction=0, keepdim=True)
+    variance = variances.mean((1, 3), keepdim=True).add_(between)
     return mean.view(batch, groups, 1), variance.view(batch, groups, 1)
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fastsd.kernels import dispatch
 from fastsd.kernels.conv2d import Padding, conv2d, conv2d_ref
 from fastsd.kernels.cpu import choices, onednn
 
 SAME: Padding = (1, 1, 1, 1)
+KEPT = 2**18  # elements of a packed weight whose summed kernels are kept: 1.8 MB of fp32 at most
+_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()  # packed weight: (shape of x and threads, kernels)
 
 
 def upsample2x_ref(x: torch.Tensor) -> torch.Tensor:
@@ -42,29 +45,68 @@ def upsample2x_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     backend = dispatch.backend(x, weight, bias)
     if backend == "reference":
         return upsample2x_conv_ref(x, weight, bias)
-    if backend == "onednn" and choices.way("upsample2x_conv", x.dtype, x.shape[1] * x.shape[2]) == "phases":
+    if backend == "onednn" and _way(x, weight, weight.is_mkldnn) == "phases":
         return _upsample2x_conv_onednn(x, weight, bias)
     return conv2d(upsample2x(x), weight, bias, 1, SAME)
 
 
+def wants_packed(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `upsample2x_conv` on oneDNN is faster with a packed weight (for the doubled map)."""
+    return weight.numel() <= KEPT or _way(x, weight, False) == "doubling"
+
+
+def _way(x: torch.Tensor, weight: torch.Tensor, packed: bool) -> str:
+    kept = ", kept weights" if packed and weight.numel() <= KEPT else ""
+    return choices.way("upsample2x_conv" + kept, x.dtype, x.shape[1] * x.shape[2])
+
+
 def _upsample2x_conv_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Four 2 x 2 convolutions of the small map, one for each parity of the result's row and column.
+    """2 x 2 convolutions of the small map, one for each parity of the result's row and column.
 
     The kernel's three rows read two rows of the small map: (i - 1, i, i) for even rows of the result, (i, i, i + 1) for
-    odd ones. The weights that read the same row are summed, in fp32, which leaves 4 products of 9.
+    odd ones. The weights that read the same row are summed, in fp32, which leaves 4 products of 9. With one pixel of
+    padding a 2 x 2 convolution has a row and a column more than the map: odd results begin one further.
     """
     batch, height, width, _ = x.shape
-    padded = F.pad(x.permute(0, 3, 1, 2), SAME).contiguous(memory_format=torch.channels_last)
-    taps = onednn.dense(weight).float()
-    out = x.new_empty(batch, 2 * height, 2 * width, len(weight))
-    for row, by_row in enumerate(_merged_taps(taps, 2)):
-        for column, kernel in enumerate(_merged_taps(by_row, 3)):
-            part = padded[:, :, row : row + height + 1, column : column + width + 1]
-            part = part.contiguous(memory_format=torch.channels_last)
-            kernel = kernel.to(x.dtype).contiguous(memory_format=torch.channels_last)
-            y = onednn.convolve(part, kernel, bias, 1, (0, 0), None)
-            out[:, row::2, column::2] = y.permute(0, 2, 3, 1)
+    channels = len(weight)
+    out = x.new_empty(batch, 2 * height, 2 * width, channels)
+    phase = 0
+    for kernels in _kernels(x, weight):
+        count = len(kernels) // channels
+        y = onednn.convolve(
+            x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last),
+            kernels,
+            None if bias is None else bias.repeat(count),
+            1,
+            (1, 1),
+            None,
+        )
+        for part in y.permute(0, 2, 3, 1).split(channels, dim=-1):
+            row, column = divmod(phase, 2)
+            out[:, row::2, column::2] = part[:, row : row + height, column : column + width]
+            phase += 1
     return out
+
+
+def _kernels(x: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
+    """The summed kernels of the four phases: `[4 Cout, Cin, 2, 2]` or, to need less memory, four tensors of a quarter.
+
+    Summing them costs as much as convolving a small map. Of a small packed weight they are kept, as long as it lives
+    and for one shape of `x`; a packed weight never changes (`onednn`).
+    """
+    kept = weight.is_mkldnn and weight.numel() <= KEPT
+    situation = (x.shape, torch.get_num_threads())
+    found = _kept.get(weight) if kept else None
+    if found is not None and found[0] == situation:
+        return [found[1]]
+    rows = _merged_taps(onednn.dense(weight.detach()).float(), 2)
+    phases = [kernel.to(x.dtype) for row in rows for kernel in _merged_taps(row, 3)]
+    if not kept:
+        return [kernel.contiguous(memory_format=torch.channels_last) for kernel in phases]
+    with torch.inference_mode(False), torch.no_grad():
+        packed = onednn.pack(torch.cat(phases).clone(), x.shape, 1, SAME)
+    _kept[weight] = (situation, packed)
+    return [packed]
 
 
 def _merged_taps(taps: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:

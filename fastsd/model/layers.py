@@ -23,7 +23,7 @@ from fastsd.kernels.geglu import geglu
 from fastsd.kernels.groupnorm_silu import groupnorm_silu
 from fastsd.kernels.layernorm import layernorm
 from fastsd.kernels.linear import linear
-from fastsd.kernels.upsample2x import upsample2x, upsample2x_conv
+from fastsd.kernels.upsample2x import upsample2x, upsample2x_conv, wants_packed
 
 SAME: Padding = (1, 1, 1, 1)
 
@@ -94,19 +94,27 @@ class Conv2d(nn.Module):
             self.pack(x)
         return conv2d(x, self.weight, self.bias, self.stride, self.padding, residual, relu)
 
-    def pack(self, x: torch.Tensor) -> None:
-        """Bring the weight into oneDNN's layout for `x`, where oneDNN runs the layer.
+    def pack(self, x: torch.Tensor, scale: int = 1) -> None:
+        """Bring the weight into oneDNN's layout for `x`, enlarged by `scale`, where oneDNN runs the layer.
 
         The layout depends on the map's shape. In another one each call would rearrange the weight, which for small maps
         takes a hundred times as long as the convolution.
         """
-        packing = (x.shape, torch.get_num_threads())
+        batch, height, width, channels = x.shape
+        shape = torch.Size((batch, scale * height, scale * width, channels))
+        packing = (shape, torch.get_num_threads())
         if packing == self._packed_for or dispatch.backend(x, self.weight, self.bias) != "onednn":
             return
         with torch.inference_mode(False), torch.no_grad():
-            packed = onednn.pack(onednn.dense(self.weight.detach()), x.shape, self.stride, self.padding)
+            packed = onednn.pack(onednn.dense(self.weight.detach()), shape, self.stride, self.padding)
         self.weight = nn.Parameter(packed, requires_grad=False)
         self._packed_for = packing
+
+    def after_doubling(self, x: torch.Tensor) -> torch.Tensor:
+        """The 3 x 3 convolution of `x` doubled by nearest neighbour."""
+        if not (self.training or self.weight.requires_grad) and wants_packed(x, self.weight):
+            self.pack(x, 2)
+        return upsample2x_conv(x, self.weight, self.bias)
 
     def unpack(self) -> None:
         """Make the weight an ordinary tensor again."""
@@ -322,7 +330,7 @@ class Upsample(nn.Module):
     def forward(self, x: torch.Tensor, size: torch.Size | None = None) -> torch.Tensor:
         """`size` (H, W) crops the last row or column where the skip connection has an odd size."""
         if size is None or tuple(size) == (2 * x.shape[1], 2 * x.shape[2]):
-            return upsample2x_conv(x, self.conv.weight, self.conv.bias)
+            return self.conv.after_doubling(x)
         return self.conv(upsample2x(x)[:, : size[0], : size[1]])
 
 

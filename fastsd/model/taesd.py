@@ -11,7 +11,6 @@ from torch import nn
 
 from fastsd.config import AutoencoderConfig, TAESDConfig
 from fastsd.errors import FastsdError
-from fastsd.kernels.upsample2x import upsample2x_conv
 from fastsd.model.layers import Conv2d
 from fastsd.model.vae import AutoencoderKL, Gaussian
 
@@ -38,7 +37,7 @@ class UpsampleConv(Conv2d):
     """Double a map by nearest neighbour, then convolve it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # never has a residual
-        return upsample2x_conv(x, self.weight, self.bias)
+        return self.after_doubling(x)
 
 
 class TAESDEncoder(nn.Module):

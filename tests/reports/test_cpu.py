@@ -15,7 +15,9 @@ from bench import bench_cold, options
 from bench.record import ROOT
 from bench.session import Session
 from fastsd.kernels import groupnorm_silu as norm
+from fastsd.kernels import upsample2x
 from fastsd.kernels.cpu import choices
+from fastsd.model import layers
 from tests.support.precision import rand
 
 HALF_ULP = 2.0**-24
@@ -53,6 +55,37 @@ def test_group_norm_is_as_accurate_as_its_sums_whatever_the_mean(name: str, way:
     allowed = r * (off + 4 * HALF_ULP * largest) + distance * r * (share + (off * r) ** 2 / 2)
     error = (result.double().unflatten(-1, (groups, -1)) - (wide - mean) * r).abs()
     assert bool((error <= allowed).all()), f"{(error / allowed).max():.2f} of what is allowed"
+
+
+@pytest.mark.parametrize("pixels", [(8, 8), (32, 32)])
+@torch.no_grad()
+def test_group_norm_takes_pytorchs_channels_last_norm_only_where_the_mean_is_small(pixels: tuple[int, int]) -> None:
+    """Just below the mean that is allowed, and above it, the variance is within the same 192 roundings of float64's."""
+    limit, groups = norm._largest_mean(pixels[0] * pixels[1]), 4
+    for factor in (0.0, 0.95, 1.05, 30.0):
+        x = rand(1, *pixels, 64, dtype=torch.float32)
+        wide = x.double().unflatten(-1, (groups, -1))
+        variance, mean = torch.var_mean(wide, (1, 2, 4), correction=0, keepdim=True)
+        x = ((wide - mean) * variance.rsqrt() + factor * limit).flatten(-2).float()
+        wide = x.double().unflatten(-1, (groups, -1))
+        variance, mean = torch.var_mean(wide, (1, 2, 4), correction=0, keepdim=True)
+        truth = ((wide - mean) * (variance + 1e-5).rsqrt()).flatten(-2)
+        with choices.forced("groupnorm_silu", "direct"):
+            result = norm.groupnorm_silu(x, torch.ones(64), torch.zeros(64), groups, 1e-5, silu=False)
+        share = (norm.TERMS + MERGING) * HALF_ULP
+        allowed = share * (x.abs().max() + truth.abs()) + 4 * HALF_ULP * x.abs().max()
+        assert bool(((result - truth).abs() <= allowed).all()), factor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_group_norm_of_an_image_does_not_depend_on_the_mean_of_its_neighbour(dtype: torch.dtype) -> None:
+    """One image has a mean that PyTorch's channels-last norm cannot take, the other has not."""
+    x, w, b = rand(2, 24, 24, 64, dtype=dtype), rand(64, dtype=dtype), rand(64, dtype=dtype)
+    add = torch.stack([torch.zeros(64), torch.full((64,), 30.0)]).to(dtype)
+    both = norm.groupnorm_silu(x, w, b, 8, 1e-5, add=add)
+    for i in range(2):
+        assert torch.equal(both[i : i + 1], norm.groupnorm_silu(x[i : i + 1], w, b, 8, 1e-5, add=add[i : i + 1]))
 
 
 @torch.no_grad()
@@ -127,3 +160,23 @@ def test_the_benchmarks_pass_within_any_budget(budget: int, tmp_path: Path) -> N
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert "the budget" in done.stdout
+
+
+@torch.no_grad()
+def test_upsampling_keeps_its_summed_kernels_no_longer_than_its_weight() -> None:
+    """A decoder of the bundled model summed them in every call: 0.3 ms of the 0.6 that the layer took."""
+    layer, x = layers.Upsample(16).eval().requires_grad_(False), rand(1, 16, 16, 16, dtype=torch.float32)
+    first = layer(x)
+    if not layer.conv.weight.is_mkldnn:
+        pytest.skip("oneDNN does not run here")
+    assert upsample2x._kept[layer.conv.weight][0] == (x.shape, torch.get_num_threads())
+    kept = len(upsample2x._kept)
+    assert torch.equal(layer(x), first)
+    layer.conv.unpack()
+    assert len(upsample2x._kept) == kept - 1
+    layer.conv.weight.mul_(2)
+    doubled = layer(x)
+    bias = layer.conv.bias
+    assert bias is not None
+    assert torch.allclose(doubled - bias, 2 * (first - bias), rtol=0, atol=float(first.abs().max()) * 144 * HALF_ULP)
+    assert layer(rand(2, 9, 8, 16, dtype=torch.float32)).shape == (2, 18, 16, 16)

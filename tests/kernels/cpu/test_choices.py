@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastsd.kernels import conv2d, dispatch, flash_attn, geglu, groupnorm_silu, linear, upsample2x
-from fastsd.kernels.cpu import choices
+from fastsd.kernels.cpu import choices, onednn
 from tests.support.precision import rand
 
 # For each op: a call with whole cache lines, and its specification.
@@ -24,6 +24,11 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[tuple[int, 
         ((2, 6, 7, 24), (24,), (24,)),
     ),
     "upsample2x_conv": (upsample2x.upsample2x_conv, upsample2x.upsample2x_conv_ref, ((2, 6, 7, 8), (5, 8, 3, 3), (5,))),
+    "upsample2x_conv, kept weights": (
+        lambda x, w, b: upsample2x.upsample2x_conv(x, onednn.pack(w, torch.Size((2, 12, 14, 8)), 1, (1, 1, 1, 1)), b),
+        upsample2x.upsample2x_conv_ref,
+        ((2, 6, 7, 8), (5, 8, 3, 3), (5,)),
+    ),
 }
 
 
