@@ -131,16 +131,16 @@ class NoisePlan:
 def of_image(settings: Mapping[str, Any], i: int, images: int) -> dict[str, Any]:
     """The settings that image `i` of a call of `images` has for itself.
 
-    A seed each; as in A1111, with a variation strength one seed for all and a variation seed each; with a batched
-    source one seed and one variation seed for all, and a place in the noise each.
+    A seed each, or that of its generator; as in A1111, with a variation strength one seed for all and a variation seed
+    each; with a batched source one seed and one variation seed for all, and a place in the noise each.
     """
     seed, subseed = settings["seed"], settings.get("subseed")
     generators = settings.get("generator") or ()
-    if len(generators) > 1:
-        return {"seed": generators[i].initial_seed()}
     varied = bool(settings.get("subseed_strength")) and subseed is not None
     batched = SOURCES[settings.get("noise") or "cpu"].batched
     own: dict[str, Any] = {"subseed": (subseed or 0) + (0 if batched else i)} if varied else {}
+    if len(generators) > 1:
+        return own | {"seed": generators[i].initial_seed()}
     if batched:
         index = settings.get("noise_index") or 0
         place = {"noise_index": index + i, "noise_count": max(settings.get("noise_count") or 0, index + images)}

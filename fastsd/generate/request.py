@@ -258,15 +258,10 @@ def _fill_sampling(settings: Settings, components: Components, defaults: dict[st
 
 def _unfollowed(scheduler: SchedulerConfig, sampler: str) -> list[str]:
     """A note on each setting of the checkpoint's scheduler file that the sampler does not follow."""
-    meaning = {
-        "clip_sample": "clipping of the predicted image",
-        "thresholding": "dynamic thresholding",
-        "skip_prk_steps": "a Runge-Kutta start",
-    }
     return [
-        f"the model's scheduler file asks for {meaning[key]} ({key}); {sampler} runs without"
+        f"the model's scheduler file asks for {UNFOLLOWED[key].meaning} ({key}); {sampler} runs without"
         for key in scheduler.unfollowed
-        if sampler in UNFOLLOWED[key]
+        if sampler in UNFOLLOWED[key].samplers
     ]
 
 
@@ -279,17 +274,19 @@ def _fill_counts(settings: Settings, count: int) -> Settings:
     """The seed, or what stands for it, and the batch size of `count` images."""
     batch_size = min(settings.batch_size or DEFAULT_BATCH, count)
     if settings.generator is not None:
-        return settings.replace(**fit_generators(settings, count), batch_size=batch_size)
-    seed = secrets.randbelow(2**32) if settings.seed in (None, RANDOM_SEED) else settings.seed
-    if seed > MAX_SEED - count:
-        raise FastsdError(f"it leaves no seeds for {count} images below {MAX_SEED}", argument="seed", value=seed)
+        settings = settings.replace(**fit_generators(settings, count))
+    else:
+        seed = secrets.randbelow(2**32) if settings.seed in (None, RANDOM_SEED) else settings.seed
+        if seed > MAX_SEED - count:
+            raise FastsdError(f"it leaves no seeds for {count} images below {MAX_SEED}", argument="seed", value=seed)
+        settings = settings.replace(seed=seed)
     if settings.subseed_strength and settings.subseed is None:
         raise FastsdError("given without {subseed}, the seed of the second noise", argument="subseed_strength")
     if not SOURCES[settings.noise].batched:
         for name in ("noise_index", "noise_count"):
             if settings[name] is not None:
                 raise FastsdError(f"{{noise}} {settings.noise} draws for each image alone", argument=name)
-    return settings.replace(seed=seed, batch_size=batch_size)
+    return settings.replace(batch_size=batch_size)
 
 
 def _first_pass(

@@ -54,14 +54,24 @@ class Sampler:
         return getattr(importlib.import_module(f"fastsd.sampling.{module}"), function)
 
 
+@dataclass(frozen=True)
+class Unfollowed:
+    """A setting that runs without effect: what it asks for, and the samplers to which diffusers applies it."""
+
+    meaning: str
+    samplers: tuple[str, ...]
+
+
 # What samplers take for the keys that a config leaves open. k-diffusion's samplers, so A1111's too, space as linspace.
 UNSTATED: dict[str, Any] = {"timestep_spacing": "linspace", "steps_offset": 0, "set_alpha_to_one": False}
-# Keys of a scheduler file whose values no table can follow, since they depend on the data or on more saved outputs than
-# a row has, and the samplers that diffusers runs with them.
-UNFOLLOWED: dict[str, tuple[str, ...]] = {
-    "clip_sample": ("ddpm", "ddim", "heun", "lcm", "tcd"),
-    "thresholding": ("ddpm", "ddim", "dpm++2m", "dpm++2m_sde", "dpm++2s", "unipc", "deis", "sa_solver", "lcm", "tcd"),
-    "skip_prk_steps": ("pndm",),
+# Keys of a scheduler file that no table can follow: they depend on the data, or on more saved outputs than a row has.
+UNFOLLOWED: dict[str, Unfollowed] = {
+    "clip_sample": Unfollowed("clipping of the predicted image", ("ddpm", "ddim", "heun", "lcm", "tcd")),
+    "thresholding": Unfollowed(
+        "dynamic thresholding",
+        ("ddpm", "ddim", "dpm++2m", "dpm++2m_sde", "dpm++2s", "unipc", "deis", "sa_solver", "lcm", "tcd"),
+    ),
+    "skip_prk_steps": Unfollowed("a Runge-Kutta start", ("pndm",)),
 }
 _LEADING = {"timestep_spacing": "leading"}
 _TO_ONE = {**_LEADING, "set_alpha_to_one": True}

@@ -80,6 +80,18 @@ def test_sizes_that_the_model_does_not_read_are_named(pipe: Pipeline, name: str)
     assert result.notes == [f"{name} has no effect: only models of SDXL's family read it"]
 
 
+def test_variations_of_a_generators_noise(pipe: Pipeline) -> None:
+    """They are those of its seed, for one generator and for a list of them."""
+    settings: dict[str, Any] = {"num_inference_steps": 1, "output_type": "latent", "subseed": 9}
+    one, two = (torch.Generator().manual_seed(1) for _ in range(2))
+    wanted = pipe("a cat", seed=1, subseed_strength=0.5, num_images_per_prompt=2, **settings).images
+    assert torch.equal(pipe("a cat", generator=one, subseed_strength=0.5, **settings).images, wanted[:1])
+    both = [torch.Generator().manual_seed(1), two]
+    assert torch.equal(pipe(["a cat"] * 2, generator=both, subseed_strength=0.5, **settings).images, wanted)
+    with pytest.raises(FastsdError, match="^subseed_strength: given without subseed"):
+        pipe("a cat", generator=two, **(settings | {"subseed": None}), subseed_strength=0.5)
+
+
 def test_steps_of_a_second_pass_that_is_not_asked_for(pipe: Pipeline) -> None:
     with pytest.raises(FastsdError, match="hires_steps: given without hires_scale"):
         latents(pipe, hires_steps=3)
