@@ -1,7 +1,7 @@
-"""What a diffusers user tries: what stands for it here, as data. docs/python.md shows each with an example.
+"""Names of diffusers that fastsd does not have, each with what stands for it here, as data.
 
 What fastsd has under diffusers' name with diffusers' meaning is a parameter or a method. The rest is in these tables,
-each with the line that says what to use.
+each with the line that says what to use. docs/python.md shows each with an example.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A pipeline on its way: to another device or precision, into a copy, into a pickle."""
+"""Moving a pipeline to another device or precision, copying and pickling it."""
 
 from __future__ import annotations
 

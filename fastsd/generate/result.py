@@ -24,7 +24,8 @@ class Result:
         seeds: one for each image.
         timings: seconds for "text", "encode", "steps", "decode", "total"; "steps_per_second".
         notes: what the user should know, a line each.
-        parameters: every setting that the images depend on, as used.
+        parameters: the settings that the images depend on, as used: what a file stores of a call. Starting latents,
+            SDXL's sizes and scores, and what a callback changed are not among them.
         own: of each image, the settings that it has for itself: its seed, and with some noise more.
     """
 

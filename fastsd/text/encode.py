@@ -13,6 +13,7 @@ from fastsd.graph import Graphs
 from fastsd.model.clip import Insertion, TextEncoder, TextOutput
 from fastsd.model.tokenizer import Tokenizer
 from fastsd.model.unet import AddedConditioning
+from fastsd.parameters import PARAMETERS
 from fastsd.text.chunks import Chunk
 from fastsd.text.emphasis import RULES, Rule, comfy
 from fastsd.text.parse import ParsedText
@@ -153,9 +154,9 @@ def size_conditioning(
 ) -> tuple[float, ...]:
     """Original size, crop offset, and target size or aesthetic score (Podell et al. 2023, section 2.2).
 
-    `settings` may have others than the image's own, by diffusers' names. Those of the negative prompt count where all
-    is said of it, else the prompt's do (`StableDiffusionXLPipeline.__call__`: both sizes; SDXL's image-to-image
-    pipelines, `_get_add_time_ids`, take each by itself; so does fastsd).
+    `settings` may replace the image's own, by diffusers' names. The negative prompt has its own value of each where one
+    is given, else the prompt's, as in diffusers' image-to-image pipelines of SDXL (`_get_add_time_ids`); its
+    text-to-image pipeline reads the negative sizes only where both are given.
     """
 
     def chosen(name: str, own: Any) -> Any:
@@ -166,7 +167,6 @@ def size_conditioning(
     size = height, width
     sizes = (*chosen("original_size", size), *chosen("crops_coords_top_left", (0, 0)))
     if components.aesthetic_score:
-        own = 2.5 if negative else 6.0
-        score = settings.get("negative_aesthetic_score" if negative else "aesthetic_score", own)
-        return (*map(float, sizes), float(score))
+        name = "negative_aesthetic_score" if negative else "aesthetic_score"
+        return (*map(float, sizes), float(settings.get(name, PARAMETERS[name].default)))
     return tuple(map(float, (*sizes, *chosen("target_size", size))))
