@@ -81,11 +81,12 @@ def test_text_to_image(families: Any, family: str, sampler: str) -> None:
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_images_without_a_negative_prompt(families: Any, family: str) -> None:
-    """SDXL uses zeros for a missing negative prompt. Images differ at most by rounding to 8 bits."""
+    """SDXL uses zeros for a missing negative prompt. Neither side rounds its images, which range from 0 to 1, so they
+    agree as latents do; a rounding to 8 bits would be 20 times as much."""
     arguments: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 5.0, "width": 64, "height": 48}
     expected = families.pipelines[family]("a cat", generator=generator(7), output_type="np", **arguments).images
     images = ours(families.folder / family)("a cat", seed=7, output_type="np", **arguments).images
-    assert np.abs(images - expected).max() < 0.5 / 255 + TOLERANCE
+    assert np.abs(images - expected).max() < TOLERANCE
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "refiner"])
