@@ -25,6 +25,7 @@ from fastsd.generate.batch import Batch, Estimate, Timings, check_refiner, prepa
 from fastsd.generate.callback import StepCallback
 from fastsd.generate.defaults import Defaults, few_step_note
 from fastsd.generate.habits import DiffusersNames, loading_habits
+from fastsd.generate.interrupt import Run, callback_of
 from fastsd.generate.portable import Portable
 from fastsd.generate.progress import Step
 from fastsd.generate.request import Pass, Request, plan
@@ -53,13 +54,13 @@ class Pipeline(Portable, DiffusersNames):
         few_step: the kind of distilled model whose defaults apply, and why; or None.
         source, vae_source, refiner_source: where `from_pretrained` found the model, an autoencoder that replaces its
             own, a refiner.
-        _interrupt: True ends a call after its current step, as in diffusers; a callback may set it.
+        _interrupt: True ends calls after their current step, as in diffusers: set by a callback its own call, set from
+            elsewhere all that are under way.
     """
 
     source: ModelLocation | None = None
     vae_source: ModelLocation | None = None
     refiner_source: ModelLocation | None = None
-    _interrupt = False
 
     def __init__(
         self,
@@ -195,14 +196,13 @@ class Pipeline(Portable, DiffusersNames):
         with self._lock:
             if changes != self._changes:
                 raise FastsdError("adapters, device or precision changed since the stream was made; make it again")
-            self._running += 1
-            self._interrupt = False
+            self._runs.append(run := Run())
         try:
-            yield from self._run(request, callback)
+            yield from self._run(request, callback, run)
         finally:
-            self._running -= 1
+            self._runs.remove(run)
 
-    def _run(self, request: Request, callback: StepCallback | None) -> Iterator[Step]:
+    def _run(self, request: Request, callback: StepCallback | None, run: Run) -> Iterator[Step]:
         """The loop: batches, passes, rows of the sampler's table."""
         started, done, total = time.perf_counter(), 0, request.total_steps
         timings = {"text": 0.0, "encode": 0.0, "steps": 0.0, "decode": 0.0}
@@ -218,17 +218,18 @@ class Pipeline(Portable, DiffusersNames):
                         continue
                     done += 1
                     if callback is not None:
-                        callback(self, batch, row, estimate)
+                        with callback_of(run):
+                            callback(self, batch, row, estimate)
                         latents = batch.latents
-                    if done < total and not self._interrupt:
+                    if done < total and not run.interrupted:
                         yield Step(done, total, latents, self, stage, estimate)
-                    if self._interrupt:
+                    if run.interrupted:
                         break
                 first = latents = self._finish(batch, stage, timings)
-                if self._interrupt:
+                if run.interrupted:
                     break
             finished.append(self._decode(request, stage, latents, timings))
-            if self._interrupt:
+            if run.interrupted:
                 break
         timings["total"] = time.perf_counter() - started
         timings["steps_per_second"] = done / timings["steps"] if timings["steps"] else 0.0

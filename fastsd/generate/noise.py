@@ -182,11 +182,20 @@ class Noise:
         """The next noise of every image, `[N, h, w, C]` fp32."""
         return self._on_device([self._draw(generator, self.shape) for generator in self.generators])
 
-    def encoding(self) -> torch.Tensor:
-        """The noise with which an image is encoded, `[N, h, w, C]` fp32: zeros where the latent is the mean."""
-        if not self.plan.from_mean:
-            return self.sample()
+    def encoding(self, each: bool = False) -> torch.Tensor:
+        """The noise with which an image is encoded, `[N, h, w, C]` fp32: zeros where the latent is the mean.
+
+        A generator of the batch encodes one image once, whatever the number of images that start from it, as in
+        diffusers (`StableDiffusionImg2ImgPipeline.prepare_latents`).
+
+        Args:
+            each: an image for each latent.
+        """
         count = self.rows.stop - self.rows.start if self.source.batched else len(self.generators)
+        if not self.plan.from_mean:
+            if each or not self.source.batched:
+                return self.sample()
+            return self._on_device([self.generators[0].randn(self.shape)[None]]).expand(count, -1, -1, -1)
         return torch.zeros(count, *self.shape[1:], self.shape[0], dtype=torch.float32, device=self.device)
 
     def _draw(self, generator: NormalGenerator, shape: tuple[int, ...]) -> torch.Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
 from fastsd.components import Components
 from fastsd.errors import FastsdError
 from fastsd.generate.batch import Engine
+from fastsd.generate.interrupt import Interruptible, Run
 from fastsd.generate.latents import Codec
 from fastsd.graph import CudaRecorder, Graphs
 from fastsd.model.taesd import TAESD
@@ -17,10 +18,10 @@ from fastsd.runtime.devices import resolve_device, resolve_dtype, undisturbed
 from fastsd.weights.adapters.apply import Adapters
 
 Self = TypeVar("Self", bound="Portable")
-REBUILT = ("graphs", "_engine", "_preview_codec", "_lock", "_running")
+REBUILT = ("graphs", "_engine", "_preview_codec", "_lock", "_runs")
 
 
-class Portable:
+class Portable(Interruptible):
     """What a pipeline keeps, and what is made anew around it: graphs, the lock, the engine.
 
     Attributes:
@@ -45,11 +46,11 @@ class Portable:
         self._engine = Engine(self.components, self.device, self.dtype, graphs, self.refiner)
         self._preview_codec = self._engine.codec if self._preview is None else Codec(self._preview, graphs)
         self._lock = threading.RLock()  # one call works at a time: graphs share their buffers
-        self._running = 0  # streams between their first step and their last
+        self._runs: list[Run] = []  # streams between their first step and their last
 
     def _change(self, what: str) -> None:
         """Before the weights change: refuse while a stream reads them; streams not yet begun are void."""
-        if self._running:
+        if self._runs:
             raise FastsdError(
                 f"{what} while a stream is under way would give an image of neither; finish the stream or close it"
             )
@@ -88,6 +89,11 @@ class Portable:
             self._lock = lock
             self.adapters.set(active, allow_partial=True, allow_pickle=True)
         return self
+
+    def __copy__(self) -> NoReturn:
+        raise FastsdError(
+            "a copy that shares the weights would change with it: use copy.deepcopy, or call one from all"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:

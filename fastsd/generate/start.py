@@ -138,6 +138,6 @@ def encode_each(codec: Codec, images: Sequence[Image.Image], noise: Noise, tiled
     """An image for each latent of a batch, `[n, h, w, C]`."""
     parts = [
         codec.encode(image_tensor(image), sample[None], tiled)
-        for image, sample in zip(images, noise.encoding(), strict=True)
+        for image, sample in zip(images, noise.encoding(each=True), strict=True)
     ]
     return torch.cat(parts)

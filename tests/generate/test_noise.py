@@ -117,7 +117,10 @@ def test_encoding_draws_from_the_stream_or_not_at_all() -> None:
     for source in ("cpu", "batch"):
         plan = NoisePlan(source, (7, 7), count=2)
         noise = Noise(plan, slice(0, 2), *SHAPE, CPU)
-        assert torch.equal(noise.encoding(), Noise(plan, slice(0, 2), *SHAPE, CPU).first())
+        each = Noise(plan, slice(0, 2), *SHAPE, CPU).encoding(each=True)
+        assert torch.equal(each, Noise(plan, slice(0, 2), *SHAPE, CPU).first())
+        once = CpuGenerator(7).randn(SHAPE).permute(1, 2, 0)  # a batch's generator encodes one image once
+        assert torch.equal(noise.encoding(), each if source == "cpu" else torch.stack([once, once]))
         mean = Noise(replace(plan, from_mean=True), slice(0, 2), *SHAPE, CPU)
         assert not mean.encoding().any() and mean.encoding().shape == (2, 6, 10, 4)
         assert torch.equal(mean.first(), Noise(plan, slice(0, 2), *SHAPE, CPU).first())
