@@ -82,8 +82,15 @@ def in_folder(folder: Path) -> list[Path]:
 
 def _compare(before: dict[str, Any], used: list[dict[str, str]], text: str, notes: list[str]) -> None:
     """Check that a repeated image gets the embeddings that it was generated with."""
+    from fastsd.image.infotext import is_another
     from fastsd.text.chunks import find_names
 
+    for token, digits in (before.get("embedding_hashes") or {}).items():
+        files = [embedding for embedding in used if embedding["token"].lower() == token.lower()]
+        if any(is_another(digits, embedding["sha256"]) for embedding in files):
+            notes.append(f"the embedding {token[:80]!r} is another file than that image's, {digits[:12]}")
+        elif not files and any(name is not None for _, name in find_names(text, [token])):
+            notes.append(f"not repeated: the embedding {token[:80]!r}; give it with --embedding or --embedding-dir")
     for old in before.get("embeddings") or ():
         if not isinstance(old, dict) or not all(isinstance(old.get(key), str) for key in ("name", "sha256", "token")):
             continue

@@ -50,6 +50,7 @@ def load(pipe: Pipeline, args: argparse.Namespace, before: dict[str, Any], notes
     with about("lora"):
         notes += pipe.set_adapters(chosen, bool(args.allow_partial), bool(args.allow_pickle))
     used = [_describe(adapter) for adapter in chosen]
+    notes += _others(before.get("lora_hashes") or {}, used)
     for old in before.get("loras") or ():
         if isinstance(old, dict) and not any(lora["sha256"] == old.get("sha256") for lora in used):
             raise FastsdError(
@@ -59,6 +60,19 @@ def load(pipe: Pipeline, args: argparse.Namespace, before: dict[str, Any], notes
                 path=args.from_image,
             )
     return used
+
+
+def _others(hashes: dict[str, str], used: list[dict[str, Any]]) -> list[str]:
+    """Notes on LoRAs that are other files than A1111's of the same names."""
+    from fastsd.image.infotext import is_another
+
+    known = {name.lower(): digits for name, digits in hashes.items()}
+    named = [(lora, known.get(Path(lora["name"]).stem.lower(), "")) for lora in used]
+    return [
+        f"the LoRA {lora['name'][:80]!r} is another file than that image's, {digits[:12]}"
+        for lora, digits in named
+        if is_another(digits, lora["hash"], lora["sha256"])
+    ]
 
 
 def split(given: str) -> tuple[Path, float]:

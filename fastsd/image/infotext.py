@@ -27,6 +27,7 @@ from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
 
 FILLS = {"fill": "fill", "noise": "latent noise", "blank": "latent nothing"}  # A1111's "Masked content"
 ALL_STEPS_RUN = ("a1111", "comfy")  # programs by whose rules the second pass runs all of its own steps
+HASHES = {"Lora hashes": "lora_hashes", "TI hashes": "embedding_hashes"}
 UPSCALERS = {"latent": "Latent", "lanczos": "Lanczos"}
 
 
@@ -111,6 +112,20 @@ def _hashes(files: Any, named: Callable[[dict[str, Any]], tuple[str, str | None]
     return ", ".join(f"{re.sub('[:,]', '', name)}: {digest}" for name, digest in pairs.items() if digest) or None
 
 
+def read_hashes(value: str) -> dict[str, str]:
+    """A1111's list of names and hashes, each hash by its name; what is no such pair is left out."""
+    pairs = (one.rpartition(":") for one in value.split(","))
+    return {name.strip(): digits.strip().lower() for name, _, digits in pairs if name.strip() and digits.strip()}
+
+
+def is_another(digits: str, *hashes: str) -> bool:
+    """Whether a file with these hashes is not the one of A1111's short hash.
+
+    Hashes of fewer than 10 digits are of older rules, which say too little.
+    """
+    return len(digits) >= 10 and not any(one.startswith(digits) for one in hashes)
+
+
 def _title(model: Mapping[str, Any]) -> str | None:
     """A1111's name of a model: without its ending, and with its hash where that is known."""
     name, digits = model.get("name"), model.get("hash")
@@ -129,7 +144,7 @@ def parse_parameters(text: str) -> tuple[dict[str, Any], dict[str, str]]:
     that starts with "Steps:" does; extensions write more lines after it.
 
     Returns:
-        The settings, and the pairs that are not understood.
+        The settings, with `lora_hashes` and `embedding_hashes` by name, and the pairs that are not understood.
     """
     lines = [line.strip() for line in text.strip().split("\n")]
     pairs, end = split_pairs(lines[-1]), len(lines) - 1
@@ -167,6 +182,8 @@ def _understand(key: str, value: str, pairs: Mapping[str, str]) -> dict[str, Any
                 return _second_pass(pairs)
             case "Hires sampler" | "Hires schedule type" | "Hires CFG Scale" | "Hires prompt" | "Hires negative prompt":
                 return {} if value == pairs.get(_SAME.get(key, "")) else None
+            case "Lora hashes" | "TI hashes":
+                return {HASHES[key]: read_hashes(value)}
             case "Emphasis":
                 return {"emphasis": _by_label(EMPHASIS, value)} if value in EMPHASIS.values() else None
             case "RNG" if not pairs.get("Version", "").startswith("fastsd ") or value == "NV":

@@ -17,8 +17,6 @@ HARMLESS = frozenset(
         "Batch size",
         "Batch pos",
         "VAE hash",
-        "Lora hashes",
-        "TI hashes",
         "TI",
         "Init image hash",
         "Styles",

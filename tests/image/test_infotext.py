@@ -65,8 +65,9 @@ WORKED = {
             "width": 64,
             "height": 64,
             "model": 'a, b: "c"',
+            "lora_hashes": {"x": "1ab2", "y": "33"},
         },
-        {},  # LoRAs are tags in the prompt
+        {},
     ),
     "image-to-image": (
         "x\nSteps: 20, Sampler: DDIM, CFG scale: 7, Seed: 3, Size: 512x512, Denoising strength: 0.75, Mask blur: 4",
@@ -268,7 +269,10 @@ KEYS = {
     },
     "Schedule type: Karras": {"schedule": "karras"},
     "Refiner switch at: 0.8": {"refiner_switch": 0.8},
-    'Lora hashes: "a: 1", TI hashes: "b: 2", Init image hash: 3, Styles: x, Batch size: 2, Batch pos: 1': {},
+    'Lora hashes: "a: 1", TI hashes: "b: 2", Init image hash: 3, Styles: x, Batch size: 2, Batch pos: 1': {
+        "lora_hashes": {"a": "1"},
+        "embedding_hashes": {"b": "2"},
+    },
 } | dict.fromkeys(
     (
         "Face restoration: CodeFormer",

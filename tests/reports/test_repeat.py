@@ -7,15 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
 from fastsd.generate.like import LIKE
 from fastsd.generate.noise import SOURCES
 from fastsd.generate.tables import make_table
+from fastsd.image.infotext import is_another, read_hashes
 from fastsd.parameters import Settings
 from fastsd.sampling.samplers import SAMPLERS
-from tests.support.cli import pixels
+from tests.support.cli import pixels, settings, write_image
 from tests.support.pipelines import tiny_pipeline
 
 VARIED = {"seed": 5, "subseed": 3, "subseed_strength": 0.4, "num_inference_steps": 1, "num_images_per_prompt": 3}
@@ -64,3 +67,47 @@ def test_few_steps_make_calls_or_are_refused(like: str) -> None:
                 assert error.argument == "num_inference_steps"
                 refused.add((sampler, steps))
     assert refused == ({("ddim", 1)} if like == "a1111" else set())
+
+
+LINE = "Steps: 1, Sampler: Euler, CFG scale: 2, Seed: 8, Size: 16x16"
+
+
+@pytest.mark.heavy
+def test_an_embedding_of_an_a1111_image_that_is_missing_is_said(cli: Callable, model: Path) -> None:
+    """Else "EasyNegative" would be read as a word, without a sign. A1111 writes each file's SHA-256, 12 digits."""
+    Path("ti").mkdir()
+    save_file({"emb_params": torch.ones(2, 32)}, "ti/EasyNegative.safetensors")
+    text = f'cat\nNegative prompt: (easynegative:1.2)\n{LINE}, TI hashes: "EasyNegative: %s"'
+    theirs = write_image(Path("theirs.png"), parameters=text % "c74b4e810b03")
+    missing = cli("--from-image", theirs, "-m", model)
+    assert "not repeated: the embedding 'EasyNegative'; give it with --embedding or --embedding-dir" in missing.err
+    other = cli("--from-image", theirs, "-m", model, "--embedding-dir", "ti")
+    assert "the embedding 'EasyNegative' is another file than that image's, c74b4e810b03" in other.err
+    digest = settings(other.paths[0])["embeddings"][0]["sha256"]
+    theirs = write_image(Path("theirs.png"), parameters=text % digest[:12])
+    same = cli("--from-image", theirs, "-m", model, "--embedding-dir", "ti")
+    assert "EasyNegative" not in same.err and (pixels(same.paths[0]) == pixels(other.paths[0])).all()
+
+
+@pytest.mark.heavy
+def test_a_lora_of_an_a1111_image_that_is_another_file_is_said(cli: Callable, model: Path) -> None:
+    layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_v"
+    sizes = {"down": (4, 32), "up": (32, 4)}
+    Path("loras").mkdir()
+    save_file({f"{layer}.lora_{k}.weight": torch.ones(size) for k, size in sizes.items()}, "loras/ink.safetensors")
+    text = f'cat <lora:ink:0.8>\n{LINE}, Lora hashes: "ink: %s"'
+    for digest, said in (("abcdef012345", True), ("7460a6fa", False)):
+        theirs = write_image(Path("theirs.png"), parameters=text % digest)
+        ran = cli("--from-image", theirs, "-m", model, "--lora-dir", "loras")
+        assert ("the LoRA 'ink.safetensors' is another file than that image's, abcdef012345" in ran.err) == said
+    own = settings(ran.paths[0])["loras"][0]["hash"]
+    ran = cli(
+        "--from-image", write_image(Path("theirs.png"), parameters=text % own), "-m", model, "--lora-dir", "loras"
+    )
+    assert ran.code == 0 and "another file" not in ran.err
+
+
+def test_a1111s_lists_of_hashes() -> None:
+    assert read_hashes("a: 1ab2, b c: 33, , d:, :4, e") == {"a": "1ab2", "b c": "33"}
+    assert not is_another("aaaabbbbcc", "aaaabbbbccdd") and is_another("aaaabbbbcc", "aaaabbbbdd")
+    assert not is_another("7460a6fa", "aaaabbbbccdd")
