@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import os
 import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -59,7 +60,7 @@ _ARGUMENT = re.compile(r"\{([a-z]\w*)\}")
 
 
 def _shortened(value: object) -> str:
-    text = repr(value)
+    text = " ".join(repr(value).split())  # arrays print lines
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -69,18 +70,36 @@ def nearest(word: str, known: Collection[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+# What an argument may be, by its annotation; arguments of other annotations are checked where they are used.
+_PATH, _NONE = (str, os.PathLike), type(None)
+_TYPES: dict[object, tuple[tuple[type, ...], str]] = {
+    "bool": ((bool,), "True or False"),
+    "Path": (_PATH, "a path"),
+    "str | Path": (_PATH, "a path or a hub id"),
+    "str | Path | None": ((*_PATH, _NONE), "a path or a hub id"),
+    "str | None": ((str, _NONE), "a text"),
+}
+
+
 def named_arguments(function: F) -> F:
-    """A function, or a class of that constructor, whose unknown arguments are refused with the nearest name."""
+    """A function, or a class of that constructor, that refuses unknown arguments with the nearest name, and flags,
+    paths and texts that are none: a text "False" would count as true."""
     if isinstance(function, type):
         setattr(function, "__init__", named_arguments(vars(function)["__init__"]))  # noqa: B010
         return cast(F, function)
-    known = [name for name in inspect.signature(function).parameters if name != "self"]
+    parameters = inspect.signature(function).parameters
+    takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    known = [name for name in parameters if name != "self"]
+    types = {name: _TYPES[own.annotation] for name, own in parameters.items() if own.annotation in _TYPES}
 
     @functools.wraps(function)
     def checked(*arguments: Any, **named: Any) -> Any:
         for name in named:
-            if name not in known:
+            if name not in known and not takes_more:
                 raise FastsdError(f"no such argument{nearest(name, known)}", argument=name)
+        for name, value in (*zip(parameters, arguments, strict=False), *named.items()):
+            if name in types and not isinstance(value, types[name][0]):
+                raise FastsdError(f"it should be {types[name][1]}", argument=name, value=value)
         return function(*arguments, **named)
 
     return cast(F, checked)

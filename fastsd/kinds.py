@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from fastsd.errors import FastsdError, about
 
 MAX_SEED = 2**63 - 1
@@ -151,7 +153,7 @@ class Choice(Kind):
         return self.check(text)
 
     def check(self, value: Any) -> str:
-        if value not in self.options:
+        if not isinstance(value, str) or value not in self.options:
             raise FastsdError(f"it should be {self}", value=value)
         return value
 
@@ -167,6 +169,8 @@ class Switch(Kind):
     value: Any = True
 
     def check(self, value: Any) -> bool:
+        if not isinstance(value, bool | np.bool_):  # a text "False" would count as true
+            raise FastsdError("it should be True or False", value=value)
         return bool(value)
 
 

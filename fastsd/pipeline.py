@@ -95,6 +95,7 @@ class Pipeline(Portable, DiffusersNames):
             self.components = replace(self.components, scheduler=scheduler)
 
     @classmethod
+    @named_arguments
     @undisturbed()
     def from_pretrained(
         cls,

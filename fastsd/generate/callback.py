@@ -30,11 +30,11 @@ class StepCallback:
         Raises:
             FastsdError: it asks for a tensor that there is not.
         """
-        if settings.callback_on_step_end is None:
-            return None
         names = settings.callback_on_step_end_tensor_inputs
         if not isinstance(names, list | tuple) or not set(names) <= set(TENSORS):
             raise FastsdError(f"a list of {', '.join(TENSORS)} is what there is", argument=f"{NAME}_tensor_inputs")
+        if settings.callback_on_step_end is None:
+            return None
         return cls(settings.callback_on_step_end, tuple(names))
 
     def __call__(self, pipe: Any, batch: Batch, row: int, estimate: Estimate) -> None:
@@ -52,6 +52,6 @@ class StepCallback:
         if latents is None:
             return
         shape = tuple(state.x.permute(0, 3, 1, 2).shape)
-        if not isinstance(latents, torch.Tensor) or tuple(latents.shape) != shape:
-            raise FastsdError(f"its latents should be a tensor of shape {list(shape)}", argument=NAME)
+        if not isinstance(latents, torch.Tensor) or tuple(latents.shape) != shape or latents.is_complex():
+            raise FastsdError(f"its latents should be a tensor of real numbers, shape {list(shape)}", argument=NAME)
         batch.replace_latents(latents.permute(0, 2, 3, 1))

@@ -74,6 +74,8 @@ LOAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "add_watermarker": ((False, None), "images get no watermark here"),
 }
 
+_KEPT = "a call keeps it from its first step to its last: it is an argument"
+_COUNT = "a callback gets its step, and num_inference_steps is the call's; pipe.stream gives step.index and step.total"
 _FIXED = "nothing to set: attention never holds all its scores"
 _LORA = "use pipe.set_adapters([fastsd.Adapter(path, unet, text)]), which replaces those before; [] removes all"
 _MEMORY = "a model is on one device; dtype='fp16', vae_tiling=True and batch_size=1 take less memory"
@@ -152,6 +154,33 @@ ATTRIBUTES: dict[str, str] = {
     "config": "the networks have theirs: pipe.components.unet.config",
     "encode_prompt": _ENCODE,
     "register_modules": _PART,
+    "guidance_scale": _KEPT,
+    "_guidance_scale": _KEPT,
+    "guidance_rescale": _KEPT,
+    "_guidance_rescale": _KEPT,
+    "image_guidance_scale": _KEPT,
+    "_image_guidance_scale": _KEPT,
+    "clip_skip": _KEPT,
+    "_clip_skip": _KEPT,
+    "do_classifier_free_guidance": "it is guidance_scale > 1",
+    "cross_attention_kwargs": _LORA,
+    "_cross_attention_kwargs": _LORA,
+    "denoising_end": _ENSEMBLE,
+    "denoising_start": _ENSEMBLE,
+    "num_timesteps": _COUNT,
+    "_num_timesteps": _COUNT,
+    "interrupt": "a callback sets pipe._interrupt = True; a caller of pipe.stream leaves its loop",
+    "_execution_device": "it is pipe.device",
+    "vae_scale_factor": "it is pipe.components.vae.config.downscale",
+    "image_processor": "images are PIL images; output_type gives arrays and tensors",
+    "mask_processor": "images are PIL images; output_type gives arrays and tensors",
+    "numpy_to_pil": "output_type='pil' gives PIL images",
+    "decode_latents": "use pipe.decode(latents), scaled latents [n, h, w, C]",
+    "cuda": "use pipe.to('cuda')",
+    "cpu": "use pipe.to('cpu')",
+    "half": "use pipe.to(torch.float16)",
+    "float": "use pipe.to(torch.float32)",
+    "eval": "nothing to set: a pipeline does not train",
 }
 
 

@@ -78,6 +78,8 @@ def fit_latents(latents: Any, shape: Sequence[int]) -> torch.Tensor:
     if not isinstance(latents, torch.Tensor) or tuple(latents.shape) != tuple(shape):
         found = list(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
         raise FastsdError(f"a tensor of shape {list(shape)} is needed, not {found}", argument="latents")
+    if latents.is_complex():
+        raise FastsdError("it should hold real numbers", argument="latents")
     if not bool(torch.isfinite(latents).all()):
         raise FastsdError("it holds NaN or infinite values", argument="latents")
     return latents.float().cpu()

@@ -52,10 +52,14 @@ def read_image(image: Any, argument: str, mode: str, background: int) -> tuple[I
         return read, [*(before if isinstance(before, tuple) else ()), *notes]
 
 
+_ARRAY = "; Image.fromarray makes one of an array [H, W, 3] of 8 bits"
+_HINTS = {"ndarray": _ARRAY, "Tensor": _ARRAY, "list": "; one is for all images of a call"}
+
+
 def check_image(image: Any) -> None:
     """Refuse what is no PIL image; the caller adds the argument."""
     if not isinstance(image, Image.Image):
-        raise FastsdError(f"should be a PIL image, not {type(image).__name__}")
+        raise FastsdError(f"should be a PIL image, not {type(image).__name__}{_HINTS.get(type(image).__name__, '')}")
 
 
 def own_size(argument: str, image: Any, factor: int) -> tuple[int, int]:

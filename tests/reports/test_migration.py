@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from fastsd.errors import FastsdError
+from fastsd.kinds import Choice, Switch
+from fastsd.parameters import of_call
 from fastsd.pipeline import Pipeline
+from fastsd.weights.adapters.apply import Adapter
 from tests.support.families import TOLERANCE, Families, latents_of
 from tests.support.matching import relative_error
 from tests.support.pipelines import MASK, PHOTO, latents, tiny_pipeline
@@ -80,3 +86,81 @@ def test_a_copy_that_would_share_weights_is_refused() -> None:
     """`copy.copy(pipe).to(torch.float16)` used to convert the first pipeline's weights too."""
     with pytest.raises(FastsdError, match="copy.deepcopy"):
         copy.copy(tiny_pipeline())
+
+
+FLAGS = [row.name for row in of_call() if isinstance(row.kind, Switch)]
+WORDS = [row.name for row in of_call() if isinstance(row.kind, Choice)]
+
+
+def test_a_callback_that_sets_what_a_call_keeps_is_told_so() -> None:
+    """diffusers' docs, "Dynamic classifier-free guidance", set `_guidance_scale`; here that had no effect."""
+
+    def unguided(pipe: Any, step: int, timestep: Any, tensors: Any) -> dict[str, Any]:
+        pipe._guidance_scale = 0.0
+        return dict(tensors)
+
+    with pytest.raises(AttributeError, match="no _guidance_scale to set: a call keeps it"):
+        tiny_pipeline()("a cat", seed=1, callback_on_step_end=unguided)
+
+
+@pytest.mark.parametrize("value", ["False", 0, None, np.zeros(3), torch.zeros(2)], ids=repr)
+def test_flags_are_true_or_false(value: Any, tmp_path: Path) -> None:
+    """ "False" used to count as true: `allow_pickle="False"` allowed pickles."""
+    for name in FLAGS if value is not None else ():
+        images = {"image": PHOTO, "mask_image": MASK}
+        with pytest.raises(FastsdError, match=f"^{name} is .*; it should be True or False$"):
+            tiny_pipeline()("a cat", **images, **{name: value})
+    for call in (Pipeline.from_pretrained, tiny_pipeline().load_embedding, tiny_pipeline().load_controlnet):
+        with pytest.raises(FastsdError, match="^allow_pickle.* it should be True or False$"):
+            call(tmp_path, allow_pickle=value)
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_an_array_for_a_word_is_refused_in_one_line(name: str) -> None:
+    kind = next(row.kind for row in of_call() if row.name == name)
+    for value in (np.zeros((40, 3)), torch.zeros(40, 3)):
+        with pytest.raises(FastsdError, match="it should be") as error:
+            kind.check(value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [3, b"x", None, ["x"]], ids=repr)
+def test_what_is_no_path_is_refused_by_name(value: Any) -> None:
+    """These were TypeErrors from deep inside."""
+    pipe = tiny_pipeline()
+    calls: list[tuple[Any, str]] = [(pipe.load_embedding, "path"), (pipe.load_controlnet, "path"), (Adapter, "path")]
+    if value is not None:
+        calls += [(partial(Pipeline.from_pretrained, device="cpu"), "path")]
+    for call, name in calls:
+        with pytest.raises(FastsdError, match=f"^{name}.* it should be a path"):
+            call(value)
+    for name in ("vae", "refiner", "preview") if value is not None else ():
+        with pytest.raises(FastsdError, match=f"^{name} is .* it should be a path"):
+            Pipeline.from_pretrained(device="cpu", **{name: value})
+
+
+@pytest.mark.parametrize("value", ["ink.safetensors", ["ink"], None, Adapter("ink")], ids=repr)
+def test_what_is_no_list_of_adapters_is_refused(value: Any) -> None:
+    """diffusers' `set_adapters` takes names; here it takes `fastsd.Adapter`s."""
+    with pytest.raises(FastsdError, match="^adapters: it should be a list of fastsd.Adapter"):
+        tiny_pipeline().set_adapters(value)
+
+
+def test_latents_that_are_not_real_numbers_are_refused() -> None:
+    pipe = tiny_pipeline()
+    shape = latents(pipe).shape
+    with pytest.raises(FastsdError, match="latents: it should hold real numbers"):
+        pipe("a cat", latents=torch.zeros(shape, dtype=torch.complex64))
+    with pytest.raises(FastsdError, match="real numbers"):
+        pipe("a cat", callback_on_step_end=lambda *given: {"latents": given[3]["latents"].to(torch.complex64)})
+
+
+def test_the_names_of_tensors_are_checked_without_a_callback() -> None:
+    with pytest.raises(FastsdError, match="callback_on_step_end_tensor_inputs"):
+        tiny_pipeline()("a cat", callback_on_step_end_tensor_inputs=["prompt_embeds"])
+
+
+@pytest.mark.parametrize("image", [np.zeros((64, 64, 3), np.uint8), torch.zeros(1, 3, 64, 64)], ids=["np", "pt"])
+def test_an_array_as_image_says_how_to_make_an_image_of_it(image: Any) -> None:
+    with pytest.raises(FastsdError, match="image: should be a PIL image, not .*; Image.fromarray"):
+        tiny_pipeline()("a cat", image=image)

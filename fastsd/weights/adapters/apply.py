@@ -113,6 +113,8 @@ class Adapters:
         Raises:
             FastsdError: not an adapter, or not for this model; the weights are then unchanged.
         """
+        if not isinstance(adapters, list | tuple) or not all(isinstance(adapter, Adapter) for adapter in adapters):
+            raise FastsdError("it should be a list of fastsd.Adapter(path, unet, text)", argument="adapters")
         changes: Changes = {}
         bundled: dict[str, TextualInversion] = {}
         notes = []
