@@ -81,7 +81,7 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         FastsdError: the first one.
     """
-    if args.prompt is None or not args.prompt.strip() and args.from_image is None:
+    if args.prompt is None:
         raise FastsdError(
             'no prompt; say what to generate, as in fastsd --prompt "a handwritten eight"', argument="prompt"
         )

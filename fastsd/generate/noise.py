@@ -225,14 +225,16 @@ class Noise:
 def slerp(share: float, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     """Between two noises `[C, h, w]` along a great circle (Shoemake 1985, slerp), with A1111's two habits
     (modules/rng.py, `slerp`): each column of h numbers is a vector of its own, and nearly equal noises are mixed the
-    other way round.
+    other way round. Columns on one line have no circle between them, such as those of one number; they are mixed
+    linearly, where A1111 divides by zero.
     """
     unit_low, unit_high = (x / torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (low, high))
     dot = (unit_low * unit_high).sum(1)
     if dot.mean() > 0.9995:
         return low * share + high * (1 - share)
     angle = torch.acos(dot)
-    weights = (torch.sin(part * angle) / torch.sin(angle) for part in (1.0 - share, share))
+    sine = torch.sin(angle)
+    weights = (torch.where(sine > 0, torch.sin(part * angle) / sine, part) for part in (1.0 - share, share))
     return sum((w[:, None] * x for w, x in zip(weights, (low, high), strict=True)), torch.zeros_like(low))
 
 

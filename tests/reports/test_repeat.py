@@ -111,3 +111,15 @@ def test_a1111s_lists_of_hashes() -> None:
     assert read_hashes("a: 1ab2, b c: 33, , d:, :4, e") == {"a": "1ab2", "b c": "33"}
     assert not is_another("aaaabbbbcc", "aaaabbbbccdd") and is_another("aaaabbbbcc", "aaaabbbbdd")
     assert not is_another("7460a6fa", "aaaabbbbccdd")
+
+
+def test_a_variation_of_noise_of_one_row_is_finite() -> None:
+    """A column of one number has no angle to another: A1111's rule divides by the sine of 0 there."""
+    arguments = VARIED | {"height": 8, "width": 64, "output_type": "latent"}
+    assert torch.isfinite(tiny_pipeline()("a cat", **arguments).images).all()
+
+
+def test_an_empty_prompt_generates_from_the_command_line(cli: Callable, tmp_path: Path) -> None:
+    """A1111 and diffusers take an empty prompt; without the flag there is none."""
+    assert cli("-p", "", "--steps", "1", "-o", "empty.png").code == 0
+    assert cli("--steps", "1").code == 2
