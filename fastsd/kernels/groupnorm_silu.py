@@ -174,7 +174,7 @@ def _by_moments(
 ) -> torch.Tensor:
     """Moments of short sums, merged; then one pass for the normalisation of each image, and one for SiLU in place."""
     batch, channels = len(x), x.shape[-1]
-    rows = x.reshape(batch, -1, channels)
+    rows = x.reshape(batch, -1, channels).contiguous()
     shift = None if add is None else add.float().view(len(add), groups, -1)
     mean, variance = _moments(rows, groups, shift)
     if shift is not None:

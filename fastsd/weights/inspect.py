@@ -60,8 +60,9 @@ def inspect(path: Path, allow_pickle: bool = False) -> Facts:
         facts += _family_facts(family, entries)
     except FastsdError as error:
         reason = str(error).removeprefix(f"{path}: ")
-        kinds = [] if reason.startswith("it is ") else recognise(path, entries, allow_pickle)
-        facts += kinds or [("family", reason if reason.startswith("it is ") else f"unknown: {reason}")]
+        known = reason.startswith(("it is ", "its "))  # a checkpoint, of another kind or with parts that do not fit
+        kinds = [] if known else recognise(path, entries, allow_pickle)
+        facts += kinds or [("family", reason if known else f"unknown: {reason}")]
         if (detection := detect_in_metadata(metadata)) is not None:
             facts += [("few steps", _few_step(detection))]
     facts += _named("metadata", _metadata(metadata))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from dataclasses import fields, replace
 from pathlib import Path
@@ -44,7 +45,8 @@ def read_scheduler(path: Path, as_stated: bool = False) -> SchedulerConfig:
     if isinstance(name, str) and name in EDM_CLASSES:
         return _read_edm(r, EDM_CLASSES[name])
     if not isinstance(name, str) or name not in SAMPLER_OF_CLASS:
-        raise r.error("_class_name", f"fastsd supports {', '.join((*SAMPLER_OF_CLASS, *EDM_CLASSES))}")
+        near = difflib.get_close_matches(str(name), (*SAMPLER_OF_CLASS, *EDM_CLASSES), n=3, cutoff=0.5)
+        raise r.error("_class_name", f"fastsd has no sampler for it; near are {', '.join(near) or 'none of its own'}")
     sampler = SAMPLER_OF_CLASS[name]
     betas = _BETAS | _BETAS_OF.get(sampler, {})
     if sampler == "dpm++2m" and str(r.data.get("algorithm_type", "")).startswith("sde"):
