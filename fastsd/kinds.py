@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from fastsd.errors import FastsdError, about
 
 MAX_SEED = 2**63 - 1
@@ -169,7 +167,8 @@ class Switch(Kind):
     value: Any = True
 
     def check(self, value: Any) -> bool:
-        if not isinstance(value, bool | np.bool_):  # a text "False" would count as true
+        of_numpy = type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")
+        if not isinstance(value, bool) and not of_numpy:  # a text "False" would count as true
             raise FastsdError("it should be True or False", value=value)
         return bool(value)
 

@@ -33,7 +33,7 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
         ("vae", "scaling_factor", math.nan, "scaling_factor is nan"),
         ("text_encoder", "num_hidden_layers", 10**9, "from 1 to 256"),
         ("scheduler", "beta_end", 12, "beta_end is 12"),
-        ("scheduler", "_class_name", ["PNDMScheduler"], "fastsd supports"),
+        ("scheduler", "_class_name", ["PNDMScheduler"], "near are PNDMScheduler"),
     ],
 )
 def test_the_message_names_the_limit(name: str, key: str, value: Any, limit: str, tmp_path: Path) -> None:
