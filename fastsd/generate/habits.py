@@ -66,11 +66,10 @@ LOAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "quantization_config": ((None,), "weights are fp32, fp16 or bf16: give dtype"),
     "scheduler": ((None,), "give the call a sampler, by its name or diffusers' class name"),
     "controlnet": ((None,), _CONTROL),
-    "unet": ((None,), "give the path of a folder that has it"),
-    "text_encoder": ((None,), "give the path of a folder that has it"),
-    "text_encoder_2": ((None,), "give the path of a folder that has it"),
-    "tokenizer": ((None,), "give the path of a folder that has it"),
-    "tokenizer_2": ((None,), "give the path of a folder that has it"),
+    **dict.fromkeys(
+        ("unet", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+        ((None,), "give the path of a folder that has it"),
+    ),
     "add_watermarker": ((False, None), "images get no watermark here"),
 }
 

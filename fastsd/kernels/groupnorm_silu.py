@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +83,7 @@ def groupnorm_silu(
     if skip is not None:
         x = torch.cat([x, skip], dim=-1)
     if backend == "onednn":
-        return _groupnorm_silu_cpu(x, weight, bias, groups, eps, silu, add)
+        return _groupnorm_silu_cpu(x, _Norm(weight, bias, groups, eps, silu), add)
     if add is not None:
         x = x + add[:, None, None, :]
     # `F.group_norm` refuses one pixel with one channel per group, whose result is the bias.
@@ -90,65 +91,52 @@ def groupnorm_silu(
     return F.silu(y) if silu else y
 
 
-def _groupnorm_silu_cpu(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-    add: torch.Tensor | None,
-) -> torch.Tensor:
+class _Norm(NamedTuple):
+    """What the ways of the CPU are given beside the map: the arguments of `groupnorm_silu`."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    groups: int
+    eps: float
+    silu: bool
+
+
+def _groupnorm_silu_cpu(x: torch.Tensor, norm: _Norm, add: torch.Tensor | None) -> torch.Tensor:
     """The CPU path. No sum of an image depends on its batch."""
     way = choices.way("groupnorm_silu", x.dtype, x[0].numel())
     if way == "contiguous":
-        return _by_contiguous(x, weight, bias, groups, eps, silu, add)
+        return _by_contiguous(x, norm, add)
     if way == "direct" and x.shape[1] * x.shape[2] <= PIXELS:
         adds = [add] * len(x) if add is None or len(add) == 1 else add.split(1)
-        images = [_directly(*pair, weight, bias, groups, eps, silu) for pair in zip(x.split(1), adds)]
+        images = [_directly(image, norm, own) for image, own in zip(x.split(1), adds)]
         return images[0] if len(images) == 1 else torch.cat(images)
-    return _by_moments(x, weight.float(), bias.float(), groups, eps, silu, add)
+    return _by_moments(x, norm, add)
 
 
-def _by_contiguous(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-    add: torch.Tensor | None,
-) -> torch.Tensor:
+def _by_contiguous(x: torch.Tensor, norm: _Norm, add: torch.Tensor | None) -> torch.Tensor:
     """A copy in channels-first memory, where PyTorch's group norm is exact (Welford's update) and sums row by row."""
     y = x.permute(0, 3, 1, 2)
     y = y.contiguous() if add is None else torch.add(y, add[:, :, None, None], out=y.new_empty(y.shape))
-    y = torch.group_norm(y, groups, weight, bias, eps)
-    return (activate_by_image(y, "silu") if silu else y).permute(0, 2, 3, 1).contiguous()
+    y = torch.group_norm(y, norm.groups, norm.weight, norm.bias, norm.eps)
+    return (activate_by_image(y, "silu") if norm.silu else y).permute(0, 2, 3, 1).contiguous()
 
 
-def _directly(
-    x: torch.Tensor,
-    add: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-) -> torch.Tensor:
+def _directly(x: torch.Tensor, norm: _Norm, add: torch.Tensor | None) -> torch.Tensor:
     """PyTorch's norm of one channels-last image, where it is accurate (`_largest_mean`).
 
     Otherwise in fp32 that of the image less the mean which it found, which is near enough; else by moments.
     """
     _, height, width, channels = x.shape
+    groups = norm.groups
     shifted = x if add is None else x + add[:, None, None, :]
     for _ in range(2 if x.dtype == torch.float32 else 1):
         chw = shifted.permute(0, 3, 1, 2)
-        y, mean, r = torch.native_group_norm(chw, weight, bias, 1, channels, height * width, groups, eps)
+        y, mean, r = torch.native_group_norm(chw, norm.weight, norm.bias, 1, channels, height * width, groups, norm.eps)
         if float((mean * r).abs_().max()) <= _largest_mean(height * width):
             y = y.permute(0, 2, 3, 1)
-            return (F.silu(y, inplace=True) if silu else y).contiguous()
+            return (F.silu(y, inplace=True) if norm.silu else y).contiguous()
         shifted = shifted - mean.view(groups, 1).expand(groups, channels // groups).reshape(channels)
-    return _by_moments(x, weight.float(), bias.float(), groups, eps, silu, add)
+    return _by_moments(x, norm, add)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -163,17 +151,10 @@ def _largest_mean(pixels: int) -> float:
     return math.sinh(0.5 * math.log(1.5 * TERMS / pixels**0.5))
 
 
-def _by_moments(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-    add: torch.Tensor | None,
-) -> torch.Tensor:
+def _by_moments(x: torch.Tensor, norm: _Norm, add: torch.Tensor | None) -> torch.Tensor:
     """Moments of short sums, merged; then one pass for the normalisation of each image, and one for SiLU in place."""
     batch, channels = len(x), x.shape[-1]
+    weight, bias, groups = norm.weight.float(), norm.bias.float(), norm.groups
     rows = x.reshape(batch, -1, channels).contiguous()
     shift = None if add is None else add.float().view(len(add), groups, -1)
     mean, variance = _moments(rows, groups, shift)
@@ -181,20 +162,20 @@ def _by_moments(
         mean = mean - shift
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.dtype == torch.float32:
-        scale = variance.add_(eps).rsqrt_() * weight.view(groups, -1)
+        scale = variance.add_(norm.eps).rsqrt_() * weight.view(groups, -1)
         offset = torch.addcmul(bias.view(groups, -1), mean, scale, value=-1)
         flat = (batch, channels)
         for image, y, a, b in zip(rows, out.view(rows.shape), scale.view(flat), offset.view(flat)):
             torch.addcmul(b, image, a, out=y)
-            if silu:
+            if norm.silu:
                 torch.ops.aten.silu.out(y, out=y)
         return out
     mean, variance = (m.expand(batch, groups, channels // groups).reshape(batch, channels) for m in (mean, variance))
     for i in range(batch):
         # With statistics for every channel, this is batch normalisation, which computes in fp32.
-        y = F.batch_norm(x[i : i + 1].permute(0, 3, 1, 2), mean[i], variance[i], weight, bias, eps=eps)
+        y = F.batch_norm(x[i : i + 1].permute(0, 3, 1, 2), mean[i], variance[i], weight, bias, eps=norm.eps)
         y = y.permute(0, 2, 3, 1)
-        out[i : i + 1] = F.silu(y, inplace=True) if silu else y
+        out[i : i + 1] = F.silu(y, inplace=True) if norm.silu else y
     return out
 
 

@@ -25,6 +25,14 @@ OPENCLIP = replace(CLIP, hidden_act="gelu")
 PROJECTING = replace(OPENCLIP, projection_dim=32)
 VAE = VAEConfig(block_out_channels=(32, 32, 64), layers_per_block=1)
 XL_VAE = replace(VAE, scaling_factor=0.13025, force_upcast=True)
+SD2_UNET = UNetConfig(
+    block_out_channels=(64, 128),
+    layers_per_block=1,
+    transformer_layers_per_block=(1, 0),
+    num_attention_heads=(1, 2),
+    cross_attention_dim=64,
+    use_linear_projection=True,
+)
 XL_UNET = UNetConfig(
     block_out_channels=(64, 128),
     layers_per_block=2,
@@ -74,14 +82,7 @@ FAMILIES = {
     ),
     "sd2": TinyFamily(
         "SD 2",
-        UNetConfig(
-            block_out_channels=(64, 128),
-            layers_per_block=1,
-            transformer_layers_per_block=(1, 0),
-            num_attention_heads=(1, 2),
-            cross_attention_dim=64,
-            use_linear_projection=True,
-        ),
+        SD2_UNET,
         (("text_encoder", "cond_stage_model.model.", OPENCLIP),),
         "ddim",
         prediction="v_prediction",
@@ -89,14 +90,7 @@ FAMILIES = {
     ),
     "sd-turbo": TinyFamily(
         "SD-Turbo",
-        UNetConfig(
-            block_out_channels=(64, 128),
-            layers_per_block=1,
-            transformer_layers_per_block=(1, 0),
-            num_attention_heads=(1, 2),
-            cross_attention_dim=64,
-            use_linear_projection=True,
-        ),
+        SD2_UNET,
         (("text_encoder", "conditioner.embedders.0.model.", OPENCLIP),),
         "euler",
         truncated=True,
