@@ -7,7 +7,7 @@ docs/reference.md derive from `PARAMETERS`. To add a parameter, add a row; then 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from fastsd.config import PREDICTIONS, SPACINGS
@@ -341,6 +341,11 @@ def recorded(settings: Settings) -> dict[str, Any]:
         and (parameter.needs is None or parameter.needs[0] in given)
         and not (isinstance(parameter.kind, Constant) and settings[parameter.name] == parameter.default)
     }
+
+
+def not_stored(names: Iterable[str]) -> list[str]:
+    """A note on each of the arguments that change the image and that its metadata does not hold."""
+    return [f"{name} is not stored: the image does not repeat from its settings alone" for name in names]
 
 
 def check_needs(given: Collection[str]) -> None:

@@ -155,7 +155,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         commit = f" at {before['revision'][:12]}" if before.get("revision") else ""
         notes.append(f"the model is not the one that generated the image ({_cut(before.get('model'))}{commit})")
     if "version" not in before:  # another program's, which says less
-        return notes
+        return notes + _hash_notes(before.get("model_hash"), now.get("model_hash"))
     for name, what, usual in (("vae", "autoencoder", "the model's own"), ("refiner", "refiner", "none")):
         old, new = before.get(name) or {}, now.get(name) or {}
         if any(old.get(key) != new.get(key) for key in ("fingerprint", "revision")):
@@ -165,6 +165,17 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         said = f"with --prediction {_cut(before['prediction'])}" if before.get("prediction") else "without --prediction"
         notes.append(f"the image was generated {said}")
     return notes
+
+
+def _hash_notes(before: str | None, now: str | None) -> list[str]:
+    """A note where the model is another file than A1111's short hash says, or where that is not known."""
+    from fastsd.image.infotext import is_another
+
+    if before is None:
+        return []
+    if now is None:
+        return [f"whether the model is that image's, {_cut(before)}, is not known; fastsd inspect FILE finds its hash"]
+    return [f"the model is another file than that image's, {_cut(before)}"] if is_another(before, now) else []
 
 
 def _cut(text: Any) -> str:

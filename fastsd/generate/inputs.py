@@ -17,7 +17,7 @@ from fastsd.generate.inpaint import fit_inpainting
 from fastsd.generate.masks import InpaintMask
 from fastsd.generate.sizes import check_side, fit_image, own_size
 from fastsd.model.taesd import DECODES_ONLY
-from fastsd.parameters import Settings
+from fastsd.parameters import Settings, not_stored
 
 MAX_GROWTH = 2.25  # times the pixels of the training resolution, without a note
 
@@ -115,10 +115,10 @@ def moved_generators(settings: Settings) -> list[str]:
     return []
 
 
-def idle_sizes(components: Components, settings: Settings) -> list[str]:
-    """A note on sizes that the model does not read."""
-    if components.xl:
-        return []
+def size_notes(components: Components, settings: Settings) -> list[str]:
+    """Notes on the sizes that SDXL reads, which other models do not read and no image stores."""
     names = ("original_size", "crops_coords_top_left", "target_size")
     given = [name for name in (*names, *(f"negative_{name}" for name in names)) if settings[name] is not None]
+    if components.xl:
+        return not_stored(given)
     return [f"{name} has no effect: only models of SDXL's family read it" for name in given]

@@ -12,7 +12,7 @@ from fastsd.components import Components
 from fastsd.errors import FastsdError
 from fastsd.generate.like import LIKE, Rules
 from fastsd.kinds import MAX_IMAGES
-from fastsd.parameters import Settings
+from fastsd.parameters import Settings, not_stored
 from fastsd.text.encode import TextFeatures
 from fastsd.text.parse import MAX_CHUNKS, ParsedPrompts, parse_prompts
 
@@ -45,7 +45,7 @@ class Prompts:
     def notes(self, settings: Settings, guided: bool) -> list[str]:
         """What a user should know of features in place of texts."""
         given = [name for name in POOLED if settings[name] is not None]
-        notes = [f"{name} is not stored: the image does not repeat from its settings alone" for name in given]
+        notes = not_stored(given)
         if "negative_prompt_embeds" in given and not guided:
             notes.append("negative_prompt_embeds has no effect: without guidance nothing steers away from it")
         if "prompt_embeds" in given and settings.clip_skip != 1:

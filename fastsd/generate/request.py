@@ -22,8 +22,8 @@ from fastsd.generate.inputs import (
     fit_generators,
     fit_images,
     fit_latents,
-    idle_sizes,
     moved_generators,
+    size_notes,
 )
 from fastsd.generate.like import LIKE, Rules, fill, rules_notes
 from fastsd.generate.masks import InpaintMask
@@ -189,7 +189,7 @@ def plan(
     images = fit_images(components, settings, (defaults["width"], defaults["height"]))
     settings = settings.replace(width=images.size[0], height=images.size[1])
     first = _first_pass(components, settings, texts, parsed, images, guidance)
-    notes += [*rules_notes(settings), *moved_generators(settings), *idle_sizes(components, settings)]
+    notes += [*rules_notes(settings), *moved_generators(settings), *size_notes(components, settings)]
     for scale, parts in dict.fromkeys(guidance):
         notes += guidance_notes(settings.replace(guidance_scale=scale), parts)
     notes += [*parsed.notes, *texts.notes(settings, any(guided)), *images.notes]

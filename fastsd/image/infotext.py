@@ -205,6 +205,8 @@ def _understand(key: str, value: str, pairs: Mapping[str, str]) -> dict[str, Any
                 return _MASKS.get((key, value.lower()))
             case "Masked area padding":
                 return {"inpaint_padding": int(value)}
+            case "Model hash":
+                return {"model_hash": value}
             case "Model":
                 return {"model": value}
             case "Device" | "Dtype" if pairs.get("Version", "").startswith("fastsd "):

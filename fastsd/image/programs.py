@@ -9,7 +9,6 @@ from collections.abc import Mapping
 # the prompt.
 HARMLESS = frozenset(
     (
-        "Model hash",
         "Version",
         "RNG",
         "Device",

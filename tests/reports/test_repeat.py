@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fastsd.cli.models import differences
 from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
 from fastsd.generate.like import LIKE
@@ -123,3 +124,12 @@ def test_an_empty_prompt_generates_from_the_command_line(cli: Callable, tmp_path
     """A1111 and diffusers take an empty prompt; without the flag there is none."""
     assert cli("-p", "", "--steps", "1", "-o", "empty.png").code == 0
     assert cli("--steps", "1").code == 2
+
+
+def test_another_model_than_an_a1111_images_is_noted() -> None:
+    """By A1111's short hash, where `fastsd inspect` or the hub made that of the model known; else that it is not."""
+    image = {"model_hash": "31e35c80fc", "model": "sd_xl_base_1.0"}
+    assert "is another file than that image's, '31e35c80fc'" in differences(image, {"model_hash": "aaaabbbbcc"})[0]
+    assert differences(image, {"model_hash": "31e35c80fc"}) == []
+    assert "fastsd inspect" in differences(image, {})[0]
+    assert differences({"model": "sd_xl_base_1.0"}, {}) == []
