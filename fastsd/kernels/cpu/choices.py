@@ -1,8 +1,8 @@
 """Which way the CPU computes an op: one table, by op, processor, dtype and size.
 
 `python -m bench.choices` measures every way at sizes around every threshold on this machine, and names the rows that
-it would change (bench/README.md). A size is that of one image, so a choice never depends on the batch. The sizes of fp32
-are measured; in 16 bits those of GEGLU, group norm and upsampling were taken from them, not measured one by one.
+it would change (bench/README.md). A size is that of one image, so a choice never depends on the batch. The sizes of
+fp32 are measured; in 16 bits those of GEGLU, group norm and upsampling were taken from them, not measured one by one.
 """
 
 from __future__ import annotations
