@@ -108,11 +108,10 @@ def restart(schedule: Schedule) -> Table:
         step = schedule.start + index
         after = pairs[index + 1][0] if index + 1 < len(pairs) else S_next
         up = math.sqrt(max(after**2 - S_next**2, 0.0))
-        single = S_next == 0
-        first = row(schedule, time_of(schedule, S), S, step, S_next, a=S_next / S, b=[1 - S_next / S], save=not single)
-        builder.add(first)
-        if single:
+        if S_next == 0:  # Euler's step; where no level is near 0.1, the stretch ends at 0 too, and goes up from there
+            builder.add(row(schedule, time_of(schedule, S), S, step, after, b=[1.0], n=up, draw=up > 0))
             continue
+        builder.add(row(schedule, time_of(schedule, S), S, step, S_next, a=S_next / S, b=[1 - S_next / S], save=True))
         half = (S_next - S) / 2
         b = [-half / S_next, -half / S]
         a, s = half / S_next, 1 + half / S

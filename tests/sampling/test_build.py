@@ -15,7 +15,7 @@ from fastsd.errors import FastsdError
 from fastsd.sampling import advance
 from fastsd.sampling.build import build
 from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
-from fastsd.sampling.table import COLUMNS
+from fastsd.sampling.table import COLUMNS, Table
 
 CONFIG = SchedulerConfig()
 
@@ -63,12 +63,15 @@ def test_an_unknown_config_value_is_named(sampler: str, field: str) -> None:
 
 
 # But for the last step.
-TWICE = ("heun", "dpm++sde", "dpm2", "dpm2_a", "dpm++2s_a", "restart", "seeds_2", "exp_heun", "exp_heun_sde")
+TWICE = ("heun", "dpm++sde", "dpm2", "dpm2_a", "dpm++2s_a", "seeds_2", "exp_heun", "exp_heun_sde")
 
 
-def calls(sampler: str, steps: int, start: int) -> int:
+def calls(sampler: str, steps: int, start: int, table: Table) -> int:
     """How often the network is called in the steps from `start` on."""
     count = steps - start
+    if sampler == "restart":  # every step to 0 is one call: x' is the clean image
+        a, s = COLUMNS.index("a"), COLUMNS.index("s")
+        return 2 * count - int((table.rows[:, [a, s]] == 0).all(axis=1).sum())
     if sampler in TWICE:
         return 2 * count - 1
     if sampler == "seeds_3":
@@ -98,11 +101,13 @@ def test_every_table_is_well_formed(
     assert table.rows.shape == (count, len(COLUMNS)) and np.isfinite(table.rows).all()
     assert {len(a) for a in (table.save, table.push, table.draw, table.keep, table.step)} == {count}
     if schedule not in ("ddim_uniform", "beta_comfy", "kl_optimal"):  # other counts of levels, or a last one above 0
-        assert count == calls(sampler, steps, start)
+        assert count == calls(sampler, steps, start, table)
     assert ((0 <= table.timesteps) & (table.timesteps <= 999)).all()
     assert (table.step[0], table.step[-1]) == (start, steps - 1) and (np.diff(table.step) >= 0).all()
     if sampler not in ("heun++", "restart"):  # they look ahead, or go back up
         assert (np.diff(table.keep[:, 1] / table.keep[:, 0]) <= 0).all()  # never noisier than before
+    if sampler == "restart":
+        assert table.draw[1:][np.diff(table.keep[:, 1]) > 0].all()  # never noisier than before without fresh noise
     assert tuple(table.keep[-1]) == (1, 0)
     assert not table.rows[~table.draw, 10].any()  # rows without fresh noise have no weight for it
 

@@ -12,6 +12,7 @@ from fastsd.config import SchedulerConfig
 from fastsd.sampling import advance
 from fastsd.sampling.adams import uneven_weights
 from fastsd.sampling.build import build
+from fastsd.sampling.levels import LEVELS
 from fastsd.sampling.samplers import SAMPLERS
 from fastsd.sampling.schedule import Schedule
 from fastsd.sampling.table import Table
@@ -72,6 +73,17 @@ def test_agrees_with_the_published_algorithm(sampler: str, schedule: str, predic
             assert len(ours) == len(theirs)
             for mine, other in zip(ours, theirs):
                 assert float((mine - other).abs().max() / other.abs().max()) < TOLERANCE, (steps, start)
+
+
+@pytest.mark.parametrize(("schedule", "steps"), [("turbo", 20), ("linear_quadratic", 20), ("linear_quadratic", 36)])
+def test_restart_goes_back_up_from_0_where_no_level_is_near_a_tenth(schedule: str, steps: int) -> None:
+    config = SchedulerConfig(timestep_spacing="linspace")
+    plan = Schedule(config, steps, 0)
+    times, sigmas = plan.at(LEVELS[schedule](plan.sigmas, steps, False))
+    draws = iter(DRAWS)
+    *_, last = solvers.restart(partial(denoise, plan, times, sigmas), sigmas[0] * NOISE, sigmas, partial(next, draws))
+    ours = run(build("restart", steps, config, schedule=schedule), from_image=False)[-1]
+    assert float((ours - last).abs().max() / last.abs().max()) < TOLERANCE
 
 
 def test_ipndm_v_has_comfyuis_weights() -> None:
