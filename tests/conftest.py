@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tempfile
@@ -22,6 +23,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What fastsd keeps between runs is not the user's here; the folder goes when the tests have ended.
 _cache = tempfile.TemporaryDirectory(prefix="fastsd-tests-")
 os.environ["FASTSD_CACHE"] = _cache.name
+with contextlib.suppress(ImportError):  # the GPU tests run without it
+    import hypothesis
+
+    # The same cases each time, so that a change fails for what it changes; HYPOTHESIS_PROFILE=default draws new ones.
+    hypothesis.settings.register_profile("same", derandomize=True)
+    hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist asks; it need not be there
