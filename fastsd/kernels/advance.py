@@ -7,9 +7,12 @@ push, 0, 0. One row follows the sampler's last: its c_in scales the final latent
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from fastsd.kernels import dispatch
+from fastsd.kernels import candidates, dispatch
+from fastsd.kernels.candidates import GpuOp, OpCandidate
 
 WIDTH = 16  # floats in a row: one 64-byte line
 
@@ -139,9 +142,22 @@ def advance(
         raise ValueError("history needs shape [3, *x] and noise [2, *x], in the dtype of x")
     if table.ndim != 2 or table.shape[1] != WIDTH or row.shape != (1,):
         raise ValueError(f"table needs shape [R + 1, {WIDTH}] and row [1]")
+    arguments = (x, x_in, out, table, row, saved, history, noise, guidance, rescale, image_guidance)
     if dispatch.backend(x, out) == "triton":
-        from fastsd.kernels.triton import advance as advance_triton
-
-        advance_triton.advance(x, x_in, out, table, row, saved, history, noise, guidance, rescale, image_guidance)
+        candidates.run(OP, *arguments)
     else:
-        advance_ref(x, x_in, out, table, row, saved, history, noise, guidance, rescale, image_guidance)
+        advance_ref(*arguments)
+
+
+def _by_triton(*args: Any) -> None:
+    from fastsd.kernels.triton import advance as advance_triton
+
+    advance_triton.advance(*args)
+
+
+OP = GpuOp(
+    "advance",
+    advance_ref,
+    (OpCandidate("triton", _by_triton), OpCandidate("torch", advance_ref)),
+    in_place=(0, 1, 5, 6, 7),  # x, x_in, saved, history, noise
+)

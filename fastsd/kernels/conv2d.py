@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastsd.kernels import dispatch
+from fastsd.kernels import candidates, dispatch
+from fastsd.kernels.candidates import GpuOp, OpCandidate
 from fastsd.kernels.cpu import onednn
 
 Padding = tuple[int, int, int, int]  # left, right, top, bottom
@@ -53,15 +54,38 @@ def conv2d(
     backend = dispatch.backend(x, weight, bias, residual)
     if backend == "reference":
         return conv2d_ref(x, weight, bias, stride, padding, residual, relu)
+    if backend == "triton":
+        return candidates.run(OP, x, weight, bias, stride, padding, residual, relu)
+    if backend == "torch":
+        return _by_torch(x, weight, bias, stride, padding, residual, relu)
+    x, (top, left) = _padded(x, padding)
+    x = x.contiguous(memory_format=torch.channels_last)
+    if residual is not None:
+        residual = residual.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    return onednn.convolve(x, weight, bias, stride, (top, left), residual, relu).permute(0, 2, 3, 1)
+
+
+def _padded(x: torch.Tensor, padding: Padding) -> tuple[torch.Tensor, tuple[int, int]]:
+    """`x` as `[B, Cin, H, W]`, padded where the sides differ; the rows and columns that are left to the convolution."""
     left, right, top, bottom = padding
     x = x.permute(0, 3, 1, 2)
-    if (left, top) != (right, bottom):
-        x, left, top = F.pad(x, padding), 0, 0
-    if backend == "onednn":
-        x = x.contiguous(memory_format=torch.channels_last)
-        if residual is not None:
-            residual = residual.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-        return onednn.convolve(x, weight, bias, stride, (top, left), residual, relu).permute(0, 2, 3, 1)
+    return (x, (top, left)) if (left, top) == (right, bottom) else (F.pad(x, padding), (0, 0))
+
+
+def _by_torch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: int,
+    padding: Padding,
+    residual: torch.Tensor | None,
+    relu: bool,
+) -> torch.Tensor:
+    """By cuDNN on CUDA, which chooses among its own plans."""
+    x, (top, left) = _padded(x, padding)
     y = F.conv2d(x, onednn.dense(weight), bias, stride, (top, left)).permute(0, 2, 3, 1)
     y = y if residual is None else y + residual
     return y.relu_() if relu else y
+
+
+OP = GpuOp("conv2d", conv2d_ref, (OpCandidate("torch", _by_torch),))

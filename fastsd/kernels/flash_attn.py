@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastsd.kernels import dispatch
+from fastsd.kernels import candidates, dispatch
+from fastsd.kernels.candidates import GpuOp, OpCandidate
 from fastsd.kernels.cpu import choices, onednn
 
 # The oneDNN path.
@@ -56,12 +57,7 @@ def flash_attn(
     if backend == "reference":
         return flash_attn_ref(q, k, v, causal)
     if backend == "triton":
-        from fastsd.kernels.triton import flash_attn as flash_attn_triton
-
-        reason = flash_attn_triton.refusal(q, k, v)
-        if reason is None:
-            return flash_attn_triton.flash_attn(q, k, v, causal)
-        dispatch.fall_back("flash_attn", reason)
+        return candidates.run(OP, q, k, v, causal)
     if backend == "onednn" and not causal and _by_products(q, k):
         run = _image_bf16 if q.dtype == torch.bfloat16 else _image_fp32
         # Image by image, so that an image's result does not depend on its batch.
@@ -78,6 +74,25 @@ def _by_products(q: torch.Tensor, k: torch.Tensor) -> bool:
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False) -> torch.Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
+
+
+def _by_triton(*args: Any) -> torch.Tensor:
+    from fastsd.kernels.triton import flash_attn as flash_attn_triton
+
+    return flash_attn_triton.flash_attn(*args)
+
+
+def _refused_by_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> str | None:
+    from fastsd.kernels.triton import flash_attn as flash_attn_triton
+
+    return flash_attn_triton.refusal(q, k, v)
+
+
+OP = GpuOp(
+    "flash_attn",
+    flash_attn_ref,
+    (OpCandidate("triton", _by_triton, _refused_by_triton), OpCandidate("torch", _sdpa)),
+)
 
 
 def _image_fp32(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastsd.kernels import dispatch
+from fastsd.kernels import candidates, dispatch
+from fastsd.kernels.candidates import GpuOp, OpCandidate
 from fastsd.kernels.cpu import onednn
 from fastsd.kernels.linear import activate_by_image, product_by_image, small_products
 
@@ -35,11 +36,23 @@ def geglu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Te
     if backend == "onednn":
         return _geglu_onednn(x, weight, bias)
     if backend == "triton":
-        from fastsd.kernels.triton import geglu as geglu_triton
+        return candidates.run(OP, x, weight, bias)
+    return _by_torch(x, weight, bias)
 
-        return geglu_triton.geglu_gate(F.linear(x, weight), bias)
+
+def _by_gate(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The product by cuBLAS, the rest by our kernel."""
+    from fastsd.kernels.triton import geglu as geglu_triton
+
+    return geglu_triton.geglu_gate(F.linear(x, weight), bias)
+
+
+def _by_torch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     value, gate = F.linear(x, weight, bias).chunk(2, dim=-1)
     return value * activate_by_image(gate, "gelu")
+
+
+OP = GpuOp("geglu", geglu_ref, (OpCandidate("cublas, then triton", _by_gate), OpCandidate("torch", _by_torch)))
 
 
 def _geglu_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

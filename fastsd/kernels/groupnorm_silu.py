@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from fastsd.kernels import dispatch
+from fastsd.kernels import candidates, dispatch
+from fastsd.kernels.candidates import GpuOp, OpCandidate
 from fastsd.kernels.cpu import choices
 from fastsd.kernels.linear import activate_by_image
 
@@ -77,18 +78,39 @@ def groupnorm_silu(
     if backend == "reference":
         return groupnorm_silu_ref(x, weight, bias, groups, eps, silu, add, skip)
     if backend == "triton":
-        from fastsd.kernels.triton import groupnorm_silu as groupnorm_silu_triton
+        return candidates.run(OP, x, weight, bias, groups, eps, silu, add, skip)
+    if backend == "onednn":
+        x = x if skip is None else torch.cat([x, skip], dim=-1)
+        return _groupnorm_silu_cpu(x, _Norm(weight, bias, groups, eps, silu), add)
+    return _by_torch(x, weight, bias, groups, eps, silu, add, skip)
 
-        return groupnorm_silu_triton.groupnorm_silu(x, weight, bias, groups, eps, silu, add, skip)
+
+def _by_triton(*args: Any) -> torch.Tensor:
+    from fastsd.kernels.triton import groupnorm_silu as groupnorm_silu_triton
+
+    return groupnorm_silu_triton.groupnorm_silu(*args)
+
+
+def _by_torch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    add: torch.Tensor | None,
+    skip: torch.Tensor | None,
+) -> torch.Tensor:
     if skip is not None:
         x = torch.cat([x, skip], dim=-1)
-    if backend == "onednn":
-        return _groupnorm_silu_cpu(x, _Norm(weight, bias, groups, eps, silu), add)
     if add is not None:
         x = x + add[:, None, None, :]
     # `F.group_norm` refuses one pixel with one channel per group, whose result is the bias.
     y = torch.group_norm(x.permute(0, 3, 1, 2), groups, weight, bias, eps).permute(0, 2, 3, 1)
     return F.silu(y) if silu else y
+
+
+OP = GpuOp("groupnorm_silu", groupnorm_silu_ref, (OpCandidate("triton", _by_triton), OpCandidate("torch", _by_torch)))
 
 
 class _Norm(NamedTuple):

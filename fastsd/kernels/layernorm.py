@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import overload
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
 
-from fastsd.kernels import dispatch
+from fastsd.kernels import candidates, dispatch
+from fastsd.kernels.candidates import GpuOp, OpCandidate
 
 
 def layernorm_ref(
@@ -49,9 +50,22 @@ def layernorm(
     if backend == "reference":
         return layernorm_ref(x, weight, bias, eps, residual)
     if backend == "triton":
-        from fastsd.kernels.triton import layernorm as layernorm_triton
+        return candidates.run(OP, x, weight, bias, eps, residual)
+    return _by_torch(x, weight, bias, eps, residual)
 
-        return layernorm_triton.layernorm(x, weight, bias, eps, residual)
+
+def _by_triton(*args: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    from fastsd.kernels.triton import layernorm as layernorm_triton
+
+    return layernorm_triton.layernorm(*args)
+
+
+def _by_torch(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, residual: torch.Tensor | None
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     total = x if residual is None else x + residual
     y = F.layer_norm(total, weight.shape, weight, bias, eps)
     return y if residual is None else (y, total)
+
+
+OP = GpuOp("layernorm", layernorm_ref, (OpCandidate("triton", _by_triton), OpCandidate("torch", _by_torch)))

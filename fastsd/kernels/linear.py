@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastsd.kernels import dispatch
+from fastsd.kernels import candidates, dispatch
+from fastsd.kernels.candidates import GpuOp, OpCandidate
 from fastsd.kernels.cpu import choices, onednn
 
 SHARE = 2**15  # elements that PyTorch computes in one thread at least (at::internal::GRAIN_SIZE)
@@ -80,17 +81,58 @@ def linear(
     backend = dispatch.backend(x, weight, bias, residual, skip)
     if backend == "reference":
         return linear_ref(x, weight, bias, activation, residual, skip)
-    if skip is not None and backend == "triton" and activation == "none":
-        # Two products, which read the parts in place, cost less than concatenating them.
-        rows = F.linear(x, weight[:, : x.shape[-1]], bias).flatten(0, -2)
-        y = torch.addmm(rows, skip.flatten(0, -2), weight[:, x.shape[-1] :].T).view(*x.shape[:-1], -1)
-        return y if residual is None else y + residual
+    if backend == "triton":
+        return candidates.run(OP, x, weight, bias, activation, residual, skip)
+    if backend == "onednn":
+        x = x if skip is None else torch.cat([x, skip], dim=-1)
+        return _linear_onednn(x, weight, bias, activation, residual)
+    return _by_torch(x, weight, bias, activation, residual, skip)
+
+
+def _by_two_products(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    residual: torch.Tensor | None,
+    skip: torch.Tensor,
+) -> torch.Tensor:
+    """Two products read the parts in place, which costs less than concatenating them."""
+    rows = F.linear(x, weight[:, : x.shape[-1]], bias).flatten(0, -2)
+    y = torch.addmm(rows, skip.flatten(0, -2), weight[:, x.shape[-1] :].T).view(*x.shape[:-1], -1)
+    return y if residual is None else y + residual
+
+
+def _no_two_products(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    residual: torch.Tensor | None,
+    skip: torch.Tensor | None,
+) -> str | None:
+    return "it needs a skip connection and no activation" if skip is None or activation != "none" else None
+
+
+def _by_torch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    residual: torch.Tensor | None,
+    skip: torch.Tensor | None,
+) -> torch.Tensor:
     if skip is not None:
         x = torch.cat([x, skip], dim=-1)
-    if backend == "onednn":
-        return _linear_onednn(x, weight, bias, activation, residual)
     y = activate_by_image(F.linear(x, weight, bias), activation)
     return y if residual is None else y + residual
+
+
+OP = GpuOp(
+    "linear",
+    linear_ref,
+    (OpCandidate("two products", _by_two_products, _no_two_products, partial=True), OpCandidate("torch", _by_torch)),
+)
 
 
 def _linear_onednn(
