@@ -1,0 +1,50 @@
+"""One guided step of a model family on a fake GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.dryrun.device import DEVICE
+from bench.dryrun.record import DryRun
+from bench.families import ModelFamily
+from fastsd.generate.denoiser import Conditioning, StepInputs, denoise_row
+from fastsd.model.unet import AddedConditioning, UNet
+from fastsd.sampling.advance import begin
+from fastsd.sampling.build import build
+
+
+def on_gpu(kind: Any, config: Any, dtype: torch.dtype = torch.float16) -> Any:
+    """A network on the fake GPU with the memory layout of a loaded one."""
+    with torch.device("meta"):
+        module: nn.Module = kind(config)
+    state = {}
+    for name, parameter in module.named_parameters():
+        layout = torch.channels_last if parameter.ndim == 4 else torch.contiguous_format
+        state[name] = torch.empty(parameter.shape, dtype=dtype, device=DEVICE, memory_format=layout)
+    module.load_state_dict(state, strict=True, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def guided_step(run: DryRun, family: ModelFamily, batch: int = 1, size: int = 0) -> None:
+    """`denoise_row` with guidance for `batch` images of `size` pixels, in the section "step"."""
+    side = (size or family.size) // family.vae.downscale
+    unet: UNet = on_gpu(UNet, family.unet)
+    run.name("unet", unet)
+    config = unet.config
+    half = {"dtype": torch.float16, "device": DEVICE}
+    added = None
+    if config.addition_time_embed_dim:
+        sizes = torch.empty(2 * batch, 6, **half)
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        added = AddedConditioning(torch.empty(2 * batch, pooled, **half), sizes)
+    time = unet.embed_time(torch.empty(1, device=DEVICE), added)
+    texts = unet.project_context(torch.empty(2 * batch, 77, config.cross_attention_dim, **half))
+    noise = torch.empty(batch, side, side, config.in_channels, device=DEVICE)
+    state = begin(build("euler", 20, family.scheduler), noise)
+    inputs = StepInputs(state, Conditioning(time[None], texts), guidance=torch.empty(1, device=DEVICE))
+    with run.section("step"):
+        denoise_row(unet, inputs, 0)
