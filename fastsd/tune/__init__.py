@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastsd.kernels.choice.rule import CheckResult
     from fastsd.kernels.launch.tuned import Lookup
     from fastsd.tune.search import Clock, SearchResult
-    from fastsd.verify.rule import CheckResult
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,11 +81,12 @@ def tune(run: Callable[[], Any], clock: Clock) -> Iterator[tuple[Lookup, SearchR
     """
     import torch
 
+    from fastsd.kernels.choice.call import Call
     from fastsd.kernels.launch import tuned
     from fastsd.tune.candidates import candidates
     from fastsd.tune.search import search
     from fastsd.verify.ops import judge_of
-    from fastsd.verify.watch import Call, has_kernel, observed
+    from fastsd.verify.watch import has_kernel, observed
 
     results: dict[tuned.Lookup, SearchResult | None] = {}
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastsd.kernels.choice.rule import CheckResult
     from fastsd.pipeline import Pipeline
     from fastsd.verify.images import ImageRun
-    from fastsd.verify.rule import CheckResult
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from fastsd.kernels import dispatch
+from fastsd.kernels.choice.rule import CheckResult, exact_arithmetic, note_out_of_memory
 from fastsd.pipeline import Pipeline
-from fastsd.verify.rule import CheckResult, exact_arithmetic, note_out_of_memory
 
 SEED = 7
 

@@ -17,11 +17,12 @@ import torch
 
 from fastsd.errors import FastsdError
 from fastsd.kernels import dispatch
+from fastsd.kernels.choice.call import Call
+from fastsd.kernels.choice.rule import CheckResult
 from fastsd.pipeline import Pipeline
 from fastsd.verify.drive import drive
 from fastsd.verify.ops import check_op
-from fastsd.verify.rule import CheckResult
-from fastsd.verify.watch import Call, has_kernel, observed
+from fastsd.verify.watch import has_kernel, observed
 
 DTYPES = ("fp32", "fp16")  # the interpreter cannot multiply bf16
 SIDE = 16  # pixels of the image; the latents of the bundled model are then 2 x 2 and 1 x 1

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from fastsd.kernels import dispatch
+from fastsd.kernels.choice.rule import CheckResult, Clock, Tensors, exact_arithmetic, judge, note_out_of_memory, wider
 from fastsd.model.clip import EncoderLayer
 from fastsd.model.layers import Downsample, ResBlock, TransformerBlock, Upsample
 from fastsd.model.vae import AttentionBlock
 from fastsd.text.encode import added_conditioning, encode_text
 from fastsd.text.parse import parse_text
-from fastsd.verify.rule import CheckResult, Clock, Tensors, exact_arithmetic, judge, note_out_of_memory, wider
 
 if TYPE_CHECKING:
     from fastsd.pipeline import Pipeline

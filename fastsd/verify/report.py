@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from fastsd.verify.rule import CheckResult
+from fastsd.kernels.choice.rule import CheckResult
 
 TITLES = {
     "op": "ops, against their specification in float64",

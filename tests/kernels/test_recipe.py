@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import fastsd.kernels
 import fastsd.kernels.triton
 from fastsd.kernels import dispatch
+from fastsd.kernels.choice.call import Call
 from fastsd.model import layers
 from fastsd.verify import watch
 from fastsd.verify.ops import backend_of, check_op
@@ -88,8 +89,8 @@ def add_op(folder: Path, launcher: str = LAUNCHER) -> ModuleType:
     return importlib.import_module("fastsd.kernels.gated_silu")
 
 
-def example(dtype: torch.dtype = torch.float32) -> watch.Call:
-    return watch.Call.bind(watch.ops()["gated_silu"], rand(3, 64, dtype=dtype), rand(3, 64, dtype=dtype, seed=1))
+def example(dtype: torch.dtype = torch.float32) -> Call:
+    return Call.bind(watch.ops()["gated_silu"], rand(3, 64, dtype=dtype), rand(3, 64, dtype=dtype, seed=1))
 
 
 def test_verify_finds_the_op_by_its_name(folder: Path) -> None:
@@ -122,7 +123,7 @@ def test_verify_fails_a_wrong_kernel(folder: Path, fault: str) -> None:
 
 def test_verify_observes_the_op_in_the_models(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "gated_silu", add_op(folder).gated_silu, raising=False)
-    calls: list[watch.Call] = []
+    calls: list[Call] = []
     with watch.observed(calls.append):
         layers.gated_silu(torch.ones(2, 4), torch.ones(2, 4))  # type: ignore[attr-defined]
     assert [call.op.name for call in calls] == ["gated_silu"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastsd.verify.rule import CheckResult
+from fastsd.kernels.choice.rule import CheckResult
 
 
 def failures(results: list[CheckResult]) -> set[str]:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from fastsd.kernels.choice.rule import CheckResult
 from fastsd.pipeline import Pipeline
 from fastsd.verify.images import ImageRun, check_graphs, check_image, compare_graphs, compare_images, psnr
-from fastsd.verify.rule import CheckResult
 
 IMAGE_RUN = ImageRun("digits", "cpu", "fp32", "an eight", 2)
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from fastsd.kernels import flash_attn, groupnorm_silu
-from fastsd.verify.ops import check_op, check_ops, order_slack
-from fastsd.verify.watch import Call, ops
+from fastsd.kernels.choice.call import Call
+from fastsd.kernels.choice.truth import order_slack
+from fastsd.verify.ops import check_op, check_ops
+from fastsd.verify.watch import ops
 from tests.support.verification import failures
 
 

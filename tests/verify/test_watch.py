@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from fastsd.kernels import upsample2x
+from fastsd.kernels.choice.call import Call
 from fastsd.kernels.linear import linear
 from fastsd.model import layers
-from fastsd.verify.watch import Call, observed, ops
+from fastsd.verify.watch import observed, ops
 
 OPS = {"advance", "conv2d", "flash_attn", "geglu", "groupnorm_silu", "layernorm", "linear", "upsample2x"}
 

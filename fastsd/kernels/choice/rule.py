@@ -12,6 +12,7 @@ import torch
 
 from fastsd.kernels import dispatch
 
+PART = 2**24  # elements compared at a time
 Tensors = tuple[torch.Tensor, ...]
 Clock = Callable[[Sequence[Callable[[], Any]]], list[float]]
 
@@ -61,9 +62,8 @@ def judge(unjudged: CheckResult, fast: Tensors, same_dtype: Tensors, truth: Tens
         if not exact.numel():
             continue
         limits = torch.finfo(output.dtype)
-        in_range = exact.abs() <= limits.max
-        error, torch_error = (_largest((x.to(exact.dtype) - exact)[in_range]) for x in (output, plain))
-        allowed = 2 * torch_error + _largest(exact[in_range]) * limits.eps + slack
+        error, torch_error = (_largest_difference(x, exact, limits.max) for x in (output, plain))
+        allowed = 2 * torch_error + _largest_difference(torch.zeros_like(exact), exact, limits.max) * limits.eps + slack
         result = replace(unjudged, error=error, torch_error=torch_error, allowed=allowed)
         if not math.isfinite(allowed):
             passed = True if math.isfinite(error) else None
@@ -79,8 +79,13 @@ def judge(unjudged: CheckResult, fast: Tensors, same_dtype: Tensors, truth: Tens
     return worst
 
 
-def _largest(x: torch.Tensor) -> float:
-    return x.abs().max().item() if x.numel() else 0.0
+def _largest_difference(x: torch.Tensor, exact: torch.Tensor, limit: float) -> float:
+    """The largest |x - exact| where |exact| does not exceed `limit`; NaN if one is. In parts, for maps of gigabytes."""
+    worst = exact.new_zeros(())
+    for part, truth in zip(x.reshape(-1).split(PART), exact.reshape(-1).split(PART), strict=True):
+        difference = (part.to(exact.dtype) - truth).abs()
+        worst = torch.maximum(worst, torch.where(truth.abs() <= limit, difference, 0).max())
+    return worst.item()
 
 
 def note_out_of_memory(unjudged: CheckResult, check: Callable[[], CheckResult]) -> CheckResult:

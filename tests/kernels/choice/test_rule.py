@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastsd.kernels import dispatch
-from fastsd.verify.rule import CheckResult, exact_arithmetic, judge, note_out_of_memory, wider
+from fastsd.kernels.choice.rule import CheckResult, exact_arithmetic, judge, note_out_of_memory, wider
 
 UNJUDGED = CheckResult("op", "op")
 TRUTH = torch.tensor([1.0, -4.0, 2.0], dtype=torch.float64)
