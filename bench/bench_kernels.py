@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from bench.measure import Candidate, rotation
 from bench.roofline import Work, attention_work, conv_work, linear_work, norm_work
 from bench.session import Session
-from fastsd.graph import CudaRecorder, Recorder, fixed_convolutions
+from fastsd.cuda.capture import CudaRecorder, Recorder
+from fastsd.cuda.cudnn import fixed_convolutions
 from fastsd.kernels import dispatch
 from fastsd.kernels.conv2d import conv2d
 from fastsd.kernels.flash_attn import flash_attn

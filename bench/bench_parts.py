@@ -15,8 +15,8 @@ from bench.measure import Candidate, rotation
 from bench.profiling import profile_step
 from bench.roofline import decode_work, encode_work, meta_unet_inputs, step_work, text_work
 from bench.session import Session
+from fastsd.cuda.cudnn import fixed_convolutions
 from fastsd.generate.latents import CAPTURED
-from fastsd.graph import fixed_convolutions
 from fastsd.kernels import dispatch
 from fastsd.model.unet import AddedConditioning, UNet
 from fastsd.sampling import advance

@@ -20,7 +20,8 @@ from torch import nn
 
 from bench.families import ModelFamily
 from fastsd.components import Components
-from fastsd.graph import CudaRecorder, Graphs
+from fastsd.cuda.capture import CudaRecorder
+from fastsd.graph import Graphs
 from fastsd.kernels.cpu import onednn
 from fastsd.model.clip import TextEncoder
 from fastsd.model.tokenizer import Tokenizer

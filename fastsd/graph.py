@@ -9,67 +9,19 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 
+from fastsd.cuda.capture import Recorder, ran_out_of_memory
 from fastsd.kernels import dispatch
 
-WARM_UP = 3  # calls before a capture: kernels are compiled and chosen, workspaces allocated
 MAX_GRAPHS = 16  # a resolution takes about four: text, step, decoder, and with an image the encoder
 
 T = TypeVar("T")
-
-
-class Recorder(Protocol):
-    """Turns a callable into one that repeats its work on the device."""
-
-    def record(self, function: Callable[[], T]) -> Callable[[], T]:
-        """Capture `function`, after calling it a few times. The replay returns the same tensors each time, with new
-        contents."""
-        ...
-
-    def free(self) -> None:
-        """Release the memory of dropped graphs."""
-        ...
-
-
-class CudaRecorder:
-    """CUDA graphs of one device, in one memory pool."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self._pool: Any = None
-
-    def record(self, function: Callable[[], T]) -> Callable[[], T]:
-        with torch.cuda.device(self.device):
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UP):
-                    function()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            # "thread_local": other threads' work on the device does not break the capture.
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                outputs = function()
-            torch.cuda.current_stream().wait_stream(stream)
-
-        def replay() -> T:
-            graph.replay()
-            return outputs
-
-        return replay
-
-    def free(self) -> None:
-        self._pool = None  # a pool lives as long as a graph in it
-        torch.cuda.empty_cache()
 
 
 class Capturable(Protocol):
@@ -140,9 +92,19 @@ class Graphs:
         key = (name, graph_key(weights), *((tuple(x.shape), x.dtype) for x in inputs))
         captured = self.captured(key, lambda: FunctionOnBuffers(function, inputs))
         if captured is None:
-            return function(*inputs)
+            return self.eagerly(lambda: function(*inputs))
         captured.work.load(inputs)
         return _clone(captured.replay())
+
+    def eagerly(self, function: Callable[[], T]) -> T:
+        """`function()`, which changes nothing. Where memory runs out, again without the graphs, which hold some."""
+        try:
+            return function()
+        except Exception as error:
+            if not self._captured or not ran_out_of_memory(error):
+                raise
+        self.forget()
+        return function()
 
     def captured(self, key: Hashable, make: Callable[[], Capturable]) -> Captured | None:
         """The captured work for `key`; None where callables run eagerly.
@@ -154,6 +116,8 @@ class Graphs:
             return None
         found = self._captured.get(key)
         if found is None:
+            if len(self._captured) >= self.max_graphs:
+                self.recorder.wait()
             while len(self._captured) >= self.max_graphs:
                 self._captured.popitem(last=False)
             found = self._capture(self.recorder, key, make)
@@ -169,7 +133,7 @@ class Graphs:
         Callers take turns on the host. On different streams (one for each thread, say) their work on the buffers could
         still overlap.
         """
-        if device.type != "cuda" or not self.active:
+        if device.type != "cuda":
             return
         stream = torch.cuda.current_stream(device)
         if self._stream is not None and self._stream != stream:
@@ -178,33 +142,29 @@ class Graphs:
 
     def forget(self) -> None:
         """Drop every graph and release its memory. Failed captures may be tried again."""
-        self._captured.clear()
         self._failed.clear()
         if self.recorder is not None:
+            self.recorder.wait()
+            self._captured.clear()
             self.recorder.free()
 
     def _capture(self, recorder: Recorder, key: Hashable, make: Callable[[], Capturable]) -> Captured | None:
         """Capture. Out of memory, drop the other graphs and try once more; after another failure warn, and run
         eagerly."""
-        try:
-            return _record(recorder, make)
-        except torch.OutOfMemoryError:
+        found, reason, short_of_memory = _try_to_record(recorder, make)
+        if short_of_memory:
             self.forget()
-        except Exception as error:
-            self._give_up(key, error)
-            return None
-        try:
-            return _record(recorder, make)
-        except Exception as error:
-            self.forget()
-            self._give_up(key, error)
-            return None
+            found, reason, _ = _try_to_record(recorder, make)
+            if found is None:
+                self.forget()
+        if found is None:
+            self._give_up(key, reason)
+        return found
 
-    def _give_up(self, key: Hashable, error: Exception) -> None:
+    def _give_up(self, key: Hashable, reason: str) -> None:
         self._failed.add(key)
         if not self._warned:
             self._warned = True
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
             warnings.warn(f"fastsd runs without CUDA graphs, slower: the capture failed ({reason})", stacklevel=2)
 
 
@@ -216,9 +176,17 @@ def graph_key(weights: nn.Module) -> Hashable:
     return dispatch.forced_name(), *(id(p) if p.is_mkldnn else p.data_ptr() for p in weights.parameters())
 
 
-def _record(recorder: Recorder, make: Callable[[], Capturable]) -> Captured:
-    work = make()
-    return Captured(work, recorder.record(work.run))
+def _try_to_record(recorder: Recorder, make: Callable[[], Capturable]) -> tuple[Captured | None, str, bool]:
+    """The captured work; or why there is none, and whether that is for want of memory.
+
+    Returns no error: its traceback would hold the tensors of every function that it passed, while memory is needed.
+    """
+    try:
+        work = make()
+        return Captured(work, recorder.record(work.run)), "", False
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        return None, reason, ran_out_of_memory(error)
 
 
 def _clone(result: Any) -> Any:
@@ -227,19 +195,3 @@ def _clone(result: Any) -> Any:
         return result.clone()
     parts = [_clone(part) for part in result]
     return type(result)(*parts) if hasattr(result, "_fields") else type(result)(parts)
-
-
-@contextmanager
-def fixed_convolutions(device: torch.device) -> Iterator[None]:
-    """Inside this context cuDNN measures its algorithms at a shape's first call, among those that sum in a fixed order.
-
-    It holds with graphs and without, so that both compute the same. The switches apply to the whole process.
-    """
-    cudnn = torch.backends.cudnn
-    before = cudnn.benchmark, cudnn.deterministic
-    if device.type == "cuda":
-        cudnn.benchmark, cudnn.deterministic = True, True
-    try:
-        yield
-    finally:
-        cudnn.benchmark, cudnn.deterministic = before

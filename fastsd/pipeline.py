@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from fastsd.components import Components, TextualInversion
+from fastsd.cuda.capture import CudaRecorder
 from fastsd.errors import FastsdError, about, named_arguments
 from fastsd.few_step import kind_named
 from fastsd.generate.batch import Batch, Estimate, Timings, check_refiner, prepare, timed
@@ -30,7 +31,7 @@ from fastsd.generate.portable import Portable
 from fastsd.generate.progress import Step
 from fastsd.generate.request import Pass, Request, plan
 from fastsd.generate.result import Result, convert_images, join_batches, used_settings
-from fastsd.graph import MAX_GRAPHS, CudaRecorder, Graphs
+from fastsd.graph import MAX_GRAPHS, Graphs
 from fastsd.model.controlnet import ControlNet
 from fastsd.model.taesd import TAESD, Autoencoder
 from fastsd.parameters import describe
@@ -288,12 +289,9 @@ class Pipeline(Portable, DiffusersNames):
     @contextmanager
     def _turn(self, stage: Pass) -> Iterator[None]:
         """One thread at a time. Out of memory becomes one line that says what would take less."""
-        with self._lock, undisturbed():
+        with self._lock, undisturbed(), memory.fitting(stage.workload):
             self.graphs.in_order(self.device)
-            try:
-                yield
-            except torch.OutOfMemoryError as error:
-                raise memory.out_of_memory(stage.workload) from error
+            yield
 
     def _result(self, request: Request, finished: list[Any], timings: Timings, done: int) -> Result:
         refiner, few_step = self.refiner, self.few_step

@@ -101,6 +101,7 @@ def check(args: argparse.Namespace) -> None:
 
 def load(args: argparse.Namespace, before: dict[str, Any], notes: list[str]) -> tuple[Pipeline, dict[str, Any]]:
     """The pipeline, and what metadata says of its model. A repeated image goes to the device that generated it."""
+    from fastsd.cuda.capture import ran_out_of_memory
     from fastsd.model.taesd import TAESD
     from fastsd.pipeline import Pipeline
 
@@ -117,7 +118,7 @@ def load(args: argparse.Namespace, before: dict[str, Any], notes: list[str]) -> 
     except FastsdError:
         raise
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if not ran_out_of_memory(error):
             raise
         half = "{dtype} fp16 or bf16 takes half, " if dtype == "fp32" else ""
         raise FastsdError(
@@ -195,38 +196,11 @@ def generate_batch(
 ) -> Result:
     """One batch, step by step on the progress bar."""
     result = None
-    try:
-        for step in pipe.stream(prompt, **arguments):
-            bar.total = step.total * batches
-            bar.update()
-            if new := preview.show(step):
-                bar.write(f"note: a preview is in {one_line(str(new))} until the image is done", file=sys.stderr)
-            result = step.result
-    except FastsdError:
-        raise
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise FastsdError(_smaller(pipe, arguments)) from error
+    for step in pipe.stream(prompt, **arguments):
+        bar.total = step.total * batches
+        bar.update()
+        if new := preview.show(step):
+            bar.write(f"note: a preview is in {one_line(str(new))} until the image is done", file=sys.stderr)
+        result = step.result
     assert result is not None  # the last step has it
     return result
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch or Python ran out of memory; for the CPU PyTorch has no exception of its own."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
-
-
-def _smaller(pipe: Pipeline, arguments: dict[str, Any]) -> str:
-    """What to ask for when a batch does not fit."""
-    size, image = arguments["batch_size"], arguments.get("image")
-    message = f"not enough memory for {size} images at once; "
-    if size > 1:
-        return f"{message}try {{batch_size}} {size // 2}"
-    default = image.size if image is not None else (pipe.defaults["width"], pipe.defaults["height"])
-    width, height = (
-        max(arguments.get(side, own) // 2 // 8 * 8, 8) for side, own in zip(("width", "height"), default, strict=True)
-    )
-    smaller = f"{{width}} {width} {{height}} {height} takes about a quarter"
-    return message + (smaller if arguments.get("vae_tiling") else f"try {{vae_tiling}}; {smaller}")

@@ -13,6 +13,7 @@ import torch
 
 from fastsd.components import Components
 from fastsd.config import SchedulerConfig
+from fastsd.cuda.cudnn import fixed_convolutions
 from fastsd.errors import FastsdError
 from fastsd.generate.conditioning import ConditioningSchedule, schedule_conditioning
 from fastsd.generate.control import Control
@@ -22,7 +23,7 @@ from fastsd.generate.masks import free_latents
 from fastsd.generate.noise import Noise
 from fastsd.generate.request import Pass
 from fastsd.generate.start import Start, start_batch
-from fastsd.graph import Graphs, fixed_convolutions
+from fastsd.graph import Graphs
 from fastsd.model.controlnet import ControlNet
 from fastsd.model.unet import UNet
 from fastsd.sampling import advance

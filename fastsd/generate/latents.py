@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from fastsd.config import TAESDConfig
+from fastsd.cuda.cudnn import fixed_convolutions
 from fastsd.errors import FastsdError
-from fastsd.graph import Graphs, fixed_convolutions
+from fastsd.graph import Graphs
 from fastsd.model.taesd import Autoencoder
 from fastsd.model.tiling import decode_tiled, encode_tiled
 from fastsd.runtime.devices import dtype_name
@@ -114,7 +115,10 @@ class Codec:
         weight = next(self.vae.parameters())
         given = x.to(weight.device, weight.dtype)
         with fixed_convolutions(given.device):
-            result = run(given) if eager else self.graphs(name, run, given, weights=self.vae)
+            if eager:
+                result = self.graphs.eagerly(lambda: run(given))
+            else:
+                result = self.graphs(name, run, given, weights=self.vae)
         if is_finite(result):
             return result
         if weight.dtype == torch.float32 or not is_finite(x):

@@ -8,11 +8,12 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from fastsd.components import Components
+from fastsd.cuda.capture import CudaRecorder
 from fastsd.errors import FastsdError
 from fastsd.generate.batch import Engine
 from fastsd.generate.interrupt import Interruptible, Run
 from fastsd.generate.latents import Codec
-from fastsd.graph import CudaRecorder, Graphs
+from fastsd.graph import Graphs
 from fastsd.model.taesd import TAESD
 from fastsd.runtime.devices import resolve_device, resolve_dtype, undisturbed
 from fastsd.weights.adapters.apply import Adapters
@@ -55,6 +56,7 @@ class Portable(Interruptible):
                 f"{what} while a stream is under way would give an image of neither; finish the stream or close it"
             )
         self._changes += 1
+        self.graphs.in_order(self.device)  # what the weights' readers were given, on whichever stream, comes first
 
     def to(self: Self, *arguments: Any, **named: Any) -> Self:
         """Move the networks to a device and a precision, as `torch.nn.Module.to` is called; returns the pipeline.
@@ -87,6 +89,7 @@ class Portable(Interruptible):
             lock, graphs = self._lock, Graphs(recorder, self.graphs.max_graphs)
             self._assemble(graphs)
             self._lock = lock
+            graphs.in_order(place)
             self.adapters.set(active, allow_partial=True, allow_pickle=True)
         return self
 

@@ -11,6 +11,7 @@ from PIL import Image
 from fastsd.generate.batch import Estimate
 from fastsd.generate.request import Pass
 from fastsd.generate.result import Result
+from fastsd.runtime import memory
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Step:
 
     def preview(self) -> Image.Image:
         """The batch's first image as the network now predicts it."""
-        latent = self._estimate.denoised(self._pipeline.components.scheduler)
-        image: Image.Image = self._pipeline.preview(latent, self._stage.vae_tiling)
-        return image
+        with memory.fitting(self._stage.workload):
+            latent = self._estimate.denoised(self._pipeline.components.scheduler)
+            image: Image.Image = self._pipeline.preview(latent, self._stage.vae_tiling)
+            return image

@@ -14,7 +14,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device of this machine that "auto" or a device's name stands for.
+    """The device of this machine that "auto" or a device's name stands for; one of CUDA's with its number, since "cuda"
+    means another one after `torch.cuda.set_device`.
 
     Raises:
         FastsdError: this machine has no such device.
@@ -31,6 +32,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise FastsdError(
             f"this machine has {torch.cuda.device_count()} CUDA devices", argument="device", value=str(resolved)
         )
+    if resolved.type == "cuda" and resolved.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return resolved
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from fastsd.config import AutoencoderConfig, UNetConfig
+from fastsd.cuda.capture import ran_out_of_memory
 from fastsd.errors import FastsdError
 from fastsd.model.tiling import TILE
 from fastsd.runtime.devices import dtype_name
@@ -102,10 +106,21 @@ def check_workload(workload: Workload, device: torch.device) -> None:
         raise FastsdError(f"{workload} does not fit into {free / GIB:.1f} GiB; {what_fits(workload, free)}")
 
 
-def out_of_memory(workload: Workload) -> FastsdError:
-    """The error for memory that ran out although `check_workload` passed."""
-    less = what_fits(workload, workload.activation_bytes - 1, "would take less")
-    return FastsdError(f"not enough memory for {workload}; {less}")
+@contextmanager
+def fitting(workload: Workload) -> Iterator[None]:
+    """Inside this context, memory that runs out although `check_workload` passed is an error of one line.
+
+    Raises:
+        FastsdError: with what would take less.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not ran_out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # whoever keeps the error would keep their tensors
+        less = what_fits(workload, workload.activation_bytes - 1, "would take less")
+        raise FastsdError(f"not enough memory for {workload}; {less}") from error
 
 
 def what_fits(workload: Workload, free: int, verb: str = "would fit") -> str:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from fastsd.cuda.capture import CudaRecorder, ran_out_of_memory
+
 ROUNDS = 5
 BUDGET = 0.05  # seconds for all rounds of a comparison on the CPU; at least one round always runs
 CALLS = 10  # calls in one timed graph
@@ -54,23 +56,19 @@ def gpu_seconds(runs: Sequence[Callable[[], Any]]) -> list[float]:
 def _repeated(run: Callable[[], Any]) -> Callable[[], Any]:
     """`CALLS` calls of `run`, as one CUDA graph if it can be captured, that is, if it never waits for the GPU.
 
-    A first call outside the graph covers the set-up of libraries and the compilation of Triton kernels.
+    Calls outside the graph cover the set-up of libraries and the compilation of Triton kernels.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
+
+    def calls() -> None:
+        for _ in range(CALLS):
+            run()
+
     try:
-        with torch.cuda.graph(graph):
-            for _ in range(CALLS):
-                run()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        return lambda: [run() for _ in range(CALLS)]
-    return graph.replay
+        return CudaRecorder(torch.device("cuda", torch.cuda.current_device())).record(calls, warm_up=run)
+    except Exception as error:
+        if ran_out_of_memory(error):
+            raise
+        return calls
 
 
 def clock_for(device: torch.device) -> Callable[[Sequence[Callable[[], Any]]], list[float]]:

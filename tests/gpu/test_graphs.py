@@ -15,8 +15,9 @@ from PIL import Image
 from fastsd import Control
 from fastsd.components import Components
 from fastsd.config import SD15_UNET, SD_VAE, CLIPConfig, ControlNetConfig, SchedulerConfig
+from fastsd.cuda.capture import CudaRecorder
 from fastsd.errors import FastsdError
-from fastsd.graph import CudaRecorder, Graphs
+from fastsd.graph import Graphs
 from fastsd.model.clip import TextEncoder
 from fastsd.model.controlnet import ControlNet
 from fastsd.model.tokenizer import Tokenizer

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -120,7 +122,25 @@ def test_tiling_bounds_the_decoders_share() -> None:
     assert replace(small, tiled=True).activation_bytes == small.activation_bytes  # the image is one tile
 
 
-def test_memory_that_ran_out_after_the_check_is_reported_with_what_takes_less() -> None:
-    message = str(memory.out_of_memory(WORKLOAD))
+@pytest.mark.parametrize(
+    "cause", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDNN_STATUS_ALLOC_FAILED")]
+)
+def test_memory_that_ran_out_after_the_check_is_reported_with_what_takes_less(cause: Exception) -> None:
+    """In one line, whoever said it; and who keeps the error keeps no tensor of the work that failed."""
+    held: list[Any] = []
+
+    def work() -> None:
+        activation = torch.ones(1000)
+        held.append(weakref.ref(activation))
+        raise cause
+
+    with pytest.raises(FastsdError) as caught, memory.fitting(WORKLOAD):
+        work()
+    message = str(caught.value)
     assert message.startswith("not enough memory for 1024x1024 in batches of 4; batch_size 2 or vae_tiling or")
-    assert message.endswith("would take less")
+    assert message.endswith("would take less") and caught.value.__cause__ is cause and held[0]() is None
+
+
+def test_other_errors_pass_the_check_of_memory_as_they_are() -> None:
+    with pytest.raises(ValueError, match="of another kind"), memory.fitting(WORKLOAD):
+        raise ValueError("of another kind")

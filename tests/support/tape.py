@@ -40,10 +40,10 @@ class _Tape(TorchDispatchMode):
 
 
 class TapeRecorder:
-    """A `fastsd.graph.Recorder` of tapes. `recorded` counts captures; the next ones raise the errors in `fail`."""
+    """A `Recorder` of tapes. `recorded` counts captures; the next ones raise the errors in `fail`."""
 
     def __init__(self, fail: list[Exception] | None = None):
-        self.recorded, self.freed, self.fail = 0, 0, list(fail or [])
+        self.recorded, self.waited, self.freed, self.fail = 0, 0, 0, list(fail or [])
 
     def record(self, function: Callable[[], T]) -> Callable[[], T]:
         if self.fail:
@@ -59,6 +59,9 @@ class TapeRecorder:
             return outputs
 
         return replay
+
+    def wait(self) -> None:
+        self.waited += 1
 
     def free(self) -> None:
         self.freed += 1

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fastsd.cuda.capture import ran_out_of_memory
 from fastsd.kernels import dispatch
 
 PART = 2**24  # elements compared at a time
@@ -92,7 +93,9 @@ def note_out_of_memory(unjudged: CheckResult, check: Callable[[], CheckResult]) 
     """The result of `check`; if the GPU runs out of memory, `unjudged` with a note."""
     try:
         return check()
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if not ran_out_of_memory(error):
+            raise
         torch.cuda.empty_cache()
         return replace(unjudged, note="not enough memory to compare")
 

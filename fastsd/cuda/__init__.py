@@ -1,0 +1,1 @@
+"""What our work asks of CUDA and cuDNN as a whole: captures, switches, memory that ran out."""
