@@ -216,6 +216,41 @@ class Sides(Kind):
 
 
 @dataclass(frozen=True)
+class Descending(Kind):
+    """Numbers that fall from one to the next, as a text "999,750,0"; a sequence, array or tensor is brought to it.
+
+    Attributes:
+        whole: they are whole numbers.
+        least: how many there are at least.
+        high: the first is at most this.
+    """
+
+    metavar: str = "A,B,..."
+    whole: bool = False
+    least: int = 1
+    high: float = math.inf
+
+    def check(self, value: Any) -> str:
+        several = value.tolist() if hasattr(value, "tolist") else value
+        try:
+            parts = [str(part).strip() for part in (several.split(",") if isinstance(several, str) else several)]
+            found = [float(part) for part in parts]
+        except (TypeError, ValueError):
+            found = []
+        falls = all(0 <= after < before < math.inf for before, after in zip(found, found[1:]))
+        fits = self.least <= len(found) <= MAX_STEPS + 1 and 0 <= found[0] <= self.high and falls
+        if not fits or (self.whole and any(number % 1 for number in found)):
+            raise FastsdError(f"it should be {self}", value=value)
+        return ",".join(f"{int(number)}" if number % 1 == 0 else repr(number) for number in found)
+
+    def __str__(self) -> str:
+        numbers = f"{'whole ' * self.whole}numbers, each below the one before"
+        return (
+            f"{numbers}: 999,750,0" if self.whole else f"at least {self.least} {numbers}, the last 0 or above: 14,2,0"
+        )
+
+
+@dataclass(frozen=True)
 class Pair(Kind):
     """Two whole numbers, (height, width) or (top, left), in diffusers' order."""
 

@@ -15,7 +15,6 @@ _CONTROL = "give controls=[fastsd.Control(net, image, weight, start, end)], with
 _ENCODE = "the call encodes its prompt; features made elsewhere are prompt_embeds"
 _IP = "IP-Adapters are not supported; a ControlNet or a LoRA may stand in"
 _ENSEMBLE = "give from_pretrained a refiner and the call refiner_switch, the share of the noise levels done before it"
-_TABLE = "num_inference_steps, sampler, schedule and spacing make the timesteps; pipe.stream gives each step"
 
 # Arguments of the calls of diffusers' Stable Diffusion pipelines that fastsd does not take.
 CALL: dict[str, str] = {
@@ -24,8 +23,6 @@ CALL: dict[str, str] = {
     "ip_adapter_image_embeds": _IP,
     "prompt_2": "both text encoders read the prompt",
     "negative_prompt_2": "both text encoders read negative_prompt",
-    "timesteps": _TABLE,
-    "sigmas": _TABLE,
     "original_inference_steps": "num_inference_steps is the number of steps that run; the schedule's length is its own",
     "denoising_end": _ENSEMBLE,
     "denoising_start": _ENSEMBLE,

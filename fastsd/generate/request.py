@@ -29,7 +29,7 @@ from fastsd.generate.like import LIKE, Rules, fill, rules_notes
 from fastsd.generate.masks import InpaintMask
 from fastsd.generate.noise import SOURCES, NoisePlan, of_image
 from fastsd.generate.prompts import Prompts, parse, read_prompts
-from fastsd.generate.tables import make_table, refiner_row
+from fastsd.generate.tables import listed_steps, make_table, refiner_row
 from fastsd.kinds import MAX_SEED
 from fastsd.model.taesd import DECODES_ONLY
 from fastsd.parameters import DEFAULT_BATCH, MAX_SIDE, PARAMETERS, RANDOM_SEED, Settings, check_call
@@ -214,9 +214,10 @@ def _fill_steps(settings: Settings, defaults: dict[str, Any], few_step: bool) ->
     """Steps and guidance. A few-step model that starts from an image gets steps enough for one of them to run."""
 
     def enough(steps: int, strength: float) -> int:
-        return steps_from_image(steps, strength) if few_step else steps
+        return steps_from_image(steps, strength) if few_step and listed is None else steps
 
-    steps = settings.num_inference_steps
+    listed = listed_steps(settings)
+    steps = listed or settings.num_inference_steps
     if steps is None:
         steps = PARAMETERS["num_inference_steps"].check(defaults["num_inference_steps"])
         if settings.image is not None:
@@ -238,10 +239,12 @@ def _fill_sampling(settings: Settings, components: Components, defaults: dict[st
             f"it should be a whole number from 1 to {layers}", argument="clip_skip", value=settings.clip_skip
         )
     own = settings.sampler is None
-    rules = LIKE[settings.like]
-    schedule = settings.schedule or (defaults["schedule"] if own else "default")
+    rules, listed = LIKE[settings.like], listed_steps(settings) is not None
+    schedule = settings.schedule or (defaults["schedule"] if own and not listed else "default")
     sampler, schedule = resolve(defaults["sampler"] if own else settings.sampler, schedule)
     sampler = rules.samplers.get(sampler, sampler)
+    if listed:
+        return settings.replace(sampler=sampler, schedule="default")
     if settings.schedule is None and schedule == "default":
         schedule = rules.schedules.get(sampler, schedule)
     spacing = settings.spacing

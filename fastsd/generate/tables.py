@@ -6,9 +6,11 @@ import math
 from dataclasses import replace
 
 from fastsd.config import SchedulerConfig
+from fastsd.errors import FastsdError
 from fastsd.generate.like import LIKE
 from fastsd.parameters import Settings
 from fastsd.sampling.build import build
+from fastsd.sampling.samplers import resolve
 from fastsd.sampling.table import Table
 
 
@@ -16,6 +18,7 @@ def make_table(settings: Settings, scheduler: SchedulerConfig, total: int, run: 
     """The sampler's table for the last `run` of `total` steps; without rows where none runs."""
     rules, start = LIKE[settings.like], total - run
     last = min(start, total - 1)
+    listed = {name: numbers_of(settings[name]) for name in ("timesteps", "sigmas")}
     follows = rules.levels is not None and settings.spacing in (None, rules.levels.spacing(settings.sampler))
     table = build(
         settings.sampler,
@@ -25,8 +28,9 @@ def make_table(settings: Settings, scheduler: SchedulerConfig, total: int, run: 
         schedule=settings.schedule,
         spacing=settings.spacing,
         eta=settings.eta,
-        levels=rules.levels if follows else None,
+        levels=rules.levels if follows and not any(listed.values()) else None,
         xl=xl,
+        **listed,
     )
     if start != last:
         return table.without_rows()
@@ -37,6 +41,35 @@ def make_table(settings: Settings, scheduler: SchedulerConfig, total: int, run: 
         return replace(table, init=noise)
     unit = math.hypot(signal, noise)
     return replace(table, init=unit, mix=(signal, unit)) if start == 0 else table
+
+
+def numbers_of(text: str | None) -> tuple[float, ...]:
+    """The numbers of a `Descending` parameter."""
+    return tuple(float(part) for part in text.split(",")) if text else ()
+
+
+def listed_steps(settings: Settings) -> int | None:
+    """How many steps the caller's timesteps or sigmas are; None where there are none.
+
+    Raises:
+        FastsdError: other parameters count the steps or place them in another way.
+    """
+    name = "timesteps" if settings.timesteps else "sigmas"
+    if settings[name] is None:
+        return None
+    count = len(numbers_of(settings[name])) - (name == "sigmas")
+    for other in ("num_inference_steps", "hires_steps"):
+        if settings[other] not in (None, count):
+            raise FastsdError(
+                f"{{{name}}} are those of {count} steps; leave it out", argument=other, value=settings[other]
+            )
+    placed = {"spacing": settings.spacing, "schedule": settings.schedule}
+    if placed["schedule"] is not None and resolve("euler", placed["schedule"])[1] == "default":
+        del placed["schedule"]
+    for other, value in placed.items():
+        if value is not None:
+            raise FastsdError(f"{{{name}}} say where the steps are; leave it out", argument=other, value=value)
+    return count
 
 
 def refiner_row(table: Table, scheduler: SchedulerConfig, switch: float | None) -> int:

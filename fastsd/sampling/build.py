@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -29,6 +29,8 @@ def build(
     eta: float = 0.0,
     levels: KLevels | None = None,
     xl: bool = False,
+    timesteps: Sequence[float] = (),
+    sigmas: Sequence[float] = (),
 ) -> Table:
     """The table of a sampler for a checkpoint's noise schedule.
 
@@ -42,6 +44,8 @@ def build(
         eta: DDIM's share of fresh noise, 0 to 1.
         levels: another program's noise levels, in place of the spacing's.
         xl: the model is of SDXL's family, for which some schedules have levels of their own.
+        timesteps: N whole numbers from high to low, in place of a schedule and a spacing.
+        sigmas: N + 1 noise levels from high to low, the last after the last step, in place of both.
 
     Raises:
         FastsdError: an unknown sampler or schedule, two that do not go together, or a number out of range.
@@ -49,12 +53,15 @@ def build(
     sampler, schedule = resolve(sampler, schedule)
     entry = SAMPLERS[sampler]
     _check(entry, config, num_inference_steps, schedule, start, eta)
+    _check_listed(entry, config, num_inference_steps, schedule, spacing, timesteps, sigmas)
     try:
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            made = Schedule(complete(config, sampler, spacing), num_inference_steps, start, schedule, eta)
+            listed = tuple(timesteps or sigmas)
+            made = Schedule(complete(config, sampler, spacing), num_inference_steps, start, schedule, eta, None, listed)
             given = levels.of(made, sampler, xl) if levels is not None and entry.takes_schedule else None
             if given is None and schedule in LEVELS:
                 given = made.at(LEVELS[schedule](made.sigmas, num_inference_steps, xl))
+            given = made.at(sigmas) if sigmas else given
             own = levels.tables.get(sampler) if levels is not None else None
             make = own or entry.make_table
             make = make if config.edm is None else of_v(make)
@@ -86,6 +93,33 @@ def _check(entry: Sampler, config: SchedulerConfig, steps: int, schedule: str, s
             f"{sampler} steps from one training timestep to another, and an EDM model has none; use euler or dpm++2m",
             argument="sampler",
         )
+
+
+def _check_listed(
+    entry: Sampler,
+    config: SchedulerConfig,
+    steps: int,
+    schedule: str,
+    spacing: str | None,
+    timesteps: Sequence[float],
+    sigmas: Sequence[float],
+) -> None:
+    """Refuse timesteps or sigmas that the run cannot have."""
+    if not (timesteps or sigmas):
+        return
+    name, count = ("timesteps", len(timesteps)) if timesteps else ("sigmas", len(sigmas) - 1)
+    total = config.num_train_timesteps
+    if not entry.takes_levels or (sigmas and not entry.takes_schedule):
+        raise FastsdError(f"{entry.name} spaces its own steps; use euler, dpm++2m or unipc", argument=name)
+    if count != steps:
+        raise FastsdError(f"the {name} are those of {count} steps, not of {steps}", argument="num_inference_steps")
+    if schedule != "default" or spacing is not None:
+        other = "schedule" if schedule != "default" else "spacing"
+        raise FastsdError(f"the {name} say where the steps are; leave it out", argument=other)
+    if timesteps and config.edm is not None:
+        raise FastsdError("an EDM model has no training timesteps; give {sigmas}", argument=name)
+    if timesteps and timesteps[0] >= total:
+        raise FastsdError(f"the model has the timesteps 0 to {total - 1}", argument=name, value=int(timesteps[0]))
 
 
 def _at_levels(

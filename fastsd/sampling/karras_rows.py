@@ -21,7 +21,7 @@ def builder_of(schedule: Schedule, sigmas: list[float]) -> TableBuilder:
     """An empty table that starts at `sigmas[schedule.start]`, from an image or from noise."""
     # In "leading" spacing the run starts below the last timestep. There diffusers scales the noise to the standard
     # deviation of a noisy image of unit variance, as for EDM models; elsewhere to sigma.
-    spaced = schedule.schedule != "sgm_uniform" and schedule.given is None
+    spaced = schedule.schedule != "sgm_uniform" and (schedule.given is None or bool(schedule.listed))
     leading = spaced and schedule.config.timestep_spacing == "leading"
     init = math.sqrt(sigmas[0] ** 2 + 1) if leading or schedule.config.edm is not None else sigmas[0]
     return TableBuilder(mix=(1.0, sigmas[schedule.start]), init=init)

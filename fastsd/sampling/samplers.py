@@ -33,6 +33,8 @@ class Sampler:
         aliases: other spellings. Case, spaces, "_", "-", a leading "k_" and "pp" for "++" never matter.
         takes_schedule: its noise levels can be moved. Samplers of the discrete process cannot: they step from one
             training timestep to another.
+        takes_levels: it runs at timesteps that the caller lists. DDIM and PNDM step by a fixed stride, Restart and DPM
+            fast space their steps themselves.
         takes_eta: it uses eta.
         unstated: what it takes for the keys that a checkpoint's config leaves open, where that differs from
             `UNSTATED`; diffusers' class has the same defaults.
@@ -44,6 +46,7 @@ class Sampler:
     diffusers: str = ""
     aliases: tuple[str, ...] = ()
     takes_schedule: bool = True
+    takes_levels: bool = True
     takes_eta: bool = False
     unstated: Mapping[str, Any] = field(default_factory=dict)
 
@@ -90,10 +93,19 @@ SAMPLERS: dict[str, Sampler] = {
             "DDIMScheduler",
             ("ddim_parallel",),
             takes_schedule=False,
+            takes_levels=False,
             takes_eta=True,
             unstated=_TO_ONE,
         ),
-        Sampler("pndm", "vp.pndm", "PLMS", "PNDMScheduler", takes_schedule=False, unstated=_LEADING),
+        Sampler(
+            "pndm",
+            "vp.pndm",
+            "PLMS",
+            "PNDMScheduler",
+            takes_schedule=False,
+            takes_levels=False,
+            unstated=_LEADING,
+        ),
         Sampler("euler", "karras.euler", "Euler", "EulerDiscreteScheduler"),
         Sampler("euler_a", "karras.euler_a", "Euler a", "EulerAncestralDiscreteScheduler", ("euler_ancestral",)),
         Sampler("heun", "karras.heun", "Heun", "HeunDiscreteScheduler"),
@@ -105,10 +117,10 @@ SAMPLERS: dict[str, Sampler] = {
         Sampler("dpm2", "two_stage.dpm2", "DPM2", "KDPM2DiscreteScheduler"),
         Sampler("dpm2_a", "two_stage.dpm2_a", "DPM2 a", "KDPM2AncestralDiscreteScheduler", ("dpm_2_ancestral",)),
         Sampler("heun++", "two_stage.heunpp", "HeunPP2"),
-        Sampler("restart", "two_stage.restart", "Restart"),
+        Sampler("restart", "two_stage.restart", "Restart", takes_levels=False),
         Sampler("dpm++2m_sde_heun", "dpm_solver_sde.dpmpp_2m_sde_heun", "DPM++ 2M SDE Heun"),
         Sampler("dpm++3m_sde", "dpm_solver_sde.dpmpp_3m_sde", "DPM++ 3M SDE"),
-        Sampler("dpm_fast", "exponential.dpm_fast", "DPM fast"),
+        Sampler("dpm_fast", "exponential.dpm_fast", "DPM fast", takes_levels=False),
         Sampler("unipc", "unipc.unipc", "UniPC", "UniPCMultistepScheduler", ("unipc_bh2",)),
         Sampler("lms", "karras.lms", "LMS", "LMSDiscreteScheduler"),
         Sampler("ipndm", "adams.ipndm", "IPNDM"),

@@ -89,7 +89,8 @@ class Schedule:
         schedule: one of `fastsd.sampling.samplers.SCHEDULES`.
         eta: DDIM's share of fresh noise.
         given: timesteps and sigmas that replace those of the spacing, as `karras_levels` returns them: of a named
-            schedule (`fastsd.sampling.levels`), or another program's.
+            schedule (`fastsd.sampling.levels`), another program's, or the caller's sigmas.
+        listed: the caller listed the timesteps or the sigmas: they are `given`, or these.
     """
 
     config: SchedulerConfig
@@ -98,6 +99,7 @@ class Schedule:
     schedule: str = "default"
     eta: float = 0.0
     given: tuple[list[float], list[float]] | None = None
+    listed: tuple[float, ...] = ()
 
     @cached_property
     def alphas_cumprod(self) -> Float64:
@@ -125,6 +127,8 @@ class Schedule:
             FastsdError: another `timestep_spacing`.
         """
         config, steps, total = self.config, self.num_inference_steps, self.config.num_train_timesteps
+        if self.listed:
+            return np.array(self.listed, dtype=np.float64)
         points, used = steps + extra_point, self.used_timesteps if extra_point else total
         if config.timestep_spacing == "linspace":
             times = np.linspace(0, used - 1, points)[::-1]
@@ -209,7 +213,7 @@ class Schedule:
         else:
             if self.schedule == "sgm_uniform":
                 times = np.round(self._sgm_uniform())
-            elif linspace:
+            elif linspace and not self.listed:
                 times = np.round(np.linspace(self.used_timesteps - 1, 0, self.num_inference_steps + 1)[:-1])
             else:
                 times = self.timesteps(extra_point=True)

@@ -195,12 +195,14 @@ def euler_maruyama(schedule: Schedule) -> Table:
 
 
 def distilled_timesteps(schedule: Schedule, sampler: str) -> list[int]:
-    """N of the timesteps that distillation used, evenly spaced, from high to low.
+    """N of the timesteps that distillation used, evenly spaced, from high to low; or those that the caller listed.
 
     Raises:
         FastsdError: more steps than those; it names the sampler.
     """
     steps, total = schedule.num_inference_steps, schedule.config.num_train_timesteps
+    if schedule.listed:
+        return [int(t) for t in schedule.listed]
     count = min(schedule.option("original_inference_steps", DISTILLED), total)
     if steps > count:
         raise FastsdError(f"{sampler} takes 1 to {count}, not {steps}", argument="num_inference_steps")

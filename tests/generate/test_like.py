@@ -18,7 +18,7 @@ from fastsd.generate.like import LIKE
 from fastsd.generate.request import Pass, plan
 from fastsd.generate.tables import make_table
 from fastsd.graph import Graphs
-from fastsd.parameters import Settings
+from fastsd.parameters import check_call
 from fastsd.pipeline import Pipeline
 from fastsd.sampling import advance
 from tests.support import tiny
@@ -151,7 +151,7 @@ def test_schedules_go_on_in_the_second_pass_of_a1111() -> None:
 def test_keeping_the_image_in_the_latent_or_in_the_prediction_is_the_same_with_euler(schedule: str) -> None:
     """A1111, `CFGDenoiser.forward`: denoised = init_latent * mask + nmask * denoised. fastsd and diffusers restore the
     latent after the step. With a hard mask both keep x = image + sigma noise there, and the network sees the same."""
-    settings = Settings(like="a1111", sampler="euler", schedule=schedule, spacing="linspace", eta=0.0)
+    settings = check_call({}).replace(like="a1111", sampler="euler", schedule=schedule, spacing="linspace", eta=0.0)
     table = make_table(settings, SchedulerConfig(), 8, 8)
     image, noise = torch.randn(2, 1, 4, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     mask = (torch.arange(16).reshape(1, 4, 4, 1) % 3 == 0).double()

@@ -13,7 +13,7 @@ from fastsd.config import SchedulerConfig
 from fastsd.generate.like import LIKE, rules_notes
 from fastsd.generate.request import plan
 from fastsd.generate.tables import make_table
-from fastsd.parameters import Settings
+from fastsd.parameters import Settings, check_call
 from fastsd.sampling import advance
 from fastsd.sampling.samplers import SAMPLERS
 from fastsd.sampling.schedule import alphas_cumprod
@@ -33,7 +33,7 @@ DEFAULTS = {
 
 
 def table_of(like: str, sampler: str = "euler", schedule: str = "default", steps: int = 20) -> Table:
-    settings = Settings(like=like, sampler=sampler, schedule=schedule, spacing="linspace", eta=0.0)
+    settings = check_call({}).replace(like=like, sampler=sampler, schedule=schedule, spacing="linspace", eta=0.0)
     return make_table(settings, CONFIG, steps, steps)
 
 
@@ -196,7 +196,7 @@ def test_ddim_makes_the_calls_of_a1111(steps: int, t_enc: int | None, eta: float
         e_t = np.sin(x) + times[index] / 1000
         pred_x0 = (x - (1 - a_t) ** 0.5 * e_t) / a_t**0.5
         x = a_prev**0.5 * pred_x0 + (1 - a_prev - sigma**2) ** 0.5 * e_t + sigma * fresh[i]
-    settings = Settings(like="a1111", sampler="ddim", schedule="default", spacing="leading", eta=eta)
+    settings = check_call({}).replace(like="a1111", sampler="ddim", schedule="default", spacing="leading", eta=eta)
     run = steps if t_enc is None else t_enc + 1
     table = make_table(settings, CONFIG, steps, run)
     assert table.timesteps.tolist() == calls

@@ -17,7 +17,7 @@ from fastsd.generate.like import LIKE
 from fastsd.generate.noise import SOURCES
 from fastsd.generate.tables import make_table
 from fastsd.image.infotext import is_another, read_hashes
-from fastsd.parameters import Settings
+from fastsd.parameters import check_call
 from fastsd.sampling.samplers import SAMPLERS
 from tests.support.cli import pixels, settings, write_image
 from tests.support.pipelines import tiny_pipeline
@@ -61,7 +61,7 @@ def test_few_steps_make_calls_or_are_refused(like: str) -> None:
     refused = set()
     for sampler in SAMPLERS:
         for steps in (1, 2, 3):
-            settings = Settings(like=like, sampler=sampler, schedule="default", spacing=None, eta=0.0)
+            settings = check_call({}).replace(like=like, sampler=sampler, schedule="default", spacing=None, eta=0.0)
             try:
                 assert len(make_table(settings, SchedulerConfig(), steps, steps)) > 0
             except FastsdError as error:

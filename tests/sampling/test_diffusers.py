@@ -244,3 +244,30 @@ def test_a_changed_coefficient_is_noticed(sampler: str) -> None:
     for flag in (name for name, is_used in used.items() if is_used):
         inverted = run_table(replace(table, **{flag: ~getattr(table, flag)}), False)
         assert difference(inverted, theirs) > 100 * TOLERANCE, flag
+
+
+# Hyper-SD's one step, Align Your Steps for SD 1.5 (diffusers' AysSchedules), and uneven ones.
+LISTS = ((800,), (999, 850, 736, 645, 545, 455, 343, 233, 124, 24), (981, 980, 500, 3, 0))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("sampler", ["ddpm", "euler", "heun", "dpm++2m", "dpm++2s", "lcm", "tcd"])
+def test_listed_timesteps_agree_with_diffusers(sampler: str, prediction: str) -> None:
+    """These are the schedulers whose `set_timesteps` takes `timesteps`."""
+    for listed in LISTS:
+        for spacing in ("leading", "linspace"):  # only what the noise is scaled by depends on it
+            config = SchedulerConfig(timestep_spacing=spacing, prediction_type=prediction)
+            for start in (None, len(listed) // 2):
+                case = case_of(sampler, config, len(listed), start, timesteps=listed)
+                check(build(sampler, len(listed), config, start=start or 0, timesteps=listed), case)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_listed_sigmas_agree_with_diffusers(spacing: str) -> None:
+    """Euler's `set_timesteps` takes `sigmas`; these are Align Your Steps for SD 1.5 (diffusers' AysSchedules)."""
+    listed = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.0)
+    for sigmas in (listed, listed[:-1]):
+        config = SchedulerConfig(timestep_spacing=spacing)
+        for start in (None, 4):
+            case = case_of("euler", config, len(sigmas) - 1, start, sigmas=sigmas)
+            check(build("euler", len(sigmas) - 1, config, start=start or 0, sigmas=sigmas), case)

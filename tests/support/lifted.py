@@ -119,7 +119,7 @@ class Case:
         config: the arguments of its constructor.
         start: from an image, the first of the steps that runs.
         step: the arguments of its `step`.
-        timesteps: replace those of the spacing.
+        timesteps, sigmas: replace those of the spacing.
         first: replaces the first timestep, where rounding decides.
         levels_of: another scheduler, with extra arguments, whose sigmas and timesteps are used.
         growing_order: pass LMS the order that its history allows.
@@ -132,6 +132,7 @@ class Case:
     start: int | None = None
     step: tuple[tuple[str, Any], ...] = ()
     timesteps: tuple[float, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
     first: float | None = None
     levels_of: tuple[str, tuple[tuple[str, Any], ...]] | None = None
     growing_order: bool = False
@@ -189,6 +190,8 @@ def _prepared(cls: type, case: Case) -> Any:
     scheduler = cls(**dict(case.config))
     if case.timesteps is not None:
         scheduler.set_timesteps(timesteps=list(case.timesteps))
+    elif case.sigmas is not None:
+        scheduler.set_timesteps(sigmas=list(case.sigmas))
     else:
         scheduler.set_timesteps(case.steps)
     if case.first is not None:
