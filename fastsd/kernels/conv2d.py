@@ -81,11 +81,31 @@ def _by_torch(
     residual: torch.Tensor | None,
     relu: bool,
 ) -> torch.Tensor:
-    """By cuDNN on CUDA, which chooses among its own plans."""
     x, (top, left) = _padded(x, padding)
     y = F.conv2d(x, onednn.dense(weight), bias, stride, (top, left)).permute(0, 2, 3, 1)
     y = y if residual is None else y + residual
     return y.relu_() if relu else y
 
 
-OP = GpuOp("conv2d", conv2d_ref, (OpCandidate("torch", _by_torch),))
+def _by_cudnn(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: int,
+    padding: Padding,
+    residual: torch.Tensor | None,
+    relu: bool,
+) -> torch.Tensor:
+    """By cuDNN, which chooses among its own plans, and one pass in place for all that follows.
+
+    PyTorch would add the bias in one pass and the residual in another.
+    """
+    from fastsd.kernels.triton.add_bias_residual import add_bias_residual
+
+    y = _by_torch(x, weight, None, stride, padding, None, False)
+    if bias is None and residual is None and not relu:
+        return y
+    return add_bias_residual(y.contiguous(), bias, None if residual is None else residual.contiguous(), relu)
+
+
+OP = GpuOp("conv2d", conv2d_ref, (OpCandidate("cudnn", _by_cudnn), OpCandidate("torch", _by_torch)))

@@ -89,10 +89,14 @@ class Conv2d(nn.Module):
         self.stride, self.padding = stride, padding
         init_uniform(self.weight, self.bias)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, relu: bool = False) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, relu: bool = False, add_bias: bool = True
+    ) -> torch.Tensor:
+        """Without `add_bias`, the caller adds the bias where it costs nothing."""
         if not (self.training or self.weight.requires_grad):
             self.pack(x)
-        return conv2d(x, self.weight, self.bias, self.stride, self.padding, residual, relu)
+        bias = self.bias if add_bias else None
+        return conv2d(x, self.weight, bias, self.stride, self.padding, residual, relu)
 
     def pack(self, x: torch.Tensor, scale: int = 1) -> None:
         """Bring the weight into oneDNN's layout for `x`, enlarged by `scale`, where oneDNN runs the layer.
@@ -188,7 +192,7 @@ class LayerNorm(nn.Module):
 class ResBlock(nn.Module):
     """GroupNorm, SiLU, conv, twice, with a shortcut (Ho et al. 2020, appendix B).
 
-    `UNet` projects the time embedding to the widths of all its blocks in one product.
+    `UNet` projects the time embedding to the widths of all its blocks in one product, and adds `conv1`'s biases there.
     """
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, eps: float):
@@ -203,11 +207,16 @@ class ResBlock(nn.Module):
     def forward(
         self, x: torch.Tensor, time: torch.Tensor | None = None, skip: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`x` `[B, H, W, Cin]`, projected `time` `[B, Cout]` or None (VAE). Returns `[B, H, W, Cout]`.
+        """`x` `[B, H, W, Cin]` to `[B, H, W, Cout]`.
 
-        With `skip`, the block reads the concatenation of `x` and `skip`, which together have Cin channels.
+        Args:
+            time: the projected time embedding plus `conv1.bias`, `[B or 1, Cout]`; None where there is no time (VAE).
+            skip: further channels of `x`, which with them has Cin.
         """
-        h = self.conv1(self.norm1(x, skip=skip))
+        in_norm = time is not None
+        if time is None and self.conv1.bias is not None and dispatch.backend(x, self.conv1.weight) == "triton":
+            time, in_norm = self.conv1.bias[None], True  # the norm adds it for nothing, cuDNN in a pass of its own
+        h = self.conv1(self.norm1(x, skip=skip), add_bias=not in_norm)
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x, skip=skip)
         return self.conv2(self.norm2(h, add=time), residual=shortcut)
 

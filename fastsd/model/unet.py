@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastsd.config import UNetConfig
-from fastsd.kernels.linear import activate
+from fastsd.kernels.linear import activate, linear
 from fastsd.model.layers import (
     Conv2d,
     CrossAttention,
@@ -174,7 +174,7 @@ class ContractingPath(nn.Module):
     def embed_time(
         self, timestep: torch.Tensor, added: AddedConditioning | None = None, guidance_scale: float = 1.0
     ) -> torch.Tensor:
-        """Time embeddings, projected for every residual block in one product.
+        """Time embeddings, projected for every residual block in one product, with the bias of the block's `conv1`.
 
         Args:
             timestep: `[N]`.
@@ -194,7 +194,17 @@ class ContractingPath(nn.Module):
                 added.sizes.flatten(), config.addition_time_embed_dim, config.flip_sin_to_cos, config.freq_shift
             ).view(len(added.sizes), -1)
             embedding = embedding + self.add_embedding(torch.cat([added.pooled.to(dtype), sizes.to(dtype)], dim=-1))
-        return self.time_projections(activate(embedding, "silu"))
+        return self.project_time(embedding)
+
+    def project_time(self, embedding: torch.Tensor) -> torch.Tensor:
+        """What the blocks add to their maps: `[N, time_embed_dim]` to `[N, sum of the blocks' channels]`.
+
+        The biases of the blocks' first convolutions are constants of the same sum. Added here, once for all steps, they
+        cost no pass over a map; a changed bias takes effect in the next call.
+        """
+        layer = self.time_projections
+        biases = [block.conv1.bias for block in self.modules() if isinstance(block, ResBlock)]
+        return linear(activate(embedding, "silu"), layer.weight, layer.bias + torch.cat(biases))
 
     def _embed_guidance(self, timestep: torch.Tensor, guidance_scale: float) -> torch.Tensor | None:
         """Sinusoids `[1, channels]` of 1000 w, w = guidance_scale - 1 (Luo et al. 2023, section 4.2)."""

@@ -53,7 +53,7 @@ def test_every_block_of_the_unet(pair: tuple[Components, Any]) -> None:
     ours, theirs = pair[0].unet, pair[1].unet
     generator = torch.Generator().manual_seed(2)
     embedding = torch.randn(1, ours.config.time_embed_dim, generator=generator)
-    times = iter(ours.time_projections(torch.nn.functional.silu(embedding)).split(ours.time_sizes, dim=-1))
+    times = iter(ours.project_time(embedding).split(ours.time_sizes, dim=-1))
     context = torch.randn(1, 5, ours.config.cross_attention_dim, generator=generator)
     compared = 0
     for name, module in ours.named_modules():

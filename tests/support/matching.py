@@ -70,8 +70,7 @@ class UNetRun:
         embedding = calls["time_embedding"].output
         if model.add_embedding is not None:
             embedding = embedding + calls["add_embedding"].output
-        # As in UNet.embed_time: one product for all blocks, split by their widths.
-        projected = model.time_projections(nn.functional.silu(embedding)).split(model.time_sizes, dim=-1)
+        projected = model.project_time(embedding).split(model.time_sizes, dim=-1)  # as in UNet.denoise
         names = [name for name, m in model.named_modules() if isinstance(m, layers.ResBlock)]
         self.times = dict(zip(names, projected, strict=True))
 

@@ -1,4 +1,4 @@
-"""Launches of the ops that read rows or elements once: `layernorm`, `geglu`, `advance`."""
+"""Launches of the ops that read rows or elements once: `layernorm`, `geglu`, `advance`, `add_bias_residual`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ class RowwiseTile:
 # Chosen by compiled code (registers, spills, width of the loads) and estimates; none is timed yet.
 LAYERNORM: dict[int, RowwiseTile] = {key: RowwiseTile(tile=2048, per_warp=512) for key in (75, 80, 86, 90, 100, 120)}
 GEGLU: dict[int, RowwiseTile] = {key: RowwiseTile(tile=2048, per_warp=512) for key in (75, 80, 86, 90, 100, 120)}
+ADD_BIAS_RESIDUAL: dict[int, RowwiseTile] = {
+    key: RowwiseTile(tile=2048, per_warp=512) for key in (75, 80, 86, 90, 100, 120)
+}
 # A latent has only 16384 elements: small tiles occupy more multiprocessors.
 ADVANCE: dict[int, RowwiseTile] = {key: RowwiseTile(tile=256, per_warp=128) for key in (75, 80, 86, 90, 100, 120)}
 
@@ -48,6 +51,18 @@ def layernorm(architecture: int, columns: int) -> RowwiseLaunch:
 def geglu(architecture: int, columns: int) -> RowwiseLaunch:
     """The launch for results of `columns`: up to 256 at a time, which divide the models' widths (1280, 2560, 5120)."""
     settings, width = GEGLU[architecture], min(power_of_two(columns), 256)
+    return RowwiseLaunch(settings.tile // width, width, settings.tile // settings.per_warp)
+
+
+@tunable("add_bias_residual", RowwiseLaunch)
+@functools.lru_cache(maxsize=1024)
+def add_bias_residual(architecture: int, columns: int) -> RowwiseLaunch:
+    """The launch for rows of `columns`: 64 to 256 at a time, as many as divide the models' widths (320, 640, 1280).
+
+    Narrow rows (the decoder's 3 channels) are as wide as they have to be.
+    """
+    settings = ADD_BIAS_RESIDUAL[architecture]
+    width = next((w for w in (256, 128, 64) if columns % w == 0), min(power_of_two(columns), 256))
     return RowwiseLaunch(settings.tile // width, width, settings.tile // settings.per_warp)
 
 
