@@ -204,7 +204,9 @@ class ContractingPath(nn.Module):
         """
         layer = self.time_projections
         biases = [block.conv1.bias for block in self.modules() if isinstance(block, ResBlock)]
-        return linear(activate(embedding, "silu"), layer.weight, layer.bias + torch.cat(biases))
+        constants = torch.cat([bias for bias in biases if bias is not None])
+        assert layer.bias is not None and layer.bias.shape == constants.shape
+        return linear(activate(embedding, "silu"), layer.weight, layer.bias + constants)
 
     def _embed_guidance(self, timestep: torch.Tensor, guidance_scale: float) -> torch.Tensor | None:
         """Sinusoids `[1, channels]` of 1000 w, w = guidance_scale - 1 (Luo et al. 2023, section 4.2)."""
