@@ -19,7 +19,7 @@ from bench.bench_images import GUIDANCE, pixels
 from bench.cold import PROMPT
 from bench.measure import Outcome, check_failed, distance, image_limit, spread
 from bench.memory import in_use
-from bench.models import pipeline_of
+from bench.models import pipeline_of, vae_dtype
 from bench.session import Session
 from fastsd.kernels import dispatch
 from fastsd.pipeline import BUNDLED
@@ -85,8 +85,9 @@ def reference_image(bench: Session, model: str, dtype: torch.dtype, size: int) -
 
 
 def bench_cold_process(bench: Session, model: str, dtype: torch.dtype, folder: Path, tmp_path: Path) -> None:
-    size = bench.size(model, bench.components(model, dtype))
-    expected, limit = reference_image(bench, model, dtype, size), image_limit(dtype, GUIDANCE)
+    components = bench.components(model, dtype)
+    size, limit = bench.size(model, components), image_limit(dtype, GUIDANCE, vae_dtype(components))
+    expected = reference_image(bench, model, dtype, size)
     cuda, measuring = bench.options.device.type == "cuda", bench.options.measuring
     names = [name for name in CANDIDATES if name == "fastsd" or (measuring and name in bench.options.peers)]
     runs = [

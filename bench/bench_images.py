@@ -130,7 +130,8 @@ def bench_image(bench: Session, publish: Any, model: str, batch: int, steps: int
     others, missing = peers(bench, model, components, dtype, arguments, batch, latents)
     outcomes = bench.run_benchmark(
         "image", lambda: pixels(forced(generate_eagerly, "reference")(0)), own + others, dtype, 0,
-        image_work(components, batch, size, steps), limit=image_limit(dtype, GUIDANCE), psnr=True, missing=missing,
+        image_work(components, batch, size, steps), missing=missing,
+        limit=image_limit(dtype, GUIDANCE, models.vae_dtype(components)), psnr=True,
         model=model, size=size, batch=batch, steps=steps,
     )  # fmt: skip
     publish(outcomes)

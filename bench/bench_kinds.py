@@ -7,6 +7,7 @@ import torch
 
 from bench.bench_parts import step_inputs
 from bench.breakdown import measured_kinds
+from bench.models import vae_dtype
 from bench.session import Session
 from fastsd.runtime.devices import dtype_name
 
@@ -22,8 +23,9 @@ def bench_kinds(bench: Session, model: str, part: str, dtype: torch.dtype) -> No
         arguments = inputs["latent"], inputs["times"], inputs["key_values"]
         shares = measured_kinds(unet, lambda: unet.denoise(*arguments), device)
     else:
+        dtype = vae_dtype(components)
         latent = torch.randn(1, side, side, vae.config.latent_channels, generator=torch.Generator().manual_seed(0))
-        latent = latent.to(device, vae.quant_conv.weight.dtype)
+        latent = latent.to(device, dtype)
         shares = measured_kinds(vae, lambda: vae.decode(latent), device)
     assert {"conv", "attention", "norm"} <= shares.keys() and abs(sum(shares.values()) - 1) < 1e-6
     labels = {"benchmark": part, "model": model, "size": size, "batch": batch, "dtype": dtype_name(dtype)}

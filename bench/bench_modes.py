@@ -169,7 +169,7 @@ def bench_mode(bench: Session, publish: Any, model: str, name: str, dtype: torch
     others, missing = peers(bench, model, components, mode, size, dtype)
     outcomes = bench.run_benchmark(
         name, lambda: mode.read(reference(0)), [Candidate("fastsd", generate, read=mode.read), *others], dtype, 0, work,
-        limit=image_limit(dtype, guidance), psnr=True, missing=missing,
+        limit=image_limit(dtype, guidance, models.vae_dtype(components)), psnr=True, missing=missing,
         model=model, size=size, batch=1, steps=mode.unet_calls,
     )  # fmt: skip
     publish(outcomes)

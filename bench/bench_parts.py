@@ -174,7 +174,7 @@ def bench_step(bench: Session, publish: Any, model: str, batch: int, dtype: torc
 
 def bench_decode(bench: Session, publish: Any, model: str, dtype: torch.dtype) -> None:
     components, device = bench.components(model, dtype), bench.options.device
-    vae, size = components.vae, bench.size(model, components)
+    vae, size, dtype = components.vae, bench.size(model, components), models.vae_dtype(components)
     side = size // vae.config.downscale
 
     def make(i: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -200,7 +200,7 @@ def bench_decode(bench: Session, publish: Any, model: str, dtype: torch.dtype) -
 
 def bench_encode(bench: Session, publish: Any, model: str, dtype: torch.dtype) -> None:
     components, device = bench.components(model, dtype), bench.options.device
-    vae, size = components.vae, bench.size(model, components)
+    vae, size, dtype = components.vae, bench.size(model, components), models.vae_dtype(components)
 
     def make(i: int) -> tuple[torch.Tensor, torch.Tensor]:
         image = 2 * torch.rand(1, vae.config.in_channels, size, size, generator=torch.Generator().manual_seed(i)) - 1

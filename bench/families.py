@@ -38,15 +38,7 @@ SD15 = ModelFamily("SD1.5", SD15_UNET, SD_VAE, (CLIP_L,), 512)
 SD21 = ModelFamily(
     "SD2.1", SD21_UNET, SD_VAE, (OPENCLIP_H,), 768, SchedulerConfig(prediction_type="v_prediction", sampler="ddim")
 )
-# In 16 bits, users take the retrained autoencoder of SDXL that does not overflow; the original one needs fp32.
-SDXL = ModelFamily(
-    "SDXL",
-    SDXL_UNET,
-    replace(SDXL_VAE, force_upcast=False),
-    (CLIP_L, OPENCLIP_BIGG),
-    1024,
-    SchedulerConfig(sampler="euler"),
-)
+SDXL = ModelFamily("SDXL", SDXL_UNET, SDXL_VAE, (CLIP_L, OPENCLIP_BIGG), 1024, SchedulerConfig(sampler="euler"))
 # Every kind of layer of the real families, at tiny sizes: the model of a check without --benchmark.
 TINY_TEXT = replace(CLIP_L, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 TINY = ModelFamily(

@@ -120,15 +120,17 @@ def tolerance(dtype: torch.dtype, depth: int) -> float:
     return math.sqrt(depth) * max(torch.finfo(dtype).eps / 2, FP32_SUMS)
 
 
-def image_limit(dtype: torch.dtype, guidance: float) -> float:
+def image_limit(dtype: torch.dtype, guidance: float, vae_dtype: torch.dtype | None = None) -> float:
     """The PSNR in dB that an image must reach: that of an error of eps in the network output, amplified by guidance.
 
     Guidance g combines g times one output and g - 1 times another, so independent errors grow by
     sqrt(g^2 + (g - 1)^2). Images have 8 bits: if half of all values round to the other side, the PSNR is 51 dB, hence
-    the limit of 50.
+    the limit of 50. A decoder in a coarser dtype than the network's adds an independent error of its eps.
     """
-    error = max(torch.finfo(dtype).eps, 2 * FP32_SUMS)
-    return min(50.0, -20 * math.log10(error * math.hypot(guidance, guidance - 1)))
+    error = max(torch.finfo(dtype).eps, 2 * FP32_SUMS) * math.hypot(guidance, guidance - 1)
+    if vae_dtype is not None and torch.finfo(vae_dtype).eps > torch.finfo(dtype).eps:
+        error = math.hypot(error, torch.finfo(vae_dtype).eps)
+    return min(50.0, -20 * math.log10(error))
 
 
 def spread(samples: list[float]) -> Spread:

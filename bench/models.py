@@ -79,6 +79,11 @@ def pipeline_of(components: Components, device: torch.device, dtype: torch.dtype
     return Pipeline(components, device, dtype, graphs)
 
 
+def vae_dtype(components: Components) -> torch.dtype:
+    """The dtype in which the autoencoder computes, which is not always the UNet's (`autoencoder_dtype`)."""
+    return next(components.vae.parameters()).dtype
+
+
 def captured_step(unet: UNet, device: torch.device) -> Callable[..., torch.Tensor] | None:
     """`UNet.denoise` as a CUDA graph, with the same arguments; None on a CPU."""
     if device.type != "cuda":
@@ -168,7 +173,8 @@ def peer_pipeline(components: Components) -> Any:
         tokenizers = [transformers.CLIPTokenizer.from_pretrained(folder) for _ in encoders]
     parts: dict[str, Any] = {
         "unet": peer_unet(components),
-        "vae": peer_vae(components),
+        # In the UNet's dtype, as its users load it; where that overflows it widens the autoencoder itself.
+        "vae": peer_vae(components).to(components.unet.conv_in.weight.dtype),
         "scheduler": scheduler,
         "text_encoder": encoders[0],
         "tokenizer": tokenizers[0],

@@ -20,7 +20,7 @@ from bench.options import Options
 from bench.roofline import KINDS, Work, binding
 from fastsd.components import Components
 from fastsd.pipeline import BUNDLED
-from fastsd.runtime.devices import dtype_name
+from fastsd.runtime.devices import autoencoder_dtype, dtype_name
 from fastsd.weights import load_folder
 
 ROUNDS_SHARE = 0.25  # of the remaining time, the largest part that one benchmark may use for its rounds
@@ -82,10 +82,10 @@ class Session:
             device = self.options.device
             if self.options.model is not None or model == "digits":
                 components = load_folder(self.options.model or BUNDLED, dtype, device)
-                if dtype == torch.float16 and components.vae.config.force_upcast:
-                    components.vae.float()  # as `Pipeline.from_pretrained` does
             else:
                 components = random_components(self.family(model), dtype, device)
+            # As `Pipeline.from_pretrained` does.
+            components.vae.to(autoencoder_dtype(dtype, device, components.vae.config.force_upcast))
             self._components = (key, components)
         return self._components[1]
 

@@ -36,7 +36,7 @@ from fastsd.model.controlnet import ControlNet
 from fastsd.model.taesd import TAESD, Autoencoder
 from fastsd.parameters import describe
 from fastsd.runtime import memory
-from fastsd.runtime.devices import dtype_name, resolve_device, resolve_dtype, undisturbed
+from fastsd.runtime.devices import autoencoder_dtype, dtype_name, resolve_device, resolve_dtype, undisturbed
 from fastsd.weights import count_parameters, load_checkpoint, load_preview
 from fastsd.weights.adapters.apply import Adapter, Adapters
 from fastsd.weights.adapters.embeddings import load_embedding
@@ -143,8 +143,7 @@ class Pipeline(Portable, DiffusersNames):
         with about("model"):
             vae_path = own_vae.path if own_vae else None
             components = _load(found, precision, place, vae_path, allow_pickle, prediction, ema)
-        if precision == torch.float16 and components.vae.config.force_upcast:
-            components.vae.float()  # its activations overflow fp16
+        components.vae.to(autoencoder_dtype(precision, place, components.vae.config.force_upcast))
         second = own_refiner = tiny = None
         if refiner is not None:
             with about("refiner"):

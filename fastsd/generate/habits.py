@@ -99,7 +99,7 @@ ATTRIBUTES: dict[str, str] = {
     "disable_vae_tiling": "give the call vae_tiling=False",
     "enable_vae_slicing": "nothing to set: images are decoded one at a time",
     "disable_vae_slicing": "nothing to set: images are decoded one at a time",
-    "upcast_vae": "nothing to set: an autoencoder that overflows in fp16 runs in fp32",
+    "upcast_vae": "nothing to set: an autoencoder that overflows in fp16 runs in bf16, or fp32 where that is missing",
     "load_lora_weights": _LORA,
     "unload_lora_weights": _LORA,
     "fuse_lora": f"nothing to set: adapters are in the weights; {_LORA}",

@@ -36,7 +36,8 @@ def image_tensor(image: Image.Image) -> torch.Tensor:
 class Codec:
     """The autoencoder between images and scaled latents.
 
-    Some checkpoints overflow fp16, whose largest number is 65504. If a single value is not finite, the autoencoder is
+    Some checkpoints overflow fp16, whose largest number is 65504. Those that say so are loaded in another dtype
+    (`autoencoder_dtype`). If a single value is not finite, the autoencoder is
     converted to fp32 and the image computed again; later images run in fp32 at once. `take_notes` reports it once.
     """
 

@@ -15,7 +15,7 @@ from fastsd.generate.interrupt import Interruptible, Run
 from fastsd.generate.latents import Codec
 from fastsd.graph import Graphs
 from fastsd.model.taesd import TAESD
-from fastsd.runtime.devices import resolve_device, resolve_dtype, undisturbed
+from fastsd.runtime.devices import autoencoder_dtype, resolve_device, resolve_dtype, undisturbed
 from fastsd.weights.adapters.apply import Adapters
 
 Self = TypeVar("Self", bound="Portable")
@@ -61,8 +61,8 @@ class Portable(Interruptible):
     def to(self: Self, *arguments: Any, **named: Any) -> Self:
         """Move the networks to a device and a precision, as `torch.nn.Module.to` is called; returns the pipeline.
 
-        Adapters and embeddings stay. As in loading, an autoencoder that overflows in fp16 is kept in fp32. Graphs are
-        captured again.
+        Adapters and embeddings stay. As in loading, an autoencoder that overflows in fp16 gets another dtype. Graphs
+        are captured again.
 
         Raises:
             FastsdError: no such device or dtype; a stream is under way.
@@ -75,10 +75,9 @@ class Portable(Interruptible):
             active = self.adapters.active
             self.adapters.set([])
             for model in (self.components, self.refiner):
-                for _, network in () if model is None else model.networks():
-                    network.to(place, precision)
-            if precision == torch.float16 and self.components.vae.config.force_upcast:
-                self.components.vae.float()
+                for name, network in () if model is None else model.networks():
+                    overflows = name == "vae" and self.components.vae.config.force_upcast
+                    network.to(place, autoencoder_dtype(precision, place, overflows))
             if self._preview is not None:
                 self._preview.to(place, precision)
             self.graphs.forget()

@@ -309,7 +309,15 @@ def _first_pass(
     weight = components.unet.conv_in.weight
     tiled = width * height > TILED_FROM if settings.vae_tiling is None else settings.vae_tiling
     workload = memory.Workload(
-        components.unet.config, config, width, height, settings.batch_size, weight.dtype, tiled, max(parts, 2)
+        components.unet.config,
+        config,
+        width,
+        height,
+        settings.batch_size,
+        weight.dtype,
+        tiled,
+        max(parts, 2),
+        next(components.vae.parameters()).dtype,
     )
     memory.check_workload(workload, weight.device)
     strength = 1.0 if images.image is None else settings.strength

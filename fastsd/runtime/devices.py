@@ -55,16 +55,33 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
         raise FastsdError(f"it should be auto, {', '.join(DTYPES)}", argument="dtype", value=dtype)
     else:
         resolved = DTYPES[dtype]
-    if resolved == torch.bfloat16 and device.type == "cuda" and torch.version.hip is None:
+    if resolved == torch.bfloat16 and device.type == "cuda" and not gpu_has_bf16(device):
         major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            name = torch.cuda.get_device_name(device)
-            raise FastsdError(
-                f"{name} (compute capability {major}.{minor}) has no bf16: use fp16 or fp32",
-                argument="dtype",
-                value="bf16",
-            )
+        raise FastsdError(
+            f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) has no bf16: use fp16 or fp32",
+            argument="dtype",
+            value="bf16",
+        )
     return resolved
+
+
+def autoencoder_dtype(dtype: torch.dtype, device: torch.device, overflows: bool) -> torch.dtype:
+    """The dtype of an autoencoder beside a network in `dtype`.
+
+    One that overflows fp16 (SDXL's) runs in bf16, which has the range of fp32, in half of its memory; without bf16 on
+    this GPU, and on the CPU, in fp32.
+
+    Args:
+        overflows: `force_upcast` of its config.
+    """
+    if dtype != torch.float16 or not overflows:
+        return dtype
+    return torch.bfloat16 if device.type == "cuda" and gpu_has_bf16(device) else torch.float32
+
+
+def gpu_has_bf16(device: torch.device) -> bool:
+    """Whether a CUDA device multiplies bf16 in hardware."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
 
 
 @contextmanager

@@ -75,6 +75,7 @@ class Workload:
     dtype: torch.dtype
     tiled: bool
     parts: int = 2  # samples that the UNet runs for an image
+    vae_dtype: torch.dtype | None = None  # where it is not `dtype`
 
     @property
     def activation_bytes(self) -> int:
@@ -89,7 +90,7 @@ class Workload:
         decoder = 4 * width * height * max(self.vae.block_out_channels[:2])
         tokens = (self.width // self.vae.downscale) * (self.height // self.vae.downscale)
         denoiser = self.parts * self.batch * tokens * self.unet.block_out_channels[0] * 24
-        return (decoder + denoiser) * self.dtype.itemsize
+        return decoder * (self.vae_dtype or self.dtype).itemsize + denoiser * self.dtype.itemsize
 
     def __str__(self) -> str:
         return f"{self.width}x{self.height} in batches of {self.batch}"
@@ -129,7 +130,7 @@ def what_fits(workload: Workload, free: int, verb: str = "would fit") -> str:
     while batch > 1 and replace(workload, batch=batch).activation_bytes > free:
         batch //= 2
     shrunk = shrink(workload, free)
-    half = replace(workload, dtype=torch.float16) if workload.dtype == torch.float32 else workload
+    half = replace(workload, dtype=torch.float16, vae_dtype=None) if workload.dtype == torch.float32 else workload
     offers = []
     if replace(workload, batch=batch).activation_bytes <= free:
         offers.append(f"{{batch_size}} {batch}")

@@ -71,6 +71,12 @@ def test_a_finer_dtype_has_a_stricter_image_limit() -> None:
     assert image_limit(torch.bfloat16, 1.0) > limits[0]
 
 
+def test_a_coarser_decoder_has_its_own_share_of_the_image_limit() -> None:
+    alone, both = image_limit(torch.float16, 7.5), image_limit(torch.float16, 7.5, torch.bfloat16)
+    assert image_limit(torch.bfloat16, 7.5) < both < alone
+    assert image_limit(torch.float16, 7.5, torch.float32) == image_limit(torch.float16, 7.5, torch.float16) == alone
+
+
 def candidates(calls: list[str]) -> list[Candidate]:
     """Two correct ones, the second slower; one with a wrong output, one that raises."""
 

@@ -58,6 +58,16 @@ def test_a_decode_is_captured_once_and_accepts_new_inputs(recorder: TapeRecorder
     assert recorder.recorded == 1
 
 
-def test_the_autoencoder_of_sdxl_is_not_upcast() -> None:
-    """Otherwise diffusers would run it in fp32, and fastsd in 16 bits."""
-    assert not SDXL.vae.force_upcast
+def test_the_autoencoder_of_sdxl_is_the_one_that_overflows() -> None:
+    """Timed as users of the original files get it: in the dtype that a pipeline gives it."""
+    assert SDXL.vae.force_upcast
+
+
+@pytest.mark.heavy
+def test_diffusers_widens_an_autoencoder_that_overflows_itself() -> None:
+    """Its pipeline does so where the autoencoder is in the UNet's fp16: so it gets that, whatever ours computes in."""
+    pytest.importorskip("diffusers")
+    components = models.random_components(TINY, torch.float16, CPU)
+    components.vae.float()
+    assert models.vae_dtype(components) == torch.float32
+    assert models.peer_pipeline(components).vae.dtype == torch.float16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 
 from bench import options, record
 from bench.ceilings import Ceilings
+from bench.families import FAMILIES, TINY
 from bench.measure import Candidate
+from bench.models import vae_dtype
 from bench.options import MIN_BUDGET
 from bench.roofline import Work
 from bench.session import Session
@@ -109,3 +112,13 @@ def test_the_kinds_of_a_step_add_up_to_its_time(session: Session) -> None:
     assert session.add_kinds(labels, {"conv": 0.75, "other": 0.25})
     (row,) = session.results.data["records"]
     assert row["kinds"] == {"conv": 0.15, "other": 0.05} and row["seconds"] == {"median": 0.2}
+
+
+def test_an_autoencoder_that_overflows_is_timed_in_the_dtype_that_a_pipeline_gives_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for overflows, dtype in ((True, torch.float32), (False, torch.float16)):
+        family = replace(TINY, vae=replace(TINY.vae, force_upcast=overflows))
+        monkeypatch.setitem(FAMILIES, "tiny", family)
+        components = session_of(models="tiny").components("tiny", torch.float16)
+        assert vae_dtype(components) == dtype and components.unet.conv_in.weight.dtype == torch.float16

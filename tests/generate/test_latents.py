@@ -5,6 +5,10 @@ Tapes stand in for CUDA graphs, as in tests/test_graph.py.
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -76,23 +80,46 @@ def test_an_encoder_that_overflows_is_widened_too() -> None:
     assert notes == ["the autoencoder overflowed in fp16; it runs in fp32 from now on"]
 
 
+@pytest.mark.parametrize("overflows", [True, False])
+def test_the_dtype_of_the_autoencoder_is_chosen_in_loading(
+    model: Path, tmp_path: Path, overflows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its config says; the retrained autoencoder of SDXL says that it does not overflow."""
+    folder = shutil.copytree(model, tmp_path / "model")
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    (folder / "vae" / "config.json").write_text(json.dumps(config | {"force_upcast": overflows}))
+    played = torch.float32 if overflows else torch.float16
+    pipe = Pipeline.from_pretrained(folder, "cpu", "fp16")
+    assert {p.dtype for p in pipe.components.vae.parameters()} == {played}
+    assert {p.dtype for p in pipe.components.unet.parameters()} == {torch.float16}
+    monkeypatch.setattr("fastsd.pipeline.autoencoder_dtype", lambda *_: torch.bfloat16)  # as on a newer GPU
+    pipe = Pipeline.from_pretrained(folder, "cpu", "fp16")
+    assert next(pipe.components.vae.parameters()).dtype == torch.bfloat16
+    image = pipe("a cat", seed=1, num_inference_steps=1, image=PHOTO, strength=1.0).images[0]
+    assert np.asarray(image).std() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_one_value_that_is_not_finite_is_enough(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_value_that_is_not_finite_is_enough(
+    value: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = tiny_pipeline(dtype=torch.float16)
+    plain.components.vae.to(dtype)
     vae, decode = plain.components.vae, plain.components.vae.decode
     ran = []
 
     def spoilt(z: torch.Tensor) -> torch.Tensor:
         ran.append(z.dtype)
         image = decode(z)
-        if z.dtype == torch.float16:
+        if z.dtype == dtype:
             image[0, 5, 7, 1] = value
         return image
 
     monkeypatch.setattr(vae, "decode", spoilt)
     for _ in range(3):
         assert plain("a cat", seed=1, num_inference_steps=1).images[0].size == (64, 64)
-    assert ran == [torch.float16] + [torch.float32] * 3  # one image is decoded twice, and the weights converted once
+    assert ran == [dtype] + [torch.float32] * 3  # one image is decoded twice, and the weights converted once
 
 
 def test_a_model_that_is_not_finite_is_an_error_and_leaves_the_autoencoder_as_it_is() -> None:

@@ -322,7 +322,7 @@ def test_to_moves_and_returns_the_pipeline(lora: Path) -> None:
             pipe.to(*wrong)
 
 
-def test_to_fp16_keeps_an_autoencoder_that_overflows_in_fp32() -> None:
+def test_to_fp16_keeps_an_autoencoder_that_overflows_in_fp32_on_the_cpu() -> None:
     """`force_upcast` of SDXL's autoencoder."""
     from dataclasses import replace
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastsd.errors import FastsdError
-from fastsd.runtime.devices import resolve_device
+from fastsd.runtime.devices import autoencoder_dtype, resolve_device
 
 
 @pytest.fixture
@@ -22,3 +22,21 @@ def test_cuda_is_the_current_device_for_good() -> None:
     assert resolve_device(torch.device("cuda", 0)) == torch.device("cuda", 0)
     with pytest.raises(FastsdError, match="this machine has 2 CUDA devices"):
         resolve_device("cuda:2")
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "expected"),
+    [((7, 5), None, torch.float32), ((8, 0), None, torch.bfloat16), ((9, 0), None, torch.bfloat16),
+     ((7, 0), "6.2", torch.bfloat16)],
+)  # fmt: skip
+def test_an_autoencoder_that_overflows_fp16_gets_a_range_that_the_gpu_has(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    gpu = torch.device("cuda", 0)
+    assert autoencoder_dtype(torch.float16, gpu, overflows=True) == expected
+    for dtype in (torch.bfloat16, torch.float32):
+        assert autoencoder_dtype(dtype, gpu, overflows=True) == dtype
+    assert autoencoder_dtype(torch.float16, gpu, overflows=False) == torch.float16  # sdxl-vae-fp16-fix says so
+    assert autoencoder_dtype(torch.float16, torch.device("cpu"), overflows=True) == torch.float32

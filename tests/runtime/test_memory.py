@@ -141,6 +141,13 @@ def test_memory_that_ran_out_after_the_check_is_reported_with_what_takes_less(ca
     assert message.endswith("would take less") and caught.value.__cause__ is cause and held[0]() is None
 
 
+def test_a_wider_autoencoder_takes_more() -> None:
+    half = replace(WORKLOAD, dtype=torch.float16)
+    wide, both = replace(half, vae_dtype=torch.float32), replace(half, dtype=torch.float32)
+    assert half.activation_bytes < wide.activation_bytes < both.activation_bytes
+    assert replace(half, vae_dtype=torch.bfloat16).activation_bytes == half.activation_bytes
+
+
 def test_other_errors_pass_the_check_of_memory_as_they_are() -> None:
     with pytest.raises(ValueError, match="of another kind"), memory.fitting(WORKLOAD):
         raise ValueError("of another kind")

@@ -71,7 +71,7 @@ def models() -> Calls:
     for name, settings in ENCODERS.items():
         encoder = built(TextEncoder, settings)
         yield name, lambda encoder=encoder: encoder(empty(1, 77, dtype=torch.int64))
-    for dtype, side in ((torch.float16, 64), (torch.float16, 128), (torch.float32, 128)):
+    for dtype, side in ((torch.float16, 64), (torch.float16, 128), (torch.bfloat16, 128), (torch.float32, 128)):
         vae, like = built(AutoencoderKL, config.SD_VAE, dtype), {"dtype": dtype}
         latent, image = empty(1, side, side, 4, **like), empty(1, 8 * side, 8 * side, 3, **like)
         name = f"VAE {str(dtype)[6:]} {side}x{side}"
