@@ -39,7 +39,8 @@ RANKS = {
     "verify": 8,
     "tune": 8,
     "cli": 9,
-    "__main__": 10,
+    "server": 10,
+    "__main__": 11,
 }
 # Rooms of one rank that may know each other all the same.
 ALLOWED = {

@@ -8,15 +8,17 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 from fastsd.cli import flags
 from fastsd.cli.parser import Parser, one_line
 from fastsd.errors import FastsdError, describe
 from fastsd.parameters import nearest
 
-# A command is the module of that name, in fastsd or, for those in BESIDE, in fastsd.cli. It has add_arguments(parser)
-# and run(args), and is imported when it is called.
+# A command is the module of that name, in fastsd or, for those in BESIDE, in fastsd.cli; or the one that CALLED names.
+# It has add_arguments(parser) and run(args), and is imported when it is called.
 COMMANDS = {
+    "serve": "a web page, and the APIs of A1111 and OpenAI",
     "train": "train a model from a config file",
     "evaluate": "measure how good a model's images are",
     "inspect": "what a model file is: family, prediction, keys, hashes",
@@ -25,6 +27,7 @@ COMMANDS = {
     "tune": "measure launches on this GPU and use the best",
 }
 BESIDE = ("inspect", "convert")
+CALLED = {"serve": "server"}  # modules of another name
 BAD_INPUT, INTERRUPTED = 2, 130
 
 
@@ -72,10 +75,16 @@ def _run(words: list[str]) -> int:
         raise FastsdError(
             f'{words[0]!r} is no command{nearest(words[0], COMMANDS)}; to generate an image: fastsd --prompt "..."'
         )
-    command = importlib.import_module(f"fastsd.{'cli.' if words[0] in BESIDE else ''}{words[0]}")
+    command = command_module(words[0])
     parser = Parser(prog=f"fastsd {words[0]}", description=COMMANDS[words[0]])
     command.add_arguments(parser)
     return command.run(parser.parse(words[1:])) or 0
+
+
+def command_module(name: str) -> Any:
+    """The module of a command."""
+    module = CALLED.get(name, name)
+    return importlib.import_module(f"fastsd.{'cli.' if module in BESIDE else ''}{module}")
 
 
 def _complain(message: str) -> int:

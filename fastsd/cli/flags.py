@@ -91,7 +91,6 @@ EXAMPLES = """\
 examples:
   fastsd --prompt "a handwritten eight"
   fastsd -p "a lighthouse" -m sd15 --sampler dpm++2m --schedule karras --seed 7
-  fastsd -p "a lighthouse" -m stable-diffusion-v1-5/stable-diffusion-v1-5
   fastsd -p "a lighthouse" -n "fog" -m sd15 --count 4 -o lighthouse.png
   fastsd -p "in winter" -m sd15 --image lighthouse-0.png --strength 0.6
   fastsd -p "a [sketch:photo:0.3] of a (red:1.2) door" -m sd15

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import shlex
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import fastsd
-from fastsd.cli import BESIDE, COMMANDS, flags
+from fastsd.cli import COMMANDS, command_module, flags
 from fastsd.cli.parser import Parser
 from fastsd.weights import save_folder
 from tests.support import original, tiny
@@ -51,7 +50,7 @@ def read(line: str) -> None:
     if words[0].startswith("-"):
         flags.parse(flags.make_parser(COMMANDS), words)
         return
-    command = importlib.import_module(f"fastsd.{'cli.' if words[0] in BESIDE else ''}{words[0]}")
+    command = command_module(words[0])
     parser = Parser(prog=words[0])
     command.add_arguments(parser)
     parser.parse(words[1:])
@@ -71,11 +70,11 @@ def test_every_flag_that_a_page_names_exists() -> None:
     """In the pages on using fastsd; the others name flags of other programs too."""
     known = {flag for row in flags.known() for flag in row.flags} | {"--help", "--help-all"}
     for command in COMMANDS:
-        module = importlib.import_module(f"fastsd.{'cli.' if command in BESIDE else ''}{command}")
+        module = command_module(command)
         parser = Parser(prog=command)
         module.add_arguments(parser)
         known |= {flag for action in parser._actions for flag in action.option_strings}
-    for page in ("prompts", "checkpoints", "control", "editing", "samplers", "verify"):
+    for page in ("prompts", "checkpoints", "control", "editing", "samplers", "verify", "server"):
         text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
         for flag in re.findall(r"`(--[a-z][a-z0-9-]*)", text):
             assert flag in known, f"{page}.md: {flag}"

@@ -1,0 +1,165 @@
+"""The application: routes around one queue."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+
+from fastsd import __version__
+from fastsd.errors import FastsdError, describe
+from fastsd.server.catalogue import Catalogue, Listed
+from fastsd.server.guard import Guard, error_body
+from fastsd.server.jobs import Cancelled, Finished, Job, JobError, Order, QueueFull, ShuttingDown
+from fastsd.server.metrics import Metrics
+from fastsd.server.queue import GenerationQueue
+from fastsd.server.settings import ServerSettings
+from fastsd.server.worker import WorkerEngine
+
+LOG = logging.getLogger("fastsd.server")
+CLIENT_LEFT = 499  # nobody reads this answer; the log does
+
+
+class State:
+    """What the routes share.
+
+    Attributes:
+        current: the model of requests that name none.
+    """
+
+    def __init__(self, settings: ServerSettings, make_engine: Callable[[Any], WorkerEngine], engine_settings: Any):
+        self.settings = settings
+        self.metrics = Metrics()
+        self.catalogue = Catalogue(settings)
+        self.current = self.catalogue.models[0]
+        self.queue = GenerationQueue(make_engine, engine_settings, settings.queue, settings.max_batch, self.metrics)
+
+    async def switch(self, model: Listed) -> None:
+        """Load a model and make it the one of requests that name none; requests go on meanwhile.
+
+        Raises:
+            FastsdError, JobError: it cannot be loaded; all is as it was.
+        """
+        choice = self.catalogue.choice(model)
+        await self.queue.load(choice)
+        self.current, self.queue.model = model, choice
+
+    async def generate(self, request: Request, order: Order, number: str | None = None) -> Finished:
+        """An order's images. If its client leaves meanwhile, it is cancelled.
+
+        Raises:
+            FastsdError, JobError: it gives none.
+        """
+        return await self.wait(request, self.queue.submit(order, number))
+
+    async def wait(self, request: Request, job: Job) -> Finished:
+        """A job's images; raises as `generate`."""
+        request.state.log = {"job": job.id, "images": job.order.count}
+        if self.settings.log_prompts:
+            request.state.log["prompt"] = job.order.arguments.get("prompt")
+        gone = asyncio.create_task(until_gone(request))
+        both: set[asyncio.Future[Any]] = {job.result, gone}
+        try:
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            if not job.result.done():
+                raise Cancelled("the client left")
+            return job.result.result()
+        finally:
+            gone.cancel()
+            self.queue.cancel(job)
+
+
+async def until_gone(request: Request) -> None:
+    """Returns when the client has closed its connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def make_app(settings: ServerSettings, make_engine: Callable[[Any], WorkerEngine], engine_settings: Any) -> FastAPI:
+    """The application of one server.
+
+    Args:
+        make_engine, engine_settings: of the worker, see `fastsd.server.worker.main`.
+    """
+    state = State(settings, make_engine, engine_settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await state.queue.start(state.catalogue.choice(state.current))
+        hashing = asyncio.create_task(state.catalogue.hash_files())
+        yield
+        hashing.cancel()
+        await state.queue.stop()
+
+    app = FastAPI(title="fastsd", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.shared = state
+    app.add_middleware(Guard, settings=settings, metrics=state.metrics)  # type: ignore[arg-type]
+    _add_basics(app, state)
+    _add_errors(app)
+    return app
+
+
+def _add_basics(app: FastAPI, state: State) -> None:
+    @app.get("/health", tags=["server"])
+    async def health() -> dict[str, str]:
+        """The server answers."""
+        return {"status": "ok"}
+
+    @app.get("/ready", tags=["server"])
+    async def ready() -> JSONResponse:
+        """A model is loaded and requests are taken; otherwise 503."""
+        is_ready = state.queue.ready and not state.queue.draining
+        loading = state.queue.loading
+        body = {"ready": is_ready, "model": state.current.name, "loading": loading.name if loading else None}
+        return JSONResponse(body, 200 if is_ready else 503)
+
+    @app.get("/metrics", tags=["server"])
+    async def metrics() -> Response:
+        """In Prometheus' text format."""
+        return PlainTextResponse(state.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+def _add_errors(app: FastAPI) -> None:
+    """One JSON error for each kind of exception, in the dialect of the API that was called."""
+
+    def answer(request: Request, status: int, message: str, field: str | None = None, **headers: str) -> JSONResponse:
+        return JSONResponse(error_body(request.url.path, status, message, field), status, headers=headers or None)
+
+    @app.exception_handler(FastsdError)
+    async def bad_input(request: Request, error: FastsdError) -> JSONResponse:
+        names = getattr(request.state, "names", {})
+        field = names.get(error.argument or "", error.argument)
+        return answer(request, 422, describe(error, lambda name: names.get(name, name)), field)
+
+    @app.exception_handler(RequestValidationError)
+    async def bad_body(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+        field = ".".join(where[:1]) or None
+        given = "" if isinstance(first.get("input"), dict | list) else f" is {str(first.get('input'))[:60]!r}"
+        reason = first["msg"][:1].lower() + first["msg"][1:]
+        return answer(request, 422, f"{'.'.join(where) or 'the body'}{given}; {reason}", field)
+
+    @app.exception_handler(JobError)
+    async def no_images(request: Request, error: JobError) -> JSONResponse:
+        if isinstance(error, QueueFull):
+            return answer(request, 429, str(error), **{"Retry-After": str(error.seconds)})
+        if isinstance(error, ShuttingDown):
+            return answer(request, 503, str(error), **{"Retry-After": "30"})
+        return answer(request, CLIENT_LEFT if isinstance(error, Cancelled) else 500, str(error))
+
+    @app.exception_handler(HTTPException)
+    async def by_status(request: Request, error: HTTPException) -> JSONResponse:
+        return answer(request, error.status_code, str(error.detail), **dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def mistake(request: Request, error: Exception) -> JSONResponse:
+        LOG.error("mistake in the server", exc_info=error, extra={"path": request.url.path})
+        return answer(request, 500, "a mistake in the server; its log says more")

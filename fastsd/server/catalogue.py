@@ -1,0 +1,162 @@
+"""What clients choose from: checkpoints, LoRAs, embeddings and ControlNets in the folders of the flags.
+
+A request names what is listed here; a name is looked up in the list and never becomes a path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastsd.errors import FastsdError
+from fastsd.parameters import nearest
+from fastsd.server.jobs import ModelChoice
+from fastsd.server.settings import ServerSettings
+from fastsd.weights.hashes import known_sha256, remember_sha256
+
+SUFFIX = ".safetensors"
+DIGITS = "digits"
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A file or folder that may be chosen.
+
+    Attributes:
+        name: its path in its folder without the ending: "sd15", "anime/sd15".
+        path: None: the bundled model.
+        sha256: of a file, where it is known by now.
+    """
+
+    name: str
+    path: Path | None
+    sha256: str | None = None
+
+    @property
+    def file_name(self) -> str:
+        """With its ending."""
+        return self.name if self.path is None or self.path.is_dir() else f"{self.name}{self.path.suffix}"
+
+    @property
+    def title(self) -> str:
+        """As A1111 shows a model."""
+        return f"{self.file_name} [{self.sha256[:10]}]" if self.sha256 else self.file_name
+
+    @property
+    def spellings(self) -> set[str]:
+        """Every way to name it."""
+        found = {self.name, self.file_name, self.title, self.name.rpartition("/")[2], self.file_name.rpartition("/")[2]}
+        return found | ({self.sha256, self.sha256[:10]} if self.sha256 else set())
+
+
+class Catalogue:
+    """The lists of one server.
+
+    Attributes:
+        models, controlnets, loras, embeddings: as of the last `refresh`.
+    """
+
+    def __init__(self, settings: ServerSettings):
+        self.settings = settings
+        self._hashes: dict[Path, str] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look into the folders again."""
+        own = self.settings
+        self.models = self._first() + [
+            one for one in self._files(own.models_dir, folders="model_index.json") if one.path != self._first()[0].path
+        ]
+        self.controlnets = self._files(own.controlnet_dir, folders="config.json")
+        self.loras = self._files(own.lora_dir)
+        self.embeddings = self._files(own.embedding_dir)
+
+    def _first(self) -> list[Listed]:
+        """The model that the server starts with."""
+        given = self.settings.model
+        if given is None or given == DIGITS:
+            return [Listed(DIGITS, None)]
+        path = Path(given)
+        if self.settings.models_dir and path.exists():
+            with contextlib.suppress(ValueError):
+                inside = path.resolve().relative_to(Path(self.settings.models_dir).resolve())
+                name = inside.as_posix() if path.is_dir() else inside.with_suffix("").as_posix()
+                return [Listed(name, path, self._sha256(path))]
+        name = path.stem if path.is_file() else path.name or given
+        return [Listed(name, path, self._sha256(path) if path.is_file() else None)]
+
+    def _files(self, folder: str | None, folders: str | None = None) -> list[Listed]:
+        """The files of a folder, at any depth, and the folders that hold a file of this name."""
+        if folder is None:
+            return []
+        found, root, inside = [], Path(folder), set[Path]()
+        for path in sorted(root.rglob(folders)) if folders else ():
+            if path.parent != root:
+                inside.add(path.parent)
+                found.append(Listed(path.parent.relative_to(root).as_posix(), path.parent))
+        for path in sorted(root.rglob(f"*{SUFFIX}")):
+            if path.is_file() and not inside & set(path.parents):
+                found.append(Listed(path.relative_to(root).with_suffix("").as_posix(), path, self._sha256(path)))
+        return found
+
+    def _sha256(self, path: Path) -> str | None:
+        return self._hashes.get(path) or (known_sha256(path) if path.is_file() else None)
+
+    def find_model(self, name: str, argument: str = "model") -> Listed:
+        """The model that a client names.
+
+        Raises:
+            FastsdError: there is none, or several have the name.
+        """
+        return _find(self.models, name, argument, "model")
+
+    def find_controlnet(self, name: str) -> Listed:
+        """The ControlNet that a client names; raises as `find_model`."""
+        return _find(self.controlnets, name, "model", "ControlNet")
+
+    def choice(self, model: Listed, refiner: Listed | None = None) -> ModelChoice:
+        """What the worker is told to load."""
+        second = None if refiner is None else str(refiner.path)
+        return ModelChoice(model.name, None if model.path is None else str(model.path), second)
+
+    async def hash_files(self) -> None:
+        """Read the models whose hashes are not known, one by one, in the background; each takes seconds."""
+        for listed in (*self.models, *self.loras):
+            if listed.path is not None and listed.path.is_file() and listed.sha256 is None:
+                with contextlib.suppress(OSError):
+                    self._hashes[listed.path] = await asyncio.to_thread(_hash, listed.path)
+        self.refresh()
+
+
+def _find(listed: list[Listed], name: str, argument: str, kind: str) -> Listed:
+    found = [one for one in listed if name in one.spellings] or [
+        one for one in listed if name.lower() in {spelling.lower() for spelling in one.spellings}
+    ]
+    exact = [one for one in found if name in (one.name, one.file_name, one.title)]
+    if len(found) == 1 or len(exact) == 1:
+        return (exact or found)[0]
+    if found:
+        raise FastsdError(
+            f"several are called so: {', '.join(one.name for one in found[:5])}", argument=argument, value=name
+        )
+    names = [one.name for one in listed]
+    hint = nearest(name, names) or (f"; there are {', '.join(names[:8])}" if names else "; there is none here")
+    raise FastsdError(f"no such {kind} is listed{hint}", argument=argument, value=name)
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in _blocks(file):
+            digest.update(block)
+    remember_sha256(path, digest.hexdigest())
+    return digest.hexdigest()
+
+
+def _blocks(file: object) -> Iterator[bytes]:
+    while block := file.read(2**20):  # type: ignore[attr-defined]
+        yield block

@@ -1,0 +1,197 @@
+"""Pipelines in the worker process: loaded by choice, a few kept, run for the orders of a batch."""
+
+from __future__ import annotations
+
+import gc
+from argparse import Namespace
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastsd import __version__
+from fastsd.cli import embeddings, loras
+from fastsd.cli.models import fingerprint
+from fastsd.cuda.capture import ran_out_of_memory
+from fastsd.errors import about
+from fastsd.generate.control import Control
+from fastsd.model.controlnet import ControlNet
+from fastsd.pipeline import BUNDLED, Pipeline, Result
+from fastsd.runtime import memory
+from fastsd.server.jobs import Finished, ModelChoice, Order
+from fastsd.server.worker import EngineSettings, Watch
+from fastsd.weights import count_parameters
+from fastsd.weights.hashes import known_sha256
+
+ROOM = 1.25  # times a model's weights should be free before it is loaded beside others
+
+
+@dataclass
+class _LoadedModel:
+    """A pipeline, what files say of its model, and the ControlNets that were loaded for it, by their paths."""
+
+    pipe: Pipeline
+    facts: dict[str, Any]
+    controlnets: dict[str, ControlNet] = field(default_factory=dict)
+
+
+class PipelineEngine:
+    """The engine of `fastsd.server.worker.main`."""
+
+    def __init__(self, settings: EngineSettings):
+        self.settings = settings
+        self._loaded: OrderedDict[ModelChoice, _LoadedModel] = OrderedDict()  # the least recently used first
+
+    def load(self, model: ModelChoice) -> None:
+        """Have a model in memory, and forget the least recently used ones where there are too many."""
+        self._get(model)
+
+    def unload(self) -> None:
+        """Forget all models."""
+        while self._loaded:
+            self._drop_one()
+
+    def state(self) -> tuple[dict[str, int], tuple[str, ...]]:
+        """Bytes of memory, and the names of the loaded models."""
+        found: dict[str, int] = {}
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            free, total = torch.cuda.mem_get_info()
+            found = {"free": free, "total": total, "allocated": torch.cuda.memory_allocated()}
+            found["reserved"] = torch.cuda.memory_reserved()
+        return found, tuple(model.name for model in self._loaded)
+
+    def ran_out_of_memory(self, error: Exception) -> bool:
+        """Whether an error says that memory ran out."""
+        return ran_out_of_memory(error)
+
+    def run(self, orders: tuple[Order, ...], size: int, watch: Watch) -> list[Finished]:
+        """The images of each order."""
+        first, notes = orders[0], list[str]()
+        loaded = self._get(first.model)
+        pipe = loaded.pipe
+        used = self._load_named(pipe, orders, notes)
+        facts = [loaded.facts | own | order.facts for order, own in zip(orders, used, strict=True)]
+        arguments = _arguments(orders, size)
+        if self.settings.tiling is not None:
+            arguments["vae_tiling"] = self.settings.tiling
+        if first.controls:
+            arguments["controls"] = [self._control(loaded, k, first) for k in range(len(first.controls))]
+            described = [{"name": choice.name, "edges": False, **choice.parts} for choice in first.controls]
+            facts = [one | {"controls": described} for one in facts]
+        result = None
+        stream = pipe.stream(**arguments)
+        for step in stream:
+            result = step.result
+            if watch.step(step.index, step.total, step.preview) and result is None:
+                if watch.stopped:
+                    stream.close()  # type: ignore[attr-defined]
+                    return []
+                pipe._interrupt = True
+        assert result is not None  # the last step has it
+        result.notes[:0] = notes
+        return list(_split(orders, facts, result))
+
+    def _get(self, model: ModelChoice) -> _LoadedModel:
+        if model in self._loaded:
+            self._loaded.move_to_end(model)
+            return self._loaded[model]
+        self._make_room(model)
+        options = dict(self.settings.options)
+        if model.refiner is not None:
+            options["refiner"] = model.refiner
+        with about("model"):
+            pipe = Pipeline.from_pretrained(model.path, **options)
+        self._loaded[model] = _LoadedModel(pipe, _facts(model, pipe))
+        return self._loaded[model]
+
+    def _make_room(self, model: ModelChoice) -> None:
+        """Drop models until `keep` - 1 are left and the new one fits, as far as its files tell."""
+        while len(self._loaded) >= self.settings.keep:
+            self._drop_one()
+        if not self._loaded:
+            return
+        other = next(iter(self._loaded.values())).pipe
+        path = Path(model.path or BUNDLED)
+        needed = count_parameters(path, other.dtype) * other.dtype.itemsize if path.exists() else 0
+        while self._loaded and (memory.available(other.device) or needed * ROOM) < needed * ROOM:
+            self._drop_one()
+
+    def _drop_one(self) -> None:
+        _, dropped = self._loaded.popitem(last=False)
+        dropped.pipe.graphs.forget()
+        del dropped
+        gc.collect()
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    def _load_named(self, pipe: Pipeline, orders: tuple[Order, ...], notes: list[str]) -> list[dict[str, Any]]:
+        """Load the LoRAs and embeddings that the prompts name; what the files of each order say of them."""
+        used, adapters = list[dict[str, Any]](), list[dict[str, Any]]()
+        common = {"allow_pickle": False, "from_image": None, "lora": None, "embedding": None, "allow_partial": False}
+        folders = {"lora_dir": self.settings.lora_dir, "embedding_dir": self.settings.embedding_dir}
+        for k, order in enumerate(orders):
+            texts = {name: order.arguments.get(name) or "" for name in ("prompt", "negative_prompt")}
+            args = Namespace(**texts, **common, **folders, prompt_syntax=order.arguments.get("prompt_syntax"))
+            found = embeddings.load(pipe, args, {}, notes)
+            if k == 0 and (order.loras or pipe.adapters.active):  # the same in all orders of a batch
+                adapters = loras.load(pipe, args, {}, notes)
+            used.append({"embeddings": found or None, "loras": adapters if order.loras else None})
+        return used
+
+    def _control(self, loaded: _LoadedModel, k: int, order: Order) -> Control:
+        choice = order.controls[k]
+        if choice.path not in loaded.controlnets:
+            with about(f"controls[{k}].net"):
+                loaded.controlnets[choice.path] = loaded.pipe.load_controlnet(choice.path)
+        return Control(loaded.controlnets[choice.path], choice.image, **choice.parts)
+
+
+def _arguments(orders: tuple[Order, ...], size: int) -> dict[str, Any]:
+    """The arguments of one call for all orders: a prompt, a negative prompt and a generator for each image."""
+    first = orders[0].arguments
+    if len(orders) == 1:
+        return first | {"batch_size": min(size, first.get("batch_size") or size)}
+    shared = {name: value for name, value in first.items() if name not in ("seed", "num_images_per_prompt")}
+    images = [(order.arguments, k) for order in orders for k in range(order.count)]
+    return shared | {
+        "prompt": [own["prompt"] for own, _ in images],
+        "negative_prompt": [own.get("negative_prompt") or "" for own, _ in images],
+        "generator": [torch.Generator("cpu").manual_seed(own["seed"] + k) for own, k in images],
+        "batch_size": size,
+    }
+
+
+def _split(orders: tuple[Order, ...], facts: list[dict[str, Any]], result: Result) -> Iterator[Finished]:
+    """The images of each order, with the settings of each; an interrupted call has fewer."""
+    start = 0
+    for order, own in zip(orders, facts, strict=True):
+        images = result.images[start : start + order.count]
+        texts = {name: order.arguments.get(name) or "" for name in ("prompt", "negative_prompt")}
+        shared = {**result.parameters, **own, **texts, "batch_size": min(order.count, len(result.images))}
+        settings = [shared | each for each in result.own[start : start + order.count]]
+        yield Finished(images, settings, list(result.notes), dict(result.timings))
+        start += order.count
+
+
+def _facts(model: ModelChoice, pipe: Pipeline) -> dict[str, Any]:
+    """What files say of a model: its name, not where it lies on this machine; what tells it apart from others."""
+    assert pipe.source is not None  # every model is loaded from somewhere
+    found: dict[str, Any] = {
+        "model": model.name,
+        "model_path": "digits" if model.path is None else model.name,
+        "model_fingerprint": fingerprint(pipe.source.path),
+        "model_hash": _hash(pipe.source.path),
+        "version": __version__,
+    }
+    for name, place in (("vae", pipe.vae_source), ("refiner", pipe.refiner_source)):
+        if place is not None:
+            found[name] = {"name": place.path.name, "fingerprint": fingerprint(place.path), "hash": _hash(place.path)}
+    return found
+
+
+def _hash(path: Path) -> str | None:
+    digits = known_sha256(path) if path.is_file() else None
+    return None if digits is None else digits[:10]

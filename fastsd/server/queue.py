@@ -1,0 +1,365 @@
+"""The queue: bounded, in order, with jobs of one shape run together, and an answer for each job, exactly one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastsd.errors import FastsdError
+from fastsd.server.jobs import (
+    BatchDone,
+    BatchFailed,
+    Begun,
+    Cancelled,
+    Job,
+    JobError,
+    LoadModel,
+    ModelChoice,
+    Order,
+    QueueFull,
+    RunBatch,
+    ShuttingDown,
+    Started,
+    StepDone,
+    StopBatch,
+    Unload,
+    WantPreview,
+    WorkerFailed,
+)
+from fastsd.server.metrics import Metrics
+from fastsd.server.supervisor import Supervisor
+from fastsd.server.worker import WorkerEngine
+
+GATHER = 0.003  # seconds that a job waits for others of its shape
+LOG = logging.getLogger("fastsd.server")
+
+
+@dataclass(eq=False)
+class _Running:
+    """What the worker does now: jobs, or loading a model."""
+
+    number: int
+    jobs: list[Job]
+    answered: asyncio.Future[BatchDone | None]
+    model: ModelChoice | None = None
+    begun: bool = False
+    started: float = field(default_factory=time.monotonic)
+
+
+class GenerationQueue:
+    """Jobs wait here for the one worker.
+
+    Args:
+        make_engine, settings: of the worker, see `fastsd.server.worker.main`.
+        size: how many jobs may wait.
+        max_batch: how many images run together.
+
+    Attributes:
+        loaded: the names of the models that the worker has in memory.
+        loading: the model that it loads now, or None.
+        ready: the worker has loaded a model.
+        model: what a new worker loads at once; None: nothing.
+        first_load: ends when the first worker has loaded it, or could not.
+    """
+
+    def __init__(
+        self,
+        make_engine: Callable[[Any], WorkerEngine],
+        settings: Any,
+        size: int = 32,
+        max_batch: int = 8,
+        metrics: Metrics | None = None,
+    ):
+        self.size, self.max_batch = size, max_batch
+        self.metrics = Metrics() if metrics is None else metrics
+        self.supervisor = Supervisor(make_engine, settings, self._deliver, self._died)
+        self.loaded: tuple[str, ...] = ()
+        self.ready = False
+        self.draining = False
+        self._waiting: list[Job] = []
+        self._loads: list[tuple[ModelChoice, asyncio.Future[None]]] = []
+        self._running: _Running | None = None
+        self._wake = asyncio.Event()
+        self._numbers = itertools.count(1)
+        self._task: asyncio.Task[None] | None = None
+        self._seconds = 1.0  # of a job, on average
+
+    # What the rest of the server calls.
+
+    async def start(self, first: ModelChoice | None = None) -> None:
+        """Start the worker and the loop; `first` is loaded at once."""
+        self.model = first
+        self.first_load: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.supervisor.start()
+        self._task = asyncio.create_task(self._work())
+
+    def submit(self, order: Order, number: str | None = None) -> Job:
+        """A new job at the end of the queue.
+
+        Args:
+            number: its id; None: an unguessable one.
+
+        Raises:
+            QueueFull, ShuttingDown: it was not taken.
+        """
+        self.check_room()
+        job = Job(order) if number is None else Job(order, number)
+        self._waiting.append(job)
+        self._changed()
+        return job
+
+    def check_room(self) -> None:
+        """Raises as `submit` would now."""
+        if self.draining:
+            raise ShuttingDown("the server is shutting down")
+        if len(self._waiting) >= self.size:
+            self.metrics.refused.inc()
+            raise QueueFull(max(math.ceil(self._seconds * len(self._waiting)), 1))
+
+    def cancel(self, job: Job) -> None:
+        """The job's client left: it gives its place free at once, and the worker stops if no other job shares its
+        batch."""
+        if job.state == "done":
+            return
+        job.finish(Cancelled("cancelled"))
+        if job in self._waiting:
+            self._waiting.remove(job)
+        running = self._running
+        if running is not None and job in running.jobs and all(one.state == "done" for one in running.jobs):
+            self._tell(StopBatch(running.number, keep=False))
+        self._changed()
+
+    def interrupt(self, api: str) -> bool:
+        """End the running batch after its step, its images as they are then, if it came through this API."""
+        running = self._running
+        if running is None or not running.jobs or running.jobs[0].order.api != api:
+            return False
+        for job in running.jobs:
+            job.interrupted = True
+        self._tell(StopBatch(running.number, keep=True))
+        return True
+
+    def want_preview(self, job: Job) -> None:
+        """Ask for a preview of the batch that the job is in."""
+        if self._running is not None and job in self._running.jobs:
+            self._tell(WantPreview(self._running.number))
+
+    async def load(self, model: ModelChoice) -> None:
+        """Load a model when the running batch has ended; returns when it is loaded.
+
+        Raises:
+            FastsdError, JobError: it cannot be loaded.
+        """
+        if self.draining:
+            raise ShuttingDown("the server is shutting down")
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._loads.append((model, done))
+        self._wake.set()
+        await done
+
+    async def unload(self) -> None:
+        """Free the memory of all models, if none is in use."""
+        if self._running is None:
+            await self.supervisor.send(Unload())
+            self.loaded = ()
+
+    @property
+    def waiting(self) -> tuple[Job, ...]:
+        """In the order in which they run."""
+        return tuple(self._waiting)
+
+    @property
+    def running(self) -> tuple[Job, ...]:
+        """The jobs at the worker that still have a client."""
+        return tuple(job for job in (self._running.jobs if self._running else ()) if job.state != "done")
+
+    @property
+    def loading(self) -> ModelChoice | None:
+        """The model that is being loaded, or waits for that."""
+        if self._running is not None and self._running.model is not None:
+            return self._running.model
+        return self._loads[0][0] if self._loads else None
+
+    async def drain(self, seconds: float) -> None:
+        """Stop: jobs that wait get `ShuttingDown`; what runs may end within these seconds."""
+        self.draining = True
+        for job in self._waiting:
+            job.finish(ShuttingDown("the server is shutting down"))
+        self._waiting.clear()
+        for _, done in self._loads:
+            _refuse(done, ShuttingDown("the server is shutting down"))
+        self._loads.clear()
+        self._changed()
+        deadline = time.monotonic() + seconds
+        while self._running is not None and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        if self._running is not None:
+            self._end_running(ShuttingDown(f"the server is shutting down; {seconds:g} s were not enough"))
+
+    async def stop(self) -> None:
+        """End the loop and the worker."""
+        self.draining = True
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        for job in (*self._waiting, *self.running):
+            job.finish(ShuttingDown("the server is shutting down"))
+        await self.supervisor.stop()
+
+    # The loop.
+
+    async def _work(self) -> None:
+        """One batch after the other."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self.supervisor.started and self._running is None and (self._loads or self._waiting):
+                if self._loads:
+                    await self._run_load(*self._loads.pop(0))
+                    continue
+                await asyncio.sleep(GATHER if self._has_room() else 0)
+                if jobs := self._take_batch():
+                    await self._run_jobs(jobs)
+
+    def _has_room(self) -> bool:
+        """Whether the next batch could take more jobs."""
+        first = self._waiting[0].order
+        return first.key is not None and first.count < self.max_batch
+
+    def _take_batch(self) -> list[Job]:
+        """The first job, and those further back that fit into its batch."""
+        taken: list[Job] = []
+        images, key = 0, None
+        for job in self._waiting:
+            fits = key is not None and job.order.key == key and images + job.order.count <= self.max_batch
+            if not taken or fits:
+                taken.append(job)
+                images += job.order.count
+                key = job.order.key
+        self._waiting = [job for job in self._waiting if job not in taken]
+        return taken
+
+    async def _run_jobs(self, jobs: list[Job]) -> None:
+        running = self._begin(jobs)
+        for job in jobs:
+            job.state, job.started, job.index, job.total = "running", running.started, 0, 0
+            job.changed.set()
+        self._changed()
+        if not await self.supervisor.send(RunBatch(running.number, tuple(job.order for job in jobs), self.max_batch)):
+            self._give_back(running)
+        answer = await running.answered
+        spent = time.monotonic() - running.started
+        self._seconds += 0.2 * (spent / len(jobs) - self._seconds)
+        self._running = None
+        if answer is None:
+            return
+        self._note(answer)
+        for job, outcome in zip(running.jobs, answer.outcomes, strict=False):
+            self.metrics.count(outcome)
+            job.finish(outcome)
+        for job in running.jobs:  # a batch that was stopped just when another job of it was cancelled has none
+            job.finish(Cancelled("cancelled"))
+        self._changed()
+
+    async def _run_load(self, model: ModelChoice, done: asyncio.Future[None]) -> None:
+        running = self._begin([], model)
+        if not await self.supervisor.send(LoadModel(running.number, model)):
+            self._end_running(WorkerFailed("the worker process has just died; a new one starts"))
+        try:
+            answer = await running.answered
+            if answer is None:
+                raise WorkerFailed("the worker process died while it loaded the model; a new one starts")
+            self._note(answer)
+            if not done.done():
+                done.set_result(None)
+        except (FastsdError, JobError) as error:
+            _refuse(done, error)
+        finally:
+            self._running = None
+            self._changed()
+
+    def _begin(self, jobs: list[Job], model: ModelChoice | None = None) -> _Running:
+        answered: asyncio.Future[BatchDone | None] = asyncio.get_running_loop().create_future()
+        self._running = _Running(next(self._numbers), jobs, answered, model)
+        return self._running
+
+    def _note(self, answer: BatchDone) -> None:
+        self.ready, self.loaded = True, answer.loaded
+        self.metrics.set_memory(answer.memory)
+
+    # What the worker says.
+
+    def _deliver(self, message: Any) -> None:
+        if isinstance(message, Started):
+            if self.model is not None:
+                again: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                self._loads.insert(0, (self.model, again if self.first_load.done() else self.first_load))
+            self._wake.set()
+            return
+        running = self._running
+        if running is None or running.number != message.batch:
+            return
+        if isinstance(message, Begun):
+            running.begun = True
+        elif isinstance(message, StepDone):
+            self.metrics.steps.inc()
+            for job in running.jobs:
+                job.index, job.total = message.index, message.total
+                if message.preview is not None:
+                    job.preview, job.previews = message.preview, job.previews + 1
+                job.changed.set()
+        elif isinstance(message, BatchDone):
+            if not running.answered.done():
+                running.answered.set_result(message)
+        elif isinstance(message, BatchFailed):
+            self._end_running(WorkerFailed(message.reason) if message.error is None else message.error)
+
+    def _died(self, reason: str) -> None:
+        self.ready, self.loaded = False, ()
+        self.metrics.restarts.inc()
+        running = self._running
+        if running is not None and not running.begun and running.model is None and not self.draining:
+            self._give_back(running)
+        self._end_running(WorkerFailed(f"{reason}; a new one starts, and the other requests go on"))
+
+    def _give_back(self, running: _Running) -> None:
+        """Put the jobs of a batch that no worker began to the front again."""
+        self._waiting[:0] = [job for job in running.jobs if job.state != "done"]
+        for job in self._waiting:
+            job.state = "waiting"
+        running.jobs = []
+        if not running.answered.done():
+            running.answered.set_result(None)
+
+    def _end_running(self, error: FastsdError | JobError) -> None:
+        """Answer everything that runs with an error."""
+        running = self._running
+        if running is None or running.answered.done():
+            return
+        for job in running.jobs:
+            job.finish(error)
+        if running.model is not None:
+            running.answered.set_exception(error)
+        else:
+            running.answered.set_result(None)
+
+    def _tell(self, message: Any) -> None:
+        asyncio.get_running_loop().create_task(self.supervisor.send(message))
+
+    def _changed(self) -> None:
+        self.metrics.set_queue(len(self._waiting), len(self.running))
+        self._wake.set()
+
+
+def _refuse(done: asyncio.Future[None], error: Exception) -> None:
+    if not done.done():
+        done.set_exception(error)
+        done.exception()  # nobody may wait for it

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastsd.errors import FastsdError
+from fastsd.image.metadata import read_texts, write_texts
+from fastsd.pipeline import Pipeline
+from fastsd.server.engine import PipelineEngine
+from fastsd.server.jobs import Finished, ModelChoice, Order
+from fastsd.server.worker import EngineSettings, Watch
+
+OPTIONS = {"dtype": "fp32", "device": "cpu"}
+# 32 bits a number, summed in another order where several images run together: the last bits differ, so that a value
+# halfway between two levels of 255 may round to either.
+ONE_LEVEL = 1
+
+
+class Quiet(Watch):
+    """A watch without a server: it counts steps, and stops or ends after one of them."""
+
+    def __init__(self, stop_after: int = 0, end_after: int = 0):
+        self.stop_after, self.end_after, self.steps = stop_after, end_after, 0
+        self.stopped = self.ended = False
+
+    def step(self, index: int, total: int, preview: Any) -> bool:
+        self.steps += 1
+        self.stopped, self.ended = self.steps == self.stop_after, self.steps == self.end_after
+        return self.stopped or self.ended
+
+
+@pytest.fixture(scope="module")
+def engine() -> PipelineEngine:
+    return PipelineEngine(EngineSettings(OPTIONS))
+
+
+@pytest.fixture
+def choice(model: Path) -> ModelChoice:
+    return ModelChoice("tiny", str(model))
+
+
+def order(choice: ModelChoice, prompt: str, seed: int, count: int = 1, **arguments: Any) -> Order:
+    return Order(choice, {"prompt": prompt, "seed": seed, "num_images_per_prompt": count, **arguments})
+
+
+def pixels(finished: Finished) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in finished.images]).astype(int)
+
+
+def test_images_of_a_shared_batch_are_those_of_a_run_alone(engine: PipelineEngine, choice: ModelChoice) -> None:
+    """Other prompts, of other lengths too, other negative prompts, other seeds, and several images of one seed."""
+    long = "a cat " * 60
+    orders = (
+        order(choice, "a cat", 1, negative_prompt="fog"),
+        order(choice, "a dog", 7, count=2),
+        order(choice, long, 3, sampler=None),
+        order(choice, "a bird", 2**40),
+    )
+    together = engine.run(orders, 8, Quiet())
+    pipe = Pipeline.from_pretrained(choice.path, **OPTIONS)
+    for one, finished in zip(orders, together, strict=True):
+        alone = pipe(**one.arguments)
+        difference = np.abs(pixels(finished) - np.stack([np.asarray(image) for image in alone.images]))
+        assert difference.max() <= ONE_LEVEL
+        assert [each["seed"] for each in finished.settings] == alone.seeds
+        assert finished.settings[0]["prompt"] == one.arguments["prompt"]
+
+
+def test_one_order_gives_the_pixels_of_the_pipeline(engine: PipelineEngine, choice: ModelChoice) -> None:
+    arguments = {"sampler": "dpm++2m", "schedule": "karras", "guidance_scale": 4.0, "width": 64, "height": 32}
+    own = engine.run((order(choice, "a cat", 5, **arguments),), 8, Quiet())[0]
+    alone = Pipeline.from_pretrained(choice.path, **OPTIONS)("a cat", seed=5, **arguments)
+    np.testing.assert_array_equal(pixels(own)[0], np.asarray(alone.images[0]))
+
+
+def test_files_say_how_an_image_was_made_and_not_where_its_model_lies(
+    engine: PipelineEngine, choice: ModelChoice, model: Path
+) -> None:
+    finished = engine.run((order(choice, "a cat", 5, negative_prompt="fog"),), 8, Quiet())[0]
+    texts = write_texts(finished.settings[0])
+    assert str(model.parent) not in str(texts)
+    settings, _ = read_texts(texts)
+    assert settings["prompt"] == "a cat" and settings["negative_prompt"] == "fog" and settings["seed"] == 5
+    assert settings["model"] == settings["model_path"] == "tiny" and settings["model_fingerprint"]
+
+
+def test_a_run_ends_after_the_step_in_which_it_is_stopped(engine: PipelineEngine, choice: ModelChoice) -> None:
+    watch = Quiet(stop_after=2)
+    assert engine.run((order(choice, "a cat", 1, num_inference_steps=9),), 8, watch) == [] and watch.steps == 2
+    watch = Quiet(end_after=3)
+    finished = engine.run((order(choice, "a cat", 1, num_inference_steps=9),), 8, watch)[0]
+    assert len(finished.images) == 1 and "interrupted after step 3 of 9" in finished.notes
+
+
+def test_no_more_models_are_kept_than_asked_for(model: Path) -> None:
+    engine = PipelineEngine(EngineSettings(OPTIONS, keep=2))
+    for name in ("a", "b", "a", "c"):
+        engine.load(ModelChoice(name, str(model)))
+    assert engine.state()[1] == ("a", "c")
+    engine.unload()
+    assert engine.state()[1] == ()
+
+
+def test_a_lora_that_is_not_there_is_refused_by_name(tmp_path: Path, choice: ModelChoice) -> None:
+    engine = PipelineEngine(EngineSettings(OPTIONS, lora_dir=str(tmp_path)))
+    wanted = Order(choice, {"prompt": "a <lora:sketch:0.5> cat", "seed": 1}, loras=(("sketch", 0.5, 0.5),))
+    with pytest.raises(FastsdError, match="no sketch.safetensors in it"):
+        engine.run((wanted,), 8, Quiet())

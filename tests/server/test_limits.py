@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fastsd.errors import FastsdError
+from fastsd.server.limits import MAX_PROMPT, Limits
+
+
+@pytest.mark.parametrize(
+    ("arguments", "about"),
+    [
+        ({"num_images_per_prompt": 17}, "num_images_per_prompt"),
+        ({"width": 2056}, "width"),
+        ({"height": 1032, "hires_scale": 2.0}, "height"),
+        ({"prompt": "x" * (MAX_PROMPT + 1)}, "prompt"),
+        ({"negative_prompt": "x" * (MAX_PROMPT + 1)}, "negative_prompt"),
+    ],
+)
+def test_each_number_has_a_bound(arguments: dict[str, Any], about: str) -> None:
+    with pytest.raises(FastsdError) as refused:
+        Limits().check(arguments)
+    assert refused.value.argument == about
+
+
+def test_all_together_have_one_too() -> None:
+    """2048 x 2048 x 16 images x 32 steps is 2^31, the bound; a step more is beyond it, and so is a second pass."""
+    largest = {"width": 2048, "height": 2048, "num_images_per_prompt": 16, "num_inference_steps": 32}
+    Limits().check(largest)
+    with pytest.raises(FastsdError, match="is 2.21e\\+09; at most 2.15e\\+09"):
+        Limits().check(largest | {"num_inference_steps": 33})
+    half = largest | {"width": 1024, "height": 1024, "hires_scale": 2.0}
+    Limits().check(half | {"num_inference_steps": 25})  # 25 steps and, at 4 times the pixels, 25: as 125 in a quarter
+    with pytest.raises(FastsdError, match="at most"):
+        Limits().check(half | {"num_inference_steps": 26})

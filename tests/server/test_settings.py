@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastsd.cli.parser import Parser
+from fastsd.server import settings
+from fastsd.server.settings import ServerSettings
+from tests.support.cli import refused
+
+KEY = "a key of some length"
+
+
+def read(*words: str) -> ServerSettings:
+    parser = Parser(prog="fastsd serve")
+    settings.add_arguments(parser)
+    return settings.read(parser.parse(words))
+
+
+def test_the_server_is_alone_with_its_machine_by_default() -> None:
+    own = read()
+    assert (own.host, own.port, own.locked, own.queue, own.drain) == ("127.0.0.1", 7860, False, 32, 30.0)
+    assert own.cors == own.hosts == () and own.model is None and own.options == {}
+    assert "allow_pickle" not in settings.LOADING
+
+
+def test_flags_become_settings(tmp_path: Path) -> None:
+    words = ("--model", "x.safetensors", "--dtype", "fp16", "--no-graphs", "--vae-tiling", "--lora-dir", str(tmp_path))
+    own = read(*words, "--max-body", "3", "--max-images", "2", "--host", "0.0.0.0", "--api-key", KEY)
+    assert own.model == "x.safetensors" and own.options == {"dtype": "fp16", "graphs": False} and own.tiling is True
+    assert own.limits.body == 3 * 2**20 and own.limits.images == 2 and own.lora_dir == str(tmp_path) and own.locked
+
+
+def test_a_key_may_be_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTSD_API_KEY", KEY)
+    assert read("--host", "0.0.0.0").api_key == KEY
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--host", "0.0.0.0"), "--host: 0.0.0.0 can be reached by other machines; it needs --api-key"),
+        (("--host", "192.168.1.2"), "it needs --api-key"),
+        (("--host", "example.com"), "it needs --api-key"),
+        (("--api-key", "short"), "--api-key: 5 characters; it should have at least 12"),
+        (("--user", "ada"), "--user: given without --password"),
+        (("--password", "a very long password"), "--password: given without --user"),
+        (("--cors", "*"), "it should be an origin, such as https://chat.example"),
+        (("--cors", "https://chat.example/path"), "it should be an origin"),
+        (("--port", "70000"), "--port is '70000'; it should be a whole number from 0 to 65535"),
+        (("--queue", "0"), "--queue is '0'"),
+        (("--drain", "soon"), "--drain is 'soon'"),
+        (("--models-dir", "/no/such"), "--models-dir /no/such: no such folder"),
+        (("--allow-pickle",), "--allow-pickle: unknown flag"),
+        (("--quue", "3"), "did you mean --queue?"),
+        (("--model", "no/such/model"), "--model no/such/model: no such file or folder"),
+        (("--dtype", "fp8"), "--dtype is 'fp8'; it should be one of auto, fp32, fp16, bf16"),
+    ],
+)
+def test_bad_flags_are_one_line(cli: Callable[..., Any], words: tuple[str, ...], said: str) -> None:
+    refused(cli("serve", *words), said)
