@@ -57,10 +57,10 @@ OP = GpuOp("geglu", geglu_ref, (OpCandidate("cublas, then triton", _by_gate), Op
 
 def _geglu_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Two products, the second with GELU in its epilogue. No pass reads half a row, and no result has 2 * N columns."""
-    rows = x.reshape(-1, x.shape[-1])
     if small_products(x, weight, "geglu") == "torch":
-        value, gate = product_by_image(rows, weight, bias, len(x)).view(*x.shape[:-1], -1).chunk(2, dim=-1)
-        return activate_by_image(gate.contiguous(), "gelu").mul_(value)
+        value, gate = product_by_image(x, weight, bias).chunk(2, dim=-1)
+        return activate_by_image(gate, "gelu").mul_(value)
+    rows = x.reshape(-1, x.shape[-1])
     (value_weight, gate_weight), (value_bias, gate_bias) = weight.chunk(2), bias.chunk(2)
     step = max(CHUNK // len(value_weight), 1)
     out = x.new_empty(len(rows), len(value_weight))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from fastsd.kernels import candidates, dispatch
 from fastsd.kernels.candidates import GpuOp, OpCandidate
 from fastsd.kernels.cpu import choices
-from fastsd.kernels.linear import activate_by_image
+from fastsd.kernels.linear import activate_by_image, undivided
 
 # The CPU path.
 TERMS = 128  # of one fp32 sum
@@ -125,21 +125,21 @@ class _Norm(NamedTuple):
 
 def _groupnorm_silu_cpu(x: torch.Tensor, norm: _Norm, add: torch.Tensor | None) -> torch.Tensor:
     """The CPU path. No sum of an image depends on its batch."""
-    way = choices.way("groupnorm_silu", x.dtype, x[0].numel())
+    way = choices.way("groupnorm_silu", x.dtype, x.numel() // len(x))
     if way == "contiguous":
         return _by_contiguous(x, norm, add)
     if way == "direct" and x.shape[1] * x.shape[2] <= PIXELS:
+        if len(x) == 1:
+            return _directly(x, norm, add)
         adds = [add] * len(x) if add is None or len(add) == 1 else add.split(1)
-        images = [_directly(image, norm, own) for image, own in zip(x.split(1), adds)]
-        return images[0] if len(images) == 1 else torch.cat(images)
+        return torch.cat([_directly(image, norm, own) for image, own in zip(x.split(1), adds)])
     return _by_moments(x, norm, add)
 
 
 def _by_contiguous(x: torch.Tensor, norm: _Norm, add: torch.Tensor | None) -> torch.Tensor:
     """A copy in channels-first memory, where PyTorch's group norm is exact (Welford's update) and sums row by row."""
-    y = x.permute(0, 3, 1, 2)
-    y = y.contiguous() if add is None else torch.add(y, add[:, :, None, None], out=y.new_empty(y.shape))
-    y = torch.group_norm(y, norm.groups, norm.weight, norm.bias, norm.eps)
+    x = x if add is None else x + add[:, None, None, :]
+    y = torch.group_norm(x.permute(0, 3, 1, 2).contiguous(), norm.groups, norm.weight, norm.bias, norm.eps)
     return (activate_by_image(y, "silu") if norm.silu else y).permute(0, 2, 3, 1).contiguous()
 
 
@@ -182,16 +182,18 @@ def _by_moments(x: torch.Tensor, norm: _Norm, add: torch.Tensor | None) -> torch
     mean, variance = _moments(rows, groups, shift)
     if shift is not None:
         mean = mean - shift
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.dtype == torch.float32:
         scale = variance.add_(norm.eps).rsqrt_() * weight.view(groups, -1)
         offset = torch.addcmul(bias.view(groups, -1), mean, scale, value=-1)
-        flat = (batch, channels)
-        for image, y, a, b in zip(rows, out.view(rows.shape), scale.view(flat), offset.view(flat)):
+        scale, offset = scale.view(batch, 1, channels), offset.view(batch, 1, channels)
+        out = torch.empty_like(rows)
+        parts = (rows, out, scale, offset)
+        for image, y, a, b in [parts] if batch == 1 or undivided(rows) else zip(*(part.split(1) for part in parts)):
             torch.addcmul(b, image, a, out=y)
             if norm.silu:
-                torch.ops.aten.silu.out(y, out=y)
-        return out
+                F.silu(y, inplace=True)
+        return out.view(x.shape)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     mean, variance = (m.expand(batch, groups, channels // groups).reshape(batch, channels) for m in (mean, variance))
     for i in range(batch):
         # With statistics for every channel, this is batch normalisation, which computes in fp32.
@@ -213,8 +215,11 @@ def _moments(rows: torch.Tensor, groups: int, shift: torch.Tensor | None) -> tup
     unused = rows.new_empty(width * channels, dtype=torch.float32)
     # `width` pixels are read as one of more channels: as many more sums in parallel.
     blocks = rows.view(-1, 1, terms, width * channels).permute(0, 3, 1, 2)
-    parts = [torch.batch_norm_update_stats(block, unused, unused, 0.0) for block in blocks.split(1)]
-    means, variances = parts[0] if len(parts) == 1 else (torch.cat(part) for part in zip(*parts))
+    if len(blocks) == 1:
+        means, variances = torch.batch_norm_update_stats(blocks, unused, unused, 0.0)
+    else:
+        parts = [torch.batch_norm_update_stats(block, unused, unused, 0.0) for block in blocks.split(1)]
+        means, variances = (torch.cat(part) for part in zip(*parts))
     means, variances = (part.view(batch, -1, groups, channels // groups) for part in (means, variances))
     if shift is not None:
         means = means + shift[:, None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -11,6 +13,7 @@ from fastsd.kernels.cpu import choices, onednn
 
 SHARE = 2**15  # elements that PyTorch computes in one thread at least (at::internal::GRAIN_SIZE)
 LINE = 16  # elements of fp32 in a cache line
+ROWS = 8  # rows of a product that are computed together
 VECTORS = 64  # elements that PyTorch computes at a time at most: two AVX-512 vectors of 16-bit numbers
 
 
@@ -28,16 +31,25 @@ def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
 
 
 def activate_by_image(x: torch.Tensor, activation: str) -> torch.Tensor:
-    """`activate`, image by image during inference on a CPU, so that an image's result does not depend on its batch.
-
-    PyTorch gives each thread a share of the batch. The last elements of a share run scalar code, which rounds
-    differently. A small batch is one share; if its images are whole vectors, no element of it is a last one.
-    """
-    if activation == "none" or x.device.type != "cpu" or x.requires_grad or len(x) < 2:
-        return activate(x, activation)
-    if x.numel() <= SHARE and x[0].numel() % VECTORS == 0 and x.is_contiguous():
+    """`activate`, image by image during inference on a CPU, so that an image's result does not depend on its batch."""
+    if activation == "none" or len(x) < 2 or x.device.type != "cpu" or x.requires_grad or undivided(x):
         return activate(x, activation)
     return torch.cat([activate(image, activation) for image in x.split(1)])
+
+
+def undivided(x: torch.Tensor) -> bool:
+    """Whether an elementwise op on the CPU computes every image of `x` as it would alone.
+
+    PyTorch gives each thread a share of the batch. The last elements of a share run scalar code, which rounds
+    differently. A small batch is one share; if its images (or rows, where they lie apart) are whole vectors, no element
+    of it is a last one. Where rows lie apart, GELU has other shares.
+    """
+    contiguous = x.is_contiguous()
+    if torch.get_num_threads() > 1 and not (contiguous and x.numel() <= SHARE):
+        return False
+    if contiguous:
+        return x.numel() // len(x) % VECTORS == 0
+    return x.stride(-1) == 1 and x.shape[-1] % VECTORS == 0
 
 
 def linear_ref(
@@ -142,13 +154,12 @@ def _linear_onednn(
 
     oneDNN can also add the residual, but reads it slower than a pass over the result does (measured).
     """
-    rows = x.reshape(-1, x.shape[-1])
-    shape = (*x.shape[:-1], len(weight))
+    fused = "none"
     if small_products(x, weight) == "torch":
-        y, fused = product_by_image(rows, weight, bias, len(x)).view(shape), "none"
+        y = product_by_image(x, weight, bias)
     else:
         fused = activation if activation in onednn.ACTIVATIONS else "none"
-        y = onednn.matmul(rows, weight, bias, fused).view(shape)
+        y = onednn.matmul(x.reshape(-1, x.shape[-1]), weight, bias, fused).view(*x.shape[:-1], -1)
     y = y if fused == activation else activate_by_image(y, activation)
     return y if residual is None else y.add_(residual)
 
@@ -158,17 +169,25 @@ def small_products(x: torch.Tensor, weight: torch.Tensor, op: str = "linear") ->
 
     The results of PyTorch's product may depend on where in memory an image begins, hence the whole cache lines.
     """
-    rows = x[0].numel() // x.shape[-1]
-    aligned = x.ndim > 2 and rows > 1 and rows * x.shape[-1] % LINE == 0 and rows * len(weight) % LINE == 0
-    return choices.way(op, x.dtype, rows * weight.numel()) if aligned else "onednn"
+    n, k = weight.shape
+    rows = math.prod(x.shape[1:-1])
+    aligned = x.ndim > 2 and rows > 1 and rows * k % LINE == 0 and rows * n % LINE == 0
+    return choices.way(op, x.dtype, rows * n * k) if aligned else "onednn"
 
 
-def product_by_image(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, images: int) -> torch.Tensor:
-    """`rows weight^T + bias` by PyTorch, image by image: the order of its sums depends on the number of rows."""
-    out, transposed = rows.new_empty(len(rows), len(weight)), weight.t()
-    for x, y in zip(rows.chunk(images), out.chunk(images)):
-        if bias is None:
-            torch.mm(x, transposed, out=y)
-        else:
-            torch.addmm(bias, x, transposed, out=y)
-    return out
+def product_by_image(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`x weight^T + bias` for `x` `[B, ..., K]` and `weight` `[N, K]` by PyTorch: a product for each image.
+
+    The order of a product's sums depends on the number of its rows, so the images are no one product. They are one
+    call where no thread is given part of an image, or parts of whole blocks (ROWS, LINE), which are computed alike.
+    """
+    n, k = weight.shape
+    images = (x if x.ndim == 3 else x.reshape(len(x), -1, k)).contiguous()
+    rows = images.shape[1]
+    transposed = weight.t()
+    if len(images) == 1 or torch.get_num_threads() == 1 or (rows % ROWS == 0 and n % LINE == 0):
+        stacked = transposed.expand(len(images), k, n)
+        y = torch.bmm(images, stacked) if bias is None else torch.baddbmm(bias, images, stacked)
+    else:
+        y = torch.cat([product_by_image(image, weight, bias) for image in images.split(1)])
+    return y if x.ndim == 3 else y.view(*x.shape[:-1], n)

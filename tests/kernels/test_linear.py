@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastsd.kernels import dispatch
-from fastsd.kernels.linear import activate, activate_by_image, linear
+from fastsd.kernels.linear import activate, activate_by_image, linear, product_by_image
 from tests.support.precision import DTYPES, check, check_batch, rand
 
 SHAPES = [  # rows, in, out
@@ -53,7 +53,7 @@ def test_linear_refuses_an_unknown_activation():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("s", "k", "n"), [(64, 64, 192), (1, 320, 1280), (77, 64, 64), (5, 33, 17)])
+@pytest.mark.parametrize(("s", "k", "n"), [(64, 64, 192), (1, 320, 1280), (77, 64, 64), (5, 33, 17), (16, 96, 96)])
 @torch.no_grad()
 def test_linear_does_not_depend_on_the_batch(s, k, n, dtype):
     w, b = rand(n, k, dtype=dtype, scale=k**-0.5), rand(n, dtype=dtype)
@@ -94,3 +94,21 @@ def test_linear_reads_a_skip_connection(name):
     with dispatch.forced(name):
         result = linear(x, w, b, "none", residual, skip)
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("s", "n", "threads", "calls"), [(16, 48, 2, 1), (15, 48, 1, 1), (15, 48, 2, 3), (16, 40, 2, 3)]
+)
+@torch.no_grad()
+def test_a_small_product_of_a_batch_is_one_call_where_threads_get_whole_blocks(s, n, threads, calls):
+    """Fifteen rows, or columns that do not fill lines, are computed in another order beside a second image."""
+    x, w, b = rand(3, s, 16, dtype=torch.float32), rand(n, 16, dtype=torch.float32), rand(n, dtype=torch.float32)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        with torch.profiler.profile() as profiler:
+            result = product_by_image(x, w, b)
+    finally:
+        torch.set_num_threads(before)
+    assert sum(event.count for event in profiler.key_averages() if event.key == "aten::baddbmm") == calls
+    torch.testing.assert_close(result, F.linear(x, w, b))

@@ -68,7 +68,7 @@ TABLE = {
     **_rows("flash_attn, wide heads", {("avx512", FP32): 2**14, ("avx512", BF16): 2**14, ("avx2", FP32): 2**20}),
     # A call of oneDNN costs 12 µs, one of MKL 2 µs; oneDNN's fp32 products are 1.1 times as fast on AVX2, 2.1 times on
     # AVX-512. In bf16 both are oneDNN's.
-    **_rows("linear", {("avx512", FP32): 2**17, ("avx512", BF16): 0, ("avx2", FP32): 2**19}),
+    **_rows("linear", {("avx512", FP32): 2**19 + 1, ("avx512", BF16): 0, ("avx2", FP32): 2**21}),
     **_rows("geglu", {("avx512", FP32): 2**20, ("avx512", BF16): 0, ("avx2", FP32): 2**22}),
     # PyTorch's channels-last norm, where it is accurate, is the fastest; in 16 bits it is slow for few pixels. A large
     # map in it costs more passes through memory than moments do.
@@ -87,8 +87,8 @@ _forced = threading.local()
 
 def way(op: str, dtype: torch.dtype, size: int) -> str:
     """The way of `op` for activations of `dtype`, where one image has `size` of what `OPS[op].size` names."""
-    forced: dict[str, str] = getattr(_forced, "ways", {})
-    if op in forced:
+    forced: dict[str, str] | None = getattr(_forced, "ways", None)
+    if forced and op in forced:
         return forced[op]
     for least, name in TABLE.get((op, processor(), dtype), ()):
         if size >= least:
