@@ -14,6 +14,7 @@ from bench.bench_parts import COMPILE_SECONDS
 from bench.cold import dtype_argument
 from bench.families import family_of
 from bench.measure import Candidate, image_limit
+from bench.options import COMPILED
 from bench.roofline import Work, decode_work, encode_work, step_work, text_work
 from bench.session import Session
 from fastsd.components import Components
@@ -75,7 +76,7 @@ def peers(
     def candidate(name: str) -> Candidate:
         def prepare() -> None:
             models.channels_last(pipeline.vae, name != "diffusers")
-            if name != "diffusers-compiled":
+            if name != COMPILED:
                 models.channels_last(eager, name != "diffusers")
                 pipeline.unet = eager
                 return
@@ -85,7 +86,7 @@ def peers(
                 compiled.append(torch.compile(unet, mode="max-autotune", fullgraph=True))
             pipeline.unet = compiled[0]
 
-        compiles = name == "diffusers-compiled" and bench.options.device.type == "cuda"
+        compiles = name == COMPILED and bench.options.device.type == "cuda"
 
         def generate(i: int) -> Any:
             start = latents[i % len(latents)].to(bench.options.device, dtype)

@@ -12,6 +12,7 @@ from torch import nn
 from bench import models
 from bench.families import family_of
 from bench.measure import Candidate, rotation
+from bench.options import COMPILED
 from bench.profiling import profile_step
 from bench.roofline import decode_work, encode_work, meta_unet_inputs, step_work, text_work
 from bench.session import Session
@@ -35,11 +36,12 @@ def to_nhwc(x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 
 
-def peers(bench: Session, load: Loader) -> tuple[list[Candidate], dict[str, str]]:
+def peers(bench: Session, load: Loader, method: str = "forward") -> tuple[list[Candidate], dict[str, str]]:
     """diffusers' candidates for one network, and the reasons of those that cannot take part.
 
     Args:
         load: returns diffusers' network, and a function that calls it on the i-th inputs; channels first.
+        method: of the network that the function calls, for torch.compile.
     """
     names = [name for name in bench.options.peers if name.startswith("diffusers")]
     if not names:
@@ -51,15 +53,15 @@ def peers(bench: Session, load: Loader) -> tuple[list[Candidate], dict[str, str]
         return [], dict.fromkeys(names, reason)
     candidates = []
     for name in names:
-        if name == "diffusers-compiled":
-            candidates.append(compiled_peer(load, bench.options.device))
+        if name == COMPILED:
+            candidates.append(compiled_peer(load, bench.options.device, method))
             continue
         prepare = lambda last=name != "diffusers": models.channels_last(network, last)  # noqa: E731
         candidates.append(Candidate(name, lambda i: call(network, i), prepare))
     return candidates, {}
 
 
-def compiled_peer(load: Loader, device: torch.device) -> Candidate:
+def compiled_peer(load: Loader, device: torch.device, method: str) -> Candidate:
     """A peer under torch.compile, with a separate network, since its CUDA graphs hold the addresses of the weights."""
     compiled: list[Any] = []  # the network and its call
 
@@ -67,10 +69,11 @@ def compiled_peer(load: Loader, device: torch.device) -> Candidate:
         if not compiled:
             network, call = load()
             models.channels_last(network, True)
-            compiled.extend([torch.compile(network, mode="max-autotune", fullgraph=True), call])
+            setattr(network, method, torch.compile(getattr(network, method), mode="max-autotune", fullgraph=True))
+            compiled.extend([network, call])
 
     min_seconds = COMPILE_SECONDS if device.type == "cuda" else 0.0
-    return Candidate("diffusers-compiled", lambda i: compiled[1](compiled[0], i), prepare, min_seconds=min_seconds)
+    return Candidate(COMPILED, lambda i: compiled[1](compiled[0], i), prepare, min_seconds=min_seconds)
 
 
 def on_pytorch(bench: Session, run: Callable[[int], torch.Tensor]) -> list[Candidate]:
@@ -186,7 +189,7 @@ def bench_decode(bench: Session, publish: Any, model: str, dtype: torch.dtype) -
     inputs = rotation(SETS, make)
     ours = as_in_pipeline(lambda i: vae.decode(inputs(i)[1]).permute(0, 3, 1, 2), device)
     theirs = lambda network, i: network.decode(inputs(i)[0], return_dict=False)[0]  # noqa: E731
-    others, missing = peers(bench, lambda: (models.peer_vae(components), theirs))
+    others, missing = peers(bench, lambda: (models.peer_vae(components), theirs), "decode")
     own, replayed = [Candidate("fastsd", ours)], models.captured_decode(vae, device)
     if replayed is not None and size * size <= CAPTURED:  # a pipeline on a GPU replays a graph
         by_graph = as_in_pipeline(lambda i: replayed(inputs(i)[1]).permute(0, 3, 1, 2), device)
@@ -211,7 +214,7 @@ def bench_encode(bench: Session, publish: Any, model: str, dtype: torch.dtype) -
     ours = as_in_pipeline(lambda i: vae.encode(inputs(i)[1]).mode().permute(0, 3, 1, 2), device)
     theirs = lambda network, i: network.encode(inputs(i)[0]).latent_dist.mode()  # noqa: E731
     others, missing = peers(bench, lambda: (models.peer_vae(components), theirs))
-    others = [c for c in others if c.name != "diffusers-compiled"]  # torch.compile wraps `forward` only
+    others = [c for c in others if c.name != COMPILED]  # once an image at most, and minutes to compile
     outcomes = bench.run_benchmark(
         "encode", on_reference(ours), inference([Candidate("fastsd", ours), *on_pytorch(bench, ours), *others]),
         dtype, VAE_DEPTH, encode_work(family_of(components), 1, size), missing=missing, model=model, size=size, batch=1,

@@ -16,7 +16,7 @@ from bench.session import Session
 from fastsd.errors import FastsdError
 
 # The order of importance, for --budget. A file that is not listed comes last.
-ORDER = ("bench_parts", "bench_images", "bench_modes", "bench_kinds", "bench_cold", "bench_kernels")
+ORDER = ("bench_denoise", "bench_parts", "bench_images", "bench_modes", "bench_kinds", "bench_cold", "bench_kernels")
 SESSION = pytest.StashKey[Session]()
 
 
@@ -77,7 +77,12 @@ def bench(request: pytest.FixtureRequest) -> Session:
 
 @pytest.fixture(autouse=True)
 def within_budget(request: pytest.FixtureRequest, bench: Session) -> Iterator[None]:
-    """Skip the benchmark if the budget is spent; afterwards free GPU memory, also after running out of it."""
+    """Skip the benchmark if the budget is spent; afterwards free GPU memory, also after running out of it.
+
+    A process of diffusers under torch.compile runs no benchmark that captures graphs of ours.
+    """
+    if bench.options.compiled_alone and request.path.stem not in ("bench_parts", "bench_images"):
+        pytest.skip(f"a process with {options.COMPILED} measures nothing else")
     if bench.remaining() <= 0:
         bench.not_run.append(request.node.name)
         pytest.skip("not run: the budget is spent")

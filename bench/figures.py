@@ -9,8 +9,9 @@ from bench.record import KEY
 TITLES = {
     "step": "one guided step", "decode": "VAE decode", "encode": "VAE encode", "image": "prompt to image",
     "text": "text", "cold": "cold process to first image", "update": "sampler update",
+    "denoise": "one step with guidance and update",
 }  # fmt: skip
-MAIN = ("step", "decode", "image", "cold")  # the benchmarks of the table and of the first chart
+MAIN = ("denoise", "step", "decode", "image", "cold")  # the benchmarks of the table and of the first chart
 
 
 Groups = dict[tuple[Any, ...], dict[str, dict[str, Any]]]  # records by what was measured, then by candidate

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from bench import progress, record
+from bench.clocks import state_text
 from bench.measure import time_text
 from bench.options import MIN_BUDGET
 from fastsd.errors import FastsdError
@@ -222,6 +223,8 @@ def _own_text(own: dict[str, Any]) -> str:
     parts = [time_text(seconds["median"])]
     if limit is not None:
         parts += [limit.rate(seconds["median"]), f"{limit.seconds / seconds['median']:.1%} of the limit"]
+    if gpu := state_text(own.get("gpu", {})):
+        parts.append(gpu)
     if own.get("peak"):
         parts.append("peak " + ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in own["peak"].items()))
     return ", ".join(parts)

@@ -54,7 +54,7 @@ class DriverPeak:
             if self.problem:
                 return
             try:
-                self._device = self._device or _open()
+                self._device = self._device or open_nvml()
                 self._peak = max(self._peak, _used(*self._device, self.others))
             except Exception as error:  # no library, no driver, or a value that this driver does not report
                 self.problem = f"{type(error).__name__}: {error}"
@@ -63,13 +63,13 @@ class DriverPeak:
 def in_use() -> int:
     """Bytes in use on the device by all processes; 0 if the driver does not report them."""
     try:
-        nvml, handle = _open()
+        nvml, handle = open_nvml()
         return int(nvml.nvmlDeviceGetMemoryInfo(handle).used)
     except Exception:
         return 0
 
 
-def _open() -> tuple[Any, Any]:
+def open_nvml() -> tuple[Any, Any]:
     """pynvml, and the handle of the first device that is visible to CUDA in this process."""
     import pynvml
 

@@ -12,7 +12,8 @@ from bench.families import choose
 from fastsd.errors import FastsdError
 from fastsd.runtime.devices import dtype_name, resolve_device, resolve_dtype
 
-PEERS = ("pytorch", "diffusers", "diffusers-channels-last", "diffusers-compiled")
+COMPILED = "diffusers-compiled"
+PEERS = ("pytorch", "diffusers", "diffusers-channels-last", COMPILED)
 MIN_BUDGET = 1.0  # seconds; what does not fit is listed as not run, whatever the budget is
 HELP = {
     "models": "families to measure: sd15, sd21, sdxl, digits (default: sd15,sdxl,sd21,digits; on a CPU sd15,digits)",
@@ -20,7 +21,7 @@ HELP = {
     "size": "side of the images in pixels (default: the training size of the model)",
     "steps": "denoising steps of an image (default 20,30,50; on a CPU 4)",
     "dtype": "fp32, fp16, bf16 (default: the default of fastsd on this device)",
-    "peers": "pytorch, diffusers, diffusers-channels-last, diffusers-compiled, none",
+    "peers": "pytorch, diffusers, diffusers-channels-last, none; diffusers-compiled, on a GPU alone",
     "budget": "seconds; the most important benchmarks run first, and those that do not fit are listed as not run",
     "model": "a folder with real weights, used instead of random ones",
     "results": "the result file (default bench/results/<gpu or cpu>/<date>-<commit>.json)",
@@ -48,6 +49,11 @@ class Options:
     results: Path | None
     device: torch.device
 
+    @property
+    def compiled_alone(self) -> bool:
+        """Whether this process measures diffusers under torch.compile, and nothing of fastsd's."""
+        return self.device.type == "cuda" and self.peers == (COMPILED,)
+
     def flags(self) -> dict[str, Any]:
         """The options in the form of a result file."""
         return {
@@ -74,10 +80,15 @@ def parse(**given: Any) -> Options:
     cuda, measuring = device.type == "cuda", bool(values["benchmark"])
     models = choose(values["models"] or ("sd15,sdxl,sd21,digits" if cuda else "sd15,digits"))
     dtypes = values["dtype"] or dtype_name(resolve_dtype("auto", device))
-    peers = _names(values["peers"] or ("pytorch,diffusers,diffusers-compiled" if cuda else ",".join(PEERS[1:3])))
+    peers = _names(values["peers"] or ("pytorch,diffusers" if cuda else ",".join(PEERS[1:3])))
     for peer in peers:
         if peer not in (*PEERS, "none"):
             raise FastsdError(f"--peers: there is no {peer!r}; there are {', '.join(PEERS)}, none")
+    if cuda and COMPILED in peers and len(peers) > 1:
+        raise FastsdError(
+            f"--peers: {COMPILED} is measured on a GPU in a process of its own: torch.compile gives away workspaces "
+            "of cuBLAS that other graphs use; leave the others out"
+        )
     budget = _number("--budget", values["budget"], MIN_BUDGET) if values["budget"] else None
     size = int(_number("--size", values["size"], 64)) if values["size"] else None
     if size is not None and size % 64:

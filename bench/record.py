@@ -10,6 +10,7 @@ A record is one candidate of one benchmark:
     floor, by_kind, flops, bytes, binds                       the least time and work
     tflop_s, gb_s, share                                      the achieved rates and the share of the limit
     kinds, peak, split, ...                                   the median by kind of op, memory, phases of a cold process
+    gpu                                                       its clocks, temperature and power, before and during
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 
 from bench.measure import Limit, Outcome
+from bench.memory import open_nvml
 from fastsd.errors import FastsdError
 
 FORMAT = 1
@@ -74,14 +76,12 @@ def _gpu(device: torch.device) -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version(),
     }
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
-        fields["driver"] = pynvml.nvmlSystemGetDriverVersion()
-        for name, kind in (("sm_mhz", pynvml.NVML_CLOCK_SM), ("memory_mhz", pynvml.NVML_CLOCK_MEM)):
-            now, highest = pynvml.nvmlDeviceGetClockInfo(handle, kind), pynvml.nvmlDeviceGetMaxClockInfo(handle, kind)
+        nvml, handle = open_nvml()
+        fields["driver"] = nvml.nvmlSystemGetDriverVersion()
+        for name, kind in (("sm_mhz", nvml.NVML_CLOCK_SM), ("memory_mhz", nvml.NVML_CLOCK_MEM)):
+            now, highest = nvml.nvmlDeviceGetClockInfo(handle, kind), nvml.nvmlDeviceGetMaxClockInfo(handle, kind)
             fields[name] = {"now": now, "max": highest}
+        fields["power_limit_watts"] = nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000
     except Exception as error:  # not installed, or not reported by the driver
         fields["driver"] = f"unknown ({type(error).__name__})"
     return fields

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
 from bench import options
 from bench.record import ROOT
@@ -48,3 +49,15 @@ def test_pytest_prints_one_line_and_exits_with_2(flags: list[str]) -> None:
     assert process.returncode == 2
     assert f"error: {flags[0]}" in process.stdout + process.stderr
     assert "Traceback" not in process.stdout + process.stderr
+
+
+def test_on_a_gpu_the_compiled_peer_is_alone_in_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives away cuBLAS workspaces that other graphs may hold."""
+    monkeypatch.setattr(options, "resolve_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(options, "resolve_dtype", lambda name, device: torch.float16)
+    assert not measuring().compiled_alone and options.COMPILED not in measuring().peers
+    assert measuring(peers="diffusers-compiled").compiled_alone
+    with pytest.raises(FastsdError, match="--peers: diffusers-compiled .* process of its own"):
+        measuring(peers="pytorch,diffusers-compiled")
+    monkeypatch.undo()
+    assert not measuring(peers="diffusers,diffusers-compiled").compiled_alone  # a CPU has no graphs

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench import options, record
+from bench import measure, options, record
 from bench.ceilings import Ceilings
 from bench.families import FAMILIES, TINY
 from bench.measure import Candidate
 from bench.models import vae_dtype
-from bench.options import MIN_BUDGET
+from bench.options import COMPILED, MIN_BUDGET
 from bench.roofline import Work
 from bench.session import Session
 
@@ -122,3 +122,23 @@ def test_an_autoencoder_that_overflows_is_timed_in_the_dtype_that_a_pipeline_giv
         monkeypatch.setitem(FAMILIES, "tiny", family)
         components = session_of(models="tiny").components("tiny", torch.float16)
         assert vae_dtype(components) == dtype and components.unet.conv_in.weight.dtype == torch.float16
+
+
+def test_a_process_of_the_compiled_peer_runs_nothing_else(tmp_path: Path) -> None:
+    session = session_of(results=str(tmp_path / "r.json"))
+    session.options = replace(session.options, peers=(COMPILED,), device=torch.device("cuda", 0))
+    assert session.options.compiled_alone
+    ran: list[str] = []
+
+    def candidate(name: str) -> Candidate:
+        return Candidate(name, lambda i: ran.append(name) or ones())
+
+    with pytest.raises(pytest.skip.Exception):
+        session.run_benchmark("b", ones, [candidate("fastsd")], torch.float32, 1, model="tiny")
+    session.options = replace(session.options, measuring=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "synchronise", lambda device: None)
+        outcomes = session.run_benchmark(
+            "b", ones, [candidate("fastsd"), candidate(COMPILED)], torch.float32, 1, model="tiny"
+        )
+    assert ran == [COMPILED] and [outcome.name for outcome in outcomes] == [COMPILED]
