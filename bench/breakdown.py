@@ -1,9 +1,10 @@
 """Measured time by kind of op, from a profiler trace and the layers that launched the work.
 
 On a GPU, each kernel counts towards the innermost layer that was running on the host at its launch: the trace links a
-kernel to its launch by a correlation number, whether PyTorch, cuDNN or Triton launched it. On a CPU, the time of a
-layer excludes that of the layers inside it. Work outside these layers (additions, concatenations, copies) counts as
-"other".
+kernel to its launch by a correlation number, whether PyTorch, cuDNN or Triton launched it. What users run is the replay
+of a graph, where no layer runs on the host: its times count, and the n-th launch of a kernel in it has the kind of the
+n-th launch of that kernel in the eager run. On a CPU, the time of a layer excludes that of the layers inside it. Work
+outside these layers (additions, concatenations, copies) counts as "other".
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import tempfile
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,30 +50,47 @@ def kind_of(layer: nn.Module) -> str | None:
     return next((KIND_OF[cls] for cls in type(layer).__mro__ if cls in KIND_OF), None)
 
 
-def measured_kinds(model: nn.Module, run: Callable[[], Any], device: torch.device) -> dict[str, float]:
-    """The share of each kind in the time of `run`, which calls `model`. The sum is 1.
+def measured_kinds(
+    model: nn.Module, run: Callable[[], Any], device: torch.device, replay: Callable[[], Any] | None = None
+) -> dict[str, float]:
+    """The share of each kind in the time of `run`, which calls `model`, or of `replay`. The sum is 1.
+
+    Args:
+        run: eager.
+        replay: the same work from a CUDA graph.
 
     Raises:
         RuntimeError: the trace has no work of the device.
     """
     cuda = device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
     with torch.inference_mode():
         run()
-        with _annotated(model), profile(activities=activities) as profiler:
-            with record_function(PREFIX + OTHER):
-                run()
-                if cuda:
-                    torch.cuda.synchronize(device)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    seconds = kinds_of_trace(events, cuda)
+        with _annotated(model):
+            events = _trace(run, device)
+        if replay is None:
+            seconds = kinds_of_trace(events, cuda)
+        else:
+            replay()
+            seconds = kinds_of_replay(events, _trace(replay, device))
     total = sum(seconds.values())
     if not total > 0:
         raise RuntimeError("the profiler saw no work of the device")
     return {kind: time / total for kind, time in seconds.items()}
+
+
+def _trace(run: Callable[[], Any], device: torch.device) -> list[dict[str, Any]]:
+    """The events of one run, in Chrome's format."""
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
+    with profile(activities=activities) as profiler, record_function(PREFIX + OTHER):
+        run()
+        if cuda:
+            torch.cuda.synchronize(device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
+    return events
 
 
 @contextmanager
@@ -105,29 +124,60 @@ def kinds_of_trace(events: list[dict[str, Any]], cuda: bool) -> dict[str, float]
         events: of a trace in Chrome's format, times in µs. Regions have the category "user_annotation" and the name
             "kind:<kind>"; a kernel and its launch have the same `args["correlation"]`.
     """
-    complete = [event for event in events if event.get("ph") == "X"]
-    regions = [
-        (event["ts"], event["ts"] + event["dur"], event["name"].removeprefix(PREFIX))
-        for event in complete
-        if event.get("cat") == "user_annotation" and event["name"].startswith(PREFIX)
-    ]
-    times, kinds = _innermost(regions)
+    times, kinds = _innermost(_regions(events))
     seconds = dict.fromkeys((*KINDS, OTHER), 0.0)
     if not cuda:
         for kind, start, end in zip(kinds, times, times[1:]):
             seconds[kind] += (end - start) / 1e6
         return _positive(seconds)
+    for event, kind in _kernels(events, times, kinds):
+        seconds[kind] += event["dur"] / 1e6
+    return _positive(seconds)
+
+
+def kinds_of_replay(eager: list[dict[str, Any]], replay: list[dict[str, Any]]) -> dict[str, float]:
+    """Seconds by kind of a graph's kernels, in the order of their start; a kernel that the eager run has no more of
+    counts as "other".
+
+    Args:
+        eager, replay: the events of the two runs, as `kinds_of_trace` takes them.
+    """
+    kinds: dict[str, deque[str]] = {}
+    for event, kind in sorted(_kernels(eager, *_innermost(_regions(eager))), key=lambda pair: pair[0]["ts"]):
+        kinds.setdefault(event["name"], deque()).append(kind)
+    seconds = dict.fromkeys((*KINDS, OTHER), 0.0)
+    for event in sorted(_on_device(replay), key=lambda event: event["ts"]):
+        waiting = kinds.get(event["name"])
+        seconds[waiting.popleft() if waiting else OTHER] += event["dur"] / 1e6
+    return _positive(seconds)
+
+
+def _on_device(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [event for event in events if event.get("ph") == "X" and event.get("cat") in ON_DEVICE]
+
+
+def _kernels(
+    events: list[dict[str, Any]], times: list[float], kinds: list[str]
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """The work of the device with its kind: of the region, as `_innermost` gives them, in which it was launched."""
     launched = {
         event["args"]["correlation"]: event["ts"]
-        for event in complete
-        if event.get("cat") in LAUNCHES and "correlation" in event.get("args", {})
+        for event in events
+        if event.get("ph") == "X" and event.get("cat") in LAUNCHES and "correlation" in event.get("args", {})
     }
-    for event in complete:
-        if event.get("cat") in ON_DEVICE:
-            launch = launched.get(event.get("args", {}).get("correlation"))
-            region = bisect_right(times, launch) - 1 if launch is not None else -1
-            seconds[kinds[region] if region >= 0 else OTHER] += event["dur"] / 1e6
-    return _positive(seconds)
+    for event in _on_device(events):
+        launch = launched.get(event.get("args", {}).get("correlation"))
+        region = bisect_right(times, launch) - 1 if launch is not None else -1
+        yield event, kinds[region] if region >= 0 else OTHER
+
+
+def _regions(events: list[dict[str, Any]]) -> list[tuple[float, float, str]]:
+    """Start, end and kind of each region."""
+    return [
+        (event["ts"], event["ts"] + event["dur"], event["name"].removeprefix(PREFIX))
+        for event in events
+        if event.get("ph") == "X" and event.get("cat") == "user_annotation" and event["name"].startswith(PREFIX)
+    ]
 
 
 def _innermost(regions: Iterable[tuple[float, float, str]]) -> tuple[list[float], list[str]]:

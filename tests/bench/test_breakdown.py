@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.breakdown import KIND_OF, kinds_of_trace, measured_kinds
+from bench.breakdown import KIND_OF, kinds_of_replay, kinds_of_trace, measured_kinds
 from bench.families import TINY
 from bench.models import random_components
 from bench.roofline import COUNTS, decode_work
@@ -23,8 +23,8 @@ def launch(number: int, start: float, category: str = "cuda_runtime") -> dict[st
     return {"ph": "X", "cat": category, "name": "launch", "ts": start, "dur": 3.0, "args": {"correlation": number}}
 
 
-def kernel(number: int, start: float, duration: float, category: str = "kernel") -> dict[str, Any]:
-    return {"ph": "X", "cat": category, "name": "k", "ts": start, "dur": duration, "args": {"correlation": number}}
+def kernel(number: int, start: float, duration: float, category: str = "kernel", name: str = "k") -> dict[str, Any]:
+    return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": duration, "args": {"correlation": number}}
 
 
 REGIONS = [
@@ -50,6 +50,28 @@ def test_a_kernel_counts_towards_the_layer_that_launched_it() -> None:
     seconds = kinds_of_trace(events, cuda=True)
     assert {kind: round(1e6 * time, 6) for kind, time in seconds.items()} == {
         "linear": 7.0, "attention": 11.0, "conv": 13.0, "other": 36.0
+    }  # fmt: skip
+
+
+def test_a_replayed_kernel_has_the_kind_of_the_eager_one_and_its_own_time() -> None:
+    """All kernels of a graph have one launch. The same kernel (a product, say) serves several kinds."""
+    eager = [
+        *REGIONS,
+        launch(1, 25.0), kernel(1, 500.0, 7.0, name="gemm"),  # linear
+        launch(2, 35.0), kernel(2, 507.0, 11.0, name="gemm"),  # attention
+        launch(3, 65.0), kernel(3, 518.0, 13.0, name="conv"),
+        launch(4, 67.0), kernel(4, 531.0, 1.0, "gpu_memset", name="memset"),  # not in the graph
+    ]  # fmt: skip
+    replay = [
+        launch(9, 1.0),
+        kernel(9, 40.0, 3.0, name="conv"),
+        kernel(9, 10.0, 1.0, name="gemm"), kernel(9, 20.0, 2.0, name="gemm"),
+        kernel(9, 60.0, 5.0, name="gemm"),  # one more than the eager run has
+        kernel(9, 50.0, 4.0, name="copy"),
+    ]  # fmt: skip
+    seconds = kinds_of_replay(eager, replay)
+    assert {kind: round(1e6 * time, 6) for kind, time in seconds.items()} == {
+        "linear": 1.0, "attention": 2.0, "conv": 3.0, "other": 9.0
     }  # fmt: skip
 
 
