@@ -172,7 +172,8 @@ def bench_step(bench: Session, publish: Any, model: str, batch: int, dtype: torc
     )  # fmt: skip
     publish(outcomes)
     if bench.options.profile and bench.options.measuring:
-        bench.tables.append(profile_step(unet, lambda: ours(0), bench, dtype, f"{model}-b{batch}"))
+        replay = None if replayed is None else lambda: by_graph(0)
+        bench.tables.append(profile_step(unet, lambda: ours(0), bench, dtype, f"{model}-b{batch}", replay))
 
 
 def bench_decode(bench: Session, publish: Any, model: str, dtype: torch.dtype) -> None:

@@ -29,18 +29,11 @@ from bench.compiled import SHARED, Compiled, compile_kernel
 from fastsd.kernels.launch import architecture
 from fastsd.kernels.triton import advance as advance_triton
 from fastsd.kernels.triton import flash_attn as flash_attn_triton
-from fastsd.kernels.triton import flash_attn_few_keys as flash_attn_few_keys_triton
-from fastsd.kernels.triton import flash_attn_wide as flash_attn_wide_triton
 from fastsd.kernels.triton import geglu as geglu_triton
 from fastsd.kernels.triton import groupnorm_silu as groupnorm_silu_triton
-from fastsd.kernels.triton import groupnorm_silu_split as groupnorm_silu_split_triton
 from fastsd.kernels.triton import layernorm as layernorm_triton
 
 REPORT = Path(__file__).parent.parent / "docs" / "compile_report.txt"
-MODULES = (
-    *(advance_triton, flash_attn_few_keys_triton, flash_attn_triton, flash_attn_wide_triton),
-    *(geglu_triton, groupnorm_silu_triton, groupnorm_silu_split_triton, layernorm_triton),
-)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 # Per multiprocessor and clock: FLOP of dense 16-bit products with fp32 sums, bytes of memory. From the data sheets of
@@ -88,31 +81,19 @@ class Loop:
     bytes: int
 
 
-class _KernelStub:
-    """Replaces a kernel: passes the arguments of a launch to `on_launch` instead of launching."""
-
-    def __init__(self, kernel: Any, on_launch: Callable[[Any, dict[str, Any]], None]) -> None:
-        self.kernel, self.on_launch = kernel, on_launch
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        def launch(*args: Any, **options: Any) -> None:
-            values = dict(zip((parameter.name for parameter in self.kernel.params), args)) | options
-            arguments = {name: x.dtype if isinstance(x, torch.Tensor) else x for name, x in values.items()}
-            self.on_launch(self.kernel, arguments)
-
-        return launch
-
-
 @contextmanager
 def intercepted_launches(capability: int, on_launch: Callable[[Any, dict[str, Any]], None]) -> Iterator[None]:
-    """Inside this context launches go to `on_launch`, and every device has this compute capability."""
+    """Inside this context the launches of all kernels go to `on_launch`, and every device has this compute
+    capability."""
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        values = dict(zip((parameter.name for parameter in kernel.params), args)) | options
+        on_launch(kernel, {name: x.dtype if isinstance(x, torch.Tensor) else x for name, x in values.items()})
+
+    key = architecture.class_of_capability(capability)
     with ExitStack() as stack:
-        key = architecture.class_of_capability(capability)
         stack.enter_context(patch.object(architecture, "class_of", lambda device: key))
-        for module in MODULES:
-            for name, value in list(vars(module).items()):
-                if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
-                    stack.enter_context(patch.object(module, name, _KernelStub(value, on_launch)))
+        stack.enter_context(patch.object(triton.JITFunction, "run", run))
         yield
 
 

@@ -19,28 +19,49 @@ ROWS = 20
 PREFIX = "layer:"
 
 
-def profile_step(model: nn.Module, run: Callable[[], Any], bench: Session, dtype: torch.dtype, name: str) -> str:
-    """Profile one call of `run` after a warm-up; write the trace beside the results; return two tables.
+def profile_step(
+    model: nn.Module,
+    run: Callable[[], Any],
+    bench: Session,
+    dtype: torch.dtype,
+    name: str,
+    replay: Callable[[], Any] | None = None,
+) -> str:
+    """Profile one call after a warm-up; write the trace beside the results; return two tables.
 
     The first table: the 20 kernels (on a CPU: ops) that took longest, with their share. The second: the 20 kinds of
     layer, by type and shape of the input, with their share and their floor.
+
+    Args:
+        run: calls `model` eagerly: the layers are those of this call.
+        replay: the same work from a graph: kernels and trace are those of the replay.
     """
-    cuda = bench.options.device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
     with torch.inference_mode():
         run()
-        with _annotated(model) as work, profile(activities=activities) as profiler:
-            run()
-            if cuda:
-                torch.cuda.synchronize()
+        with _annotated(model) as work:
+            layers_of = _profiled(run, bench.options.device)
+        if replay is not None:
+            replay()
+        kernels_of = layers_of if replay is None else _profiled(replay, bench.options.device)
     trace = bench.results.path.with_name(f"{bench.results.path.stem}-{name}.trace.json.gz")
     trace.parent.mkdir(parents=True, exist_ok=True)
-    profiler.export_chrome_trace(str(trace))
+    kernels_of.export_chrome_trace(str(trace))
 
-    events = profiler.key_averages()
-    total, kernels = _kernel_lines(events, cuda)
-    layers = _layer_lines(events, cuda, total, work, bench.ceilings(dtype), dtype.itemsize)
+    cuda, events = bench.options.device.type == "cuda", layers_of.key_averages()
+    eager, _ = _kernel_lines(events, cuda)
+    total, kernels = _kernel_lines(kernels_of.key_averages(), cuda)
+    layers = _layer_lines(events, cuda, eager, work, bench.ceilings(dtype), dtype.itemsize)
     return "\n".join([f"profile {name}: trace in {trace}; {total / 1e3:.2f} ms", *kernels, *layers])
+
+
+def _profiled(run: Callable[[], Any], device: torch.device) -> profile:
+    """The profiler after one call."""
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])) as profiler:
+        run()
+        if cuda:
+            torch.cuda.synchronize(device)
+    return profiler
 
 
 @contextmanager

@@ -109,23 +109,17 @@ class Session:
 
         Args:
             benchmark: its name.
-            reference, candidates: see `measure.run_candidates`. The first candidate is fastsd, except in a process of
-                diffusers under torch.compile, which runs that alone.
+            reference, candidates: see `measure.run_candidates`. The first is fastsd, except under `compiled_alone`.
             dtype, depth: for the tolerance, unless `limit` is given.
             work: for the floor.
-            missing: peers that cannot take part, and the reason.
-            labels: model, size, batch, steps.
+            missing: peers that cannot take part, and the reason. labels: model, size, batch, steps.
 
         Raises:
             AssertionError: fastsd failed.
         """
         measuring = self.options.measuring
-        if self.options.compiled_alone:
-            candidates = [candidate for candidate in candidates if candidate.name == COMPILED]
-            if not candidates and not missing:
-                pytest.skip(f"no candidate {COMPILED}")
+        candidates = self._taking_part(candidates, missing)
         bound = self._limit_if_measurable(work, dtype) if measuring and work is not None else None
-
         watch = GpuWatch()
 
         def add(outcome: Outcome) -> None:
@@ -147,9 +141,8 @@ class Session:
                 deadline=time.perf_counter() + self.remaining(),
                 on_first=lambda outcome: add(replace(outcome, cut="stopped before the first round")),
             )
-        for outcome in outcomes:
-            if seconds < MAX_ROUNDS_SECONDS and 0 < len(outcome.samples) < measure.MAX_ROUNDS:
-                outcome.cut = f"cut to {len(outcome.samples)} rounds by the budget"
+        if seconds < MAX_ROUNDS_SECONDS:
+            _note_cut(outcomes)
         outcomes += [Outcome(name, problem=reason) for name, reason in (missing or {}).items()]
         title = " ".join([benchmark, *(f"{k}={v}" for k, v in labels.items()), dtype_name(dtype)])
         self.tables.append("\n".join([title, *measure.lines(outcomes, bound)]))
@@ -159,6 +152,15 @@ class Session:
         if outcomes[0].problem and outcomes[0].name.startswith("fastsd"):
             raise AssertionError(f"{title}: {outcomes[0].name}: {outcomes[0].problem}")
         return outcomes
+
+    def _taking_part(self, candidates: list[Candidate], missing: dict[str, str] | None) -> list[Candidate]:
+        """Those of this process; without any, and without a reason to tell, the benchmark is skipped."""
+        if not self.options.compiled_alone:
+            return candidates
+        candidates = [candidate for candidate in candidates if candidate.name == COMPILED]
+        if not candidates and not missing:
+            pytest.skip(f"no candidate {COMPILED}")
+        return candidates
 
     def add_kinds(self, labels: dict[str, Any], shares: dict[str, float]) -> bool:
         """Split the time of the record with these labels by kind of op; returns whether the record has a time."""
@@ -200,3 +202,10 @@ class Session:
             "bytes": bound.bytes,
             "binds": bound.binds,
         }
+
+
+def _note_cut(outcomes: list[Outcome]) -> None:
+    """Say which outcomes have fewer rounds than usual, for want of time."""
+    for outcome in outcomes:
+        if 0 < len(outcome.samples) < measure.MAX_ROUNDS:
+            outcome.cut = f"cut to {len(outcome.samples)} rounds by the budget"

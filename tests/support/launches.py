@@ -94,25 +94,25 @@ def steps() -> Calls:
         yield "step", lambda given=(*buffers, *rest): advance.advance(*given)
 
 
-def launches() -> list[KernelLaunch]:
-    """What all of that launches; one of those that are the same to the compiler."""
+def launches(sm: int = SM) -> list[KernelLaunch]:
+    """What all of that launches on sm_`sm`, the models first; one of those that are the same to the compiler."""
     found: list[KernelLaunch] = []
-    for calls in (models(), steps()):
+    for calls in (models(), steps()) if sm >= 80 else (steps(),):  # our attention refuses sm_75
         for name, call in calls:
 
             def tell(kernel: Any, arguments: dict[str, Any], name: str = name) -> None:
                 found.append(KernelLaunch(f"{name}: {kernel.fn.__name__}", kernel, arguments))
 
             with (
-                compile_report.intercepted_launches(SM, tell),
+                compile_report.intercepted_launches(sm, tell),
                 dispatch.forced("triton"),
                 torch.no_grad(),
                 ChannelsLast(),
             ):
                 call()
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        found += [replace(launch, case=f"{launch.case} {dtype}") for launch in compile_report.launches(SM, dtype)]
-    return list({key_of(launch): launch for launch in reversed(found)}.values())
+        found += [replace(launch, case=f"{launch.case} {dtype}") for launch in compile_report.launches(sm, dtype)]
+    return list({key_of(launch): launch for launch in reversed(found)}.values())[::-1]
 
 
 def key_of(launch: KernelLaunch) -> tuple[Any, ...]:

@@ -1,0 +1,85 @@
+"""Launches compiled beforehand are found in Triton's cache; one that does not compile is told, and stops no other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="no Triton for this platform")
+
+import triton
+import triton.language as tl
+from triton.runtime import driver
+
+from bench import compile_report, warm
+from bench.compile_report import KernelLaunch
+from fastsd.kernels import dispatch
+from fastsd.kernels.launch import architecture
+from fastsd.kernels.triton import layernorm as layernorm_triton
+
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.skipif(dispatch.interpreted(), reason="interpreted kernels are not compiled"),
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(driver, "_active", None)  # restored afterwards
+    return tmp_path
+
+
+def of_layernorm(x: torch.Tensor) -> KernelLaunch:
+    """The launch of a layer norm of `x`, and its residual."""
+    found: list[KernelLaunch] = []
+
+    def tell(kernel: Any, arguments: dict[str, Any]) -> None:
+        found.append(KernelLaunch("layernorm", kernel, arguments))
+
+    with compile_report.intercepted_launches(90, tell):
+        layernorm_triton.layernorm(x, x[0], x[0], 1e-5, x)
+    return found[0]
+
+
+def test_a_launch_finds_what_was_compiled_without_tensors(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = of_layernorm(torch.empty(8, 320, dtype=torch.float16, device="meta"))
+    done, failed = warm.warm_all([launch], 90, 120.0)
+    assert (done, failed) == (1, 0)
+    before = set(cache.iterdir())
+    assert before
+    run = triton.JITFunction.run
+
+    def compiled_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        return run(kernel, *args, grid=grid, warmup=True, **options)
+
+    monkeypatch.setattr(triton.JITFunction, "run", compiled_only)
+    monkeypatch.setattr(architecture, "class_of", lambda device: architecture.class_of_capability(90))
+    x = torch.zeros(8, 320, dtype=torch.float16)  # aligned, as a GPU's tensors are
+    layernorm_triton.layernorm(x, x[0].clone(), x[0].clone(), 1e-5, x.clone())
+    assert set(cache.iterdir()) == before
+
+
+@triton.jit
+def _no_kernel(x_ptr, SIZE: tl.constexpr):
+    tl.store(x_ptr + tl.arange(0, SIZE), 1.0)  # a range of 3 does not compile
+
+
+def test_a_launch_that_does_not_compile_is_told_and_stops_no_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = KernelLaunch("the bad one", _no_kernel, {"x_ptr": torch.float16, "SIZE": 3})
+    good = KernelLaunch("the good one", _no_kernel, {"x_ptr": torch.float16, "SIZE": 4})
+    monkeypatch.setattr("tests.support.launches.launches", lambda sm: [bad, good])
+    assert warm.main(["--sm", "90"]) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 2 and out[0].startswith("the bad one: CompilationError: ")
+    assert out[1].startswith("1 of 2 launches compiled for sm_90, 1 failed (")
+
+
+def test_what_does_not_fit_into_the_time_is_left_to_its_first_use(capsys: pytest.CaptureFixture[str]) -> None:
+    good = KernelLaunch("the good one", _no_kernel, {"x_ptr": torch.float16, "SIZE": 8})
+    assert warm.warm_all([good], 90, 0.0) == (0, 0)
