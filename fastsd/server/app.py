@@ -15,71 +15,16 @@ from starlette.exceptions import HTTPException
 
 from fastsd import __version__
 from fastsd.errors import FastsdError, describe
-from fastsd.server.catalogue import Catalogue, Listed
+from fastsd.server.a1111.lists import controlnet_routes, list_routes
+from fastsd.server.a1111.routes import generation_routes
+from fastsd.server.app_state import State
 from fastsd.server.guard import Guard, error_body
-from fastsd.server.jobs import Cancelled, Finished, Job, JobError, Order, QueueFull, ShuttingDown
-from fastsd.server.metrics import Metrics
-from fastsd.server.queue import GenerationQueue
+from fastsd.server.jobs import Cancelled, JobError, QueueFull, ShuttingDown
 from fastsd.server.settings import ServerSettings
 from fastsd.server.worker import WorkerEngine
 
 LOG = logging.getLogger("fastsd.server")
 CLIENT_LEFT = 499  # nobody reads this answer; the log does
-
-
-class State:
-    """What the routes share.
-
-    Attributes:
-        current: the model of requests that name none.
-    """
-
-    def __init__(self, settings: ServerSettings, make_engine: Callable[[Any], WorkerEngine], engine_settings: Any):
-        self.settings = settings
-        self.metrics = Metrics()
-        self.catalogue = Catalogue(settings)
-        self.current = self.catalogue.models[0]
-        self.queue = GenerationQueue(make_engine, engine_settings, settings.queue, settings.max_batch, self.metrics)
-
-    async def switch(self, model: Listed) -> None:
-        """Load a model and make it the one of requests that name none; requests go on meanwhile.
-
-        Raises:
-            FastsdError, JobError: it cannot be loaded; all is as it was.
-        """
-        choice = self.catalogue.choice(model)
-        await self.queue.load(choice)
-        self.current, self.queue.model = model, choice
-
-    async def generate(self, request: Request, order: Order, number: str | None = None) -> Finished:
-        """An order's images. If its client leaves meanwhile, it is cancelled.
-
-        Raises:
-            FastsdError, JobError: it gives none.
-        """
-        return await self.wait(request, self.queue.submit(order, number))
-
-    async def wait(self, request: Request, job: Job) -> Finished:
-        """A job's images; raises as `generate`."""
-        request.state.log = {"job": job.id, "images": job.order.count}
-        if self.settings.log_prompts:
-            request.state.log["prompt"] = job.order.arguments.get("prompt")
-        gone = asyncio.create_task(until_gone(request))
-        both: set[asyncio.Future[Any]] = {job.result, gone}
-        try:
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-            if not job.result.done():
-                raise Cancelled("the client left")
-            return job.result.result()
-        finally:
-            gone.cancel()
-            self.queue.cancel(job)
-
-
-async def until_gone(request: Request) -> None:
-    """Returns when the client has closed its connection."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def make_app(settings: ServerSettings, make_engine: Callable[[Any], WorkerEngine], engine_settings: Any) -> FastAPI:
@@ -102,6 +47,8 @@ def make_app(settings: ServerSettings, make_engine: Callable[[Any], WorkerEngine
     app.state.shared = state
     app.add_middleware(Guard, settings=settings, metrics=state.metrics)  # type: ignore[arg-type]
     _add_basics(app, state)
+    for routes in (generation_routes, list_routes, controlnet_routes):
+        app.include_router(routes(state))
     _add_errors(app)
     return app
 

@@ -79,7 +79,7 @@ class PipelineEngine:
             arguments["vae_tiling"] = self.settings.tiling
         if first.controls:
             arguments["controls"] = [self._control(loaded, k, first) for k in range(len(first.controls))]
-            described = [{"name": choice.name, "edges": False, **choice.parts} for choice in first.controls]
+            described = [{"name": choice.name, "edges": choice.edges, **choice.parts} for choice in first.controls]
             facts = [one | {"controls": described} for one in facts]
         result = None
         stream = pipe.stream(**arguments)

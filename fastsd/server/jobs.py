@@ -39,12 +39,16 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class ControlChoice:
-    """A ControlNet of an order: its file, its image, and its numbers by the names of `fastsd.Control`."""
+    """A ControlNet of an order: its file, its image, and its numbers by the names of `fastsd.Control`.
+
+    edges: the image holds the edges of the one that was sent.
+    """
 
     name: str
     path: str
     image: Image.Image
     parts: dict[str, float]
+    edges: bool = False
 
 
 @dataclass(frozen=True)

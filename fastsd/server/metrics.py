@@ -14,6 +14,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.gpu_memory: dict[str, float] = {}  # bytes, as of the last batch
         self.waiting = Gauge("fastsd_queue_waiting", "Jobs that wait.", registry=self.registry)
         self.running = Gauge("fastsd_queue_running", "Jobs at the worker.", registry=self.registry)
         self.refused = Counter("fastsd_queue_refused", "Requests that found the queue full.", registry=self.registry)
@@ -47,6 +48,7 @@ class Metrics:
 
     def set_memory(self, found: dict[str, int]) -> None:
         """Bytes by their meaning."""
+        self.gpu_memory = dict(found)
         for kind, size in found.items():
             self.memory.labels(kind).set(size)
 

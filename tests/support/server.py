@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import io
 import os
 import re
 import signal
@@ -16,10 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from starlette.testclient import TestClient
 
 from fastsd.errors import FastsdError
+from fastsd.server.app import make_app
 from fastsd.server.jobs import Finished, ModelChoice, Order
 from fastsd.server.queue import GenerationQueue
+from fastsd.server.settings import ServerSettings
 from fastsd.server.worker import Watch
 
 ROOT = Path(__file__).parent.parent.parent
@@ -143,3 +148,29 @@ def served(log: Path, *flags: object, **environment: str) -> Iterator[Served]:
     finally:
         process.kill()
         process.wait()
+
+
+@contextlib.contextmanager
+def called(settings: ServerSettings, seconds: float = 0.0) -> Iterator[TestClient]:
+    """A client of a server whose worker has an empty model and is ready."""
+    app = make_app(settings, empty_engine, EmptySettings(seconds))
+    with TestClient(app, base_url="http://127.0.0.1:7860", raise_server_exceptions=False) as client:
+        deadline = time.monotonic() + 60
+        while client.get("/ready").status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield client
+
+
+def png(size: tuple[int, int] = (64, 64), colour: object = (9, 8, 7), mode: str = "RGB") -> str:
+    """An image of one colour, as base64."""
+    buffer = io.BytesIO()
+    Image.new(mode, size, colour).save(buffer, "PNG")  # type: ignore[arg-type]
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def opened(encoded: str) -> Image.Image:
+    """An image that the server sent as base64."""
+    image = Image.open(io.BytesIO(base64.b64decode(encoded)))
+    image.load()
+    return image

@@ -1,0 +1,94 @@
+"""ControlNets as clients of A1111's extension send them, in `alwayson_scripts`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from PIL import ImageOps
+
+from fastsd.errors import FastsdError
+from fastsd.image.files import find_edges
+from fastsd.server.catalogue import Catalogue
+from fastsd.server.images import decode_base64, read_image
+from fastsd.server.jobs import ControlChoice
+from fastsd.server.limits import Limits
+from fastsd.server.orders import Draft
+
+MAX_UNITS = 8
+BALANCED = (None, 0, "Balanced")
+RESIZE = {"Just Resize": 0, "Crop and Resize": 1}  # the extension's third, "Resize and Fill", is refused
+# Fields of a unit that fastsd acts on, and those that say how an image is prepared, which none and canny do not need.
+KNOWN = ("enabled", "image", "input_image", "model", "module", "weight", "guidance_start", "guidance_end")
+IDLE = frozenset(
+    ("processor_res", "threshold_a", "threshold_b", "pixel_perfect", "low_vram", "lowvram", "save_detected_map")
+    + ("resize_mode", "control_mode", "input_mode", "use_preview_as_input", "batch_images", "output_dir", "loopback")
+    + ("hr_option", "mask", "mask_image", "inpaint_crop_input_image", "effective_region_mask", "generated_image")
+    + ("is_ui", "advanced_weighting", "union_control_type", "pulid_mode", "ipadapter_input", "batch_image_dir")
+)
+
+
+def read_controls(draft: Draft, scripts: dict[str, Any], catalogue: Catalogue, limits: Limits) -> None:
+    """Add the ControlNets that a request asks for.
+
+    Raises:
+        FastsdError: another script that is always on and has arguments; a unit with something that is not supported.
+    """
+    for name, script in scripts.items():
+        units = script.get("args") if isinstance(script, dict) else script
+        if not units or (isinstance(units, list) and not any(units)):
+            continue
+        if name.lower() != "controlnet":
+            raise FastsdError(f"not supported: the script {name!r:.80}; ControlNet is", argument="alwayson_scripts")
+        if not isinstance(units, list) or len(units) > MAX_UNITS or not all(isinstance(unit, dict) for unit in units):
+            message = f"ControlNet's args should be a list of objects, {MAX_UNITS} at most"
+            raise FastsdError(message, argument="alwayson_scripts")
+        for k, unit in enumerate(units):
+            if unit.get("enabled", True):
+                draft.controls.append(_read_unit(draft, f"controlnet[{k}]", unit, catalogue, limits))
+
+
+def _read_unit(draft: Draft, where: str, unit: dict[str, Any], catalogue: Catalogue, limits: Limits) -> ControlChoice:
+    unknown = [str(name) for name in unit if name not in KNOWN and name not in IDLE]
+    if unknown:
+        draft.notes.append(f"{where}: fields that are not known and have no effect: {', '.join(unknown)[:300]}")
+    if unit.get("control_mode") not in BALANCED:
+        raise FastsdError("not supported; Balanced is", argument=f"{where}.control_mode", value=unit["control_mode"])
+    if unit.get("mask") or unit.get("mask_image") or unit.get("effective_region_mask"):
+        raise FastsdError("not supported: a ControlNet acts on the whole image", argument=f"{where}.mask")
+    sent = unit.get("image") or unit.get("input_image")
+    if isinstance(sent, dict):
+        sent = sent.get("image")
+    if sent is None and "image" in draft.arguments:
+        image = draft.arguments["image"]
+    elif isinstance(sent, str):
+        image, _ = read_image(decode_base64(sent, f"{where}.image"), f"{where}.image", limits.pixels)
+    else:
+        raise FastsdError("it should be an image, as base64", argument=f"{where}.image")
+    module = str(unit.get("module") or "none").lower()
+    if module == "canny":
+        image = find_edges(image, *(_number(where, unit, f"threshold_{k}", n) for k, n in (("a", 100.0), ("b", 200.0))))
+    elif module != "none":
+        message = "not supported: send the map that it would make, with module none; canny is made here"
+        raise FastsdError(message, argument=f"{where}.module", value=module)
+    mode = RESIZE.get(unit.get("resize_mode", 1), unit.get("resize_mode", 1))
+    if mode not in (0, 1):
+        raise FastsdError("not supported; 0 and 1 are", argument=f"{where}.resize_mode", value=mode)
+    size = draft.arguments.get("width"), draft.arguments.get("height")
+    if mode == 1 and None not in size and "mask_image" not in draft.arguments:
+        image = ImageOps.fit(image, size)  # type: ignore[arg-type]
+    if not isinstance(unit.get("model"), str):
+        raise FastsdError("it should be the name of a ControlNet", argument=f"{where}.model", value=unit.get("model"))
+    listed = catalogue.find_controlnet(unit["model"])
+    parts = {
+        "weight": _number(where, unit, "weight", 1.0),
+        "start": _number(where, unit, "guidance_start", 0.0),
+        "end": _number(where, unit, "guidance_end", 1.0),
+    }
+    return ControlChoice(listed.name, str(listed.path), image, parts, module == "canny")
+
+
+def _number(where: str, unit: dict[str, Any], name: str, default: float) -> float:
+    value = default if unit.get(name) is None else unit[name]
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= 4096:
+        raise FastsdError("it should be a number", argument=f"{where}.{name}", value=value)
+    return float(default if value == -1 and name.startswith("threshold") else value)

@@ -1,0 +1,77 @@
+"""Images in requests and answers: base64 in, files with their settings out."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from PIL import Image
+
+from fastsd.errors import FastsdError
+from fastsd.image.files import READABLE, encode, open_image, open_mask
+from fastsd.image.metadata import write_texts
+
+_DATA = re.compile(r"data:[\w/+.;=-]*,", re.A)
+
+
+def decode_base64(text: str, argument: str) -> bytes:
+    """The bytes of raw base64 or of a data URI.
+
+    Raises:
+        FastsdError: it is neither; a URL, for example, which is not fetched.
+    """
+    if text[:8].lower().startswith(("http://", "https://", "file:", "ftp:")):
+        raise FastsdError("a URL, which is not fetched; send the image itself, as base64", argument=argument)
+    found = _DATA.match(text[:200])
+    try:
+        data = base64.b64decode("".join(text[found.end() if found else 0 :].split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise FastsdError("not base64", argument=argument) from None
+    if not data:
+        raise FastsdError("the image is empty", argument=argument)
+    return data
+
+
+def read_image(data: bytes, argument: str, pixels: int, mask: bool = False) -> tuple[Image.Image, dict[str, str]]:
+    """An image that a client sent, and what files say of it: its hash.
+
+    Args:
+        pixels: it has no more than these, or is refused by its header.
+        mask: one channel, white is changed; otherwise RGB.
+
+    Raises:
+        FastsdError: too large, damaged or no image.
+    """
+    check_pixels(data, argument, pixels)
+    reader: Callable[[bytes, str], Image.Image] = open_mask if mask else open_image
+    return reader(data, argument), {"name": argument, "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def check_pixels(data: bytes, argument: str, pixels: int) -> None:
+    """Refuse an image by its header, before it is decoded; what is no image is refused by its reader."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=READABLE) as opened:
+                width, height = opened.size
+    except Exception:  # readers meet junk with exceptions of every kind; decoding says what is wrong
+        return
+    if width * height > pixels:
+        message = f"{width}x{height} pixels; at most {pixels / 10**6:.0f} million are read"
+        raise FastsdError(message, argument=argument)
+
+
+def encode_base64(image: Image.Image, settings: dict[str, Any], suffix: str = ".png") -> str:
+    """An image file with its settings in it, as base64."""
+    return base64.b64encode(encode(image, suffix, write_texts(settings))).decode()
+
+
+def encode_preview(image: Image.Image, suffix: str = ".png") -> str:
+    """A preview as base64; no settings are in it."""
+    return base64.b64encode(encode(image, suffix, {})).decode()

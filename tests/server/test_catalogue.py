@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from fastsd.errors import FastsdError
+from fastsd.server.catalogue import Catalogue
+from fastsd.server.settings import ServerSettings
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("sd15.safetensors", "anime/sd15.safetensors", "anime/other.safetensors", "x.ckpt", "note.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "xl" / "unet").mkdir(parents=True)
+    (tmp_path / "xl" / "model_index.json").write_text("{}")
+    (tmp_path / "xl" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    return tmp_path
+
+
+def names(catalogue: Catalogue) -> list[str]:
+    return [one.name for one in catalogue.models]
+
+
+def test_checkpoints_and_folders_are_listed_and_no_pickles_nor_parts_of_folders(folder: Path) -> None:
+    assert names(Catalogue(ServerSettings(models_dir=str(folder)))) == [
+        "digits",
+        "xl",
+        "anime/other",
+        "anime/sd15",
+        "sd15",
+    ]
+
+
+def test_the_first_model_is_listed_once(folder: Path) -> None:
+    catalogue = Catalogue(ServerSettings(models_dir=str(folder), model=str(folder / "anime" / "other.safetensors")))
+    assert names(catalogue) == ["anime/other", "xl", "anime/sd15", "sd15"]
+    outside = Catalogue(ServerSettings(model=str(folder / "sd15.safetensors")))
+    assert names(outside) == ["sd15"]
+
+
+def test_a_model_is_found_by_every_way_to_name_it(folder: Path) -> None:
+    catalogue = Catalogue(ServerSettings(models_dir=str(folder)))
+    asyncio.run(catalogue.hash_files())
+    digest = hashlib.sha256(b"anime/other.safetensors").hexdigest()
+    for name in (
+        "anime/other",
+        "anime/other.safetensors",
+        "other",
+        "OTHER",
+        digest,
+        digest[:10],
+        f"anime/other.safetensors [{digest[:10]}]",
+    ):
+        assert catalogue.find_model(name).path == folder / "anime" / "other.safetensors", name
+    assert catalogue.find_model("sd15").path == folder / "sd15.safetensors"  # its own name precedes one at its end
+
+
+@pytest.mark.parametrize("name", ["", "../secret", "/etc/passwd", "x.ckpt", "note.txt", "xl/unet", "sd15\0", "anime"])
+def test_a_name_that_is_not_listed_finds_nothing(folder: Path, name: str) -> None:
+    with pytest.raises(FastsdError, match="no such model is listed"):
+        Catalogue(ServerSettings(models_dir=str(folder))).find_model(name)
+
+
+def test_new_files_are_found_after_a_refresh(folder: Path) -> None:
+    catalogue = Catalogue(ServerSettings(models_dir=str(folder)))
+    (folder / "new.safetensors").write_bytes(b"new")
+    assert "new" not in names(catalogue)
+    catalogue.refresh()
+    assert "new" in names(catalogue)
