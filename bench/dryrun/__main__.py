@@ -29,7 +29,7 @@ def main() -> None:
         parser.exit(2, f"error: no dry run here: {reason}\n")
     with dry_run(GPUS[arguments.gpu]) as run:
         guided_step(run, FAMILIES[arguments.model], arguments.batch, arguments.size)
-    launches = run.of("step")
+    launches = run.of("step").launches
     if arguments.list:
         print(*launches, sep="\n")
     count, moved = Counter(x.kind for x in launches), Counter[str]()

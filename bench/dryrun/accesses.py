@@ -1,4 +1,4 @@
-"""Which pointers of a Triton kernel it reads, and which it writes, from its source."""
+"""What a Triton kernel's source says of it: which pointers it reads and writes, and whether it multiplies matrices."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ DESCRIPTORS = ("make_tensor_descriptor", "make_block_ptr", "advance")
 @functools.cache
 def accesses(kernel: Any) -> dict[str, Access]:
     """For each parameter of a jitted function: whether something is loaded or stored through it, in any branch."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn))).body[0]
-    assert isinstance(tree, ast.FunctionDef)
+    tree = _source(kernel)
     names = [argument.arg for argument in (*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs)]
     roots = {name: {name} for name in names}  # variable: the parameters that it is computed from
     found: dict[str, set[str]] = {name: set() for name in names}
@@ -77,10 +76,37 @@ def _calls(node: ast.Call, kernel: Any) -> list[tuple[Access, ast.expr]]:
         if not library and function.attr in ("load", "store"):  # of a descriptor
             return [(frozenset({function.attr}), base)]
         return []
-    callee = kernel.fn.__globals__.get(function.id) if isinstance(function, ast.Name) else None
-    if not isinstance(callee, triton.JITFunction):
+    callee = _callee(node, kernel)
+    if callee is None:
         return []
     inner = accesses(callee)
     names = list(inner)
     given = [*zip(names, node.args), *((word.arg, word.value) for word in node.keywords if word.arg)]
     return [(inner[name], value) for name, value in given if inner.get(name)]
+
+
+@functools.cache
+def multiplies(kernel: Any) -> bool:
+    """Whether a jitted function, or one that it calls, has a product of matrices."""
+    for node in ast.walk(_source(kernel)):
+        if not isinstance(node, ast.Call):
+            continue
+        if isinstance(node.func, ast.Attribute) and node.func.attr.startswith("dot"):
+            return True
+        callee = _callee(node, kernel)
+        if callee is not None and multiplies(callee):
+            return True
+    return False
+
+
+@functools.cache
+def _source(kernel: Any) -> ast.FunctionDef:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn))).body[0]
+    assert isinstance(tree, ast.FunctionDef)
+    return tree
+
+
+def _callee(node: ast.Call, kernel: Any) -> Any:
+    """The jitted function that is called, or None."""
+    found = kernel.fn.__globals__.get(node.func.id) if isinstance(node.func, ast.Name) else None
+    return found if isinstance(found, triton.JITFunction) else None

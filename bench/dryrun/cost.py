@@ -8,8 +8,9 @@ from math import prod
 from typing import Any
 
 import torch
+from torch._prims_common import suggest_memory_format
 
-from bench.dryrun.accesses import Access, accesses
+from bench.dryrun.accesses import Access, accesses, multiplies
 
 KINDS = (
     *("convolution", "linear", "attention", "group norm", "layer norm", "geglu", "bias", "residual"),
@@ -19,6 +20,7 @@ KINDS = (
 HIDDEN = ("clone", "_to_copy", "contiguous", "copy_")
 # Operations that write to an operand without reading it.
 OVERWRITES = ("copy_", "fill_", "zero_", "div", "mul", "mm", "bmm")
+BIAS = "add: bias"
 PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "linear")
 BY_OP = {"flash_attn": "attention", "groupnorm_silu": "group norm", "layernorm": "layer norm", "advance": "update"}
 
@@ -57,22 +59,20 @@ def size(x: torch.Tensor) -> int:
 
 
 def kind_of(name: str, op: str, hidden: bool, inputs: list[torch.Tensor]) -> str:
-    """The kind of a launch, of `KINDS`.
+    """The kind of a launch of PyTorch's, of `KINDS`.
 
     op: the file of fastsd/kernels that launches it.
     """
-    if hidden or name in ("copy_", "clone", "_to_copy", "cat", "stack", "constant_pad_nd"):
+    if hidden or name in ("copy_", "clone", "_to_copy", "cat", "constant_pad_nd"):
         return "copy"
-    if name == "add: bias":
+    if name == BIAS:
         return "bias"
     if op in BY_OP:
         return BY_OP[op]
-    if name == "convolution" or "conv" in name:
+    if name == "convolution" or name.startswith("cudnn_convolution"):
         return "convolution"
     if name in PRODUCTS:
         return "linear"
-    if op == "geglu":
-        return "geglu" if name == "_geglu_kernel" else "linear"
     if name.startswith("upsample"):
         return "upsample"
     if name in ("add", "add_"):
@@ -80,12 +80,21 @@ def kind_of(name: str, op: str, hidden: bool, inputs: list[torch.Tensor]) -> str
             return "update"  # of the row's number
         maps = len(inputs) == 2 and inputs[0].shape == inputs[1].shape and inputs[0].ndim > 2
         return "residual" if maps else "elementwise"
-    if name.startswith("_") and name.endswith("_kernel"):
-        return {"conv2d": "convolution", "upsample2x": "convolution", "linear": "linear"}.get(op, "elementwise")
     return "elementwise"
 
 
-def aten_flops(name: str, args: Any, results: list[torch.Tensor]) -> Operations:
+def kind_of_kernel(kernel: Any, op: str, values: dict[str, Any]) -> str:
+    """The kind of a launch of one of our kernels."""
+    if op in BY_OP:
+        return BY_OP[op]
+    if multiplies(kernel):
+        return "convolution" if op in ("conv2d", "upsample2x") else "linear"
+    if op == "geglu":
+        return "geglu"
+    return "residual" if isinstance(values.get("residual_ptr"), torch.Tensor) else "bias"
+
+
+def aten_operations(name: str, args: Any, results: list[torch.Tensor]) -> Operations:
     """The products of one of PyTorch's operations."""
     if name == "convolution":
         return Operations(2.0 * results[0].numel() * prod(args[1].shape[1:]))
@@ -106,16 +115,19 @@ def rearranged(name: str, args: Any) -> Iterator[torch.Tensor]:
     gaps; `addmm` of a matrix that is not its result copies it there (at::native: ConvShared.cpp, cuda/Blas.cpp).
     """
     if name == "convolution":
-        x, weight = args[:2]
-        if any(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight)):
-            yield from (t for t in (x, weight) if not t.is_contiguous(memory_format=torch.channels_last))
-        else:
-            yield from (t for t in (x, weight) if not t.is_contiguous())
+        wanted = layout_of_cudnn(*args[:2])
+        yield from (t for t in args[:2] if not t.is_contiguous(memory_format=wanted))
     elif name in PRODUCTS:
         added = name.startswith(("addmm", "baddbmm"))
         yield from (t for t in args[added : added + 2] if not _is_matrix(t))
         if added and not name.endswith("_") and (args[0].ndim > 1 or not args[0].is_contiguous()):
             yield args[0]
+
+
+def layout_of_cudnn(x: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
+    """The layout of a convolution's operands and of its result (at::native::cudnn_conv_suggest_memory_format)."""
+    last = any(suggest_memory_format(t) == torch.channels_last for t in (x, weight))
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def _is_matrix(x: torch.Tensor) -> bool:
@@ -148,7 +160,7 @@ def _one_each(key: str) -> Callable[[dict[str, Any]], Operations]:
     return lambda values: Operations(0.0, float(values[key].numel()))
 
 
-# The products and exponentials of our kernels, from their arguments.
+# The products and exponentials of our kernels, from their arguments. A kernel that multiplies matrices has to be here.
 OPERATIONS: dict[str, Callable[[dict[str, Any]], Operations]] = {
     "_flash_attn_kernel": _attention,
     "_few_keys_kernel": _attention,
@@ -156,19 +168,16 @@ OPERATIONS: dict[str, Callable[[dict[str, Any]], Operations]] = {
     "_geglu_kernel": _one_each("out_ptr"),
     "_groupnorm_silu_kernel": _one_each("out_ptr"),
     "_groupnorm_apply_kernel": _one_each("out_ptr"),
-    "_groupnorm_moments_kernel": lambda values: NOTHING,
-    "_groupnorm_merge_kernel": lambda values: NOTHING,
-    "_layernorm_kernel": lambda values: NOTHING,
-    "_advance_kernel": lambda values: NOTHING,
 }
 
 
-def kernel_operations(name: str, values: dict[str, Any]) -> Operations:
+def kernel_operations(kernel: Any, values: dict[str, Any]) -> Operations:
     """The products and exponentials of a launch of one of our kernels.
 
     Raises:
-        KeyError: the kernel is not in `OPERATIONS`.
+        ValueError: the kernel multiplies matrices, and `OPERATIONS` does not say how many.
     """
-    if name not in OPERATIONS:
-        raise KeyError(f"{name}: say in bench/dryrun/cost.py, OPERATIONS, what it computes")
-    return OPERATIONS[name](values)
+    name = kernel.fn.__name__
+    if name not in OPERATIONS and multiplies(kernel):
+        raise ValueError(f"{name}: say in bench/dryrun/cost.py, OPERATIONS, how much it multiplies")
+    return OPERATIONS[name](values) if name in OPERATIONS else NOTHING

@@ -13,15 +13,23 @@ from unittest.mock import patch
 import torch
 import triton
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bench.dryrun import cost
 from bench.dryrun.device import DEVICE, fake_cuda
+from bench.dryrun.floor import Floors
 from bench.dryrun.gpus import Gpu
-from bench.dryrun.memory import Allocations
+from bench.dryrun.memory import EAGER, GRAPHS, Allocations
+from fastsd.generate.batch import Batch
+from fastsd.kernels import candidates
 
 T = TypeVar("T")
 
@@ -37,8 +45,8 @@ FREE = {
 }
 
 
-class NotOnADevice(RuntimeError):
-    """Something that a captured graph cannot do, or that would wait for the host."""
+class DryRunFault(BaseException):
+    """Something that a captured graph cannot do, or that waits for the device. No `except Exception` may hide it."""
 
 
 @dataclass(frozen=True)
@@ -66,19 +74,17 @@ class RecordedLaunch:
         kind: one of `cost.KINDS`.
         op: the file of `fastsd/kernels` that launches it, or "".
         layer: the module that called the op, by its name in the network.
-        section: the captured work that it is part of: "step", "decode" and so on; "" outside of all.
-        tensors: inputs, then outputs.
+        tensors: what it reads, then what it writes.
         bytes: read and written.
         flops, exps: floating-point operations of products; exponentials.
         hidden: a copy that nobody asked for, of an operand in another layout.
-        kernel: the kernel and its arguments, where it is ours: tensors, numbers, constants, compiler options.
+        kernel: the kernel and its arguments, where it is ours: pointers, numbers, constants, compiler options.
     """
 
     name: str
     kind: str
     op: str
     layer: str
-    section: str
     tensors: tuple[TensorMeta, ...]
     bytes: int
     flops: float = 0.0
@@ -91,59 +97,93 @@ class RecordedLaunch:
         return f"{self.kind:12} {self.name:28} {work}  {self.layer}  {' '.join(map(str, self.tensors))}"
 
 
+@dataclass(eq=False)
+class Section:
+    """Work that a graph captures once, or, with the name "", what runs outside of graphs.
+
+    Attributes:
+        name: "step", "text", "encode", "decode".
+        launches: of one replay.
+        floors: the least work of its layers.
+        replays: how often it ran.
+    """
+
+    name: str
+    launches: list[RecordedLaunch] = field(default_factory=list)
+    floors: Floors = field(default_factory=Floors)
+    replays: int = 0
+
+    @property
+    def hidden(self) -> list[RecordedLaunch]:
+        """The copies that nobody asked for."""
+        return [launch for launch in self.launches if launch.hidden]
+
+
 class DryRun(TorchDispatchMode):
     """Records the launches on the fake GPU. Work on CPU tensors is done as ever.
 
-    What reads the GPU from the host gets zeros, or True; inside a section it raises `NotOnADevice`.
+    What reads the GPU from the host gets zeros, or True. In a section, and anywhere in a row of the loop, it raises
+    `DryRunFault`.
+
+    Attributes:
+        sections: in the order of their capture; the first is what runs outside of them.
+        in_loop: a row of the loop is under way.
     """
 
     def __init__(self, fake: FakeTensorMode) -> None:
         super().__init__()
         self.fake = fake
-        self.launches: list[RecordedLaunch] = []
         self.memory = Allocations()
-        self._section = ""
-        self._layers: list[str] = []
+        self.sections = [Section("")]
+        self.in_loop = False
+        self._current = self.sections[0]
+        self._layers: list[tuple[nn.Module, str]] = []
         self._names: dict[int, str] = {}
 
-    def of(self, section: str) -> list[RecordedLaunch]:
-        """The launches of a section."""
-        return [launch for launch in self.launches if launch.section == section]
+    def of(self, name: str) -> Section:
+        """The first section of that name."""
+        return next(section for section in self.sections if section.name == name)
 
     @contextmanager
-    def section(self, name: str) -> Iterator[None]:
-        """Inside this context everything could be captured in a CUDA graph, or raises."""
-        before, self._section = self._section, name
+    def section(self, section: Section, pool: str = GRAPHS) -> Iterator[None]:
+        """Inside this context launches belong to `section`, and memory to `pool`."""
+        before, self._current = self._current, section
         try:
-            yield
+            with self.memory.pool(pool):
+                yield
         finally:
-            self._section = before
+            self._current = before
 
     def name(self, prefix: str, module: nn.Module) -> None:
         """Let launches of the module's layers have their names."""
         self._names.update({id(layer): f"{prefix}.{name}".rstrip(".") for name, layer in module.named_modules()})
 
+    @property
+    def layer(self) -> str:
+        """The name of the layer that runs."""
+        return self._layers[-1][1] if self._layers else ""
+
     def enter_layer(self, module: nn.Module, args: Any) -> None:
         """A hook."""
-        self._layers.append(self._names.get(id(module), self._layers[-1] if self._layers else ""))
+        self._layers.append((module, self._names.get(id(module), self.layer)))
 
-    def leave_layer(self, module: nn.Module, args: Any, result: Any) -> None:
+    def leave_layer(self, module: nn.Module, args: Any, named: dict[str, Any], result: Any) -> None:
         """A hook."""
         self._layers.pop()
+        if isinstance(result, torch.Tensor) and isinstance(result, FakeTensor):
+            self._current.floors.add(module, args, named, result, [outer for outer, _ in self._layers])
 
-    def refuse(self, what: str) -> None:
-        """Raise if this is a section: a graph cannot do that."""
-        if self._section:
-            raise NotOnADevice(f"{self._section}, {self._layers[-1] if self._layers else 'no layer'}: {what}")
+    def refuse(self, what: str, loop: bool = True) -> None:
+        """Raise if a graph is captured, or with `loop` a row of the loop is under way."""
+        if self._current.name or (loop and self.in_loop):
+            raise DryRunFault(f"{self._current.name or 'between two replays'}: {self.layer or 'no layer'}: {what}")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         leaves = tree_leaves((args, kwargs))
         fakes = [x for x in leaves if isinstance(x, FakeTensor)]
         to_gpu = any(isinstance(x, torch.device) and x.type == "cuda" for x in leaves)
-        if not fakes and not to_gpu:
-            return func(*args, **kwargs)
-        if func.namespace == "prim":
+        if func.namespace == "prim" or not (fakes or to_gpu):
             return func(*args, **kwargs)
         if func not in WHOLE and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), COMPOSITE):
             with self:  # into what its C++ composes it of, as on a GPU
@@ -151,12 +191,13 @@ class DryRun(TorchDispatchMode):
         if func is aten._local_scalar_dense.default:
             self.refuse("the host reads a number from the device")
             return True if fakes[0].dtype == torch.bool else 0
-        hosts = [x for x in leaves if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor)]
-        if func is aten._to_copy.default and kwargs.get("device", DEVICE).type == "cpu":
+        if func is aten._to_copy.default and not to_gpu and kwargs.get("device", DEVICE).type == "cpu":
             self.refuse("a copy to the host")
             return torch.zeros(fakes[0].shape, dtype=kwargs.get("dtype") or fakes[0].dtype)
+        hosts = [x for x in leaves if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor)]
         if hosts:
-            self.refuse(f"{func} is given a tensor of the host, {TensorMeta.of(hosts[0])}")
+            pinned = all(x.ndim == 0 or getattr(x, "pinned_in_dry_run", False) for x in hosts)
+            self.refuse(f"{func} is given a tensor of the host, {TensorMeta.of(hosts[0])}", loop=not pinned)
             args, kwargs = tree_map_only(torch.Tensor, self._on_fake, (args, kwargs))
         return self._run(func, args, kwargs)
 
@@ -166,81 +207,80 @@ class DryRun(TorchDispatchMode):
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         fakes = [x for x in tree_leaves((args, kwargs)) if isinstance(x, FakeTensor)]
         with self.fake:
-            out = func(*args, **kwargs)
+            try:
+                out = func(*args, **kwargs)
+            except (DynamicOutputShapeException, DataDependentOutputException):
+                raise DryRunFault(
+                    f"{self._current.name}: {self.layer}: {func} reads the device from the host"
+                ) from None
             if func is aten.convolution.default:
-                out = self._convolution(out, *args)
+                # A build without cuDNN would keep channels first.
+                out = torch.empty_like(out, memory_format=cost.layout_of_cudnn(*args[:2]))
         results = [x for x in tree_leaves(out) if isinstance(x, FakeTensor)]
         self.memory.see(results)
         name = func._schema.name.split("::")[1]
         if func.is_view or name in FREE or not any(x.numel() for x in (*fakes, *results)):
             return out
-        self._before(name, args)
+        for x in cost.rearranged(name, args):
+            self._add(f"{name}: layout", [x], [x], hidden=True)
         written = [
             x for x, a in zip(args, func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
         ]
-        written += [x for key, x in kwargs.items() if key in ("out",)]
+        written += [kwargs[key] for key in ("out",) if key in kwargs]
         outputs = {cost.place(x): x for x in (*tree_leaves(written), *results) if isinstance(x, FakeTensor)}
         inputs = {cost.place(x): x for x in fakes if not (name in cost.OVERWRITES and cost.place(x) in outputs)}
-        hidden = name in cost.HIDDEN and (name != "_to_copy" or results[0].dtype == fakes[0].dtype)
-        self._add(name, inputs.values(), outputs.values(), cost.aten_flops(name, args, results), hidden=hidden)
+        work = cost.aten_operations(name, args, results)
+        if name == "convolution" and len(inputs) == 3:  # cuDNN's result is read and written again for its bias
+            x, weight, bias = inputs.values()
+            self._add(name, [x, weight], outputs.values(), work)
+            self._add(cost.BIAS, [bias, *outputs.values()], outputs.values())
+        else:
+            hidden = name in cost.HIDDEN and (name != "_to_copy" or results[0].dtype == fakes[0].dtype)
+            self._add(name, inputs.values(), outputs.values(), work, hidden=hidden)
         return out
-
-    def _convolution(self, out: FakeTensor, x: FakeTensor, weight: FakeTensor, *rest: Any) -> FakeTensor:
-        """cuDNN's result is channels-last if an operand is. The fake one is not, in a build without cuDNN."""
-        last = torch.channels_last
-        if out.ndim == 4 and any(t.is_contiguous(memory_format=last) for t in (x, weight)):
-            return torch.empty_like(out, memory_format=last)
-        return out
-
-    def _before(self, name: str, args: Any) -> None:
-        """The copies and passes that a GPU's library adds to an operation."""
-        for x in cost.rearranged(name, args):
-            self._add(f"{name}: layout", [x], [x], hidden=True)
 
     def _add(
-        self, name: str, inputs: Any, outputs: Any, work: cost.Operations = cost.NOTHING, *, hidden: bool = False,
+        self,
+        name: str,
+        inputs: Any,
+        outputs: Any,
+        work: cost.Operations = cost.NOTHING,
+        *,
+        kind: str = "",
+        hidden: bool = False,
         kernel: tuple[Any, dict[str, Any]] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         inputs, outputs = list(inputs), list(outputs)
-        moved = sum(map(cost.size, (*inputs, *outputs)))
         op = _calling_op()
-        if name == "convolution" and len(inputs) == 3:  # cuDNN's result is read and written again for its bias
-            self._add(name, inputs[:2], outputs, work)
-            self._add("add: bias", [inputs[2], outputs[0]], outputs)
-            return
-        self.launches.append(
-            RecordedLaunch(
-                name=name,
-                kind=cost.kind_of(name, op, hidden, inputs),
-                op=op,
-                layer=self._layers[-1] if self._layers else "",
-                section=self._section,
-                tensors=tuple(TensorMeta.of(x) for x in (*inputs, *outputs)),
-                bytes=moved,
-                flops=work.flops,
-                exps=work.exps,
-                hidden=hidden,
-                kernel=kernel,
-            )
+        launch = RecordedLaunch(
+            name=name,
+            kind=kind or cost.kind_of(name, op, hidden, inputs),
+            op=op,
+            layer=self.layer,
+            tensors=tuple(TensorMeta.of(x) for x in (*inputs, *outputs)),
+            bytes=sum(map(cost.size, (*inputs, *outputs))),
+            flops=work.flops,
+            exps=work.exps,
+            hidden=hidden,
+            kernel=kernel,
         )
+        self._current.launches.append(launch)
 
     def launch(self, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         """A launch of a Triton kernel."""
-        name = kernel.fn.__name__
         values = dict(zip((parameter.name for parameter in kernel.params), args)) | options
-        inputs, outputs = [], []
-        for key, through in cost.pointers(kernel, values).items():
+        try:
+            used, work = cost.pointers(kernel, values), cost.kernel_operations(kernel, values)
+        except ValueError as error:
+            raise DryRunFault(str(error)) from None
+        for key in used:
             if not isinstance(values[key], FakeTensor):
-                raise NotOnADevice(f"{name}: {key} is a tensor of the host, {TensorMeta.of(values[key])}")
-            inputs += [values[key]] if "load" in through else []
-            outputs += [values[key]] if "store" in through else []
-        read = {cost.place(x): x for x in inputs}  # a tensor given twice is read once
-        self._add(name, read.values(), outputs, cost.kernel_operations(name, values), kernel=(kernel, _frozen(values)))
-
-
-def _frozen(values: dict[str, Any]) -> dict[str, Any]:
-    """Arguments without their tensors, which would stay in memory."""
-    return {key: cost.Pointer.of(x) if isinstance(x, torch.Tensor) else x for key, x in values.items()}
+                raise DryRunFault(f"{kernel.fn.__name__}: {key} is a tensor of the host, {TensorMeta.of(values[key])}")
+        read = {cost.place(values[key]): values[key] for key, how in used.items() if "load" in how}
+        written = {cost.place(values[key]): values[key] for key, how in used.items() if "store" in how}
+        kind = cost.kind_of_kernel(kernel, _calling_op(), values)
+        frozen = {key: cost.Pointer.of(x) if isinstance(x, torch.Tensor) else x for key, x in values.items()}
+        self._add(kernel.fn.__name__, read.values(), written.values(), work, kind=kind, kernel=(kernel, frozen))
 
 
 def _calling_op() -> str:
@@ -248,43 +288,51 @@ def _calling_op() -> str:
     frame, found = sys._getframe(2), ""
     while frame is not None:
         folder, _, file = frame.f_code.co_filename.rpartition("/")
-        if folder == KERNELS:
+        if folder == KERNELS and file != "candidates.py":
             found = file.removesuffix(".py")
         frame = frame.f_back
     return found
 
 
-class HostReads(TorchFunctionMode):
-    """Arrays of tensors on the fake GPU: refused in a section; elsewhere only what was copied to the host has any."""
+class HostCalls(TorchFunctionMode):
+    """Methods of tensors that the dispatcher does not see: arrays, addresses, pinned memory.
+
+    Of a tensor on the fake GPU an array is refused everywhere; its address is a number of its own.
+    """
 
     def __init__(self, run: DryRun) -> None:
         super().__init__()
         self.run = run
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist) and isinstance(
-            args[0], FakeTensor
-        ):
-            self.run.refuse(f"{func.__name__} reads the device from the host")
-            if func is torch.Tensor.tolist:
-                return torch.zeros(args[0].shape, dtype=args[0].dtype).tolist()
-            raise TypeError("a CUDA tensor has no array; copy it to the host first")
+        if func is torch.Tensor.pin_memory:
+            args[0].pinned_in_dry_run = True
+            return args[0]
+        if func in (torch.Tensor.numpy, torch.Tensor.__array__) and isinstance(args[0], FakeTensor):
+            raise DryRunFault(f"{self.run.layer}: a CUDA tensor has no array; it is copied to the host first")
+        if func is torch.Tensor.data_ptr and isinstance(args[0], FakeTensor):
+            return args[0].untyped_storage()._cdata + args[0].storage_offset() * args[0].element_size()
         return func(*args, **(kwargs or {}))
 
 
 class DryRecorder:
-    """A `fastsd.graph.Recorder`: a capture is a call in a section, and so is each replay."""
+    """A `fastsd.graph.Recorder`: a warm-up, a capture that is recorded, and replays that are counted."""
 
     def __init__(self, run: DryRun) -> None:
         self.run = run
 
     def record(self, function: Callable[[], T]) -> Callable[[], T]:
-        owner = getattr(function, "__self__", None)
-        section = "step" if type(owner).__name__ == "CapturedStep" else _name(owner)
+        name = _section_of(function)
+        with self.run.section(Section(name), EAGER):
+            function()
+        section = Section(name)
+        self.run.sections.append(section)
+        with self.run.section(section):
+            outputs = function()
 
         def replay() -> T:
-            with self.run.section(section):
-                return function()
+            section.replays += 1
+            return outputs
 
         return replay
 
@@ -292,9 +340,12 @@ class DryRecorder:
         """Nothing is kept."""
 
 
-def _name(owner: Any) -> str:
-    function = getattr(owner, "function", owner)
-    return str(getattr(function, "__name__", None) or type(function).__name__)
+def _section_of(function: Any) -> str:
+    """What a captured callable does: "step", "text", "encode", "decode"."""
+    inner = getattr(function.__self__, "function", None)  # `FunctionOnBuffers` holds one
+    if inner is None:
+        return "step"
+    return "text" if inner.__module__.startswith("fastsd.text") else str(inner.__name__)
 
 
 @contextmanager
@@ -302,14 +353,27 @@ def dry_run(gpu: Gpu) -> Iterator[DryRun]:
     """Inside this context `DEVICE` exists, and what is launched on it is recorded instead."""
     with fake_cuda(gpu) as fake, ExitStack() as stack:
         run = DryRun(fake)
+        candidates.forget()
+        stack.callback(candidates.forget)
 
         def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
             run.launch(kernel, args, options)
 
+        denoise = Batch.denoise
+
+        def watched(batch: Batch) -> Any:
+            run.in_loop = True
+            try:
+                return denoise(batch)
+            finally:
+                run.in_loop = False
+
         stack.enter_context(patch.object(triton.JITFunction, "run", launch))
-        hooks = torch.nn.modules.module
+        stack.enter_context(patch.object(Batch, "denoise", watched))
+        hooks = nn.modules.module
         stack.callback(hooks.register_module_forward_pre_hook(run.enter_layer).remove)
-        stack.callback(hooks.register_module_forward_hook(run.leave_layer, always_call=True).remove)
+        leave = hooks.register_module_forward_hook(run.leave_layer, with_kwargs=True, always_call=True)
+        stack.callback(leave.remove)
         stack.enter_context(run)
-        stack.enter_context(HostReads(run))
+        stack.enter_context(HostCalls(run))
         yield run

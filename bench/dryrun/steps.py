@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import nn
 
 from bench.dryrun.device import DEVICE
-from bench.dryrun.record import DryRun
+from bench.dryrun.networks import on_gpu
+from bench.dryrun.record import DryRun, Section
 from bench.families import ModelFamily
 from fastsd.generate.denoiser import Conditioning, StepInputs, denoise_row
 from fastsd.model.unet import AddedConditioning, UNet
@@ -16,21 +14,9 @@ from fastsd.sampling.advance import begin
 from fastsd.sampling.build import build
 
 
-def on_gpu(kind: Any, config: Any, dtype: torch.dtype = torch.float16) -> Any:
-    """A network on the fake GPU with the memory layout of a loaded one."""
-    with torch.device("meta"):
-        module: nn.Module = kind(config)
-    state = {}
-    for name, parameter in module.named_parameters():
-        layout = torch.channels_last if parameter.ndim == 4 else torch.contiguous_format
-        state[name] = torch.empty(parameter.shape, dtype=dtype, device=DEVICE, memory_format=layout)
-    module.load_state_dict(state, strict=True, assign=True)
-    return module.eval().requires_grad_(False)
-
-
 @torch.inference_mode()
-def guided_step(run: DryRun, family: ModelFamily, batch: int = 1, size: int = 0) -> None:
-    """`denoise_row` with guidance for `batch` images of `size` pixels, in the section "step"."""
+def guided_step(run: DryRun, family: ModelFamily, batch: int = 1, size: int = 0) -> Section:
+    """`denoise_row` with guidance for `batch` images of `size` pixels, without the pipeline around it."""
     side = (size or family.size) // family.vae.downscale
     unet: UNet = on_gpu(UNet, family.unet)
     run.name("unet", unet)
@@ -46,5 +32,8 @@ def guided_step(run: DryRun, family: ModelFamily, batch: int = 1, size: int = 0)
     noise = torch.empty(batch, side, side, config.in_channels, device=DEVICE)
     state = begin(build("euler", 20, family.scheduler), noise)
     inputs = StepInputs(state, Conditioning(time[None], texts), guidance=torch.empty(1, device=DEVICE))
-    with run.section("step"):
+    section = Section("step")
+    run.sections.append(section)
+    with run.section(section):
         denoise_row(unet, inputs, 0)
+    return section
