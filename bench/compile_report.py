@@ -32,6 +32,7 @@ from fastsd.kernels.triton import flash_attn as flash_attn_triton
 from fastsd.kernels.triton import geglu as geglu_triton
 from fastsd.kernels.triton import groupnorm_silu as groupnorm_silu_triton
 from fastsd.kernels.triton import layernorm as layernorm_triton
+from fastsd.kernels.triton import linear as linear_triton
 
 REPORT = Path(__file__).parent.parent / "docs" / "compile_report.txt"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -57,6 +58,11 @@ ATTENTION = [  # queries, keys, heads, head size
     *((4096, 77, 8, 40), (4096, 77, 10, 64), (1024, 77, 8, 80), (256, 77, 8, 160)),
     (77, 77, 12, 64),
     (4096, 4096, 1, 512),
+]
+GATED = [(8192, 1280, 320), (2048, 5120, 1280)]  # rows, columns of the result, K
+PRODUCTS = [  # rows, columns, K, columns of the skip input
+    *((8192, 320, 320, 0), (8192, 640, 640, 0), (2048, 1280, 1280, 0), (128, 1280, 5120, 0)),
+    (8192, 320, 640, 320),
 ]
 
 
@@ -104,8 +110,8 @@ def launches(capability: int, dtype: torch.dtype) -> list[KernelLaunch]:
     """Every distinct launch of every op at the shapes above, on sm_`capability`."""
     by_name: dict[str, KernelLaunch] = {}
     calls = [*_norm_calls(dtype), *_geglu_calls(dtype), *_advance_calls(dtype)]
-    if capability >= 80:  # sm_75 uses PyTorch's attention
-        calls += _attention_calls(dtype)
+    if capability >= 80:  # sm_75 uses PyTorch's attention and products
+        calls += [*_attention_calls(dtype), *_product_calls(dtype)]
     for case, call in calls:
 
         def on_launch(kernel: Any, arguments: dict[str, Any], case: str = case) -> None:
@@ -139,6 +145,19 @@ def _geglu_calls(dtype: torch.dtype) -> Iterator[Call]:
     for columns in (1280, 5120):
         y, vector = _meta(1024, 2 * columns, dtype=dtype), _meta(2 * columns, dtype=dtype)
         yield f"geglu {columns}", partial(geglu_triton.geglu_gate, y, vector)
+
+
+def _product_calls(dtype: torch.dtype) -> Iterator[Call]:
+    for rows, columns, depth in GATED:
+        x, weight = _meta(rows, depth, dtype=dtype), _meta(2 * columns, depth, dtype=dtype)
+        bias, name = _meta(2 * columns, dtype=dtype), f"geglu {rows}x{columns}x{depth}"
+        yield name, partial(linear_triton.geglu, x, weight, bias)
+    for rows, columns, depth, skip in PRODUCTS:
+        x, weight = _meta(rows, depth, dtype=dtype), _meta(columns, depth + skip, dtype=dtype)
+        second = _meta(rows, skip, dtype=dtype) if skip else None
+        bias, residual = _meta(columns, dtype=dtype), None if skip else _meta(rows, columns, dtype=dtype)
+        name = f"linear {rows}x{columns}x{depth}" + (f"+{skip}" if skip else "")
+        yield name, partial(linear_triton.linear, x, weight, bias, "none", residual, second)
 
 
 def _advance_calls(dtype: torch.dtype) -> Iterator[Call]:

@@ -47,12 +47,33 @@ def _by_gate(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch
     return geglu_triton.geglu_gate(F.linear(x, weight), bias)
 
 
+def _by_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The whole op by our kernel: the product, of twice as many columns as the result, is never written."""
+    from fastsd.kernels.triton import linear as linear_triton
+
+    return linear_triton.geglu(x, weight, bias)
+
+
+def _refused_by_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> str | None:
+    from fastsd.kernels.triton import linear as linear_triton
+
+    return linear_triton.refuses(x, weight, bias, op="geglu")
+
+
 def _by_torch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     value, gate = F.linear(x, weight, bias).chunk(2, dim=-1)
     return value * activate_by_image(gate, "gelu")
 
 
-OP = GpuOp("geglu", geglu_ref, (OpCandidate("cublas, then triton", _by_gate), OpCandidate("torch", _by_torch)))
+OP = GpuOp(
+    "geglu",
+    geglu_ref,
+    (
+        OpCandidate("triton", _by_triton, _refused_by_triton, partial=True),
+        OpCandidate("cublas, then triton", _by_gate),
+        OpCandidate("torch", _by_torch),
+    ),
+)
 
 
 def _geglu_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

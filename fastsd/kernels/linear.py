@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -115,6 +116,29 @@ def _by_two_products(
     return y if residual is None else y + residual
 
 
+def _by_triton(*args: Any) -> torch.Tensor:
+    from fastsd.kernels.triton import linear as linear_triton
+
+    return linear_triton.linear(*args)
+
+
+def _refused_by_triton(*args: Any) -> str | None:
+    from fastsd.kernels.triton import linear as linear_triton
+
+    return linear_triton.refuses(*args)
+
+
+def _not_plain(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    residual: torch.Tensor | None,
+    skip: torch.Tensor | None,
+) -> str | None:
+    return None if residual is skip is None and activation == "none" else "it computes a product and a bias alone"
+
+
 def _no_two_products(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -143,7 +167,13 @@ def _by_torch(
 OP = GpuOp(
     "linear",
     linear_ref,
-    (OpCandidate("two products", _by_two_products, _no_two_products, partial=True), OpCandidate("torch", _by_torch)),
+    (
+        # Where nothing is measured: cuBLAS, except where our kernel saves a launch.
+        OpCandidate("cublas", _by_torch, _not_plain, partial=True),
+        OpCandidate("triton", _by_triton, _refused_by_triton, partial=True),
+        OpCandidate("two products", _by_two_products, _no_two_products, partial=True),
+        OpCandidate("torch", _by_torch),
+    ),
 )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from fastsd.kernels.launch import flash_attn, groupnorm_silu, rowwise
+from fastsd.kernels.launch import flash_attn, groupnorm_silu, linear, rowwise
 from fastsd.kernels.launch.groupnorm_silu import power_of_two
 from fastsd.kernels.launch.tuned import Lookup
 
@@ -26,6 +26,8 @@ def candidates(lookup: Lookup, committed: Any) -> list[Any]:
         others = _tiles(committed, lookup.key[3])
     elif isinstance(committed, flash_attn.FewKeys):
         others = _few_keys(committed)
+    elif isinstance(committed, linear.Gemm):
+        others = _products(committed, lookup.architecture, *lookup.key)
     else:
         others = iter(())
     return list(dict.fromkeys([committed, *others]))
@@ -71,3 +73,16 @@ def _tiles(committed: flash_attn.Tile, size: int) -> Iterator[flash_attn.Tile]:
 def _few_keys(committed: flash_attn.FewKeys) -> Iterator[flash_attn.FewKeys]:
     for queries, blocks, warps in itertools.product((32, 64, 128), (1, 2, 4, 8), (4, 8)):
         yield replace(committed, rows=queries, blocks=blocks, warps=warps)
+
+
+def _products(
+    committed: linear.Gemm, architecture: int, rows: int, columns: int, depth: int, gated: int
+) -> Iterator[linear.Gemm]:
+    """160 columns are 128 + 32, also with 64 rows; values and gates have equally many columns."""
+    widths = [(64, 64), (128, 128)] if gated else [(64, 0), (128, 0), (128, 32), (256, 0)]
+    few = not gated and rows * columns < 2**20 and depth >= 1024
+    for height, (first, more), warps, stages, splits, tma in itertools.product(
+        (64, 128), widths, (4, 8), (3, 4), (1, 2, 4) if few else (1,), {False, architecture >= 90}
+    ):
+        if height * (first + more) >= 1024 * warps:  # at least 32 sums for each thread
+            yield linear.Gemm(height, first, more, committed.depth, warps, stages, splits, tma)

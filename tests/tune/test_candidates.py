@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fastsd.kernels.launch import flash_attn, groupnorm_silu, rowwise
+from fastsd.kernels.launch import flash_attn, groupnorm_silu, linear, rowwise
 from fastsd.kernels.launch.tuned import Lookup
 from fastsd.tune.candidates import candidates
 
@@ -20,11 +20,14 @@ LOOKUPS = [
     Lookup("flash_attn", 90, (4096, 4096, 8, 40, 2)),
     Lookup("flash_attn", 90, (4096, 77, 8, 40, 2)),
     Lookup("flash_attn", 90, (4096, 4096, 1, 512, 2)),
+    Lookup("linear", 90, (2048, 1280, 1280, 0)),
+    Lookup("linear", 90, (128, 1280, 5120, 0)),
+    Lookup("linear", 90, (8192, 1280, 320, 1)),
 ]
 
 
 def committed_launch(lookup: Lookup) -> Any:
-    choose = {"groupnorm_silu": groupnorm_silu.choose, "flash_attn": flash_attn.choose}
+    choose = {"groupnorm_silu": groupnorm_silu.choose, "flash_attn": flash_attn.choose, "linear": linear.choose}
     return choose.get(lookup.op, getattr(rowwise, lookup.op, None))(90, *lookup.key)  # type: ignore[misc]
 
 
@@ -42,3 +45,5 @@ def test_candidates_are_valid_launches_of_the_same_kind(lookup: Lookup) -> None:
             assert launch.split_pixels % launch.block_p == 0
         if isinstance(launch, flash_attn.Tile):
             assert sum(launch.parts) >= lookup.key[3]
+        if isinstance(launch, linear.Gemm) and lookup.key[3]:
+            assert launch.columns == launch.more and launch.splits == 1
