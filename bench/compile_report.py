@@ -111,7 +111,8 @@ def launches(capability: int, dtype: torch.dtype) -> list[KernelLaunch]:
     by_name: dict[str, KernelLaunch] = {}
     calls = [*_norm_calls(dtype), *_geglu_calls(dtype), *_advance_calls(dtype)]
     if capability >= 80:  # sm_75 uses PyTorch's attention and products
-        calls += [*_attention_calls(dtype), *_product_calls(dtype)]
+        calls += _attention_calls(dtype)
+        calls += _product_calls(dtype) if dtype in linear_triton.DTYPES else ()
     for case, call in calls:
 
         def on_launch(kernel: Any, arguments: dict[str, Any], case: str = case) -> None:

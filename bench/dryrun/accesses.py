@@ -81,7 +81,7 @@ def _calls(node: ast.Call, kernel: Any) -> list[tuple[Access, ast.expr]]:
         return []
     inner = accesses(callee)
     names = list(inner)
-    given = [*zip(names, node.args), *((word.arg, word.value) for word in node.keywords if word.arg)]
+    given = [*zip(names, _unpacked(node.args)), *((word.arg, word.value) for word in node.keywords if word.arg)]
     return [(inner[name], value) for name, value in given if inner.get(name)]
 
 
@@ -110,3 +110,20 @@ def _callee(node: ast.Call, kernel: Any) -> Any:
     """The jitted function that is called, or None."""
     found = kernel.fn.__globals__.get(node.func.id) if isinstance(node.func, ast.Name) else None
     return found if isinstance(found, triton.JITFunction) else None
+
+
+def _unpacked(arguments: list[ast.expr]) -> list[ast.expr]:
+    """Positional arguments, those of a starred tuple one by one.
+
+    Raises:
+        ValueError: something else is starred, whose length the source does not tell.
+    """
+    flat = []
+    for argument in arguments:
+        if not isinstance(argument, ast.Starred):
+            flat.append(argument)
+        elif isinstance(argument.value, ast.Tuple):
+            flat += argument.value.elts
+        else:
+            raise ValueError(f"line {argument.lineno}: * of what is not a tuple")
+    return flat

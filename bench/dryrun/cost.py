@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import torch
 from torch._prims_common import suggest_memory_format
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench.dryrun.accesses import Access, accesses, multiplies
 
@@ -87,7 +88,7 @@ def kind_of_kernel(kernel: Any, op: str, values: dict[str, Any]) -> str:
     """The kind of a launch of one of our kernels."""
     if op in BY_OP:
         return BY_OP[op]
-    if multiplies(kernel):
+    if multiplies(kernel) or op == "linear":
         return "convolution" if op in ("conv2d", "upsample2x") else "linear"
     if op == "geglu":
         return "geglu"
@@ -136,6 +137,19 @@ def _is_matrix(x: torch.Tensor) -> bool:
     return (across == 1 and down >= max(columns, 1)) or (down == 1 and across >= max(rows, 1))
 
 
+def tensor_of(x: Any) -> torch.Tensor | None:
+    """The tensor of a launch's argument: itself, or the one that a descriptor describes."""
+    x = x.base if isinstance(x, TensorDescriptor) else x
+    return x if isinstance(x, torch.Tensor) else None
+
+
+def without_memory(x: Any) -> Any:
+    """A launch's argument without its tensor, which would stay in memory."""
+    if isinstance(x, TensorDescriptor):
+        return replace(x, base=torch.empty(0, dtype=x.base.dtype, device="meta"))
+    return Pointer.of(x) if isinstance(x, torch.Tensor) else x
+
+
 def pointers(kernel: Any, values: dict[str, Any]) -> dict[str, Access]:
     """How the kernel uses each of its tensors.
 
@@ -143,7 +157,7 @@ def pointers(kernel: Any, values: dict[str, Any]) -> dict[str, Access]:
         ValueError: its source does not say.
     """
     known = accesses(kernel)
-    used = {key: known.get(key, frozenset()) for key, x in values.items() if isinstance(x, torch.Tensor)}
+    used = {key: known.get(key, frozenset()) for key, x in values.items() if tensor_of(x) is not None}
     unclear = [key for key, access in used.items() if not access]
     if unclear:
         raise ValueError(f"{kernel.fn.__name__}: what is read or written through {', '.join(unclear)} is not clear")
@@ -160,6 +174,12 @@ def _one_each(key: str) -> Callable[[dict[str, Any]], Operations]:
     return lambda values: Operations(0.0, float(values[key].numel()))
 
 
+def _linear(values: dict[str, Any]) -> Operations:
+    results, products = values["M"] * values["N"], values["UNIT"] * (values["K1"] + values["K2"])
+    gated = bool(values["GATED"])
+    return Operations(2.0 * results * products * (1 + gated), float(results * gated))
+
+
 # The products and exponentials of our kernels, from their arguments. A kernel that multiplies matrices has to be here.
 OPERATIONS: dict[str, Callable[[dict[str, Any]], Operations]] = {
     "_flash_attn_kernel": _attention,
@@ -168,6 +188,7 @@ OPERATIONS: dict[str, Callable[[dict[str, Any]], Operations]] = {
     "_geglu_kernel": _one_each("out_ptr"),
     "_groupnorm_silu_kernel": _one_each("out_ptr"),
     "_groupnorm_apply_kernel": _one_each("out_ptr"),
+    "_linear_kernel": _linear,
 }
 
 

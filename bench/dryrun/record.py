@@ -273,13 +273,14 @@ class DryRun(TorchDispatchMode):
             used, work = cost.pointers(kernel, values), cost.kernel_operations(kernel, values)
         except ValueError as error:
             raise DryRunFault(str(error)) from None
-        for key in used:
-            if not isinstance(values[key], FakeTensor):
-                raise DryRunFault(f"{kernel.fn.__name__}: {key} is a tensor of the host, {TensorMeta.of(values[key])}")
-        read = {cost.place(values[key]): values[key] for key, how in used.items() if "load" in how}
-        written = {cost.place(values[key]): values[key] for key, how in used.items() if "store" in how}
+        tensors = {key: x for key in used if (x := cost.tensor_of(values[key])) is not None}
+        for key, x in tensors.items():
+            if not isinstance(x, FakeTensor):
+                raise DryRunFault(f"{kernel.fn.__name__}: {key} is a tensor of the host, {TensorMeta.of(x)}")
+        read = {cost.place(tensors[key]): tensors[key] for key, how in used.items() if "load" in how}
+        written = {cost.place(tensors[key]): tensors[key] for key, how in used.items() if "store" in how}
         kind = cost.kind_of_kernel(kernel, _calling_op(), values)
-        frozen = {key: cost.Pointer.of(x) if isinstance(x, torch.Tensor) else x for key, x in values.items()}
+        frozen = {key: cost.without_memory(x) for key, x in values.items()}
         self._add(kernel.fn.__name__, read.values(), written.values(), work, kind=kind, kernel=(kernel, frozen))
 
 
