@@ -20,6 +20,7 @@ from fastsd.server.a1111.routes import generation_routes
 from fastsd.server.app_state import State
 from fastsd.server.guard import Guard, error_body
 from fastsd.server.jobs import Cancelled, JobError, QueueFull, ShuttingDown
+from fastsd.server.openai.routes import openai_routes
 from fastsd.server.settings import ServerSettings
 from fastsd.server.worker import WorkerEngine
 
@@ -45,9 +46,10 @@ def make_app(settings: ServerSettings, make_engine: Callable[[Any], WorkerEngine
 
     app = FastAPI(title="fastsd", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.shared = state
-    app.add_middleware(Guard, settings=settings, metrics=state.metrics)  # type: ignore[arg-type]
+    inner = app.build_middleware_stack
+    app.build_middleware_stack = lambda: Guard(inner(), settings, state.metrics)  # type: ignore[assignment,arg-type,return-value]
     _add_basics(app, state)
-    for routes in (generation_routes, list_routes, controlnet_routes):
+    for routes in (generation_routes, list_routes, controlnet_routes, openai_routes):
         app.include_router(routes(state))
     _add_errors(app)
     return app
@@ -83,7 +85,8 @@ def _add_errors(app: FastAPI) -> None:
     async def bad_input(request: Request, error: FastsdError) -> JSONResponse:
         names = getattr(request.state, "names", {})
         field = names.get(error.argument or "", error.argument)
-        return answer(request, 422, describe(error, lambda name: names.get(name, name)), field)
+        status = getattr(request.state, "statuses", {}).get(error.argument, 422)
+        return answer(request, status, describe(error, lambda name: names.get(name, name)), field)
 
     @app.exception_handler(RequestValidationError)
     async def bad_body(request: Request, error: RequestValidationError) -> JSONResponse:

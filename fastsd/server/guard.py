@@ -10,6 +10,8 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from starlette.exceptions import HTTPException
+
 from fastsd.server.access import is_known, refusal_of_site
 from fastsd.server.metrics import Metrics
 from fastsd.server.settings import ServerSettings
@@ -37,12 +39,11 @@ SECURITY = (
 )
 
 
-class TooLarge(Exception):
-    """A body is larger than the limit, or did not arrive in time; `status` and words for the client."""
+class TooLarge(HTTPException):
+    """A body is larger than the limit, or did not arrive in time.
 
-    def __init__(self, status: int, message: str):
-        super().__init__(message)
-        self.status, self.message = status, message
+    It is raised where the application reads the body, which gives HTTP's exceptions through.
+    """
 
 
 class Guard:
@@ -94,10 +95,8 @@ class _Exchange:
             else:
                 self._check_length()
                 await self.guard.app(self.scope, self.receive, self.send)
-        except TooLarge as error:
-            if self.status:
-                raise
-            await self._refuse(error.status, error.message)
+        except TooLarge as error:  # before the application was asked
+            await self._refuse(error.status_code, error.detail)
         finally:
             self.guard.hold(-self.held)
             self._log()

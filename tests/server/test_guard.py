@@ -135,6 +135,10 @@ def test_a_large_body_is_refused_by_its_stated_length_and_by_its_bytes() -> None
     def chunks() -> Iterator[bytes]:  # sent without a length
         yield from [b"x" * 400] * 3
 
+    body = {"prompt": "x" * 2000}
+    assert small.post("/sdapi/v1/txt2img", json=body).status_code == 413
+    answer = small.post("/sdapi/v1/txt2img", content=chunks(), headers={"Content-Type": "application/json"})
+    assert answer.status_code == 413
     answer = small.post("/echo", content=chunks())
     assert answer.status_code == 413 and "0.00095" in answer.json()["detail"]
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter, HTTPException, Request
+from fastapi import APIRouter, Request
 
-from fastsd.errors import FastsdError
 from fastsd.server.a1111.answers import make_info
 from fastsd.server.a1111.bodies import Generation, ImageToImage, TextToImage
 from fastsd.server.a1111.translate import NAMES, translate
@@ -55,16 +54,11 @@ def generation_routes(state: State) -> APIRouter:
 
 async def generate(state: State, request: Request, body: Generation) -> dict[str, Any]:
     """Translate, wait, answer."""
-    request.state.names = NAMES
+    request.state.names, request.state.statuses = NAMES, {"sampler": 404}  # as in A1111
     state.queue.check_room()  # before images are decoded
     own = state.settings.limits
-    try:
-        draft = await asyncio.to_thread(translate, body, state.options, state.catalogue, state.styles, own)
-        order = make_order(draft, API, state.current, state.catalogue, own)
-    except FastsdError as error:
-        if error.argument == "sampler":
-            raise HTTPException(404, str(error)) from error  # as in A1111
-        raise
+    draft = await asyncio.to_thread(translate, body, state.options, state.catalogue, state.styles, own)
+    order = make_order(draft, API, state.current, state.catalogue, own)
     finished = await state.generate(request, order, body.force_task_id or None)
     model = draft.model or state.current
     if body.override_settings_restore_afterwards is False and draft.model is not None:
