@@ -28,11 +28,13 @@ import triton
 from bench.compiled import SHARED, Compiled, compile_kernel
 from fastsd.kernels.launch import architecture
 from fastsd.kernels.triton import advance as advance_triton
+from fastsd.kernels.triton import conv2d as conv2d_triton
 from fastsd.kernels.triton import flash_attn as flash_attn_triton
 from fastsd.kernels.triton import geglu as geglu_triton
 from fastsd.kernels.triton import groupnorm_silu as groupnorm_silu_triton
 from fastsd.kernels.triton import layernorm as layernorm_triton
 from fastsd.kernels.triton import linear as linear_triton
+from fastsd.kernels.triton import upsample2x_conv as upsample2x_conv_triton
 
 REPORT = Path(__file__).parent.parent / "docs" / "compile_report.txt"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -50,6 +52,15 @@ GROUPNORM = [  # pixels, channels, channels of the first input
     (4096, 320, 320),
     (4096, 960, 640),
     (1024 * 1024, 128, 128),
+]
+CONVOLUTION = [  # side of the map, input and output channels, stride, phases of an upsampling
+    (64, 320, 320, 1, 1),
+    *((32, 640, 640, 1, 1), (16, 2560, 1280, 1, 1), (8, 1280, 1280, 1, 1)),  # split
+    (64, 4, 320, 1, 1),
+    (64, 320, 4, 1, 1),
+    (64, 320, 320, 2, 1),
+    (512, 256, 128, 1, 1),
+    (128, 512, 512, 1, 4),
 ]
 ATTENTION = [  # queries, keys, heads, head size
     *((4096, 4096, 8, size) for size in (32, 40, 64)),
@@ -110,9 +121,10 @@ def launches(capability: int, dtype: torch.dtype) -> list[KernelLaunch]:
     """Every distinct launch of every op at the shapes above, on sm_`capability`."""
     by_name: dict[str, KernelLaunch] = {}
     calls = [*_norm_calls(dtype), *_geglu_calls(dtype), *_advance_calls(dtype)]
-    if capability >= 80:  # sm_75 uses PyTorch's attention and products
+    if capability >= 80:  # sm_75 uses PyTorch's attention, products and convolutions
         calls += _attention_calls(dtype)
         calls += _product_calls(dtype) if dtype in linear_triton.DTYPES else ()
+        calls += _convolution_calls(dtype) if dtype in conv2d_triton.DTYPES else ()
     for case, call in calls:
 
         def on_launch(kernel: Any, arguments: dict[str, Any], case: str = case) -> None:
@@ -179,6 +191,19 @@ def _attention_calls(dtype: torch.dtype) -> Iterator[Call]:
         k, v = _meta(1, keys, 2, heads, size, dtype=dtype).unbind(2)
         case = f"flash_attn {queries}x{keys}x{size}" + (" causal" if causal else "")
         yield case, partial(flash_attn_triton.flash_attn, q, k, v, causal)
+
+
+def _convolution_calls(dtype: torch.dtype) -> Iterator[Call]:
+    for side, inputs, outputs, stride, phases in CONVOLUTION:
+        x = _meta(2 if side < 128 else 1, side, side, inputs, dtype=dtype)
+        weight = _meta(outputs, 3, 3, inputs, dtype=dtype).permute(0, 3, 1, 2)
+        bias, case = _meta(outputs, dtype=dtype), f"conv2d {side}x{side}x{inputs} to {outputs}"
+        if phases == 4:
+            yield f"{case} doubled", partial(upsample2x_conv_triton.upsample2x_conv, x, weight, bias)
+            continue
+        residual = _meta(*x.shape[:3], outputs, dtype=dtype) if stride == 1 else None
+        case += "" if stride == 1 else f" stride {stride}"
+        yield case, partial(conv2d_triton.conv2d, x, weight, bias, stride, (1, 1, 1, 1), residual)
 
 
 def compiled(launch: KernelLaunch, capability: int) -> Compiled:

@@ -170,6 +170,11 @@ def _attention(values: dict[str, Any]) -> Operations:
     return Operations(4.0 * scores * width, scores)
 
 
+def _convolution(values: dict[str, Any]) -> Operations:
+    results = values["out_ptr"].numel() // values["SPLITS"]
+    return Operations(2.0 * results * values["C"] * values["KH"] * values["KW"])
+
+
 def _one_each(key: str) -> Callable[[dict[str, Any]], Operations]:
     return lambda values: Operations(0.0, float(values[key].numel()))
 
@@ -189,6 +194,8 @@ OPERATIONS: dict[str, Callable[[dict[str, Any]], Operations]] = {
     "_groupnorm_silu_kernel": _one_each("out_ptr"),
     "_groupnorm_apply_kernel": _one_each("out_ptr"),
     "_linear_kernel": _linear,
+    "_conv2d_tma_kernel": _convolution,
+    "_conv2d_pointers_kernel": _convolution,
 }
 
 

@@ -21,7 +21,7 @@ from fastsd.kernels import dispatch
 Key = tuple[Any, ...]
 
 
-def _takes_all(*_: Any) -> None:
+def _none(*_: Any) -> None:
     return None
 
 
@@ -38,7 +38,7 @@ class OpCandidate:
 
     name: str
     run: Callable[..., Any]
-    refuses: Callable[..., str | None] = _takes_all
+    refuses: Callable[..., str | None] = _none
     partial: bool = False
 
 
@@ -51,12 +51,19 @@ class GpuOp:
         reference: its specification, of the same arguments.
         candidates: the last one is PyTorch's own, and takes every call.
         in_place: positions of the arguments that the op modifies.
+        first: of the same arguments: the name of the candidate that is preferred for them; None: the order decides.
     """
 
     name: str
     reference: Callable[..., Any]
     candidates: tuple[OpCandidate, ...]
     in_place: tuple[int, ...] = ()
+    first: Callable[..., str | None] = _none
+
+    def in_order(self, args: tuple[Any, ...]) -> list[OpCandidate]:
+        """The candidates in the order of preference for these arguments."""
+        first = self.first(*args)
+        return sorted(self.candidates, key=lambda candidate: candidate.name != first)
 
     def candidate(self, name: str) -> OpCandidate:
         """The candidate of that name."""
@@ -122,7 +129,7 @@ def _taking(op: GpuOp, args: tuple[Any, ...]) -> Iterator[OpCandidate]:
     Raises:
         FastsdError: such a refusal, while the backend `triton` is forced.
     """
-    for candidate in op.candidates:
+    for candidate in op.in_order(args):
         reason = candidate.refuses(*args)
         if reason is None:
             yield candidate

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 from fastsd.kernels import candidates, dispatch
 from fastsd.kernels.candidates import GpuOp, OpCandidate
 from fastsd.kernels.cpu import onednn
+from fastsd.kernels.launch.architecture import class_of
+from fastsd.kernels.launch.conv2d import UNUSED, choose, saves_time
 
 Padding = tuple[int, int, int, int]  # left, right, top, bottom
+VECTOR = 8  # channels that cuDNN's channels-last kernels read at a time, in 16 bits
 
 
 def conv2d_ref(
@@ -102,10 +107,91 @@ def _by_cudnn(
     """
     from fastsd.kernels.triton.add_bias_residual import add_bias_residual
 
-    y = _by_torch(x, weight, None, stride, padding, None, False)
+    outputs = len(weight)
+    y = _by_torch(*_whole_vectors(x, weight), None, stride, padding, None, False)[..., :outputs]
     if bias is None and residual is None and not relu:
-        return y
+        return y.contiguous()
     return add_bias_residual(y.contiguous(), bias, None if residual is None else residual.contiguous(), relu)
 
 
-OP = GpuOp("conv2d", conv2d_ref, (OpCandidate("cudnn", _by_cudnn), OpCandidate("torch", _by_torch)))
+def _whole_vectors(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x` and `weight` with channels padded by zeros to multiples of 8: in 16 bits cuDNN's channels-last kernels read
+    8 at a time, and other counts (latents, images) may fall to slow ones.
+
+    Padded in each call: a kept copy would not follow a weight that changes in place under a captured graph.
+    """
+    outputs, inputs = -len(weight) % VECTOR, -x.shape[3] % VECTOR
+    if x.element_size() != 2 or not (outputs or inputs):
+        return x, weight
+    padded = F.pad(weight, (0, 0, 0, 0, 0, inputs, 0, outputs)).contiguous(memory_format=torch.channels_last)
+    return F.pad(x, (0, inputs)) if inputs else x, padded
+
+
+def _by_triton(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: int,
+    padding: Padding,
+    residual: torch.Tensor | None,
+    relu: bool,
+) -> torch.Tensor:
+    from fastsd.kernels.triton import conv2d as conv2d_triton
+
+    return conv2d_triton.conv2d(x, weight, bias, stride, padding, residual, "relu" if relu else "none")
+
+
+def _no_triton(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: int,
+    padding: Padding,
+    residual: torch.Tensor | None,
+    relu: bool,
+) -> str | None:
+    from fastsd.kernels.triton import conv2d as conv2d_triton
+
+    return conv2d_triton.refusal(x, weight, bias, stride, padding, residual)
+
+
+def _first(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: int,
+    padding: Padding,
+    residual: torch.Tensor | None,
+    relu: bool,
+) -> str | None:
+    """Our kernel where channels are few, since cuDNN needs padded copies, or where an estimate says so."""
+    outputs, inputs, *kernel = weight.shape
+    if x.element_size() != 2:
+        return None
+    if inputs % VECTOR or outputs % VECTOR:
+        return "triton"
+    left, right, top, bottom = padding
+    height, width = (
+        (n - k) // stride + 1 for n, k in zip((x.shape[1] + top + bottom, x.shape[2] + left + right), kernel)
+    )
+    passes = 0.0 if bias is None and residual is None and not relu else 2.0 if residual is None else 3.0
+    if (left, top) != (right, bottom):  # cuDNN needs a padded copy
+        passes += 2 * stride**2 * inputs / outputs
+    taps, key = math.prod(kernel), class_of(x.device)
+    if key in UNUSED:
+        return None
+    launch = choose(key, height, width, inputs, outputs, taps, stride, 1)
+    ours = saves_time(key, height * width, inputs, outputs, taps, launch.split, passes)
+    return "triton" if ours else None
+
+
+OP = GpuOp(
+    "conv2d",
+    conv2d_ref,
+    (
+        OpCandidate("cudnn", _by_cudnn),
+        OpCandidate("triton", _by_triton, _no_triton, partial=True),
+        OpCandidate("torch", _by_torch),
+    ),
+    first=_first,
+)

@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastsd.kernels import dispatch
+from fastsd.kernels import candidates, dispatch
+from fastsd.kernels.candidates import GpuOp, OpCandidate
 from fastsd.kernels.conv2d import Padding, conv2d, conv2d_ref
 from fastsd.kernels.cpu import choices, onednn
+from fastsd.kernels.launch.conv2d import saves_time_doubled
 
 SAME: Padding = (1, 1, 1, 1)
 KEPT = 2**18  # elements of a packed weight whose summed kernels are kept: 1.8 MB of fp32 at most
@@ -45,9 +47,40 @@ def upsample2x_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     backend = dispatch.backend(x, weight, bias)
     if backend == "reference":
         return upsample2x_conv_ref(x, weight, bias)
+    if backend == "triton":
+        return candidates.run(OP, x, weight, bias)
     if backend == "onednn" and _way(x, weight, weight.is_mkldnn) == "phases":
         return _upsample2x_conv_onednn(x, weight, bias)
+    return _by_doubling(x, weight, bias)
+
+
+def _by_doubling(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return conv2d(upsample2x(x), weight, bias, 1, SAME)
+
+
+def _by_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    from fastsd.kernels.triton import upsample2x_conv as upsample2x_conv_triton
+
+    return upsample2x_conv_triton.upsample2x_conv(x, weight, bias)
+
+
+def _no_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
+    from fastsd.kernels.triton import conv2d as conv2d_triton
+
+    return conv2d_triton.refusal(x, weight, bias, 1, SAME)
+
+
+def _first(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
+    ours = saves_time_doubled(4 * x.shape[1] * x.shape[2], weight.shape[1], weight.shape[0])
+    return "triton" if x.element_size() == 2 and ours else None
+
+
+OP = GpuOp(
+    "upsample2x_conv",
+    upsample2x_conv_ref,
+    (OpCandidate("doubling", _by_doubling), OpCandidate("triton", _by_triton, _no_triton, partial=True)),
+    first=_first,
+)
 
 
 def wants_packed(x: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -50,7 +50,10 @@ def test_a_step_has_the_layers_and_the_products_of_its_unet(step: tuple[str, Sec
     found = Counter(launch.layer for launch in section.launches if launch.kind == "convolution")
     assert len(found) == {"sd15": 52, "sdxl": 40}[name]
     work = step_work(FAMILIES[name], 1, FAMILIES[name].size)
-    assert sum(launch.flops for launch in section.launches) == pytest.approx(sum(w.flops for w in work), rel=1e-9)
+    launches = section.launches
+    doubled = sum(launch.flops for launch in launches if launch.kernel is not None and launch.kernel[1].get("UP") == 2)
+    flops = sum(launch.flops for launch in launches) + doubled * 5 / 4  # four products in place of nine
+    assert flops == pytest.approx(sum(w.flops for w in work), rel=1e-9)
     assert section.floors.bytes(2) == 2 * sum(w.elements for w in work)
 
 

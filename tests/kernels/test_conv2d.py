@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from fastsd.kernels import conv2d as conv2d_module
 from fastsd.kernels import dispatch
 from fastsd.kernels.conv2d import Padding, conv2d
 from fastsd.kernels.cpu import onednn
@@ -209,3 +211,58 @@ def test_a_weight_is_packed_in_the_dtypes_that_onednn_computes_in(dtype):
     packed = onednn.pack(weight, torch.Size((1, 8, 8, 16)), 1, SAME)
     assert packed.is_mkldnn == (dtype in dispatch.onednn_dtypes())
     assert torch.equal(onednn.dense(packed), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("inputs", "outputs"), [(3, 16), (4, 320), (8, 4), (9, 16), (16, 3), (5, 5)])
+def test_cudnn_gets_channels_in_whole_vectors(inputs, outputs, dtype, monkeypatch):
+    """Latents and images have 3, 4, 8 or 9 channels. The result is the same to the last bit: zeros are added."""
+    if dispatch.interpreted():
+        pytest.skip("for the process without the interpreter")
+    shapes = []
+    plain_conv = F.conv2d
+
+    def watched(x, w, *rest):
+        shapes.append((x.shape[1], w.shape[0], w.shape[1]))
+        return plain_conv(x, w, *rest)
+
+    x, r = rand(2, 6, 5, inputs, dtype=dtype), rand(2, 6, 5, outputs, dtype=dtype, seed=1)
+    w = rand(outputs, inputs, 3, 3, dtype=dtype, scale=(9 * inputs) ** -0.5)
+    cudnn = conv2d_module.OP.candidate("cudnn").run
+    with monkeypatch.context() as patched:
+        patched.setattr(F, "conv2d", watched)
+        y = cudnn(x, w, None, 1, SAME, None, False)
+    assert all(n % 8 == 0 for n in shapes[0]) and y.shape == r.shape and y.is_contiguous()
+    check(lambda x, w: cudnn(x, w, None, 1, SAME, None, False), lambda x, w: plain(1, SAME, x, w, None), x, w,
+          roundings=9 * inputs)  # fmt: skip
+
+
+def test_wide_channels_and_fp32_are_not_copied_for_cudnn():
+    for dtype, channels in ((torch.float16, 16), (torch.float32, 4)):
+        x, w = rand(1, 4, 4, channels, dtype=dtype), rand(16, channels, 3, 3, dtype=dtype)
+        assert conv2d_module._whole_vectors(x, w) == (x, w)
+
+
+def first(height: int, inputs: int, outputs: int, **changes: Any) -> str | None:
+    """The candidate that is preferred for a convolution of two maps with bias and residual."""
+    x, w = (torch.empty(*shape, dtype=torch.float16, device="meta")
+            for shape in ((2, height, height, inputs), (outputs, inputs, 3, 3)))  # fmt: skip
+    given = {"bias": w[:, 0, 0, 0], "stride": 1, "padding": SAME, "residual": x[..., :1], "relu": False} | changes
+    return conv2d_module._first(x, w, *given.values())
+
+
+def test_the_preferred_candidate_is_ours_where_it_saves_more_than_it_loses():
+    """By the numbers of `ConvEstimate`, for sm_90: a device of the meta kind counts as one."""
+    without = {"bias": None, "residual": None}
+    assert first(64, 320, 320) == "triton"  # three passes over 5 MB, 15 GFLOP
+    assert first(64, 320, 320, **without) is None  # nothing to save
+    assert first(32, 640, 640) is None  # half as many bytes, as many products
+    assert first(8, 1280, 1280) is None  # a split, whose parts are written and read
+    assert first(512, 128, 128) == "triton"  # the decoder's last level
+    assert first(64, 4, 320, **without) == first(64, 320, 4, **without) == "triton"  # cuDNN would need copies
+
+
+def test_on_other_classes_cudnn_is_first(monkeypatch):
+    for key in (75, 80, 86, 100, 120):
+        monkeypatch.setattr(conv2d_module, "class_of", lambda device, key=key: key)
+        assert first(512, 128, 128) is None

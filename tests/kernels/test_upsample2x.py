@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from fastsd.kernels import dispatch
 from fastsd.kernels.cpu import onednn
-from fastsd.kernels.upsample2x import upsample2x, upsample2x_conv
+from fastsd.kernels.upsample2x import OP, upsample2x, upsample2x_conv
 from tests.support.precision import DTYPES, check, check_batch, rand
 
 SHAPES = [  # batch, height, width, in, out
@@ -59,3 +59,17 @@ def test_upsample2x_does_not_depend_on_the_batch(size, dtype):
 def test_upsample2x_conv_gradients():
     tensors = [rand(*s, dtype=torch.float64).requires_grad_(True) for s in ((1, 2, 3, 2), (3, 2, 3, 3), (3,))]
     assert torch.autograd.gradcheck(upsample2x_conv, tensors, fast_mode=True)
+
+
+def test_phases_are_preferred_where_they_save_more_than_summing_the_weights_costs():
+    """The UNet's lowest map is too small: at 8 x 8 the weights are most of the bytes."""
+
+    def first(side: int, channels: int, dtype: torch.dtype = torch.float16) -> str | None:
+        x, w = (
+            torch.empty(*shape, dtype=dtype, device="meta")
+            for shape in ((2, side, side, channels), (channels, channels, 3, 3))
+        )
+        return OP.first(x, w, None)
+
+    assert first(16, 1280) == first(32, 640) == first(256, 256) == "triton"
+    assert first(8, 1280) is first(256, 256, torch.float32) is None
