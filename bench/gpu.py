@@ -1,11 +1,14 @@
 """The checks and benchmarks that need a GPU, in order of importance, within nine minutes (`make gpu`).
 
-    python -m bench.gpu [--minutes 9] [--results FILE.json]
+    python -m bench.gpu [--minutes 9] [--results FILE.json] [--rehearse]
 
-First the checks of kernels and graphs, then steps, images, kernels and cold processes, then the rest. Each result is
-written as soon as it is known, so an early end of the run loses nothing. A test that hangs, dies or loses the GPU is
-killed, and a new process continues after it. The run ends with a summary of at most 80 lines. It does not use the
-network. Exit code 0: everything passed; 1: a test or a correctness check failed; 2: there is no GPU.
+First the preflight: what the GPU is, every kernel compiled, one image right. Then each op's ways are timed at the
+models' shapes, into a table that can be committed. Then the checks of kernels and graphs, then steps as users get them,
+decodes, images, and the rest. Each result is written as soon as it is known, so an early end of the run loses nothing.
+A test that hangs, dies or loses the GPU is killed, and a new process continues after it. diffusers under torch.compile
+has a process of its own. The run ends with a summary of at most 80 lines. It does not use the network. `--rehearse`
+runs the plan on the CPU, with a tiny model. Exit code 0: everything passed; 1: a test or a correctness check failed; 2:
+there is no GPU.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ import torch
 from bench import progress, record
 from bench.clocks import state_text
 from bench.measure import time_text
-from bench.options import MIN_BUDGET
+from bench.options import COMPILED, MIN_BUDGET
 from fastsd.errors import FastsdError
 
 MAX_LINES = 80
@@ -41,13 +44,16 @@ NO_TESTS_COLLECTED = 5  # an exit code of pytest
 
 @dataclass(frozen=True)
 class GpuStage:
-    """One call of pytest, in one or more processes.
+    """A command with a part of the time: pytest, or a module of `bench`.
 
     Attributes:
-        arguments: of pytest.
+        arguments: of pytest or of the module; "{sm}" and "{seconds}" are filled in.
         share: the limit of the stage, as a share of the time that remains at its start.
         timeout: seconds for one test or benchmark; after that it is killed, and the stage continues without it.
         package: a package that the stage needs.
+        module: run instead of pytest; `timeout` is that of the whole.
+        rehearsal: arguments that make it small enough for the CPU; None: it needs a GPU.
+        hidden: its process sees no GPU.
     """
 
     title: str
@@ -55,28 +61,63 @@ class GpuStage:
     share: float
     timeout: float = 120.0
     package: str = "torch"
+    module: str = ""
+    rehearsal: tuple[str, ...] | None = None
+    hidden: bool = False
+
+    def command(self, seconds: float, path: Path, sm: int) -> list[str]:
+        """The command line, for a process that may take `seconds` and writes to `path`."""
+        arguments = [part.format(sm=sm, seconds=f"{seconds:.0f}", results=path) for part in self.arguments]
+        if self.module:
+            return [sys.executable, "-m", self.module, *arguments]
+        # -W default: an unknown warning of a library must not become an error.
+        command = [sys.executable, "-m", "pytest", *arguments, "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+        command += ["-p", "bench.progress", "-W", "default", "--continue-on-collection-errors", "--durations=5"]
+        if self.arguments[0].startswith("bench"):
+            command += ["--benchmark", "--budget", f"{seconds:.0f}", "--results", str(path)]
+        return command
 
 
-PARTS, IMAGES = "bench/bench_parts.py", "bench/bench_images.py"
+DENOISE, PARTS, IMAGES = "bench/bench_denoise.py", "bench/bench_parts.py", "bench/bench_images.py"
 VERIFY, GRAPHS = "tests/verify/test_gpu.py::test_verify_passes", "tests/gpu/test_graphs.py"
+FIRST_IMAGE = "tests/gpu/test_first_image.py"
 EAGER = ("--peers", "pytorch,diffusers")
+OWN = ("--peers", "pytorch")
+ALONE = ("--peers", COMPILED)  # in a process of its own
+SD15, SD21, SDXL = (("--models", model, "--batch", "1") for model in ("sd15", "sd21", "sdxl"))
+# On the CPU; of a flag that stands twice the last one counts.
+SMALL = ("--models", "tiny", "--batch", "1", "--dtype", "fp32", "--peers", "none")
+COLLECTED = ("--collect-only",)
+CHOICE = "fastsd.kernels.choice.decide"
 STAGES = (
-    GpuStage("kernels, layers, images: verification", ("-m", "gpu", VERIFY), 0.25),
-    GpuStage("tests of CUDA graphs", ("-m", "gpu", GRAPHS), 0.15),
-    GpuStage("SD1.5: steps, decode", (PARTS, "--models", "sd15", "--batch", "1", *EAGER), 0.25),
-    GpuStage("SD1.5: images", (IMAGES, "--models", "sd15", "--batch", "1", "--steps", "20", *EAGER), 0.2),
-    GpuStage("SDXL: steps, decode", (PARTS, "-k", "step or decode", "--models", "sdxl", "--batch", "1", *EAGER), 0.25),
-    GpuStage("kernels", ("bench/bench_kernels.py",), 0.3),
-    GpuStage("cold processes", ("bench/bench_cold.py", "--models", "sd15"), 0.4, 150.0),
-    GpuStage("SDXL: images", (IMAGES, "--models", "sdxl", "--batch", "1", "--steps", "20", "--peers", "none"), 0.3),
-    GpuStage("SD1.5: batches", (PARTS, "-k", "step", "--models", "sd15", "--batch", "4,8", *EAGER), 0.3),
-    GpuStage("SD1.5: a step beside torch.compile", (PARTS, "-k", "step", "--models", "sd15", "--batch", "1",
-                                                    "--peers", "diffusers-compiled"), 0.7, 240.0, "diffusers"),
-    GpuStage("SD1.5: time by kind of op", ("bench/bench_kinds.py", "--models", "sd15", "--batch", "1"), 0.4),
-    GpuStage("other modes", ("bench/bench_modes.py", "--models", "sd15", "--steps", "20", *EAGER), 0.5),
-    GpuStage("SD2.1: steps, decode", (PARTS, "-k", "step or decode", "--models", "sd21", "--batch", "1", *EAGER), 0.5),
-    GpuStage("tests of the kernels", ("tests/kernels/triton",), 0.7),
-    GpuStage("the other GPU tests", ("-m", "gpu", "tests", "--deselect", VERIFY, "--ignore", GRAPHS), 1.0),
+    GpuStage("preflight: every kernel compiled", ("--sm", "{sm}", "--seconds", "{seconds}"), 0.12, 70.0, "triton",
+             "bench.warm", ("--first", "2")),
+    GpuStage("preflight: an image of the bundled model", ("-m", "gpu", FIRST_IMAGE), 0.1, rehearsal=COLLECTED),
+    GpuStage("SD1.5: the ways of each op", ("--model", "sd15", "--results", "{results}"), 0.15, 80.0, CHOICE,
+             "bench.tune"),
+    GpuStage("kernels, layers, images: verification", ("-m", "gpu", VERIFY), 0.2, rehearsal=COLLECTED),
+    GpuStage("tests of CUDA graphs", ("-m", "gpu", GRAPHS), 0.12, rehearsal=COLLECTED),
+    GpuStage("SD1.5: a step as users get it", (DENOISE, *SD15, *OWN), 0.12, rehearsal=SMALL),
+    GpuStage("SD1.5: the UNet, decode", (PARTS, "-k", "step or decode", *SD15, *EAGER), 0.2, rehearsal=SMALL),
+    GpuStage("SD1.5: images", (IMAGES, *SD15, "--steps", "20", *EAGER), 0.2, rehearsal=(*SMALL, "--steps", "2")),
+    GpuStage("SDXL: the ways of each op", ("--model", "sdxl", "--results", "{results}"), 0.2, 80.0, CHOICE,
+             "bench.tune"),
+    GpuStage("SDXL: a step as users get it", (DENOISE, *SDXL, *OWN), 0.2),
+    GpuStage("SDXL: the UNet, decode", (PARTS, "-k", "step or decode", *SDXL, *EAGER), 0.25),
+    GpuStage("SD1.5: a step beside torch.compile", (PARTS, "-k", "step", *SD15, *ALONE), 0.4, 240.0, "diffusers"),
+    GpuStage("SD1.5: time by kind of op", ("bench/bench_kinds.py", *SD15), 0.25, rehearsal=SMALL),
+    GpuStage("kernels", ("bench/bench_kernels.py",), 0.3, rehearsal=(*SMALL, "-k", "layernorm-2048x1280")),
+    GpuStage("cold processes", ("bench/bench_cold.py", "--models", "sd15"), 0.4, 150.0, rehearsal=SMALL),
+    GpuStage("SDXL: images", (IMAGES, *SDXL, "--steps", "20", "--peers", "none"), 0.3),
+    GpuStage("SD1.5: batches", (DENOISE, "--models", "sd15", "--batch", "4,8", *OWN), 0.3),
+    GpuStage("SDXL: a step beside torch.compile", (PARTS, "-k", "step", *SDXL, *ALONE), 0.7, 240.0, "diffusers"),
+    GpuStage("SD1.5: a decode beside torch.compile", (PARTS, "-k", "decode", *SD15, *ALONE), 0.5, 240.0, "diffusers"),
+    GpuStage("other modes", ("bench/bench_modes.py", "--models", "sd15", "--steps", "20", *EAGER), 0.5,
+             rehearsal=(*SMALL, "--steps", "2", "-k", "turbo")),
+    GpuStage("SD2.1: the UNet, decode", (PARTS, "-k", "step or decode", *SD21, *EAGER), 0.5),
+    GpuStage("tests of the kernels", ("tests/kernels/triton",), 0.7, rehearsal=COLLECTED),
+    GpuStage("the other GPU tests", ("-m", "gpu", "tests", "--deselect", VERIFY, "--ignore", GRAPHS, "--ignore",
+                                     FIRST_IMAGE), 1.0),
 )  # fmt: skip
 
 
@@ -84,25 +125,49 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--results", type=Path)
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, with a tiny model")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
+    if not options.rehearse and not torch.cuda.is_available():
         print(
-            "error: no GPU: torch sees no CUDA device; `make test` and `pytest bench/` run without one", file=sys.stderr
+            "error: no GPU: torch sees no CUDA device; `make test` and `pytest bench/` run without one, and "
+            "`--rehearse` runs this plan on the CPU",
+            file=sys.stderr,
         )
         return 2
-    path = (options.results or record.default_path(torch.device("cuda"))).resolve()
-    outcomes = run_stages(STAGES, path, time.monotonic() + 60 * options.minutes - SUMMARY_SECONDS)
+    device, stages, (major, minor) = torch.device("cpu"), rehearsed(STAGES), (9, 0)
+    if not options.rehearse:
+        device, stages, (major, minor) = torch.device("cuda"), STAGES, torch.cuda.get_device_capability()
+    path = (options.results or record.default_path(device)).resolve()
+    print("\n".join(preflight_lines(record.environment(device))), flush=True)
+    outcomes = run_stages(stages, path, time.monotonic() + 60 * options.minutes - SUMMARY_SECONDS, 10 * major + minor)
     print("\n".join(summary(outcomes, _records(path))))
     print(f"written to {path}")
     return 0 if all(passed for passed, _ in outcomes) else 1
 
 
-def run_stages(stages: tuple[GpuStage, ...], path: Path, end: float) -> list[tuple[bool, str]]:
+def rehearsed(stages: tuple[GpuStage, ...]) -> tuple[GpuStage, ...]:
+    """The plan for the CPU: the stages that can be small, in processes that see no GPU."""
+    return tuple(
+        replace(stage, arguments=(*stage.arguments, *stage.rehearsal), hidden=True)
+        for stage in stages
+        if stage.rehearsal is not None
+    )
+
+
+def preflight_lines(environment: dict[str, Any]) -> list[str]:
+    """What is measured on, a line each: the device, its driver, the versions, clocks."""
+    parts = {name: value for name, value in environment.items() if not isinstance(value, dict)}
+    versions = {name: version or "not installed" for name, version in environment["versions"].items()}
+    clocks = {name: f"{mhz['now']} of {mhz['max']}" for name, mhz in environment.items() if name.endswith("_mhz")}
+    return ["== preflight", *(f"{name}: {value}" for name, value in {**parts, **versions, **clocks}.items())]
+
+
+def run_stages(stages: tuple[GpuStage, ...], path: Path, end: float, sm: int = 90) -> list[tuple[bool, str]]:
     """Run all stages in order. After an interrupt, the outcomes so far are returned."""
     outcomes: list[tuple[bool, str]] = []
     for stage in stages:
         try:
-            outcomes.append(run_stage(stage, path, end))
+            outcomes.append(run_stage(stage, path, end, sm))
         except KeyboardInterrupt:
             outcomes.append((False, f"{stage.title}: interrupted; the stages after it were not run"))
             break
@@ -111,7 +176,7 @@ def run_stages(stages: tuple[GpuStage, ...], path: Path, end: float) -> list[tup
     return outcomes
 
 
-def run_stage(stage: GpuStage, path: Path, end: float) -> tuple[bool, str]:
+def run_stage(stage: GpuStage, path: Path, end: float, sm: int = 90) -> tuple[bool, str]:
     """Run a stage within its share of the time; returns whether it passed, and a line for the summary.
 
     A test that hangs, dies or loses the GPU is skipped: a new process continues after it.
@@ -120,7 +185,7 @@ def run_stage(stage: GpuStage, path: Path, end: float) -> tuple[bool, str]:
     seconds = (end - began) * stage.share
     if seconds < MIN_BUDGET:
         return True, f"{stage.title}: not run, the time was spent"
-    if importlib.util.find_spec(stage.package) is None:
+    if not is_there(stage.package):
         return True, f"{stage.title}: not run, {stage.package} is not installed"
     print(f"== {stage.title}, at most {seconds:.0f} s", flush=True)
     # A benchmark in progress may exceed its budget by half; then its process is stopped.
@@ -132,11 +197,11 @@ def run_stage(stage: GpuStage, path: Path, end: float) -> tuple[bool, str]:
         while True:
             before = progress.started(progress_file)
             budget = max(MIN_BUDGET, began + seconds - time.monotonic())
-            code, interruption = _run_process(stage, path, progress_file, budget, finish)
+            code, interruption = _run_process(stage, stage.command(budget, path, sm), progress_file, finish)
             interruptions += [interruption] if interruption else []
             codes.append(code if not interruption else int(progress.failed(progress_file)))
             advanced = progress.started(progress_file) != before
-            if not interruption or not advanced or began + seconds - time.monotonic() <= MIN_BUDGET:
+            if not interruption or not advanced or stage.module or began + seconds - time.monotonic() <= MIN_BUDGET:
                 break
             print(f"   {interruption}; continuing after it", flush=True)
     failed = any(code not in (0, NO_TESTS_COLLECTED) for code in codes)
@@ -147,20 +212,24 @@ def run_stage(stage: GpuStage, path: Path, end: float) -> tuple[bool, str]:
     return passed, f"{stage.title}: {text} ({time.monotonic() - began:.0f} s)"
 
 
-def _run_process(stage: GpuStage, path: Path, progress_file: Path, budget: float, finish: float) -> tuple[int, str]:
+def is_there(package: str) -> bool:
+    """Whether a package, or a module in one, can be imported; without importing it."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of the package that should hold it
+        return False
+
+
+def _run_process(stage: GpuStage, command: list[str], progress_file: Path, finish: float) -> tuple[int, str]:
     """Run one process of a stage; returns its exit code, and what interrupted it, if anything did."""
-    # -W default: an unknown warning of a library must not become an error.
-    command = [sys.executable, "-m", "pytest", *stage.arguments, "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
-    command += ["-p", "bench.progress", "-W", "default", "--continue-on-collection-errors", "--durations=5"]
-    if stage.arguments[0].startswith("bench"):
-        command += ["--benchmark", "--budget", f"{budget:.0f}", "--results", str(path)]
     environment = os.environ | {progress.FILE: str(progress_file)}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""} if stage.hidden else {}
     process = subprocess.Popen(command, cwd=record.ROOT, env=environment, start_new_session=True)
     began, interruption = time.time(), ""
     try:
         while process.poll() is None and not interruption:
             time.sleep(POLL_SECONDS)
-            name, since = progress.running(progress_file) or (NO_TEST, progress.last(progress_file))
+            name, since = progress.running(progress_file) or (_part(stage), progress.last(progress_file))
             since = max(since, began)
             if time.time() - since > stage.timeout:
                 interruption = f"killed after {stage.timeout:.0f} s: {short(name)}"
@@ -172,9 +241,14 @@ def _run_process(stage: GpuStage, path: Path, progress_file: Path, budget: float
     if lost:
         interruption = f"the GPU was lost: {short(lost)}"
     elif not interruption and (process.returncode < 0 or progress.running(progress_file)):
-        name, _ = progress.running(progress_file) or (NO_TEST, 0.0)
+        name, _ = progress.running(progress_file) or (_part(stage), 0.0)
         interruption = f"died with exit code {process.returncode}: {short(name)}"
     return process.returncode, interruption
+
+
+def _part(stage: GpuStage) -> str:
+    """What runs while no test does."""
+    return stage.module or NO_TEST
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -1,6 +1,6 @@
 """Compile every launch of our kernels for a GPU, on all cores, into Triton's cache, without touching the GPU.
 
-    python -m bench.warm --sm 90 [--seconds 60]
+    python -m bench.warm --sm 90 [--seconds 60] [--first 10]
 
 What the models launch is found on tensors that have shapes but no memory. Each launch goes through Triton's own
 `warmup`, so that a process which launches it finds it compiled. Prints the launches that do not compile. Exit code 1:
@@ -85,12 +85,13 @@ def warm_all(
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sm", type=int, required=True, help="the compute capability, as 90")
-    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--seconds", type=float, default=600.0, help="the rest is compiled at its first use")
+    parser.add_argument("--first", type=int, metavar="N", help="only the first N launches")
     options = parser.parse_args(arguments)
     from tests.support.launches import launches  # traces the models, which takes seconds
 
     began = time.monotonic()
-    found = launches(options.sm)
+    found = launches(options.sm)[: options.first]
     done, failed = warm_all(found, options.sm, options.seconds)
     text = f"{done - failed} of {len(found)} launches compiled for sm_{options.sm}, {failed} failed"
     print(f"{text} ({time.monotonic() - began:.0f} s, {len(os.sched_getaffinity(0))} cores)", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def test_a_stage_is_stopped_at_its_end(tmp_path: Path, monkeypatch: Any) -> None
 
 
 def test_a_stage_that_cannot_run_does_not_stop_the_others(tmp_path: Path, monkeypatch: Any) -> None:
-    def run_stage(stage: gpu.GpuStage, path: Path, end: float) -> tuple[bool, str]:
+    def run_stage(stage: gpu.GpuStage, path: Path, end: float, sm: int) -> tuple[bool, str]:
         if stage.title == "bad":
             raise OSError("no more processes")
         if stage.title == "interrupted":
@@ -122,16 +123,64 @@ def test_a_missing_package_and_a_lack_of_time_are_reported(tmp_path: Path) -> No
 
 def test_a_damaged_result_file_does_not_prevent_the_summary(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu.record, "environment", lambda device: {"device": "a played GPU", "versions": {}})
     monkeypatch.setattr(gpu, "STAGES", ())
     (tmp_path / "r.json").write_text("{")
     assert gpu.main(["--results", str(tmp_path / "r.json")]) == 0
     output = capsys.readouterr()
-    assert "== summary" in output.out and "not a result file" in output.err
+    assert "device: a played GPU" in output.out and "== summary" in output.out and "not a result file" in output.err
+
+
+def test_a_module_is_run_with_its_share_of_the_time_and_told_when_it_fails(tmp_path: Path) -> None:
+    stage = gpu.GpuStage("compile", ("--sm", "{sm}"), 1.0, module="bench.warm")
+    assert stage.command(33.4, tmp_path, 89) == [sys.executable, "-m", "bench.warm", "--sm", "89"]
+    failing = gpu.GpuStage("this", ("no", "such", "argument"), 1.0, module="json.tool")
+    passed, line = gpu.run_stage(failing, tmp_path / "r.json", time.monotonic() + 60)
+    assert not passed and line.startswith("this: FAILED (")
+    hanging = gpu.GpuStage("code", ("-c", "import time; time.sleep(100)"), 1.0, timeout=1.0, module="timeit")
+    passed, line = gpu.run_stage(hanging, tmp_path / "r.json", time.monotonic() + 60)
+    assert not passed and line.startswith("code: killed after 1 s: timeit (")
+
+
+def test_the_plan_is_in_order_of_importance_and_keeps_the_compiled_peer_apart() -> None:
+    """First that it works, then the choice of each op's way, then figures; torch.compile in processes of its own."""
+    titles = [stage.title for stage in gpu.STAGES]
+    assert [title.startswith("preflight") for title in titles[:3]] == [True, True, False]
+    for model in ("SD1.5", "SDXL"):
+        figures = [i for i, title in enumerate(titles) if title.startswith(model) and "ways" not in title]
+        assert titles.index(f"{model}: the ways of each op") < min(figures)
+        assert titles[min(figures)] == f"{model}: a step as users get it"
+    for stage in gpu.STAGES:
+        peers = [stage.arguments[i + 1] for i, part in enumerate(stage.arguments) if part == "--peers"]
+        assert not any("compiled" in each for each in peers) or peers == [options.COMPILED]
+
+
+@pytest.mark.heavy
+def test_the_whole_plan_runs_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """Each kind of stage once, in its own process, with the flags that it has on a GPU; the results are in the file.
+
+    Of the stages that a CPU only collects, one: the test below knows their files.
+    """
+    path = tmp_path / "r.json"
+    kept = [stage for stage in gpu.STAGES if stage.rehearsal != gpu.COLLECTED or "image" in stage.arguments[-1]]
+    monkeypatch.setattr(gpu, "STAGES", tuple(kept))
+    assert gpu.main(["--rehearse", "--minutes", "8", "--results", str(path)]) == 0
+    out = capfd.readouterr().out
+    assert "== preflight\n" in out and f"torch: {torch.__version__}" in out
+    lines = out[out.index("== summary") :].splitlines()
+    outcomes = [line for line in lines if line.endswith(" s)")]
+    assert len(outcomes) == len(gpu.rehearsed(gpu.STAGES)) and all(": passed (" in line for line in outcomes)
+    measured = {row["benchmark"]: row for row in gpu.record.read(path)["records"] if row["candidate"] == "fastsd"}
+    assert measured.keys() == {"denoise", "step", "decode", "image", "kernel", "cold", "turbo"}
+    assert all(row["seconds"] for row in measured.values()) and measured["step"]["kinds"]
 
 
 def test_every_stage_names_existing_files_tests_and_options() -> None:
     for stage in gpu.STAGES:
         assert 0 < stage.share <= 1
+        if stage.module:
+            continue
         targets = [part for part in stage.arguments if part.startswith(("tests", "bench/"))]
         for target in targets:
             path, _, test = target.partition("::")
