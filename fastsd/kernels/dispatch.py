@@ -47,10 +47,10 @@ def backend(*inputs: torch.Tensor | None, op: str = "") -> str:
     assert x is not None
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return "torch"
-    device = x.device.type
-    if device == "cuda" or interpreted():
-        return "triton" if x.dtype in TRITON_DTYPES and _can_run_triton(x.device) else "torch"
-    if device != "cpu" or x.numel() == 0:
+    if not x.is_cpu or interpreted():
+        ours = (x.is_cuda or interpreted()) and x.dtype in TRITON_DTYPES and _can_run_triton(x.device)
+        return "triton" if ours else "torch"
+    if x.numel() == 0:
         return "torch"
     return "onednn" if x.dtype in (WITHOUT_ONEDNN.get(op) or onednn_dtypes()) else "torch"
 

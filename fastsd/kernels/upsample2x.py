@@ -102,22 +102,22 @@ def _upsample2x_conv_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.T
     """
     batch, height, width, _ = x.shape
     channels = len(weight)
+    chw = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    kernels = _kernels(x, weight)
+    if len(kernels) == 1:  # one convolution of all phases, which lie side by side as channels
+        repeated = None if bias is None else torch.cat([bias] * 4)
+        y = onednn.convolve(chw, kernels[0], repeated, 1, (1, 1), None).permute(0, 2, 3, 1)
+        column = 4 * channels
+        row = (width + 1) * column
+        # Phase (p, q) begins p rows and q columns further, at channel 2 p + q.
+        strides = ((height + 1) * row, row, row + 2 * channels, column, column + channels, 1)
+        phases = y.as_strided((batch, height, 2, width, 2, channels), strides)
+        return phases.reshape(batch, 2 * height, 2 * width, channels)
     out = x.new_empty(batch, 2 * height, 2 * width, channels)
-    phase = 0
-    for kernels in _kernels(x, weight):
-        count = len(kernels) // channels
-        y = onednn.convolve(
-            x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last),
-            kernels,
-            None if bias is None else bias.repeat(count),
-            1,
-            (1, 1),
-            None,
-        )
-        for part in y.permute(0, 2, 3, 1).split(channels, dim=-1):
-            row, column = divmod(phase, 2)
-            out[:, row::2, column::2] = part[:, row : row + height, column : column + width]
-            phase += 1
+    for phase, kernel in enumerate(kernels):
+        part = onednn.convolve(chw, kernel, bias, 1, (1, 1), None).permute(0, 2, 3, 1)
+        p, q = divmod(phase, 2)
+        out[:, p::2, q::2] = part[:, p : p + height, q : q + width]
     return out
 
 

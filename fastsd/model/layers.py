@@ -93,10 +93,12 @@ class Conv2d(nn.Module):
         self, x: torch.Tensor, residual: torch.Tensor | None = None, relu: bool = False, add_bias: bool = True
     ) -> torch.Tensor:
         """Without `add_bias`, the caller adds the bias where it costs nothing."""
-        if not (self.training or self.weight.requires_grad):
+        weight = self.weight  # a module takes 0.4 µs to find a parameter
+        if self._packed_for != (x.shape, torch.get_num_threads()) and not (self.training or weight.requires_grad):
             self.pack(x)
+            weight = self.weight
         bias = self.bias if add_bias else None
-        return conv2d(x, self.weight, bias, self.stride, self.padding, residual, relu)
+        return conv2d(x, weight, bias, self.stride, self.padding, residual, relu)
 
     def pack(self, x: torch.Tensor, scale: int = 1) -> None:
         """Bring the weight into oneDNN's layout for `x`, enlarged by `scale`, where oneDNN runs the layer.
