@@ -37,7 +37,7 @@ from fastsd.kinds import (
 )
 from fastsd.mask_rows import MASK_ROWS
 from fastsd.pass_rows import PASS_ROWS
-from fastsd.program_rows import PROGRAM_ROWS, PYTHON_ROWS
+from fastsd.program_rows import LOAD_ROWS, PROGRAM_ROWS, PYTHON_ROWS
 from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
 
 MAX_CONTROL_WEIGHT = 10.0
@@ -265,26 +265,7 @@ ROWS: tuple[Parameter, ...] = (
         repeat=False,
     ),
     Parameter("vae_tiling", Switch(), "decode in tiles: less memory for large images", ("--vae-tiling",), WHERE),
-    Parameter(
-        "graphs",
-        Switch(stored=None, value=False),
-        "CUDA: without graphs, each kernel is launched alone, slower",
-        ("--no-graphs",),
-        WHERE,
-        True,
-        of="load",
-        rare=True,
-    ),
-    Parameter(
-        "preview",
-        File(metavar="PATH"),
-        "TAESD, which decodes the previews in almost no time",
-        ("--preview-decoder",),
-        WHERE,
-        of="load",
-        needs=("preview_every", "which says how often"),
-        rare=True,
-    ),
+    *LOAD_ROWS,
     *PYTHON_ROWS,
 )
 

@@ -32,6 +32,7 @@ from fastsd.generate.progress import Step
 from fastsd.generate.request import Pass, Request, plan
 from fastsd.generate.result import Result, convert_images, join_batches, used_settings
 from fastsd.graph import MAX_GRAPHS, Graphs
+from fastsd.kernels.candidates import ChoiceMode, choosing
 from fastsd.model.controlnet import ControlNet
 from fastsd.model.taesd import TAESD, Autoencoder
 from fastsd.parameters import describe
@@ -53,12 +54,13 @@ class Pipeline(Portable, DiffusersNames):
     Attributes:
         defaults: arguments of a call where the caller gives none.
         few_step: the kind of distilled model whose defaults apply, and why; or None.
-        source, vae_source, refiner_source: where `from_pretrained` found the model, an autoencoder that replaces its
-            own, a refiner.
+        choice_mode: how the candidates of an op are chosen on a GPU (docs/tuning.md).
+        source, vae_source, refiner_source: where the model, an autoencoder in its place and a refiner were found.
         _interrupt: True ends calls after their current step, as in diffusers: set by a callback its own call, set from
             elsewhere all that are under way.
     """
 
+    choice_mode = ChoiceMode()
     source: ModelLocation | None = None
     vae_source: ModelLocation | None = None
     refiner_source: ModelLocation | None = None
@@ -114,6 +116,8 @@ class Pipeline(Portable, DiffusersNames):
         revision: str | None = None,
         allow_pickle: bool = False,
         refiner: str | Path | None = None,
+        reproducible: bool = False,
+        probe: bool = True,
         **habits: Any,
     ) -> Pipeline:
         """Load a checkpoint.
@@ -126,8 +130,7 @@ class Pipeline(Portable, DiffusersNames):
             habits: what diffusers' method takes: honoured, or refused with what to use here (docs/python.md).
 
         Raises:
-            FastsdError: no such model, damaged files, unknown device or dtype, too little memory, a refiner that does
-                not fit the model, a model of the hub that cannot be fetched.
+            FastsdError: no such model, damaged files, no such device or dtype, too little memory, an unfit refiner.
         """
         own = loading_habits(habits, list(inspect.signature(cls.from_pretrained).parameters))
         dtype, allow_pickle = own.get("dtype", dtype), own.get("allow_pickle", allow_pickle)
@@ -141,8 +144,7 @@ class Pipeline(Portable, DiffusersNames):
         with about("vae"):
             own_vae = None if vae is None else locate_vae(vae, half)
         with about("model"):
-            vae_path = own_vae.path if own_vae else None
-            components = _load(found, precision, place, vae_path, allow_pickle, prediction, ema)
+            components = _load(found, precision, place, own_vae, allow_pickle, prediction, ema)
         components.vae.to(autoencoder_dtype(precision, place, components.vae.config.force_upcast))
         second = own_refiner = tiny = None
         if refiner is not None:
@@ -156,6 +158,7 @@ class Pipeline(Portable, DiffusersNames):
         recorder = CudaRecorder(place) if graphs and place.type == "cuda" else None
         pipe = cls(components, place, precision, Graphs(recorder, max_graphs), second, tiny, few_step, prediction)
         pipe.source, pipe.vae_source, pipe.refiner_source = found, own_vae, own_refiner
+        pipe.choice_mode = ChoiceMode(reproducible, probe)
         return pipe
 
     def __call__(self, prompt: str | list[str] | None = None, **arguments: Any) -> Any:
@@ -266,14 +269,13 @@ class Pipeline(Portable, DiffusersNames):
 
     def decode(self, latents: torch.Tensor, tiled: bool = False) -> list[Image.Image]:
         """Scaled latents `[n, h, w, C]` to images, one at a time (the decoder's maps are the largest of all)."""
-        images: list[Image.Image] = convert_images(self._decode_float(latents, tiled), "pil")
-        return images
+        return list(convert_images(self._decode_float(latents, tiled), "pil"))
 
     @undisturbed()
     @torch.inference_mode()
     def _decode_float(self, latents: torch.Tensor, tiled: bool) -> list[np.ndarray]:
         """The same as arrays `[H, W, 3]` fp32 from 0 to 255, not rounded."""
-        with self._lock:
+        with self._lock, choosing(self.choice_mode):
             self.graphs.in_order(self.device)
             return [self._engine.codec.decode_float(latent[None], tiled)[0] for latent in latents]
 
@@ -281,25 +283,24 @@ class Pipeline(Portable, DiffusersNames):
     @torch.inference_mode()
     def preview(self, latents: torch.Tensor, tiled: bool = False) -> Image.Image:
         """A scaled latent `[1, h, w, C]` to an image, by the preview's decoder where there is one."""
-        with self._lock:
+        with self._lock, choosing(self.choice_mode):
             self.graphs.in_order(self.device)
             return Image.fromarray(self._preview_codec.decode(latents, tiled)[0])
 
     @contextmanager
     def _turn(self, stage: Pass) -> Iterator[None]:
         """One thread at a time. Out of memory becomes one line that says what would take less."""
-        with self._lock, undisturbed(), memory.fitting(stage.workload):
+        with self._lock, undisturbed(), choosing(self.choice_mode), memory.fitting(stage.workload):
             self.graphs.in_order(self.device)
             yield
 
     def _result(self, request: Request, finished: list[Any], timings: Timings, done: int) -> Result:
-        refiner, few_step = self.refiner, self.few_step
         used = {
             "model": self.components.name,
             "device": self.device.type,
             "dtype": dtype_name(self.dtype),
-            "refiner": {"name": refiner.name} if refiner is not None else None,
-            "few_step": few_step.kind.name if few_step is not None else self._own.asked,
+            "refiner": {"name": self.refiner.name} if self.refiner is not None else None,
+            "few_step": self.few_step.kind.name if self.few_step is not None else self._own.asked,
         }
         notes = [*request.notes, *self._engine.codec.take_notes(), *self._preview_codec.take_notes()]
         images = join_batches(finished, request.settings.output_type)
@@ -380,14 +381,15 @@ def _load(
     found: ModelLocation,
     dtype: torch.dtype,
     device: torch.device,
-    vae: Path | Autoencoder | None,
+    vae: ModelLocation | Autoencoder | None,
     allow_pickle: bool,
     prediction: str | None = None,
     ema: bool = False,
 ) -> Components:
     """A checkpoint that was found, if its weights fit into memory."""
     memory.check_weights(found.path, count_parameters(found.path, dtype), dtype, device)
-    components = load_checkpoint(found.path, dtype, device, vae, prediction, allow_pickle, ema)
+    own = vae.path if isinstance(vae, ModelLocation) else vae
+    components = load_checkpoint(found.path, dtype, device, own, prediction, allow_pickle, ema)
     components.name = found.name or components.name
     return components
 

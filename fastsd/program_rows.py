@@ -1,4 +1,5 @@
-"""The rows of `fastsd.parameters` by which a call follows another program: its rules, its noise, its Python call."""
+"""The rows of `fastsd.parameters` by which a call follows another program: its rules, its noise, its Python call; and
+those of loading that say how a GPU computes."""
 
 from __future__ import annotations
 
@@ -7,7 +8,9 @@ from fastsd.kinds import (
     MAX_IMAGES,
     MAX_SEED,
     SHARE,
+    WHERE,
     Choice,
+    File,
     Function,
     Name,
     Number,
@@ -164,5 +167,49 @@ PYTHON_ROWS: tuple[Parameter, ...] = (
         Choice(options=("pil", "np", "pt", "latent"), stored=None),
         "the form of the images: pil, np, pt or latent",
         default="pil",
+    ),
+)
+
+# What loading takes beside the model, the device and the precision.
+LOAD_ROWS: tuple[Parameter, ...] = (
+    Parameter(
+        "graphs",
+        Switch(stored=None, value=False),
+        "CUDA: without graphs, each kernel is launched alone, slower",
+        ("--no-graphs",),
+        WHERE,
+        True,
+        of="load",
+        rare=True,
+    ),
+    Parameter(
+        "reproducible",
+        Switch(stored=None),
+        "GPU: of the ways to compute an op, those that come with fastsd; nothing is timed",
+        ("--reproducible",),
+        WHERE,
+        False,
+        of="load",
+        rare=True,
+    ),
+    Parameter(
+        "probe",
+        Switch(stored=None, value=False),
+        "a GPU never seen before: run kernels here, not in a process of their own first",
+        ("--no-probe",),
+        WHERE,
+        True,
+        of="load",
+        rare=True,
+    ),
+    Parameter(
+        "preview",
+        File(metavar="PATH"),
+        "TAESD, which decodes the previews in almost no time",
+        ("--preview-decoder",),
+        WHERE,
+        of="load",
+        needs=("preview_every", "which says how often"),
+        rare=True,
     ),
 )

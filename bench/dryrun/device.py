@@ -25,8 +25,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.dryrun.gpus import Gpu
-from fastsd.kernels import dispatch
-from fastsd.kernels.launch import tuned
+from fastsd.kernels import candidates, dispatch
 
 GUARD = Path(__file__).parent / "guard.cpp"
 DEVICE = torch.device("cuda", 0)
@@ -86,15 +85,15 @@ def fake_cuda(gpu: Gpu) -> Iterator[FakeTensorMode]:
     load_guard()
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        stack.enter_context(patch.dict(os.environ, FASTSD_CACHE=folder))  # nobody's tuned launches
+        stack.enter_context(patch.dict(os.environ, FASTSD_CACHE=folder))  # nobody's choices
         for name, answer in _answers(gpu).items():
             stack.enter_context(patch.object(torch.cuda, name, answer))
         before = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)
         stack.callback(torch._C._set_only_lift_cpu_tensors, before)
-        for cached in (dispatch._can_run_triton, tuned._active_table):
-            cached.cache_clear()
-            stack.callback(cached.cache_clear)
+        for forget in (dispatch._can_run_triton.cache_clear, candidates.forget):
+            forget()
+            stack.callback(forget)
         yield FakeTensorMode(allow_non_fake_inputs=True)
 
 

@@ -80,24 +80,25 @@ class CudaRecorder:
             outputs = function()
         except BaseException:
             with contextlib.suppress(RuntimeError):  # the first error says why; this one only that there was one
-                self._end(graph)
+                end_capture(graph, self._pool)
             raise
         else:
-            self._end(graph)
+            end_capture(graph, self._pool)
         finally:
             clear_workspaces()
         return graph, outputs
 
-    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a capture, for the allocator too."""
-        try:
-            graph.capture_end()
-        except BaseException:
-            index = torch.cuda.current_device()
-            with contextlib.suppress(RuntimeError, AttributeError):
-                torch._C._cuda_endAllocateToPool(index, self._pool)  # raises where the allocator knows already
-                torch._C._cuda_releasePool(index, self._pool)
-            raise
+
+def end_capture(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """End a capture into a pool, for the allocator too."""
+    try:
+        graph.capture_end()
+    except BaseException:
+        index = torch.cuda.current_device()
+        with contextlib.suppress(RuntimeError, AttributeError):
+            torch._C._cuda_endAllocateToPool(index, pool)  # raises where the allocator knows already
+            torch._C._cuda_releasePool(index, pool)
+        raise
 
 
 @contextlib.contextmanager

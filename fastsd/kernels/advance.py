@@ -7,12 +7,15 @@ push, 0, 0. One row follows the sampler's last: its c_in scales the final latent
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
 from fastsd.kernels import candidates, dispatch
 from fastsd.kernels.candidates import GpuOp, OpCandidate
+from fastsd.kernels.launch import architecture, variants
+from fastsd.kernels.launch.rowwise import RowwiseLaunch
 
 WIDTH = 16  # floats in a row: one 64-byte line
 
@@ -149,15 +152,23 @@ def advance(
         advance_ref(*arguments)
 
 
-def _by_triton(*args: Any) -> None:
+def _by_triton(*args: Any, launch: RowwiseLaunch | None = None) -> None:
     from fastsd.kernels.triton import advance as advance_triton
 
-    advance_triton.advance(*args)
+    functools.partial(advance_triton.advance, launch=launch)(*args)
+
+
+def _launches(thorough: bool, x: torch.Tensor, *_: Any) -> list[RowwiseLaunch]:
+    return variants.rows("advance", thorough, architecture.class_of(x.device))
 
 
 OP = GpuOp(
     "advance",
     advance_ref,
-    (OpCandidate("triton", _by_triton), OpCandidate("torch", advance_ref)),
+    (
+        OpCandidate("triton", _by_triton, launches=_launches, launch_types=(RowwiseLaunch,)),
+        OpCandidate("torch", advance_ref),
+    ),
     in_place=(0, 1, 5, 6, 7),  # x, x_in, saved, history, noise
+    unkeyed=(3,),  # the table, whose rows are the steps
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from fastsd.kernels import candidates, dispatch
 from fastsd.kernels.candidates import GpuOp, OpCandidate
 from fastsd.kernels.cpu import choices, onednn
+from fastsd.kernels.launch import architecture, variants
+from fastsd.kernels.launch.flash_attn import FewKeys, Tile, Wide
 
 # The oneDNN path.
 CHUNK = 2**21  # scores computed at a time: small enough for a cache of a few MB
@@ -76,10 +79,10 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = Fals
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
 
 
-def _by_triton(*args: Any) -> torch.Tensor:
+def _by_triton(*args: Any, launch: Tile | FewKeys | Wide | None = None) -> torch.Tensor:
     from fastsd.kernels.triton import flash_attn as flash_attn_triton
 
-    return flash_attn_triton.flash_attn(*args)
+    return functools.partial(flash_attn_triton.flash_attn, launch=launch)(*args)
 
 
 def _refused_by_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> str | None:
@@ -88,10 +91,47 @@ def _refused_by_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal
     return flash_attn_triton.refusal(q, k, v)
 
 
+def _launches(thorough: bool, q: torch.Tensor, k: torch.Tensor, *_: Any) -> list[Any]:
+    queries, heads, size = q.shape[1:]
+    return variants.attention(
+        thorough, architecture.class_of(q.device), queries, k.shape[1], heads, size, q.element_size()
+    )
+
+
+def _sdpa_backend(name: str, *options: Any) -> OpCandidate:
+    """A backend of PyTorch's attention, called by itself: the switches that choose one apply to the whole process.
+
+    Args:
+        options: its arguments before `is_causal`.
+    """
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+        attention = getattr(torch.ops.aten, f"_scaled_dot_product_{name}_attention")
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out: torch.Tensor = attention(q, k, v, *options, causal)[0]
+        return out.transpose(1, 2).flatten(2)
+
+    def refuses(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> str | None:
+        size = q.shape[3]
+        if size % 8 or any(x.stride(3) != 1 for x in (q, k, v)):
+            return f"heads of {size}; it takes multiples of 8, whose elements are adjacent"
+        if name != "efficient" and (q.element_size() != 2 or architecture.class_of(q.device) < 80 or size > 256):
+            return "it takes 16 bits and heads of up to 256, on sm_80 or newer"
+        return None
+
+    return OpCandidate(f"sdpa {name}", run, refuses, measured=True)
+
+
 OP = GpuOp(
     "flash_attn",
     flash_attn_ref,
-    (OpCandidate("triton", _by_triton, _refused_by_triton), OpCandidate("torch", _sdpa)),
+    (
+        OpCandidate("triton", _by_triton, _refused_by_triton, launches=_launches, launch_types=(Tile, FewKeys, Wide)),
+        _sdpa_backend("cudnn", None, False, 0.0),
+        _sdpa_backend("flash", 0.0),
+        _sdpa_backend("efficient", None, False, 0.0),
+        OpCandidate("torch", _sdpa),
+    ),
 )
 
 

@@ -8,6 +8,9 @@ import torch.nn.functional as F
 from fastsd.kernels import candidates, dispatch
 from fastsd.kernels.candidates import GpuOp, OpCandidate
 from fastsd.kernels.cpu import onednn
+from fastsd.kernels.launch import architecture, variants
+from fastsd.kernels.launch.linear import Gemm
+from fastsd.kernels.launch.rowwise import RowwiseLaunch
 from fastsd.kernels.linear import activate_by_image, product_by_image, small_products
 
 CHUNK = 2**21  # elements of the result that the oneDNN path computes at a time: they stay in the cache
@@ -40,18 +43,20 @@ def geglu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Te
     return _by_torch(x, weight, bias)
 
 
-def _by_gate(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def _by_gate(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, launch: RowwiseLaunch | None = None
+) -> torch.Tensor:
     """The product by cuBLAS, the rest by our kernel."""
     from fastsd.kernels.triton import geglu as geglu_triton
 
-    return geglu_triton.geglu_gate(F.linear(x, weight), bias)
+    return geglu_triton.geglu_gate(F.linear(x, weight), bias, launch)
 
 
-def _by_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def _by_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, launch: Gemm | None = None) -> torch.Tensor:
     """The whole op by our kernel: the product, of twice as many columns as the result, is never written."""
     from fastsd.kernels.triton import linear as linear_triton
 
-    return linear_triton.geglu(x, weight, bias)
+    return linear_triton.geglu(x, weight, bias, launch)
 
 
 def _refused_by_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> str | None:
@@ -65,12 +70,21 @@ def _by_torch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torc
     return value * activate_by_image(gate, "gelu")
 
 
+def _launches(thorough: bool, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> list[Gemm]:
+    rows, depth = x[..., 0].numel(), x.shape[-1]
+    return variants.products(thorough, architecture.class_of(x.device), rows, len(weight) // 2, depth, 1)
+
+
+def _gate_launches(thorough: bool, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> list[RowwiseLaunch]:
+    return variants.rows("geglu", thorough, architecture.class_of(x.device), len(weight) // 2)
+
+
 OP = GpuOp(
     "geglu",
     geglu_ref,
     (
-        OpCandidate("triton", _by_triton, _refused_by_triton, partial=True),
-        OpCandidate("cublas, then triton", _by_gate),
+        OpCandidate("triton", _by_triton, _refused_by_triton, partial=True, launches=_launches, launch_types=(Gemm,)),
+        OpCandidate("cublas, then triton", _by_gate, launches=_gate_launches, launch_types=(RowwiseLaunch,)),
         OpCandidate("torch", _by_torch),
     ),
 )

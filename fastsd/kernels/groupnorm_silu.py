@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from fastsd.kernels import candidates, dispatch
 from fastsd.kernels.candidates import GpuOp, OpCandidate
 from fastsd.kernels.cpu import choices
+from fastsd.kernels.launch import architecture, variants
+from fastsd.kernels.launch.groupnorm_silu import GroupNormLaunch
 from fastsd.kernels.linear import activate_by_image, undivided
 
 # The CPU path.
@@ -85,10 +87,10 @@ def groupnorm_silu(
     return _by_torch(x, weight, bias, groups, eps, silu, add, skip)
 
 
-def _by_triton(*args: Any) -> torch.Tensor:
+def _by_triton(*args: Any, launch: GroupNormLaunch | None = None) -> torch.Tensor:
     from fastsd.kernels.triton import groupnorm_silu as groupnorm_silu_triton
 
-    return groupnorm_silu_triton.groupnorm_silu(*args)
+    return functools.partial(groupnorm_silu_triton.groupnorm_silu, launch=launch)(*args)
 
 
 def _by_torch(
@@ -110,7 +112,21 @@ def _by_torch(
     return F.silu(y) if silu else y
 
 
-OP = GpuOp("groupnorm_silu", groupnorm_silu_ref, (OpCandidate("triton", _by_triton), OpCandidate("torch", _by_torch)))
+def _launches(thorough: bool, x: torch.Tensor, weight: torch.Tensor, bias: Any, groups: int, *_: Any) -> list[Any]:
+    pixels = x.shape[1] * x.shape[2]
+    return variants.groupnorm_silu(
+        thorough, architecture.class_of(x.device), pixels, len(weight), groups, x.element_size()
+    )
+
+
+OP = GpuOp(
+    "groupnorm_silu",
+    groupnorm_silu_ref,
+    (
+        OpCandidate("triton", _by_triton, launches=_launches, launch_types=(GroupNormLaunch,)),
+        OpCandidate("torch", _by_torch),
+    ),
+)
 
 
 class _Norm(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, overload
 
 import torch
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 
 from fastsd.kernels import candidates, dispatch
 from fastsd.kernels.candidates import GpuOp, OpCandidate
+from fastsd.kernels.launch import architecture, variants
+from fastsd.kernels.launch.rowwise import RowwiseLaunch
 
 
 def layernorm_ref(
@@ -54,10 +57,10 @@ def layernorm(
     return _by_torch(x, weight, bias, eps, residual)
 
 
-def _by_triton(*args: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+def _by_triton(*args: Any, launch: RowwiseLaunch | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     from fastsd.kernels.triton import layernorm as layernorm_triton
 
-    return layernorm_triton.layernorm(*args)
+    return functools.partial(layernorm_triton.layernorm, launch=launch)(*args)
 
 
 def _by_torch(
@@ -68,4 +71,15 @@ def _by_torch(
     return y if residual is None else (y, total)
 
 
-OP = GpuOp("layernorm", layernorm_ref, (OpCandidate("triton", _by_triton), OpCandidate("torch", _by_torch)))
+def _launches(thorough: bool, x: torch.Tensor, *_: Any) -> list[RowwiseLaunch]:
+    return variants.rows("layernorm", thorough, architecture.class_of(x.device), x.shape[-1])
+
+
+OP = GpuOp(
+    "layernorm",
+    layernorm_ref,
+    (
+        OpCandidate("triton", _by_triton, launches=_launches, launch_types=(RowwiseLaunch,)),
+        OpCandidate("torch", _by_torch),
+    ),
+)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ import torch.nn.functional as F
 from fastsd.kernels import candidates, dispatch
 from fastsd.kernels.candidates import GpuOp, OpCandidate
 from fastsd.kernels.cpu import choices, onednn
+from fastsd.kernels.launch import architecture, variants
+from fastsd.kernels.launch.linear import Gemm
 
 SHARE = 2**15  # elements that PyTorch computes in one thread at least (at::internal::GRAIN_SIZE)
 LINE = 16  # elements of fp32 in a cache line
@@ -116,10 +120,24 @@ def _by_two_products(
     return y if residual is None else y + residual
 
 
-def _by_triton(*args: Any) -> torch.Tensor:
+def _by_triton(*args: Any, launch: Gemm | None = None) -> torch.Tensor:
     from fastsd.kernels.triton import linear as linear_triton
 
-    return linear_triton.linear(*args)
+    return functools.partial(linear_triton.linear, launch=launch)(*args)
+
+
+def _launches(
+    thorough: bool,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    residual: torch.Tensor | None,
+    skip: torch.Tensor | None,
+) -> list[Gemm]:
+    rows, (columns, depth) = x[..., 0].numel(), weight.shape
+    launches = variants.products(thorough, architecture.class_of(x.device), rows, columns, depth, 0)
+    return launches if skip is None else list(dict.fromkeys(replace(launch, splits=1) for launch in launches))
 
 
 def _refused_by_triton(*args: Any) -> str | None:
@@ -170,7 +188,7 @@ OP = GpuOp(
     (
         # Where nothing is measured: cuBLAS, except where our kernel saves a launch.
         OpCandidate("cublas", _by_torch, _not_plain, partial=True),
-        OpCandidate("triton", _by_triton, _refused_by_triton, partial=True),
+        OpCandidate("triton", _by_triton, _refused_by_triton, partial=True, launches=_launches, launch_types=(Gemm,)),
         OpCandidate("two products", _by_two_products, _no_two_products, partial=True),
         OpCandidate("torch", _by_torch),
     ),

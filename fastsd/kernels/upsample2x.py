@@ -75,10 +75,19 @@ def _first(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     return "triton" if x.element_size() == 2 and ours else None
 
 
+def _by_torch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    doubled = F.interpolate(x.permute(0, 3, 1, 2), scale_factor=2.0, mode="nearest")
+    return F.conv2d(doubled, onednn.dense(weight), bias, padding=1).permute(0, 2, 3, 1)
+
+
 OP = GpuOp(
     "upsample2x_conv",
     upsample2x_conv_ref,
-    (OpCandidate("doubling", _by_doubling), OpCandidate("triton", _by_triton, _no_triton, partial=True)),
+    (
+        OpCandidate("doubling", _by_doubling),  # the convolution by its own choice
+        OpCandidate("triton", _by_triton, _no_triton, partial=True),
+        OpCandidate("torch", _by_torch),
+    ),
     first=_first,
 )
 

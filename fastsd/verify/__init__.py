@@ -81,7 +81,7 @@ def environment(pipe: Pipeline) -> dict[str, Any]:
 
     from fastsd import __version__
     from fastsd.kernels import dispatch
-    from fastsd.kernels.launch import tuned
+    from fastsd.kernels.choice import decide
     from fastsd.runtime.devices import dtype_name
 
     no_triton = dispatch.why_no_triton(pipe.device)
@@ -92,6 +92,6 @@ def environment(pipe: Pipeline) -> dict[str, Any]:
         "dtype": dtype_name(pipe.dtype),
         "fastsd": __version__,
         "torch": torch.__version__,
-        "launches": tuned.describe(pipe.device) if no_triton is None else "none",
+        "choices": decide.describe(pipe.device),
         "triton": importlib.metadata.version("triton") if no_triton is None else no_triton,
     }

@@ -12,6 +12,7 @@ import torch
 from fastsd.errors import FastsdError
 from fastsd.kernels import candidates, dispatch
 from fastsd.kernels.candidates import GpuOp, OpCandidate
+from fastsd.kernels.choice.op import GPU_OPS, Way
 
 
 @pytest.fixture(autouse=True)
@@ -138,15 +139,19 @@ def test_a_forced_kernel_is_neither_replaced_nor_refused_in_silence() -> None:
 
 def test_only_one_candidate_runs_where_it_is_asked_for() -> None:
     op = op_of(("one", None), ("two", None), ("torch", None))
-    with candidates.only("played", "two"):
+    one, two, own = map(Way, op.candidates)
+    with candidates.only("played", two):
         assert torch.equal(candidates.run(op, X), X + 1)
-        with candidates.only("played", "torch"):
+        with candidates.only("played", own):
             assert torch.equal(candidates.run(op, X), X + 2)
         assert torch.equal(candidates.run(op, X), X + 1)
-    assert torch.equal(candidates.run(op, X), X)
+    with candidates.only("played", one):
+        assert torch.equal(candidates.run(op, X), X)
     failing = op_of(("ours", CompilationError("no")), ("torch", None))
-    with candidates.only("played", "ours"), pytest.raises(CompilationError):
+    with candidates.only("played", Way(failing.candidates[0])), pytest.raises(CompilationError):
         candidates.run(failing, X)
+    with candidates.only("played", Way(refusing("not 3 x 3", True))), pytest.raises(FastsdError, match="not 3 x 3"):
+        candidates.run(op, X)
 
 
 @pytest.mark.parametrize(
@@ -160,15 +165,20 @@ def test_only_one_candidate_runs_where_it_is_asked_for() -> None:
     ],
 )
 def test_the_key_of_a_call_is_its_sizes_strides_and_dtypes(change: Callable[[Any], Any], same: bool) -> None:
-    assert (candidates.key_of((change(X), 1e-5, None, 2)) == candidates.key_of((X, 1e-6, None, 2))) is same
-    assert candidates.key_of((X, 1e-5, None, 3)) != candidates.key_of((X, 1e-5, None, 2))
+    op = GpuOp("played", lambda x: x, (), unkeyed=(4,))
+    key = op.key_of((X, 1e-6, None, 2, X))
+    assert (op.key_of((change(X), 1e-5, None, 2, torch.ones(9))) == key) is same
+    assert op.key_of((X, 1e-5, None, 3, X)) != key
 
 
 def test_every_op_with_candidates_ends_with_pytorchs_own() -> None:
-    from fastsd.kernels import advance, conv2d, flash_attn, geglu, groupnorm_silu, layernorm, linear
+    from fastsd.verify.watch import ops
 
-    for module in (advance, conv2d, flash_attn, geglu, groupnorm_silu, layernorm, linear):
-        op = module.OP
+    ours = {name: GPU_OPS[name] for name in ops() if name in GPU_OPS}
+    assert set(ours) >= {"advance", "conv2d", "flash_attn", "geglu", "groupnorm_silu", "layernorm", "linear"}
+    for op in ours.values():
         names = [candidate.name for candidate in op.candidates]
         assert names[-1] == "torch" and len(set(names)) == len(names)
-        assert callable(getattr(module, op.name)) and op.reference is getattr(module, f"{op.name}_ref")
+        assert not op.candidates[-1].measured and not op.candidates[-1].partial
+        assert op.reference.__name__ == f"{op.name}_ref"
+        assert all(candidate.launch_types for candidate in op.candidates if candidate.launches is not None)

@@ -107,6 +107,9 @@ class PlayedGraph:
         play.fail("capture_end")
         play.capturing = None
 
+    def reset(self) -> None:
+        self.play.events.append("reset")
+
     def replay(self) -> None:
         self.play.events.append(f"replay on {self.play.current.number}")
 

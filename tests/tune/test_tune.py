@@ -5,46 +5,76 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastsd.cli import main
+from fastsd.kernels.choice.table import TableEntry
+from fastsd.tune import tell
+
+ROOT = Path(__file__).parents[2]
 
 
-def test_without_a_gpu_the_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("words", [[], ["--export", "table.json"], ["--device", "cpu"]])
+def test_without_a_gpu_the_error_is_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert main(["tune"]) == 2
+    assert main(["tune", *words]) == 2
     error = capsys.readouterr().err
     assert "needs a CUDA GPU" in error and error.count("\n") == 1
 
 
-TUNE_LAYERNORM = """
-import torch
-from fastsd.model import layers
-from fastsd.tune import tune
-norm = layers.LayerNorm(40)
-x = torch.randn(3, 40)
-clock = lambda runs: [len(runs) + 0 * len(run()) for run in runs]
-((lookup, result),) = tune(lambda: norm(x), clock)
-assert (lookup.op, lookup.key) == ("layernorm", (40,)), lookup
-assert result.correct == result.candidates > 5, result
-from fastsd.kernels.triton import layernorm as layernorm_triton
-correct = layernorm_triton.layernorm
-def wrong(*args):
-    return correct(*args) * 1.01
-layernorm_triton.layernorm = wrong
-((lookup, result),) = tune(lambda: norm(x), clock)
-assert result is None
+def test_a_choice_is_a_line_and_what_was_left_out_another(capsys: pytest.CaptureFixture[str]) -> None:
+    entry = TableEntry("torch", None, {"triton": 12.5, "torch": 9.25}, True, {"sdpa flash": "No kernel"})
+    tell(("flash_attn", "float16 2x4096x8x40"), entry)
+    assert capsys.readouterr().out == (
+        "flash_attn (float16 2x4096x8x40): torch 9.2 us, triton 12.5 us\n    left out: sdpa flash: No kernel\n"
+    )
+
+
+TUNE = """
+import sys, torch
+from fastsd.kernels.candidates import ChoiceMode
+from fastsd.kernels.choice import decide
+from tests.support.played_gpu import PlayedGpu
+from fastsd.kernels.triton import layernorm as ours
+from fastsd.kernels.layernorm import layernorm
+from fastsd.kernels.candidates import choosing
+
+gpu = decide.machine = PlayedGpu()
+tried, correct = [], ours.layernorm
+def observed(*args, launch=None, **rest):
+    tried.append(launch)
+    gpu.takes = 2.0 if launch is None else launch.block_rows + launch.warps / 100
+    return correct(*args, launch=launch, **rest) * (1.01 if launch and launch.warps == 2 else 1)
+ours.layernorm = observed
+def torchs(*args, **rest):
+    gpu.takes = 5.0
+    return own(*args, **rest)
+own, torch.nn.functional.layer_norm = torch.nn.functional.layer_norm, torchs
+x, w = torch.randn(3, 40), torch.ones(40)
+told = []
+with choosing(ChoiceMode(probe=False, thorough=True, tell=lambda *one: told.append(one))):
+    layernorm(x, w, w, 1e-5)
+((place, entry),) = told
+assert place[0] == "layernorm" and place[1].startswith("float32 3x40"), place
+assert len(set(tried)) > 5, tried
+assert entry.launch["block_rows"] == 1 and entry.launch["warps"] == 1, entry
+assert any("it is wrong" in reason for reason in entry.excluded.values()), entry
 print("tuned")
 """
 
 
-def test_the_launches_of_a_kernel_are_searched() -> None:
-    """In the interpreter, in a separate process, with a clock that gives equal times."""
+@pytest.mark.heavy
+def test_the_launches_of_a_kernel_are_searched(tmp_path: Path) -> None:
+    """In the interpreter, in a separate process, with a clock that is played and one launch that is wrong."""
     pytest.importorskip("triton", reason="no Triton for this platform")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", TUNE_LAYERNORM]
+    environment = {
+        **os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "FASTSD_CACHE": str(tmp_path),
+        "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    command = [sys.executable, "-W", "ignore", "-c", TUNE]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert process.stdout == "tuned\n", process.stderr

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
 
-from fastsd.kernels import flash_attn, groupnorm_silu
+from fastsd.kernels import dispatch, flash_attn, groupnorm_silu, layernorm
+from fastsd.kernels.candidates import GpuOp, OpCandidate
 from fastsd.kernels.choice.call import Call
+from fastsd.kernels.choice.op import GPU_OPS
 from fastsd.kernels.choice.truth import order_slack
-from fastsd.verify.ops import check_op, check_ops
+from fastsd.verify.ops import check_candidates, check_op, check_ops
 from fastsd.verify.watch import ops
 from tests.support.verification import failures
 
@@ -67,3 +70,36 @@ def test_attention_of_some_keys_and_of_the_past_has_its_own_allowance() -> None:
     single = order_slack(Call.bind(op, q[:, :1], k[:, :1], v[:, :1], causal=True))
     assert single == pytest.approx(4 * 2.0**-24 * v[:, :1].abs().max().item())
     assert order_slack(Call.bind(op, *(x.bfloat16() for x in (q, k, v)))) == 0
+
+
+class CompilationError(Exception):
+    """As Triton's."""
+
+
+def test_each_candidate_is_checked_whichever_was_chosen() -> None:
+    x, w = torch.randn(3, 40), torch.ones(40)
+    ours, own = layernorm.OP.candidates
+    refusing = OpCandidate("refusing", ours.run, lambda *args: "it needs rows of 64")
+    wrong = OpCandidate("wrong", lambda *args: own.run(*args) * 1.01)
+    failing = OpCandidate("failing", raising(CompilationError("no mma")))
+    library = OpCandidate("library", raising(RuntimeError("no engine")), measured=True)
+    op = GpuOp("layernorm", layernorm.layernorm_ref, (refusing, wrong, failing, library, own))
+    try:
+        with mock.patch.object(layernorm, "OP", op), dispatch.forced("triton"):
+            results = check_candidates(Call.bind(ops()["layernorm"], x, w, w, 1e-5), None)
+    finally:
+        GPU_OPS["layernorm"] = layernorm.OP
+    assert [(result.name, result.passed) for result in results] == [
+        ("layernorm [wrong]", False),
+        ("layernorm [failing]", False),
+        ("layernorm [library]", None),
+        ("layernorm [torch]", True),
+    ]
+    assert results[1].note == "CompilationError: no mma"
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def run(*_: object) -> None:
+        raise error
+
+    return run

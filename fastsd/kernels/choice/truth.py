@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
 from fastsd.kernels.choice.call import Call
 from fastsd.kernels.choice.rule import Tensors, exact_arithmetic
-from fastsd.kernels.linear import linear_ref
 
 ROWS = 1024  # of a head's scores that are in memory at a time
 SCORES = 2**26  # of a head, in memory at a time, where no mask says which row a query is
@@ -47,14 +47,18 @@ def order_slack(call: Call) -> float:
     values = call.widened()
     magnitudes = {name: x.abs() if isinstance(x, torch.Tensor) else x for name, x in values.items()}
     if call.op.name == "geglu":  # the error of each factor times the other factor; GELU's slope is at most 1.13
-        value, gate = linear_ref(values["x"], values["weight"], values["bias"]).abs().chunk(2, dim=-1)
-        sums, gate_sums = linear_ref(magnitudes["x"], magnitudes["weight"], magnitudes["bias"]).chunk(2, dim=-1)
+        value, gate = _product(values).abs().chunk(2, dim=-1)
+        sums, gate_sums = _product(magnitudes).chunk(2, dim=-1)
         sums = sums * gate + 1.13 * value * gate_sums
     else:
         linear_only = {"activation": "none"} if "activation" in magnitudes else {}
         with exact_arithmetic():
             (sums,) = call.run(magnitudes | linear_only)
     return math.prod(weight.shape[1:]) ** 0.5 * 2.0**-24 * sums.abs().max().item()
+
+
+def _product(values: dict[str, Any]) -> torch.Tensor:
+    return values["x"] @ values["weight"].T + values["bias"]
 
 
 def _attention_slack(call: Call) -> float:
@@ -66,7 +70,7 @@ def _attention_slack(call: Call) -> float:
     if call.arguments["q"].dtype != torch.float32:
         return 0.0
     values, unit, worst = call.widened(), 2.0**-24, 0.0
-    length = values["key_length"]
+    length = values.get("key_length")
     for q, k, v in zip(*(values[name].transpose(1, 2).flatten(0, 1) for name in ("q", "k", "v"))):  # [S or T, D]
         k, v, scale = k[:length], v[:length], q.shape[-1] ** -0.5
         for start in range(0, len(q), ROWS):

@@ -10,8 +10,6 @@ import functools
 import math
 from dataclasses import dataclass
 
-from fastsd.kernels.launch.tuned import tunable
-
 
 @dataclass(frozen=True)
 class ConvBoxes:
@@ -87,7 +85,6 @@ IMAGES = 2  # in a batch, as guidance has; the number of programs is estimated f
 STEPS = 12  # the fewest of one program of a split
 
 
-@tunable("conv2d", ConvBoxes, ConvPointers)
 @functools.lru_cache(maxsize=1024)
 def choose(
     architecture: int, height: int, width: int, inputs: int, outputs: int, taps: int, stride: int, phases: int

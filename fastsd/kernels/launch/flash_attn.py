@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
-from fastsd.kernels.launch.tuned import tunable
-
 
 @dataclass(frozen=True)
 class Tile:
@@ -102,7 +100,6 @@ def split(size: int) -> tuple[int, int]:
     return (first, second) if second < first else (2 * first, 0)
 
 
-@tunable("flash_attn", Tile, FewKeys, Wide)
 @functools.lru_cache(maxsize=1024)
 def choose(architecture: int, queries: int, keys: int, heads: int, size: int, itemsize: int) -> Tile | FewKeys | Wide:
     """The launch for queries `[B, queries, heads, size]`. It does not depend on B, so that a batch changes no sums."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from fastsd.kernels.launch.tuned import tunable
-
 
 @dataclass(frozen=True)
 class GroupNormSettings:
@@ -72,7 +70,6 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-@tunable("groupnorm_silu", GroupNormLaunch)
 @functools.lru_cache(maxsize=1024)
 def choose(architecture: int, pixels: int, channels: int, groups: int, itemsize: int) -> GroupNormLaunch:
     """The launch for `[B, pixels, channels]`. It does not depend on B, so that a batch changes no sums."""

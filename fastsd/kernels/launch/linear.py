@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
-from fastsd.kernels.launch.tuned import tunable
-
 
 @dataclass(frozen=True)
 class Gemm:
@@ -87,23 +85,28 @@ TABLE: dict[int, Card] = {
 }
 
 
-@tunable("linear", Gemm)
 @functools.lru_cache(maxsize=1024)
 def choose(architecture: int, rows: int, columns: int, depth: int, gated: int) -> Gemm:
     """The launch of `[rows, depth]` by `[columns, depth]`: the one of the table with the fewest modelled clocks.
 
     gated: 1 for `geglu`, whose weight has twice as many rows as its result has `columns`.
     """
-    card = TABLE[architecture]
-    best: tuple[float, Gemm] | None = None
+    return ranked(architecture, rows, columns, depth, gated)[0]
+
+
+def ranked(architecture: int, rows: int, columns: int, depth: int, gated: int) -> list[Gemm]:
+    """The best launch of each tile of the table, the one with the fewest modelled clocks first."""
+    card, found = TABLE[architecture], []
     for tile, share in card.gated if gated else card.tiles:
+        best: tuple[float, Gemm] | None = None
         for splits in (1,) if gated else range(1, MOST_SPLITS + 1):
             if splits > 1 and depth < splits * STEPS * tile.depth:
                 break
-            found = clocks(card, tile, share, rows, columns, depth, splits, bool(gated)), replace(tile, splits=splits)
-            best = found if best is None or found[0] < best[0] else best
-    assert best is not None
-    return best[1]
+            needed = clocks(card, tile, share, rows, columns, depth, splits, bool(gated)), replace(tile, splits=splits)
+            best = needed if best is None or needed[0] < best[0] else best
+        assert best is not None
+        found.append(best)
+    return [launch for _, launch in sorted(found, key=lambda pair: pair[0])]
 
 
 def clocks(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from fastsd.kernels.launch.groupnorm_silu import power_of_two
-from fastsd.kernels.launch.tuned import tunable
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,6 @@ class RowwiseLaunch:
     warps: int
 
 
-@tunable("layernorm", RowwiseLaunch)
 @functools.lru_cache(maxsize=1024)
 def layernorm(architecture: int, columns: int) -> RowwiseLaunch:
     """The launch for rows of `columns`: whole rows, as many as fill a tile."""
@@ -46,7 +44,6 @@ def layernorm(architecture: int, columns: int) -> RowwiseLaunch:
     return RowwiseLaunch(max(settings.tile // width, 1), width, min(max(settings.tile, width) // settings.per_warp, 16))
 
 
-@tunable("geglu", RowwiseLaunch)
 @functools.lru_cache(maxsize=1024)
 def geglu(architecture: int, columns: int) -> RowwiseLaunch:
     """The launch for results of `columns`: up to 256 at a time, which divide the models' widths (1280, 2560, 5120)."""
@@ -54,7 +51,6 @@ def geglu(architecture: int, columns: int) -> RowwiseLaunch:
     return RowwiseLaunch(settings.tile // width, width, settings.tile // settings.per_warp)
 
 
-@tunable("add_bias_residual", RowwiseLaunch)
 @functools.lru_cache(maxsize=1024)
 def add_bias_residual(architecture: int, columns: int) -> RowwiseLaunch:
     """The launch for rows of `columns`: 64 to 256 at a time, as many as divide the models' widths (320, 640, 1280).
@@ -66,7 +62,6 @@ def add_bias_residual(architecture: int, columns: int) -> RowwiseLaunch:
     return RowwiseLaunch(settings.tile // width, width, settings.tile // settings.per_warp)
 
 
-@tunable("advance", RowwiseLaunch)
 def advance(architecture: int) -> RowwiseLaunch:
     """The launch for any number of elements."""
     settings = ADVANCE[architecture]
