@@ -103,7 +103,7 @@ class Graphs:
         except Exception as error:
             if not self._captured or not ran_out_of_memory(error):
                 raise
-        self.forget()
+        self._drop()
         return function()
 
     def captured(self, key: Hashable, make: Callable[[], Capturable]) -> Captured | None:
@@ -143,21 +143,25 @@ class Graphs:
     def forget(self) -> None:
         """Drop every graph and release its memory. Failed captures may be tried again."""
         self._failed.clear()
+        self._drop()
+
+    def _drop(self) -> None:
         if self.recorder is not None:
             self.recorder.wait()
             self._captured.clear()
             self.recorder.free()
 
     def _capture(self, recorder: Recorder, key: Hashable, make: Callable[[], Capturable]) -> Captured | None:
-        """Capture. Out of memory, drop the other graphs and try once more; after another failure warn, and run
-        eagerly."""
+        """Capture, and once more if it fails: out of memory, without the other graphs; else because another thread
+        that waits for the whole device breaks a capture. After the second failure warn, and run eagerly."""
         found, reason, short_of_memory = _try_to_record(recorder, make)
-        if short_of_memory:
-            self.forget()
-            found, reason, _ = _try_to_record(recorder, make)
-            if found is None:
-                self.forget()
         if found is None:
+            if short_of_memory:
+                self._drop()
+            found, reason, short_of_memory = _try_to_record(recorder, make)
+        if found is None:
+            if short_of_memory:
+                self._drop()
             self._give_up(key, reason)
         return found
 

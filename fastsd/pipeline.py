@@ -250,7 +250,7 @@ class Pipeline(Portable, DiffusersNames):
         with self._turn(stage), timed(timings, "steps"):
             latents = batch.latents
             if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+                torch.cuda.current_stream(self.device).synchronize()  # not the device: another thread may capture
             return latents
 
     def _decode(self, request: Request, stage: Pass, latents: torch.Tensor, timings: Timings) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
@@ -13,6 +14,10 @@ WARM_UP = 3  # calls before a capture: kernels are compiled and chosen, workspac
 NO_MEMORY = ("out of memory", "allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 T = TypeVar("T")
+
+# Held during a capture, and by whoever waits for a whole device: while a stream is captured, CUDA refuses to wait for
+# its device in any thread, and the capture is lost (CUDA programming guide, "Prohibited and Unhandled Operations").
+alone = threading.RLock()
 
 
 class Recorder(Protocol):
@@ -50,7 +55,8 @@ class CudaRecorder:
             with _after_and_before(self._stream), torch.cuda.stream(self._stream):
                 for _ in range(WARM_UP):
                     (warm_up or function)()
-                graph, outputs = self._capture(function)
+                with alone:
+                    graph, outputs = self._capture(function)
 
         def replay() -> T:
             graph.replay()
@@ -59,11 +65,13 @@ class CudaRecorder:
         return replay
 
     def wait(self) -> None:
-        torch.cuda.synchronize(self.device)
+        with alone:
+            torch.cuda.synchronize(self.device)
 
     def free(self) -> None:
         self._pool = None  # a pool lives as long as a graph in it
-        torch.cuda.empty_cache()
+        with alone:
+            torch.cuda.empty_cache()
 
     def _capture(self, function: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
         """The graph of one call, and its results. `torch.cuda.graph` would do, but if it fails to end a capture, the

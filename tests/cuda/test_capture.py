@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -72,6 +73,34 @@ def test_an_interrupt_ends_the_capture(play: PlayedCuda) -> None:
     with pytest.raises(KeyboardInterrupt):
         CudaRecorder(DEVICE).record(interrupted)
     assert play.current.number == 0 and play.capturing is None
+
+
+def test_two_threads_capture_one_after_the_other(play: PlayedCuda) -> None:
+    """While a stream is captured, nobody may wait for the device; the second waits with that, too."""
+    inside, second_waits = threading.Event(), threading.Event()
+    first, second = CudaRecorder(DEVICE), CudaRecorder(DEVICE)
+    done: list[str] = []
+
+    def slow() -> None:
+        play.product()
+        if play.capturing is not None and not inside.is_set():
+            inside.set()
+            second_waits.wait(0.3)
+
+    def other() -> None:
+        inside.wait(10)
+        try:
+            second.wait()
+            second_waits.set()
+            done.append("waited")
+        except RuntimeError as error:
+            done.append(str(error))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    first.record(slow)
+    thread.join()
+    assert done == ["waited"]
 
 
 def test_one_stream_serves_all_captures_of_a_recorder(play: PlayedCuda) -> None:
@@ -156,6 +185,29 @@ def test_what_ran_out_of_memory_is_freed_before_the_second_try() -> None:
     graphs = Graphs(recorder)
     found = graphs.captured("key", lambda: Work(run))
     assert found is not None and recorder.freed == 1 and recorder.recorded == 1
+
+
+def test_a_shape_that_failed_stays_eager_when_another_runs_out_of_memory() -> None:
+    """Each image would else try both again."""
+    recorder = TapeRecorder([RuntimeError("not capturable")] * 2 + [torch.OutOfMemoryError("CUDA out of memory")] * 2)
+    graphs = Graphs(recorder)
+    work = Work(lambda: torch.ones(1))
+    with pytest.warns(UserWarning, match="not capturable"):
+        assert graphs.captured("first", lambda: work) is None
+    for _ in range(3):
+        assert graphs.captured("second", lambda: work) is graphs.captured("first", lambda: work) is None
+    assert not recorder.fail and recorder.recorded == 0
+    graphs.forget()
+    assert graphs.captured("first", lambda: work) is not None
+
+
+def test_a_capture_that_another_thread_broke_is_tried_again() -> None:
+    recorder = TapeRecorder([RuntimeError("CUDA error: operation not permitted when stream is capturing")])
+    graphs = Graphs(recorder)
+    graphs.captured("other", lambda: Work(lambda: torch.ones(1)))
+    recorder.fail = [RuntimeError("CUDA error: operation not permitted when stream is capturing")]
+    assert graphs.captured("key", lambda: Work(lambda: torch.ones(1))) is not None
+    assert len(graphs) == 2 and recorder.freed == 0
 
 
 def test_no_graph_is_dropped_while_it_may_be_running() -> None:

@@ -61,6 +61,10 @@ class PlayedCuda:
         self.fail("product")
         return self.workspaces.setdefault(self.current.number, self.capturing or 0)
 
+    def wait_for_device(self, *_: Any) -> None:
+        if self.capturing is not None:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
     def new_stream(self, *_: Any) -> PlayedStream:
         self.streams += 1
         return PlayedStream(self, self.streams)
@@ -122,7 +126,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> PlayedCuda:
     functions = {
         "Stream": play.new_stream, "stream": play.on_stream, "current_stream": lambda *_: play.current,
         "CUDAGraph": graph, "graph_pool_handle": play.new_pool, "device": on_device, "current_device": lambda: 0,
-        "synchronize": lambda *_: None, "empty_cache": lambda: None,
+        "synchronize": play.wait_for_device, "empty_cache": lambda: None,
     }  # fmt: skip
     for name, function in functions.items():
         monkeypatch.setattr(torch.cuda, name, function)
