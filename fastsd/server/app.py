@@ -21,6 +21,7 @@ from fastsd.server.app_state import State
 from fastsd.server.guard import Guard, error_body
 from fastsd.server.jobs import Cancelled, JobError, QueueFull, ShuttingDown
 from fastsd.server.openai.routes import openai_routes
+from fastsd.server.page import page_routes
 from fastsd.server.settings import ServerSettings
 from fastsd.server.worker import WorkerEngine
 
@@ -49,7 +50,7 @@ def make_app(settings: ServerSettings, make_engine: Callable[[Any], WorkerEngine
     inner = app.build_middleware_stack
     app.build_middleware_stack = lambda: Guard(inner(), settings, state.metrics)  # type: ignore[assignment,arg-type,return-value]
     _add_basics(app, state)
-    for routes in (generation_routes, list_routes, controlnet_routes, openai_routes):
+    for routes in (generation_routes, list_routes, controlnet_routes, openai_routes, page_routes):
         app.include_router(routes(state))
     _add_errors(app)
     return app

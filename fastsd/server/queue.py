@@ -107,9 +107,11 @@ class GenerationQueue:
             number: its id; None: an unguessable one.
 
         Raises:
-            QueueFull, ShuttingDown: it was not taken.
+            QueueFull, ShuttingDown, FastsdError: it was not taken.
         """
         self.check_room()
+        if number is not None and self.find(number) is not None:
+            raise FastsdError("another job has this id now", argument="force_task_id", value=number)
         job = Job(order) if number is None else Job(order, number)
         self._waiting.append(job)
         self._changed()
@@ -179,6 +181,10 @@ class GenerationQueue:
     def running(self) -> tuple[Job, ...]:
         """The jobs at the worker that still have a client."""
         return tuple(job for job in (self._running.jobs if self._running else ()) if job.state != "done")
+
+    def find(self, number: str) -> Job | None:
+        """The job with this id, while it waits or runs."""
+        return next((job for job in (*self.running, *self._waiting) if job.id == number), None)
 
     @property
     def loading(self) -> ModelChoice | None:
