@@ -39,7 +39,6 @@ KIND_OF: dict[type[nn.Module], str] = {
     layers.GEGLU: "linear",
     layers.GroupNorm: "norm",
     layers.LayerNorm: "norm",
-    layers.TransformerBlock: "norm",  # the ops that the block calls directly are norms, each with an addition
 }
 
 

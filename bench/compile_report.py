@@ -27,6 +27,7 @@ import triton
 
 from bench.compiled import SHARED, Compiled, compile_kernel
 from fastsd.kernels.launch import architecture
+from fastsd.kernels.triton import add_bias_residual as add_bias_residual_triton
 from fastsd.kernels.triton import advance as advance_triton
 from fastsd.kernels.triton import conv2d as conv2d_triton
 from fastsd.kernels.triton import flash_attn as flash_attn_triton
@@ -120,7 +121,7 @@ Call = tuple[str, Callable[[], Any]]  # its name, and the call of a launcher
 def launches(capability: int, dtype: torch.dtype) -> list[KernelLaunch]:
     """Every distinct launch of every op at the shapes above, on sm_`capability`."""
     by_name: dict[str, KernelLaunch] = {}
-    calls = [*_norm_calls(dtype), *_geglu_calls(dtype), *_advance_calls(dtype)]
+    calls = [*_norm_calls(dtype), *_epilogue_calls(dtype), *_geglu_calls(dtype), *_advance_calls(dtype)]
     if capability >= 80:  # sm_75 uses PyTorch's attention, products and convolutions
         calls += _attention_calls(dtype)
         calls += _product_calls(dtype) if dtype in linear_triton.DTYPES else ()
@@ -151,7 +152,16 @@ def _norm_calls(dtype: torch.dtype) -> Iterator[Call]:
         yield case, partial(run, x, vector, vector, 32, 1e-5, True, add, skip)
     for columns in (320, 768, 1280):
         x, vector = _meta(1024, columns, dtype=dtype), _meta(columns, dtype=dtype)
-        yield f"layernorm {columns}", partial(layernorm_triton.layernorm, x, vector, vector, 1e-5, x)
+        yield f"layernorm {columns}", partial(layernorm_triton.layernorm, x, vector, vector, 1e-5, (vector,) * 3)
+
+
+def _epilogue_calls(dtype: torch.dtype) -> Iterator[Call]:
+    for columns in (128, 320, 1280):
+        y, vector = _meta(1, 32, 32, columns, dtype=dtype), _meta(columns, dtype=dtype)
+        yield (
+            f"add_bias_residual {columns}",
+            partial(add_bias_residual_triton.add_bias_residual, y, vector, _meta(1, 32, 32, columns, dtype=dtype)),
+        )
 
 
 def _geglu_calls(dtype: torch.dtype) -> Iterator[Call]:

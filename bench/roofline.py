@@ -107,7 +107,8 @@ def norm_work(elements: int, exps: bool) -> Work:
 def _linear(layer: Any, args: tuple[Any, ...], named: dict[str, Any], out: torch.Tensor) -> Work:
     n, k = layer.weight.shape
     exps = out.numel() if named.get("activation", "none") != "none" else 0.0
-    return linear_work(out.numel() // n, k, n, named.get("residual") is not None, exps)
+    residual = any(named.get(name) is not None for name in ("residual", "into"))
+    return linear_work(out.numel() // n, k, n, residual, exps)
 
 
 def _conv(layer: Any, args: tuple[Any, ...], named: dict[str, Any], out: torch.Tensor) -> Work:
@@ -153,11 +154,6 @@ def _layer_norm(layer: Any, args: tuple[Any, ...], named: dict[str, Any], out: t
     return norm_work(out.numel(), False)
 
 
-def _block_norms(layer: Any, args: tuple[Any, ...], named: dict[str, Any], out: torch.Tensor) -> Work:
-    """Three layer norms, whether or not the block fuses them with the addition before."""
-    return norm_work(3 * out.numel(), False)
-
-
 Count = Callable[[Any, tuple[Any, ...], dict[str, Any], torch.Tensor], Work | None]
 COUNTS: dict[type[nn.Module], Count] = {
     layers.Linear: _linear,
@@ -169,7 +165,6 @@ COUNTS: dict[type[nn.Module], Count] = {
     layers.GEGLU: _geglu,
     layers.GroupNorm: _group_norm,
     layers.LayerNorm: _layer_norm,
-    layers.TransformerBlock: _block_norms,
 }
 
 
@@ -186,11 +181,7 @@ def counted(model: nn.Module) -> Iterator[list[Work]]:
         return add
 
     handles = []
-    blocks = [block for block in model.modules() if isinstance(block, layers.TransformerBlock)]
-    block_norms = {norm for block in blocks for norm in block.children() if isinstance(norm, layers.LayerNorm)}
     for module in model.modules():
-        if module in block_norms:
-            continue
         kind = next((cls for cls in type(module).__mro__ if cls in COUNTS), None)
         if kind is not None:
             handles.append(module.register_forward_hook(hook(COUNTS[kind]), with_kwargs=True))

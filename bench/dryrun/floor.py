@@ -22,13 +22,10 @@ class Floors:
 
     work: list[tuple[str, Work]] = field(default_factory=list)
 
-    def add(
-        self, layer: nn.Module, args: Any, named: dict[str, Any], out: torch.Tensor, outer: list[nn.Module]
-    ) -> None:
-        """Add the work of a layer that ran inside the layers `outer`."""
+    def add(self, layer: nn.Module, args: Any, named: dict[str, Any], out: torch.Tensor) -> None:
+        """Add the work of a layer that ran."""
         kind = next((cls for cls in type(layer).__mro__ if cls in COUNTS), None)
-        inside = any(isinstance(one, layers.TransformerBlock) for one in outer)
-        if kind is None or (isinstance(layer, layers.LayerNorm) and inside):  # the block counts its norms
+        if kind is None:
             return
         work = COUNTS[kind](layer, args, named, out)
         if work is not None:

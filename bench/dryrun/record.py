@@ -170,8 +170,9 @@ class DryRun(TorchDispatchMode):
     def leave_layer(self, module: nn.Module, args: Any, named: dict[str, Any], result: Any) -> None:
         """A hook."""
         self._layers.pop()
-        if isinstance(result, torch.Tensor) and isinstance(result, FakeTensor):
-            self._current.floors.add(module, args, named, result, [outer for outer, _ in self._layers])
+        first = result[0] if isinstance(result, tuple) else result  # a norm's second result is no work of its own
+        if isinstance(first, torch.Tensor) and isinstance(first, FakeTensor):
+            self._current.floors.add(module, args, named, first)
 
     def refuse(self, what: str, loop: bool = True) -> None:
         """Raise if a graph is captured, or with `loop` a row of the loop is under way."""

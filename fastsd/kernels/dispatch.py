@@ -40,9 +40,20 @@ def backend(*inputs: torch.Tensor | None, op: str = "") -> str:
         inputs: the activation first, then the op's other tensors.
         op: the name of the op, if it is one of `WITHOUT_ONEDNN`.
     """
-    forced = getattr(_forced, "name", None)
-    if forced is not None:
-        return forced
+    return forced_name() or _natural(inputs, op)
+
+
+def folds(*inputs: torch.Tensor | None) -> bool:
+    """Whether a model with these inputs gives biases to ops that add them for nothing on a GPU, and adds in place.
+
+    The results are the same but for rounding. A forced backend only decides who computes them, except that "triton" is
+    a GPU's on any device.
+    """
+    return forced_name() == "triton" or _natural(inputs) == "triton"
+
+
+def _natural(inputs: tuple[torch.Tensor | None, ...], op: str = "") -> str:
+    """The backend where none is forced."""
     x = inputs[0]
     assert x is not None
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):

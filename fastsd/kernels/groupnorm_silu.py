@@ -31,19 +31,21 @@ def groupnorm_silu_ref(
     silu: bool = True,
     add: torch.Tensor | None = None,
     skip: torch.Tensor | None = None,
-) -> torch.Tensor:
+    ahead: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The specification of `groupnorm_silu`: two-pass statistics in fp32 (E[x^2] - E[x]^2 cancels at large means)."""
     if skip is not None:
         x = torch.cat([x, skip], dim=-1)
     batch, height, width, channels = x.shape
-    y = dispatch.widen(x)
+    total = dispatch.widen(x)
     if add is not None:
-        y = y + add[:, None, None, :]
-    y = y.reshape(batch, height * width, groups, -1).transpose(1, 2).flatten(2)  # one row for each group
+        total = total + add[:, None, None, :]
+    y = total.reshape(batch, height * width, groups, -1).transpose(1, 2).flatten(2)  # one row for each group
     y = y - y.mean(-1, keepdim=True)
     y = y * (y.square().mean(-1, keepdim=True) + eps).rsqrt()
     y = y.unflatten(2, (height * width, channels // groups)).transpose(1, 2).reshape(x.shape) * weight + bias
-    return (y * torch.sigmoid(y) if silu else y).to(x.dtype)
+    y = (y * torch.sigmoid(y) if silu else y).to(x.dtype)
+    return y if ahead is None else (y, (total + ahead).to(x.dtype))
 
 
 def groupnorm_silu(
@@ -55,7 +57,8 @@ def groupnorm_silu(
     silu: bool = True,
     add: torch.Tensor | None = None,
     skip: torch.Tensor | None = None,
-) -> torch.Tensor:
+    ahead: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`silu(group_norm(cat([x, skip]) + add))`, in the channels-last layout of convolutions and attention.
 
     Args:
@@ -66,9 +69,11 @@ def groupnorm_silu(
         silu: apply x * sigmoid(x) afterwards.
         add: `[B or 1, C]`, added to every pixel first (the time embedding of a residual block).
         skip: `[B, H, W, C2]`, further channels (a skip connection), which the kernel reads in place.
+        ahead: `[C]`; with it, `cat([x, skip]) + add + ahead` is returned too, a new tensor. It is the bias of a later
+            product, which can then be added in place (`fastsd.kernels.add_product`).
 
     Returns:
-        `[B, H, W, C]` in the dtype of `x`.
+        `[B, H, W, C]` in the dtype of `x`; with `ahead` a pair of those, the sum second.
 
     Raises:
         ValueError: `groups` does not divide C.
@@ -76,18 +81,18 @@ def groupnorm_silu(
     channels = x.shape[-1] + (0 if skip is None else skip.shape[-1])
     if channels % groups:
         raise ValueError(f"groupnorm_silu: {groups} groups do not divide {channels} channels")
-    backend = dispatch.backend(x, weight, bias, add, skip, op="groupnorm_silu")
+    backend = dispatch.backend(x, weight, bias, add, skip, ahead, op="groupnorm_silu")
     if backend == "reference":
-        return groupnorm_silu_ref(x, weight, bias, groups, eps, silu, add, skip)
+        return groupnorm_silu_ref(x, weight, bias, groups, eps, silu, add, skip, ahead)
     if backend == "triton":
-        return candidates.run(OP, x, weight, bias, groups, eps, silu, add, skip)
-    if backend == "onednn":
+        return candidates.run(OP, x, weight, bias, groups, eps, silu, add, skip, ahead)
+    if backend == "onednn" and ahead is None:
         x = x if skip is None else torch.cat([x, skip], dim=-1)
         return _groupnorm_silu_cpu(x, _Norm(weight, bias, groups, eps, silu), add)
-    return _by_torch(x, weight, bias, groups, eps, silu, add, skip)
+    return _by_torch(x, weight, bias, groups, eps, silu, add, skip, ahead)
 
 
-def _by_triton(*args: Any, launch: GroupNormLaunch | None = None) -> torch.Tensor:
+def _by_triton(*args: Any, launch: GroupNormLaunch | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     from fastsd.kernels.triton import groupnorm_silu as groupnorm_silu_triton
 
     return functools.partial(groupnorm_silu_triton.groupnorm_silu, launch=launch)(*args)
@@ -102,14 +107,16 @@ def _by_torch(
     silu: bool,
     add: torch.Tensor | None,
     skip: torch.Tensor | None,
-) -> torch.Tensor:
+    ahead: torch.Tensor | None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     if skip is not None:
         x = torch.cat([x, skip], dim=-1)
     if add is not None:
         x = x + add[:, None, None, :]
     # `F.group_norm` refuses one pixel with one channel per group, whose result is the bias.
     y = torch.group_norm(x.permute(0, 3, 1, 2), groups, weight, bias, eps).permute(0, 2, 3, 1)
-    return F.silu(y) if silu else y
+    y = F.silu(y) if silu else y
+    return y if ahead is None else (y, x + ahead)
 
 
 def _launches(thorough: bool, x: torch.Tensor, weight: torch.Tensor, bias: Any, groups: int, *_: Any) -> list[Any]:

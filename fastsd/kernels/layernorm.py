@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, overload
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,48 +13,48 @@ from fastsd.kernels.candidates import GpuOp, OpCandidate
 from fastsd.kernels.launch import architecture, variants
 from fastsd.kernels.launch.rowwise import RowwiseLaunch
 
+Vectors = tuple[torch.Tensor, ...]
+
 
 def layernorm_ref(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, ahead: Vectors = (), owed: Vectors = ()
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The specification of `layernorm`: two-pass statistics in fp32."""
-    total = dispatch.widen(x) if residual is None else dispatch.widen(x) + residual
+    total = dispatch.widen(x)
+    for vector in owed:
+        total = total - dispatch.widen(vector)
     y = total - total.mean(-1, keepdim=True)
     y = y * (y.square().mean(-1, keepdim=True) + eps).rsqrt()
     y = (y * weight + bias).to(x.dtype)
-    return y if residual is None else (y, total.to(x.dtype))
-
-
-@overload
-def layernorm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor: ...
-
-
-@overload
-def layernorm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, residual: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]: ...
+    for vector in ahead:
+        total = total + dispatch.widen(vector)
+    return (y, total.to(x.dtype)) if ahead else y
 
 
 def layernorm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, ahead: Vectors = (), owed: Vectors = ()
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Normalise each row to mean 0 and variance 1, then scale by `weight` and shift by `bias`.
+
+    A matrix product can be added to `x` in place, but a product with a bias cannot. So the norm before adds the biases
+    of later products to `x` ahead of them, and norms between them take off what is not due yet.
 
     Args:
         x: `[..., C]`.
         weight, bias: `[C]`.
         eps: added to the variance.
-        residual: like `x`; it is added before.
+        ahead: up to three vectors `[C]`; with them, `x` plus their sum is returned too.
+        owed: up to three vectors `[C]` that `x` includes and the norm should not see.
 
     Returns:
-        `[..., C]` in the dtype of `x`; with a residual the normalised sum and the sum.
+        `[..., C]` in the dtype of `x`: `norm(x - owed)`; with `ahead` also `x - owed + ahead`, a new tensor.
     """
-    backend = dispatch.backend(x, weight, bias, residual)
+    backend = dispatch.backend(x, weight, bias, *ahead, *owed)
     if backend == "reference":
-        return layernorm_ref(x, weight, bias, eps, residual)
+        return layernorm_ref(x, weight, bias, eps, ahead, owed)
     if backend == "triton":
-        return candidates.run(OP, x, weight, bias, eps, residual)
-    return _by_torch(x, weight, bias, eps, residual)
+        return candidates.run(OP, x, weight, bias, eps, ahead, owed)
+    return _by_torch(x, weight, bias, eps, ahead, owed)
 
 
 def _by_triton(*args: Any, launch: RowwiseLaunch | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -64,11 +64,11 @@ def _by_triton(*args: Any, launch: RowwiseLaunch | None = None) -> torch.Tensor 
 
 
 def _by_torch(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, residual: torch.Tensor | None
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, ahead: Vectors, owed: Vectors
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    total = x if residual is None else x + residual
-    y = F.layer_norm(total, weight.shape, weight, bias, eps)
-    return y if residual is None else (y, total)
+    x = x - sum(owed[1:], owed[0]) if owed else x
+    y = F.layer_norm(x, weight.shape, weight, bias, eps)
+    return (y, x + sum(ahead[1:], ahead[0])) if ahead else y
 
 
 def _launches(thorough: bool, x: torch.Tensor, *_: Any) -> list[RowwiseLaunch]:

@@ -116,7 +116,8 @@ def _by_two_products(
 ) -> torch.Tensor:
     """Two products read the parts in place, which costs less than concatenating them."""
     rows = F.linear(x, weight[:, : x.shape[-1]], bias).flatten(0, -2)
-    y = torch.addmm(rows, skip.flatten(0, -2), weight[:, x.shape[-1] :].T).view(*x.shape[:-1], -1)
+    rows.addmm_(skip.flatten(0, -2), weight[:, x.shape[-1] :].T)  # out of place, PyTorch would copy the rows first
+    y = rows.view(*x.shape[:-1], -1)
     return y if residual is None else y + residual
 
 

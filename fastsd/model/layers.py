@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 from fastsd.kernels import dispatch
+from fastsd.kernels.add_product import add_product
 from fastsd.kernels.conv2d import Padding, conv2d
 from fastsd.kernels.cpu import onednn
 from fastsd.kernels.flash_attn import flash_attn
 from fastsd.kernels.geglu import geglu
 from fastsd.kernels.groupnorm_silu import groupnorm_silu
-from fastsd.kernels.layernorm import layernorm
+from fastsd.kernels.layernorm import Vectors, layernorm
 from fastsd.kernels.linear import linear
 from fastsd.kernels.upsample2x import upsample2x, upsample2x_conv, wants_packed
 
@@ -59,8 +60,13 @@ class Linear(nn.Module):
         activation: str = "none",
         residual: torch.Tensor | None = None,
         skip: torch.Tensor | None = None,
+        into: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return linear(x, self.weight, self.bias, activation, residual, skip)
+        """With `into`, which includes the bias already, the product is added to it in place."""
+        if into is None:
+            return linear(x, self.weight, self.bias, activation, residual, skip)
+        add_product(into, x, self.weight)
+        return into
 
 
 class Conv2d(nn.Module):
@@ -169,9 +175,14 @@ class GroupNorm(nn.Module):
         self.groups, self.eps, self.silu = groups, eps, silu
 
     def forward(
-        self, x: torch.Tensor, add: torch.Tensor | None = None, skip: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        return groupnorm_silu(x, self.weight, self.bias, self.groups, self.eps, self.silu, add, skip)
+        self,
+        x: torch.Tensor,
+        add: torch.Tensor | None = None,
+        skip: torch.Tensor | None = None,
+        ahead: torch.Tensor | None = None,
+    ) -> Any:
+        """`norm(cat([x, skip]) + add)`; with `ahead` a pair, also `cat([x, skip]) + add + ahead`."""
+        return groupnorm_silu(x, self.weight, self.bias, self.groups, self.eps, self.silu, add, skip, ahead)
 
 
 class LayerNorm(nn.Module):
@@ -183,12 +194,9 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels, dtype=torch.float32))
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return layernorm(x, self.weight, self.bias, self.eps)
-
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The normalised sum, and the sum."""
-        return layernorm(x, self.weight, self.bias, self.eps, residual)
+    def forward(self, x: torch.Tensor, ahead: Vectors = (), owed: Vectors = ()) -> Any:
+        """`norm(x - owed)`; with `ahead` a pair, also `x + ahead`."""
+        return layernorm(x, self.weight, self.bias, self.eps, ahead, owed)
 
 
 class ResBlock(nn.Module):
@@ -216,7 +224,7 @@ class ResBlock(nn.Module):
             skip: further channels of `x`, which with them has Cin.
         """
         in_norm = time is not None
-        if time is None and self.conv1.bias is not None and dispatch.backend(x, self.conv1.weight) == "triton":
+        if time is None and self.conv1.bias is not None and dispatch.folds(x, self.conv1.weight):
             time, in_norm = self.conv1.bias[None], True  # the norm adds it for nothing, cuDNN in a pass of its own
         h = self.conv1(self.norm1(x, skip=skip), add_bias=not in_norm)
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x, skip=skip)
@@ -232,10 +240,12 @@ class SelfAttention(nn.Module):
         self.to_qkv = Linear(channels, 3 * channels, bias=qkv_bias, parts=("to_q", "to_k", "to_v"))
         self.to_out = nn.ModuleList([Linear(channels, channels)])
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """`x` and `residual` `[B, S, C]`. Returns attention(x) + residual."""
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, into: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`x` `[B, S, C]`. Returns attention(x) `[B, S, C]`, plus the `residual` or `into` of the last `Linear`."""
         q, k, v = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # [B, S, heads, D] each
-        return self.to_out[0](flash_attn(q, k, v), residual=residual)
+        return self.to_out[0](flash_attn(q, k, v), residual=residual, into=into)
 
 
 class CrossAttention(nn.Module):
@@ -252,11 +262,17 @@ class CrossAttention(nn.Module):
         """`[B, L, context_channels]` to keys and values, `[B, L, 2, heads, D]`."""
         return self.to_kv(context).unflatten(-1, (2, self.heads, -1))
 
-    def forward(self, x: torch.Tensor, key_value: torch.Tensor) -> torch.Tensor:
-        """`x` `[B, S, C]`, `key_value` from `project_context`. Returns `[B, S, C]`."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        key_value: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        into: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`x` `[B, S, C]`, `key_value` from `project_context`. Returns like `SelfAttention`."""
         q = self.to_q(x).unflatten(-1, (self.heads, -1))
         k, v = key_value.unbind(2)
-        return self.to_out[0](flash_attn(q, k, v))
+        return self.to_out[0](flash_attn(q, k, v), residual=residual, into=into)
 
 
 class GEGLU(nn.Module):
@@ -278,12 +294,18 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.ModuleDict({"0": GEGLU(channels, 4 * channels), "2": Linear(4 * channels, channels)})
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return self.net["2"](self.net["0"](x), residual=residual)
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, into: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self.net["2"](self.net["0"](x), residual=residual, into=into)
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward; each with a norm before and a residual around it."""
+    """Self-attention, cross-attention to the text, feed-forward; each with a norm before and a residual around it.
+
+    On a GPU the last product of each is added to the residual in place. Their biases cannot be, so the first norm adds
+    all three to the residual ahead, and the others take off those that are not due yet.
+    """
 
     def __init__(self, channels: int, context_channels: int, heads: int):
         super().__init__()
@@ -295,9 +317,15 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, x: torch.Tensor, key_value: torch.Tensor) -> torch.Tensor:
-        h, x = self.norm2.add(self.attn1(self.norm1(x)), residual=x)
-        h, x = self.norm3.add(self.attn2(h, key_value), residual=x)
-        return self.ff(h, residual=x)
+        if not dispatch.folds(x, self.norm1.weight):
+            x = self.attn1(self.norm1(x), residual=x)
+            x = self.attn2(self.norm2(x), key_value, residual=x)
+            return self.ff(self.norm3(x), residual=x)
+        biases = self.attn1.to_out[0].bias, self.attn2.to_out[0].bias, self.ff.net["2"].bias
+        h, x = self.norm1(x, ahead=biases)
+        x = self.attn1(h, into=x)
+        x = self.attn2(self.norm2(x, owed=biases[1:]), key_value, into=x)
+        return self.ff(self.norm3(x, owed=biases[2:]), into=x)
 
 
 class SpatialTransformer(nn.Module):
@@ -314,10 +342,15 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: torch.Tensor, key_values: Iterator[torch.Tensor]) -> torch.Tensor:
         """`x` `[B, H, W, C]`; takes one entry of `key_values` for each of its blocks."""
-        tokens = self.proj_in(self.norm(x).flatten(1, 2))  # [B, S, C]
+        if dispatch.folds(x, self.norm.weight):
+            h, total = self.norm(x, ahead=self.proj_out.bias)
+            add_to = {"into": total.flatten(1, 2)}
+        else:
+            h, add_to = self.norm(x), {"residual": x.flatten(1, 2)}
+        tokens = self.proj_in(h.flatten(1, 2))  # [B, S, C]
         for block in self.transformer_blocks:
             tokens = block(tokens, next(key_values))
-        return self.proj_out(tokens, residual=x.flatten(1, 2)).view(x.shape)
+        return self.proj_out(tokens, **add_to).view(x.shape)
 
 
 class Downsample(nn.Module):

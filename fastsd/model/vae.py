@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastsd.config import VAEConfig
+from fastsd.kernels import dispatch
 from fastsd.model.layers import Conv2d, Downsample, GroupNorm, Linear, ResBlock, SelfAttention, Upsample
 
 
@@ -32,11 +33,12 @@ class AttentionBlock(SelfAttention):
         super().__init__(channels, heads=1, qkv_bias=True)
         self.group_norm = GroupNorm(groups, channels, eps, silu=False)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """`[B, H, W, C]` to the same shape; `residual` is `x` by default."""
-        residual = x if residual is None else residual
-        tokens = super().forward(self.group_norm(x).flatten(1, 2), residual.flatten(1, 2))
-        return tokens.view(x.shape)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # always has a residual, `x`
+        """`[B, H, W, C]` to the same shape."""
+        if dispatch.folds(x, self.group_norm.weight):
+            h, total = self.group_norm(x, ahead=self.to_out[0].bias)
+            return super().forward(h.flatten(1, 2), into=total.flatten(1, 2)).view(x.shape)
+        return super().forward(self.group_norm(x).flatten(1, 2), residual=x.flatten(1, 2)).view(x.shape)
 
 
 class VAELevel(nn.Module):

@@ -58,7 +58,7 @@ def test_work_grows_with_the_batch_and_the_size() -> None:
 def test_every_norm_of_a_step_is_counted() -> None:
     """SD1.5 has 61 group norms, and 16 blocks with three layer norms each."""
     norms = [work for work in step_work(SD15, 1, 512) if work.kind == "norm"]
-    assert len(norms) == 61 + 16
+    assert len(norms) == 61 + 16 * 3
     assert sum(work.exps > 0 for work in norms) == 45  # with SiLU: all except those before a transformer
 
 

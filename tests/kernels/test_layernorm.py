@@ -35,16 +35,31 @@ def test_layernorm_does_not_depend_on_the_batch(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 3])
 @torch.no_grad()
-def test_layernorm_with_a_residual(dtype):
-    x, residual = rand(2, 9, 48, dtype=dtype), rand(2, 9, 48, dtype=dtype, seed=1)
-    w, b = rand(48, dtype=dtype), rand(48, dtype=dtype, seed=1)
+def test_layernorm_with_biases_ahead_and_owed(count, dtype):
+    """Their sum is taken in fp32; PyTorch's rounds it in between, which the rule allows for."""
+    x, w, b = rand(2, 9, 48, dtype=dtype), rand(48, dtype=dtype), rand(48, dtype=dtype, seed=1)
+    vectors = [rand(48, dtype=dtype, seed=2 + i) for i in range(count)]
     for name in ("onednn", "reference"):
         with dispatch.forced(name):
-            normalised, total = layernorm(x, w, b, 1e-5, residual)
-            assert torch.equal(total, x + residual)
+            for output in (0, 1):
+                check(
+                    lambda x, w, b, *v, output=output: layernorm(x, w, b, 1e-5, ahead=v)[output],
+                    lambda x, w, b, *v, output=output: (F.layer_norm(x, (48,), w, b, 1e-5), x + sum(v))[output],
+                    *(x, w, b, *vectors),
+                )
             check(
-                lambda x, w, b, r: layernorm(x, w, b, 1e-5, r)[0],
-                lambda x, w, b, r: F.layer_norm(x + r, (48,), w, b, 1e-5),
-                *(x, w, b, residual),
+                lambda x, w, b, *v: layernorm(x, w, b, 1e-5, owed=v),
+                lambda x, w, b, *v: F.layer_norm(x - sum(v), (48,), w, b, 1e-5),
+                *(x, w, b, *vectors),
             )
+
+
+@torch.no_grad()
+def test_what_is_ahead_and_then_owed_is_not_seen():
+    x, w, b = rand(4, 48, dtype=torch.float32), rand(48, dtype=torch.float32), rand(48, dtype=torch.float32, seed=1)
+    before, total = layernorm(x, w, b, 1e-5, ahead=(w, b))
+    assert total is not x and torch.equal(before, layernorm(x, w, b, 1e-5))
+    # Two roundings of the sum, relative to a deviation of about 1.
+    torch.testing.assert_close(layernorm(total, w, b, 1e-5, owed=(w, b)), before, rtol=0, atol=4e-6)

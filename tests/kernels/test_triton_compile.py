@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from bench.compiled import SHARED, compile_kernel, source_of
 from fastsd.kernels.launch import OPTIONS, groupnorm_silu
 from fastsd.kernels.launch import rowwise as rows
+from fastsd.kernels.triton import add_bias_residual as add_bias_residual_triton
 from fastsd.kernels.triton import advance as advance_triton
 from fastsd.kernels.triton import geglu as geglu_triton
 from fastsd.kernels.triton import groupnorm_silu as groupnorm_silu_triton
@@ -84,6 +85,7 @@ def test_groupnorm_silu_compiles(pixels, channels, first, capability, dtype):
     merged = 1 if launch.merge else splits
     arguments = {
         **dict.fromkeys(("x_ptr", "x2_ptr", "add_ptr", "weight_ptr", "bias_ptr", "out_ptr"), dtype),
+        **dict.fromkeys(("ahead_ptr", "sum_ptr"), dtype if first == channels else None),
         **dict.fromkeys(("moments_ptr", "merged_ptr"), torch.float32),
         **{"HW": pixels, "C": channels, "C1": first, "eps": 1e-5, "groups": 32, "splits": merged},
         **{"split_pixels": launch.split_pixels, "apply_pixels": launch.apply_pixels},
@@ -110,11 +112,24 @@ def test_groupnorm_silu_compiles(pixels, channels, first, capability, dtype):
 def test_layernorm_compiles(columns, capability, dtype):
     launch = rows.layernorm(class_of(capability), columns)
     arguments = {
-        **dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "bias_ptr", "out_ptr", "sum_ptr"), dtype),
-        **{"R": 8192, "C": columns, "eps": 1e-5, "stride_xr": columns, "stride_rr": columns},
+        **dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "out_ptr", "sum_ptr"), dtype),
+        **dict.fromkeys(("first_ptr", "second_ptr", "third_ptr"), dtype),
+        **{"R": 8192, "C": columns, "eps": 1e-5, "stride_xr": columns},
         **{"BLOCK_R": launch.block_rows, "BLOCK_C": launch.block_columns},
     }
-    examine(layernorm_triton._layernorm_kernel, capability, launch.warps, arguments, 128, 4)
+    examine(layernorm_triton._layernorm_kernel, capability, launch.warps, arguments, 128, 2)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), TARGETS)
+@pytest.mark.parametrize("columns", [128, 320, 1280])
+def test_add_bias_residual_compiles(columns, capability, dtype):
+    launch = rows.add_bias_residual(class_of(capability), columns)
+    arguments = {
+        **dict.fromkeys(("y_ptr", "bias_ptr", "residual_ptr"), dtype),
+        **{"R": 8192, "C": columns, "stride_rr": columns},
+        **{"BLOCK_R": launch.block_rows, "BLOCK_C": launch.block_columns, "RELU": False},
+    }
+    examine(add_bias_residual_triton._add_bias_residual_kernel, capability, launch.warps, arguments, 128, 2)
 
 
 @pytest.mark.parametrize(("capability", "dtype"), TARGETS)

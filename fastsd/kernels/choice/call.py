@@ -11,9 +11,10 @@ import torch
 
 from fastsd.kernels.cpu import onednn
 
-IN_PLACE = {
-    "advance": ("x", "x_in", "saved", "history", "noise")
-}  # ops that return nothing, and the arguments they modify
+IN_PLACE = {  # ops that return nothing, and the arguments they modify
+    "advance": ("x", "x_in", "saved", "history", "noise"),
+    "add_product": ("total",),
+}
 SIZE_ARGUMENT = {"flash_attn": "q"}  # the argument that shows the size of an op; x by default
 
 
@@ -57,7 +58,11 @@ class Call:
                 parts.append(
                     {"weight": "w", "k": "k", "skip": "+"}.get(name, "") + sizes if name != "residual" else "+r"
                 )
-        extra = [name for name in ("causal", "silu", "add", "activation") if _is_set(self.arguments.get(name))]
+        extra = [
+            name
+            for name in ("causal", "silu", "add", "ahead", "owed", "activation")
+            if _is_set(self.arguments.get(name))
+        ]
         return " ".join(parts + [str(self.arguments[n]) if n == "activation" else n for n in extra])
 
     def run(self, arguments: dict[str, Any] | None = None) -> tuple[torch.Tensor, ...]:
@@ -79,19 +84,23 @@ class Call:
 
     def widened(self, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
         """The arguments, with every floating-point tensor in `dtype`."""
-        return {
-            name: onednn.dense(value).to(dtype)
-            if isinstance(value, torch.Tensor) and value.is_floating_point()
-            else value
-            for name, value in self.arguments.items()
-        }
+        return {name: _widened(value, dtype) for name, value in self.arguments.items()}
+
+
+def _widened(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, tuple):
+        return tuple([_widened(part, dtype) for part in value])
+    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return onednn.dense(value).to(dtype) if is_float else value
 
 
 def _is_set(value: Any) -> bool:
-    return value not in (None, False, "none") if not isinstance(value, torch.Tensor) else True
+    return value not in (None, False, "none") if not isinstance(value, torch.Tensor | tuple) else len(value) > 0
 
 
 def _kind(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple([_kind(part) for part in value])
     if not isinstance(value, torch.Tensor):
         return value
     strides = () if value.is_mkldnn else value.stride()

@@ -117,6 +117,8 @@ class GpuOp:
 
 def _kind(x: Any) -> Any:
     """What of an argument may decide which candidate is fastest: sizes, strides and dtype, or a value but a float."""
+    if isinstance(x, tuple):
+        return tuple([_kind(part) for part in x])
     if isinstance(x, torch.Tensor):
         return (x.dtype, x.shape) if x.is_contiguous() else (x.dtype, x.shape, x.stride())
     return float if isinstance(x, float) else x
@@ -132,6 +134,8 @@ def _kind_text(kind: Any) -> str:
         dtype, *sizes = kind
         parts = ["x".join(map(str, numbers)) for numbers in sizes]
         return f"{str(dtype)[6:]} {' strides '.join(parts)}"
+    if isinstance(kind, tuple):
+        return f"({', '.join(map(_kind_text, kind))})"
     if kind is float:
         return "float"
     return "-" if kind is None else str(kind)
@@ -142,7 +146,7 @@ def encoded(args: Sequence[Any]) -> list[Any]:
     return [
         {"dtype": str(x.dtype)[6:], "shape": list(x.shape), "strides": list(x.stride())}
         if isinstance(x, torch.Tensor)
-        else {"tuple": list(x)}
+        else {"tuple": encoded(x)}
         if isinstance(x, tuple)
         else x
         for x in args
@@ -155,7 +159,7 @@ def decoded(values: Sequence[Any], device: torch.device | str) -> list[Any]:
 
     def made(x: Any) -> Any:
         if isinstance(x, dict) and "tuple" in x:
-            return tuple(x["tuple"])
+            return tuple([made(part) for part in x["tuple"]])
         if not isinstance(x, dict):
             return x
         extent = 1 + sum((size - 1) * step for size, step in zip(x["shape"], x["strides"]))

@@ -25,7 +25,9 @@ def _groupnorm_silu_kernel(
     add_ptr,  # [B or 1, C] or None
     weight_ptr,  # [C]
     bias_ptr,  # [C]
+    ahead_ptr,  # [C] or None
     out_ptr,  # [B, HW, C]
+    sum_ptr,  # [B, HW, C] with ahead_ptr
     HW,
     C,
     C1,
@@ -47,13 +49,16 @@ def _groupnorm_silu_kernel(
     channel, within = tl.program_id(0) * (G * CPG) + lane, lane < G * CPG
     x_ptr += b * stride_xb
     x2_ptr += b * stride_x2b
+    out_ptr += b * HW * C
     if add_ptr is not None:
         add_ptr += b * stride_ab
+    if sum_ptr is not None:
+        sum_ptr += b * HW * C
     # fmt: off
     pivot = load_pivot(x_ptr, x2_ptr, add_ptr, channel, within, C1, stride_xp, stride_x2p, CPG, PARTS)
     mean, m2 = group_moments(x_ptr, x2_ptr, add_ptr, pivot, 0, HW, channel, within, C1, stride_xp, stride_x2p,
                              CPG, BLOCK_P, BLOCK_C, BLOCK_G, PARTS)
-    normalise(x_ptr, x2_ptr, add_ptr, weight_ptr, bias_ptr, out_ptr + b * HW * C, pivot, mean, m2, eps, 0, HW,
+    normalise(x_ptr, x2_ptr, add_ptr, weight_ptr, bias_ptr, ahead_ptr, out_ptr, sum_ptr, pivot, mean, m2, eps, 0, HW,
               channel, within, HW, C, C1, stride_xp, stride_x2p, CPG, BLOCK_P, BLOCK_C, BLOCK_G, PARTS, SILU)
     # fmt: on
 
@@ -67,8 +72,9 @@ def groupnorm_silu(
     silu: bool = True,
     add: torch.Tensor | None = None,
     skip: torch.Tensor | None = None,
+    ahead: torch.Tensor | None = None,
     launch: GroupNormLaunch | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`silu(group_norm(cat([x, skip], -1) + add))`; see `fastsd.kernels.groupnorm_silu` for the specification.
 
     Args:
@@ -80,20 +86,23 @@ def groupnorm_silu(
         silu: apply x * sigmoid(x) afterwards.
         add: `[B or 1, C]`, added to every pixel before.
         skip: `[B, H, W, C2]` like x: further channels, read in place.
+        ahead: `[C]` contiguous; with it, `cat([x, skip], -1) + add + ahead` is returned too.
         launch: overrides the launch table.
 
     Returns:
-        `[B, H, W, C]` contiguous, in the dtype of `x`. An image's result does not depend on the others in its batch.
+        `[B, H, W, C]` contiguous, in the dtype of `x`; with `ahead` a pair of those, the sum second. An
+        image's result does not depend on the others in its batch.
 
     Raises:
         ValueError: shapes, strides or dtypes that the kernel does not take, or gradients, which it lacks.
     """
     batch, height, width, c1 = x.shape
     pixels, channels = height * width, c1 + (0 if skip is None else skip.shape[-1])
-    _check(x, weight, bias, groups, add, skip, channels)
+    _check(x, weight, bias, groups, add, skip, ahead, channels)
     out = torch.empty(batch, height, width, channels, dtype=x.dtype, device=x.device)
+    total = None if ahead is None else torch.empty(out.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
-        return out
+        return out if total is None else (out, total)
     launch = launch or choose(architecture.class_of(x.device), pixels, channels, groups, x.element_size())
     x2 = x if skip is None else skip
     size = channels // groups
@@ -111,12 +120,12 @@ def groupnorm_silu(
     }
     with torch.cuda.device_of(x):
         if launch.split_pixels:
-            groupnorm_silu_split(x, x2, add, weight, bias, out, eps, silu, launch, strides, tile)
+            groupnorm_silu_split(x, x2, add, weight, bias, ahead, out, total, eps, silu, launch, strides, tile)
         else:
             _groupnorm_silu_kernel[(groups // launch.groups, batch)](
-                x, x2, add, weight, bias, out, pixels, channels, c1, eps, *strides, SILU=silu, **tile
+                *(x, x2, add, weight, bias, ahead, out, total, pixels, channels, c1, eps, *strides), SILU=silu, **tile
             )
-    return out
+    return out if total is None else (out, total)
 
 
 def _check(
@@ -126,6 +135,7 @@ def _check(
     groups: int,
     add: torch.Tensor | None,
     skip: torch.Tensor | None,
+    ahead: torch.Tensor | None,
     channels: int,
 ) -> None:
     if x.dtype not in DTYPES:
@@ -136,6 +146,8 @@ def _check(
         raise ValueError(f"groupnorm_silu: {groups} groups do not divide {channels} channels")
     if weight.shape != (channels,) or bias.shape != (channels,) or weight.stride(0) != 1 or bias.stride(0) != 1:
         raise ValueError(f"groupnorm_silu: weight and bias need shape [{channels}], contiguous")
+    if ahead is not None and (ahead.shape != (channels,) or not ahead.is_contiguous()):
+        raise ValueError(f"groupnorm_silu: ahead needs shape [{channels}], contiguous")
     if add is not None and add.shape not in ((len(x), channels), (1, channels)):
         raise ValueError(f"groupnorm_silu: add is {list(add.shape)}; it needs [{len(x)} or 1, {channels}]")
     if add is not None and channels > 1 and add.stride(1) != 1:
@@ -146,7 +158,7 @@ def _check(
                 f"groupnorm_silu: {name} has strides {list(part.stride())}; it needs channels next to each other "
                 "and rows of pixels without gaps between them"
             )
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, add, skip)):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, add, skip, ahead)):
         raise ValueError("groupnorm_silu: the kernel has no gradients; use the torch backend for training")
 
 

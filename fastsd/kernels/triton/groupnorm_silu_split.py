@@ -98,8 +98,10 @@ def _groupnorm_apply_kernel(
     add_ptr,  # [B or 1, C] or None
     weight_ptr,  # [C]
     bias_ptr,  # [C]
+    ahead_ptr,  # [C] or None
     moments_ptr,  # [B, 2, splits, groups]
     out_ptr,  # [B, HW, C]
+    sum_ptr,  # [B, HW, C] with ahead_ptr
     HW,
     C,
     C1,
@@ -129,13 +131,16 @@ def _groupnorm_apply_kernel(
     x_ptr += b * stride_xb
     x2_ptr += b * stride_x2b
     moments_ptr += b * 2 * splits * groups
+    out_ptr += b * HW * C
     if add_ptr is not None:
         add_ptr += b * stride_ab
+    if sum_ptr is not None:
+        sum_ptr += b * HW * C
     # fmt: off
     pivot = load_pivot(x_ptr, x2_ptr, add_ptr, channel, within, C1, stride_xp, stride_x2p, CPG, PARTS)
     mean, m2 = _merge_splits(moments_ptr, block * G + g, g < G, splits, groups, split_pixels, HW, CPG, BLOCK_S)
-    normalise(x_ptr, x2_ptr, add_ptr, weight_ptr, bias_ptr, out_ptr + b * HW * C, pivot, mean, m2, eps,
-              start, tl.minimum(start + apply_pixels, HW), channel, within, HW, C, C1, stride_xp, stride_x2p,
+    normalise(x_ptr, x2_ptr, add_ptr, weight_ptr, bias_ptr, ahead_ptr, out_ptr, sum_ptr, pivot, mean, m2, eps, start,
+              tl.minimum(start + apply_pixels, HW), channel, within, HW, C, C1, stride_xp, stride_x2p,
               CPG, BLOCK_P, BLOCK_C, BLOCK_G, PARTS, SILU)
     # fmt: on
 
@@ -146,14 +151,16 @@ def groupnorm_silu_split(
     add: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor,
+    ahead: torch.Tensor | None,
     out: torch.Tensor,
+    total: torch.Tensor | None,
     eps: float,
     silu: bool,
     launch: GroupNormLaunch,
     strides: tuple[int, ...],
     tile: dict[str, Any],
 ) -> None:
-    """Fill `out` `[B, H, W, C]`; the arguments are those of `groupnorm_silu`, which has checked them.
+    """Fill `out` and `total` `[B, H, W, C]`; the arguments are those of `groupnorm_silu`, which has checked them.
 
     strides: of x, x2 and add, in the order of the kernels' arguments. tile: the constants that all kernels share.
     """
@@ -175,7 +182,7 @@ def groupnorm_silu_split(
         )
         moments, splits, split_pixels = merged, 1, pixels
     _groupnorm_apply_kernel[(-(-pixels // launch.apply_pixels), blocks, batch)](
-        *(x, x2, add, weight, bias, moments, out, pixels, channels, x.shape[-1]),
+        *(x, x2, add, weight, bias, ahead, moments, out, total, pixels, channels, x.shape[-1]),
         *(splits, split_pixels, launch.apply_pixels, eps, *strides),
         BLOCK_S=power_of_two(splits),
         SILU=silu,

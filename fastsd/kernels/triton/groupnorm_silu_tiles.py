@@ -97,7 +97,9 @@ def normalise(
     add_ptr,
     weight_ptr,
     bias_ptr,
+    ahead_ptr,
     out_ptr,
+    sum_ptr,
     pivot,
     group_mean,
     group_m2,
@@ -118,7 +120,8 @@ def normalise(
     PARTS: tl.constexpr,
     SILU: tl.constexpr,
 ):
-    """Write silu((x + add - mean) * scale + shift) for the pixels from `start` to `end`.
+    """Write silu((x + add - mean) * scale + shift) for the pixels from `start` to `end`; with `sum_ptr` also the sum
+    x + add + ahead.
 
     Not (x + add) * scale + (shift - mean * scale): that cancels at large means.
     """
@@ -131,9 +134,12 @@ def normalise(
     for first in range(start, end, BLOCK_P):
         pixel = first + tl.arange(0, BLOCK_P)
         live = pixel < end
-        y = load_sum(x_ptr, x2_ptr, add_ptr, pixel, live, channel, within, C1, stride_xp, stride_x2p, PARTS) - pivot
-        y = (y - mean[None, :]) * scale[None, :] + shift[None, :]
+        total = load_sum(x_ptr, x2_ptr, add_ptr, pixel, live, channel, within, C1, stride_xp, stride_x2p, PARTS)
+        y = ((total - pivot) - mean[None, :]) * scale[None, :] + shift[None, :]
         if SILU:
             y = y / (1.0 + tl.exp(-y))
-        pointers = out_ptr + pixel.to(tl.int64)[:, None] * C + channel[None, :]
-        tl.store(pointers, y.to(out_ptr.dtype.element_ty), mask=live[:, None] & within[None, :])
+        offsets, mask = pixel.to(tl.int64)[:, None] * C + channel[None, :], live[:, None] & within[None, :]
+        tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=mask)
+        if sum_ptr is not None:
+            ahead = tl.load(ahead_ptr + channel, mask=within, other=0.0).to(tl.float32)
+            tl.store(sum_ptr + offsets, (total + ahead[None, :]).to(sum_ptr.dtype.element_ty), mask=mask)

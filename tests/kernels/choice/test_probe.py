@@ -115,3 +115,15 @@ def test_arguments_survive_the_way_to_the_child() -> None:
     assert key_text(dying.OP.key_of(args)).startswith(
         "float16 2x3, bfloat16 2x3x6 strides 48x1x8, int64 1, float32 3x0, -, True, 2, float, (1, 0, 1, 0), silu, "
     )
+
+
+def test_tensors_in_a_tuple_are_part_of_the_key_and_of_the_arguments() -> None:
+    """Layer norm's biases: their number and sizes decide, their values do not."""
+    from fastsd.kernels.layernorm import OP
+
+    x, vector = torch.ones(2, 8), torch.ones(8)
+    args = (x, vector, vector, 1e-5, (vector, 2 * vector), ())
+    there = decoded(encoded(args), CPU)
+    assert [part.shape for part in there[4]] == [(8,), (8,)] and there[5] == ()
+    assert OP.key_of(there) == OP.key_of(args) != OP.key_of((*args[:4], (vector,), ()))
+    assert hash(OP.key_of(args)) and "(float32 8, float32 8), ()" in key_text(OP.key_of(args))

@@ -69,26 +69,36 @@ VARIANTS = {
 }
 
 
-def plain(groups: int, silu: bool, x, weight, bias, add, skip):
+def plain(groups: int, silu: bool, x, weight, bias, add, skip, ahead):
     """In contiguous memory, where PyTorch's norm does not cancel as it does in channels-last memory."""
     x = x if skip is None else torch.cat([x, skip], -1)
-    x = (x if add is None else x + add[:, None, None, :]).permute(0, 3, 1, 2).contiguous()
-    y = torch.group_norm(x, groups, weight, bias, EPS).permute(0, 2, 3, 1)
-    return F.silu(y) if silu else y
+    x = x if add is None else x + add[:, None, None, :]
+    y = torch.group_norm(x.permute(0, 3, 1, 2).contiguous(), groups, weight, bias, EPS).permute(0, 2, 3, 1)
+    y = F.silu(y) if silu else y
+    return y if ahead is None else (y, x + ahead)
 
 
-def run(case: Case, dtype: torch.dtype, silu: bool, add: int, layout: str = "contiguous", kernels: Any = module):
+def run(
+    case: Case,
+    dtype: torch.dtype,
+    silu: bool,
+    add: int,
+    layout: str = "contiguous",
+    ahead: bool = False,
+    kernels: Any = module,
+):
     """Check one case. add: its number of rows, 0 for none."""
     channels, space = case.channels + case.skip, (case.batch, case.height, case.width)
     like = {"dtype": dtype, "scale": case.std, "mean": case.mean}
     check(
-        lambda x, w, b, a, s: kernels.groupnorm_silu(x, w, b, case.groups, EPS, silu, a, s, case.launch),
+        lambda x, w, b, a, s, h: kernels.groupnorm_silu(x, w, b, case.groups, EPS, silu, a, s, h, case.launch),
         lambda *inputs: plain(case.groups, silu, *inputs),
         rand(*space, case.channels, **like),
         rand(channels, dtype=dtype),
         rand(channels, dtype=dtype, seed=1),
         rand(add, channels, dtype=dtype, scale=case.std) if add else None,
         rand(*space, case.skip, **like, seed=2) if case.skip else None,
+        rand(channels, dtype=dtype, scale=min(case.std, 1.0), seed=3) if ahead else None,
         layout=layout,
     )
 
@@ -97,7 +107,7 @@ def run(case: Case, dtype: torch.dtype, silu: bool, add: int, layout: str = "con
 @pytest.mark.parametrize("reason", CASES)
 def test_groupnorm_silu(reason, dtype):
     case, (silu, add, layout) = CASES[reason], VARIANTS[dtype]
-    run(case, dtype, silu, case.batch if add == "batch" else add, layout)
+    run(case, dtype, silu, case.batch if add == "batch" else add, layout, ahead=dtype is not torch.bfloat16)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -114,7 +124,14 @@ def test_groupnorm_silu_at_any_shape(data):
     launch = data.draw(st.sampled_from([None, GroupNormLaunch(per_program, block, 4), in_splits]))
     case = Case(batch, height, width, groups * size - skip, groups, skip, launch)
     dtype, layout = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(LAYOUTS))
-    run(case, dtype, data.draw(st.booleans()), data.draw(st.sampled_from([0, 1, batch])), layout)
+    run(
+        case,
+        dtype,
+        data.draw(st.booleans()),
+        data.draw(st.sampled_from([0, 1, batch])),
+        layout,
+        data.draw(st.booleans()),
+    )
 
 
 @pytest.mark.parametrize("launch", [None, SPLIT, MERGE])
@@ -141,10 +158,14 @@ def test_groupnorm_silu_keeps_a_nan_in_its_group():
 MUTATIONS: dict[str, tuple[Any, str, str]] = {
     "reads past the pixels": (tiles, "offset + row < n\n", "offset + row < n + 1\n"),
     "writes past the pixels": (tiles, "live = pixel < end", "live = pixel <= end"),
-    "writes past the channels": (tiles, "live[:, None] & within[None, :])\n", "live[:, None])\n"),
+    "writes past the channels": (tiles, "live[:, None] & within[None, :]\n", "live[:, None]\n"),
+    "omits what is ahead": (tiles, "(total + ahead[None, :])", "total"),
+    "returns the normalised map as the sum": (tiles, "(total + ahead[None, :])", "(y + ahead[None, :])"),
+    "first image's sum for all": (module, "sum_ptr += b * HW", "sum_ptr += 0 * HW"),
+    "first image's sum for all, split": (split, "sum_ptr += b * HW", "sum_ptr += 0 * HW"),
     "omits the size of a group": (tiles, "group_m2 / HW / CPG", "group_m2 / HW"),
     "omits eps": (tiles, "/ CPG + eps", "/ CPG"),
-    "omits the mean": (tiles, "(y - mean[None, :]) * scale", "y * scale"),
+    "omits the mean": (tiles, "((total - pivot) - mean[None, :]) * scale", "(total - pivot) * scale"),
     "adds no shift": (tiles, "* scale[None, :] + shift[None, :]", "* scale[None, :]"),
     "weights all tiles equally": (tiles, "delta * (1.0 / count)", "delta * 0.5"),
     "weights all lanes equally": (tiles, "((n - row + BLOCK_P - 1) // BLOCK_P)", "((n - row * 0) // BLOCK_P)"),
@@ -178,9 +199,9 @@ def test_the_checks_notice_when_groupnorm_silu(fault: str, tmp_path: Path, monke
     copy = broken_with_importers(where, old, new, order[order.index(where) + 1 :], tmp_path, monkeypatch)
     with must_fail():
         run(CASES["the same, split"], torch.float32, True, 0, kernels=copy)
-        run(CASES["several groups per program"], torch.float32, True, 2, kernels=copy)
+        run(CASES["several groups per program"], torch.float32, True, 2, ahead=True, kernels=copy)
         run(CASES["a group with channels of both parts"], torch.float32, True, 2, kernels=copy)
-        run(CASES["split, of two parts"], torch.float32, True, 2, kernels=copy)
+        run(CASES["split, of two parts"], torch.float32, True, 2, ahead=True, kernels=copy)
         run(CASES["split and merged"], torch.float32, True, 0, kernels=copy)
         run(CASES["eps decides"], torch.float32, True, 0, kernels=copy)
         run(CASES["the same, where rounding the mean matters"], torch.float32, True, 0, kernels=copy)
@@ -194,6 +215,7 @@ def test_the_checks_notice_when_groupnorm_silu(fault: str, tmp_path: Path, monke
         ({"weight": torch.ones(4)}, r"shape \[8\]"),
         ({"add": torch.ones(2, 8)}, r"\[1 or 1, 8\]"),
         ({"skip": torch.ones(1, 2, 3, 8)}, "skip needs shape"),
+        ({"ahead": torch.ones(4)}, r"ahead needs shape \[8\]"),
         ({"x": torch.ones(1, 8, 2, 2).permute(0, 2, 3, 1)}, "channels next to each other"),
         ({"x": torch.ones(1, 2, 3, 8)[:, :, :2]}, "rows of pixels without gaps"),
         ({"weight": torch.ones(8, requires_grad=True)}, "no gradients"),

@@ -29,20 +29,27 @@ CASES = {  # rows, columns, mean, standard deviation
 }
 
 
-def plain(x, weight, bias, residual):
-    total = x if residual is None else x + residual
-    y = F.layer_norm(total, weight.shape, weight, bias, EPS)
-    return y if residual is None else (y, total)
+def plain(x, weight, bias, *vectors, owed):
+    if owed:
+        x = x - sum(vectors)
+    y = F.layer_norm(x, weight.shape, weight, bias, EPS)
+    return (y, x + sum(vectors)) if vectors and not owed else y
 
 
-def run(shape, dtype, residual, layout="contiguous", mean=0.0, std=1.0, kernels: Any = module):
+def run(shape, dtype, vectors=0, owed=False, layout="contiguous", mean=0.0, std=1.0, kernels: Any = module):
+    """vectors: how many are added ahead or, with `owed`, taken off."""
     like, columns = {"dtype": dtype, "mean": mean, "scale": std}, shape[-1]
     w, b = rand(columns, dtype=dtype), rand(columns, dtype=dtype, seed=1)
-    other = rand(*shape, **(like | {"mean": 0.0}), seed=2) if residual else None
+    name = "owed" if owed else "ahead"
     check(
-        lambda x, w, b, r: kernels.layernorm(x, w, b, EPS, r),
-        plain,
-        *(rand(*shape, **like), w, b, other),
+        lambda x, w, b, *v: kernels.layernorm(x, w, b, EPS, **{name: v}),
+        lambda *inputs: plain(*inputs, owed=owed),
+        *(
+            rand(*shape, **like),
+            w,
+            b,
+            *[rand(columns, dtype=dtype, scale=min(std, 1.0), seed=2 + i) for i in range(vectors)],
+        ),
         layout=layout,
     )
 
@@ -51,19 +58,21 @@ def run(shape, dtype, residual, layout="contiguous", mean=0.0, std=1.0, kernels:
 @pytest.mark.parametrize("reason", CASES)
 def test_layernorm(reason, dtype):
     rows, columns, mean, std = CASES[reason]
-    run((rows, columns), dtype, False, "gaps", mean, std)
-    run((1, rows, columns), dtype, True, "offset", mean, std)
+    run((rows, columns), dtype, 0, False, "gaps", mean, std)
+    run((1, rows, columns), dtype, 3, False, "offset", mean, std)
+    run((rows, columns), dtype, 2, True, "gaps", mean, std)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(
     st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 300)),
     st.sampled_from(DTYPES),
+    st.integers(0, 3),
     st.booleans(),
     st.sampled_from(LAYOUTS),
 )
-def test_layernorm_at_any_shape(shape, dtype, residual, layout):
-    run(shape, dtype, residual, layout)
+def test_layernorm_at_any_shape(shape, dtype, vectors, owed, layout):
+    run(shape, dtype, vectors, owed, layout)
 
 
 def test_layernorm_does_not_depend_on_the_batch():
@@ -84,9 +93,13 @@ MUTATIONS = {
     "omits eps": ("variance + eps", "variance"),
     "omits the bias": (" + bias[None, :]", ""),
     "wrong stride of x": ("r * stride_xr", "r * C"),
-    "wrong stride of the residual": ("r * stride_rr", "r * C"),
     "wrong stride of the output": ("out_ptr + r * C", "out_ptr + r * stride_xr"),
-    "returns x for the sum": ("y += tl.load(residual_ptr", "z = tl.load(residual_ptr"),
+    "wrong stride of the sum": ("sum_ptr + r * C", "sum_ptr + r * stride_xr"),
+    "returns x for the sum": ("(y + vectors[None, :])", "y"),
+    "normalises the sum": ("        else:\n            y -= ", "        if True:\n            y += "),
+    "adds what is owed": ("y -= vectors", "y += vectors"),
+    "omits the second vector": ("vectors, second_ptr", "vectors * 0, second_ptr"),
+    "omits the third vector": ("if third_ptr is not None", "if False"),
 }
 
 
@@ -94,8 +107,9 @@ MUTATIONS = {
 def test_the_checks_notice_when_layernorm(fault: str, tmp_path: Path):
     copy = broken(module, *MUTATIONS[fault], tmp_path)
     with must_fail():
-        run((3, 700), torch.float32, True, "gaps", mean=3.0, kernels=copy)
-        run((3, 64), torch.float32, False, std=1e-6, kernels=copy)
+        run((3, 700), torch.float32, 3, False, "gaps", mean=3.0, kernels=copy)
+        run((3, 64), torch.float32, 3, True, kernels=copy)
+        run((3, 64), torch.float32, std=1e-6, kernels=copy)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +117,9 @@ def test_the_checks_notice_when_layernorm(fault: str, tmp_path: Path):
     [
         ({"x": torch.ones(2, 8, dtype=torch.float64)}, "float64"),
         ({"weight": torch.ones(4)}, r"shape \[8\]"),
-        ({"residual": torch.ones(3, 8)}, "residual needs the shape"),
+        ({"ahead": (torch.ones(7),)}, r"shape \[8\]"),
+        ({"owed": (torch.ones(8),) * 4}, "up to three"),
+        ({"owed": (torch.ones(8),), "ahead": (torch.ones(8),)}, "the other none"),
         ({"x": torch.ones(8, 2).T}, "strides"),
         ({"x": torch.ones(2, 3, 8).transpose(0, 1)}, "strides"),
         ({"bias": torch.ones(8, requires_grad=True)}, "no gradients"),
