@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-probe", action="store_false", dest="probe", help="run kernels here, not in a process of their own first"
     )
+    parser.add_argument("--minutes", type=float, metavar="N", help="after them no more launches are tried")
     files = parser.add_mutually_exclusive_group()
     files.add_argument("--export", metavar="FILE", help="write what was measured on this GPU to a file to share")
     files.add_argument("--import", metavar="FILE", dest="import_", help="take over such a file, for the GPU it names")
@@ -64,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _tune(args: argparse.Namespace) -> None:
     """Run the model once, while every op times all its ways."""
+    import math
+    import time
     from dataclasses import replace
 
     from fastsd.errors import FastsdError
@@ -73,7 +76,8 @@ def _tune(args: argparse.Namespace) -> None:
     from fastsd.verify.drive import drive
 
     pipe = Pipeline.from_pretrained(args.model, device=args.device, dtype=args.dtype, graphs=False)
-    pipe.choice_mode = replace(pipe.choice_mode, thorough=True, probe=args.probe, tell=tell)
+    ends = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
+    pipe.choice_mode = replace(pipe.choice_mode, thorough=True, probe=args.probe, ends=ends, tell=tell)
     drive(pipe, args.prompt, pipe.defaults["width"], pipe.defaults["height"])
     gpu = decide.gpu_of(next(pipe.components.unet.parameters()).device)
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import math
 import threading
 import time
 import warnings
@@ -50,12 +51,14 @@ class ChoiceMode:
         reproducible: of tables only the committed one is asked, and nothing is timed.
         probe: on a GPU never seen before, every way runs in a child process first.
         thorough: every launch that may be worth a trial is timed, once in this process, whatever is known.
+        ends: the `time.monotonic()` after which `thorough` is over.
         tell: is called with each choice that was timed.
     """
 
     reproducible: bool = False
     probe: bool = True
     thorough: bool = False
+    ends: float = math.inf
     tell: Callable[[Place, TableEntry], None] | None = None
 
 
@@ -188,15 +191,16 @@ class GpuChoices:
     def way_for(self, op: GpuOp, key: str, args: Sequence[Any], excluded: dict[str, str]) -> tuple[Way, bool]:
         """See `way_for` above."""
         how, place = mode(), (op.name, key)
+        thorough = how.thorough and time.monotonic() < how.ends
         candidates = list(taking(op, args))
         if len(candidates) == 1:
             return op.own, True
         known = self.committed.get(place) if how.reproducible else self.table.entries.get(place, self.shared.get(place))
-        trial = Trial(op, place, args, ways_of(candidates, args, how.thorough), dict(excluded))
+        trial = Trial(op, place, args, ways_of(candidates, args, thorough), dict(excluded))
         if known is not None:
             trial.excluded |= known.excluded
             way = known.way(op)
-            if way is not None and way.candidate in candidates and way.label not in trial.excluded and not how.thorough:
+            if way is not None and way.candidate in candidates and way.label not in trial.excluded and not thorough:
                 if known.checked or way == op.own:
                     return way, True
                 return self._from_table(trial, way, known)
