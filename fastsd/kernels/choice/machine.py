@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fastsd.cuda.capture import end_capture, ran_out_of_memory
+from fastsd.cuda.capture import alone, end_capture, ran_out_of_memory
 from fastsd.kernels.choice.faults import device_is_lost
 from fastsd.kernels.choice.measure import Sampler
 from fastsd.kernels.launch import architecture
@@ -52,7 +52,8 @@ class CudaMachine:
         return torch.cuda.is_current_stream_capturing()
 
     def synchronize(self, device: torch.device) -> None:
-        torch.cuda.synchronize(device)
+        with alone:  # another thread may be capturing
+            torch.cuda.synchronize(device)
 
     def sampler(self, run: Callable[[], Any]) -> Sampler:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -68,12 +69,12 @@ class CudaMachine:
         side.wait_stream(main)
         with torch.cuda.stream(side):
             result = run()  # compiles, and allocates this stream's workspaces outside of the graph
-            alone = seconds(run)
-            calls = calls_in_graph(alone)
-            replay = self._captured(run, calls) if alone < GRAPH else None
+            once = seconds(run)
+            calls = calls_in_graph(once)
+            replay = self._captured(run, calls) if once < GRAPH else None
         main.wait_stream(side)
         if replay is None:
-            first = iter([alone])  # the first sample is there already
+            first = iter([once])  # the first sample is there already
             return lambda: next(first, 0.0) or seconds(run)
         self._held += sum(x.nbytes for x in (result if isinstance(result, tuple) else (result,)) if x is not None)
         return lambda: seconds(replay) / calls
@@ -94,6 +95,10 @@ class CudaMachine:
 
     def _captured(self, run: Callable[[], Any], calls: int) -> Callable[[], Any] | None:
         """Calls in a graph; None if they cannot be captured. Not by `torch.cuda.graph`, which collects garbage."""
+        with alone:
+            return self._captured_alone(run, calls)
+
+    def _captured_alone(self, run: Callable[[], Any], calls: int) -> Callable[[], Any] | None:
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         try:
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")

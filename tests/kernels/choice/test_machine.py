@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
+from fastsd.cuda.capture import alone
 from fastsd.kernels.choice.machine import CALLS, GRAPH, HELD, CudaMachine, calls_in_graph
 from tests.support import played_cuda
 from tests.support.played_cuda import PlayedCuda
@@ -119,3 +122,22 @@ def test_only_real_tensors_of_a_gpu_are_measured() -> None:
 def test_calls_in_a_graph() -> None:
     assert calls_in_graph(1e-9) == calls_in_graph(1e-6) == CALLS
     assert calls_in_graph(GRAPH / 2) == 2 and calls_in_graph(1.0) == 1
+
+
+def test_nobody_waits_for_the_device_while_another_thread_captures(play: PlayedCuda) -> None:
+    """CUDA would refuse, and the GPU would be taken for lost."""
+    capturing, waited = threading.Event(), threading.Event()
+
+    def capture() -> None:
+        with alone:
+            play.capturing = 1
+            capturing.set()
+            waited.wait(0.3)
+            play.capturing = None
+
+    thread = threading.Thread(target=capture)
+    thread.start()
+    assert capturing.wait(10)
+    CudaMachine().synchronize(torch.device("cuda", 0))
+    waited.set()
+    thread.join()
