@@ -38,6 +38,8 @@ MAX_LINES = 80
 SUMMARY_SECONDS = 15.0  # reserved for the summary
 POLL_SECONDS = 0.2
 OUT_OF_TIME = "stopped: out of time"
+FAULTED = "a kernel faulted the GPU, and is excluded"
+AGAIN = 75  # exit code of a module that says so
 NO_TEST = "between tests"  # what was running, if no test was
 NO_TESTS_COLLECTED = 5  # an exit code of pytest
 
@@ -88,19 +90,20 @@ SD15, SD21, SDXL = (("--models", model, "--batch", "1") for model in ("sd15", "s
 # On the CPU; of a flag that stands twice the last one counts.
 SMALL = ("--models", "tiny", "--batch", "1", "--dtype", "fp32", "--peers", "none")
 COLLECTED = ("--collect-only",)
+TUNED = ("--seconds", "{seconds}", "--results", "{results}")
 CHOICE = "fastsd.kernels.choice.decide"
 STAGES = (
-    GpuStage("preflight: every kernel compiled", ("--sm", "{sm}", "--seconds", "{seconds}"), 0.12, 70.0, "triton",
+    GpuStage("preflight: every kernel compiled", ("--sm", "{sm}", "--seconds", "{seconds}"), 0.12, 120.0, "triton",
              "bench.warm", ("--first", "2")),
     GpuStage("preflight: an image of the bundled model", ("-m", "gpu", FIRST_IMAGE), 0.1, rehearsal=COLLECTED),
-    GpuStage("SD1.5: the ways of each op", ("--model", "sd15", "--results", "{results}"), 0.15, 80.0, CHOICE,
+    GpuStage("SD1.5: the ways of each op", ("--model", "sd15", *TUNED), 0.2, 200.0, CHOICE,
              "bench.tune"),
     GpuStage("kernels, layers, images: verification", ("-m", "gpu", VERIFY), 0.2, rehearsal=COLLECTED),
     GpuStage("tests of CUDA graphs", ("-m", "gpu", GRAPHS), 0.12, rehearsal=COLLECTED),
     GpuStage("SD1.5: a step as users get it", (DENOISE, *SD15, *OWN), 0.12, rehearsal=SMALL),
     GpuStage("SD1.5: the UNet, decode", (PARTS, "-k", "step or decode", *SD15, *EAGER), 0.2, rehearsal=SMALL),
     GpuStage("SD1.5: images", (IMAGES, *SD15, "--steps", "20", *EAGER), 0.2, rehearsal=(*SMALL, "--steps", "2")),
-    GpuStage("SDXL: the ways of each op", ("--model", "sdxl", "--results", "{results}"), 0.2, 80.0, CHOICE,
+    GpuStage("SDXL: the ways of each op", ("--model", "sdxl", *TUNED), 0.2, 200.0, CHOICE,
              "bench.tune"),
     GpuStage("SDXL: a step as users get it", (DENOISE, *SDXL, *OWN), 0.2),
     GpuStage("SDXL: the UNet, decode", (PARTS, "-k", "step or decode", *SDXL, *EAGER), 0.25),
@@ -200,8 +203,8 @@ def run_stage(stage: GpuStage, path: Path, end: float, sm: int = 90) -> tuple[bo
             code, interruption = _run_process(stage, stage.command(budget, path, sm), progress_file, finish)
             interruptions += [interruption] if interruption else []
             codes.append(code if not interruption else int(progress.failed(progress_file)))
-            advanced = progress.started(progress_file) != before
-            if not interruption or not advanced or stage.module or began + seconds - time.monotonic() <= MIN_BUDGET:
+            advanced = progress.started(progress_file) != before or interruption == FAULTED
+            if not interruption or not advanced or began + seconds - time.monotonic() <= MIN_BUDGET:
                 break
             print(f"   {interruption}; continuing after it", flush=True)
     failed = any(code not in (0, NO_TESTS_COLLECTED) for code in codes)
@@ -240,6 +243,8 @@ def _run_process(stage: GpuStage, command: list[str], progress_file: Path, finis
     lost = next((line["lost"] for line in progress.read(progress_file)[-1:] if "lost" in line), None)
     if lost:
         interruption = f"the GPU was lost: {short(lost)}"
+    elif not interruption and process.returncode == AGAIN:
+        interruption = FAULTED
     elif not interruption and (process.returncode < 0 or progress.running(progress_file)):
         name, _ = progress.running(progress_file) or (_part(stage), 0.0)
         interruption = f"died with exit code {process.returncode}: {short(name)}"

@@ -85,10 +85,9 @@ class Session:
             device = self.options.device
             if self.options.model is not None or model == "digits":
                 components = load_folder(self.options.model or BUNDLED, dtype, device)
+                widen(components, dtype, device)
             else:
-                components = random_components(self.family(model), dtype, device)
-            # As `Pipeline.from_pretrained` does.
-            components.vae.to(autoencoder_dtype(dtype, device, components.vae.config.force_upcast))
+                components = pipeline_components(self.family(model), dtype, device)
             self._components = (key, components)
         return self._components[1]
 
@@ -202,6 +201,18 @@ class Session:
             "bytes": bound.bytes,
             "binds": bound.binds,
         }
+
+
+def pipeline_components(family: ModelFamily, dtype: torch.dtype, device: torch.device) -> Components:
+    """A model of random weights as a pipeline holds it."""
+    components = random_components(family, dtype, device)
+    widen(components, dtype, device)
+    return components
+
+
+def widen(components: Components, dtype: torch.dtype, device: torch.device) -> None:
+    """Give the autoencoder its dtype, as `Pipeline.from_pretrained` does."""
+    components.vae.to(autoencoder_dtype(dtype, device, components.vae.config.force_upcast))
 
 
 def _note_cut(outcomes: list[Outcome]) -> None:

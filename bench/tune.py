@@ -4,7 +4,8 @@
 
 The model has random weights. In a first image each op's few ways are compared and timed, as at any first use; then all
 launches of the kernels, until the time is over. What is known is written to `FILE-choices.json` again and again, so
-that an early end loses little. It ends with a line for each op. Exit code 2: there is no GPU.
+that an early end loses little. It ends with a line for each op. Exit code 2: there is no GPU; 75: a kernel faulted the
+GPU, and is excluded, so that another process can go on.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ import torch
 
 from bench import models
 from bench.families import FAMILIES
+from bench.gpu import AGAIN
+from bench.session import pipeline_components
+from fastsd.errors import FastsdError
 from fastsd.kernels.candidates import ChoiceMode
 from fastsd.kernels.choice import decide, table
 from fastsd.kernels.choice.table import Place, TableEntry
@@ -76,7 +80,6 @@ def run(pipe: Pipeline, size: int, batch: int, seconds: float, export: Exporter)
     for mode in (ChoiceMode(tell=export), ChoiceMode(probe=False, thorough=True, ends=end, tell=export)):
         pipe.choice_mode = mode
         pipe(["a lighthouse"] * batch, batch_size=batch, width=size, height=size, num_inference_steps=1, seed=0)
-    export.write()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -91,10 +94,18 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     warnings.simplefilter("default")
     device, family = torch.device("cuda", torch.cuda.current_device()), FAMILIES[options.model]
-    pipe = models.pipeline_of(models.random_components(family, torch.float16, device), device, torch.float16, False)
+    pipe = models.pipeline_of(pipeline_components(family, torch.float16, device), device, torch.float16, False)
     path = options.results and options.results.with_name(f"{options.results.stem}-choices.json")
     export = Exporter(device, path)
-    run(pipe, family.size, options.batch, options.seconds, export)
+    try:
+        run(pipe, family.size, options.batch, options.seconds, export)
+    except FastsdError as error:
+        if "faults the GPU" not in str(error):
+            raise
+        print(error)
+        return AGAIN
+    finally:
+        export.write()
     print("\n".join(summary(decide.gpu_of(device).table.entries)))
     return 0
 

@@ -1,26 +1,33 @@
-"""Compile every launch of our kernels for a GPU, on all cores, into Triton's cache, without touching the GPU.
+"""Compile what our kernels launch on a GPU, on all cores, into Triton's cache, without touching the GPU.
 
     python -m bench.warm --sm 90 [--seconds 60] [--first 10]
 
-What the models launch is found on tensors that have shapes but no memory. Each launch goes through Triton's own
-`warmup`, so that a process which launches it finds it compiled. Prints the launches that do not compile. Exit code 1:
-there are some.
+What the models launch, by every way that a first use would try, is found on tensors that have shapes but no memory.
+Each launch goes through Triton's own `warmup`, so that a process which makes it finds it compiled. Prints the launches
+that do not compile. Exit code 1: there are some.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
+import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from bench.compile_report import KernelLaunch
+from bench.compile_report import KernelLaunch, intercepted_launches
+from fastsd.kernels import candidates, dispatch
+from fastsd.kernels.choice import decide
+from fastsd.kernels.choice.op import GpuOp
 
 LAUNCHES: list[KernelLaunch] = []  # what forked processes find here: kernels cannot be sent to them
 
@@ -39,6 +46,51 @@ class CompilerDriver:
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.sm, 32)
+
+
+def every_launch(sm: int) -> list[KernelLaunch]:
+    """Each launch of every way of each op of the models and of the sampler's step, once."""
+    from tests.support.launches import ChannelsLast, models, steps
+
+    found: dict[str, KernelLaunch] = {}
+
+    def tell(of: str, kernel: Any, arguments: dict[str, Any]) -> None:
+        launch = KernelLaunch(f"{of}: {kernel.fn.__name__}", kernel, arguments)
+        found.setdefault(compiler_key(kernel, arguments), launch)
+
+    def every_way(op: GpuOp, *args: Any) -> Any:
+        for way in decide.ways_of(list(decide.taking(op, args)), args, thorough=False):
+            with contextlib.suppress(Exception):  # a library's op has no answer for such tensors
+                way.run(op.copied(args))
+        return op.own.run(args)
+
+    with (
+        patch.object(candidates, "run", every_way),
+        patch.object(dispatch, "fall_back", lambda op, reason: None),  # a refusal is no error here
+        dispatch.forced("triton"),
+        torch.no_grad(),
+        ChannelsLast(),
+    ):
+        for of, call in (*models(), *steps()):
+            with intercepted_launches(sm, functools.partial(tell, of)):
+                call()
+    return list(found.values())
+
+
+def compiler_key(kernel: Any, arguments: dict[str, Any]) -> str:
+    """Equal for launches that are the same to the compiler: numbers differ by their type, 1, and multiples of 16."""
+    parameters = {parameter.name: parameter for parameter in kernel.params}
+    parts = [kernel.fn.__qualname__]
+    for name, value in sorted(arguments.items()):
+        parameter, base = parameters.get(name), getattr(value, "base", None)
+        if base is not None:  # a tensor descriptor
+            value = (base.dtype, *value.block_shape)
+        elif parameter is not None and not parameter.is_constexpr and type(value) in (int, float):
+            number = "float" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
+            special = isinstance(value, int) and not parameter.do_not_specialize
+            value = (number, value == 1, value % 16 == 0) if special else number
+        parts.append(f"{name}={value}")
+    return " ".join(parts)
 
 
 def warm(launch: KernelLaunch) -> Any:
@@ -88,10 +140,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=600.0, help="the rest is compiled at its first use")
     parser.add_argument("--first", type=int, metavar="N", help="only the first N launches")
     options = parser.parse_args(arguments)
-    from tests.support.launches import launches  # traces the models, which takes seconds
-
     began = time.monotonic()
-    found = launches(options.sm)[: options.first]
+    found = every_launch(options.sm)[: options.first]
     done, failed = warm_all(found, options.sm, options.seconds)
     text = f"{done - failed} of {len(found)} launches compiled for sm_{options.sm}, {failed} failed"
     print(f"{text} ({time.monotonic() - began:.0f} s, {len(os.sched_getaffinity(0))} cores)", flush=True)

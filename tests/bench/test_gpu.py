@@ -143,6 +143,17 @@ def test_a_module_is_run_with_its_share_of_the_time_and_told_when_it_fails(tmp_p
     assert not passed and line.startswith("code: killed after 1 s: timeit (")
 
 
+def test_a_module_that_excluded_a_kernel_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that faulted the GPU cannot go on; what it excluded is in the table."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    counter = "import pathlib, sys; p = pathlib.Path(sys.argv[1]); n = len(p.read_text()) if p.exists() else 0\n"
+    (tmp_path / "faulty.py").write_text(counter + "p.write_text('x' * (n + 1)); sys.exit(75 if n < 2 else 0)\n")
+    stage = gpu.GpuStage("ways", (str(tmp_path / "count"),), 1.0, module="faulty")
+    passed, line = gpu.run_stage(stage, tmp_path / "r.json", time.monotonic() + 60)
+    assert (tmp_path / "count").read_text() == "xxx"
+    assert not passed and line.startswith(f"ways: {gpu.FAULTED}; {gpu.FAULTED} (")  # told, and the stage went on
+
+
 def test_the_plan_is_in_order_of_importance_and_keeps_the_compiled_peer_apart() -> None:
     """First that it works, then the choice of each op's way, then figures; torch.compile in processes of its own."""
     titles = [stage.title for stage in gpu.STAGES]
@@ -180,6 +191,9 @@ def test_every_stage_names_existing_files_tests_and_options() -> None:
     for stage in gpu.STAGES:
         assert 0 < stage.share <= 1
         if stage.module:
+            source = (gpu.record.ROOT / stage.module.replace(".", "/")).with_suffix(".py").read_text()
+            given = [*stage.arguments, *(stage.rehearsal or ())]
+            assert all(f'"{part}"' in source for part in given if part.startswith("--")), stage
             continue
         targets = [part for part in stage.arguments if part.startswith(("tests", "bench/"))]
         for target in targets:

@@ -34,14 +34,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def of_layernorm(x: torch.Tensor) -> KernelLaunch:
-    """The launch of a layer norm of `x`, and its residual."""
+    """The launch of a layer norm of `x`."""
     found: list[KernelLaunch] = []
 
     def tell(kernel: Any, arguments: dict[str, Any]) -> None:
         found.append(KernelLaunch("layernorm", kernel, arguments))
 
     with compile_report.intercepted_launches(90, tell):
-        layernorm_triton.layernorm(x, x[0], x[0], 1e-5, x)
+        layernorm_triton.layernorm(x, x[0], x[0], 1e-5)
     return found[0]
 
 
@@ -59,21 +59,21 @@ def test_a_launch_finds_what_was_compiled_without_tensors(cache: Path, monkeypat
     monkeypatch.setattr(triton.JITFunction, "run", compiled_only)
     monkeypatch.setattr(architecture, "class_of", lambda device: architecture.class_of_capability(90))
     x = torch.zeros(8, 320, dtype=torch.float16)  # aligned, as a GPU's tensors are
-    layernorm_triton.layernorm(x, x[0].clone(), x[0].clone(), 1e-5, x.clone())
+    layernorm_triton.layernorm(x, x[0].clone(), x[0].clone(), 1e-5)
     assert set(cache.iterdir()) == before
 
 
 @triton.jit
-def _no_kernel(x_ptr, SIZE: tl.constexpr):
+def _no_kernel(x_ptr, n, SIZE: tl.constexpr):
     tl.store(x_ptr + tl.arange(0, SIZE), 1.0)  # a range of 3 does not compile
 
 
 def test_a_launch_that_does_not_compile_is_told_and_stops_no_other(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bad = KernelLaunch("the bad one", _no_kernel, {"x_ptr": torch.float16, "SIZE": 3})
-    good = KernelLaunch("the good one", _no_kernel, {"x_ptr": torch.float16, "SIZE": 4})
-    monkeypatch.setattr("tests.support.launches.launches", lambda sm: [bad, good])
+    bad = KernelLaunch("the bad one", _no_kernel, {"x_ptr": torch.float16, "n": 5, "SIZE": 3})
+    good = KernelLaunch("the good one", _no_kernel, {"x_ptr": torch.float16, "n": 5, "SIZE": 4})
+    monkeypatch.setattr(warm, "every_launch", lambda sm: [bad, good])
     assert warm.main(["--sm", "90"]) == 1
     out = capsys.readouterr().out.splitlines()
     assert len(out) == 2 and out[0].startswith("the bad one: CompilationError: ")
@@ -81,5 +81,20 @@ def test_a_launch_that_does_not_compile_is_told_and_stops_no_other(
 
 
 def test_what_does_not_fit_into_the_time_is_left_to_its_first_use(capsys: pytest.CaptureFixture[str]) -> None:
-    good = KernelLaunch("the good one", _no_kernel, {"x_ptr": torch.float16, "SIZE": 8})
+    good = KernelLaunch("the good one", _no_kernel, {"x_ptr": torch.float16, "n": 5, "SIZE": 8})
     assert warm.warm_all([good], 90, 0.0) == (0, 0)
+
+
+def test_every_way_of_every_op_is_found() -> None:
+    """Products and convolutions of our own too, which are used only where they are measured to be faster."""
+    found = {launch.kernel.fn.__name__ for launch in warm.every_launch(90)}
+    assert {"_flash_attn_kernel", "_groupnorm_silu_kernel", "_layernorm_kernel", "_advance_kernel"} <= found
+    assert any("linear" in name for name in found) and any("conv2d" in name for name in found)
+
+
+def test_numbers_that_the_compiler_does_not_tell_apart_are_one_launch() -> None:
+    def key(**arguments: Any) -> str:
+        return warm.compiler_key(_no_kernel, {"x_ptr": torch.float16, "SIZE": 4} | arguments)
+
+    assert key(n=32) == key(n=48) and len({key(n=n) for n in (32, 33, 1, 2**31, 0.5)}) == 5
+    assert key(SIZE=4) != key(SIZE=8) and key(num_warps=4) != key(num_warps=8)

@@ -57,7 +57,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
 
 def built(kind: Callable[..., nn.Module], settings: Any, dtype: torch.dtype = torch.float16) -> Any:
     with torch.device("meta"):
-        return kind(settings).to(dtype).eval()
+        return kind(settings).to(dtype).to(memory_format=torch.channels_last).eval()
 
 
 def models() -> Calls:
