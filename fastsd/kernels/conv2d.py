@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 from fastsd.kernels import candidates, dispatch
 from fastsd.kernels.candidates import GpuOp, OpCandidate
 from fastsd.kernels.cpu import onednn
+from fastsd.kernels.launch import variants
 from fastsd.kernels.launch.architecture import class_of
-from fastsd.kernels.launch.conv2d import UNUSED, choose, saves_time
+from fastsd.kernels.launch.conv2d import UNUSED, ConvBoxes, ConvPointers, choose, saves_time
 
 Padding = tuple[int, int, int, int]  # left, right, top, bottom
 VECTOR = 8  # channels that cuDNN's channels-last kernels read at a time, in 16 bits
@@ -135,10 +137,36 @@ def _by_triton(
     padding: Padding,
     residual: torch.Tensor | None,
     relu: bool,
+    launch: ConvBoxes | ConvPointers | None = None,
 ) -> torch.Tensor:
     from fastsd.kernels.triton import conv2d as conv2d_triton
 
-    return conv2d_triton.conv2d(x, weight, bias, stride, padding, residual, "relu" if relu else "none")
+    return conv2d_triton.conv2d(x, weight, bias, stride, padding, residual, "relu" if relu else "none", launch)
+
+
+def _launches(
+    thorough: bool,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: int,
+    padding: Padding,
+    *_: Any,
+) -> list[ConvBoxes | ConvPointers]:
+    height, width = _size(x, weight, stride, padding)
+    outputs, inputs, *kernel = weight.shape
+    key = class_of(x.device)
+    return variants.convolutions(thorough, key, height, width, inputs, outputs, math.prod(kernel), stride, 1)
+
+
+def _size(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: Padding) -> tuple[int, int]:
+    """Height and width of the result."""
+    left, right, top, bottom = padding
+    kernel = weight.shape[2:]
+    height, width = (
+        (n - k) // stride + 1 for n, k in zip((x.shape[1] + top + bottom, x.shape[2] + left + right), kernel)
+    )
+    return height, width
 
 
 def _no_triton(
@@ -171,9 +199,7 @@ def _first(
     if inputs % VECTOR or outputs % VECTOR:
         return "triton"
     left, right, top, bottom = padding
-    height, width = (
-        (n - k) // stride + 1 for n, k in zip((x.shape[1] + top + bottom, x.shape[2] + left + right), kernel)
-    )
+    height, width = _size(x, weight, stride, padding)
     passes = 0.0 if bias is None and residual is None and not relu else 2.0 if residual is None else 3.0
     if (left, top) != (right, bottom):  # cuDNN needs a padded copy
         passes += 2 * stride**2 * inputs / outputs
@@ -190,7 +216,14 @@ OP = GpuOp(
     conv2d_ref,
     (
         OpCandidate("cudnn", _by_cudnn),
-        OpCandidate("triton", _by_triton, _no_triton, partial=True),
+        OpCandidate(
+            "triton",
+            _by_triton,
+            _no_triton,
+            partial=True,
+            launches=_launches,
+            launch_types=(ConvBoxes, ConvPointers),
+        ),
         OpCandidate("torch", _by_torch),
     ),
     first=_first,

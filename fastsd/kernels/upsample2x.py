@@ -10,7 +10,9 @@ from fastsd.kernels import candidates, dispatch
 from fastsd.kernels.candidates import GpuOp, OpCandidate
 from fastsd.kernels.conv2d import Padding, conv2d, conv2d_ref
 from fastsd.kernels.cpu import choices, onednn
-from fastsd.kernels.launch.conv2d import saves_time_doubled
+from fastsd.kernels.launch import variants
+from fastsd.kernels.launch.architecture import class_of
+from fastsd.kernels.launch.conv2d import ConvBoxes, ConvPointers, saves_time_doubled
 
 SAME: Padding = (1, 1, 1, 1)
 KEPT = 2**18  # elements of a packed weight whose summed kernels are kept: 1.8 MB of fp32 at most
@@ -58,10 +60,22 @@ def _by_doubling(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     return conv2d(upsample2x(x), weight, bias, 1, SAME)
 
 
-def _by_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _by_triton(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    launch: ConvBoxes | ConvPointers | None = None,
+) -> torch.Tensor:
     from fastsd.kernels.triton import upsample2x_conv as upsample2x_conv_triton
 
-    return upsample2x_conv_triton.upsample2x_conv(x, weight, bias)
+    return upsample2x_conv_triton.upsample2x_conv(x, weight, bias, launch)
+
+
+def _launches(
+    thorough: bool, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> list[ConvBoxes | ConvPointers]:
+    _, height, width, inputs = x.shape
+    return variants.convolutions(thorough, class_of(x.device), height, width, inputs, len(weight), 4, 1, 4)
 
 
 def _no_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
@@ -85,7 +99,14 @@ OP = GpuOp(
     upsample2x_conv_ref,
     (
         OpCandidate("doubling", _by_doubling),  # the convolution by its own choice
-        OpCandidate("triton", _by_triton, _no_triton, partial=True),
+        OpCandidate(
+            "triton",
+            _by_triton,
+            _no_triton,
+            partial=True,
+            launches=_launches,
+            launch_types=(ConvBoxes, ConvPointers),
+        ),
         OpCandidate("torch", _by_torch),
     ),
     first=_first,

@@ -85,7 +85,8 @@ class CudaMachine:
         self._graphs.clear()
         if self._held > HELD:
             self._held = 0
-            torch.cuda.empty_cache()
+            with alone:
+                torch.cuda.empty_cache()
 
     def _side(self) -> torch.cuda.Stream:
         index = torch.cuda.current_device()

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from fastsd.kernels.launch import flash_attn, linear, rowwise
+from fastsd.kernels.launch import conv2d, flash_attn, linear, rowwise
 from fastsd.kernels.launch import groupnorm_silu as norm
 from fastsd.kernels.launch.groupnorm_silu import power_of_two
 
@@ -47,6 +47,12 @@ def products(thorough: bool, architecture: int, rows: int, columns: int, depth: 
     return _distinct(
         committed, _products(committed, architecture, rows, columns, depth, gated) if thorough else others[:1]
     )
+
+
+def convolutions(thorough: bool, architecture: int, *sizes: int) -> list[conv2d.ConvBoxes | conv2d.ConvPointers]:
+    """Launches of `conv2d`, of the sizes of its `choose`. A first use has one: each is compiled for its channels."""
+    committed = conv2d.choose(architecture, *sizes)
+    return _distinct(committed, _convolutions(committed, *sizes) if thorough else ())
 
 
 def _distinct(committed: Any, others: Iterable[Any]) -> list[Any]:
@@ -113,3 +119,28 @@ def _products(
     ):
         if height * (first + more) >= 1024 * warps:  # at least 32 sums for each thread
             yield linear.Gemm(height, first, more, committed.depth, warps, stages, splits, tma)
+
+
+def _convolutions(
+    committed: conv2d.ConvBoxes | conv2d.ConvPointers,
+    height: int,
+    width: int,
+    inputs: int,
+    outputs: int,
+    taps: int,
+    stride: int,
+    phases: int,
+) -> Iterator[conv2d.ConvBoxes | conv2d.ConvPointers]:
+    """Tiles of other sizes, other depths of the pipeline, and sums in more or fewer parts."""
+    steps = taps * -(-inputs // committed.depth)
+    splits = [n for n in sorted({1, 2, 4, 8, committed.split}) if n <= max(steps // 4, 1)]
+    tiles = [(128, 0), (64, 0)] if outputs > 64 else []
+    for split, stages, pixels in itertools.product(splits, (2, 3, 4), (64, 128, 256)):
+        if isinstance(committed, conv2d.ConvPointers):
+            for columns in dict.fromkeys([committed.channels, *(first for first, _ in tiles)]):
+                yield replace(committed, pixels=pixels, channels=columns, stages=stages, split=split)
+            continue
+        box = conv2d.box_of(height, width, pixels)
+        for channels in dict.fromkeys([committed.channels, *tiles]):
+            for swapped in {False, committed.swapped and channels == committed.channels}:
+                yield replace(committed, box=box, channels=channels, stages=stages, split=split, swapped=swapped)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fastsd.kernels.launch import flash_attn, groupnorm_silu, linear, rowwise, variants
+from fastsd.kernels.launch import conv2d, flash_attn, groupnorm_silu, linear, rowwise, variants
 
 SM = 90
 CASES: list[tuple[str, Any, tuple[int, ...], Any]] = [
@@ -22,6 +22,11 @@ CASES: list[tuple[str, Any, tuple[int, ...], Any]] = [
     ("linear", variants.products, (2048, 1280, 1280, 0), linear.choose),
     ("linear", variants.products, (128, 1280, 5120, 0), linear.choose),
     ("linear", variants.products, (8192, 1280, 320, 1), linear.choose),
+    ("conv2d", variants.convolutions, (64, 64, 320, 320, 9, 1, 1), conv2d.choose),
+    ("conv2d", variants.convolutions, (8, 8, 1280, 1280, 9, 1, 1), conv2d.choose),
+    ("conv2d", variants.convolutions, (32, 32, 320, 320, 9, 2, 1), conv2d.choose),
+    ("conv2d", variants.convolutions, (512, 512, 128, 3, 9, 1, 1), conv2d.choose),
+    ("upsample2x_conv", variants.convolutions, (32, 32, 640, 640, 4, 1, 4), conv2d.choose),
 ]
 
 
@@ -45,6 +50,8 @@ def test_all_are_valid_launches_of_one_kind_and_the_committed_one_is_first(
             assert launch.split_pixels % launch.block_p == 0
         if isinstance(launch, flash_attn.Tile):
             assert sum(launch.parts) >= sizes[3]
+        if isinstance(launch, conv2d.ConvBoxes):
+            assert launch.channels == committed.channels or not launch.swapped
         if isinstance(launch, linear.Gemm) and sizes[3]:
             assert launch.columns == launch.more and launch.splits == 1
 
