@@ -181,7 +181,7 @@ class GpuChoices:
         self.table = tables.load(self.identity)
         self.shared = tables.shared(self.identity)
         self.committed = tables.shared(self.identity, committed_only=True)
-        self.unseen = not self.table.entries and not self.shared
+        self.unseen = not self.table.entries and not tables.shared(self.identity, proven=True)
         self._revised: set[Place] = set()
         self._prober: Prober | None = None
         self._saved, self._changed = time.monotonic(), False
@@ -195,10 +195,11 @@ class GpuChoices:
         candidates = list(taking(op, args))
         if len(candidates) == 1:
             return op.own, True
-        known = self.committed.get(place) if how.reproducible else self.table.entries.get(place, self.shared.get(place))
-        trial = Trial(op, place, args, ways_of(candidates, args, thorough), dict(excluded))
+        own = self.table.entries.get(place, TableEntry())
+        given = self.committed.get(place) if how.reproducible else self.shared.get(place)
+        known = given if how.reproducible or own.candidate is None else own
+        trial = Trial(op, place, args, ways_of(candidates, args, thorough), {**own.excluded, **excluded})
         if known is not None:
-            trial.excluded |= known.excluded
             way = known.way(op)
             if way is not None and way.candidate in candidates and way.label not in trial.excluded and not thorough:
                 if known.checked or way == op.own:
@@ -210,15 +211,16 @@ class GpuChoices:
 
     def _from_table(self, trial: Trial, way: Way, known: TableEntry) -> tuple[Way, bool]:
         """A choice that was made elsewhere, once it is compared with the specification here."""
-        if self._faults(trial, way):
+        self._probe(trial, [way])
+        if way.label in trial.excluded or self._faults(trial, way):
             return self._first_right(trial) if mode().reproducible else self._measured(trial)
         if not mode().reproducible:
-            self._note(trial.place, replace(known, checked=True))
+            self._note(trial.place, replace(known, checked=True, excluded=trial.excluded))
         return way, True
 
     def _first_right(self, trial: Trial) -> tuple[Way, bool]:
         """The first way in the order of preference that is right here."""
-        self._probe(trial)
+        self._probe(trial, trial.left)
         for way in trial.left:
             if way == trial.op.own or (not way.candidate.measured and not self._faults(trial, way)):
                 return way, True
@@ -227,7 +229,7 @@ class GpuChoices:
     def _measured(self, trial: Trial) -> tuple[Way, bool]:
         """The fastest way that is right here."""
         own = trial.op.own
-        self._probe(trial)
+        self._probe(trial, trial.left)
         machine.synchronize(self.device)  # what went wrong before is no fault of these ways
         # A candidate may be PyTorch's own op under another name, preferred where nothing is measured.
         others = (way for way in trial.left if way.candidate.run is not own.candidate.run)
@@ -244,8 +246,8 @@ class GpuChoices:
             tell(trial.place, entry)
         return way, True
 
-    def _probe(self, trial: Trial) -> None:
-        """Run the ways in a child process first, on a GPU never seen before and while tuning."""
+    def _probe(self, trial: Trial, ways: Sequence[Way]) -> None:
+        """Run ways in a child process first, on a GPU never seen before and while tuning."""
         how = mode()
         if not how.probe or not (self.unseen or how.thorough):
             return
@@ -257,7 +259,7 @@ class GpuChoices:
                     "first, which takes a minute or more, once (--no-probe, or probe=False, leaves it out)",
                     "new",
                 )
-        others = [way for way in trial.left if way != trial.op.own]
+        others = [way for way in ways if way != trial.op.own]
         for label, reason in self._prober.faults(trial.op, trial.args, others).items():
             self._exclude(trial, label, f"it fails in a process of its own: {reason}")
         if self._prober.broken is not None:
@@ -318,11 +320,15 @@ class GpuChoices:
         started = time.monotonic()
         if started - self._ended > PAUSE:
             self._spent = 0.0
+        samplers = []
         try:
-            samplers = [machine.sampler(functools.partial(way.run, args)) for way in ways]
+            for way in ways:
+                samplers.append(machine.sampler(functools.partial(way.run, args)))
             taken = times(samplers, hurried=self._spent > BUDGET and not mode().thorough)
             return dict(zip(ways, taken, strict=True))
         except RuntimeError as error:
+            if device_is_lost(error) and way != trial.op.own:
+                self._lost(trial, way, error)
             if not ran_out_of_memory(error):
                 raise
             trial.uncertain = True

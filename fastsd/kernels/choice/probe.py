@@ -21,6 +21,7 @@ from fastsd.kernels.choice.table import entry_of
 
 START = 120.0  # seconds that a child may take to start
 ANSWER = 120.0  # seconds that a way may take there, with its compilation
+IDLE = 20.0  # seconds without a request, after which the child ends: it holds memory of the GPU
 DEATHS = 3  # of children by one candidate of an op, after which it is not tried any more
 MODULE = "fastsd.kernels.choice.child"
 
@@ -34,9 +35,22 @@ class Prober:
         self._child: subprocess.Popen[str] | None = None
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._deaths: Counter[tuple[str, str]] = Counter()
+        self._lock = threading.RLock()
+        self._timer: threading.Timer | None = None
 
     def faults(self, op: GpuOp, args: Sequence[Any], ways: Sequence[Way]) -> dict[str, str]:
         """Reasons by way, of those that ended a child."""
+        with self._lock:
+            found = self._faults(op, args, ways)
+            if self._timer is not None:
+                self._timer.cancel()
+            if self._child is not None:
+                self._timer = threading.Timer(IDLE, self.close)
+                self._timer.daemon = True
+                self._timer.start()
+            return found
+
+    def _faults(self, op: GpuOp, args: Sequence[Any], ways: Sequence[Way]) -> dict[str, str]:
         found: dict[str, str] = {}
         left = list(ways)
         while left and self.broken is None:
@@ -141,8 +155,11 @@ class Prober:
 
     def close(self) -> None:
         """End the child."""
-        if self._child is not None:
-            self._ended("closed")
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+            if self._child is not None:
+                self._ended("closed")
 
 
 def _pass_on(child: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:

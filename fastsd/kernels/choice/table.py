@@ -178,11 +178,16 @@ def _tell_other_version(other: Path, identity: Mapping[str, Any]) -> None:
         warnings.warn(f"the ops of {identity['gpu']} are measured anew, at their first use: {what}", stacklevel=2)
 
 
-def shared(identity: Mapping[str, Any], committed_only: bool = False) -> dict[Place, TableEntry]:
+def shared(identity: Mapping[str, Any], committed_only: bool = False, proven: bool = False) -> dict[Place, TableEntry]:
     """The choices for this GPU that come with fastsd, and those that were imported, which take precedence.
 
     None of them counts as checked here. A damaged file is left out with a warning.
+
+    Args:
+        committed_only: without the imported ones.
+        proven: only those of this torch and Triton, whose kernels run on this GPU.
     """
+    same = ("gpu", "torch", "triton") if proven else ("gpu",)
     found: dict[Place, TableEntry] = {}
     imported = [] if committed_only else [imported_path(identity)]
     for path in [*sorted(COMMITTED.glob("*.json")), *imported]:
@@ -192,7 +197,7 @@ def shared(identity: Mapping[str, Any], committed_only: bool = False) -> dict[Pl
             except FastsdError as error:
                 warnings.warn(f"{error}; it is not used", stacklevel=2)
                 continue
-            if table.identity["gpu"] == identity["gpu"]:
+            if all(table.identity[name] == identity[name] for name in same):
                 found |= {place: _unchecked(entry) for place, entry in table.entries.items()}
     return found
 

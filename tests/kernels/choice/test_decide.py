@@ -117,7 +117,9 @@ def test_a_way_that_faults_the_gpu_ends_the_process_and_is_known_to_the_next(gpu
         candidates.run(op, X)
     assert "\n" not in str(told.value)
     candidates.forget()  # the table was written at once
-    assert torch.equal(candidates.run(op, X), 2 * X)
+    for how in (UNPROBED, ChoiceMode(reproducible=True, probe=False)):
+        with choosing(how):
+            assert torch.equal(candidates.run(op, X), 2 * X)
 
 
 def test_what_memory_does_not_hold_is_not_compared_and_not_kept(gpu: PlayedGpu) -> None:

@@ -44,6 +44,18 @@ def test_each_way_that_ends_its_child_is_found_and_named(prober: Prober, monkeyp
 
 
 @pytest.mark.heavy
+def test_a_child_without_work_ends_and_another_one_starts(prober: Prober, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds memory of the GPU."""
+    monkeypatch.setattr(probe, "IDLE", 0.1)
+    doubles = [Way(dying.OP.candidates[1])]
+    assert prober.faults(dying.OP, (X,), doubles) == {}
+    assert prober._timer is not None
+    prober._timer.join(20)
+    assert prober._child is None
+    assert prober.faults(dying.OP, (X,), doubles) == {} and prober.broken is None
+
+
+@pytest.mark.heavy
 def test_on_a_gpu_never_seen_before_the_child_dies_and_not_we(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`dying.OP` would end this process if anything but its child ran the first way."""
     with played(tmp_path, PlayedGpu(), monkeypatch) as gpu:

@@ -146,6 +146,8 @@ def test_what_is_exported_is_imported_elsewhere(tmp_path: Path, capsys: pytest.C
     known = tables.shared(elsewhere)
     assert [known[place].way(OP) for place in PLACES] == WAYS
     assert not any(entry.checked for entry in known.values())  # each is compared with the specification there
+    assert tables.shared({**elsewhere, "torch": IDENTITY["torch"]}, proven=True).keys() == known.keys()
+    assert tables.shared(elsewhere, proven=True) == {}  # kernels of another torch never ran
     assert tables.shared({**IDENTITY, "gpu": "another"}) == {}
 
 
