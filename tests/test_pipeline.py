@@ -11,6 +11,9 @@ from PIL import Image
 
 import fastsd
 from fastsd.errors import FastsdError
+from fastsd.kernels import dispatch
+from fastsd.kernels.candidates import ChoiceMode
+from fastsd.kernels.choice import decide
 from fastsd.pipeline import Pipeline
 from fastsd.runtime.devices import resolve_dtype
 from tests.support.pipelines import tiny_pipeline
@@ -229,3 +232,26 @@ def test_sizes_far_beyond_the_training_are_said(pipe: Pipeline) -> None:
     assert pipe("a", width=96, height=96).notes == []  # 1.5 times the side
     # The second pass holds on to what the first has drawn.
     assert pipe("a", hires_scale=2).notes == []
+
+
+def test_how_ops_are_chosen_holds_in_every_part_of_a_call_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, seen = tiny_pipeline(), []
+    own.choice_mode = ChoiceMode(reproducible=True)
+    backend = dispatch.backend
+
+    def asked(*tensors: Any, **named: Any) -> str:
+        seen.append(decide.mode())
+        return backend(*tensors, **named)
+
+    monkeypatch.setattr(dispatch, "backend", asked)
+    for step in own.stream("a cat", seed=1, num_inference_steps=2):
+        assert decide.mode() == ChoiceMode()  # what the caller does between two steps is its own
+        step.preview()
+    own.decode(step.latents)
+    assert len(seen) > 100 and set(seen) == {own.choice_mode}
+
+
+def test_loading_says_how_ops_are_chosen() -> None:
+    assert Pipeline.from_pretrained("digits", device="cpu").choice_mode == ChoiceMode()
+    given = Pipeline.from_pretrained("digits", device="cpu", reproducible=True, probe=False)
+    assert given.choice_mode == ChoiceMode(reproducible=True, probe=False)
