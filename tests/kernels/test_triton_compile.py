@@ -94,6 +94,7 @@ def test_groupnorm_silu_compiles(pixels, channels, first, capability, dtype):
         **{"CPG": size, "G": launch.groups, "BLOCK_P": launch.block_p, "PARTS": 1 if first == channels else 2},
         **{"BLOCK_C": groupnorm_silu.power_of_two(launch.groups * size), "SILU": True},
         **{"BLOCK_G": groupnorm_silu.power_of_two(launch.groups), "BLOCK_S": groupnorm_silu.power_of_two(merged)},
+        "GIVEN": False,
     }
     bits = 64 if launch.groups * channels // 32 * dtype.itemsize % 16 else 128
     if not launch.split_pixels:
@@ -130,6 +131,23 @@ def test_add_bias_residual_compiles(columns, capability, dtype):
         **{"BLOCK_R": launch.block_rows, "BLOCK_C": launch.block_columns, "RELU": False},
     }
     examine(add_bias_residual_triton._add_bias_residual_kernel, capability, launch.warps, arguments, 128, 2)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), TARGETS)
+@pytest.mark.parametrize(("pixels", "channels"), [(4096, 320), (16384, 320), (1024 * 1024, 128)])
+def test_add_bias_residual_with_moments_compiles(pixels, channels, capability, dtype):
+    if dtype is torch.float32:
+        pytest.skip("in 16 bits only")
+    launch = groupnorm_silu.choose(class_of(capability), pixels, channels, 32, dtype.itemsize)
+    arguments = {
+        **dict.fromkeys(("y_ptr", "bias_ptr", "residual_ptr"), dtype),
+        **{"moments_ptr": torch.float32, "HW": pixels, "C": channels, "run": launch.split_pixels},
+        **{"stride_rr": channels, "CPG": channels // 32, "G": launch.groups, "BLOCK_P": launch.block_p},
+        "BLOCK_C": groupnorm_silu.power_of_two(launch.groups * channels // 32),
+        "BLOCK_G": groupnorm_silu.power_of_two(launch.groups),
+    }
+    kernel = add_bias_residual_triton._add_bias_residual_moments_kernel
+    examine(kernel, capability, launch.warps, arguments, 128, 2)
 
 
 @pytest.mark.parametrize(("capability", "dtype"), TARGETS)

@@ -15,7 +15,8 @@ class GroupNormSettings:
         whole_tile, whole_warps: elements of the tile of such a program, and its warps.
         row_bytes: the fewest adjacent bytes of a pixel that a program of the split path reads, if possible.
         tile, warps: elements of the tile of a program of the split path, and its warps.
-        programs: programs per image of the split path, if each then has `split_tiles` tiles.
+        programs: programs per image of the split path, if each then has `split_tiles` tiles; half as many, if the last
+            launch can then merge the splits itself.
         split_tiles: the fewest tiles of a program that computes moments.
         apply_tiles: tiles that a program of the last launch writes.
         merge: the most splits that the programs of the last launch merge themselves.
@@ -38,8 +39,8 @@ TABLE: dict[int, GroupNormSettings] = {
     75: GroupNormSettings(whole=24576, programs=160),  # 32 KiB of first-level cache
     80: GroupNormSettings(),
     86: GroupNormSettings(),
-    90: GroupNormSettings(),
-    100: GroupNormSettings(),
+    90: GroupNormSettings(whole=131072),  # half of 256 KiB
+    100: GroupNormSettings(whole=131072),
     120: GroupNormSettings(),
 }
 
@@ -91,6 +92,9 @@ def choose(architecture: int, pixels: int, channels: int, groups: int, itemsize:
     block_p = max(settings.tile // power_of_two(g * size), 1)
     split_pixels = max(-(-pixels * groups // (settings.programs * g * block_p)), settings.split_tiles) * block_p
     splits = -(-pixels // split_pixels)
+    if splits > settings.merge and 2 * settings.merge * groups // g >= settings.programs:
+        split_pixels = -(-pixels // (settings.merge * block_p)) * block_p
+        splits = -(-pixels // split_pixels)
     return GroupNormLaunch(
         g, block_p, settings.warps, split_pixels, block_p * settings.apply_tiles, splits > settings.merge
     )
