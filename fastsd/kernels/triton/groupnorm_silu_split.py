@@ -1,7 +1,8 @@
 """`groupnorm_silu` of maps that exceed the first-level cache: one launch for the moments, one that normalises.
 
 Each program of the first launch takes the moments of a run of pixels, a split; the programs of the second merge them.
-Many splits are merged by a launch in between, because every program of the last launch would read them all.
+Many splits are merged by a launch in between, because every program of the last launch would read them all. The first
+launch is left out where the op that wrote the map took its moments (`fastsd.kernels.moments`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import triton.language as tl
 
 from fastsd.kernels.launch import OPTIONS
 from fastsd.kernels.launch.groupnorm_silu import GroupNormLaunch, power_of_two
+from fastsd.kernels.moments import GROUPS, MapMoments, of
 from fastsd.kernels.triton.groupnorm_silu_tiles import group_moments, load_pivot, normalise
+
+MERGED = 64  # the most runs of given moments that the last launch merges itself
 
 
 @triton.jit
@@ -64,11 +68,12 @@ def _merge_splits(moments_ptr, group, mask, splits, groups, split_pixels, HW, CP
     n = tl.maximum(tl.minimum(split_pixels, HW - s * split_pixels), 0).to(tl.float32)[:, None]
     pointers = moments_ptr + s[:, None] * groups + group[None, :]
     mask = (s < splits)[:, None] & mask[None, :]
-    means = tl.load(pointers, mask=mask, other=0.0)
+    first = tl.load(moments_ptr + group, mask=group < groups, other=0.0)
+    means = tl.load(pointers, mask=mask, other=0.0) - first[None, :]  # exact for means near the first one
     m2 = tl.load(pointers + splits * groups, mask=mask, other=0.0)
-    mean = tl.sum(means * n, 0) / HW
+    mean = tl.sum(tl.where(mask, means * n, 0.0), 0) / HW
     centred = tl.where(mask, means - mean[None, :], 0.0)
-    return mean, tl.sum(m2 + n * CPG * centred * centred, 0)
+    return first + mean, tl.sum(m2 + n * CPG * centred * centred, 0)
 
 
 @triton.jit
@@ -122,6 +127,7 @@ def _groupnorm_apply_kernel(
     BLOCK_S: tl.constexpr,
     PARTS: tl.constexpr,
     SILU: tl.constexpr,
+    GIVEN: tl.constexpr,  # the moments are those of the op that wrote x, without a pivot
 ):
     block, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     groups = tl.num_programs(1) * G
@@ -137,7 +143,10 @@ def _groupnorm_apply_kernel(
     if sum_ptr is not None:
         sum_ptr += b * HW * C
     # fmt: off
-    pivot = load_pivot(x_ptr, x2_ptr, add_ptr, channel, within, C1, stride_xp, stride_x2p, CPG, PARTS)
+    if GIVEN:
+        pivot = tl.zeros([1, BLOCK_C], tl.float32)
+    else:
+        pivot = load_pivot(x_ptr, x2_ptr, add_ptr, channel, within, C1, stride_xp, stride_x2p, CPG, PARTS)
     mean, m2 = _merge_splits(moments_ptr, block * G + g, g < G, splits, groups, split_pixels, HW, CPG, BLOCK_S)
     normalise(x_ptr, x2_ptr, add_ptr, weight_ptr, bias_ptr, ahead_ptr, out_ptr, sum_ptr, pivot, mean, m2, eps, start,
               tl.minimum(start + apply_pixels, HW), channel, within, HW, C, C1, stride_xp, stride_x2p,
@@ -167,12 +176,18 @@ def groupnorm_silu_split(
     batch, height, width, channels = out.shape
     pixels, groups = height * width, channels // tile["CPG"]
     blocks = groups // launch.groups
-    splits, split_pixels = -(-pixels // launch.split_pixels), launch.split_pixels
-    moments = torch.empty(batch, 2, splits, groups, dtype=torch.float32, device=x.device)
-    _groupnorm_moments_kernel[(splits, blocks, batch)](
-        x, x2, add, moments, pixels, x.shape[-1], split_pixels, *strides, **tile
-    )
-    if launch.merge:
+    given = given_moments(x, x2, add, groups)
+    splits, split_pixels, merge = -(-pixels // launch.split_pixels), launch.split_pixels, launch.merge
+    if given is not None:
+        moments, split_pixels = given.values, given.run
+        splits = moments.shape[2]
+        merge = splits > MERGED
+    else:
+        moments = torch.empty(batch, 2, splits, groups, dtype=torch.float32, device=x.device)
+        _groupnorm_moments_kernel[(splits, blocks, batch)](
+            x, x2, add, moments, pixels, x.shape[-1], split_pixels, *strides, **tile
+        )
+    if merge:
         merged = torch.empty(batch, 2, 1, groups, dtype=torch.float32, device=x.device)
         _groupnorm_merge_kernel[(groups, batch)](
             *(moments, merged, pixels, splits, split_pixels, groups),
@@ -186,5 +201,11 @@ def groupnorm_silu_split(
         *(splits, split_pixels, launch.apply_pixels, eps, *strides),
         BLOCK_S=power_of_two(splits),
         SILU=silu,
+        GIVEN=given is not None,
         **tile,
     )
+
+
+def given_moments(x: torch.Tensor, x2: torch.Tensor, add: torch.Tensor | None, groups: int) -> MapMoments | None:
+    """The moments of the map that is normalised, if the op that wrote it took them."""
+    return of(x) if x2 is x and add is None and groups == GROUPS else None

@@ -50,6 +50,27 @@ def merge_channels(mean, m2, n, CPG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def update_lanes(mean, m2, count, y, live):
+    """Mean and squared deviations `[BLOCK_P, BLOCK_C]` of each lane after its value of `y`, the `count`-th.
+
+    Every lane of the tile runs Welford's update (1962), so that threads communicate once, after the loop.
+    """
+    delta = tl.where(live[:, None], y - mean, 0.0)
+    mean += delta * (1.0 / count)
+    return mean, m2 + delta * (y - mean)
+
+
+@triton.jit
+def merge_lanes(mean, m2, n, CPG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
+    """The moments of groups `[BLOCK_G]` over n pixels from those of the lanes."""
+    counts = ((n - tl.arange(0, BLOCK_P) + BLOCK_P - 1) // BLOCK_P).to(tl.float32)[:, None]  # pixels per lane
+    channel_mean = tl.sum(mean * counts, 0) / n
+    centred = mean - channel_mean[None, :]
+    channel_m2 = tl.sum(m2 + counts * centred * centred, 0)
+    return merge_channels(channel_mean, channel_m2, n, CPG, BLOCK_C, BLOCK_G)
+
+
+@triton.jit
 def group_moments(
     x_ptr,
     x2_ptr,
@@ -68,10 +89,7 @@ def group_moments(
     BLOCK_G: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Moments of groups `[BLOCK_G]` over the n pixels from `start`: mean minus the pivot, squared deviations summed.
-
-    Every lane of the tile runs Welford's update (1962), so that threads communicate once, after the loop.
-    """
+    """Moments of groups `[BLOCK_G]` over the n pixels from `start`: mean minus the pivot, squared deviations summed."""
     row = tl.arange(0, BLOCK_P)
     mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     m2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
@@ -80,14 +98,8 @@ def group_moments(
         pixel, live = start + offset + row, offset + row < n
         y = load_sum(x_ptr, x2_ptr, add_ptr, pixel, live, channel, within, C1, stride_xp, stride_x2p, PARTS) - pivot
         count += 1.0
-        delta = tl.where(live[:, None], y - mean, 0.0)
-        mean += delta * (1.0 / count)
-        m2 += delta * (y - mean)
-    counts = ((n - row + BLOCK_P - 1) // BLOCK_P).to(tl.float32)[:, None]  # pixels per lane
-    channel_mean = tl.sum(mean * counts, 0) / n
-    centred = mean - channel_mean[None, :]
-    channel_m2 = tl.sum(m2 + counts * centred * centred, 0)
-    return merge_channels(channel_mean, channel_m2, n, CPG, BLOCK_C, BLOCK_G)
+        mean, m2 = update_lanes(mean, m2, count, y, live)
+    return merge_lanes(mean, m2, n, CPG, BLOCK_P, BLOCK_C, BLOCK_G)
 
 
 @triton.jit

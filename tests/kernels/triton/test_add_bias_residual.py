@@ -10,11 +10,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastsd.kernels import moments
 from fastsd.kernels.conv2d import conv2d
+from fastsd.kernels.launch.groupnorm_silu import GroupNormLaunch
 from fastsd.kernels.launch.rowwise import ADD_BIAS_RESIDUAL
 from fastsd.kernels.launch.rowwise import add_bias_residual as choose
 from fastsd.kernels.triton import add_bias_residual as module
-from tests.support.triton_checks import DEVICE, DTYPES, LAYOUTS, broken, check, must_fail, rand
+from fastsd.kernels.triton import groupnorm_silu as norm
+from fastsd.kernels.triton import groupnorm_silu_split as split
+from fastsd.kernels.triton import groupnorm_silu_tiles as tiles
+from tests.support.triton_checks import (
+    DEVICE,
+    DTYPES,
+    LAYOUTS,
+    Guards,
+    broken,
+    broken_with_importers,
+    check,
+    must_fail,
+    rand,
+)
 
 CASES = {  # shape
     "the decoder's last convolution": (1, 5, 7, 3),
@@ -101,6 +116,154 @@ def test_the_checks_notice_when_add_bias_residual(fault: str, tmp_path: Path):
     with must_fail():
         run((3, 300), torch.float32, True, True, False, "gaps", kernels=copy)
         run((3, 37), torch.float32, True, True, True, kernels=copy)
+
+
+SPLIT = GroupNormLaunch(groups=4, block_p=16, warps=4, split_pixels=32, apply_pixels=48)
+MAPS = {  # batch, height, width, channels, mean, deviation
+    "ten channels a group, as in SD1.5": (2, 8, 8, 320, 0.0, 1.0),
+    "a short last run": (2, 7, 7, 64, 0.0, 1.0),
+    "one pixel in the last run": (1, 3, 11, 64, 0.0, 1.0),
+    "one run": (1, 3, 5, 32, 0.0, 1.0),
+    "a large mean": (1, 7, 7, 64, 100.0, 1.0),
+    "a constant map": (1, 7, 7, 64, 30.0, 0.0),
+}
+
+
+def run_moments(case, dtype, residual=True, kernels: Any = module):
+    """Check the sum by the rule, and the moments against those of the written map in float64."""
+    batch, height, width, channels, mean, std = case
+    shape, found = (batch, height, width, channels), []
+
+    def in_place(y, b, r):
+        out = torch.empty_like(y).copy_(y)  # between guard zones
+        stride = 0 if r is None else r.stride(2)
+        assert kernels._with_moments(out, b, r, stride, SPLIT) is out
+        found.append((out.double().cpu(), moments.of(out)))
+        return out
+
+    check(
+        in_place,
+        lambda y, b, r: y + b if r is None else y + b + r,
+        rand(*shape, dtype=dtype, mean=mean, scale=std),
+        rand(channels, dtype=dtype, scale=std, seed=1),
+        rand(*shape, dtype=dtype, scale=std, seed=2) if residual else None,
+    )
+    y, noted = found[0]
+    assert noted is not None and noted.run == SPLIT.split_pixels
+    runs = y.flatten(1, 2).split(noted.run, dim=1)
+    groups = [part.unflatten(2, (moments.GROUPS, -1)).transpose(1, 2).flatten(2) for part in runs]  # [B, groups, n]
+    means = torch.stack([part.mean(2) for part in groups], 1)
+    squares = torch.stack([(part - part.mean(2, keepdim=True)).square().sum(2) for part in groups], 1)
+    n = groups[0].shape[2]
+    # Roundings of a mean: 3 in each of 2 updates of a lane, 6 in the sum of 16 lanes, 6 in that of up to 10 channels.
+    error = 18 * 2.0**-24 * y.abs().max()
+    assert bool(noted.values.isfinite().all())
+    values = noted.values.double().cpu()
+    assert (values[:, 0] - means).abs().max() <= error
+    assert bool(
+        (
+            (values[:, 1] - squares).abs()
+            <= 32 * 2.0**-24 * squares + 2 * n**0.5 * error * squares.sqrt() + n * error**2
+        ).all()
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("reason", MAPS)
+def test_the_pass_takes_the_moments_of_what_it_writes(reason, dtype):
+    run_moments(MAPS[reason], dtype, residual=reason != "one run")
+
+
+MOMENT_MUTATIONS: dict[str, tuple[Any, str, str]] = {
+    "reads past the run": (module, "offset + row < n\n        mask", "offset + row <= n\n        mask"),
+    "writes past the channels": (
+        module,
+        "live[:, None] & within[None, :]\n        pointers",
+        "live[:, None]\n        pointers",
+    ),
+    "first image for all": (module, "b * HW + start", "0 * b + start"),
+    "takes the moments before rounding": (module, "rounded.to(tl.float32), 0.0)", "y, 0.0)"),
+    "omits the residual": (module, "y += tl.load(others", "z = tl.load(others"),
+    "writes moments of the next group": (module, "block * G + g\n", "block * G + g + 1\n"),
+    "counts the padding": (tiles, "tl.where(live[:, None], y - mean, 0.0)", "y - mean"),
+    "weights all lanes equally": (
+        tiles,
+        "((n - tl.arange(0, BLOCK_P) + BLOCK_P - 1)",
+        "((n + BLOCK_P - 1) + 0 * tl.arange(0, BLOCK_P)",
+    ),
+    "omits the spread between channels": (tiles, "n * centred * centred, 1)", "0 * centred, 1)"),
+}
+
+
+@pytest.mark.parametrize("fault", MOMENT_MUTATIONS)
+def test_the_checks_notice_when_the_pass(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    where, old, new = MOMENT_MUTATIONS[fault]
+    copy = broken_with_importers(where, old, new, [] if where is module else [module], tmp_path, monkeypatch)
+    with must_fail():
+        run_moments(MAPS["a short last run"], torch.float16, kernels=copy)
+        run_moments(MAPS["ten channels a group, as in SD1.5"], torch.float16, kernels=copy)
+        run_moments(MAPS["a large mean"], torch.float16, kernels=copy)
+
+
+def given_and_own(case, dtype, launch, kernels: Any = norm):
+    """The norm of a map with noted moments, and of its copy, which has none."""
+    batch, height, width, channels, mean, std = case
+    y = rand(batch, height, width, channels, dtype=dtype, mean=mean, scale=std).to(DEVICE)
+    module._with_moments(y, None, None, 0, SPLIT)
+    w, b = rand(channels, dtype=dtype).to(DEVICE), rand(channels, dtype=dtype, seed=1).to(DEVICE)
+    guards = Guards()
+    with guards:
+        given = kernels.groupnorm_silu(y, w, b, moments.GROUPS, 1e-5, launch=launch)
+    guards.intact()
+    return given, kernels.groupnorm_silu(y.clone(), w, b, moments.GROUPS, 1e-5, launch=launch)
+
+
+@pytest.mark.parametrize("merged", [1, 64])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("reason", MAPS)
+def test_a_norm_takes_given_moments_instead_of_its_own(reason, dtype, merged, monkeypatch):
+    """The moments differ by a few fp32 roundings of the mean, the result by one rounding of the dtype."""
+    launches = []
+    first = split._groupnorm_moments_kernel
+    monkeypatch.setattr(split, "MERGED", merged)
+    monkeypatch.setattr(split, "_groupnorm_moments_kernel", Counting(first, launches))
+    given, own = given_and_own(MAPS[reason], dtype, SPLIT)
+    assert len(launches) == 1  # of the copy
+    allowed = 2 * torch.finfo(dtype).eps * own.abs().max().item()
+    if MAPS[reason][5] == 0:  # one rounding of the mean, 30, divided by the square root of eps
+        allowed += 4 * 30 * 2.0**-24 / 1e-5**0.5
+    assert (given - own).abs().max().item() <= allowed
+
+
+class Counting:
+    """A kernel that counts its launches."""
+
+    def __init__(self, kernel: Any, launches: list[int]):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.launches.append(1)
+        return self.kernel[grid]
+
+
+def test_given_moments_are_only_for_the_norm_they_fit():
+    """Not with an addition, a skip connection or other groups, and not for a copy or a view of the map."""
+    y = rand(1, 7, 7, 64, dtype=torch.float16).to(DEVICE)
+    module._with_moments(y, None, None, 0, SPLIT)
+    assert split.given_moments(y, y, None, 32) is moments.of(y) is not None
+    assert split.given_moments(y, y, torch.ones(1, 64), 32) is None
+    assert split.given_moments(y, y.clone(), None, 32) is None
+    assert split.given_moments(y, y, None, 16) is None
+    assert moments.of(y.clone()) is moments.of(y[:]) is None
+
+
+def test_a_convolution_hands_its_moments_to_the_norm_after_it():
+    """Of maps that the norm would read twice, in 16 bits."""
+    for side, dtype, noted in ((80, torch.float16, True), (80, torch.float32, False), (16, torch.float16, False)):
+        x, w = rand(1, side, side, 8, dtype=dtype).to(DEVICE), rand(128, 8, 1, 1, dtype=dtype).to(DEVICE)
+        with torch.no_grad():
+            y = conv2d(x, w, rand(128, dtype=dtype).to(DEVICE))
+        assert (moments.of(y) is not None) == noted
 
 
 @pytest.mark.parametrize(
