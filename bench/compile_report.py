@@ -156,12 +156,10 @@ def _norm_calls(dtype: torch.dtype) -> Iterator[Call]:
 
 
 def _epilogue_calls(dtype: torch.dtype) -> Iterator[Call]:
-    for columns in (128, 320, 1280):
-        y, vector = _meta(1, 32, 32, columns, dtype=dtype), _meta(columns, dtype=dtype)
-        yield (
-            f"add_bias_residual {columns}",
-            partial(add_bias_residual_triton.add_bias_residual, y, vector, _meta(1, 32, 32, columns, dtype=dtype)),
-        )
+    for side, channels in ((32, 128), (32, 320), (32, 1280), (64, 320)):  # the last one with moments
+        y, r = (_meta(1, side, side, channels, dtype=dtype) for _ in range(2))
+        run = partial(add_bias_residual_triton.add_bias_residual, y, _meta(channels, dtype=dtype), r)
+        yield f"add_bias_residual {side**2}x{channels}", run
 
 
 def _geglu_calls(dtype: torch.dtype) -> Iterator[Call]:

@@ -29,7 +29,7 @@ if why_not() is not None:
     pytest.skip(f"no dry run here: {why_not()}", allow_module_level=True)
 
 # The most launches of a guided step of one image: UNet, guidance and update. Lower them with every launch that goes.
-BUDGETS = {"sd15": 382, "sdxl": 963}
+BUDGETS = {"sd15": 379, "sdxl": 931}
 
 
 @pytest.fixture(scope="module", params=BUDGETS)

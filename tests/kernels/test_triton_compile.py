@@ -146,7 +146,7 @@ def test_add_bias_residual_with_moments_compiles(pixels, channels, capability, d
         "BLOCK_C": groupnorm_silu.power_of_two(launch.groups * channels // 32),
         "BLOCK_G": groupnorm_silu.power_of_two(launch.groups),
     }
-    kernel = add_bias_residual_triton._add_bias_residual_moments_kernel
+    kernel = add_bias_residual_triton._residual_moments_kernel
     examine(kernel, capability, launch.warps, arguments, 128, 2)
 
 

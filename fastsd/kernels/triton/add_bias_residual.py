@@ -47,7 +47,7 @@ def _add_bias_residual_kernel(
 
 
 @triton.jit
-def _add_bias_residual_moments_kernel(
+def _residual_moments_kernel(
     y_ptr,  # [B, HW, C], changed in place
     bias_ptr,  # [C] or None
     residual_ptr,  # [B, HW, C] or None
@@ -170,7 +170,7 @@ def _with_moments(
     runs = -(-pixels // run)
     values = torch.empty(batch, 2, runs, moments.GROUPS, dtype=torch.float32, device=y.device)
     with torch.cuda.device_of(y):
-        _add_bias_residual_moments_kernel[(runs, moments.GROUPS // launch.groups, batch)](
+        _residual_moments_kernel[(runs, moments.GROUPS // launch.groups, batch)](
             *(y, bias, residual, values, pixels, channels, run, residual_stride),
             CPG=size,
             G=launch.groups,
