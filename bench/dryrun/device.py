@@ -108,7 +108,7 @@ def _answers(gpu: Gpu) -> dict[str, Any]:
         total_memory=total,
         warp_size=32,
     )
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
 
     def nothing(*args: Any, **named: Any) -> contextlib.nullcontext[None]:
         return contextlib.nullcontext()

@@ -18,6 +18,7 @@ from fastsd.model.taesd import TAESD
 from fastsd.model.tokenizer import Tokenizer
 from fastsd.model.unet import UNet
 from fastsd.model.vae import AutoencoderKL
+from fastsd.runtime.devices import autoencoder_dtype
 
 HALF = torch.float16
 
@@ -37,9 +38,10 @@ def on_gpu(kind: Any, config: Any, dtype: torch.dtype = HALF) -> Any:
 def components_of(run: DryRun, family: ModelFamily, in_channels: int = 4, tiny_vae: bool = False) -> Components:
     """A checkpoint of the family on the fake GPU."""
     encoders = tuple(on_gpu(TextEncoder, config) for config in family.text)
+    of_vae = autoencoder_dtype(torch.float16, DEVICE, family.vae.force_upcast)
     components = Components(
         unet=on_gpu(UNet, replace(family.unet, in_channels=in_channels)),
-        vae=on_gpu(TAESD, TAESDConfig()) if tiny_vae else on_gpu(AutoencoderKL, family.vae),
+        vae=on_gpu(TAESD, TAESDConfig()) if tiny_vae else on_gpu(AutoencoderKL, family.vae, of_vae),
         text_encoders=encoders,
         tokenizers=tuple(Tokenizer() for _ in encoders),
         scheduler=family.scheduler,
