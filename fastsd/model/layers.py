@@ -61,10 +61,11 @@ class Linear(nn.Module):
         residual: torch.Tensor | None = None,
         skip: torch.Tensor | None = None,
         into: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """With `into`, which includes the bias already, the product is added to it in place."""
+        """With `into`, which includes the bias, adds the product to it in place; `bias` replaces the layer's own."""
         if into is None:
-            return linear(x, self.weight, self.bias, activation, residual, skip)
+            return linear(x, self.weight, self.bias if bias is None else bias, activation, residual, skip)
         add_product(into, x, self.weight)
         return into
 
@@ -202,7 +203,8 @@ class LayerNorm(nn.Module):
 class ResBlock(nn.Module):
     """GroupNorm, SiLU, conv, twice, with a shortcut (Ho et al. 2020, appendix B).
 
-    `UNet` projects the time embedding to the widths of all its blocks in one product, and adds `conv1`'s biases there.
+    `UNet` projects the time embedding of all its blocks in one product, and adds biases of their convolutions there. On
+    a GPU, a shortcut's product adds what `conv2` computed and the biases of both.
     """
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, eps: float):
@@ -220,15 +222,19 @@ class ResBlock(nn.Module):
         """`x` `[B, H, W, Cin]` to `[B, H, W, Cout]`.
 
         Args:
-            time: the projected time embedding plus `conv1.bias`, `[B or 1, Cout]`; None where there is no time (VAE).
+            time: the projected time embedding plus `conv1.bias`, `[B or 1, Cout]`, and with a shortcut, in Cout more
+                columns, `conv2.bias + conv_shortcut.bias`; None where there is no time (VAE).
             skip: further channels of `x`, which with them has Cin.
         """
-        in_norm = time is not None
-        if time is None and self.conv1.bias is not None and dispatch.folds(x, self.conv1.weight):
-            time, in_norm = self.conv1.bias[None], True  # the norm adds it for nothing, cuDNN in a pass of its own
-        h = self.conv1(self.norm1(x, skip=skip), add_bias=not in_norm)
-        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x, skip=skip)
-        return self.conv2(self.norm2(h, add=time), residual=shortcut)
+        folds, in_norm, biases = dispatch.folds(x, self.conv1.weight), time is not None, None
+        if time is not None:
+            time, biases = time[:, : self.out_channels], time[:1, self.out_channels :]
+        elif folds and self.conv1.bias is not None:
+            time, in_norm = self.conv1.bias[None], True  # the norm adds it for nothing
+        h = self.norm2(self.conv1(self.norm1(x, skip=skip), add_bias=not in_norm), add=time)
+        if folds and self.conv_shortcut is not None and biases is not None:
+            return self.conv_shortcut(x, skip=skip, residual=self.conv2(h, add_bias=False), bias=biases[0])
+        return self.conv2(h, residual=x if self.conv_shortcut is None else self.conv_shortcut(x, skip=skip))
 
 
 class SelfAttention(nn.Module):
@@ -262,17 +268,11 @@ class CrossAttention(nn.Module):
         """`[B, L, context_channels]` to keys and values, `[B, L, 2, heads, D]`."""
         return self.to_kv(context).unflatten(-1, (2, self.heads, -1))
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        key_value: torch.Tensor,
-        residual: torch.Tensor | None = None,
-        into: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """`x` `[B, S, C]`, `key_value` from `project_context`. Returns like `SelfAttention`."""
+    def forward(self, x: torch.Tensor, key_value: torch.Tensor, **add_to: torch.Tensor) -> torch.Tensor:
+        """`x` `[B, S, C]`, `key_value` from `project_context`, `residual` or `into` and result as `SelfAttention`."""
         q = self.to_q(x).unflatten(-1, (self.heads, -1))
         k, v = key_value.unbind(2)
-        return self.to_out[0](flash_attn(q, k, v), residual=residual, into=into)
+        return self.to_out[0](flash_attn(q, k, v), **add_to)
 
 
 class GEGLU(nn.Module):

@@ -163,12 +163,15 @@ class ContractingPath(nn.Module):
     def _project_times(self) -> None:
         """Stack all blocks' time projections into one product."""
         blocks = {name: m for name, m in self.named_modules() if isinstance(m, ResBlock)}
-        self.time_sizes = tuple(block.out_channels for block in blocks.values())
+        widths = tuple(block.out_channels for block in blocks.values())
+        self.time_sizes = tuple(
+            width if block.conv_shortcut is None else 2 * width for width, block in zip(widths, blocks.values())
+        )
         self.time_projections = Linear(
             self.config.time_embed_dim,
-            sum(self.time_sizes),
+            sum(widths),
             parts=tuple(f"{name}.time_emb_proj" for name in blocks),
-            part_sizes=self.time_sizes,
+            part_sizes=widths,
         )
 
     def embed_time(
@@ -182,7 +185,7 @@ class ContractingPath(nn.Module):
             guidance_scale: an input of UNets with `time_cond_proj_dim`; others ignore it.
 
         Returns:
-            `[N, sum of the blocks' channels]`.
+            `[N, sum of time_sizes]`.
         """
         config, dtype = self.config, self.conv_in.weight.dtype
         waves = timestep_embedding(timestep, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift)
@@ -197,16 +200,23 @@ class ContractingPath(nn.Module):
         return self.project_time(embedding)
 
     def project_time(self, embedding: torch.Tensor) -> torch.Tensor:
-        """What the blocks add to their maps: `[N, time_embed_dim]` to `[N, sum of the blocks' channels]`.
+        """What the blocks add to their maps: `[N, time_embed_dim]` to `[N, sum of time_sizes]`.
 
-        The biases of the blocks' first convolutions are constants of the same sum. Added here, once for all steps, they
-        cost no pass over a map; a changed bias takes effect in the next call.
+        The biases of the blocks' convolutions are constants of the same sums. Added here, once for all steps, they cost
+        no pass over a map; a changed bias takes effect in the next call.
         """
         layer = self.time_projections
-        biases = [block.conv1.bias for block in self.modules() if isinstance(block, ResBlock)]
-        constants = torch.cat([bias for bias in biases if bias is not None])
-        assert layer.bias is not None and layer.bias.shape == constants.shape
-        return linear(activate(embedding, "silu"), layer.weight, layer.bias + constants)
+        blocks = [block for block in self.modules() if isinstance(block, ResBlock)]
+        first = torch.cat([block.conv1.bias for block in blocks if block.conv1.bias is not None])
+        assert layer.bias is not None and layer.bias.shape == first.shape
+        projected = linear(activate(embedding, "silu"), layer.weight, layer.bias + first)
+        parts: list[torch.Tensor] = []
+        for block, own in zip(blocks, projected.split(layer.part_sizes, dim=-1)):
+            parts.append(own)
+            if block.conv_shortcut is not None:
+                assert block.conv2.bias is not None and block.conv_shortcut.bias is not None
+                parts.append((block.conv2.bias + block.conv_shortcut.bias).expand(len(own), -1))
+        return torch.cat(parts, dim=-1)
 
     def _embed_guidance(self, timestep: torch.Tensor, guidance_scale: float) -> torch.Tensor | None:
         """Sinusoids `[1, channels]` of 1000 w, w = guidance_scale - 1 (Luo et al. 2023, section 4.2)."""

@@ -32,18 +32,19 @@ def output(unet: UNet) -> torch.Tensor:
     return unet(x, torch.tensor([3.0, 801.0]), text)
 
 
-def test_the_bias_of_a_first_convolution_acts_through_the_time_embedding(unet: UNet) -> None:
-    """Adding b to the bias is adding b to the block's time embedding, of which it is a part."""
-    before = unet.project_time(torch.zeros(1, SMALL.time_embed_dim))
+def test_biases_act_through_the_time_embedding(unet: UNet) -> None:
+    """A first convolution's is a part of its block's embedding; those of the second and the shortcut follow it."""
     blocks = [block for block in unet.modules() if isinstance(block, ResBlock)]
-    biases = torch.cat([block.conv1.bias for block in blocks])
-    torch.testing.assert_close(before[0], unet.time_projections.bias + biases)
-    blocks[1].conv1.bias += 1
-    after = unet.project_time(torch.zeros(1, SMALL.time_embed_dim))
-    start, size = blocks[0].out_channels, blocks[1].out_channels
-    expected = torch.zeros_like(before).index_fill_(1, torch.arange(start, start + size), 1.0)
-    torch.testing.assert_close(after - before, expected)
-    blocks[1].conv1.bias -= 1
+    before = unet.project_time(torch.zeros(2, SMALL.time_embed_dim)).split(unet.time_sizes, dim=-1)
+    own = unet.time_projections.bias.split(unet.time_projections.part_sizes)
+    shortcuts = 0
+    for block, vectors, bias in zip(blocks, before, own, strict=True):
+        parts = [bias + block.conv1.bias]
+        if block.conv_shortcut is not None:
+            parts.append(block.conv2.bias + block.conv_shortcut.bias)
+            shortcuts += 1
+        torch.testing.assert_close(vectors, torch.cat(parts).expand(2, -1))
+    assert 0 < shortcuts < len(blocks)
 
 
 @torch.no_grad()
@@ -52,7 +53,7 @@ def test_changed_weights_and_biases_take_effect_at_once(unet: UNet) -> None:
     first = output(unet)
     state = {name: value.clone() for name, value in unet.state_dict().items()}
     for name in ("bias", "weight"):
-        for part in ("conv1", "conv2", "time_emb"):
+        for part in ("conv1", "conv2", "conv_shortcut", "time_emb"):
             changed = [key for key in state if part in key and key.endswith(name)]
             changed = changed or [f"time_projections.{name}"]
             unet.load_state_dict(state | {key: 1.5 * state[key] + 0.1 for key in changed})
