@@ -245,6 +245,30 @@ def test_not_enough_memory_for_a_capture(components: Components) -> None:
     assert torch.equal(latents(pipe, width=256, height=256), expected) and len(pipe.graphs) == 2  # text and step
 
 
+def test_after_a_capture_that_fails_the_next_one_works() -> None:
+    """The caller's stream is current, and memory that was allocated inside goes back to the driver."""
+    recorder, x = CudaRecorder(DEVICE), torch.ones(2**26, device=DEVICE)
+    stream = torch.cuda.current_stream(DEVICE)
+    torch.cuda.synchronize(DEVICE)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(DEVICE)
+
+    def looks_at_the_device() -> None:
+        y = x * 2
+        if torch.cuda.is_current_stream_capturing():
+            y.sum().item()
+
+    with pytest.raises(RuntimeError):
+        recorder.record(looks_at_the_device)
+    assert torch.cuda.current_stream(DEVICE) == stream
+    recorder.free()
+    assert torch.cuda.memory_reserved(DEVICE) <= before
+    row = x[:1024]
+    replay = recorder.record(lambda: row @ row.view(-1, 1))
+    x.fill_(2.0)
+    assert replay().item() == 4096.0
+
+
 def test_freed_memory_is_available() -> None:
     """Memory in PyTorch's cache counts, although the driver does not report it as free."""
     torch.cuda.empty_cache()
