@@ -8,6 +8,7 @@
 #   make bench           the benchmarks, on this machine (BENCH="--models sd15 --budget 600" and so on)
 #   make gpu             on a machine with a GPU: its tests, then the benchmarks, in 9 minutes
 #   make report          the README's table of speed and the charts, from bench/results/
+#   make dryrun          the table of launches in docs/performance.md, counted without a GPU
 #   make reference       docs/reference.md, from fastsd/parameters.py
 #   make digits-report   the full check of the bundled model (DATA=folder with the MNIST files)
 #
@@ -45,7 +46,7 @@ VERSION := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
 # A file's tests stay in one process, which makes its models once. Files start in their order, so that no long one is last.
 PYTEST = $(PY) -m pytest $$($(PY) -c 'import xdist' 2>/dev/null && echo '--numprocesses=$(WORKERS)' --dist=loadfile --no-loadscope-reorder)
 
-.PHONY: help interpreter demo test quick lint lint-run parity bench gpu report reference digits-report
+.PHONY: help interpreter demo test quick lint lint-run parity bench gpu report reference dryrun digits-report
 .DEFAULT_GOAL := help
 
 help:
@@ -121,6 +122,9 @@ report: $(MEASURE)
 
 reference: $(RUNTIME)
 	@$(PY) -m fastsd.cli.reference > docs/reference.md
+
+dryrun: $(DEV)
+	@$(PY) -m bench.dryrun --write-docs
 
 digits-report: $(RUNTIME)
 	$(PY) -m fastsd evaluate --model digits --data $(DATA)

@@ -1,45 +1,54 @@
-"""Count a guided step's launches on a GPU that is not there.
+"""Run a pipeline on a GPU that is not there, and count what it launches.
 
-python -m bench.dryrun --model sd15 [--gpu h100] [--batch 1] [--size 512] [--list]
+    python -m bench.dryrun --model sdxl [--gpu h100] [--way text] [--batch 1] [--size 1024] [--list]
+    python -m bench.dryrun --write-docs
+
+Launches and bytes are exact. Times are modelled from published rates, and optimistic: no launch is slower than its
+operations or its bytes. The floor is that of `bench.roofline`. Memory is that of PyTorch's allocator, without the
+workspaces of libraries.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 
-from bench.dryrun.cost import KINDS
+from bench.dryrun import docs, table
 from bench.dryrun.device import why_not
 from bench.dryrun.gpus import GPUS
 from bench.dryrun.record import dry_run
-from bench.dryrun.steps import guided_step
+from bench.dryrun.ways import WAYS, generate
 from bench.families import FAMILIES
+from fastsd.errors import FastsdError
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=FAMILIES, required=True)
+    parser.add_argument("--model", choices=FAMILIES)
     parser.add_argument("--gpu", choices=GPUS, default="h100")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--size", type=int, default=0, help="of the image, in pixels")
-    parser.add_argument("--list", action="store_true", help="print every launch")
+    parser.add_argument("--way", choices=WAYS, default="text", help="of using the pipeline (default: text)")
+    parser.add_argument("--batch", type=int, default=1, help="images at a time")
+    parser.add_argument("--size", type=int, help="of an image, in pixels (default: the model's)")
+    parser.add_argument("--list", action="store_true", help="print every launch of a step and of the decoder")
+    parser.add_argument("--write-docs", action="store_true", help=f"bring {docs.PAGE.name} up to date")
     arguments = parser.parse_args()
     reason = why_not()
     if reason is not None:
         parser.exit(2, f"error: no dry run here: {reason}\n")
-    with dry_run(GPUS[arguments.gpu]) as run:
-        guided_step(run, FAMILIES[arguments.model], arguments.batch, arguments.size)
-    launches = run.of("step").launches
+    if arguments.write_docs:
+        docs.write()
+        return
+    if arguments.model is None:
+        parser.error("--model is needed, or --write-docs")
+    gpu = GPUS[arguments.gpu]
+    try:
+        with dry_run(gpu) as run:
+            generate(run, FAMILIES[arguments.model], arguments.way, arguments.batch, arguments.size or 0)
+    except FastsdError as error:
+        parser.exit(2, f"error: {error}\n")
     if arguments.list:
-        print(*launches, sep="\n")
-    count, moved = Counter(x.kind for x in launches), Counter[str]()
-    for launch in launches:
-        moved[launch.kind] += launch.bytes
-    for kind in KINDS:
-        if count[kind]:
-            print(f"{kind:12} {count[kind]:5} launches {moved[kind] / 1e9:8.3f} GB")
-    print(f"{'all':12} {len(launches):5} launches {sum(moved.values()) / 1e9:8.3f} GB")
-    print(f"{sum(x.hidden for x in launches)} of them are hidden copies")
+        for section in run.sections[1:]:
+            print(section.name, *section.launches, "", sep="\n")
+    print(table.text(run, gpu))
 
 
 if __name__ == "__main__":

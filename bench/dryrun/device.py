@@ -14,7 +14,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +38,8 @@ def why_not() -> str | None:
     reason = dispatch.why_no_triton(torch.device("meta"))
     if reason is not None:
         return reason
+    if torch.cuda.is_available():
+        return "this machine has a GPU, which would answer; CUDA_VISIBLE_DEVICES= hides it"
     if not torch.backends.cuda.is_built() and compiler() is None:
         return "no C++ compiler was found (c++, g++ or clang++ on the path, or $CXX)"
     return None
@@ -80,13 +82,16 @@ def load_guard() -> None:
 
 
 @contextmanager
-def fake_cuda(gpu: Gpu) -> Iterator[FakeTensorMode]:
-    """Inside this context torch.cuda answers as a machine with one `gpu`, and the mode makes tensors on it."""
+def fake_cuda(gpu: Gpu, wait: Callable[[], None]) -> Iterator[FakeTensorMode]:
+    """Inside this context torch.cuda answers as a machine with one `gpu`, and the mode makes tensors on it.
+
+    wait: is called where the host would wait for the device.
+    """
     load_guard()
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(patch.dict(os.environ, FASTSD_CACHE=folder))  # nobody's choices
-        for name, answer in _answers(gpu).items():
+        for name, answer in _answers(gpu, wait).items():
             stack.enter_context(patch.object(torch.cuda, name, answer))
         before = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)
@@ -97,7 +102,7 @@ def fake_cuda(gpu: Gpu) -> Iterator[FakeTensorMode]:
         yield FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def _answers(gpu: Gpu) -> dict[str, Any]:
+def _answers(gpu: Gpu, wait: Callable[[], None]) -> dict[str, Any]:
     """What torch.cuda's functions say."""
     total = gpu.memory * 2**30
     properties = SimpleNamespace(
@@ -108,7 +113,7 @@ def _answers(gpu: Gpu) -> dict[str, Any]:
         total_memory=total,
         warp_size=32,
     )
-    stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
+    stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=wait)
 
     def nothing(*args: Any, **named: Any) -> contextlib.nullcontext[None]:
         return contextlib.nullcontext()
@@ -125,7 +130,7 @@ def _answers(gpu: Gpu) -> dict[str, Any]:
         "memory_reserved": lambda device=None: 0,
         "memory_allocated": lambda device=None: 0,
         "current_stream": lambda device=None: stream,
-        "synchronize": lambda device=None: None,
+        "synchronize": lambda device=None: wait(),
         "empty_cache": lambda: None,
         "device": nothing,
         "device_of": nothing,

@@ -353,8 +353,15 @@ def _section_of(function: Any) -> str:
 @contextmanager
 def dry_run(gpu: Gpu) -> Iterator[DryRun]:
     """Inside this context `DEVICE` exists, and what is launched on it is recorded instead."""
-    with fake_cuda(gpu) as fake, ExitStack() as stack:
+    made: list[DryRun] = []
+
+    def wait() -> None:
+        for one in made:
+            one.refuse("the host waits for the device")
+
+    with fake_cuda(gpu, wait) as fake, ExitStack() as stack:
         run = DryRun(fake)
+        made.append(run)
         candidates.forget()
         stack.callback(candidates.forget)
 
