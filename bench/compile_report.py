@@ -3,6 +3,7 @@
     python -m bench.compile_report             print the table
     python -m bench.compile_report --write     also write it to docs/compile_report.txt
     python -m bench.compile_report --sm 90     print the rows of one architecture
+    python -m bench.compile_report --models    what the models launch in dry runs, a row for each kernel
 
 Launchers are called with tensors on the meta device, and their launches are compiled instead of run. The counts are
 those of the innermost loop with the most products, or, without products, with the most loads; without a loop, those of
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -315,13 +316,26 @@ def heading() -> str:
     )
 
 
+def _print_models(capabilities: Iterable[int]) -> None:
+    from bench.dryrun import compiles  # which imports this module
+
+    print(f"Triton {triton.__version__}. The most that a launch of the kernel takes.\n{compiles.HEAD}")
+    for capability in capabilities:
+        for row in compiles.rows(capability):
+            print(row, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sm", type=int, choices=sorted(SHARED), help="this architecture only")
     parser.add_argument("--write", action="store_true", help=f"write {REPORT.name}")
+    parser.add_argument("--models", action="store_true", help="instead what the models launch, by kernel")
     arguments = parser.parse_args()
-    if arguments.write and arguments.sm:
-        parser.error("--write keeps all architectures; leave --sm out")
+    if arguments.write and (arguments.sm or arguments.models):
+        parser.error("--write keeps all architectures and no models; leave --sm and --models out")
+    if arguments.models:
+        _print_models((arguments.sm,) if arguments.sm else SHARED)
+        return
     rows = [heading()]
     print(rows[0])
     for capability in (arguments.sm,) if arguments.sm else SHARED:

@@ -33,6 +33,13 @@ TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", t
 
 
 @dataclass(frozen=True)
+class Unaligned:
+    """A pointer that is no multiple of 16 bytes. One that is, is its dtype alone."""
+
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class Compiled:
     """Machine code and its properties.
 
@@ -71,9 +78,9 @@ def compile_kernel(kernel: Any, capability: int, warps: int, arguments: Mapping[
     """Compile for sm_`capability` as a launch with these arguments would.
 
     Args:
-        arguments: for each parameter a torch dtype (a pointer, 16-byte aligned), a tensor descriptor, an int or float
-            (typed and specialised as by Triton: 1 becomes a constant, a multiple of 16 is marked as one), None, or the
-            value of a constexpr.
+        arguments: for each parameter a torch dtype (a pointer, 16-byte aligned), `Unaligned`, a tensor descriptor, an
+            int or float (typed and specialised as by Triton: 1 becomes a constant, a multiple of 16 is marked as one),
+            None, or the value of a constexpr.
         options: further compiler options (num_stages, maxnreg).
     """
     source = source_of(kernel, arguments)
@@ -94,6 +101,8 @@ def source_of(kernel: Any, arguments: Mapping[str, Any]) -> ASTSource:
         if isinstance(value, torch.dtype):
             signature[parameter.name] = "*" + TYPES[value]
             attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, Unaligned):
+            signature[parameter.name] = "*" + TYPES[value.dtype]
         elif isinstance(value, TensorDescriptor):
             signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
         elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):

@@ -11,6 +11,7 @@ import torch
 from torch._prims_common import suggest_memory_format
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from bench.compiled import Unaligned
 from bench.dryrun.accesses import Access, accesses, multiplies
 
 KINDS = (
@@ -35,18 +36,6 @@ class Operations:
 
 
 NOTHING = Operations()
-
-
-@dataclass(frozen=True)
-class Pointer:
-    """What a Triton launch depends on of a tensor."""
-
-    dtype: torch.dtype
-    aligned: bool  # to 16 bytes
-
-    @staticmethod
-    def of(x: torch.Tensor) -> Pointer:
-        return Pointer(x.dtype, x.storage_offset() * x.element_size() % 16 == 0)
 
 
 def place(x: torch.Tensor) -> tuple[int, int, tuple[int, ...]]:
@@ -147,7 +136,9 @@ def without_memory(x: Any) -> Any:
     """A launch's argument without its tensor, which would stay in memory."""
     if isinstance(x, TensorDescriptor):
         return replace(x, base=torch.empty(0, dtype=x.base.dtype, device="meta"))
-    return Pointer.of(x) if isinstance(x, torch.Tensor) else x
+    if not isinstance(x, torch.Tensor):
+        return x
+    return x.dtype if x.storage_offset() * x.element_size() % 16 == 0 else Unaligned(x.dtype)
 
 
 def pointers(kernel: Any, values: dict[str, Any]) -> dict[str, Access]:

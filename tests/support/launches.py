@@ -1,36 +1,21 @@
-"""Every launch of our kernels on sm_90, compiled by the Triton that comes first on the path.
-
-    python -m tests.support.launches     prints as JSON: its version, how many launches it compiled, and what is wrong
-
-The models tell what they launch: they run here on tensors that have shapes but no memory. The launches of the compile
-report come after them. Many are the same to the compiler, and compiled once.
-"""
+"""The models and the sampler's step, called on tensors that have shapes but no memory: what `bench.warm` traces."""
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from bench import compile_report
-from bench.compile_report import KernelLaunch
-from bench.compiled import SHARED, source_of
 from fastsd import config
-from fastsd.kernels import advance, dispatch
+from fastsd.kernels import advance
 from fastsd.model.clip import TextEncoder
 from fastsd.model.unet import AddedConditioning, UNet
 from fastsd.model.vae import AutoencoderKL
 
-SM = 90
 UNETS = [  # sides of the latent; blocks of keys divide those of the first, not all of those of the second
     ("SD1.5", config.SD15_UNET, ((64, 64), (65, 65))),
     ("SD2.1", config.SD21_UNET, ((96, 96), (64, 65))),
@@ -39,8 +24,6 @@ UNETS = [  # sides of the latent; blocks of keys divide those of the first, not 
 ENCODERS = {"CLIP": config.CLIP_L, "OpenCLIP H": config.OPENCLIP_H, "OpenCLIP bigG": config.OPENCLIP_BIGG}
 
 Calls = Iterator[tuple[str, Callable[[], Any]]]
-
-EVERY: list[KernelLaunch] = []  # what processes that are forked from this one find here: kernels cannot be sent to them
 
 
 class ChannelsLast(TorchFunctionMode):
@@ -92,63 +75,3 @@ def steps() -> Calls:
         buffers = empty(*shape, **wide), empty(*shape), empty(3, *shape[1:]), empty(31, 16, **wide), number
         rest = empty(*shape, **wide), empty(3, *shape, **wide), empty(2, *shape, **wide), guidance, None, guidance
         yield "step", lambda given=(*buffers, *rest): advance.advance(*given)
-
-
-def launches(sm: int = SM) -> list[KernelLaunch]:
-    """What all of that launches on sm_`sm`, the models first; one of those that are the same to the compiler."""
-    found: list[KernelLaunch] = []
-    for calls in (models(), steps()) if sm >= 80 else (steps(),):  # our attention refuses sm_75
-        for name, call in calls:
-
-            def tell(kernel: Any, arguments: dict[str, Any], name: str = name) -> None:
-                found.append(KernelLaunch(f"{name}: {kernel.fn.__name__}", kernel, arguments))
-
-            with (
-                compile_report.intercepted_launches(sm, tell),
-                dispatch.forced("triton"),
-                torch.no_grad(),
-                ChannelsLast(),
-            ):
-                call()
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        found += [replace(launch, case=f"{launch.case} {dtype}") for launch in compile_report.launches(sm, dtype)]
-    return list({key_of(launch): launch for launch in reversed(found)}.values())[::-1]
-
-
-def key_of(launch: KernelLaunch) -> tuple[Any, ...]:
-    """What the compiler is given."""
-    options = (launch.arguments.get(name) for name in ("num_warps", "num_stages", "maxnreg"))
-    return (source_of(launch.kernel, launch.arguments).hash(), *options)
-
-
-def wrong(launch: KernelLaunch) -> str | None:
-    """Why this launch is not as it should be."""
-    try:
-        made = compile_report.compiled(launch, SM)
-    except Exception as error:  # of any kind: the compiler's own, and those of the tools that it calls
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        return f"{launch.case}: {type(error).__name__}: {(str(cause).strip().splitlines() or ['no message'])[-1]}"
-    # Exact fp32 attention has no tensor cores to wait for: there the assembler may prefer one more program, and keep a
-    # number or two in memory outside the loop.
-    spills = made.spills if launch.arguments.get("q_ptr") != torch.float32 else 0
-    if spills or made.shared > SHARED[SM]:
-        return f"{launch.case}: {made.spills} bytes spilled, {made.shared} bytes of shared memory"
-    return None
-
-
-def wrong_of(i: int) -> str | None:
-    return wrong(EVERY[i])
-
-
-def main() -> None:
-    EVERY.extend(launches())
-    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-        answers = pool.map(wrong_of, range(len(EVERY)), chunksize=1)
-    told = {"triton": triton.__version__, "compiled": len(answers), "wrong": [x for x in answers if x is not None]}
-    print(json.dumps(told))
-
-
-if __name__ == "__main__":
-    main()

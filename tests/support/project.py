@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -16,6 +17,10 @@ else:
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+# The oldest Triton that the package allows, and where `make test` puts it.
+_TRITON = next(found for found in map(Requirement, PYPROJECT["project"]["dependencies"]) if found.name == "triton")
+OLDEST_TRITON = next(bound.version for bound in _TRITON.specifier if bound.operator == ">=")
+TRITON_FOLDER = Path(sys.prefix) / f".triton-{OLDEST_TRITON}"
 INHERITED = {"MAKEFLAGS", "MAKELEVEL", "NOVENV", "PYTHON", "VENV"}  # what a make above this one hands down
 
 
