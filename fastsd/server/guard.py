@@ -23,6 +23,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = "/health"  # the one route that needs no key
+HEADERS = 2**15  # bytes of the address and the headers
 BODY_SECONDS = 60.0  # in which a body must have arrived
 BODIES = 8  # times the largest body: what all requests together may hold in memory
 LOG = logging.getLogger("fastsd.server")
@@ -40,7 +41,7 @@ SECURITY = (
 
 
 class TooLarge(HTTPException):
-    """A body is larger than the limit, or did not arrive in time.
+    """Headers or a body are larger than the limit, or a body did not arrive in time.
 
     It is raised where the application reads the body, which gives HTTP's exceptions through.
     """
@@ -105,6 +106,9 @@ class _Exchange:
         return self.scope["method"] == "OPTIONS" and "access-control-request-method" in self.headers
 
     def _check_length(self) -> None:
+        size = len(self.scope.get("raw_path", b"")) + len(self.scope.get("query_string", b""))
+        if size + sum(len(name) + len(value) for name, value in self.scope["headers"]) > HEADERS:
+            raise TooLarge(431, f"the address and the headers are too large; at most {HEADERS} bytes are read")
         length = self.headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self.guard.settings.limits.body:
             raise TooLarge(413, self._limit())

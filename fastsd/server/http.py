@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -87,6 +88,9 @@ class HttpServer(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
         """As uvicorn, but a signal that ended the server in good order is not raised again: the exit code is 0."""
+        if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+            yield
+            return
         self._loop = asyncio.get_running_loop()
         before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
