@@ -19,6 +19,7 @@ from fastsd.parameters import nearest
 # It has add_arguments(parser) and run(args), and is imported when it is called.
 COMMANDS = {
     "serve": "a web page, and the APIs of A1111 and OpenAI",
+    "mcp": "tools for an assistant: generate an image, edit one",
     "train": "train a model from a config file",
     "evaluate": "measure how good a model's images are",
     "inspect": "what a model file is: family, prediction, keys, hashes",
@@ -27,7 +28,7 @@ COMMANDS = {
     "tune": "measure launches on this GPU and use the best",
 }
 BESIDE = ("inspect", "convert")
-CALLED = {"serve": "server"}  # modules of another name
+CALLED = {"serve": "server", "mcp": "server.mcp"}  # modules of another name
 BAD_INPUT, INTERRUPTED = 2, 130
 
 

@@ -94,7 +94,6 @@ examples:
   fastsd -p "a lighthouse" -n "fog" -m sd15 --count 4 -o lighthouse.png
   fastsd -p "in winter" -m sd15 --image lighthouse-0.png --strength 0.6
   fastsd -p "a [sketch:photo:0.3] of a (red:1.2) door" -m sd15
-  fastsd -p "a red door" -m sd15 --image house.png --mask door.png
   fastsd -p "a fort" -m sd15 --control net.safetensors --control-canny fort.png
   fastsd -p "a lighthouse" -m sdxl --refiner sdxl-refiner --hires 1.5
   fastsd --from-image outputs/00012-7-a-lighthouse.png --guidance 5

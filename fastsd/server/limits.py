@@ -27,7 +27,7 @@ class Limits:
     side: int = 2048
     work: int = 2**31
     body: int = 64 * 2**20
-    pixels: int = 2**25
+    pixels: int = 2**24
 
     def check(self, arguments: Mapping[str, Any], default_side: int = 1024, default_steps: int = 50) -> None:
         """Refuse a call that is larger.

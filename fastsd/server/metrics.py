@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from fastsd.server.jobs import Finished
@@ -37,14 +39,15 @@ class Metrics:
         self.waiting.set(waiting)
         self.running.set(running)
 
-    def count(self, outcome: Finished) -> None:
-        """A job has ended."""
-        self.images.inc(len(outcome.images))
+    def count(self, outcomes: Sequence[Finished]) -> None:
+        """A batch has ended, whose jobs have one time."""
+        self.images.inc(sum(len(outcome.images) for outcome in outcomes))
+        timings = outcomes[0].timings if outcomes else {}
         for stage in STAGES:
-            if stage in outcome.timings:
-                self.seconds.labels(stage).observe(outcome.timings[stage])
-        if "steps_per_second" in outcome.timings:
-            self.pace.set(outcome.timings["steps_per_second"])
+            if stage in timings:
+                self.seconds.labels(stage).observe(timings[stage])
+        if "steps_per_second" in timings:
+            self.pace.set(timings["steps_per_second"])
 
     def set_memory(self, found: dict[str, int]) -> None:
         """Bytes by their meaning."""

@@ -37,7 +37,9 @@ from fastsd.server.metrics import Metrics
 from fastsd.server.supervisor import Supervisor
 from fastsd.server.worker import WorkerEngine
 
-GATHER = 0.003  # seconds that a job waits for others of its shape
+# Seconds that a job waits for others of its shape: this share of what the last batch took, within these bounds. Clients
+# that wait for their images ask again together, and the first of them should not go alone.
+GATHER_SHARE, GATHER, LONGEST_GATHER = 0.03, 0.003, 0.05
 LOG = logging.getLogger("fastsd.server")
 
 
@@ -90,6 +92,7 @@ class GenerationQueue:
         self._numbers = itertools.count(1)
         self._task: asyncio.Task[None] | None = None
         self._seconds = 1.0  # of a job, on average
+        self._batch_seconds = 0.0  # of the last batch
 
     # What the rest of the server calls.
 
@@ -166,11 +169,13 @@ class GenerationQueue:
         self._wake.set()
         await done
 
-    async def unload(self) -> None:
-        """Free the memory of all models, if none is in use."""
-        if self._running is None:
-            await self.supervisor.send(Unload())
-            self.loaded = ()
+    async def unload(self) -> bool:
+        """Free the memory of all models; False: one is in use."""
+        if self._running is not None:
+            return False
+        await self.supervisor.send(Unload())
+        self.loaded = ()
+        return True
 
     @property
     def waiting(self) -> tuple[Job, ...]:
@@ -231,14 +236,16 @@ class GenerationQueue:
                 if self._loads:
                     await self._run_load(*self._loads.pop(0))
                     continue
-                await asyncio.sleep(GATHER if self._has_room() else 0)
+                if self._has_room():
+                    await asyncio.sleep(min(max(GATHER_SHARE * self._batch_seconds, GATHER), LONGEST_GATHER))
                 if jobs := self._take_batch():
                     await self._run_jobs(jobs)
 
     def _has_room(self) -> bool:
-        """Whether the next batch could take more jobs."""
-        first = self._waiting[0].order
-        return first.key is not None and first.count < self.max_batch
+        """Whether the next batch could take more jobs than those that wait."""
+        key = self._waiting[0].order.key
+        same = sum(job.order.count for job in self._waiting if job.order.key == key)
+        return key is not None and same < self.max_batch
 
     def _take_batch(self) -> list[Job]:
         """The first job, and those further back that fit into its batch."""
@@ -263,13 +270,14 @@ class GenerationQueue:
             self._give_back(running)
         answer = await running.answered
         spent = time.monotonic() - running.started
+        self._batch_seconds = spent
         self._seconds += 0.2 * (spent / len(jobs) - self._seconds)
         self._running = None
         if answer is None:
             return
         self._note(answer)
+        self.metrics.count(answer.outcomes)
         for job, outcome in zip(running.jobs, answer.outcomes, strict=False):
-            self.metrics.count(outcome)
             job.finish(outcome)
         for job in running.jobs:  # a batch that was stopped just when another job of it was cancelled has none
             job.finish(Cancelled("cancelled"))

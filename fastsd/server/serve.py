@@ -24,16 +24,20 @@ def make_engine(settings: Any) -> WorkerEngine:
     return PipelineEngine(settings)
 
 
+def engine_settings(settings: ServerSettings) -> EngineSettings:
+    """What the worker needs of the flags."""
+    return EngineSettings(settings.options, settings.lora_dir, settings.embedding_dir, settings.keep, settings.tiling)
+
+
 async def serve(settings: ServerSettings) -> int:
     """Serve until a signal comes; returns the exit code.
 
     Raises:
         FastsdError: the port is taken, or the first model cannot be loaded.
     """
-    engine = EngineSettings(settings.options, settings.lora_dir, settings.embedding_dir, settings.keep, settings.tiling)
     opened = listen(settings.host, settings.port)
-    _check_model(settings)
-    app = make_app(settings, make_engine, engine)
+    check_model(settings)
+    app = make_app(settings, make_engine, engine_settings(settings))
     state: State = app.state.shared
     draining: list[asyncio.Task[None]] = []
 
@@ -67,7 +71,7 @@ async def _watch_first(state: State, server: HttpServer) -> None:
         raise FastsdError(str(error), argument="model", path=state.current.name) from error
 
 
-def _check_model(settings: ServerSettings) -> None:
+def check_model(settings: ServerSettings) -> None:
     """Refuse a path that is not there, before anything is started; a hub id is looked up by the worker."""
     given = settings.model
     if given is not None and given != "digits" and not os.path.exists(given) and given.count("/") != 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,9 +102,9 @@ class ServerSettings:
         return self.api_key is not None or self.password is not None
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `fastsd serve`; values are checked in `read`."""
-    for row in FLAGS:
+def add_arguments(parser: argparse.ArgumentParser, used: Collection[str] | None = None) -> None:
+    """The flags of `fastsd serve`, or those of these names; values are checked in `read`."""
+    for row in (row for row in FLAGS if used is None or row.name in used):
         usual = "" if row.default in (None, False) else f" (default: {row.default})"
         options: dict[str, Any] = {"metavar": row.kind.metavar, "action": "append" if row.several else "store"}
         if isinstance(row.kind, Switch):
@@ -124,7 +125,7 @@ def read(args: argparse.Namespace) -> ServerSettings:
     """
     found: dict[str, Any] = {}
     for row in FLAGS:
-        value = getattr(args, row.name)
+        value = getattr(args, row.name, None)
         with about(row.flag):
             if isinstance(value, str):
                 value = row.kind.parse(value)

@@ -135,6 +135,7 @@ def main(connection: Connection, make_engine: Callable[[Any], WorkerEngine], set
     Args:
         make_engine: makes the engine of `settings`, here, since models do not pass through pipes.
     """
+    os.dup2(2, 1)  # standard output may be where the server speaks to an assistant
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")

@@ -187,7 +187,8 @@ def _add_files(router: APIRouter, state: State) -> None:
     @router.post("/unload-checkpoint")
     async def unload() -> dict[str, Any]:
         """Free the memory; the next request loads again."""
-        await state.queue.unload()
+        if not await state.queue.unload():
+            raise HTTPException(409, "work is running; try again when it has ended")
         return {}
 
     @router.post("/reload-checkpoint")
