@@ -6,6 +6,8 @@ the second time from that cache. Larger maps go to `groupnorm_silu_split`, which
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -103,7 +105,10 @@ def groupnorm_silu(
     total = None if ahead is None else torch.empty(out.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out if total is None else (out, total)
-    launch = launch or choose(architecture.class_of(x.device), pixels, channels, groups, x.element_size())
+    if launch is None:
+        launch = choose(architecture.class_of(x.device), pixels, channels, groups, x.element_size())
+        if total is not None and not launch.split_pixels:  # with 16 warps Triton 3.6 spills the second result
+            launch = replace(launch, warps=min(launch.warps, 8))
     x2 = x if skip is None else skip
     size = channels // groups
     add_stride = add.stride(0) if add is not None and len(add) > 1 else 0
