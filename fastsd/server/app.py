@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from fastsd import __version__
@@ -29,6 +30,31 @@ LOG = logging.getLogger("fastsd.server")
 CLIENT_LEFT = 499  # nobody reads this answer; the log does
 
 
+class ErrorDetail(BaseModel):
+    """An error in A1111's words."""
+
+    detail: str
+
+
+class OpenAIError(BaseModel):
+    """What is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorObject(BaseModel):
+    """An error in OpenAI's words, on its routes."""
+
+    error: OpenAIError
+
+
+STATUSES = (400, 401, 403, 404, 405, 408, 409, 413, 422, 429, 431, 500, 503)
+ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorDetail | ErrorObject} for status in STATUSES}
+
+
 def make_app(settings: ServerSettings, make_engine: Callable[[Any], WorkerEngine], engine_settings: Any) -> FastAPI:
     """The application of one server.
 
@@ -45,7 +71,9 @@ def make_app(settings: ServerSettings, make_engine: Callable[[Any], WorkerEngine
         hashing.cancel()
         await state.queue.stop()
 
-    app = FastAPI(title="fastsd", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="fastsd", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS
+    )
     app.state.shared = state
     inner = app.build_middleware_stack
     app.build_middleware_stack = lambda: Guard(inner(), settings, state.metrics)  # type: ignore[assignment,arg-type,return-value]

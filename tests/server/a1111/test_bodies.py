@@ -66,6 +66,8 @@ def check(path: str, data: st.DataObject) -> None:
     except UnicodeEncodeError:  # half of a surrogate pair: no client can send it as UTF-8
         return
     assert answer.status_code in FINE, (answer.status_code, answer.text[:300], body)
+    app: Any = client().app
+    assert str(answer.status_code) in app.openapi()["paths"][path]["post"]["responses"]
     if answer.status_code != 200:
         error = answer.json()["error"] if path.startswith("/v1/") else answer.json()
         assert isinstance(error["message" if path.startswith("/v1/") else "detail"], str)
