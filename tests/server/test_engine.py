@@ -5,13 +5,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import save_file
 
 from fastsd.errors import FastsdError
+from fastsd.generate.control import Control
 from fastsd.image.metadata import read_texts, write_texts
 from fastsd.pipeline import Pipeline
 from fastsd.server.engine import PipelineEngine
-from fastsd.server.jobs import Finished, ModelChoice, Order
+from fastsd.server.jobs import ControlChoice, Finished, ModelChoice, Order
 from fastsd.server.worker import EngineSettings, Watch
+from fastsd.weights.adapters.apply import Adapter
+from tests.support import tiny
+from tests.support.adapter_writers import small_lora
+from tests.support.pipelines import PHOTO
 
 OPTIONS = {"dtype": "fp32", "device": "cpu"}
 # 32 bits a number, summed in another order where several images run together: the last bits differ, so that a value
@@ -109,3 +115,30 @@ def test_a_lora_that_is_not_there_is_refused_by_name(tmp_path: Path, choice: Mod
     wanted = Order(choice, {"prompt": "a <lora:sketch:0.5> cat", "seed": 1}, loras=(("sketch", 0.5, 0.5),))
     with pytest.raises(FastsdError, match="no sketch.safetensors in it"):
         engine.run((wanted,), 8, Quiet())
+
+
+def test_loras_and_controlnets_act_as_in_python(tmp_path: Path, model: Path, choice: ModelChoice) -> None:
+    """A tag's LoRA, and afterwards the model without it; a ControlNet by its file."""
+    save_file(small_lora(), tmp_path / "ink.safetensors")
+    save_file(tiny.controlnet(tiny.UNET), tmp_path / "net.safetensors")
+    engine = PipelineEngine(EngineSettings(OPTIONS, lora_dir=str(tmp_path)))
+    pipe = Pipeline.from_pretrained(model, **OPTIONS)
+    plain = np.asarray(pipe("a cat", seed=5).images[0])
+    pipe.set_adapters([Adapter(tmp_path / "ink.safetensors", 0.7, 0.7)])
+    inked = np.asarray(pipe("a cat <lora:ink:0.7>", seed=5).images[0])
+    pipe.set_adapters([])
+    steered = pipe("a cat", seed=5, controls=[Control(pipe.load_controlnet(tmp_path / "net.safetensors"), PHOTO, 0.5)])
+
+    tagged = Order(choice, {"prompt": "a cat <lora:ink:0.7>", "seed": 5}, loras=(("ink", 0.7, 0.7),))
+    parts = {"weight": 0.5, "start": 0.0, "end": 1.0}
+    control = ControlChoice("net", str(tmp_path / "net.safetensors"), PHOTO, parts)
+    controlled = Order(choice, {"prompt": "a cat", "seed": 5}, (control,))
+    first, second, third = (
+        engine.run((one,), 8, Quiet())[0] for one in (tagged, order(choice, "a cat", 5), controlled)
+    )
+    np.testing.assert_array_equal(pixels(first)[0], inked)
+    np.testing.assert_array_equal(pixels(second)[0], plain)
+    np.testing.assert_array_equal(pixels(third)[0], np.asarray(steered.images[0]))
+    assert not np.array_equal(inked, plain) and not np.array_equal(np.asarray(steered.images[0]), plain)
+    assert first.settings[0]["loras"][0]["name"] == "ink.safetensors" and second.settings[0]["loras"] is None
+    assert third.settings[0]["controls"] == [{"name": "net", "edges": False, **parts}]
