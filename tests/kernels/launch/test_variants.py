@@ -34,7 +34,7 @@ def launches_of(op: str, function: Any, sizes: tuple[int, ...], thorough: bool) 
     return function(*([op] if function is variants.rows else []), thorough, SM, *sizes)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize(("op", "function", "sizes", "choose"), CASES, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(("op", "function", "sizes", "choose"), CASES, ids=lambda x: getattr(x, "__name__", str(x)))
 def test_all_are_valid_launches_of_one_kind_and_the_committed_one_is_first(
     op: str, function: Any, sizes: tuple[int, ...], choose: Any
 ) -> None:
@@ -56,7 +56,7 @@ def test_all_are_valid_launches_of_one_kind_and_the_committed_one_is_first(
             assert launch.columns == launch.more and launch.splits == 1
 
 
-@pytest.mark.parametrize(("op", "function", "sizes", "choose"), CASES, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(("op", "function", "sizes", "choose"), CASES, ids=lambda x: getattr(x, "__name__", str(x)))
 def test_the_first_use_compiles_two_at_most(op: str, function: Any, sizes: tuple[int, ...], choose: Any) -> None:
     short = launches_of(op, function, sizes, thorough=False)
     assert short[0] == choose(SM, *sizes) and len(short) <= 2
