@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -29,12 +30,17 @@ EVERY: list[KernelLaunch] = []  # what processes that are forked from this one f
 
 @dataclass(frozen=True)
 class CodeSize:
-    """A compiled launch: registers and bytes spilled of a thread, bytes of shared memory; or why there is none."""
+    """A compiled launch: registers and bytes spilled of a thread, bytes of shared memory; or why there is none.
+
+    looped: a loop reads or writes what was spilled. A number that is kept in memory from one loop to the next costs
+    nothing.
+    """
 
     registers: int = 0
     spills: int = 0
     shared: int = 0
     error: str = ""
+    looped: bool = False
 
 
 def size_of(launch: KernelLaunch, sm: int) -> CodeSize:
@@ -47,7 +53,25 @@ def size_of(launch: KernelLaunch, sm: int) -> CodeSize:
             cause = cause.__cause__
         reason = (str(cause).strip().splitlines() or ["no message"])[-1]
         return CodeSize(error=f"{type(error).__name__}: {reason}")
-    return CodeSize(made.registers, made.spills, made.shared)
+    return CodeSize(
+        made.registers, made.spills, made.shared, looped=bool(made.spills) and spills_in_a_loop(made.machine)
+    )
+
+
+def spills_in_a_loop(machine: str) -> bool:
+    """Whether local memory is accessed between a label and a later branch to it."""
+    labels: dict[str, int] = {}
+    accesses: list[int] = []
+    for i, line in enumerate(machine.splitlines()):
+        label = compile_report.LABEL.match(line)
+        target = re.search(r"\bBRA[.\w]* .*`\((\.L_\w+)\)", line)
+        if label:
+            labels[label[1]] = i
+        elif re.search(r"\b(?:LDL|STL)\b", line):
+            accesses.append(i)
+        elif target and any(labels.get(target[1], i) < access for access in accesses):
+            return True
+    return False
 
 
 def wrong(launch: KernelLaunch, size: CodeSize, sm: int) -> str | None:
@@ -56,7 +80,7 @@ def wrong(launch: KernelLaunch, size: CodeSize, sm: int) -> str | None:
         return f"{launch.case}: {size.error}"
     # Exact fp32 attention has no tensor cores to wait for: there the assembler may prefer one more program, and keep a
     # number or two in memory outside the loop.
-    spills = size.spills if launch.arguments.get("q_ptr") != torch.float32 else 0
+    spills = size.looped and launch.arguments.get("q_ptr") != torch.float32
     if spills or size.shared > SHARED[sm]:
         return f"{launch.case}: {size.spills} bytes spilled, {size.shared} of {SHARED[sm]} bytes of shared memory"
     return None

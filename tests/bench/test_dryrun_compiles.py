@@ -44,6 +44,27 @@ def test_a_launch_that_does_not_fit_is_told() -> None:
     assert told == "large: 0 bytes spilled, 120000 of 101376 bytes of shared memory"
 
 
+MACHINE = """
+        /*0010*/                   STL [R1], R14 ;
+.L_x_1:
+        /*0020*/                   FADD R2, R2, R3 ;
+        /*0030*/              @!P2 BRA `(.L_x_1) ;
+        /*0040*/                   LDL.LU R17, [R1] ;
+.L_x_2:
+        /*0050*/              @!P2 BRA `(.L_x_2) ;
+        /*0060*/              @!P2 BRA `(.L_x_3) ;
+.L_x_3:
+"""
+
+
+def test_a_number_kept_from_one_loop_to_the_next_is_no_spill_of_a_loop() -> None:
+    assert not compiles.spills_in_a_loop(MACHINE)
+    assert compiles.spills_in_a_loop(MACHINE.replace("FADD R2, R2, R3", "LDL R2, [R1]"))
+    between, inside = (compiles.CodeSize(64, 8, 4096, looped=looped) for looped in (False, True))
+    assert compiles.wrong(fill("a", 1, 16), between, 90) is None
+    assert compiles.wrong(fill("a", 1, 16), inside, 90) == "a: 8 bytes spilled, 4096 of 232448 bytes of shared memory"
+
+
 def test_launches_reach_another_process_and_are_there_once() -> None:
     found = [fill("a", 32, 16), fill("b", 48, 16), fill("c", 1, 16), fill("d", 33, 16)]
     assert [launch.case for launch in launches.distinct(found)] == ["a", "c", "d"]
