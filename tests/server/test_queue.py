@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import statistics
 import time
 
 import pytest
@@ -206,11 +207,9 @@ def test_what_does_not_end_in_time_is_answered_too() -> None:
     with_queue(scenario, seconds=0.05)
 
 
+@pytest.mark.slow  # a time, which only an idle machine keeps
 def test_the_queue_adds_less_than_five_milliseconds() -> None:
-    """With an empty model, one request after the other, beside the time in which it waits for others of its shape.
-
-    The median: other processes run beside the tests.
-    """
+    """With an empty model, one request after the other, beside the time in which it waits for others of its shape."""
 
     async def scenario(queue: Queue) -> None:
         await result(queue.submit(order()))
@@ -219,7 +218,6 @@ def test_the_queue_adds_less_than_five_milliseconds() -> None:
             started = time.perf_counter()
             await result(queue.submit(order(seed=seed, num_images_per_prompt=queue.max_batch)))
             spent.append(time.perf_counter() - started)
-        print("median", sorted(spent)[25])
-        assert sorted(spent)[len(spent) // 2] < 0.005, sorted(spent)
+        assert statistics.median(spent) < 0.005
 
     with_queue(scenario)
