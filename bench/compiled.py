@@ -29,7 +29,13 @@ SHARED = {
     100: 232448,
     120: 101376,
 }  # bytes available to a block
-TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64"}
+TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int64: "i64",
+    torch.float8_e4m3fn: "fp8e4nv",
+}
 
 
 @dataclass(frozen=True)

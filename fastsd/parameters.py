@@ -248,8 +248,8 @@ ROWS: tuple[Parameter, ...] = (
     ),
     Parameter(
         "dtype",
-        Choice(options=("auto", "fp32", "fp16", "bf16")),
-        "precision: auto, fp32, fp16, bf16",
+        Choice(options=("auto", "fp32", "fp16", "bf16", "fp8", "fp8-emulated")),
+        "fp32, fp16, bf16, fp8[-emulated]",
         ("--dtype",),
         WHERE,
         "auto",

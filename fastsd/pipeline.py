@@ -37,7 +37,7 @@ from fastsd.model.controlnet import ControlNet
 from fastsd.model.taesd import TAESD, Autoencoder
 from fastsd.parameters import describe
 from fastsd.runtime import memory
-from fastsd.runtime.devices import autoencoder_dtype, dtype_name, resolve_device, resolve_dtype, undisturbed
+from fastsd.runtime.devices import autoencoder_dtype, dtype_name, resolve_device, resolve_precision, undisturbed
 from fastsd.weights import count_parameters, load_checkpoint, load_preview
 from fastsd.weights.adapters.apply import Adapter, Adapters
 from fastsd.weights.adapters.embeddings import load_embedding
@@ -137,7 +137,7 @@ class Pipeline(Portable, DiffusersNames):
         if few_step is not None:
             kind_named(few_step)  # before the weights are read
         place = resolve_device(device)
-        precision = resolve_dtype(dtype, place)
+        precision, fp8 = resolve_precision(dtype, place)
         half = precision != torch.float32
         with about("model"):
             found = locate_model(BUNDLED if path is None or path == "digits" else path, revision, half)
@@ -159,7 +159,7 @@ class Pipeline(Portable, DiffusersNames):
         pipe = cls(components, place, precision, Graphs(recorder, max_graphs), second, tiny, few_step, prediction)
         pipe.source, pipe.vae_source, pipe.refiner_source = found, own_vae, own_refiner
         pipe.choice_mode = ChoiceMode(reproducible, probe)
-        return pipe
+        return pipe._in_fp8() if fp8 else pipe
 
     def __call__(self, prompt: str | list[str] | None = None, **arguments: Any) -> Any:
         """Generate images.
@@ -298,7 +298,7 @@ class Pipeline(Portable, DiffusersNames):
         used = {
             "model": self.components.name,
             "device": self.device.type,
-            "dtype": dtype_name(self.dtype),
+            "dtype": "fp8" if self.fp8 else dtype_name(self.dtype),
             "refiner": {"name": self.refiner.name} if self.refiner is not None else None,
             "few_step": self.few_step.kind.name if self.few_step is not None else self._own.asked,
         }

@@ -137,12 +137,14 @@ def _place(args: argparse.Namespace, before: dict[str, Any], notes: list[str]) -
     """Device and dtype: as the flags say, else as they were, else automatic."""
     import torch
 
+    from fastsd.runtime.devices import DTYPES
+
     device, dtype = args.device, args.dtype
     if device is None and before.get("device") in ("cpu", "cuda"):
         device = before["device"] if before["device"] == "cpu" or torch.cuda.is_available() else "auto"
         if device == "cpu" and torch.cuda.is_available():
             notes.append("generated on the CPU, as the first time; --device cuda is faster")
-    if dtype is None and before.get("dtype") in ("fp32", "fp16", "bf16"):
+    if dtype is None and before.get("dtype") in (*DTYPES, "fp8"):
         dtype = before["dtype"]
     return device or "auto", dtype or "auto"
 

@@ -14,6 +14,7 @@ from fastsd.generate.batch import Engine
 from fastsd.generate.interrupt import Interruptible, Run
 from fastsd.generate.latents import Codec
 from fastsd.graph import Graphs
+from fastsd.model.fp8 import quantize_unet
 from fastsd.model.taesd import TAESD
 from fastsd.runtime.devices import autoencoder_dtype, resolve_device, resolve_dtype, undisturbed
 from fastsd.weights.adapters.apply import Adapters
@@ -30,6 +31,7 @@ class Portable(Interruptible):
         device, dtype: where they are.
         graphs: captured on this device.
         adapters: in the weights.
+        fp8: layers of the UNets compute in fp8.
     """
 
     components: Components
@@ -38,6 +40,7 @@ class Portable(Interruptible):
     dtype: torch.dtype
     graphs: Graphs
     adapters: Adapters
+    fp8: bool = False
     _preview: TAESD | None
     _changes: int = 0  # of the weights
 
@@ -48,6 +51,14 @@ class Portable(Interruptible):
         self._preview_codec = self._engine.codec if self._preview is None else Codec(self._preview, graphs)
         self._lock = threading.RLock()  # one call works at a time: graphs share their buffers
         self._runs: list[Run] = []  # streams between their first step and their last
+
+    def _in_fp8(self: Self) -> Self:
+        """Bring products of the UNets into fp8 (docs/fp8.md); returns the pipeline."""
+        for model in (self.components, self.refiner):
+            if model is not None:
+                quantize_unet(model.unet)
+        self.fp8 = True
+        return self
 
     def _change(self, what: str) -> None:
         """Before the weights change: refuse while a stream reads them; streams not yet begun are void."""
@@ -70,6 +81,8 @@ class Portable(Interruptible):
         device, dtype = read_target(arguments, named)
         with self._lock, undisturbed(), torch.no_grad():
             place = self.device if device is None else resolve_device(device)
+            if self.fp8 and dtype is not None:
+                raise FastsdError("its weights are fp8: load it again with that dtype", argument="to", value=str(dtype))
             precision = resolve_dtype(self.dtype if dtype is None else dtype, place)
             self._change("moving")
             active = self.adapters.active

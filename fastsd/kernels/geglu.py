@@ -72,7 +72,9 @@ def _by_torch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torc
 
 def _launches(thorough: bool, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> list[Gemm]:
     rows, depth = x[..., 0].numel(), x.shape[-1]
-    return variants.products(thorough, architecture.class_of(x.device), rows, len(weight) // 2, depth, 1)
+    return variants.products(
+        thorough, architecture.class_of(x.device), rows, len(weight) // 2, depth, 1, x.element_size()
+    )
 
 
 def _gate_launches(thorough: bool, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> list[RowwiseLaunch]:

@@ -137,7 +137,7 @@ def _launches(
     skip: torch.Tensor | None,
 ) -> list[Gemm]:
     rows, (columns, depth) = x[..., 0].numel(), weight.shape
-    launches = variants.products(thorough, architecture.class_of(x.device), rows, columns, depth, 0)
+    launches = variants.products(thorough, architecture.class_of(x.device), rows, columns, depth, 0, x.element_size())
     return launches if skip is None else list(dict.fromkeys(replace(launch, splits=1) for launch in launches))
 
 

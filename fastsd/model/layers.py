@@ -16,58 +16,18 @@ import torch
 from torch import nn
 
 from fastsd.kernels import dispatch
-from fastsd.kernels.add_product import add_product
 from fastsd.kernels.conv2d import Padding, conv2d
 from fastsd.kernels.cpu import onednn
 from fastsd.kernels.flash_attn import flash_attn
 from fastsd.kernels.geglu import geglu
+from fastsd.kernels.geglu_fp8 import geglu_fp8
 from fastsd.kernels.groupnorm_silu import groupnorm_silu
 from fastsd.kernels.layernorm import Vectors, layernorm
-from fastsd.kernels.linear import linear
 from fastsd.kernels.upsample2x import upsample2x, upsample2x_conv, wants_packed
+from fastsd.model.linear import Linear as Linear
+from fastsd.model.linear import init_uniform
 
 SAME: Padding = (1, 1, 1, 1)
-
-
-class Linear(nn.Module):
-    """`activation(x W^T + b) + residual`.
-
-    Args:
-        in_features, out_features: K and N.
-        bias: whether it adds a bias.
-        parts: the checkpoint's names of the matrices that are stacked in this one, in order; siblings of this layer.
-        part_sizes: their row counts; equal shares by default.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        parts: tuple[str, ...] = (),
-        part_sizes: tuple[int, ...] = (),
-    ):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=torch.float32)) if bias else None
-        self.parts = parts
-        self.part_sizes = part_sizes or (out_features // max(len(parts), 1),) * len(parts)
-        init_uniform(self.weight, self.bias)
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        activation: str = "none",
-        residual: torch.Tensor | None = None,
-        skip: torch.Tensor | None = None,
-        into: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """With `into`, which includes the bias, adds the product to it in place; `bias` replaces the layer's own."""
-        if into is None:
-            return linear(x, self.weight, self.bias if bias is None else bias, activation, residual, skip)
-        add_product(into, x, self.weight)
-        return into
 
 
 class Conv2d(nn.Module):
@@ -156,14 +116,6 @@ class Conv2d(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         weight = nn.Parameter(onednn.dense(self.weight.detach()), self.weight.requires_grad)
         return self.__dict__ | {"_parameters": self._parameters | {"weight": weight}, "_packed_for": None}
-
-
-def init_uniform(weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """PyTorch's default for linear and convolution layers: uniform within 1 / sqrt(fan in)."""
-    bound = weight[0].numel() ** -0.5
-    for parameter in (weight, bias):
-        if parameter is not None and not parameter.is_meta:
-            nn.init.uniform_(parameter, -bound, bound)
 
 
 class GroupNorm(nn.Module):
@@ -284,6 +236,8 @@ class GEGLU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert self.proj.bias is not None
+        if self.proj.scale is not None:
+            return geglu_fp8(x, *self.proj.in_fp8(), self.proj.bias)
         return geglu(x, self.proj.weight, self.proj.bias)
 
 

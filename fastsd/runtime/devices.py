@@ -9,8 +9,11 @@ from pathlib import Path
 import torch
 
 from fastsd.errors import FastsdError
+from fastsd.kernels import dispatch
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FP8 = ("fp8", "fp8-emulated")
+OLDEST_FP8 = (8, 9)  # compute capability of the first GPUs that multiply e4m3
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -52,7 +55,8 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
             return torch.float16
         return torch.bfloat16 if cpu_has_bf16() else torch.float32
     elif dtype not in DTYPES:
-        raise FastsdError(f"it should be auto, {', '.join(DTYPES)}", argument="dtype", value=dtype)
+        names = ", ".join(("auto", *DTYPES, *FP8))
+        raise FastsdError(f"it should be one of {names}", argument="dtype", value=dtype)
     else:
         resolved = DTYPES[dtype]
     if resolved == torch.bfloat16 and device.type == "cuda" and not gpu_has_bf16(device):
@@ -63,6 +67,37 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
             value="bf16",
         )
     return resolved
+
+
+def resolve_precision(dtype: str | torch.dtype, device: torch.device) -> tuple[torch.dtype, bool]:
+    """The dtype of all that is not fp8, and whether layers of the UNets compute in fp8 (docs/fp8.md).
+
+    Raises:
+        FastsdError: as `resolve_dtype`; "fp8" where nothing multiplies it.
+    """
+    if dtype not in (*FP8, torch.float8_e4m3fn):
+        return resolve_dtype(dtype, device), False
+    reason = None if dtype == "fp8-emulated" else why_no_fp8(device)
+    if reason is not None:
+        raise FastsdError(
+            f"{reason}: use auto, or fp8-emulated, which computes the same numbers slowly",
+            argument="dtype",
+            value="fp8",
+        )
+    return resolve_dtype("auto", device), True
+
+
+def why_no_fp8(device: torch.device) -> str | None:
+    """Why nothing multiplies fp8 on `device`; None if it does."""
+    if device.type != "cuda":
+        return "a CPU does not multiply fp8"
+    if torch.version.hip is not None:
+        return "fastsd multiplies fp8 on NVIDIA's GPUs only"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < OLDEST_FP8:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} (compute capability {major}.{minor}) does not multiply fp8, which needs 8.9 or newer"
+    return dispatch.why_no_triton(device)
 
 
 def autoencoder_dtype(dtype: torch.dtype, device: torch.device, overflows: bool) -> torch.dtype:

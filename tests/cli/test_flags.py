@@ -83,7 +83,7 @@ BAD = [
     *[("--eta", value) for value in ("2", "nan")],
     *[("--clip-skip", value) for value in ("0", "x")],
     *[("--device", value) for value in ("tpu", "cuda:", "cuda:-1")],
-    *[("--dtype", value) for value in ("fp8", "float")],
+    *[("--dtype", value) for value in ("fp4", "float")],
     *[("--sampler", value) for value in ("eular", "")],
     ("--schedule", "karas"),
     ("--seed", str(2**63 - 1)),

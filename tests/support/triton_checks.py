@@ -42,6 +42,8 @@ class Guards(TorchFunctionMode):
 
     def _buffer(self, numel: int, dtype: torch.dtype, guard: float) -> torch.Tensor:
         fill = guard if dtype.is_floating_point else torch.iinfo(dtype).max
+        if dtype == torch.float8_e4m3fn and not math.isnan(fill):
+            fill = min(fill, torch.finfo(dtype).max)
         return torch.full((numel + 2 * GUARD,), fill, dtype=dtype, device=DEVICE)
 
     def _register(self, buffer: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
@@ -153,7 +155,11 @@ def broken(module: ModuleType, old: str, new: str, folder: Path, name: str = "br
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None and spec.loader is not None
     copy: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(copy)
+    sys.modules[spec.name] = copy  # a dataclass looks for its module there
+    try:
+        spec.loader.exec_module(copy)
+    finally:
+        del sys.modules[spec.name]
     return copy
 
 

@@ -84,19 +84,37 @@ TABLE: dict[int, Card] = {
     120: Card(170, 512, 4.4, _with_tma(_ASYNC), _with_tma(_ASYNC_GATED)),
 }
 
+# From sm_89 on: an iteration takes as many bytes, which are twice as many columns of K.
+FP8: dict[int, Card] = {
+    architecture: replace(
+        card,
+        flop=2 * card.flop,
+        tiles=tuple((replace(tile, depth=128), share) for tile, share in card.tiles),
+        gated=tuple((replace(tile, depth=128), share) for tile, share in card.gated),
+    )
+    for architecture, card in TABLE.items()
+    if architecture > 80
+}
+# With 128 columns each, values, gates and their scales would spill.
+FP8[100] = replace(FP8[100], gated=((Gemm(128, 64, 64, 128, 8, 3, tma=True), 0.62),))
+UNIT_FP8 = 16  # elements of 16 bytes, of which K is a multiple
+# Columns after which sums of fp8 products move to fp32 registers: sm_90's tensor cores keep some 14 bits of them.
+EXACT = {90: 128}
+
 
 @functools.lru_cache(maxsize=1024)
-def choose(architecture: int, rows: int, columns: int, depth: int, gated: int) -> Gemm:
+def choose(architecture: int, rows: int, columns: int, depth: int, gated: int, itemsize: int) -> Gemm:
     """The launch of `[rows, depth]` by `[columns, depth]`: the one of the table with the fewest modelled clocks.
 
     gated: 1 for `geglu`, whose weight has twice as many rows as its result has `columns`.
+    itemsize: 1 for fp8, with twice the columns of K in the bytes of an iteration, and twice the products per clock.
     """
-    return ranked(architecture, rows, columns, depth, gated)[0]
+    return ranked(architecture, rows, columns, depth, gated, itemsize)[0]
 
 
-def ranked(architecture: int, rows: int, columns: int, depth: int, gated: int) -> list[Gemm]:
+def ranked(architecture: int, rows: int, columns: int, depth: int, gated: int, itemsize: int) -> list[Gemm]:
     """The best launch of each tile of the table, the one with the fewest modelled clocks first."""
-    card, found = TABLE[architecture], []
+    card, found = (FP8 if itemsize == 1 else TABLE)[architecture], []
     for tile, share in card.gated if gated else card.tiles:
         best: tuple[float, Gemm] | None = None
         for splits in (1,) if gated else range(1, MOST_SPLITS + 1):

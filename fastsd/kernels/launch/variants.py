@@ -41,11 +41,13 @@ def attention(
     return [committed]
 
 
-def products(thorough: bool, architecture: int, rows: int, columns: int, depth: int, gated: int) -> list[linear.Gemm]:
+def products(
+    thorough: bool, architecture: int, rows: int, columns: int, depth: int, gated: int, itemsize: int
+) -> list[linear.Gemm]:
     """Launches of `linear` and, gated, of `geglu`: for a first use the two tiles that the model finds fastest."""
-    committed, *others = linear.ranked(architecture, rows, columns, depth, gated)
+    committed, *others = linear.ranked(architecture, rows, columns, depth, gated, itemsize)
     return _distinct(
-        committed, _products(committed, architecture, rows, columns, depth, gated) if thorough else others[:1]
+        committed, _products(committed, architecture, rows, columns, depth, gated, itemsize) if thorough else others[:1]
     )
 
 
@@ -108,10 +110,10 @@ def _few_keys(committed: flash_attn.FewKeys) -> Iterator[flash_attn.FewKeys]:
 
 
 def _products(
-    committed: linear.Gemm, architecture: int, rows: int, columns: int, depth: int, gated: int
+    committed: linear.Gemm, architecture: int, rows: int, columns: int, depth: int, gated: int, itemsize: int
 ) -> Iterator[linear.Gemm]:
     """160 columns are 128 + 32, also with 64 rows; values and gates have equally many columns."""
-    yield from linear.ranked(architecture, rows, columns, depth, gated)
+    yield from linear.ranked(architecture, rows, columns, depth, gated, itemsize)
     widths = [(64, 64), (128, 128)] if gated else [(64, 0), (128, 0), (128, 32), (256, 0)]
     few = not gated and rows * columns < 2**20 and depth >= 1024
     for height, (first, more), warps, stages, splits, tma in itertools.product(

@@ -6,6 +6,8 @@ rounded once.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 import triton
 import triton.language as tl
@@ -13,9 +15,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastsd.kernels import dispatch
 from fastsd.kernels.launch import OPTIONS, architecture
-from fastsd.kernels.launch.linear import UNUSED, Gemm, choose
+from fastsd.kernels.launch.linear import EXACT, UNUSED, Gemm, choose
 from fastsd.kernels.launch.rowwise import row_stride
-from fastsd.kernels.triton.linear_tiles import add_products, finish, gelu, with_bias
+from fastsd.kernels.triton.linear_tiles import add_products, finish, gelu, scaled, with_bias
 
 # Triton's interpreter multiplies the bits of bf16 values as integers.
 DTYPES = (torch.float16, *(() if dispatch.interpreted() else (torch.bfloat16,)))
@@ -41,6 +43,8 @@ def _linear_kernel(
     w2,  # the same, with TMA a descriptor with COLUMNS2 rows
     bias_ptr,  # [N or 2 N] or None
     residual_ptr,  # [M, N] or None
+    scale_x_ptr,  # [M] fp32, of operands in fp8; otherwise None
+    scale_w_ptr,  # [N or 2 N] fp32
     out_ptr,  # [M, N]; with PARTIAL [splits, M, N] fp32
     M,
     N,
@@ -60,6 +64,7 @@ def _linear_kernel(
     TMA: tl.constexpr,
     GATED: tl.constexpr,  # geglu: the second tile is the gate of the first
     PARTIAL: tl.constexpr,  # write sums over a part of K, which another launch adds
+    EXACT: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
     WIDTH: tl.constexpr = COLUMNS1 if GATED else COLUMNS1 + COLUMNS2  # columns of the result
@@ -79,15 +84,17 @@ def _linear_kernel(
         out_ptr += tl.program_id(1).to(tl.int64) * M * N
     acc1, acc2 = add_products(
         *(acc1, acc2, x, w, w2, first, column1, column2, begin, end, 0, M, W, K1, K1 + K2, stride_x, stride_w),
-        *(ROWS, COLUMNS1, COLUMNS2, DEPTH, UNIT, TMA),
+        *(ROWS, COLUMNS1, COLUMNS2, DEPTH, UNIT, TMA, EXACT),
     )
     if skip is not None:
         acc1, acc2 = add_products(
             *(acc1, acc2, skip, w, w2, first, column1, column2, 0, K2, K1, M, W, K2, K1 + K2, stride_skip, stride_w),
-            *(ROWS, COLUMNS1, COLUMNS2, DEPTH, UNIT, TMA),
+            *(ROWS, COLUMNS1, COLUMNS2, DEPTH, UNIT, TMA, EXACT),
         )
     row, c1 = first + tl.arange(0, ROWS), column1 + tl.arange(0, COLUMNS1)
+    acc1 = scaled(acc1, scale_x_ptr, scale_w_ptr, row, c1, row < M, c1 < N)
     if GATED:
+        acc2 = scaled(acc2, scale_x_ptr, scale_w_ptr, row, N + c1, row < M, c1 < N)
         value = with_bias(acc1, bias_ptr, c1, c1 < N)
         gate = with_bias(acc2, bias_ptr, N + c1, c1 < N)
         finish(value * gelu(gate), None, residual_ptr, out_ptr, row, c1, M, N, stride_r, "none")
@@ -95,6 +102,7 @@ def _linear_kernel(
         finish(acc1, bias_ptr, residual_ptr, out_ptr, row, c1, M, N, stride_r, ACTIVATION)
         if COLUMNS2 > 0:
             c2 = column2 + tl.arange(0, COLUMNS2)
+            acc2 = scaled(acc2, scale_x_ptr, scale_w_ptr, row, c2, row < M, c2 < N)
             finish(acc2, bias_ptr, residual_ptr, out_ptr, row, c2, M, N, stride_r, ACTIVATION)
 
 
@@ -136,7 +144,10 @@ def linear(
     Raises:
         ValueError: arguments that the kernel does not take, see `refuses`.
     """
-    return _product("linear", x, weight, bias, activation, residual, skip, launch)
+    reason = refuses(x, weight, bias, activation, residual, skip)
+    if reason is not None:
+        raise ValueError(f"linear: {reason}")
+    return multiply(Product(x, weight, x.dtype, bias, activation, residual, skip), launch)
 
 
 def geglu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, launch: Gemm | None = None) -> torch.Tensor:
@@ -145,7 +156,10 @@ def geglu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, launch: Gem
     Raises:
         ValueError: arguments that the kernel does not take, see `refuses`.
     """
-    return _product("geglu", x, weight, bias, "none", None, None, launch)
+    reason = refuses(x, weight, bias, op="geglu")
+    if reason is not None:
+        raise ValueError(f"geglu: {reason}")
+    return multiply(Product(x, weight, x.dtype, bias, gated=True), launch)
 
 
 def refuses(
@@ -205,90 +219,100 @@ def _misplaced(tensors: dict[str, torch.Tensor]) -> str | None:
     return None
 
 
-def _product(
-    op: str,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: str,
-    residual: torch.Tensor | None,
-    skip: torch.Tensor | None,
-    launch: Gemm | None,
-) -> torch.Tensor:
-    reason = refuses(x, weight, bias, activation, residual, skip, op)
-    if reason is not None:
-        raise ValueError(f"{op}: {reason}")
-    gated = op == "geglu"
-    rows, columns = x.numel() // x.shape[-1], len(weight) // (2 if gated else 1)
-    key = rows, columns, weight.shape[1], int(gated)
-    launch = launch or choose(architecture.class_of(x.device), *key)
+@dataclass(frozen=True)
+class Product:
+    """The product of rows by rows that a launch computes, and what follows it.
+
+    Attributes:
+        x: `[..., K1]`; weight: `[N or 2 N, K1 + K2]`; both as `refuses` wants them, or both fp8, in multiples of 16.
+        dtype: of the result, bias and residual.
+        gated: as `geglu`.
+        scales: of fp8 operands, `[rows]` and `[N or 2 N]` fp32.
+    """
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    dtype: torch.dtype
+    bias: torch.Tensor | None = None
+    activation: str = "none"
+    residual: torch.Tensor | None = None
+    skip: torch.Tensor | None = None
+    gated: bool = False
+    scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+
+    @property
+    def rows(self) -> int:
+        return self.x.numel() // self.x.shape[-1]
+
+    @property
+    def columns(self) -> int:
+        return len(self.weight) // (2 if self.gated else 1)
+
+
+def multiply(product: Product, launch: Gemm | None = None) -> torch.Tensor:
+    """The result, `[..., N]`; `launch` overrides the launch table."""
+    x, rows, columns = product.x, product.rows, product.columns
+    if launch is None:
+        key = rows, columns, product.weight.shape[1], int(product.gated), x.element_size()
+        launch = choose(architecture.class_of(x.device), *key)
     steps = -(-x.shape[-1] // launch.depth)
     # A skip input has its own loop over K, and is not split. Every split has a step, also if they do not divide.
-    per_split = -(-steps // launch.splits) if skip is None else steps
+    per_split = -(-steps // launch.splits) if product.skip is None else steps
     splits = -(-steps // per_split)
-    out = torch.empty(*x.shape[:-1], columns, dtype=x.dtype, device=x.device)
-    stride_r = 0 if residual is None else row_stride("residual", residual)
-    ends = (bias, residual, out, rows, columns)
+    out = torch.empty(*x.shape[:-1], columns, dtype=product.dtype, device=x.device)
     with torch.cuda.device_of(x):
         if splits == 1:
-            _launch(launch, x, skip, weight, ends, stride_r, gated, activation)
+            _launch(launch, product, out)
             return out
         parts = torch.empty(splits, rows, columns, dtype=torch.float32, device=x.device)
-        _launch(launch, x, None, weight, (None, None, parts, rows, columns), 0, gated, "none", splits, per_split)
+        _launch(launch, replace(product, bias=None, residual=None, activation="none"), parts, per_split)
         block = min(triton.next_power_of_2(columns), SUM_BLOCK)
         _linear_sum_kernel[(rows, -(-columns // block))](
-            *(parts, *ends, stride_r),
+            *(parts, product.bias, product.residual, out, rows, columns, _stride(product.residual)),
             SPLITS=splits,
             BLOCK_N=block,
-            ACTIVATION=activation,
+            ACTIVATION=product.activation,
             num_warps=2,
             **OPTIONS,
         )
     return out
 
 
-def _launch(
-    launch: Gemm,
-    x: torch.Tensor,
-    skip: torch.Tensor | None,
-    weight: torch.Tensor,
-    ends: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor, int, int],
-    stride_r: int,
-    gated: bool,
-    activation: str,
-    splits: int = 1,
-    per_split: int = 0,
-) -> None:
-    """ends: bias, residual, what is written, its rows and columns; per_split: the iterations of a split."""
-    rows, columns = ends[-2:]
-    width = launch.columns if gated else launch.columns + launch.more
-    strides = [0 if t is None else row_stride("", t) // UNIT for t in (x, skip, weight)]
+def _stride(x: torch.Tensor | None) -> int:
+    return 0 if x is None else row_stride("", x)
 
-    def operand(tensor: torch.Tensor, block: int) -> torch.Tensor | TensorDescriptor:
-        if not launch.tma:
+
+def _launch(launch: Gemm, product: Product, out: torch.Tensor, per_split: int = 0) -> None:
+    """per_split: the iterations of a split, for `out` `[splits, rows, N]`; 0 if K is not split."""
+    x, skip, weight = product.x, product.skip, product.weight
+    unit, key = UNIT * 2 // x.element_size(), architecture.class_of(x.device)
+    width = launch.columns if product.gated else launch.columns + launch.more
+    tiles = -(-product.rows // launch.rows) * -(-product.columns // width)
+
+    def operand(tensor: torch.Tensor | None, block: int) -> torch.Tensor | TensorDescriptor | None:
+        if tensor is None or not launch.tma:
             return tensor
-        stride = row_stride("", tensor) or tensor.shape[-1]  # of one row: any
+        stride = _stride(tensor) or tensor.shape[-1]  # of one row: any
         shape = [tensor.numel() // tensor.shape[-1], tensor.shape[-1]]
         return TensorDescriptor(tensor, shape, [stride, 1], [block, launch.depth])
 
-    _linear_kernel[(-(-rows // launch.rows) * -(-columns // width), splits)](
-        operand(x, launch.rows),
-        None if skip is None else operand(skip, launch.rows),
-        operand(weight, launch.columns),
-        operand(weight, launch.more or launch.columns),
-        *ends,
-        *(x.shape[-1] // UNIT, 0 if skip is None else skip.shape[-1] // UNIT, per_split * launch.depth // UNIT),
-        *(*strides, stride_r),
+    _linear_kernel[(tiles, len(out) if per_split else 1)](
+        *(operand(x, launch.rows), operand(skip, launch.rows)),
+        *(operand(weight, launch.columns), operand(weight, launch.more or launch.columns)),
+        *(product.bias, product.residual, *product.scales, out, product.rows, product.columns),
+        *(x.shape[-1] // unit, 0 if skip is None else skip.shape[-1] // unit, per_split * launch.depth // unit),
+        *(*(_stride(tensor) // unit for tensor in (x, skip, weight)), _stride(product.residual)),
         ROWS=launch.rows,
         COLUMNS1=launch.columns,
         COLUMNS2=launch.more,
         DEPTH=launch.depth,
         GROUP=GROUP,
-        UNIT=UNIT,
+        UNIT=unit,
         TMA=launch.tma,
-        GATED=gated,
-        PARTIAL=splits > 1,
-        ACTIVATION=activation,
+        GATED=product.gated,
+        PARTIAL=per_split > 0,
+        EXACT=min(EXACT[key], launch.depth) if x.element_size() == 1 and key in EXACT else None,
+        ACTIVATION=product.activation,
         num_warps=launch.warps,
         num_stages=launch.stages,
         **OPTIONS,

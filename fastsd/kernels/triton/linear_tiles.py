@@ -50,16 +50,17 @@ def add_products(
     DEPTH: tl.constexpr,
     UNIT: tl.constexpr,
     TMA: tl.constexpr,
+    EXACT: tl.constexpr,  # columns after which sums of fp8 products move to fp32 registers; None in 16 bits
 ):
     """Add x w^T over the columns from `begin` to `end` of x."""
     tl.assume(end > begin)  # a loop that may be empty would make the assembler wait for each product
     for k in range(begin, end, DEPTH):
         a = load_tile(x, row, k, M, K, stride_x, ROWS, DEPTH, UNIT, TMA)
         b = load_tile(w, column1, offset + k, W, KW, stride_w, COLUMNS1, DEPTH, UNIT, TMA)
-        acc1 = tl.dot(a, tl.trans(b), acc1)
+        acc1 = tl.dot(a, tl.trans(b), acc1, max_num_imprecise_acc=EXACT)
         if COLUMNS2 > 0:
             b2 = load_tile(w2, column2, offset + k, W, KW, stride_w, COLUMNS2, DEPTH, UNIT, TMA)
-            acc2 = tl.dot(a, tl.trans(b2), acc2)
+            acc2 = tl.dot(a, tl.trans(b2), acc2, max_num_imprecise_acc=EXACT)
     return acc1, acc2
 
 
@@ -80,6 +81,15 @@ def activated(x, ACTIVATION: tl.constexpr):
         return x * tl.sigmoid(1.702 * x)
     else:
         return x
+
+
+@triton.jit
+def scaled(acc, scale_x_ptr, scale_w_ptr, row, column, live, within):
+    """acc times the scales of its rows and of its columns, where operands are fp8."""
+    if scale_x_ptr is not None:
+        acc *= tl.load(scale_x_ptr + row, mask=live, other=0.0)[:, None]
+        acc *= tl.load(scale_w_ptr + column, mask=within, other=0.0)[None, :]
+    return acc
 
 
 @triton.jit

@@ -115,6 +115,11 @@ class Adapters:
         """
         if not isinstance(adapters, list | tuple) or not all(isinstance(adapter, Adapter) for adapter in adapters):
             raise FastsdError("it should be a list of fastsd.Adapter(path, unet, text)", argument="adapters")
+        if adapters and any(weight.dtype == torch.uint8 for weight in self._components.unet.parameters()):
+            raise FastsdError(
+                "weights in fp8 take no adapters: load the model in another dtype", argument="adapters",
+                path=adapters[0].path,
+            )  # fmt: skip
         changes: Changes = {}
         bundled: dict[str, TextualInversion] = {}
         notes = []

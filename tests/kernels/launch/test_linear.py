@@ -21,7 +21,7 @@ def test_every_class_has_launches_or_a_reason() -> None:
 @pytest.mark.parametrize(("rows", "columns", "depth"), SHAPES)
 def test_launches_are_whole(architecture: int, rows: int, columns: int, depth: int) -> None:
     for gated in (0, 1):
-        launch = choose(architecture, rows, columns, depth, gated)
+        launch = choose(architecture, rows, columns, depth, gated, 2)
         assert launch.tma == (architecture >= 90)
         assert launch.columns == launch.more if gated else launch.more < launch.columns
         # Each part of a split product is long enough to be worth its start.
@@ -33,11 +33,11 @@ def test_launches_are_whole(architecture: int, rows: int, columns: int, depth: i
 
 def test_tiles_of_160_columns_where_they_fill_a_wave() -> None:
     """2048 x 1280 on an H100's 132 multiprocessors: 16 x 10 tiles of 128 x 128 take two waves, 16 x 8 of 160 one."""
-    launch = choose(90, 2048, 1280, 1280, 0)
+    launch = choose(90, 2048, 1280, 1280, 0, 2)
     assert (launch.columns, launch.more, launch.splits) == (128, 32, 1)
 
 
 def test_few_rows_are_split() -> None:
     """A map of 8 x 8, guided, has 128 rows: the 40 tiles of 64 x 64 would leave most multiprocessors idle."""
-    assert choose(90, 128, 1280, 5120, 0).splits > 1
-    assert choose(90, 8192, 320, 320, 0).splits == 1
+    assert choose(90, 128, 1280, 5120, 0, 2).splits > 1
+    assert choose(90, 8192, 320, 320, 0, 2).splits == 1
