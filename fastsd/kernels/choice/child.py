@@ -30,7 +30,7 @@ def main() -> None:
         answers.write(line + "\n")
         answers.flush()
 
-    torch.zeros(1, device=device)
+    torch.zeros(1, dtype=torch.float32, device=device)
     answer("ready")
     for line in sys.stdin:
         with torch.inference_mode():

@@ -155,7 +155,7 @@ def encoded(args: Sequence[Any]) -> list[Any]:
 
 def decoded(values: Sequence[Any], device: torch.device | str) -> list[Any]:
     """Arguments from JSON; tensors hold random numbers, always the same ones."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device="cpu").manual_seed(0)
 
     def made(x: Any) -> Any:
         if isinstance(x, dict) and "tuple" in x:
@@ -169,7 +169,8 @@ def decoded(values: Sequence[Any], device: torch.device | str) -> list[Any]:
         if not dtype.is_floating_point:
             return torch.zeros(extent, dtype=dtype, device=device).as_strided(x["shape"], x["strides"])
         # Few numbers are drawn, and repeated: a generator on the CPU draws the same ones on every machine.
-        drawn = torch.randn(min(extent, 2**20 - 3), generator=generator).to(device, dtype)
+        count = min(extent, 2**20 - 3)
+        drawn = torch.randn(count, generator=generator, dtype=torch.float32, device="cpu").to(device, dtype)
         return drawn.repeat(-(-extent // len(drawn)))[:extent].as_strided(x["shape"], x["strides"])
 
     return [made(x) for x in values]
