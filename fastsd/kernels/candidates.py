@@ -17,7 +17,7 @@ from fastsd.errors import FastsdError
 from fastsd.kernels import dispatch
 from fastsd.kernels.choice import decide
 from fastsd.kernels.choice.decide import ChoiceMode, choosing
-from fastsd.kernels.choice.faults import device_is_lost, reason_of
+from fastsd.kernels.choice.faults import device_is_lost, installation_is_incomplete, reason_of
 from fastsd.kernels.choice.op import GpuOp, OpCandidate, Way
 
 __all__ = ["ChoiceMode", "GpuOp", "OpCandidate", "choosing", "forget", "only", "run"]
@@ -66,6 +66,10 @@ def run(op: GpuOp, *args: Any) -> Any:
                 raise error or fault from None
             if way.candidate.refuses(*args) is not None:  # for what is no part of the key, such as where in memory x is
                 return op.own.run(args)
+            if installation_is_incomplete(fault):  # for this process alone: what is missing may be installed
+                decide.tell_incomplete(fault)
+                way = _chosen[place] = op.own
+                continue
             error = error or fault
             _failed.setdefault(place, {})[way.label] = reason_of(fault)
             _chosen.pop(place, None)

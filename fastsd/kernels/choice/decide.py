@@ -26,7 +26,7 @@ from fastsd.files import cache_folder
 from fastsd.kernels import dispatch
 from fastsd.kernels.choice import table as tables
 from fastsd.kernels.choice.check import Checker, Unjudged
-from fastsd.kernels.choice.faults import device_is_lost, reason_of
+from fastsd.kernels.choice.faults import device_is_lost, installation_is_incomplete, reason_of
 from fastsd.kernels.choice.machine import CudaMachine
 from fastsd.kernels.choice.measure import Machine, best, times
 from fastsd.kernels.choice.op import GpuOp, Key, OpCandidate, Way, key_text
@@ -151,6 +151,15 @@ def say(message: str, *about: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
+def tell_incomplete(error: Exception) -> None:
+    """Say once that Triton cannot compile here, and what it needs."""
+    say(
+        f"kernels cannot be compiled here ({reason_of(error)}); PyTorch's own ops compute instead. Triton needs a "
+        "C compiler (gcc or clang, or CC), Python's headers, and a cache folder with space",
+        "installation",
+    )
+
+
 @dataclass
 class Trial:
     """What is known of the ways of one call."""
@@ -160,7 +169,7 @@ class Trial:
     args: Sequence[Any]
     ways: list[Way]
     excluded: dict[str, str] = field(default_factory=dict)
-    uncertain: bool = False  # a way could not be compared or timed, for want of memory
+    uncertain: bool = False  # a way could not be compared or timed, for want of memory or a compiler
 
     @property
     def left(self) -> list[Way]:
@@ -284,6 +293,10 @@ class GpuChoices:
         except Exception as error:
             if isinstance(error, Unjudged) or ran_out_of_memory(error):
                 trial.excluded[way.label], trial.uncertain = f"not compared: {reason_of(error)}", True
+                return True
+            if installation_is_incomplete(error):
+                trial.excluded[way.label], trial.uncertain = reason_of(error), True
+                tell_incomplete(error)
                 return True
             if device_is_lost(error):
                 self._lost(trial, way, error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +127,35 @@ def test_what_memory_does_not_hold_is_not_compared_and_not_kept(gpu: PlayedGpu) 
     op = doubling(way(gpu, "ours", 1e-6, fault=torch.OutOfMemoryError("CUDA out of memory")), way(gpu, "torch", 1e-5))
     assert torch.equal(candidates.run(op, X), 2 * X)
     assert decide.gpu_of(torch.device("cpu")).table.entries == {}
+
+
+INCOMPLETE = [
+    RuntimeError("Failed to find C compiler. Please specify via CC environment variable"),
+    subprocess.CalledProcessError(1, ["gcc", "main.c"]),
+    OSError(28, "No space left on device"),
+    AssertionError("libcuda.so cannot found!"),
+]
+
+
+@pytest.mark.parametrize("fault", INCOMPLETE, ids=lambda fault: type(fault).__name__)
+@pytest.mark.parametrize("known", [False, True], ids=["new", "known"])
+def test_what_an_installation_lacks_is_said_once_and_no_fault_of_a_way(
+    gpu: PlayedGpu, fault: Exception, known: bool
+) -> None:
+    """Without a C compiler no kernel starts; once there is one, all are measured as on a new GPU."""
+    whole = doubling(way(gpu, "ours", 1e-6), way(gpu, "torch", 1e-5))
+    if known:
+        candidates.run(whole, X)
+        restart()
+    op = doubling(way(gpu, "ours", 1e-6, fault=fault), way(gpu, "torch", 1e-5))
+    with pytest.warns(RuntimeWarning, match="Triton needs a C compiler") as told:
+        for x in (X, X, X[:32]):
+            assert torch.equal(candidates.run(op, x), 2 * x)
+    assert len(told) == 1
+    restart()
+    calls: list[str] = []
+    candidates.run(doubling(way(gpu, "ours", 1e-6, calls=calls), way(gpu, "torch", 1e-5)), X)
+    assert calls and entry().candidate == "ours" and not entry().excluded
 
 
 def test_results_that_not_even_pytorch_has_are_not_judged(gpu: PlayedGpu) -> None:
