@@ -19,11 +19,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 from triton.backends.compiler import GPUTarget
 
+from bench.compile_report import KernelLaunch, compiled, intercepted_launches
 from bench.compiled import SHARED, compile_kernel, source_of
 from fastsd.kernels.launch import OPTIONS, groupnorm_silu
 from fastsd.kernels.launch import rowwise as rows
+from fastsd.kernels.launch.conv2d import UNUSED
 from fastsd.kernels.triton import add_bias_residual as add_bias_residual_triton
 from fastsd.kernels.triton import advance as advance_triton
+from fastsd.kernels.triton import conv2d as conv2d_triton
 from fastsd.kernels.triton import geglu as geglu_triton
 from fastsd.kernels.triton import groupnorm_silu as groupnorm_silu_triton
 from fastsd.kernels.triton import groupnorm_silu_split as groupnorm_silu_split_triton
@@ -174,3 +177,39 @@ def test_advance_compiles(parts, capability, dtype):
     }
     # Two elements a thread, so that 16384 of them keep 64 multiprocessors busy.
     examine(advance_triton._advance_kernel, capability, launch.warps, arguments, 32, 8)
+
+
+CONVOLUTIONS = {  # side of the map, input and output channels, stride; whether boxes are read by TMA where there is one
+    "boxes of 128 + 32 channels": (64, 320, 320, 1, True),
+    "boxes, weights first": (512, 128, 128, 1, True),
+    "boxes, split": (8, 1280, 1280, 1, True),
+    "an image's channels": (64, 128, 3, 1, True),
+    "stride 2": (64, 320, 320, 2, False),
+    "the latent's channels": (64, 4, 320, 1, False),
+}
+
+
+@pytest.mark.parametrize(("capability", "dtype"), TARGETS)
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_conv2d_compiles(case, capability, dtype):
+    if capability == 75 or dtype == torch.float32:
+        assert class_of(capability) in UNUSED or dtype not in conv2d_triton.DTYPES
+        return
+    side, inputs, outputs, stride, boxes = CONVOLUTIONS[case]
+    x = torch.empty(2, side, side, inputs, dtype=dtype, device="meta")
+    weight = torch.empty(outputs, 3, 3, inputs, dtype=dtype, device="meta").permute(0, 3, 1, 2)
+    residual = None if stride == 2 else x.new_empty(2, side, side, outputs)
+    found: list[KernelLaunch] = []
+    with intercepted_launches(class_of(capability), lambda *launch: found.append(KernelLaunch(case, *launch))):
+        conv2d_triton.conv2d(x, weight, x.new_empty(outputs), stride, (1, 1, 1, 1), residual)
+    for launch in found:
+        if capability == AMD:
+            examine_amd(launch.kernel, launch.arguments["num_warps"], launch.arguments, wide=False)
+            continue
+        made = compiled(launch, capability)
+        assert made.spills == 0 and made.shared <= SHARED[capability], (case, capability, made)
+    if capability >= 90 and capability != AMD:
+        assert ("UTMALDG" in compiled(found[0], capability).machine) == boxes
+    elif capability != AMD:
+        assert max(compiled(found[0], capability).copies) == (64 if inputs == 4 else 128)
+    assert capability != 90 or "HGMMA" in compiled(found[0], capability).machine
