@@ -2,12 +2,15 @@
 
 The same requests, at 1, 4 and 16 clients at once, each of one image with its own prompt and seed; the pipeline has them
 in batches of as many images as the server's. Both run in processes of their own with the same settings, in turns.
+Clients, server and worker share the processors; the table therefore also has the processor time that an image takes in
+the worker and in the server, beside that of the pipeline alone (on Linux; elsewhere nan).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import statistics
@@ -19,6 +22,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 CLIENTS, BATCH = (1, 4, 16), 4
@@ -26,8 +30,8 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 
 @contextmanager
-def server() -> Iterator[str]:
-    """A server of the bundled model; gives its address when the model is loaded."""
+def server() -> Iterator[tuple[str, int]]:
+    """A server of the bundled model; gives its address and its process id when the model is loaded."""
     with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
         command = [sys.executable, "-m", "fastsd", "serve", "--port", "0", "--max-batch", str(BATCH)]
         process = subprocess.Popen(command, stderr=log)
@@ -40,7 +44,7 @@ def server() -> Iterator[str]:
                     break
                 except urllib.error.HTTPError:
                     time.sleep(0.05)
-            yield found[0]
+            yield found[0], process.pid
         finally:
             process.terminate()
             process.wait()
@@ -58,12 +62,46 @@ def ask(url: str, seed: int, steps: int) -> float:
     return time.perf_counter() - started
 
 
-def serve_images(url: str, images: int, clients: int, steps: int) -> tuple[float, float]:
-    """Images a second, and the median of the seconds of one."""
+def processor_seconds(pid: int) -> float:
+    """What a process and its threads took of the processors so far; nan where the system does not say."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return math.nan
+    fields = stat.rsplit(")", 1)[1].split()  # the name before may hold anything; utime and stime are fields 14 and 15
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def worker_of(pid: int) -> int:
+    """The process id of a server's worker: of its children the one that took most; 0 where the system does not say."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return 0
+    return max(map(int, children), key=processor_seconds, default=0)
+
+
+@dataclass(frozen=True)
+class ServedPace:
+    """What a number of clients got: images a second, the median of the seconds of one, and the processor seconds that
+    an image took in the worker and in the server."""
+
+    images: float
+    seconds: float
+    worker: float
+    server: float
+
+
+def serve_images(url: str, pid: int, images: int, clients: int, steps: int) -> ServedPace:
+    """So many images, by so many clients at once."""
+    processes = worker_of(pid), pid
+    before = [processor_seconds(one) for one in processes]
     started = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
         spent = list(pool.map(lambda seed: ask(url, seed, steps), range(images)))
-    return images / (time.perf_counter() - started), statistics.median(spent)
+    pace = images / (time.perf_counter() - started)
+    took = [(processor_seconds(one) - old) / images for one, old in zip(processes, before, strict=True)]
+    return ServedPace(pace, statistics.median(spent), *took)
 
 
 PIPELINE = """if True:
@@ -76,40 +114,54 @@ PIPELINE = """if True:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         pipe(prompts, generator=generators, num_inference_steps=steps, sampler="dpm++2m", batch_size=batch)
     run(0)
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     for start in range(0, images, batch):
         run(start)
-    print(images / (time.perf_counter() - started))
+    print(images / (time.perf_counter() - started), (time.process_time() - used) / images)
 """
 
 
-def pipeline_images(images: int, batch: int, steps: int) -> float:
-    """Images a second of the pipeline alone, in batches."""
+def pipeline_images(images: int, batch: int, steps: int) -> tuple[float, float]:
+    """Images a second of the pipeline alone, in batches, and the processor seconds of one."""
     command = [sys.executable, "-c", PIPELINE, str(images), str(batch), str(steps), " ".join(DIGITS)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
-    return float(done.stdout)
+    pace, used = map(float, done.stdout.split())
+    return pace, used
 
 
-def main() -> None:
+def table(served: dict[int, list[ServedPace]], alone: dict[int, list[tuple[float, float]]]) -> str:
+    """Medians of the rounds as a table of Markdown, a row for each number of clients."""
+    lines = [
+        "| clients | server, images/s | seconds of one | pipeline alone, images/s | share"
+        " | processor ms of an image: worker | server | pipeline alone |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for clients, runs in served.items():
+        pace, spent, worker, own = (statistics.median(column) for column in zip(*map(astuple, runs), strict=True))
+        best, used = (statistics.median(column) for column in zip(*alone[min(clients, BATCH)], strict=True))
+        lines.append(
+            f"| {clients} | {pace:.1f} | {spent:.3f} | {best:.1f} | {pace / best:.2f}"
+            f" | {1000 * worker:.0f} | {1000 * own:.0f} | {1000 * used:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
-    served: dict[int, list[tuple[float, float]]] = {clients: [] for clients in CLIENTS}
-    alone: dict[int, list[float]] = {1: [], BATCH: []}
+    args = parser.parse_args(arguments)
+    served: dict[int, list[ServedPace]] = {clients: [] for clients in CLIENTS}
+    alone: dict[int, list[tuple[float, float]]] = {1: [], BATCH: []}
     for _ in range(args.rounds):
-        with server() as url:
-            serve_images(url, 2 * BATCH, BATCH, args.steps)
+        with server() as (url, pid):
+            serve_images(url, pid, 2 * BATCH, BATCH, args.steps)
             for clients in CLIENTS:
-                served[clients].append(serve_images(url, args.images, clients, args.steps))
+                served[clients].append(serve_images(url, pid, args.images, clients, args.steps))
         for batch, found in alone.items():
             found.append(pipeline_images(args.images, batch, args.steps))
-    print("| clients | server, images/s | seconds of one | pipeline alone, images/s | share |\n|---|---|---|---|---|")
-    for clients, runs in served.items():
-        pace, spent = (statistics.median(one) for one in zip(*runs))
-        own = statistics.median(alone[min(clients, BATCH)])
-        print(f"| {clients} | {pace:.1f} | {spent:.3f} | {own:.1f} | {pace / own:.2f} |")
+    print(table(served, alone))
 
 
 if __name__ == "__main__":
