@@ -9,10 +9,10 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from fastsd.errors import FastsdError
+from fastsd.server.batches import WorkerBatch
 from fastsd.server.jobs import (
     BatchDone,
     BatchFailed,
@@ -43,20 +43,11 @@ GATHER_SHARE, GATHER, LONGEST_GATHER = 0.03, 0.003, 0.05
 LOG = logging.getLogger("fastsd.server")
 
 
-@dataclass(eq=False)
-class _Running:
-    """What the worker does now: jobs, or loading a model."""
-
-    number: int
-    jobs: list[Job]
-    answered: asyncio.Future[BatchDone | None]
-    model: ModelChoice | None = None
-    begun: bool = False
-    started: float = field(default_factory=time.monotonic)
-
-
 class GenerationQueue:
     """Jobs wait here for the one worker.
+
+    While a batch runs, the worker is sent the next one ahead if that is full, and begins it before the results of the
+    first are encoded and delivered. A batch with room waits here, since more jobs may come that fit into it.
 
     Args:
         make_engine, settings: of the worker, see `fastsd.server.worker.main`.
@@ -87,7 +78,8 @@ class GenerationQueue:
         self.draining = False
         self._waiting: list[Job] = []
         self._loads: list[tuple[ModelChoice, asyncio.Future[None]]] = []
-        self._running: _Running | None = None
+        self._running: WorkerBatch | None = None
+        self._ahead: WorkerBatch | None = None  # what the worker begins when the running batch has ended
         self._wake = asyncio.Event()
         self._numbers = itertools.count(1)
         self._task: asyncio.Task[None] | None = None
@@ -124,21 +116,25 @@ class GenerationQueue:
         """Raises as `submit` would now."""
         if self.draining:
             raise ShuttingDown("the server is shutting down")
-        if len(self._waiting) >= self.size:
+        if len(self.waiting) >= self.size:
             self.metrics.refused.inc()
-            raise QueueFull(max(math.ceil(self._seconds * len(self._waiting)), 1))
+            raise QueueFull(max(math.ceil(self._seconds * len(self.waiting)), 1))
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: Job, why: JobError | None = None) -> None:
         """The job's client left: it gives its place free at once, and the worker stops if no other job shares its
-        batch."""
+        batch.
+
+        Args:
+            why: what the job is answered; None: that it was cancelled.
+        """
         if job.state == "done":
             return
-        job.finish(Cancelled("cancelled"))
+        job.finish(why or Cancelled("cancelled"))
         if job in self._waiting:
             self._waiting.remove(job)
-        running = self._running
-        if running is not None and job in running.jobs and all(one.state == "done" for one in running.jobs):
-            self._tell(StopBatch(running.number, keep=False))
+        for batch in self._batches:
+            if job in batch.jobs and not batch.left:
+                self._tell(StopBatch(batch.number, keep=False))
         self._changed()
 
     def interrupt(self, api: str) -> bool:
@@ -180,16 +176,16 @@ class GenerationQueue:
     @property
     def waiting(self) -> tuple[Job, ...]:
         """In the order in which they run."""
-        return tuple(self._waiting)
+        return (*(self._ahead.left if self._ahead else ()), *self._waiting)
 
     @property
     def running(self) -> tuple[Job, ...]:
-        """The jobs at the worker that still have a client."""
-        return tuple(job for job in (self._running.jobs if self._running else ()) if job.state != "done")
+        """The jobs that the worker works at and that still have a client."""
+        return tuple(self._running.left if self._running else ())
 
     def find(self, number: str) -> Job | None:
         """The job with this id, while it waits or runs."""
-        return next((job for job in (*self.running, *self._waiting) if job.id == number), None)
+        return next((job for job in (*self.running, *self.waiting) if job.id == number), None)
 
     @property
     def loading(self) -> ModelChoice | None:
@@ -201,9 +197,8 @@ class GenerationQueue:
     async def drain(self, seconds: float) -> None:
         """Stop: jobs that wait get `ShuttingDown`; what runs may end within these seconds."""
         self.draining = True
-        for job in self._waiting:
-            job.finish(ShuttingDown("the server is shutting down"))
-        self._waiting.clear()
+        for job in self.waiting:
+            self.cancel(job, ShuttingDown("the server is shutting down"))
         for _, done in self._loads:
             _refuse(done, ShuttingDown("the server is shutting down"))
         self._loads.clear()
@@ -212,7 +207,7 @@ class GenerationQueue:
         while self._running is not None and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         if self._running is not None:
-            self._end_running(ShuttingDown(f"the server is shutting down; {seconds:g} s were not enough"))
+            self._running.fail(ShuttingDown(f"the server is shutting down; {seconds:g} s were not enough"))
 
     async def stop(self) -> None:
         """End the loop and the worker."""
@@ -221,7 +216,7 @@ class GenerationQueue:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
-        for job in (*self._waiting, *self.running):
+        for job in (*self.waiting, *self.running):
             job.finish(ShuttingDown("the server is shutting down"))
         await self.supervisor.stop()
 
@@ -232,14 +227,29 @@ class GenerationQueue:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while self.supervisor.started and self._running is None and (self._loads or self._waiting):
+            while self._running is not None or (self.supervisor.started and (self._loads or self._waiting)):
+                if self._running is not None:
+                    await self._finish(self._running)
+                    continue
                 if self._loads:
                     await self._run_load(*self._loads.pop(0))
                     continue
                 if self._has_room():
                     await asyncio.sleep(min(max(GATHER_SHARE * self._batch_seconds, GATHER), LONGEST_GATHER))
                 if jobs := self._take_batch():
-                    await self._run_jobs(jobs)
+                    self._running = WorkerBatch(next(self._numbers), jobs)
+                    self._running.start()
+                    self._changed()
+                    await self._send(self._running)
+
+    def _send_ahead(self) -> None:
+        """Give the worker its next batch while it works at one, if that is full and nothing else comes first."""
+        running = self._running
+        if running is None or not running.begun or running.model is not None or self._ahead is not None:
+            return
+        if self._waiting and not self._loads and not self.draining and not self._has_room():
+            self._ahead = WorkerBatch(next(self._numbers), self._take_batch())
+            asyncio.get_running_loop().create_task(self._send(self._ahead))
 
     def _has_room(self) -> bool:
         """Whether the next batch could take more jobs than those that wait."""
@@ -260,21 +270,23 @@ class GenerationQueue:
         self._waiting = [job for job in self._waiting if job not in taken]
         return taken
 
-    async def _run_jobs(self, jobs: list[Job]) -> None:
-        running = self._begin(jobs)
-        for job in jobs:
-            job.state, job.started, job.index, job.total = "running", running.started, 0, 0
-            job.changed.set()
-        self._changed()
-        if not await self.supervisor.send(RunBatch(running.number, tuple(job.order for job in jobs), self.max_batch)):
-            self._give_back(running)
+    async def _send(self, batch: WorkerBatch) -> None:
+        """Send it to the worker; without one, its jobs wait again."""
+        if not await self.supervisor.send(
+            RunBatch(batch.number, tuple(job.order for job in batch.jobs), self.max_batch)
+        ):
+            self._give_back(batch)
+
+    async def _finish(self, running: WorkerBatch) -> None:
+        """Wait for the answer of the batch that runs, and give each job its own."""
         answer = await running.answered
         spent = time.monotonic() - running.started
-        self._batch_seconds = spent
-        self._seconds += 0.2 * (spent / len(jobs) - self._seconds)
-        self._running = None
+        self._running, self._ahead = self._ahead, None
         if answer is None:
+            self._changed()
             return
+        self._batch_seconds = spent
+        self._seconds += 0.2 * (spent / len(running.jobs) - self._seconds)
         self._note(answer)
         self.metrics.count(answer.outcomes)
         for job, outcome in zip(running.jobs, answer.outcomes, strict=False):
@@ -284,9 +296,9 @@ class GenerationQueue:
         self._changed()
 
     async def _run_load(self, model: ModelChoice, done: asyncio.Future[None]) -> None:
-        running = self._begin([], model)
+        running = self._running = WorkerBatch(next(self._numbers), [], model)
         if not await self.supervisor.send(LoadModel(running.number, model)):
-            self._end_running(WorkerFailed("the worker process has just died; a new one starts"))
+            running.fail(WorkerFailed("the worker process has just died; a new one starts"))
         try:
             answer = await running.answered
             if answer is None:
@@ -299,11 +311,6 @@ class GenerationQueue:
         finally:
             self._running = None
             self._changed()
-
-    def _begin(self, jobs: list[Job], model: ModelChoice | None = None) -> _Running:
-        answered: asyncio.Future[BatchDone | None] = asyncio.get_running_loop().create_future()
-        self._running = _Running(next(self._numbers), jobs, answered, model)
-        return self._running
 
     def _note(self, answer: BatchDone) -> None:
         self.ready, self.loaded = True, answer.loaded
@@ -318,58 +325,49 @@ class GenerationQueue:
                 self._loads.insert(0, (self.model, again if self.first_load.done() else self.first_load))
             self._wake.set()
             return
-        running = self._running
-        if running is None or running.number != message.batch:
+        batch = next((one for one in self._batches if one.number == message.batch), None)
+        if batch is None:
             return
         if isinstance(message, Begun):
-            running.begun = True
+            batch.begun = True
+            if batch is self._ahead:
+                batch.start()
+            self._send_ahead()
         elif isinstance(message, StepDone):
             self.metrics.steps.inc()
-            for job in running.jobs:
-                job.index, job.total = message.index, message.total
-                if message.preview is not None:
-                    job.preview, job.previews = message.preview, job.previews + 1
-                job.changed.set()
+            batch.note(message)
         elif isinstance(message, BatchDone):
-            if not running.answered.done():
-                running.answered.set_result(message)
+            if not batch.answered.done():
+                batch.answered.set_result(message)
         elif isinstance(message, BatchFailed):
-            self._end_running(WorkerFailed(message.reason) if message.error is None else message.error)
+            batch.fail(WorkerFailed(message.reason) if message.error is None else message.error)
 
     def _died(self, reason: str) -> None:
         self.ready, self.loaded = False, ()
         self.metrics.restarts.inc()
-        running = self._running
-        if running is not None and not running.begun and running.model is None and not self.draining:
-            self._give_back(running)
-        self._end_running(WorkerFailed(f"{reason}; a new one starts, and the other requests go on"))
+        for batch in reversed(self._batches):  # those that are given back keep their order
+            if not batch.begun and batch.model is None and not self.draining:
+                self._give_back(batch)
+            batch.fail(WorkerFailed(f"{reason}; a new one starts, and the other requests go on"))
 
-    def _give_back(self, running: _Running) -> None:
+    def _give_back(self, batch: WorkerBatch) -> None:
         """Put the jobs of a batch that no worker began to the front again."""
-        self._waiting[:0] = [job for job in running.jobs if job.state != "done"]
-        for job in self._waiting:
-            job.state = "waiting"
-        running.jobs = []
-        if not running.answered.done():
-            running.answered.set_result(None)
+        self._waiting[:0] = batch.take_back()
+        if batch is self._ahead:
+            self._ahead = None
+        self._changed()
 
-    def _end_running(self, error: FastsdError | JobError) -> None:
-        """Answer everything that runs with an error."""
-        running = self._running
-        if running is None or running.answered.done():
-            return
-        for job in running.jobs:
-            job.finish(error)
-        if running.model is not None:
-            running.answered.set_exception(error)
-        else:
-            running.answered.set_result(None)
+    @property
+    def _batches(self) -> tuple[WorkerBatch, ...]:
+        """What the worker has, in order."""
+        return tuple(batch for batch in (self._running, self._ahead) if batch is not None)
 
     def _tell(self, message: Any) -> None:
         asyncio.get_running_loop().create_task(self.supervisor.send(message))
 
     def _changed(self) -> None:
-        self.metrics.set_queue(len(self._waiting), len(self.running))
+        self._send_ahead()
+        self.metrics.set_queue(len(self.waiting), len(self.running))
         self._wake.set()
 
 

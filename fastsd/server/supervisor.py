@@ -57,6 +57,7 @@ class Supervisor:
         self._wait = FIRST_WAIT
         self._restart: asyncio.TimerHandle | None = None
         self._send_lock = threading.Lock()
+        self._turn = asyncio.Lock()
         self.restarts = 0
 
     @property
@@ -84,11 +85,13 @@ class Supervisor:
         threading.Thread(target=self._read, args=(loop, self._child), name="fastsd-reader", daemon=True).start()
 
     async def send(self, message: Any) -> bool:
-        """Send a message; False: there is no worker now. One that has just died is reported by `died`, afterwards."""
-        if self._child is None:
-            return False
-        await asyncio.to_thread(self._send, self._child.connection, message)
-        return True
+        """Send a message, after those of earlier calls; False: there is no worker now. One that has just died is
+        reported by `died`, afterwards."""
+        async with self._turn:
+            if self._child is None:
+                return False
+            await asyncio.to_thread(self._send, self._child.connection, message)
+            return True
 
     def _send(self, connection: Connection, message: Any) -> None:
         with self._send_lock, contextlib.suppress(OSError, ValueError):

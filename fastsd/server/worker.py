@@ -1,8 +1,8 @@
 """The worker process: it alone holds models and the GPU, and may die without the server.
 
-It takes one message at a time from the pipe; between two steps of a batch it looks for those that stop it or want a
-preview. Ctrl-C and SIGTERM, which a terminal or a service manager sends to all processes, are left to the server: the
-worker ends when the pipe does.
+It takes one message at a time; between two steps of a batch it looks for those that stop it or want a preview, and
+keeps the others, its next batch among them, for afterwards. Ctrl-C and SIGTERM, which a terminal or a service manager
+sends to all processes, are left to the server: the worker ends when the pipe does.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -90,12 +91,14 @@ class Watch:
     """One batch as the server steers it.
 
     Attributes:
+        kept: messages that came while it ran and are not about it, in order.
         stopped: it was stopped and gives no images.
         ended: it was stopped and gives its images as they are.
     """
 
     connection: Connection
     batch: int
+    kept: deque[Any]
     previews: tuple[float, ...] = ()
     stopped: bool = False
     ended: bool = False
@@ -106,12 +109,7 @@ class Watch:
 
     def step(self, index: int, total: int, preview: Callable[[], Image.Image]) -> bool:
         """Tell the server of a step; returns whether the run should end here."""
-        while self.connection.poll():
-            message = self.connection.recv()
-            if isinstance(message, StopBatch) and message.batch == self.batch:
-                self.stopped, self.ended = not message.keep, message.keep
-            elif isinstance(message, WantPreview) and message.batch == self.batch:
-                self._wanted = True
+        self.listen()
         image = None
         if not self.stopped and index < total and self._is_due(index, total):
             started = time.monotonic()
@@ -120,6 +118,19 @@ class Watch:
             self._cost, self._wanted = self._last - started, False
         self.connection.send(StepDone(self.batch, index, total, image))
         return self.stopped or self.ended
+
+    def listen(self) -> None:
+        """Take the messages that have come."""
+        while self.connection.poll():
+            self.kept.append(self.connection.recv())
+        for _ in range(len(self.kept)):
+            message = self.kept.popleft()
+            if isinstance(message, StopBatch) and message.batch == self.batch:
+                self.stopped, self.ended = not message.keep, message.keep
+            elif isinstance(message, WantPreview) and message.batch == self.batch:
+                self._wanted = True
+            else:
+                self.kept.append(message)
 
     def _is_due(self, index: int, total: int) -> bool:
         planned = [share for share in self.previews if index >= share * total]
@@ -139,27 +150,29 @@ def main(connection: Connection, make_engine: Callable[[Any], WorkerEngine], set
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
-    engine = make_engine(settings)
+    engine, kept = make_engine(settings), deque[Any]()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         connection.send(Started())
         while True:
-            message = connection.recv()
+            message = kept.popleft() if kept else connection.recv()
             if isinstance(message, LoadModel | RunBatch):
                 connection.send(Begun(message.batch))
-                _answer(connection, engine, message)
+                _answer(connection, engine, message, kept)
             elif isinstance(message, Unload):
                 engine.unload()
 
 
-def _answer(connection: Connection, engine: WorkerEngine, message: LoadModel | RunBatch) -> None:
+def _answer(connection: Connection, engine: WorkerEngine, message: LoadModel | RunBatch, kept: deque[Any]) -> None:
     """Do what a message asks, and send one answer."""
     try:
         outcomes: list[Finished] = []
         if isinstance(message, LoadModel):
             engine.load(message.model)
         else:
-            watch = Watch(connection, message.batch, message.orders[0].previews)
-            outcomes = engine.run(message.orders, message.size, watch)
+            watch = Watch(connection, message.batch, kept, message.orders[0].previews)
+            watch.listen()
+            if not watch.stopped:
+                outcomes = engine.run(message.orders, message.size, watch)
             outcomes = [] if watch.stopped else outcomes
         connection.send(BatchDone(message.batch, tuple(outcomes), *engine.state()))
     except FastsdError as error:
