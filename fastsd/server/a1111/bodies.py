@@ -105,7 +105,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "restore_faces": ((False,), "faces are not restored"),
     "tiling": ((False,), "images that tile are not generated"),
     "disable_extra_networks": ((False,), "leave the tags out of the prompt"),
-    "save_images": ((False,), "the server keeps no files; images come in the answer"),
     "s_churn": ((0,), "samplers run without churn"),
     "s_tmin": ((0,), "samplers run without churn"),
     "s_tmax": ((0,), "samplers run without churn"),  # 0 stands for infinity

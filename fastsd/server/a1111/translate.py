@@ -65,6 +65,8 @@ def translate(body: Generation, options: dict[str, Any], catalogue: Catalogue, s
     refuse_unsupported(body)
     if body.unknown:
         draft.notes.append(f"fields that are not known and have no effect: {', '.join(map(str, body.unknown))[:500]}")
+    if body.save_images:  # which SillyTavern always asks for
+        draft.notes.append("save_images has no effect: the server keeps no files; images come in the answer")
     prompt, negative = styles.apply(body.styles or [], body.prompt or "", body.negative_prompt or "")
     draft.arguments = {
         "prompt": prompt,
