@@ -25,7 +25,8 @@ from fastsd.kernels.choice.op import GpuOp, Way
 FORMAT = "fastsd choices 1"
 COMMITTED = Path(__file__).parent.parent / "tables"
 IDENTITY = ("gpu", "architecture", "driver", "torch", "triton", "fastsd", "kernels")
-SPOILT = (ValueError, KeyError, TypeError, AttributeError)
+SPOILT = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+NAME = 128  # characters of a GPU's name, at most
 
 Place = tuple[str, str]  # op, key
 
@@ -106,13 +107,37 @@ class ChoiceTable:
             choices = stored["choices"]
             if stored["check"] != _checksum([json.dumps(one) for one in choices]):
                 raise FastsdError("it is damaged: its checksum does not match its contents")
-            entries = {(one.pop("op"), one.pop("key")): TableEntry(**one) for one in choices}
-            return cls({name: stored[name] for name in IDENTITY}, entries)
+            entries = dict(_stored_choice(one) for one in choices)
+            identity = {name: stored[name] for name in IDENTITY}
+            if not isinstance(identity["gpu"], str) or not 0 < len(identity["gpu"]) <= NAME:
+                raise ValueError("the GPU's name names a file")
+            return cls(identity, entries)
         except SPOILT as error:
             if isinstance(error, FastsdError):
                 raise
             damaged = "cut off or damaged" if text.lstrip().startswith("{") else "no table of choices"
             raise FastsdError(f"it is {damaged}; python -m fastsd tune --export writes one") from error
+
+
+def _stored_choice(stored: dict[str, Any]) -> tuple[Place, TableEntry]:
+    """A choice of a file, whose checksum says nothing of who wrote it.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is none.
+    """
+    op, key = stored.pop("op"), stored.pop("key")
+    entry = TableEntry(**stored)
+    right = (
+        all(isinstance(name, str) for name in (op, key))
+        and isinstance(entry.candidate, str | None)
+        and isinstance(entry.launch, dict | None)
+        and isinstance(entry.checked, bool)
+        and all(isinstance(time, int | float) for time in entry.microseconds.values())
+        and all(isinstance(reason, str) for reason in entry.excluded.values())
+    )
+    if not right:
+        raise ValueError(f"{op!r}, {key!r}: no choice")
+    return (op, key), entry
 
 
 def _checksum(lines: list[str]) -> str:

@@ -227,3 +227,42 @@ def test_an_entry_keeps_its_fields() -> None:
     place = ("op", "key")
     assert ChoiceTable.read(ChoiceTable(IDENTITY, {place: entry}).text()).entries == {place: entry}
     assert asdict(entry)["excluded"] == {"triton": "it is wrong"}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"op": 1},
+        {"candidate": 5},
+        {"launch": "abc"},
+        {"checked": "yes"},
+        {"microseconds": [1]},
+        {"microseconds": {"torch": "fast"}},
+        {"excluded": None},
+        {"excluded": ["ours"]},
+    ],
+    ids=str,
+)
+def test_a_table_whose_checksum_is_right_and_whose_choices_are_none_is_refused(wrong: dict[str, object]) -> None:
+    choices = [{"op": "linear", "key": "k", **wrong}]
+    with pytest.raises(FastsdError, match="cut off or damaged"):
+        ChoiceTable.read(signed(choices, {}))
+
+
+@pytest.mark.parametrize("name", ["", "a" * 400, ["a"], None], ids=lambda name: str(name)[:4])
+def test_a_table_whose_gpu_cannot_name_a_file_is_refused(name: object) -> None:
+    assert ChoiceTable.read(signed([{"op": "linear", "key": "k"}], {})).entries
+    with pytest.raises(FastsdError, match="cut off or damaged"):
+        ChoiceTable.read(signed([{"op": "linear", "key": "k"}], {"gpu": name}))
+
+
+def test_a_file_of_brackets_alone_is_refused() -> None:
+    with pytest.raises(FastsdError, match="no table of choices"):
+        ChoiceTable.read("[" * 100_000)
+
+
+def signed(choices: list[dict[str, object]], head: dict[str, object]) -> str:
+    """A file with these choices, and a checksum that matches."""
+    check = tables._checksum([json.dumps(one) for one in choices])
+    identity = dict.fromkeys(tables.IDENTITY, "x")
+    return json.dumps({"format": tables.FORMAT, **identity, **head, "check": check, "choices": choices})
