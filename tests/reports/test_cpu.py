@@ -7,16 +7,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import bench_cold, options
 from bench.record import ROOT
 from bench.session import Session
+from fastsd.kernels import dispatch, upsample2x
 from fastsd.kernels import groupnorm_silu as norm
-from fastsd.kernels import upsample2x
 from fastsd.kernels.cpu import choices
 from fastsd.model import layers
 from tests.support.precision import rand
@@ -209,3 +211,30 @@ def test_upsampling_keeps_its_summed_kernels_no_longer_than_its_weight() -> None
     assert bias is not None
     assert torch.allclose(doubled - bias, 2 * (first - bias), rtol=0, atol=float(first.abs().max()) * 144 * HALF_ULP)
     assert layer(rand(2, 9, 8, 16, dtype=torch.float32)).shape == (2, 18, 16, 16)
+
+
+class Calls(TorchDispatchMode):
+    """Counts PyTorch's operations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_a_transformer_of_a_small_batch_takes_no_more_calls_than_one_of_an_image() -> None:
+    """The bundled model's step was no faster than diffusers': each of its small products was a loop over the images."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    block = layers.TransformerBlock(64, 32, 2).eval().requires_grad_(False)
+    counts = []
+    for batch in (1, 2):
+        x, text = rand(batch, 64, 64, dtype=torch.float32), rand(batch, 16, 2, 2, 32, dtype=torch.float32)
+        with dispatch.forced("onednn"), choices.forced("linear", "torch"), choices.forced("geglu", "torch"):
+            with choices.forced("flash_attn", "sdpa"), Calls() as calls:
+                block(x, text)
+        counts.append(calls.count)
+    torch.set_num_threads(threads)
+    assert counts[0] == counts[1]
