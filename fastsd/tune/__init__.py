@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     from fastsd.kernels import dispatch
     from fastsd.kernels.choice import decide, table
 
+    if args.minutes is not None and not 0 < args.minutes < math.inf:
+        raise FastsdError("it should be a number of minutes above 0", argument="--minutes", value=args.minutes)
     if args.import_ is not None:
         print(_imported(table.import_file(Path(args.import_))))
         return 0
@@ -65,7 +68,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _tune(args: argparse.Namespace) -> None:
     """Run the model once, while every op times all its ways."""
-    import math
     import time
     from dataclasses import replace
 

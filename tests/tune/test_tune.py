@@ -26,6 +26,12 @@ def test_without_a_gpu_the_error_is_one_line(words: list[str], capsys: pytest.Ca
     assert "needs a CUDA GPU" in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("minutes", ["nan", "0", "-1", "inf"])
+def test_minutes_that_are_no_time_are_refused(minutes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", f"--minutes={minutes}"]) == 2
+    assert "it should be a number of minutes above 0" in capsys.readouterr().err
+
+
 def test_a_choice_is_a_line_and_what_was_left_out_another(capsys: pytest.CaptureFixture[str]) -> None:
     entry = TableEntry("torch", None, {"triton": 12.5, "torch": 9.25}, True, {"sdpa flash": "No kernel"})
     tell(("flash_attn", "float16 2x4096x8x40"), entry)
