@@ -105,7 +105,7 @@ def serve_images(url: str, pid: int, images: int, clients: int, steps: int) -> S
 
 
 PIPELINE = """if True:
-    import sys, time, torch, fastsd
+    import sys, time, fastsd, torch  # fastsd first: it says how threads wait before torch starts them, as in the server
     images, batch, steps = map(int, sys.argv[1:4])
     pipe, words = fastsd.Pipeline.from_pretrained(), sys.argv[4].split()
     def run(start):
