@@ -19,6 +19,7 @@ from fastsd.errors import FastsdError, describe
 from fastsd.server.a1111.lists import controlnet_routes, list_routes
 from fastsd.server.a1111.routes import generation_routes
 from fastsd.server.app_state import State
+from fastsd.server.bad_body import explain
 from fastsd.server.guard import Guard, error_body
 from fastsd.server.jobs import Cancelled, JobError, QueueFull, ShuttingDown
 from fastsd.server.openai.routes import openai_routes
@@ -85,6 +86,7 @@ def make_app(settings: ServerSettings, make_engine: Callable[[Any], WorkerEngine
 
 
 def _add_basics(app: FastAPI, state: State) -> None:
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", tags=["server"])
     async def health() -> dict[str, str]:
         """The server answers."""
@@ -119,12 +121,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def bad_body(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-        field = ".".join(where[:1]) or None
-        given = "" if isinstance(first.get("input"), dict | list) else f" is {str(first.get('input'))[:60]!r}"
-        reason = first["msg"][:1].lower() + first["msg"][1:]
-        return answer(request, 422, f"{'.'.join(where) or 'the body'}{given}; {reason}", field)
+        message, field = explain(error.errors()[0])
+        return answer(request, 422, message, field)
 
     @app.exception_handler(JobError)
     async def no_images(request: Request, error: JobError) -> JSONResponse:

@@ -57,7 +57,7 @@ def test_a_key_may_be_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
         (("--allow-pickle",), "--allow-pickle: unknown flag"),
         (("--quue", "3"), "did you mean --queue?"),
         (("--model", "no/such/model"), "--model no/such/model: no such file or folder"),
-        (("--dtype", "fp8"), "--dtype is 'fp8'; it should be one of auto, fp32, fp16, bf16"),
+        (("--dtype", "fp4"), "--dtype is 'fp4'; it should be one of auto, fp32, fp16, bf16, fp8, fp8-emulated"),
     ],
 )
 def test_bad_flags_are_one_line(cli: Callable[..., Any], words: tuple[str, ...], said: str) -> None:

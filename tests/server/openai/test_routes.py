@@ -81,7 +81,7 @@ def test_parameters_of_a_call_stand_at_top_level() -> None:
 @pytest.mark.parametrize(
     ("body", "status", "field", "said"),
     [
-        ({}, 422, "prompt", "field required"),
+        ({}, 422, "prompt", "prompt is missing"),
         ({"prompt": ""}, 422, "prompt", "at least 1 character"),
         ({"n": 11}, 422, "n", "less than or equal to 10"),
         ({"n": 9}, 422, "n", "at most 8 images a request"),

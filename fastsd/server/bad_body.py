@@ -1,0 +1,51 @@
+"""What is wrong with a body that does not fit its model, in one line of this project's words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+# What would be right, by the beginning of pydantic's type of error.
+EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a finite number",
+    "bool": "true or false",
+    "string_type": "a text",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "an object",
+    "model": "an object",
+    "dataclass": "an object",
+}
+
+
+def explain(error: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The line, and the field that it is about; None: the body as a whole.
+
+    Args:
+        error: one of pydantic's, as `RequestValidationError.errors()` lists them.
+    """
+    kind, path = error["type"], [str(part) for part in error["loc"] if part not in ("body", "query", "path")]
+    if kind == "json_invalid":  # the place is a number of bytes
+        return f"the body is not JSON: {error.get('ctx', {}).get('error', 'it cannot be read')}", None
+    name, field = ".".join(path) or "the body", path[0] if path else None
+    if kind == "missing":
+        return (f"{name} is missing" if path else "the body is missing; send a JSON object"), field
+    expected = next((text for start, text in EXPECTED.items() if kind.startswith(start)), None)
+    reason = f"it should be {expected}" if expected else error["msg"][:1].lower() + error["msg"][1:]
+    given = _given(error.get("input"))
+    return f"{name} is {given}; {reason}" if given else f"{name}: {reason}", field
+
+
+def _given(value: Any) -> str:
+    """The value as JSON has it, a text in quotes; nothing of what is long to read."""
+    if isinstance(value, dict | list | tuple):
+        return ""
+    if isinstance(value, str):
+        return f"{value[:60]!r}"
+    try:
+        return json.dumps(value)[:60]
+    except (TypeError, ValueError):
+        return ""
