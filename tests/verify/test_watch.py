@@ -10,14 +10,14 @@ import torch
 from fastsd.kernels import upsample2x
 from fastsd.kernels.choice.call import Call
 from fastsd.kernels.linear import linear
-from fastsd.model import layers
+from fastsd.model import linear as layer
 from fastsd.verify.watch import observed, ops
 
 OPS = {"add_product", "advance", "conv2d", "flash_attn", "geglu", "groupnorm_silu", "layernorm", "linear", "upsample2x"}
 
 
 def test_every_op_is_found() -> None:
-    assert set(ops()) == OPS | {"upsample2x_conv"}
+    assert set(ops()) == OPS | {"upsample2x_conv", "geglu_fp8", "linear_fp8"}
     assert ops()["linear"].run is linear
 
 
@@ -27,7 +27,7 @@ def test_a_run_calls_every_op(short_run: Callable[[], None]) -> None:
         short_run()
     # Models add products in place only where a GPU computes them.
     assert {call.op.name for call in calls} == OPS - {"upsample2x", "add_product"} | {"upsample2x_conv"}
-    assert layers.linear is linear  # restored
+    assert layer.linear is linear  # restored
     count = len(calls)
     short_run()
     assert len(calls) == count
@@ -42,9 +42,9 @@ def test_calls_between_ops_are_not_observed() -> None:
 
 def test_ops_are_restored_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="stop"), observed(lambda call: None):
-        assert layers.linear is not linear
+        assert layer.linear is not linear
         raise RuntimeError("stop")
-    assert layers.linear is linear
+    assert layer.linear is linear
 
 
 def test_keys_distinguish_shapes_strides_and_dtypes() -> None:
