@@ -34,6 +34,7 @@ RANKS = {
     "text": 5,
     "generate": 6,
     "pipeline": 7,
+    "data": 8,
     "train": 8,
     "evaluate": 8,
     "verify": 8,

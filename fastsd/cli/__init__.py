@@ -20,6 +20,7 @@ from fastsd.parameters import nearest
 COMMANDS = {
     "serve": "a web page, and the APIs of A1111 and OpenAI",
     "mcp": "tools for an assistant: generate an image, edit one",
+    "data": "make a data set to train on: emoji",
     "train": "train a model from a config file",
     "evaluate": "measure how good a model's images are",
     "inspect": "what a model file is: family, prediction, keys, hashes",
