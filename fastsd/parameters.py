@@ -123,6 +123,7 @@ ROWS: tuple[Parameter, ...] = (
         WHAT,
         of="load",
         repeat=False,
+        rare=True,
     ),
     Parameter(
         "vae",
@@ -140,6 +141,7 @@ ROWS: tuple[Parameter, ...] = (
         WHAT,
         of="load",
         repeat=False,
+        rare=True,
     ),
     Parameter(
         "ema",
