@@ -10,6 +10,9 @@
 #   make report          the README's table of speed and the charts, from bench/results/
 #   make dryrun          the table of launches in docs/performance.md, counted without a GPU
 #   make reference       docs/reference.md, from fastsd/parameters.py
+#   make docs            the site, with the book, in site/ (Python 3.11 or later); make docs-serve shows it while you write
+#   make test-docs       the site is whole, its figures can be drawn, the notebooks run
+#   make figures         the book's figures, into docs/book/images/
 #   make digits-report   the full check of the bundled model (DATA=folder with the MNIST files)
 #
 # The environment is in .venv. It is made once, and brought up to date when pyproject.toml or constraints.txt change.
@@ -31,11 +34,13 @@ ifeq ($(NOVENV),)
   RUNTIME := $(VENV)/.runtime
   DEV := $(VENV)/.dev
   MEASURE := $(VENV)/.bench
+  SITE := $(VENV)/.docs
 else
   PY := $(PYTHON)
   RUNTIME :=
   DEV :=
   MEASURE :=
+  SITE :=
 endif
 
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -46,7 +51,7 @@ VERSION := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
 # A file's tests stay in one process, which makes its models once. Files start in their order, so that no long one is last.
 PYTEST = $(PY) -m pytest $$($(PY) -c 'import xdist' 2>/dev/null && echo '--numprocesses=$(WORKERS)' --dist=loadfile --no-loadscope-reorder)
 
-.PHONY: help interpreter demo test quick lint lint-run parity bench gpu report reference dryrun digits-report
+.PHONY: help interpreter demo test quick lint lint-run parity bench gpu report reference dryrun docs docs-serve test-docs figures digits-report
 .DEFAULT_GOAL := help
 
 help:
@@ -86,6 +91,10 @@ $(VENV)/.bench: $(VENV)/.dev
 	@$(PIP) -e '.[bench]'
 	@touch $@
 
+$(VENV)/.docs: $(VENV)/.dev
+	@$(PIP) -e '.[docs]'
+	@touch $@
+
 demo: $(RUNTIME)
 	@$(PY) -m fastsd --prompt "$(PROMPT)"
 
@@ -93,7 +102,7 @@ test: lint $(OLDEST)
 	$(PYTEST)
 
 quick: $(DEV)
-	$(PYTEST) tests -m 'not heavy and not slow and not parity'
+	$(PYTEST) tests -m 'not heavy and not slow and not parity and not docs'
 
 lint: $(DEV)
 ifneq ($(NOVENV),)
@@ -125,6 +134,18 @@ reference: $(RUNTIME)
 
 dryrun: $(DEV)
 	@$(PY) -m bench.dryrun --write-docs
+
+docs: $(SITE)
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+docs-serve: $(SITE)
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve
+
+test-docs: $(SITE)
+	$(PY) -m pytest tests/docs -m docs
+
+figures: $(SITE)
+	@$(PY) -m book.figures
 
 digits-report: $(RUNTIME)
 	$(PY) -m fastsd evaluate --model digits --data $(DATA)
