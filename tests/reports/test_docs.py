@@ -21,7 +21,7 @@ from tests.support.adapter_writers import small_lora
 from tests.support.pipelines import MASK, PHOTO, tiny_components
 from tests.support.project import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # tests/docs has the book
 BUNDLED = 'python -m fastsd --prompt "a thick eight slanted right" --count 4 --seed 7'
 AGAIN = "python -m fastsd --from-image outputs/00000-7-a-thick-eight-slanted-right.png"
 PROGRAM = re.compile(r"^(?:python -m )?fastsd (?!<)")
