@@ -33,12 +33,12 @@ def blocks(page: Path, languages: tuple[str, ...]) -> list[str]:
 
 
 def commands() -> list[tuple[str, str]]:
-    """Every command line of fastsd in a block of any page, without its comment, by page."""
+    """Every command line of fastsd in a block of any page, without its comment, by page; continued lines are one."""
     lines = [
         (page.name, line.strip())
         for page in PAGES
         for block in blocks(page, ("", "sh", "bash", "console"))
-        for line in block.splitlines()
+        for line in block.replace("\\\n", " ").splitlines()
     ]
     return [(name, line.removeprefix("$ ")) for name, line in lines if PROGRAM.match(line.removeprefix("$ "))]
 
