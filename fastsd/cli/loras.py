@@ -136,8 +136,8 @@ def _adapters_in(folder: Path) -> list[Path]:
 
 
 def _describe(adapter: Adapter) -> dict[str, Any]:
+    from fastsd.files.hashes import adapter_hash
     from fastsd.weights.adapters.locate import adapter_bytes
-    from fastsd.weights.hashes import adapter_hash
 
     data = adapter_bytes(adapter.path)
     setting = {"name": adapter.path.name, "sha256": fingerprint(data), "strength": adapter.unet}

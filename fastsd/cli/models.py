@@ -45,7 +45,7 @@ def _of_place(place: ModelLocation, given: str, prefix: str = "") -> dict[str, A
 
 def _hash(path: Path) -> str | None:
     """A1111's short hash of a model file, if it is known."""
-    from fastsd.weights.hashes import known_sha256
+    from fastsd.files.hashes import known_sha256
 
     found = known_sha256(path) if path.is_file() else None
     return None if found is None else found[:10]

@@ -7,7 +7,7 @@ The PNG text chunk `parameters`:
     Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 1, Size: 512x512, Model: sd15, ...
 
 A1111's hashes are written where they cost nothing: `Lora hashes` and `TI hashes`, whose files are small, always;
-`Model hash` and `VAE hash` where they are known (`fastsd.weights.hashes`), since those files have gigabytes. They are
+`Model hash` and `VAE hash` where they are known (`fastsd.files.hashes`), since those files have gigabytes. They are
 short SHA-256s: 10 digits of a model's file, 12 of an embedding's file, 12 of a LoRA's tensors alone.
 """
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastsd.errors import FastsdError
+from fastsd.files.hashes import known_sha256, remember_sha256
 from fastsd.parameters import nearest
 from fastsd.server.jobs import ModelChoice
 from fastsd.server.settings import ServerSettings
-from fastsd.weights.hashes import known_sha256, remember_sha256
 
 SUFFIX = ".safetensors"
 DIGITS = "digits"

@@ -17,6 +17,7 @@ from fastsd.cli import embeddings, loras
 from fastsd.cli.models import fingerprint
 from fastsd.cuda.capture import ran_out_of_memory
 from fastsd.errors import about
+from fastsd.files.hashes import known_sha256
 from fastsd.generate.control import Control
 from fastsd.model.controlnet import ControlNet
 from fastsd.pipeline import BUNDLED, Pipeline, Result
@@ -24,7 +25,6 @@ from fastsd.runtime import memory
 from fastsd.server.jobs import Finished, ModelChoice, Order
 from fastsd.server.worker import EngineSettings, Watch
 from fastsd.weights import count_parameters
-from fastsd.weights.hashes import known_sha256
 
 ROOM = 1.25  # times a model's weights should be free before it is loaded beside others
 

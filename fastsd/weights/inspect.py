@@ -9,11 +9,11 @@ from pathlib import Path
 
 from fastsd.errors import FastsdError
 from fastsd.few_step import Detection
+from fastsd.files.hashes import remember_sha256
 from fastsd.weights.adapters.embeddings import vectors_of
 from fastsd.weights.few_step import detect_in_metadata
 from fastsd.weights.formats.pickle_file import is_pickle, open_pickle, tensors_in
 from fastsd.weights.formats.safetensors_file import DTYPES, TensorEntry
-from fastsd.weights.hashes import remember_sha256
 from fastsd.weights.layouts.edm_markers import MARKERS, with_markers
 from fastsd.weights.layouts.family import CheckpointFamily, find_family
 from fastsd.weights.layouts.names import same_matrix, sources
@@ -37,7 +37,7 @@ Facts = list[tuple[str, str]]
 def inspect(path: Path, allow_pickle: bool = False) -> Facts:
     """The facts about a file as (name, value); an empty name continues the fact before.
 
-    Reads the whole file once for its hash, which is stored for later (`fastsd.weights.hashes`).
+    Reads the whole file once for its hash, which is stored for later (`fastsd.files.hashes`).
 
     Raises:
         FastsdError: no file, malformed, or a pickle that is not allowed.

@@ -15,7 +15,8 @@ from starlette.testclient import TestClient
 
 from fastsd.server.app import make_app
 from fastsd.server.settings import ServerSettings
-from tests.support.server import EmptySettings, called, colour, empty_engine, opened, png
+from tests.support.empty_model import EmptySettings, colour, empty_engine
+from tests.support.server import called, opened, png
 
 API = "/sdapi/v1"
 

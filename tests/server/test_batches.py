@@ -26,7 +26,8 @@ from fastsd.server.jobs import (
 )
 from fastsd.server.queue import GenerationQueue
 from fastsd.server.worker import Watch
-from tests.support.server import colour, order, with_queue
+from tests.support.empty_model import colour
+from tests.support.server import order, with_queue
 
 Queue = GenerationQueue
 

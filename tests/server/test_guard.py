@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 from fastsd.server.app import make_app
 from fastsd.server.limits import Limits
 from fastsd.server.settings import ServerSettings
-from tests.support.server import EmptySettings, empty_engine
+from tests.support.empty_model import EmptySettings, empty_engine
 
 KEY = "correct horse battery"
 

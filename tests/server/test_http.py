@@ -17,7 +17,7 @@ from fastsd.server.app import make_app
 from fastsd.server.http import HttpServer, listen
 from fastsd.server.limits import Limits
 from fastsd.server.settings import ServerSettings
-from tests.support.server import EmptySettings, empty_engine
+from tests.support.empty_model import EmptySettings, empty_engine
 
 CLOSE = b"Connection: close\r\n\r\n"
 HEADERS = b"Host: localhost\r\nContent-Type: application/json\r\n"

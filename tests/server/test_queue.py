@@ -11,7 +11,8 @@ import pytest
 from fastsd.errors import FastsdError
 from fastsd.server.jobs import Cancelled, Job, ModelChoice, QueueFull, ShuttingDown, WorkerFailed
 from fastsd.server.queue import GenerationQueue
-from tests.support.server import colour, order, with_queue
+from tests.support.empty_model import colour
+from tests.support.server import order, with_queue
 
 Queue = GenerationQueue
 

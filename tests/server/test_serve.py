@@ -102,6 +102,8 @@ def test_python_the_command_line_and_both_apis_give_the_same_pixels(
         data = {"prompt": "a cat", "seed": "5", "steps": "4", "strength": "0.7"}
         answer = httpx.post(f"{server.url}v1/images/edits", data=data, files=files, timeout=60).json()
         np.testing.assert_array_equal(opened(answer["data"][0]["b64_json"]), own)
+        maps = Path(f"/proc/{server.process.pid}/maps")
+        assert not maps.exists() or "libtorch" not in maps.read_text()  # the worker alone needs it
 
 
 @pytest.mark.heavy

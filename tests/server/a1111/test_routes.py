@@ -10,7 +10,8 @@ from starlette.testclient import TestClient
 
 from fastsd.server.limits import Limits
 from fastsd.server.settings import ServerSettings
-from tests.support.server import called, colour, opened, png
+from tests.support.empty_model import colour
+from tests.support.server import called, opened, png
 
 API = "/sdapi/v1"
 

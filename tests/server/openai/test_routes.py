@@ -17,7 +17,8 @@ from fastsd.server.limits import Limits
 from fastsd.server.openai.bodies import ImageEdit, ImageGeneration
 from fastsd.server.openai.translate import translate
 from fastsd.server.settings import ServerSettings
-from tests.support.server import called, colour, opened, png
+from tests.support.empty_model import colour
+from tests.support.server import called, opened, png
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from fastsd.weights.hashes import adapter_hash, known_sha256, remember_sha256
+from fastsd.files.hashes import adapter_hash, known_sha256, remember_sha256
 
 DIGEST = "0123456789abcdef" * 4
 
