@@ -27,7 +27,7 @@ from triton.runtime import driver
 from bench.compile_report import KernelLaunch, intercepted_launches
 from fastsd.kernels import candidates, dispatch
 from fastsd.kernels.choice import decide
-from fastsd.kernels.choice.op import GpuOp
+from fastsd.kernels.choice.op import GpuOp, Key
 
 LAUNCHES: list[KernelLaunch] = []  # what forked processes find here: kernels cannot be sent to them
 
@@ -48,18 +48,22 @@ class CompilerDriver:
         return GPUTarget("cuda", self.sm, 32)
 
 
-def every_launch(sm: int) -> list[KernelLaunch]:
-    """Each launch of every way of each op of the models and of the sampler's step, once."""
-    from tests.support.launches import ChannelsLast, models, steps
+def every_launch(sm: int, fp8: bool = False) -> list[KernelLaunch]:
+    """Each launch of every way of each op of the models and of the sampler's step, once; `fp8`: of UNets in fp8 too."""
+    from tests.support.launches import ChannelsLast, encoders, steps, unets
 
     found: dict[str, KernelLaunch] = {}
+    tried: set[tuple[str, Key]] = set()
 
     def tell(of: str, kernel: Any, arguments: dict[str, Any]) -> None:
         launch = KernelLaunch(f"{of}: {kernel.fn.__name__}", kernel, arguments)
         found.setdefault(compiler_key(kernel, arguments), launch)
 
     def every_way(op: GpuOp, *args: Any) -> Any:
-        for way in decide.ways_of(list(decide.taking(op, args)), args, thorough=False):
+        place = op.name, op.key_of(args)
+        ways = [] if place in tried else decide.ways_of(list(decide.taking(op, args)), args, thorough=False)
+        tried.add(place)
+        for way in ways:
             with contextlib.suppress(Exception):  # a library's op has no answer for such tensors
                 way.run(op.copied(args))
         return op.own.run(args)
@@ -71,7 +75,7 @@ def every_launch(sm: int) -> list[KernelLaunch]:
         torch.no_grad(),
         ChannelsLast(),
     ):
-        for of, call in (*models(), *steps()):
+        for of, call in (*unets(), *(unets(fp8=True) if fp8 else ()), *encoders(), *steps()):
             with intercepted_launches(sm, functools.partial(tell, of)):
                 call()
     return list(found.values())

@@ -139,6 +139,34 @@ def test_modules_import_one_another_in_no_circle() -> None:
     assert "fastsd.pipeline" in order
 
 
+def replaced_functions() -> set[str]:
+    """The functions of fastsd's modules that files of bench/ replace by `patch.object(module, "name", ...)`."""
+    names = {module for module, _ in sources()}
+    found = set()
+    for file in (PACKAGE.parent / "bench").rglob("*.py"):
+        source = file.read_text(encoding="utf-8")
+        modules = {name.rpartition(".")[2]: name for name in imported_modules(source, "bench", False) if name in names}
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "patch.object":
+                owner, name = map(ast.unparse, node.args[:2])
+                if owner in modules:
+                    found.add(f"{modules[owner]}.{ast.literal_eval(name)}")
+    return found
+
+
+def test_what_is_replaced_to_trace_launches_is_found_in_its_module() -> None:
+    """A module that binds such a function by name would go on calling the real one."""
+    replaced = replaced_functions()
+    assert {"fastsd.kernels.launch.architecture.class_of", "fastsd.kernels.candidates.run"} <= replaced
+    bound = {
+        f"{module} binds {name}"
+        for module, file in sources()
+        for name in imported_modules(file.read_text(encoding="utf-8"), module, file.name == "__init__.py")
+        if name in replaced
+    }
+    assert not bound
+
+
 @pytest.mark.parametrize(
     ("source", "module", "is_package"),
     [

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from fastsd.kernels import candidates, dispatch
 from fastsd.kernels.candidates import GpuOp, OpCandidate
 from fastsd.kernels.cpu import onednn
-from fastsd.kernels.launch import variants
-from fastsd.kernels.launch.architecture import class_of
+from fastsd.kernels.launch import architecture, variants
 from fastsd.kernels.launch.conv2d import UNUSED, ConvBoxes, ConvPointers, choose, saves_time
 
 Padding = tuple[int, int, int, int]  # left, right, top, bottom
@@ -155,7 +154,7 @@ def _launches(
 ) -> list[ConvBoxes | ConvPointers]:
     height, width = _size(x, weight, stride, padding)
     outputs, inputs, *kernel = weight.shape
-    key = class_of(x.device)
+    key = architecture.class_of(x.device)
     return variants.convolutions(thorough, key, height, width, inputs, outputs, math.prod(kernel), stride, 1)
 
 
@@ -203,7 +202,7 @@ def _first(
     passes = 0.0 if bias is None and residual is None and not relu else 2.0 if residual is None else 3.0
     if (left, top) != (right, bottom):  # cuDNN needs a padded copy
         passes += 2 * stride**2 * inputs / outputs
-    taps, key = math.prod(kernel), class_of(x.device)
+    taps, key = math.prod(kernel), architecture.class_of(x.device)
     if key in UNUSED:
         return None
     launch = choose(key, height, width, inputs, outputs, taps, stride, 1)

@@ -10,8 +10,7 @@ from fastsd.kernels import candidates, dispatch
 from fastsd.kernels.candidates import GpuOp, OpCandidate
 from fastsd.kernels.conv2d import Padding, conv2d, conv2d_ref
 from fastsd.kernels.cpu import choices, onednn
-from fastsd.kernels.launch import variants
-from fastsd.kernels.launch.architecture import class_of
+from fastsd.kernels.launch import architecture, variants
 from fastsd.kernels.launch.conv2d import ConvBoxes, ConvPointers, saves_time_doubled
 
 SAME: Padding = (1, 1, 1, 1)
@@ -75,7 +74,7 @@ def _launches(
     thorough: bool, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> list[ConvBoxes | ConvPointers]:
     _, height, width, inputs = x.shape
-    return variants.convolutions(thorough, class_of(x.device), height, width, inputs, len(weight), 4, 1, 4)
+    return variants.convolutions(thorough, architecture.class_of(x.device), height, width, inputs, len(weight), 4, 1, 4)
 
 
 def _no_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:

@@ -14,6 +14,7 @@ from fastsd.kernels import conv2d as conv2d_module
 from fastsd.kernels import dispatch
 from fastsd.kernels.conv2d import Padding, conv2d
 from fastsd.kernels.cpu import onednn
+from fastsd.kernels.launch import architecture
 from fastsd.model.layers import Conv2d
 from tests.support.precision import DTYPES, check, check_batch, rand
 
@@ -264,5 +265,5 @@ def test_the_preferred_candidate_is_ours_where_it_saves_more_than_it_loses():
 
 def test_on_other_classes_cudnn_is_first(monkeypatch):
     for key in (75, 80, 86, 100, 120):
-        monkeypatch.setattr(conv2d_module, "class_of", lambda device, key=key: key)
+        monkeypatch.setattr(architecture, "class_of", lambda device, key=key: key)
         assert first(512, 128, 128) is None

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from fastsd import config
 from fastsd.kernels import advance
 from fastsd.model.clip import TextEncoder
+from fastsd.model.fp8 import quantize_unet
 from fastsd.model.unet import AddedConditioning, UNet
 from fastsd.model.vae import AutoencoderKL
 
@@ -43,14 +44,21 @@ def built(kind: Callable[..., nn.Module], settings: Any, dtype: torch.dtype = to
         return kind(settings).to(dtype).to(memory_format=torch.channels_last).eval()
 
 
-def models() -> Calls:
-    """Each model's name and a call of it."""
+def unets(fp8: bool = False) -> Calls:
+    """Each UNet's name and calls of it; `fp8`: with the products that `--dtype fp8` computes so."""
     for name, settings, sizes in UNETS:
         unet, time = built(UNet, settings), empty(2, dtype=torch.float32)
+        if fp8:
+            quantize_unet(unet)
         added = AddedConditioning(empty(2, 1280), empty(2, 6)) if settings.addition_time_embed_dim else None
         for size in sizes:
             inputs = empty(2, *size, 4), time, empty(2, 77, settings.cross_attention_dim), added
-            yield f"{name} {size[0]}x{size[1]}", lambda unet=unet, inputs=inputs: unet(*inputs)
+            title = f"{name}{' fp8' if fp8 else ''} {size[0]}x{size[1]}"
+            yield title, lambda unet=unet, inputs=inputs: unet(*inputs)
+
+
+def encoders() -> Calls:
+    """Each text encoder's and autoencoder's name and a call of it."""
     for name, settings in ENCODERS.items():
         encoder = built(TextEncoder, settings)
         yield name, lambda encoder=encoder: encoder(empty(1, 77, dtype=torch.int64))
