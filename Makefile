@@ -12,6 +12,7 @@
 #   make reference       docs/reference.md, from fastsd/parameters.py
 #   make docs            the site, with the book, in site/ (Python 3.11 or later); make docs-serve shows it while you write
 #   make test-docs       the site is whole, its figures can be drawn, the notebooks run
+#   make slides          slides/fastsd.pdf, printed by Chromium
 #   make figures         the book's figures, into docs/book/images/
 #   make digits-report   the full check of the bundled model (DATA=folder with the MNIST files)
 #
@@ -51,7 +52,7 @@ VERSION := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
 # A file's tests stay in one process, which makes its models once. Files start in their order, so that no long one is last.
 PYTEST = $(PY) -m pytest $$($(PY) -c 'import xdist' 2>/dev/null && echo '--numprocesses=$(WORKERS)' --dist=loadfile --no-loadscope-reorder)
 
-.PHONY: help interpreter demo test quick lint lint-run parity bench gpu report reference dryrun docs docs-serve test-docs figures digits-report
+.PHONY: help interpreter demo test quick lint lint-run parity bench gpu report reference dryrun docs docs-serve test-docs figures slides digits-report
 .DEFAULT_GOAL := help
 
 help:
@@ -143,6 +144,9 @@ docs-serve: $(SITE)
 
 test-docs: $(SITE)
 	$(PY) -m pytest tests/docs -m docs
+
+slides: $(SITE)
+	@$(PY) -m book.slides
 
 figures: $(SITE)
 	@$(PY) -m book.figures

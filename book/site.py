@@ -14,13 +14,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from book import notebooks  # noqa: E402
+from book.formulas import mathml  # noqa: E402
 from book.links import Link, line_of, links  # noqa: E402
 
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.S)
@@ -63,8 +63,7 @@ def on_page_content(content: str, page: Any, **_: Any) -> str:
     page.present_anchor_ids = {*(page.present_anchor_ids or ()), *LINE_ID.findall(content)}
 
     def formula(match: re.Match[str]) -> str:
-        display = "block" if match[2] == "[" else "inline"
-        return convert(html.unescape(match[3]).strip(), display=display)
+        return mathml(html.unescape(match[3]), display=match[2] == "[")
 
     return FORMULA.sub(formula, content)
 

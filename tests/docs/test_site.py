@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,24 @@ def test_figures_are_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     figures.main([])
     kept = {path.name for path in (ROOT / "docs" / "book" / "images").glob("*.png")}
     assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_slides_become_a_pdf(tmp_path: Path) -> None:
+    from book import slides
+
+    if not any(map(shutil.which, slides.BROWSERS)):
+        pytest.skip("no Chromium")
+    slides.main([str(tmp_path / "deck.pdf")])
+    pages = re.findall(rb"/Type\s*/Page\b", (tmp_path / "deck.pdf").read_bytes())
+    assert len(pages) == len(slides.slides(slides.SOURCE.read_text(encoding="utf-8"))) >= 30
+
+
+def test_letters_of_other_variants_are_characters() -> None:
+    from book.formulas import mathml
+
+    assert (
+        "𝔼" in mathml(r"\mathbb E", False) and "ℝ" in mathml(r"\mathbb R", False) and "𝒩" in mathml(r"\mathcal N", True)
+    )
 
 
 def test_a_figure_that_is_not_there_is_refused() -> None:
