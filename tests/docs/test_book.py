@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "bench" / "README.md",
 ]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 
 
@@ -92,9 +95,8 @@ def test_every_page_is_in_the_sites_navigation() -> None:
 
 def test_notebooks_hold_no_outputs() -> None:
     """They are run where they are shown; in git an output would be a second, older truth."""
-    paths = sorted((ROOT / "notebooks").glob("*.ipynb"))
-    assert len(paths) >= 5
-    for path in paths:
+    assert len(NOTEBOOKS) >= 5
+    for path in NOTEBOOKS:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         code = [cell for cell in cells if cell["cell_type"] == "code"]
         assert code and all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code), path.name
@@ -107,6 +109,23 @@ def test_every_public_name_is_documented() -> None:
         if not name.startswith("__"):
             assert f"::: fastsd.{name}\n" in page, name
             assert getattr(fastsd, name).__doc__, name
+
+
+# Words that codespell takes for mistakes.
+KNOWN_WORDS = "te"  # the key of a LoRA's strength for text encoders
+
+
+def misspelt(*paths: Path) -> str:
+    command = [sys.executable, "-m", "codespell_lib", "-L", KNOWN_WORDS, *map(str, paths)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+
+
+def test_pages_and_code_are_spelt_right(tmp_path: Path) -> None:
+    pages = (*PAGES, ROOT / "CHANGELOG.md", ROOT / "slides" / "fastsd.md", *NOTEBOOKS)
+    code = [path for folder in ("fastsd", "bench", "book") for path in (ROOT / folder).rglob("*.py")]
+    assert not misspelt(*pages, *code)
+    (tmp_path / "page.md").write_text("Kernels recieve pointers.\n", encoding="utf-8")
+    assert "receive" in misspelt(tmp_path / "page.md")
 
 
 def test_a_name_that_moved_is_found_out() -> None:
