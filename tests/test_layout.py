@@ -63,7 +63,7 @@ def test_tests_import_no_other_tests() -> None:
 
 
 # Tests of several modules together, which have no namesake.
-TOGETHER = ("agreement", "parity", "gpu", "bench", "docs", "support", "reports")
+TOGETHER = ("agreement", "parity", "gpu", "bench", "clients", "docs", "support", "reports")
 
 
 def test_tests_mirror_the_package() -> None:

@@ -47,6 +47,8 @@ class WorkerBatch:
             job.index, job.total = step.index, step.total
             if step.preview is not None:
                 job.preview, job.previews = step.preview, job.previews + 1
+                if job.order.previews:
+                    job.planned.append(step.preview)
             job.changed.set()
 
     def take_back(self) -> list[Job]:

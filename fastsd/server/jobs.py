@@ -225,6 +225,7 @@ class Job:
         state: waiting, running or done.
         index, total: steps, as the worker counts them.
         preview: the latest, with its number.
+        planned: every preview of an order that has asked for some (`Order.previews`).
         changed: set whenever one of these changes; whoever waits for it clears it.
     """
 
@@ -238,6 +239,7 @@ class Job:
     total: int = 0
     preview: Image.Image | None = None
     previews: int = 0
+    planned: list[Image.Image] = field(default_factory=list)
     interrupted: bool = False
     result: asyncio.Future[Finished] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     changed: asyncio.Event = field(default_factory=asyncio.Event)

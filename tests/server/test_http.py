@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import socket
 import threading
@@ -13,32 +12,12 @@ import httpx
 import pytest
 
 from fastsd.server import guard, http
-from fastsd.server.app import make_app
-from fastsd.server.http import HttpServer, listen
 from fastsd.server.limits import Limits
 from fastsd.server.settings import ServerSettings
-from tests.support.empty_model import EmptySettings, empty_engine
+from tests.support.server import listening
 
 CLOSE = b"Connection: close\r\n\r\n"
 HEADERS = b"Host: localhost\r\nContent-Type: application/json\r\n"
-
-
-@contextlib.contextmanager
-def listening(settings: ServerSettings, seconds: float = 0.0) -> Iterator[int]:
-    """A server with an empty model in a thread; gives its port."""
-    opened = listen("127.0.0.1", 0)
-    app = make_app(settings, empty_engine, EmptySettings(seconds))
-    server = HttpServer(app, lambda: None, 1)
-    thread = threading.Thread(target=lambda: server.run([opened]))
-    thread.start()
-    port = opened.getsockname()[1]
-    try:
-        while httpx.get(f"http://localhost:{port}/ready").status_code != 200:
-            time.sleep(0.02)
-        yield port
-    finally:
-        server.should_exit = True
-        thread.join(20)
 
 
 @pytest.fixture(scope="module")

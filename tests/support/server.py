@@ -10,16 +10,19 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 from PIL import Image
 from starlette.testclient import TestClient
 
 from fastsd.server.app import make_app
+from fastsd.server.http import HttpServer, listen
 from fastsd.server.jobs import ModelChoice, Order
 from fastsd.server.queue import GenerationQueue
 from fastsd.server.settings import ServerSettings
@@ -87,6 +90,24 @@ def called(settings: ServerSettings, seconds: float = 0.0) -> Iterator[TestClien
             assert time.monotonic() < deadline
             time.sleep(0.01)
         yield client
+
+
+@contextlib.contextmanager
+def listening(settings: ServerSettings, seconds: float = 0.0, auth: tuple[str, str] | None = None) -> Iterator[int]:
+    """A server with an empty model in a thread, at a port, which it gives, and ready."""
+    opened = listen("127.0.0.1", 0)
+    app = make_app(settings, empty_engine, EmptySettings(seconds))
+    server = HttpServer(app, lambda: None, 1)
+    thread = threading.Thread(target=lambda: server.run([opened]))
+    thread.start()
+    port = opened.getsockname()[1]
+    try:
+        while httpx.get(f"http://localhost:{port}/ready", auth=auth).status_code != 200:
+            time.sleep(0.02)
+        yield port
+    finally:
+        server.should_exit = True
+        thread.join(20)
 
 
 def png(size: tuple[int, int] = (64, 64), colour: object = (9, 8, 7), mode: str = "RGB") -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from PIL import ImageOps
+import numpy as np
+from PIL import Image, ImageOps
 
 from fastsd.errors import FastsdError
 from fastsd.image.files import find_edges
@@ -15,8 +16,9 @@ from fastsd.server.limits import Limits
 from fastsd.server.orders import Draft
 
 MAX_UNITS = 8
+MODULES = ["none", "canny"]  # how an image is prepared
 BALANCED = (None, 0, "Balanced")
-RESIZE = {"Just Resize": 0, "Crop and Resize": 1}  # the extension's third, "Resize and Fill", is refused
+RESIZE = {"Just Resize": 0, "Crop and Resize": 1, "Resize and Fill": 2}
 # Fields of a unit that fastsd acts on, and those that say how an image is prepared, which none and canny do not need.
 KNOWN = ("enabled", "image", "input_image", "model", "module", "weight", "guidance_start", "guidance_end")
 IDLE = frozenset(
@@ -70,12 +72,13 @@ def _read_unit(draft: Draft, where: str, unit: dict[str, Any], catalogue: Catalo
     elif module != "none":
         message = "not supported: send the map that it would make, with module none; canny is made here"
         raise FastsdError(message, argument=f"{where}.module", value=module)
-    mode = RESIZE.get(unit.get("resize_mode", 1), unit.get("resize_mode", 1))
-    if mode not in (0, 1):
-        raise FastsdError("not supported; 0 and 1 are", argument=f"{where}.resize_mode", value=mode)
-    size = draft.arguments.get("width"), draft.arguments.get("height")
-    if mode == 1 and None not in size and "mask_image" not in draft.arguments:
-        image = ImageOps.fit(image, size)  # type: ignore[arg-type]
+    mode = unit.get("resize_mode", 1)
+    mode = RESIZE.get(mode, mode) if isinstance(mode, str) else mode
+    if mode not in RESIZE.values() or isinstance(mode, bool):
+        raise FastsdError(f"it should be one of {', '.join(RESIZE)}", argument=f"{where}.resize_mode", value=mode)
+    width, height = (draft.arguments.get(name) for name in ("width", "height"))
+    if width and height and "mask_image" not in draft.arguments:
+        image = resize_control(image, (width, height), int(mode))
     if not isinstance(unit.get("model"), str):
         raise FastsdError("it should be the name of a ControlNet", argument=f"{where}.model", value=unit.get("model"))
     listed = catalogue.find_controlnet(unit["model"])
@@ -85,6 +88,22 @@ def _read_unit(draft: Draft, where: str, unit: dict[str, Any], catalogue: Catalo
         "end": _number(where, unit, "guidance_end", 1.0),
     }
     return ControlChoice(listed.name, str(listed.path), image, parts, module == "canny")
+
+
+def resize_control(image: Image.Image, size: tuple[int, int], mode: int) -> Image.Image:
+    """The extension's `resize_mode` (`detectmap_proc` in its scripts/controlnet.py): 0 leaves the stretching to the
+    call, 1 crops, 2 fills with the median colour of the border."""
+    if mode == 1:
+        return ImageOps.fit(image, size)
+    if mode == 2 and image.width * size[1] != image.height * size[0]:
+        pixels = np.asarray(image)
+        border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+        colour = np.median(border, axis=0).astype(np.uint8)
+        inside = ImageOps.contain(image, size, Image.Resampling.LANCZOS)
+        result = Image.new(image.mode, size, tuple(map(int, colour)))
+        result.paste(inside, ((size[0] - inside.width) // 2, (size[1] - inside.height) // 2))
+        return result
+    return image
 
 
 def _number(where: str, unit: dict[str, Any], name: str, default: float) -> float:

@@ -15,6 +15,7 @@ from fastsd.image.infotext import UPSCALERS, parse_parameters, split_pairs
 from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
 from fastsd.server.a1111.answers import memory, sd_model
 from fastsd.server.a1111.bodies import EncodedImage, Upscaling
+from fastsd.server.a1111.controlnet import MAX_UNITS, MODULES
 from fastsd.server.a1111.translate import NAMES, SETTABLE, check_options
 from fastsd.server.app_state import State
 from fastsd.server.images import check_pixels, decode_base64, encode_preview, read_image
@@ -275,6 +276,18 @@ def controlnet_routes(state: State) -> APIRouter:
     @router.get("/module_list")
     async def modules() -> dict[str, list[str]]:
         """How images are prepared."""
-        return {"module_list": ["none", "canny"]}
+        return {"module_list": MODULES}
+
+    @router.get("/control_types")
+    async def types() -> dict[str, Any]:
+        """Modules and ControlNets by kind; there is one kind."""
+        names = [one.name for one in state.catalogue.controlnets]
+        every = {"module_list": MODULES, "model_list": ["None", *names]}
+        return {"control_types": {"All": every | {"default_option": "none", "default_model": "None"}}}
+
+    @router.get("/settings")
+    async def settings() -> dict[str, int]:
+        """How many ControlNets a request may have."""
+        return {"control_net_unit_count": MAX_UNITS}
 
     return router

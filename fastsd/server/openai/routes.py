@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from PIL.Image import Image
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
@@ -164,8 +165,8 @@ async def stream(
     """Server-sent events: previews, then the images; or an error."""
     waiting = asyncio.create_task(state.wait(request, job))
     try:
-        async for number, encoded in _previews(job, waiting, body):
-            size = f"{job.preview.width}x{job.preview.height}" if job.preview is not None else "auto"
+        number = 0
+        async for image, encoded in _previews(job, waiting, body):
             yield _event(
                 f"{kind}.partial_image",
                 b64_json=encoded,
@@ -174,8 +175,9 @@ async def stream(
                 background="opaque",
                 output_format=body.output_format or "png",
                 quality=body.quality or "auto",
-                size=size,
+                size=f"{image.width}x{image.height}",
             )
+            number += 1
         finished = await waiting
         found = _described(body, finished) | {"created_at": int(time.time())}
         for encoded, own in zip(await asyncio.to_thread(encode_all, finished, body), finished.settings, strict=True):
@@ -191,17 +193,18 @@ async def stream(
         state.queue.cancel(job)
 
 
-async def _previews(job: Job, waiting: asyncio.Task[Finished], body: ImageRequest) -> AsyncIterator[tuple[int, str]]:
-    """Each preview of a job as it comes, encoded."""
-    seen = 0
-    while not waiting.done():
+async def _previews(job: Job, waiting: asyncio.Task[Finished], body: ImageRequest) -> AsyncIterator[tuple[Image, str]]:
+    """Each preview that was asked for, and its file, also where the next one is there already."""
+    seen, ended = 0, False
+    while not ended:
         changed = asyncio.create_task(job.changed.wait())
         await asyncio.wait({changed, waiting}, return_when=asyncio.FIRST_COMPLETED)
         changed.cancel()
         job.changed.clear()
-        if job.previews > seen and job.preview is not None and job.state != "done":
-            seen = job.previews
-            yield seen - 1, await asyncio.to_thread(encode_preview, job.preview, body.suffix)
+        ended = waiting.done()
+        while seen < min(len(job.planned), len(job.order.previews)):
+            image, seen = job.planned[seen], seen + 1
+            yield image, await asyncio.to_thread(encode_preview, image, body.suffix)
 
 
 def _event(kind: str, **fields: Any) -> bytes:

@@ -8,6 +8,7 @@ from PIL import Image
 
 from fastsd.errors import FastsdError
 from fastsd.server.a1111.bodies import REFUSED, ImageToImage, TextToImage
+from fastsd.server.a1111.controlnet import resize_control
 from fastsd.server.a1111.translate import resize, translate
 from fastsd.server.catalogue import Catalogue
 from fastsd.server.limits import Limits
@@ -247,6 +248,8 @@ def test_controlnets(tmp_path: Path) -> None:
     (control,) = controls(weight=0.5, guidance_start=0.1, guidance_end=0.9, pixel_perfect=True)
     assert control.parts == {"weight": 0.5, "start": 0.1, "end": 0.9} and control.image.size == (32, 64)
     assert control.path == str(tmp_path / "canny.safetensors") and not control.edges
+    for mode in ("Just Resize", "Crop and Resize", "Resize and Fill", 0, 1, 2):
+        assert controls(resize_mode=mode)[0].image.size == ((64, 64) if mode in ("Just Resize", 0) else (32, 64))
     assert controls(module="canny", threshold_a=-1)[0].edges and controls(enabled=False) == []
     for wrong in (
         {"module": "openpose"},
@@ -256,7 +259,19 @@ def test_controlnets(tmp_path: Path) -> None:
         {"image": "http://x"},
         {"weight": "much"},
         {"control_mode": 2},
+        {"resize_mode": 3},
+        {"resize_mode": "Fill"},
         {"mask": png()},
     ):
         with pytest.raises(FastsdError, match="controlnet\\[0\\]|no such ControlNet"):
             controls(**wrong)
+
+
+def test_a_control_image_of_another_shape_is_filled_with_the_colour_of_its_border() -> None:
+    """A white line across black: its ends are few of the border's pixels, and the median is black."""
+    image = Image.new("RGB", (64, 32))
+    image.paste((255, 255, 255), (0, 15, 64, 17))
+    filled = resize_control(image, (64, 64), 2)
+    assert filled.size == (64, 64) and filled.getpixel((10, 3)) == (0, 0, 0) and filled.getpixel((10, 32)) != (0, 0, 0)
+    assert filled.crop((0, 16, 64, 48)).tobytes() == image.tobytes()
+    assert resize_control(image, (128, 64), 2) is image  # of the same shape: the call enlarges it
