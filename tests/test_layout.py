@@ -84,7 +84,7 @@ def test_tests_mirror_the_package() -> None:
 ABOUT: dict[str, tuple[str, ...]] = {
     ".": ("imports", "layout", "package"),
     "cli": ("few_step", "prompts"),  # features that several of its modules share
-    "evaluate": ("bundled_model",),
+    "evaluate/digits": ("bundled_model",),
     "kernels": (
         "flash_attn_compile",
         "triton_compile",

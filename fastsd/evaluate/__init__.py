@@ -1,57 +1,132 @@
-"""Evaluation: `python -m fastsd evaluate` checks that a digits model generates correct, diverse and novel digits."""
+"""Evaluation: `python -m fastsd evaluate` measures how good a model's images are (docs/evaluation.md)."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from fastsd.evaluate.limits import DEFAULT_SEEDS, MAX_SEEDS, QUICK_SEEDS, STYLE_SEEDS
+from fastsd.evaluate.digits.limits import DEFAULT_SEEDS, MAX_SEEDS, QUICK_SEEDS, STYLE_SEEDS
+
+if TYPE_CHECKING:
+    from fastsd.evaluate.measure import Measurement
+
+MAX_COUNT = 50_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `fastsd evaluate`."""
-    parser.add_argument("--model", default="digits", metavar="FOLDER", help="a digits model (default: the bundled one)")
+    parser.add_argument("--model", default="digits", metavar="PATH", help="the model (default: the bundled digits)")
     parser.add_argument(
         "--data",
         default="data/mnist",
         metavar="DIR",
-        help="folder with the four .gz files of MNIST (default: %(default)s)",
+        help="real images with captions, or the four .gz files of MNIST (default: %(default)s)",
     )
-    parser.add_argument(
+    parser.add_argument("--out", metavar="DIR", help="write the report and a sheet of images to this folder")
+    parser.add_argument("--json", metavar="FILE", help="write all results to this file")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files of --out and --json")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    parser.add_argument("--dtype", default="auto", help="auto, fp32, fp16 or bf16 (default: %(default)s)")
+    add_metric_arguments(parser.add_argument_group("metrics of any model"))
+    digits = parser.add_argument_group("the checks of a digits model, where --metrics is not given")
+    digits.add_argument(
         "--seeds",
         type=int,
         default=None,
         metavar="N",
         help=f"images of each digit (default: {DEFAULT_SEEDS}; at most {STYLE_SEEDS} for each style)",
     )
-    parser.add_argument(
+    digits.add_argument(
         "--quick",
         action="store_true",
         help=f"{QUICK_SEEDS} seeds, shorter training of the digit reader, no search for copies",
     )
-    parser.add_argument(
+    digits.add_argument(
         "--reader", metavar="FILE", help="weights of the digit reader; trained and saved if the file does not exist"
     )
-    parser.add_argument("--out", metavar="DIR", help="write a sheet of generated digits, digits.png, to this folder")
-    parser.add_argument("--json", metavar="FILE", help="write all results to this file")
-    parser.add_argument("--overwrite", action="store_true", help="replace existing files of --out and --json")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
-    parser.add_argument("--dtype", default="auto", help="auto, fp32, fp16 or bf16 (default: %(default)s)")
+
+
+def add_metric_arguments(group: Any) -> None:
+    """The flags that every measurement has."""
+    group.add_argument(
+        "--metrics", metavar="NAMES", help="some of fid, kid, is, precision-recall, accuracy, nearest, autoencoder"
+    )
+    group.add_argument("--count", type=int, default=500, metavar="N", help="images to generate (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of the first image (default: %(default)s)")
+    group.add_argument(
+        "--extractor",
+        default="pixels",
+        metavar="NAME[:FILE]",
+        help="what images are compared in: pixels, inception:FILE or reader:FILE (default: %(default)s)",
+    )
+    group.add_argument(
+        "--gallery", action="append", default=[], metavar="DIR", help="more real images for nearest; may be given again"
+    )
+    group.add_argument(
+        "--reference", type=int, default=10_000, metavar="N", help="real images at most (default: %(default)s)"
+    )
+    group.add_argument(
+        "--bootstrap", type=int, default=100, metavar="N", help="rounds of the intervals (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate as the flags say: the table on standard output, progress on standard error.
 
     Returns:
-        0 when every check passes, else 1.
+        0; 1 where a check of the digits model fails.
 
     Raises:
-        FastsdError: no such model or data, an output file exists.
+        FastsdError: no such model or data, an unknown metric, an output file exists.
     """
+    if args.metrics is None:
+        return _run_digits(args)
+    from fastsd.evaluate.measure import Measurement
+
+    for flag, value in (("--seeds", args.seeds), ("--quick", args.quick or None), ("--reader", args.reader)):
+        if value is not None:
+            from fastsd.errors import FastsdError
+
+            raise FastsdError("belongs to the checks of the digits model, not to --metrics", argument=flag)
+    return _run_metrics(args, Measurement.of(args))
+
+
+def _run_metrics(args: argparse.Namespace, measurement: Measurement) -> int:
+    """Measure, print, write the files."""
+    from fastsd.evaluate.report import sheet
+    from fastsd.files import write_whole
+    from fastsd.image.files import encode
+    from fastsd.pipeline import Pipeline
+
+    folder = Path(args.out) if args.out else None
+    files = {name: folder / name for name in ("report.json", "report.md", "grid.png")} if folder else {}
+    for flag, file in (*(("--out", file) for file in files.values()), ("--json", args.json and Path(args.json))):
+        if file:
+            _check_writable(flag, file, args.overwrite)
+    pipe = Pipeline.from_pretrained(args.model, device=args.device, dtype=args.dtype)
+    generated = measurement.generate(pipe, {}, _progress)
+    report = measurement.take(pipe, generated, {}, str(args.model))
+    print(report.to_markdown(), end="")
+    if files:
+        texts = {"report.json": report.to_json(), "report.md": report.to_markdown()}
+        for name, text in texts.items():
+            write_whole(files[name], text.encode(), args.overwrite)
+        canvas = sheet(generated, [prompt.text for prompt in measurement.prompts])
+        write_whole(files["grid.png"], encode(canvas, ".png", {}), args.overwrite)
+        print(*files.values(), sep="\n")
+    if args.json:
+        write_whole(Path(args.json), report.to_json().encode(), args.overwrite)
+        print(args.json)
+    return 0
+
+
+def _run_digits(args: argparse.Namespace) -> int:
+    """The checks of the digits model."""
     from fastsd.errors import FastsdError
-    from fastsd.evaluate import report
-    from fastsd.evaluate.samples import contact_sheet
+    from fastsd.evaluate.digits import report
+    from fastsd.evaluate.digits.samples import contact_sheet
     from fastsd.files import write_whole
     from fastsd.image.files import encode
     from fastsd.pipeline import Pipeline
@@ -64,14 +139,10 @@ def run(args: argparse.Namespace) -> int:
     for flag, file in (("--out", image_file), ("--json", json_file)):
         if file is not None:
             _check_writable(flag, file, args.overwrite)
-
-    def progress(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
     pipe = Pipeline.from_pretrained(args.model, device=args.device, dtype=args.dtype)
     reader_file = Path(args.reader) if args.reader else None
     results = []
-    for check in report.evaluate(pipe, args.data, seeds, args.quick, reader_file, progress):
+    for check in report.evaluate(pipe, args.data, seeds, args.quick, reader_file, _progress):
         print(report.line(check), flush=True)
         results.append(check)
     if image_file is not None:
@@ -81,6 +152,10 @@ def run(args: argparse.Namespace) -> int:
         write_whole(json_file, report.to_json(results, str(args.model), seeds).encode(), args.overwrite)
         print(json_file)
     return 0 if all(check.passed for check in results) else 1
+
+
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _check_writable(flag: str, file: Path, overwrite: bool) -> None:

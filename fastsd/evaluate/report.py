@@ -1,93 +1,178 @@
-"""The evaluation of a model: the checks in order, the lines of their table, their JSON."""
+"""What a measurement found, as JSON, as Markdown, and as a sheet of images; and which two may be compared."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-import numpy as np
-import torch
+from PIL import Image, ImageDraw
 
-from fastsd.evaluate import checks
-from fastsd.evaluate.checks import Check
-from fastsd.evaluate.limits import STYLE_SEEDS
-from fastsd.evaluate.measures import canonical, real_effects
-from fastsd.evaluate.reader import load_reader, save_reader, train_reader
-from fastsd.evaluate.samples import Progress, generate_digits, generate_styles, plain_prompt
-from fastsd.train.digits import Digits, augment, enlarge, read_digits
-from fastsd.train.settings import Data
+from fastsd.errors import FastsdError
+from fastsd.evaluate.images import Pixels
+from fastsd.evaluate.metrics import METRICS
+from fastsd.evaluate.resample import CONFIDENCE, Figure
+from fastsd.files import reason
 
-if TYPE_CHECKING:
-    from fastsd.pipeline import Pipeline
+FORMAT = "fastsd evaluation 1"
+MAX_REPORT = 2**26  # bytes
+COLUMNS, MAX_CELLS, LABEL_HEIGHT, GAP = 8, 64, 28, 6
+MAX_CELL = 256  # pixels
+# Two figures may be compared where all of these are equal; the text says what differs.
+SAME = {
+    "extractor": "the extractors of their features",
+    "data": "the real images",
+    "size": "the size of the images",
+    "count": "the number of generated images",
+    "reference": "the number of real images",
+}
 
-QUICK_EPOCHS = 2
-EFFECT_IMAGES = 20_000  # real images for the effects of the style words
-DIVERSITY_IMAGES = 500  # real images of each digit for the diversity
-HELD_OUT_IMAGES = 1_000
+
+@dataclass(frozen=True)
+class Report:
+    """A measurement.
+
+    Attributes:
+        figures: by name, "fid".
+        about: what they depend on: "model", "settings", "seed", and the keys of `SAME`.
+        prompts: of the images, in order.
+    """
+
+    figures: dict[str, Figure]
+    about: dict[str, Any]
+    prompts: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        figures = {
+            name: {"value": figure.value, "low": figure.low, "high": figure.high}
+            for name, figure in self.figures.items()
+        }
+        whole = {"format": FORMAT, **self.about, "confidence": CONFIDENCE, "figures": figures, "prompts": self.prompts}
+        return json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
+
+    def to_markdown(self) -> str:
+        """A table of the figures, and what they depend on."""
+        about = self.about
+        lines = [
+            f"# Evaluation of {about['model']}",
+            "",
+            f"| metric | value | {CONFIDENCE:.0%} interval |",
+            "|---|---|---|",
+            *(f"| {name} | {shown(figure.value)} | {interval(figure)} |" for name, figure in self.figures.items()),
+            "",
+            f"- features: {about['extractor']}",
+            f"- {about['count']} generated images, seeds {about['seed']} to {about['seed'] + about['count'] - 1}, "
+            f"{about['size'][0]} x {about['size'][1]} pixels",
+            f"- {about['reference']} real images of {about['data']['folder']} "
+            f"(sha256 of names and captions {about['data']['sha256'][:12]})",
+            f"- settings: {' '.join(f'{k}={v}' for k, v in about['settings'].items()) or 'those of the model'}",
+            f"- intervals: {about['bootstrap']} bootstrap rounds over the generated images, seed {about['seed']}",
+        ]
+        return "\n".join(lines) + "\n"
 
 
-def evaluate(
-    pipe: Pipeline, folder: str | Path, seeds: int, quick: bool, reader_file: Path | None, progress: Progress
-) -> Iterator[Check]:
-    """Yield every check of the digits model as it completes.
+def shown(value: float) -> str:
+    """A figure with four digits."""
+    return format(value, ".4g")
 
-    Args:
-        folder: contains the four files of MNIST.
-        seeds: images of each digit.
-        quick: train the reader for fewer epochs, and skip the search for copies.
-        reader_file: weights of the reader; if the file does not exist, it is written after training.
-        progress: receives progress messages, one line each.
+
+def interval(figure: Figure) -> str:
+    """ "1.2 to 1.4"."""
+    if figure.low is None or figure.high is None:
+        return "-"
+    return f"{shown(figure.low)} to {shown(figure.high)}"
+
+
+def read_report(path: Path, argument: str) -> Report:
+    """A report that `fastsd evaluate --json` wrote.
 
     Raises:
-        FastsdError: MNIST or the weights of the reader cannot be read.
+        FastsdError: it cannot be read, or is none.
     """
-    training, held_out = read_digits(folder), read_digits(folder, "t10k")
-    if reader_file is not None and reader_file.is_file():
-        reader = load_reader(reader_file)
-    else:
-        progress("training the digit reader on the real training set (one to three minutes)")
-        epochs = {"epochs": QUICK_EPOCHS} if quick else {}
-        reader = train_reader(training.images, training.labels, report=progress, **epochs)
-        if reader_file is not None:
-            save_reader(reader, reader_file)
-    yield checks.check_reader(reader, torch.from_numpy(held_out.images.copy()).float() / 255, held_out.labels)
-
-    progress(f"generating {10 * seeds} digits")
-    generated = generate_digits(pipe, plain_prompt, seeds)
-    yield checks.check_correct(reader, generated)
-    real, labels = augmented(training, EFFECT_IMAGES)
-    effects = real_effects(real, labels, Data.style_share)
-    for name, (low, high) in generate_styles(pipe, min(seeds, STYLE_SEEDS), progress).items():
-        yield checks.check_style(name, low, high, effects[name])
-    subset = np.concatenate([np.flatnonzero(labels == digit)[:DIVERSITY_IMAGES] for digit in range(10)])
-    yield checks.check_diversity(generated, real[subset], labels[subset])
-    if not quick:
-        progress("searching the training images for copies")
-        parts = [canonical(enlarge(part)) for part in np.array_split(training.images, 60)]
-        yield checks.check_novelty(generated, torch.cat(parts), augmented(held_out, HELD_OUT_IMAGES)[0])
+    try:
+        if path.stat().st_size > MAX_REPORT:
+            raise FastsdError(f"has more than {MAX_REPORT} bytes", argument=argument, path=path)
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        if whole["format"] != FORMAT:
+            raise KeyError("format")
+        figures = {
+            str(name): Figure(*(None if row[key] is None else float(row[key]) for key in ("value", "low", "high")))  # type: ignore[arg-type]
+            for name, row in whole["figures"].items()
+        }
+        about = {key: whole[key] for key in ("model", "settings", "seed", "bootstrap", *SAME)}
+        if any(figure.value is None for figure in figures.values()) or not isinstance(about["data"], dict):
+            raise ValueError
+        return Report(figures, about)
+    except OSError as error:
+        raise FastsdError(reason(error), argument=argument, path=path) from error
+    except FastsdError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FastsdError("is no report of fastsd evaluate", argument=argument, path=path) from error
 
 
-def augmented(digits: Digits, count: int) -> tuple[torch.Tensor, np.ndarray]:
-    """The first `count` digits, augmented like the training images of the model, and their labels."""
-    generator = np.random.default_rng(0)
-    images = digits.images[:count]
-    parts = [
-        augment(part, generator, Data.scales, Data.shear) for part in np.array_split(images, -(-len(images) // 500))
-    ]
-    return torch.cat(parts), digits.labels[:count]
+def check_comparable(one: Report, other: Report) -> None:
+    """Refuse to compare figures that measure different things.
+
+    Raises:
+        FastsdError: it says what differs.
+    """
+    for key, what in SAME.items():
+        a, b = one.about[key], other.about[key]
+        if key == "data":
+            a, b = a.get("sha256"), b.get("sha256")
+        if a != b:
+            raise FastsdError(f"the reports cannot be compared: {what} differ, {_short(a)} and {_short(b)}")
 
 
-def line(check: Check) -> str:
-    """One row of the table."""
-    return f"{'pass' if check.passed else 'FAIL'}  {check.name:<36} {check.figure:<60} {check.rule}"
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
-def to_json(results: list[Check], model: str, seeds: int) -> str:
-    """All results in a machine-readable form."""
-    by_name = {
-        check.name: {"passed": check.passed, "figure": check.figure, "rule": check.rule, **check.values}
-        for check in results
-    }
-    return json.dumps({"model": model, "seeds": seeds, "checks": by_name}, indent=2) + "\n"
+def better(name: str) -> str:
+    """ "lower" or "higher": which way a figure is better."""
+    for metric, entry in METRICS.items():
+        if name.split(",")[0].split(" ")[0] in metric.split("-"):
+            return entry.better
+    return "higher"
+
+
+def sheet(images: list[Pixels], labels: list[str]) -> Image.Image:
+    """The first 64 images in rows of 8, each with its caption below, dark on white."""
+    images, labels = images[:MAX_CELLS], labels[:MAX_CELLS]
+    height, width = images[0].shape[:2]
+    ratio = min(1.0, MAX_CELL / max(width, height))
+    width, height = max(round(width * ratio), 96), max(round(height * ratio), round(96 * height / width))
+    columns = min(COLUMNS, len(images))
+    rows = -(-len(images) // columns)
+    canvas = Image.new(
+        "RGB", (columns * (width + GAP) + GAP, rows * (height + LABEL_HEIGHT + GAP) + GAP), (250, 250, 250)
+    )
+    pen = ImageDraw.Draw(canvas)
+    for index, (image, label) in enumerate(zip(images, labels)):
+        left = GAP + index % columns * (width + GAP)
+        top = GAP + index // columns * (height + LABEL_HEIGHT + GAP)
+        how = Image.Resampling.LANCZOS if ratio < 1 else Image.Resampling.NEAREST
+        canvas.paste(Image.fromarray(image).resize((width, height), how), (left, top))
+        for line, text in enumerate(wrap(pen, label, width, 2)):
+            pen.text((left, top + height + 2 + 12 * line), text, fill=(30, 30, 30), font_size=11)
+    return canvas
+
+
+def wrap(pen: ImageDraw.ImageDraw, text: str, width: int, most: int) -> list[str]:
+    """`text` in at most `most` lines of `width` pixels at size 11; what does not fit ends in dots."""
+    lines: list[str] = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if pen.textlength(longer, font_size=11) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    cut = lines[:most]
+    if len(lines) > most or pen.textlength(cut[-1], font_size=11) > width:
+        while cut[-1] and pen.textlength(cut[-1] + "…", font_size=11) > width:
+            cut[-1] = cut[-1][:-1]
+        cut[-1] += "…"
+    return cut

@@ -1,138 +1,133 @@
-"""`fastsd evaluate` from its flags to its exit code, with a stand-in model that returns real digits."""
+"""`fastsd evaluate --metrics` from its flags to its files, with a stand-in model that paints what the captions say."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fastsd.cli import main
-from fastsd.evaluate import report
-from fastsd.evaluate.samples import CELL, GAP, LABEL
 from fastsd.pipeline import Pipeline
-from fastsd.train.captions import DIGIT_WORDS
-from fastsd.train.digits import Digits
-from fastsd.train.settings import Data
-from fastsd.train.strokes import STYLE_WORDS, measure, styles
+from tests.support.cli import refused
+from tests.support.measuring import COLOURS, Painter, stand_in, write_shapes
 
-pytestmark = pytest.mark.heavy
-
-
-class RealDigits:
-    """Returns held-out digits that match the prompt. Digits below `wrong` come out as the next digit."""
-
-    def __init__(self, held_out: Digits, wrong: int = 0):
-        self.images, self.labels = report.augmented(held_out, len(held_out.images))
-        self.ends = styles(measure(self.images.numpy()), self.labels, Data.style_share)
-        self.wrong = wrong
-        self.prompts: list[str] = []
-
-    def __call__(self, prompt: str | list[str], seed: int, batch_size: int = 8, output_type: str = "pil") -> Any:
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        self.prompts += prompts
-        grey = np.stack([self.images[self.row(text, seed + k)].numpy() for k, text in enumerate(prompts)])
-        rgb = np.repeat(grey[..., None], 3, axis=-1)
-        pil = [Image.fromarray(image) for image in (rgb * 255).astype(np.uint8)]
-        return SimpleNamespace(images=rgb if output_type == "np" else pil)
-
-    def row(self, prompt: str, seed: int) -> int:
-        named = [d for d, word in enumerate(DIGIT_WORDS) if word in prompt.split() or str(d) in prompt.split()]
-        assert len(named) == 1, prompt
-        digit = (named[0] + 1) % 10 if named[0] < self.wrong else named[0]
-        matches = self.labels == digit
-        for column, (low, high) in enumerate(STYLE_WORDS.values()):
-            if low in prompt or high in prompt:
-                matches = matches & (self.ends[:, column] == (1 if high in prompt else -1))
-        rows = np.flatnonzero(matches)
-        return int(rows[seed % len(rows)])
-
-
-@pytest.fixture(scope="module")
-def held_out_subset(held_out: Digits) -> Digits:
-    return Digits(held_out.images[4000:6000], held_out.labels[4000:6000])
+WORDS = ("evaluate", "--model", "0", "--bootstrap", "20", "--count", "40")
 
 
 @pytest.fixture
-def flags(
-    monkeypatch: pytest.MonkeyPatch, mnist: Path, reader_file: Path, held_out_subset: Digits, training_subset: Digits
-) -> list[str]:
-    """The flags of an evaluation on a part of MNIST."""
-    sets = {"train": training_subset, "t10k": held_out_subset}
-    monkeypatch.setattr(report, "read_digits", lambda _, split="train": sets[split])
-    return ["evaluate", "--model", "any", "--data", str(mnist), "--reader", str(reader_file)]
+def data(tmp_path: Path) -> Path:
+    return write_shapes(tmp_path / "shapes")
 
 
-def use_model(monkeypatch: pytest.MonkeyPatch, model: RealDigits) -> None:
-    monkeypatch.setattr(Pipeline, "from_pretrained", lambda *_, **__: model)
+def test_a_right_model_and_a_wrong_one(data: Path, tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The share of right images is that of the colours that come out right; FID sees the difference."""
+    reports = []
+    for wrong in ((), ("red",)):
+        monkeypatch.setattr(Pipeline, "from_pretrained", stand_in(Painter(wrong)))
+        file = tmp_path / f"{len(wrong)}.json"
+        ran = cli(*WORDS, "--data", data, "--metrics", "nearest,fid,kid,precision-recall", "--json", file)
+        assert ran.code == 0, ran.err
+        reports.append(json.loads(file.read_text()))
+    right, half = (report["figures"] for report in reports)
+    # Each of 40 captions once: those of red, a quarter, come out as the blue image of their form.
+    assert right["nearest of 20"]["value"] == 1 and half["nearest of 20"]["value"] == 0.75
+    assert half["nearest, parts"]["value"] == 0.75 and right["nearest, parts"]["value"] == 1
+    low, high = half["nearest of 20"]["low"], half["nearest of 20"]["high"]
+    assert 0.5 < low < 0.75 < high < 1
+    assert half["fid"]["value"] > 2 * right["fid"]["value"] > 0
+    assert half["recall"]["value"] < right["recall"]["value"]
+    assert reports[0]["extractor"] == "pixels" and reports[0]["count"] == 40 and reports[0]["size"] == [32, 32]
 
 
-def test_a_perfect_model_passes(
-    flags: list[str],
-    held_out_subset: Digits,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture,
-) -> None:
-    model = RealDigits(held_out_subset)
-    use_model(monkeypatch, model)
-    files = ["--out", str(tmp_path / "new" / "folder"), "--json", str(tmp_path / "figures.json")]
-    assert main([*flags, "--seeds", "20", *files]) == 0
-    printed = capsys.readouterr()
-    assert "FAIL" not in printed.out
-    checks = json.loads((tmp_path / "figures.json").read_text())["checks"]
-    assert len(checks) == 7 and all(check["passed"] for check in checks.values())
-    assert all(name in printed.out for name in checks)
-    # Every form of prompt, and every style word.
-    assert {"8", "eight", "a handwritten eight", "a thin eight", "a thick eight"} < set(model.prompts)
-    assert {"two slanted left", "two slanted right", "a small two", "a large two"} < set(model.prompts)
-
-    sheet = np.asarray(Image.open(tmp_path / "new" / "folder" / "digits.png"))
-    rows, pitch = 2 + 2 * len(STYLE_WORDS), CELL + GAP
-    assert sheet.shape == (rows * pitch, LABEL + 10 * pitch, 3)
-    for row in range(rows):
-        for column in range(10):
-            top, left = row * pitch, LABEL + column * pitch
-            cell = sheet[top : top + CELL, left : left + CELL]
-            assert cell.max() > 200 and np.median(cell) == 0
-
-    # Both files exist now: an error before anything is generated.
-    count = len(model.prompts)
-    assert main([*flags, *files]) == 2 and len(model.prompts) == count
-    assert "--overwrite" in capsys.readouterr().err
+def test_a_seed_and_a_caption_for_each_image(data: Path, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Painter()
+    monkeypatch.setattr(Pipeline, "from_pretrained", stand_in(model))
+    assert cli(*WORDS, "--data", data, "--metrics", "fid", "--seed", "7").code == 0
+    prompts = [prompt for part, _, _ in model.calls for prompt in part]
+    assert len(set(prompts)) == 40, "every caption once before any comes again"
+    assert [seed for _, seed, _ in model.calls] == [7, 32]
+    assert all(settings == {"prompt_syntax": "plain"} for _, _, settings in model.calls)
 
 
-def test_a_wrong_model_fails(
-    flags: list[str], held_out_subset: Digits, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    use_model(monkeypatch, RealDigits(held_out_subset, wrong=1))
-    assert main([*flags, "--quick"]) == 1
-    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
-    assert any("read as asked" in line and "worst: 0, 0%" in line for line in failed)
+def test_the_files_of_a_folder(data: Path, tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pipeline, "from_pretrained", stand_in(Painter()))
+    out = tmp_path / "new" / "report"
+    words = (*WORDS, "--data", data, "--metrics", "fid", "--out", out)
+    assert cli(*words).code == 0
+    text = (out / "report.md").read_text()
+    assert "| fid | " in text and "features: pixels" in text and "40 generated images, seeds 0 to 39" in text
+    with Image.open(out / "grid.png") as grid:
+        found = {tuple(pixel) for pixel in np.asarray(grid.convert("RGB")).reshape(-1, 3)[::7]}
+    for colour in COLOURS.values():
+        assert min(sum(abs(a - b) for a, b in zip(pixel, colour)) for pixel in map(tuple, _ints(found))) < 15
+    before = (out / "report.md").read_bytes()
+    refused(cli(*words), "--out", "--overwrite")
+    assert (out / "report.md").read_bytes() == before
+
+
+def _ints(pixels: set[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    return [tuple(int(part) for part in pixel) for pixel in pixels]
+
+
+@pytest.mark.heavy
+def test_the_digits_by_their_reader(cli: Any, tmp_path: Path) -> None:
+    """The bundled model, a few images: its reader's classes, and its autoencoder."""
+    root = Path(__file__).parent.parent.parent
+    reader = f"reader:{root / 'tests' / 'data' / 'digit_reader.safetensors'}"
+    words = ("--count", "10", "--reference", "40", "--bootstrap", "5", "--json", tmp_path / "found.json")
+    ran = cli("evaluate", "--data", root / "data" / "mnist", "--metrics", "accuracy,is,autoencoder", "--extractor",
+              reader, *words)  # fmt: skip
+    assert ran.code == 0, ran.err
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["extractor"].startswith("reader (sha256 ") and len(found["extractor_sha256"]) == 64
+    assert found["figures"]["accuracy"]["value"] >= 0.8
+    assert found["figures"]["is"]["value"] == pytest.approx(1)  # a part is one image, whose mean is itself
+    assert found["figures"]["autoencoder psnr"]["value"] > 25
 
 
 @pytest.mark.parametrize(
-    ("extra", "message"),
+    ("flags", "said"),
     [
-        (["--seeds", "1"], "--seeds"),  # one seed has no spread
-        (["--model", "/no/such/folder"], "/no/such/folder"),
-        (["--data", "/no/such/folder"], "/no/such/folder"),
+        (["--metrics", "fdi"], ("--metrics", "did you mean fid")),
+        (["--metrics", ","], ("--metrics", "fid, kid")),
+        (["--metrics", "is"], ("--extractor", "inception:FILE")),
+        (["--metrics", "accuracy"], ("--extractor", "reader:FILE")),
+        (["--metrics", "fid", "--count", "1"], ("--count", "at least 2")),
+        (["--metrics", "precision-recall", "--count", "3"], ("--count", "at least 4")),
+        (["--metrics", "fid", "--count", "0"], ("--count", "1 to")),
+        (["--metrics", "fid", "--extractor", "inseption:x"], ("--extractor", "did you mean inception")),
+        (["--metrics", "fid", "--extractor", "inception"], ("--extractor", "inception:FILE")),
+        (["--metrics", "fid", "--extractor", "inception:none.pth"], ("--extractor", "none.pth")),
+        (["--metrics", "fid", "--extractor", "pixels:x"], ("--extractor", "no file")),
+        (["--metrics", "fid", "--gallery", "none"], ("--gallery", "no such folder")),
+        (["--metrics", "fid", "--quick"], ("--quick", "digits")),
     ],
-    ids=["seeds", "model", "data"],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_invalid_input_is_an_error(
-    extra: list[str],
-    message: str,
-    mnist: Path,
-    held_out_subset: Digits,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+def test_what_is_wrong_is_said_before_anything_is_loaded(
+    flags: list[str], said: tuple[str, ...], data: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if "--model" not in extra:
-        use_model(monkeypatch, RealDigits(held_out_subset))
-    assert main(["evaluate", "--data", str(mnist), *extra]) == 2
-    assert message in capsys.readouterr().err
+    monkeypatch.setattr(Pipeline, "from_pretrained", None)
+    refused(cli("evaluate", "--data", data, *flags), *said)
+
+
+def test_another_network_as_the_extractor(data: Path, cli: Any) -> None:
+    reader = Path(__file__).parent.parent / "data" / "digit_reader.safetensors"
+    refused(cli("evaluate", "--data", data, "--metrics", "fid", "--extractor", f"inception:{reader}"), "--extractor",
+            "not the Inception network")  # fmt: skip
+    no_labels = write_shapes(data.parent / "no labels", labels=False)
+    words = (
+        "evaluate",
+        "--data",
+        no_labels,
+        "--count",
+        "2",
+        "--metrics",
+        "accuracy",
+        "--extractor",
+        f"reader:{reader}",
+    )
+    refused(cli(*words), "--data", '"label"')

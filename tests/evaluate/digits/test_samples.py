@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fastsd.evaluate.samples import STYLE_PROMPTS, grey, plain_prompt
+from fastsd.evaluate.digits.samples import STYLE_PROMPTS, grey, plain_prompt
 from fastsd.train.captions import DIGIT_WORDS, KNOWN_WORDS
 from fastsd.train.strokes import STYLE_WORDS
 

@@ -37,10 +37,14 @@ class DigitReader(nn.Module):
         self.norms = nn.ModuleList(nn.BatchNorm2d(width, **FACTORY) for width in widths)
         self.out = nn.Linear(widths[-1] * (SIDE // 8) ** 2, 10, **FACTORY)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """`[N, 1, 32, 32]` to what the last layer reads, `[N, 16 * widths[-1]]`."""
         for conv, norm in zip(self.convs, self.norms):
             x = F.max_pool2d(F.relu(norm(conv(x))), 2)
-        return self.out(F.dropout(x.flatten(1), 0.3, self.training))
+        return x.flatten(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(F.dropout(self.features(x), 0.3, self.training))
 
 
 def to_input(images: torch.Tensor) -> torch.Tensor:
@@ -142,9 +146,9 @@ def load_reader(path: Path) -> DigitReader:
     try:
         weights = load_file(path)
     except Exception as error:  # safetensors' own exception has no public base class; OSError for the file
-        raise FastsdError(f"--reader {path}: cannot be read ({error}); omit the flag to train a reader") from error
+        raise FastsdError(f"cannot be read ({error})", path=path) from error
     if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in expected.items()}:
-        raise FastsdError(f"--reader {path}: not the weights of a digit reader; omit the flag to train one")
+        raise FastsdError("not the weights of a digit reader", path=path)
     counters = {k: v for k, v in reader.state_dict().items() if k not in expected}
     reader.load_state_dict({k: v.float() for k, v in weights.items()} | counters)
     return reader.eval()

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastsd.evaluate.checks import check_correct, check_diversity, check_novelty, check_reader, check_style
-from fastsd.evaluate.reader import DigitReader
-from fastsd.evaluate.report import augmented
-from fastsd.evaluate.samples import GeneratedDigits
+from fastsd.evaluate.digits.checks import check_correct, check_diversity, check_novelty, check_reader, check_style
+from fastsd.evaluate.digits.reader import DigitReader
+from fastsd.evaluate.digits.report import augmented
+from fastsd.evaluate.digits.samples import GeneratedDigits
 from fastsd.train.digits import Digits, augment, enlarge
 from fastsd.train.settings import Data
 from fastsd.train.strokes import STYLE_WORDS, measure, styles

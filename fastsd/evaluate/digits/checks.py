@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastsd.evaluate.measures import canonical, diversity, effect, novelty
-from fastsd.evaluate.reader import DigitReader, read
-from fastsd.evaluate.samples import GeneratedDigits
+from fastsd.evaluate.digits.measures import canonical, diversity, effect, novelty
+from fastsd.evaluate.digits.reader import DigitReader, read
+from fastsd.evaluate.digits.samples import GeneratedDigits
 from fastsd.train.strokes import STYLE_WORDS, measure
 
 MIN_READER_ACCURACY = 0.99

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastsd.evaluate.measures import canonical
-from fastsd.evaluate.reader import DigitReader, load_reader
-from fastsd.evaluate.report import augmented
-from fastsd.evaluate.samples import GeneratedDigits
+from fastsd.evaluate.digits.measures import canonical
+from fastsd.evaluate.digits.reader import DigitReader, load_reader
+from fastsd.evaluate.digits.report import augmented
+from fastsd.evaluate.digits.samples import GeneratedDigits
 from fastsd.train.digits import Digits, enlarge, read_digits
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent.parent.parent
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from fastsd.evaluate.checks import check_correct, check_style
-from fastsd.evaluate.measures import real_effects
-from fastsd.evaluate.reader import DigitReader
-from fastsd.evaluate.report import augmented
-from fastsd.evaluate.samples import STYLE_PROMPTS, generate_digits, plain_prompt, style_prompt
+from fastsd.evaluate.digits.checks import check_correct, check_style
+from fastsd.evaluate.digits.measures import real_effects
+from fastsd.evaluate.digits.reader import DigitReader
+from fastsd.evaluate.digits.report import augmented
+from fastsd.evaluate.digits.samples import STYLE_PROMPTS, generate_digits, plain_prompt, style_prompt
 from fastsd.pipeline import Pipeline
 from fastsd.train.digits import Digits
 from fastsd.train.settings import Data

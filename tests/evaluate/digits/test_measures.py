@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from fastsd.evaluate.measures import NOT_INK, canonical, effect, nearest, novelty, pairwise_distance, real_effects
-from fastsd.evaluate.report import augmented
+from fastsd.evaluate.digits.measures import (
+    NOT_INK,
+    canonical,
+    effect,
+    nearest,
+    novelty,
+    pairwise_distance,
+    real_effects,
+)
+from fastsd.evaluate.digits.report import augmented
 from fastsd.train.digits import Digits, enlarge
 from fastsd.train.settings import Data
 from fastsd.train.strokes import STYLE_WORDS
