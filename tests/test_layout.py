@@ -25,7 +25,7 @@ def sources(*folders: str) -> Iterator[tuple[Path, ast.Module]]:
 
 def test_files_and_functions_fit_a_readers_patience() -> None:
     long = []
-    for path, tree in sources("fastsd", "bench", "book", "tests"):
+    for path, tree in sources("fastsd", "bench", "book", "comfyui", "tests"):
         lines = len((ROOT / path).read_text(encoding="utf-8").splitlines())
         if lines > MAX_LINES:
             long.append(f"{path}: {lines} lines")
@@ -39,7 +39,7 @@ def test_files_and_functions_fit_a_readers_patience() -> None:
 
 def test_a_class_name_means_one_class() -> None:
     where = defaultdict(list)
-    for path, tree in sources("fastsd", "bench", "book"):
+    for path, tree in sources("fastsd", "bench", "book", "comfyui"):
         for node in tree.body:
             if isinstance(node, ast.ClassDef):
                 where[node.name].append(str(path))
@@ -63,7 +63,7 @@ def test_tests_import_no_other_tests() -> None:
 
 
 # Tests of several modules together, which have no namesake.
-TOGETHER = ("agreement", "parity", "gpu", "bench", "clients", "docs", "support", "reports")
+TOGETHER = ("agreement", "parity", "gpu", "bench", "clients", "comfyui", "docs", "support", "reports")
 
 
 def test_tests_mirror_the_package() -> None:
