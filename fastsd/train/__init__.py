@@ -14,6 +14,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--export", metavar="DIR", help="folder of the finished model (default: `export` in the config)"
     )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a value of the config: unet.fit.steps=500",
+    )
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint of the run")
     parser.add_argument("--export-only", action="store_true", help="export the last checkpoint without training")
 
@@ -26,5 +33,12 @@ def run(args: argparse.Namespace) -> int:
     """
     from fastsd.train.run import train
 
-    train(args.config, out=args.out, export=args.export, resume=args.resume, export_only=args.export_only)
+    train(
+        args.config,
+        out=args.out,
+        export=args.export,
+        resume=args.resume,
+        export_only=args.export_only,
+        changes=args.set,
+    )
     return 0

@@ -1,89 +1,86 @@
-"""The training loop of every stage: AdamW, averaged weights, checkpoints that resume bit for bit."""
+"""The training loop of every stage: optimisers, averaged weights, checkpoints that resume bit for bit."""
 
 from __future__ import annotations
 
-import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastsd.errors import FastsdError
-from fastsd.runtime.devices import cpu_has_bf16
 from fastsd.train import checkpoint
-from fastsd.train.settings import Fit
+from fastsd.train.figures import Figures
+from fastsd.train.optimisers import Average, learning_rate, make_optimiser
+from fastsd.train.parts import Part, split, training_numerics
+from fastsd.train.stage import Batch, Metrics, Stage
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-Report = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class RandomStreams:
-    """The random numbers of one worker in one step.
-
-    They depend only on seed, stage, step and worker, so checkpoints need no generator state.
-    """
-
-    numpy: np.random.Generator
-    torch: torch.Generator
-
-    @classmethod
-    def create(cls, seed: int, stage: str, step: int, worker: int = 0) -> RandomStreams:
-        root = np.random.SeedSequence([seed, *stage.encode(), step, worker])
-        generator = torch.Generator("cpu").manual_seed(int(root.generate_state(1, np.uint64)[0] >> 1))
-        return cls(np.random.default_rng(root), generator)
+VALIDATION_STEP = 2**31  # the step that random numbers of the validation are keyed by; no training is as long
 
 
-Metrics = dict[str, float]
-# The loss of a stage: takes the random streams and the size of a worker's batch, returns the scalar to minimise and the
-# metrics for the log.
-Loss = Callable[[RandomStreams, int], tuple[torch.Tensor, Metrics]]
+class Player:
+    """A network that a stage trains: its parameters that require a gradient, their averages, their optimiser."""
+
+    def __init__(self, module: nn.Module, stage: Stage):
+        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.module, self.names, self.parameters = module, list(named), list(named.values())
+        self.average = Average(self.parameters, stage.fit.average)
+        self.optimiser = make_optimiser(stage.fit, self.parameters, stage.job.device)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+        average = dict(zip(self.names, self.average.values)) if self.average.decay else {}
+        return {
+            "model": {name: p.detach() for name, p in zip(self.names, self.parameters)},
+            "buffers": dict(self.module.named_buffers()),
+            "average": average,
+            "optimiser": self.optimiser.state_dict(),
+        }
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned.
+
+        Raises:
+            KeyError, RuntimeError, ValueError: it is of another network.
+        """
+        tensors = dict(zip(self.names, self.parameters)) | dict(self.module.named_buffers())
+        _copy(state["model"] | state["buffers"], tensors)
+        if self.average.decay:
+            _copy(state["average"], dict(zip(self.names, self.average.values)))
+        self.optimiser.load_state_dict(state["optimiser"])
 
 
-def learning_rate(fit: Fit, step: int) -> float:
-    """Linear warm-up, then cosine decay from `rate` to `final_rate * rate` at the last step."""
-    if step < fit.warmup:
-        return fit.rate * (step + 1) / fit.warmup
-    progress = min((step - fit.warmup) / max(fit.steps - fit.warmup, 1), 1.0)
-    return fit.rate * (fit.final_rate + (1 - fit.final_rate) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-class Stage:
-    """A model in training: its weights, their moving average, the optimiser state and the progress.
+class Trainer:
+    """A stage in training.
 
     Attributes:
-        model: the model in training.
-        average: a copy with exponentially averaged weights (Polyak averaging). The export uses it.
         step: number of finished steps. minutes: time spent on them.
+        skipped: steps whose loss or gradient was not finite, which changed nothing.
         finished: whether the step or time limit is reached.
     """
 
-    def __init__(self, name: str, model: nn.Module, fit: Fit, seed: int, file: Path):
-        self.name, self.model, self.fit, self.seed, self.file = name, model, fit, seed, file
-        self.average = copy.deepcopy(model).requires_grad_(False)
-        self.optimiser = torch.optim.AdamW(model.parameters(), lr=fit.rate, weight_decay=fit.weight_decay)
-        self.step, self.minutes, self.finished = 0, 0.0, False
+    def __init__(self, stage: Stage, file: Path):
+        self.stage, self.job, self.fit, self.file = stage, stage.job, stage.fit, file
+        self.players = {name: Player(module, stage) for name, module in stage.trained.items()}
+        self.step, self.minutes, self.skipped, self.finished = 0, 0.0, 0, False
+        self.skipped_in_a_row = 0
 
     def save(self) -> None:
         """Write the checkpoint atomically."""
-        state: dict[str, Any] = {
+        counts = {
             "step": self.step,
             "minutes": self.minutes,
             "finished": self.finished,
-            "seed": self.seed,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "seed": self.job.settings.seed,
         }
-        state |= {"model": self.model.state_dict(), "average": self.average.state_dict()}
-        checkpoint.save(state | {"optimiser": self.optimiser.state_dict()}, self.file)
+        checkpoint.save(counts | {name: player.state() for name, player in self.players.items()}, self.file)
 
     def restore(self) -> bool:
         """Load the checkpoint; returns whether there is one.
@@ -93,154 +90,174 @@ class Stage:
         """
         if not self.file.is_file():
             return False
-        state: dict[str, Any] = checkpoint.load(self.file)
+        state = checkpoint.load(self.file)
         try:
-            self.model.load_state_dict(state["model"])
-            self.average.load_state_dict(state["average"])
-            self.optimiser.load_state_dict(state["optimiser"])
+            for name, player in self.players.items():
+                player.restore(state[name])
             self.step, self.minutes, seed = state["step"], state["minutes"], state["seed"]
+            self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         except (KeyError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise FastsdError(
                 f"does not match this config ({reason:.120}); use another --out", path=self.file
             ) from None
-        if seed != self.seed:
-            raise FastsdError(f"was trained with seed = {seed}, not {self.seed}; use another --out", path=self.file)
+        if seed != self.job.settings.seed:
+            raise FastsdError(
+                f"was trained with seed = {seed}, not {self.job.settings.seed}; use another --out", path=self.file
+            )
         # Training continues if the config now allows more steps or minutes.
         self.finished = state["finished"] and self._limit_reached()
         return True
 
-    def run(self, loss: Loss, workers: Workers, report: Report, save_minutes: float, precision: str) -> None:
-        """Train until the stage is finished, with a checkpoint every `save_minutes` and at the end."""
-        self.model.train()
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the context, the networks have their averaged weights."""
+        with ExitStack() as stack:
+            for player in self.players.values():
+                stack.enter_context(player.average.in_place())
+            yield
+
+    def run(self, figures: Figures) -> None:
+        """Train until the stage is finished, with a checkpoint every `checkpoint_minutes` and at the end.
+
+        Raises:
+            Stopped: the run was asked to end; the checkpoint is written.
+            FastsdError: `max_nonfinite` steps in a row were not finite; their last batch is saved.
+        """
+        for player in self.players.values():
+            player.module.train()
+        save_minutes = self.job.settings.checkpoint_minutes
         started = saved = time.monotonic()
         before = self.minutes
-        means = RunningMeans()
-        with training_numerics():
+        with training_numerics(self.job.device):
             while not self.finished:
-                rate = learning_rate(self.fit, self.step)
-                for group in self.optimiser.param_groups:
-                    group["lr"] = rate
-                metrics = self._compute_gradients(loss, workers, precision)
-                norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.fit.clip))
-                if not math.isfinite(norm):
-                    raise FastsdError(f"the gradient of step {self.step} is not finite; lower fit.rate", path=self.name)
-                self.optimiser.step()
-                self._update_average()
+                metrics = self._take_step()
                 self.step += 1
                 self.minutes = before + (time.monotonic() - started) / 60
                 self.finished = self._limit_reached()
-
-                means.add(metrics | {"norm": norm})
-                if self.step % 50 == 0 or self.finished:
-                    progress = f"{self.name} {self.step}/{self.fit.steps}  {self.minutes:.1f} min"
-                    report(f"{progress}  rate {rate:.2e}  {means.take()}")
-                if self.finished or time.monotonic() - saved > save_minutes * 60:
+                metrics |= self._look()
+                figures.add(metrics)
+                if self.finished or self.job.stop.is_set() or time.monotonic() - saved > save_minutes * 60:
                     self.save()
                     saved = time.monotonic()
+                if not self.finished:
+                    self.job.check_stop()
 
-    def _compute_gradients(self, loss: Loss, workers: Workers, precision: str) -> Metrics:
-        """Set the parameters' gradients to those of the mean loss; each worker computes a part of the batch."""
-        parameters = list(self.model.parameters())
-        sizes = split_evenly(self.fit.batch_size, workers.count)
+    def _take_step(self) -> Metrics:
+        """One update of every network. A step that is not finite changes no weights."""
+        rate = learning_rate(self.fit, self.step)
+        parts = split(self.job.settings.seed, self.stage.stream, self.step, self.fit.batch_size, self._part_count)
+        batches: dict[int, Batch] = {}
+        metrics: Metrics = {"rate": rate}
+        finite = True
+        for name, player in self.players.items():
+            metrics |= self._compute_gradients(name, player, parts, batches)
+            norm = self._clip(player)
+            metrics["norm" if len(self.players) == 1 else f"{name}_norm"] = norm
+            finite = finite and math.isfinite(norm)
+            if not finite:
+                break
+            for group in player.optimiser.param_groups:
+                group["lr"] = rate
+            player.optimiser.step()
+        for player in self.players.values():
+            player.optimiser.zero_grad(set_to_none=True)
+            if finite:
+                player.average.update(self.step)
+        self._count_skipped(finite, batches)
+        return metrics
 
-        def work(worker: int) -> tuple[tuple[torch.Tensor, ...], Metrics]:
-            weight = sizes[worker] / self.fit.batch_size
-            with autocast(precision):
-                value, metrics = loss(RandomStreams.create(self.seed, self.name, self.step, worker), sizes[worker])
-            return torch.autograd.grad(value * weight, parameters), {k: v * weight for k, v in metrics.items()}
+    @property
+    def _part_count(self) -> int:
+        return self.job.workers.count * self.fit.accumulate
 
-        results = workers.map(work, range(len(sizes)))
-        by_parameter = zip(*(gradients for gradients, _ in results), strict=True)
-        for parameter, gradients in zip(parameters, by_parameter, strict=True):
-            # Summed in the order of the workers, not of completion: the result is the same on every run.
-            parameter.grad = sum(gradients[1:], gradients[0])
-        return {name: sum(metrics[name] for _, metrics in results) for name in results[0][1]}
+    def _compute_gradients(self, name: str, player: Player, parts: list[Part], batches: dict[int, Batch]) -> Metrics:
+        """Set the gradients to those of the mean loss; every worker computes a part of the batch at a time."""
+
+        def work(part: Part) -> tuple[tuple[torch.Tensor | None, ...], Metrics]:
+            weight = part.size / part.of
+            if self.job.workers.count == 1:  # for dropout; threads would share this generator
+                torch.manual_seed(part.random.torch.initial_seed())
+            with self.job.autocast():
+                if part.index not in batches:
+                    batches[part.index] = self.stage.batch(part)
+                value, metrics = self.stage.loss(name, batches[part.index], part)
+            gradients = torch.autograd.grad(value * weight, player.parameters, allow_unused=True)
+            return gradients, {k: v * weight for k, v in metrics.items()}
+
+        totals: Metrics = {}
+        for first in range(0, len(parts), self.job.workers.count):
+            # Summed in the order of the parts, not of completion: the result is the same on every run.
+            for gradients, metrics in self.job.workers.map(work, parts[first : first + self.job.workers.count]):
+                for parameter, gradient in zip(player.parameters, gradients, strict=True):
+                    if gradient is not None:  # not added in place: two parameters may share one gradient's memory
+                        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+                for key, value in metrics.items():
+                    totals[key] = totals.get(key, 0.0) + value
+        return totals
+
+    def _clip(self, player: Player) -> float:
+        """Limit the gradient's norm; returns what it was."""
+        limit = self.fit.clip or math.inf
+        return float(torch.nn.utils.clip_grad_norm_(player.parameters, limit))
+
+    def _count_skipped(self, finite: bool, batches: dict[int, Batch]) -> None:
+        """Stop where too many steps in a row were not finite."""
+        if finite:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        self.job.report(f"{self.stage.name} step {self.step}: loss or gradient not finite, skipped")
+        if self.skipped_in_a_row >= self.fit.max_nonfinite:
+            path = self.file.with_name(f"{self.stage.name}-nonfinite.pt")
+            checkpoint.save({"step": self.step, "batches": list(batches.values())}, path)
+            raise FastsdError(
+                f"{self.skipped_in_a_row} steps in a row up to step {self.step} had a loss or gradient that is not"
+                f" finite; their last batch is saved here; lower {self.stage.name}.fit.rate",
+                path=path,
+            )
+
+    def _look(self) -> Metrics:
+        """Validate and show samples, where it is time."""
+        fit, metrics = self.fit, {}
+        if fit.validate_every and (self.step % fit.validate_every == 0 or self.finished):
+            with self.averaged():
+                metrics = {f"val_{name}": value for name, value in self.validate().items()}
+        if fit.sample_every and (self.step % fit.sample_every == 0 or self.finished):
+            with self.averaged(), torch.no_grad():
+                image = self.stage.grid()
+            if image is not None:
+                folder = self.job.out / "samples"
+                folder.mkdir(exist_ok=True)
+                image.save(folder / f"{self.stage.name}-{self.step:07d}.png")
+        return metrics
 
     @torch.no_grad()
-    def _update_average(self) -> None:
-        """Move the average towards the weights; faster at first, so that it soon forgets the initial weights."""
-        weight = 1 - min(self.fit.average, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), weight)
+    def validate(self) -> Metrics:
+        """The figures of the first network's loss on images that are not trained on, always with the same noise."""
+        name = next(iter(self.players))
+        seed, stream = self.job.settings.seed, self.stage.stream
+        parts = split(seed, stream, VALIDATION_STEP, self.fit.batch_size, self._part_count, validation=True)
+
+        def work(part: Part) -> Metrics:
+            with torch.no_grad(), self.job.autocast():
+                _, metrics = self.stage.loss(name, self.stage.batch(part), part)
+            return {k: v * part.size / part.of for k, v in metrics.items()}
+
+        results = self.job.workers.map(work, parts)
+        return {key: sum(result[key] for result in results) for key in results[0]}
 
     def _limit_reached(self) -> bool:
         return self.step >= self.fit.steps or 0 < self.fit.max_minutes <= self.minutes
 
 
-class Workers:
-    """Data-parallel threads, for use in a `with` statement. Each thread runs its operations on a single core.
-
-    Two threads that split every operation synchronise some hundred times per step. On a busy machine each wait costs a
-    time slice: 5 to 11 seconds per step were measured, instead of 0.7. Two threads that split the batch synchronise
-    once per step.
-    """
-
-    def __init__(self, count: int):
-        self.count = count
-
-    def __enter__(self) -> Workers:
-        self._threads_before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        self._pool = ThreadPoolExecutor(self.count, initializer=torch.set_num_threads, initargs=(1,))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(self._threads_before)
-
-    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-        """Results in the order of `items`."""
-        return list(self._pool.map(function, items))
-
-
-class RunningMeans:
-    """Means of the metrics over the steps since the last `take`."""
-
-    def __init__(self) -> None:
-        self._totals: Metrics = {}
-        self._count = 0
-
-    def add(self, metrics: Metrics) -> None:
-        for name, value in metrics.items():
-            self._totals[name] = self._totals.get(name, 0.0) + value
-        self._count += 1
-
-    def take(self) -> str:
-        line = "  ".join(f"{name} {total / self._count:.4f}" for name, total in self._totals.items())
-        self._totals, self._count = {}, 0
-        return line
-
-
-def split_evenly(total: int, parts: int) -> list[int]:
-    """Split `total` into at most `parts` positive sizes that differ by at most one."""
-    parts = min(total, parts)
-    return [total // parts + (i < total % parts) for i in range(parts)]
-
-
-def uses_bf16(precision: str) -> bool:
-    """Whether training computes in bf16; "auto" means bf16 where the processor supports it."""
-    return precision == "bf16" or (precision == "auto" and cpu_has_bf16())
-
-
-def autocast(precision: str) -> torch.autocast:
-    """Matrix products in bf16 where `precision` says so; weights, sums and the loss stay fp32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=uses_bf16(precision))
-
-
-@contextmanager
-def training_numerics() -> Iterator[None]:
-    """Deterministic algorithms, and the attention backend that is fastest for at most 64 tokens.
-
-    PyTorch's fused CPU attention takes 43 % of a bf16 training step at 64 tokens; the math backend makes the step 1.5
-    times as fast (measured on a Zen 5 core).
-    """
-    deterministic: Any = torch.utils.deterministic  # the module replaces its class at run time; mypy cannot see that
-    before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    deterministic.fill_uninitialized_memory = False
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        deterministic.fill_uninitialized_memory = before[1]
+def _copy(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> None:
+    """Copy tensors by name; the names and shapes must agree."""
+    if source.keys() != target.keys():
+        odd = sorted(source.keys() ^ target.keys())
+        raise ValueError(f"{len(odd)} tensors differ in name, such as {odd[0]}")
+    for name, tensor in target.items():
+        if tensor.shape != source[name].shape:
+            raise ValueError(f"{name} is {list(source[name].shape)} there and {list(tensor.shape)} here")
+        tensor.copy_(source[name])

@@ -1,51 +1,71 @@
-"""A complete training run: autoencoder, latents, UNet with text encoder, export."""
+"""A complete training run: every stage of a config, and the export."""
 
 from __future__ import annotations
 
-import json
-import shutil
+import signal
+import threading
 import time
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from fastsd.components import Components
-from fastsd.config import CLIPConfig
 from fastsd.errors import FastsdError
-from fastsd.model.tokenizer import Tokenizer
-from fastsd.model.vae import AutoencoderKL
+from fastsd.files import reason, replace_whole
 from fastsd.runtime.devices import undisturbed
-from fastsd.train import vocabulary
-from fastsd.train.autoencoder import Latents, centre, encode_all, load_latents, reconstruction_loss, save_latents
-from fastsd.train.captions import KNOWN_WORDS, WORDS
-from fastsd.train.diffusion import DiffusionModel, denoising_loss
-from fastsd.train.digits import IMAGE_SIDE, Digits, read_digits
-from fastsd.train.loop import Stage, Workers
-from fastsd.train.settings import TrainingSettings, read_settings
-from fastsd.weights import save_folder
+from fastsd.train import record
+from fastsd.train.figures import Figures
+from fastsd.train.images import TrainingImages
+from fastsd.train.loop import Trainer
+from fastsd.train.parts import Workers
+from fastsd.train.settings import Data, TrainingSettings, read_settings
+from fastsd.train.stage import Stage, Stopped, TrainingJob
+from fastsd.train.stages.unet import UNetStage
+from fastsd.train.stages.vae import VaeStage
+
+# The stages that a config can name, by the name of their table.
+STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (VaeStage, UNetStage)}
+
+
+def open_images(data: Data) -> TrainingImages:
+    """The training data.
+
+    Raises:
+        FastsdError: it is missing or damaged.
+    """
+    if data.kind == "digits":
+        from fastsd.train.digit_images import DigitImages
+
+        return DigitImages(data)
+    raise FastsdError(f"data.kind is {data.kind!r}; it should be digits")
+
+
+def read_config(path: str | Path, changes: Sequence[str] = ()) -> TrainingSettings:
+    """A config, with the tables of all stages; see `settings.read_settings`."""
+    return read_settings(path, {name: stage.table for name, stage in STAGES.items()}, changes)
 
 
 class TrainingRun:
-    """The stages of one run and the files in its folder `out`.
+    """The stages of one run and the files in its folder.
 
-    autoencoder.pt and diffusion.pt are the checkpoints of the stages, latents.pt is the encoded training set,
-    tokenizer/ the vocabulary, log.txt the progress report.
+    `<stage>.pt` are the checkpoints of the stages, config.toml and record.json say what made them, metrics.jsonl has
+    the figures of every step, events/ the same for TensorBoard, samples/ the sample grids, log.txt the report.
     """
 
-    def __init__(self, settings: TrainingSettings, out: Path):
+    def __init__(self, settings: TrainingSettings, out: Path, images: TrainingImages):
         self.settings, self.out = settings, out
-        out.mkdir(parents=True, exist_ok=True)
-        text = settings.diffusion.text
-        self.tokenizer: Tokenizer = vocabulary.write(WORDS, out / "tokenizer", text.max_position_embeddings)
-        self.text: CLIPConfig = replace(text, vocab_size=len(self.tokenizer), eos_token_id=self.tokenizer.eos_id)
+        device = settings.device
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        workers = Workers((settings.threads or torch.get_num_threads()) if device == "cpu" else 1)
+        self.job = TrainingJob(settings, out, images, workers, self.report, torch.device(device))
         torch.manual_seed(settings.seed)  # the initial weights
-        with torch.device("cpu"):
-            vae = AutoencoderKL(settings.autoencoder.model)
-            model = DiffusionModel(settings.diffusion.unet, self.text)
-        seed = settings.seed
-        self.autoencoder = Stage("autoencoder", vae, settings.autoencoder.fit, seed, out / "autoencoder.pt")
-        self.diffusion = Stage("diffusion", model, settings.diffusion.fit, seed, out / "diffusion.pt")
+        self.trainers: list[Trainer] = []
+        for name, table in settings.stages.items():
+            stage = STAGES[name](table, self.job)
+            with torch.device("cpu"):
+                stage.build()
+            self.trainers.append(Trainer(stage, out / f"{name}.pt"))
 
     def report(self, line: str) -> None:
         """Print a line with the time, and append it to log.txt."""
@@ -54,84 +74,64 @@ class TrainingRun:
         with open(self.out / "log.txt", "a", encoding="utf-8") as log:
             log.write(line + "\n")
 
-    def train(self, digits: Digits) -> None:
-        """Train both stages; a restored stage continues from its checkpoint."""
-        settings = self.settings
-        counts = {name: sum(p.numel() for p in m.parameters()) for name, m in self._models().items()}
+    def train(self) -> None:
+        """Train every stage; a restored stage continues from its checkpoint.
+
+        Raises:
+            Stopped: the process was asked to end; the checkpoint is written.
+        """
+        counts = {name: sum(p.numel() for p in m.parameters()) for name, m in self.job.modules.items()}
         self.report("parameters: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
-        vae, model = self.autoencoder.model, self.diffusion.model
-        assert isinstance(vae, AutoencoderKL) and isinstance(model, DiffusionModel)
-        with Workers(settings.threads or torch.get_num_threads()) as workers:
-            common = (workers, self.report, settings.checkpoint_minutes, settings.precision)
-            if not self.autoencoder.finished:
-                (self.out / "latents.pt").unlink(missing_ok=True)  # belongs to the weights before this training
-                self.autoencoder.run(reconstruction_loss(vae, digits, settings.data, settings.autoencoder), *common)
-            latents = self.latents(digits, workers)
-            self.diffusion.run(denoising_loss(model, latents, self.tokenizer, settings.diffusion), *common)
-
-    def latents(self, digits: Digits, workers: Workers) -> Latents:
-        """The encoded training set; computed on first use, then read from latents.pt."""
-        path = self.out / "latents.pt"
-        if not path.is_file():
-            vae = self.autoencoder.average
-            assert isinstance(vae, AutoencoderKL)
-            started = time.monotonic()
-            latents = encode_all(vae, digits, self.settings.data, self.settings.seed, self.settings.precision, workers)
-            save_latents(latents, path)
-            self.report(f"encoded {len(latents.mean):,} images in {(time.monotonic() - started) / 60:.1f} min")
-        return load_latents(path)
-
-    def export(self, folder: Path) -> None:
-        """Write the averaged weights as an fp16 checkpoint folder; an existing model in `folder` is replaced."""
-        cache = self.out / "latents.pt"
-        if not cache.is_file():
-            raise FastsdError("nothing to export yet; the autoencoder is not trained", path=self.out)
-        settings, latents = self.settings, load_latents(cache)
-        with torch.device("cpu"):
-            vae, model = AutoencoderKL(settings.autoencoder.model), self.diffusion.average
-        vae.load_state_dict(self.autoencoder.average.state_dict())
-        assert isinstance(model, DiffusionModel)
-        centre(vae, latents.offset, latents.spread)
-        components = Components(
-            unet=model.unet,
-            vae=vae,
-            text_encoders=(model.text_encoder,),
-            tokenizers=(self.tokenizer,),
-            scheduler=settings.diffusion.scheduler,
-            sample_size=IMAGE_SIDE // settings.autoencoder.model.downscale,
-            defaults={"width": IMAGE_SIDE, "height": IMAGE_SIDE, **asdict(settings.defaults)},
-            known_words=frozenset(KNOWN_WORDS),
-        )
-        part = folder.with_name(folder.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        save_folder(components, part, torch.float16)
-        _load_in_fp32_by_default(part / "text_encoder" / "config.json")
-        if folder.exists():
-            if not (folder / "model_index.json").is_file():
-                raise FastsdError("exists and is not a model; choose another folder", argument="--export", path=folder)
-            shutil.rmtree(folder)
-        part.rename(folder)
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        self.report(f"exported step {self.diffusion.step} to {folder}, {size / 1e6:.2f} MB")
+        with self.job.workers, _until_sigterm(self.job.stop):
+            for trainer in self.trainers:
+                if not trainer.finished:
+                    trainer.stage.prepare()
+                    with Figures(self.out, trainer, self.report) as figures:
+                        trainer.run(figures)
+                self._use_averages(trainer)
+                trainer.stage.finish()
 
     def restore(self) -> bool:
         """Load the checkpoints; returns whether there are any."""
-        return self.autoencoder.restore() | self.diffusion.restore()
+        restored = [trainer.restore() for trainer in self.trainers]
+        return any(restored)
 
-    def _models(self) -> dict[str, torch.nn.Module]:
-        model = self.diffusion.model
-        assert isinstance(model, DiffusionModel)
-        return {"autoencoder": self.autoencoder.model, "unet": model.unet, "text encoder": model.text_encoder}
+    def export(self, folder: Path) -> None:
+        """Write the averaged weights of the last stage that has a model; an existing model in `folder` is replaced."""
+        if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
+            raise FastsdError("exists and is not a model; choose another folder", argument="--export", path=folder)
+        with replace_whole(folder, folder=True) as part:
+            for trainer in reversed(self.trainers):
+                if trainer.stage.export(part):
+                    size = sum(file.stat().st_size for file in part.rglob("*") if file.is_file())
+                    name, step = trainer.stage.name, trainer.step
+                    break
+            else:
+                return
+        self.report(f"exported {name} at step {step} to {folder}, {size / 1e6:.2f} MB")
+
+    def use_averages(self) -> None:
+        """Give every network its averaged weights for good, as the export does."""
+        for trainer in self.trainers:
+            self._use_averages(trainer)
+
+    def _use_averages(self, trainer: Trainer) -> None:
+        for player in trainer.players.values():
+            player.average.exchange()
+            player.module.eval()
 
 
-def _load_in_fp32_by_default(config: Path) -> None:
-    """Set fp32 as the default dtype in the config of a text encoder.
-
-    Without a dtype in the config, transformers 5 loads the text encoder in the dtype of the file (fp16), while
-    diffusers loads the UNet in fp32. A pipeline of two dtypes fails in its first matrix product.
-    """
-    content = json.loads(config.read_text(encoding="utf-8")) | {"torch_dtype": "float32"}
-    config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+@contextmanager
+def _until_sigterm(stop: threading.Event) -> Iterator[None]:
+    """Within the context, SIGTERM sets `stop` instead of ending the process. Only the main thread can arrange it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @undisturbed()
@@ -142,6 +142,7 @@ def train(
     export: str | Path | None = None,
     resume: bool = False,
     export_only: bool = False,
+    changes: Sequence[str] = (),
 ) -> None:
     """Train a model from a config, resume a run, or only export it.
 
@@ -149,26 +150,37 @@ def train(
         config: a TOML file, see `settings.TrainingSettings`. out, export: folders that override those of the config.
         resume: continue from the checkpoints in `out`; without it, an existing run there is an error.
         export_only: export the last checkpoints without training.
+        changes: texts "key=value" that replace values of the config.
 
     Raises:
         FastsdError: invalid config, missing data, an existing run without `resume`, nothing to export.
     """
-    settings = read_settings(config)
+    settings = read_config(config, changes)
     folder = Path(out or settings.out)
-    digits = None
-    if not export_only:
-        digits = read_digits(settings.data.mnist)
-        limit = settings.data.limit or len(digits.images)
-        digits = Digits(digits.images[:limit], digits.labels[:limit])
-        if (folder / "autoencoder.pt").is_file() and not resume:
-            raise FastsdError(
-                f"--out {folder}: already contains a run; continue it with --resume, or choose another folder"
-            )
-    run = TrainingRun(settings, folder)
-    restored = (resume or export_only) and run.restore()
-    if digits is not None:
-        if restored:
-            steps = f"autoencoder at step {run.autoencoder.step}, diffusion at step {run.diffusion.step}"
-            run.report(f"resumed: {steps}")
-        run.train(digits)
-    run.export(Path(export or settings.export))
+    names = [f"{name}.pt" for name in settings.stages]
+    exists = any((folder / name).is_file() for name in names)
+    if exists and not (resume or export_only):
+        raise FastsdError(
+            f"--out {folder}: already contains a run; continue it with --resume, or choose another folder"
+        )
+    if export_only and not exists:
+        raise FastsdError("nothing to export yet; nothing is trained", path=folder)
+    if exists:
+        record.check_same(folder, settings)
+    images = open_images(settings.data)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        run = TrainingRun(settings, folder, images)
+        restored = (resume or export_only) and run.restore()
+        if export_only:
+            run.use_averages()
+        else:
+            record.write_record(folder, settings, images.record())
+            if restored:
+                run.report("resumed: " + ", ".join(f"{t.stage.name} at step {t.step}" for t in run.trainers))
+            run.train()
+        run.export(Path(export or settings.export or folder / "model"))
+    except Stopped:
+        run.report("stopped by SIGTERM, and saved; continue with --resume")
+    except OSError as error:
+        raise FastsdError(reason(error), path=error.filename or folder) from error

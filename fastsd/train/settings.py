@@ -1,75 +1,64 @@
-"""The settings of a training run: a TOML file as frozen dataclasses, validated key by key."""
+"""The settings of a training run. Each stage has a table of its own, whose dataclass stands beside the stage."""
 
 from __future__ import annotations
 
-import sys
-from dataclasses import MISSING, Field, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any
 
-from fastsd.config import CLIPConfig, SchedulerConfig, UNetConfig, VAEConfig
-from fastsd.errors import FastsdError
+from fastsd.errors import FastsdError, about
+from fastsd.train import tables
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+OPTIMISERS = ("adamw", "adamw8bit")
+SCHEDULES = ("cosine", "constant")
+PRECISIONS = ("auto", "bf16", "fp32")
+DATA_KINDS = ("folder", "digits")
 
-T = TypeVar("T")
+
+@dataclass(frozen=True)
+class DigitsData:
+    """How MNIST becomes training images. `scales`, `shear`: see `digits.augment`. `style_share`: `strokes.extremes`."""
+
+    scales: tuple[float, float] = (0.7, 1.15)
+    shear: float = 0.2
+    style_share: float = 0.27
+    style_word_share: float = 0.5  # see `captions.caption`
+    unknown: float = 0.06  # see `captions.caption`
 
 
 @dataclass(frozen=True)
 class Data:
-    """The training images. `scales`, `shear`: see `digits.augment`. `style_share`: see `strokes.extremes`."""
+    """The training images and their captions."""
 
-    mnist: str
-    scales: tuple[float, float] = (0.7, 1.15)
-    shear: float = 0.2
-    style_share: float = 0.27
-    passes: int = 3  # augmented versions of every image in the cache of latents
+    path: str
+    kind: str = "folder"  # one of `DATA_KINDS`
     limit: int = 0  # use only the first images of the set; 0: all
+    passes: int = 1  # augmented versions of every image in the cache of latents
+    digits: DigitsData = DigitsData()
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The optimisation of a stage: AdamW, warm-up, cosine decay to `final_rate` of the rate, averaged weights.
-
-    A stage ends after `steps` or after `max_minutes`, whichever comes first (0 minutes: no time limit).
-    """
+    """The optimisation of a stage. A stage ends after `steps` or `max_minutes`, whichever comes first (0: no limit)."""
 
     steps: int
     max_minutes: float = 0.0
-    batch_size: int = 128
+    batch_size: int = 128  # of one step, over all parts, workers and processes
+    accumulate: int = 1  # parts of the batch, computed one after another to save memory
     rate: float = 1e-3
+    schedule: str = "cosine"  # after the warm-up: to `final_rate` * `rate` at the last step, or "constant"
     final_rate: float = 0.02
-    warmup: int = 200
+    warmup: int = 200  # steps
+    optimiser: str = "adamw"  # or "adamw8bit", of the package bitsandbytes, on a GPU
+    betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 1e-4
-    clip: float = 1.0  # largest gradient norm
-    average: float = 0.999  # decay of the exponential moving average
-
-
-@dataclass(frozen=True)
-class Autoencoder:
-    """Stage 1. Loss: L1 + MSE + `edge_weight` * L1 of neighbour differences + `kl_weight` * KL per pixel."""
-
-    model: VAEConfig
-    fit: Fit
-    kl_weight: float = 0.03
-    edge_weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class Diffusion:
-    """Stage 2: UNet and text encoder. `empty`, `unknown`, `style_word_share`: see `captions.caption`."""
-
-    unet: UNetConfig
-    text: CLIPConfig
-    scheduler: SchedulerConfig
-    fit: Fit
-    empty: float = 0.12
-    unknown: float = 0.06
-    style_word_share: float = 0.5
+    clip: float = 1.0  # largest gradient norm; 0: no limit
+    average: float = 0.999  # decay of the exponential moving average of the weights; 0: none is kept
+    max_nonfinite: int = 10  # steps in a row whose loss or gradient is not finite, at which the run stops
+    validate_every: int = 0  # steps between two validations; 0: none
+    validate_share: float = 0.0  # of the images, which are not trained on
+    sample_every: int = 0  # steps between two sample grids; 0: none
 
 
 @dataclass(frozen=True)
@@ -84,90 +73,74 @@ class PipelineDefaults:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """A complete run. `out`: folder of the run. `export`: folder of the finished model."""
+    """A complete run.
+
+    Attributes:
+        out: folder of the run. export: folder of the finished model; empty: `model` in `out`.
+        stages: the table of each stage, in the order in which they run: that of the file.
+    """
 
     out: str
-    export: str
     data: Data
-    autoencoder: Autoencoder
-    diffusion: Diffusion
-    defaults: PipelineDefaults = PipelineDefaults()
+    export: str = ""
     seed: int = 0
-    threads: int = 0  # workers that split each batch; the count affects the result. 0: one per core
+    device: str = "auto"  # auto (a GPU where there is one), cpu, cuda
+    threads: int = 0  # on the CPU, workers that split each batch; the count affects the result. 0: one per core
     precision: str = "auto"  # of matrix products: auto (bf16 where the processor supports it), bf16 or fp32
     checkpoint_minutes: float = 3.0
+    defaults: PipelineDefaults = PipelineDefaults()
+    stages: dict[str, Any] = field(default_factory=dict)
 
 
-def read_settings(path: str | Path) -> TrainingSettings:
+def read_settings(path: str | Path, kinds: Mapping[str, type], changes: Sequence[str] = ()) -> TrainingSettings:
     """Read a TOML file.
+
+    Args:
+        kinds: the dataclass of every stage's table, by the stage's name. It has a field `fit`, and may have a method
+            `check`, which raises FastsdError where values do not go together.
+        changes: texts "key=value", which replace values of the file.
 
     Raises:
         FastsdError: no such file, not TOML, an unknown or missing key, a value of the wrong type. Names the key.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FastsdError("no such file; configs/digits.toml trains the bundled model", argument="--config", path=path)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FastsdError(f"not TOML: {error}", path=path) from None
-    settings = _build(TrainingSettings, table, str(path), "")
-    _check(settings, path)
+    file = str(path)
+    table = tables.read_toml(Path(path))
+    tables.override(table, changes)
+    general = {f.name for f in fields(TrainingSettings)} - {"stages"}
+    for name in table:
+        if name not in kinds and name not in general:
+            raise tables.unknown(name, [*general, *kinds], file)
+    stages: dict[str, Any] = {}
+    for name in [name for name in table if name in kinds]:
+        inner = table.pop(name)
+        if not isinstance(inner, dict):
+            raise FastsdError(f"{name} should be a table, [{name}]", path=file)
+        stages[name] = tables.build(kinds[name], inner, file, name + ".")
+        _check_fit(stages[name].fit, f"{name}.fit", file)
+        if hasattr(stages[name], "check"):
+            with about(path=file):
+                stages[name].check()
+    if not stages:
+        raise FastsdError(f"no stage; the config needs at least one of the tables {', '.join(kinds)}", path=file)
+    settings = replace(tables.build(TrainingSettings, table, file), stages=stages)
+    _check(settings, file)
     return settings
 
 
-def _check(settings: TrainingSettings, path: Path) -> None:
-    if settings.precision not in ("auto", "bf16", "fp32"):
-        raise FastsdError(f"precision is {settings.precision!r}; it should be auto, bf16 or fp32", path=path)
-    for stage in ("autoencoder", "diffusion"):
-        fit: Fit = getattr(settings, stage).fit
-        for name in ("steps", "batch_size"):
-            if getattr(fit, name) < 1:
-                raise FastsdError(f"{stage}.fit.{name} is {getattr(fit, name)}; it should be at least 1", path=path)
-    text, unet = settings.diffusion.text, settings.diffusion.unet
-    if text.hidden_size != unet.cross_attention_dim:
-        raise FastsdError(
-            f"diffusion.text.hidden_size is {text.hidden_size}; it should be"
-            f" diffusion.unet.cross_attention_dim, {unet.cross_attention_dim}",
-            path=path,
-        )
-    if settings.data.passes < 1:
-        raise FastsdError(f"data.passes is {settings.data.passes}; it should be at least 1", path=path)
+def _check(settings: TrainingSettings, file: str) -> None:
+    tables.check_choice("precision", settings.precision, PRECISIONS, file)
+    tables.check_choice("data.kind", settings.data.kind, DATA_KINDS, file)
+    for key, value in (("data.passes", settings.data.passes),):
+        if value < 1:
+            raise FastsdError(f"{key} is {value}; it should be at least 1", path=file)
 
 
-def _build(kind: type[T], table: dict[str, Any], file: str, prefix: str) -> T:
-    """Build a dataclass from `table`. Every key must be a field; a field without a default is required."""
-    known: dict[str, Field[Any]] = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
-    hints = get_type_hints(kind)
-    for key in table:
-        if key not in known:
-            raise FastsdError(f"unknown key {prefix}{key}; known keys: {', '.join(known)}", path=file)
-    values = {}
-    for name, field in known.items():
-        if name in table:
-            values[name] = _value(hints[name], table[name], file, prefix + name)
-        elif field.default is MISSING and field.default_factory is MISSING:
-            raise FastsdError(f"the key {prefix}{name} is missing", path=file)
-    return kind(**values)
-
-
-def _value(kind: Any, value: Any, file: str, key: str) -> Any:
-    if hasattr(kind, "__dataclass_fields__"):
-        if not isinstance(value, dict):
-            raise FastsdError(f"{key} should be a table, [{key}]", path=file)
-        return _build(kind, value, file, key + ".")
-    if get_origin(kind) is tuple:
-        inner = get_args(kind)
-        if not isinstance(value, list) or (inner[-1] is not Ellipsis and len(value) != len(inner)):
-            raise FastsdError(f"{key} is {value!r}; it should be a list of {len(inner)} values", path=file)
-        return tuple(_value(inner[0], item, file, key) for item in value)
-    if isinstance(kind, UnionType):  # X | None, where a file cannot say None
-        kind = get_args(kind)[0]
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise FastsdError(f"{key} is {value!r}; it should be {_NAMES.get(kind, kind)}", path=file)
-    return value
-
-
-_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+def _check_fit(fit: Fit, prefix: str, file: str) -> None:
+    tables.check_choice(f"{prefix}.optimiser", fit.optimiser, OPTIMISERS, file)
+    tables.check_choice(f"{prefix}.schedule", fit.schedule, SCHEDULES, file)
+    for name in ("steps", "batch_size", "accumulate", "max_nonfinite"):
+        if getattr(fit, name) < 1:
+            raise FastsdError(f"{prefix}.{name} is {getattr(fit, name)}; it should be at least 1", path=file)
+    for name in ("average", "validate_share"):
+        if not 0 <= getattr(fit, name) < 1:
+            raise FastsdError(f"{prefix}.{name} is {getattr(fit, name)}; it should be from 0 to below 1", path=file)

@@ -39,19 +39,17 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train_until(config: Path, stage: str, step: int, resume: bool) -> None:
     """Train, save at `step` of `stage`, and interrupt the run two steps later."""
-    update_average = loop.Stage._update_average
+    look = loop.Trainer._look
 
-    def interrupted(self: loop.Stage) -> None:
-        update_average(self)
-        if self.name == stage and self.step == step - 1:
-            self.step += 1
+    def interrupted(self: loop.Trainer) -> dict[str, float]:
+        if self.stage.name == stage and self.step == step:
             self.save()
-            self.step -= 1
-        if self.name == stage and self.step == step + 1:
+        if self.stage.name == stage and self.step == step + 2:
             raise KeyboardInterrupt
+        return look(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Stage, "_update_average", interrupted)
+        patch.setattr(loop.Trainer, "_look", interrupted)
         train(config, resume=resume)
 
 
@@ -59,16 +57,16 @@ def test_resumed_run_is_bit_identical(uninterrupted: Path, tmp_path: Path) -> No
     # The learning rate depends on the total number of steps, so the config must be the same. The interruption comes
     # from outside, as a kill would.
     config = write_config(tmp_path)
-    for stage, step in (("autoencoder", 5), ("diffusion", 5)):
+    for stage, step in (("vae", 5), ("unet", 5)):
         with pytest.raises(KeyboardInterrupt):
-            train_until(config, stage, step, resume=stage == "diffusion")
+            train_until(config, stage, step, resume=stage == "unet")
     train(config, resume=True)
-    for name in ("autoencoder.pt", "latents.pt", "diffusion.pt"):
+    for name in ("vae.pt", "latents.pt", "unet.pt"):
         expected, resumed = (checkpoint.load(folder / "run" / name) for folder in (uninterrupted, tmp_path))
         assert differences(expected, resumed) == []
     # The comparison can fail: one more step gives another checkpoint.
-    train(write_config(tmp_path, diffusion_steps=11), resume=True)
-    assert "/step" in differences(expected, checkpoint.load(tmp_path / "run" / "diffusion.pt"))
+    train(write_config(tmp_path, unet_steps=11), resume=True)
+    assert "/step" in differences(expected, checkpoint.load(tmp_path / "run" / "unet.pt"))
 
 
 def test_export_has_vocabulary_defaults_and_averaged_weights(uninterrupted: Path) -> None:
@@ -76,7 +74,7 @@ def test_export_has_vocabulary_defaults_and_averaged_weights(uninterrupted: Path
     assert components.sample_size == 8 and "eight" in components.known_words
     assert components.defaults["width"] == 64 and components.defaults["sampler"] == "ddim"
     assert components.tokenizers[0]("eight").shape == (1, 16)
-    average = checkpoint.load(uninterrupted / "run" / "diffusion.pt")["average"]["unet.conv_out.weight"]
+    average = checkpoint.load(uninterrupted / "run" / "unet.pt")["denoiser"]["average"]["unet.conv_out.weight"]
     loaded = components.unet.conv_out.weight  # may be packed for oneDNN
     loaded = loaded.to_dense() if loaded.is_mkldnn else loaded
     torch.testing.assert_close(loaded, average, rtol=2**-11, atol=2**-24)  # fp16 rounding
@@ -110,13 +108,17 @@ def test_existing_run_and_unusable_checkpoints_are_errors(uninterrupted: Path, t
     shutil.copytree(uninterrupted / "run", folder / "run")
     with pytest.raises(FastsdError, match="--resume"):
         train(config)
-    truncated = (folder / "run" / "diffusion.pt").read_bytes()[:1000]
-    (folder / "run" / "diffusion.pt").write_bytes(truncated)
-    with pytest.raises(FastsdError, match=r"diffusion\.pt: cannot be read"):
+    truncated = (folder / "run" / "unet.pt").read_bytes()[:1000]
+    (folder / "run" / "unet.pt").write_bytes(truncated)
+    with pytest.raises(FastsdError, match=r"unet\.pt: cannot be read"):
         train(config, resume=True)
-    (folder / "run" / "diffusion.pt").unlink()
+    (folder / "run" / "unet.pt").unlink()
     config.write_text(config.read_text().replace("[4, 4, 4, 8]", "[4, 4, 8, 8]"))
-    with pytest.raises(FastsdError, match=r"autoencoder\.pt: does not match"):
+    with pytest.raises(FastsdError) as caught:
+        train(config, resume=True)
+    assert "changed: vae.model.block_out_channels from [4, 4, 4, 8] to [4, 4, 8, 8]" in str(caught.value)
+    (folder / "run" / "config.toml").unlink()
+    with pytest.raises(FastsdError, match=r"vae\.pt: does not match"):
         train(config, resume=True)
 
 

@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 from fastsd.errors import FastsdError
-from fastsd.train.settings import Data, read_settings
+from fastsd.train import record
+from fastsd.train.run import read_config
+from fastsd.train.settings import DigitsData
+from fastsd.train.stages.unet import UNetSettings
+from fastsd.train.stages.vae import VaeSettings
+from fastsd.train.tables import write_toml
 from tests.support.training import write_config
 
 ROOT = Path(__file__).parents[2]
@@ -16,12 +21,13 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "old, new, message",
     [
-        ("passes = 2", "pases = 2", "unknown key data.pases"),
-        ("steps = 10", "", "autoencoder.fit.steps is missing"),
-        ("batch_size = 4", 'batch_size = "4"', "autoencoder.fit.batch_size is '4'"),
-        ("batch_size = 8", "batch_size = 0", "diffusion.fit.batch_size is 0"),
-        ("[4, 4, 4, 8]", "4", "autoencoder.model.block_out_channels is 4"),
-        ("hidden_size = 8", "hidden_size = 16", "diffusion.text.hidden_size is 16"),
+        ("passes = 2", "pases = 2", "unknown key data.pases; did you mean data.passes?"),
+        ("[vae.fit]", "[vea.fit]", "unknown key vea; did you mean vae?"),
+        ("steps = 10", "", "vae.fit.steps is missing"),
+        ("batch_size = 4", 'batch_size = "4"', "vae.fit.batch_size is '4'"),
+        ("batch_size = 8", "batch_size = 0", "unet.fit.batch_size is 0"),
+        ("[4, 4, 4, 8]", "4", "vae.model.block_out_channels is 4"),
+        ("hidden_size = 8", "hidden_size = 16", "unet.text.hidden_size is 16"),
         ('precision = "fp32"', 'precision = "fp8"', "precision is 'fp8'"),
         ("[data]", "[data", "not TOML"),
     ],
@@ -30,13 +36,39 @@ def test_an_invalid_config_is_one_line_that_names_the_key(tmp_path: Path, old: s
     config = write_config(tmp_path)
     config.write_text(config.read_text().replace(old, new, 1))
     with pytest.raises(FastsdError) as caught:
-        read_settings(config)
+        read_config(config)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_the_config_of_the_bundled_model() -> None:
-    settings = read_settings(ROOT / "configs" / "digits.toml")
-    assert settings.diffusion.scheduler.prediction_type == "v_prediction"
-    assert settings.autoencoder.model.downscale == 8
-    # The evaluation augments real digits by the defaults of `Data`, as the model's training images were.
-    assert settings.data == Data(mnist="data/mnist")
+    settings = read_config(ROOT / "configs" / "digits.toml")
+    vae, unet = settings.stages["vae"], settings.stages["unet"]
+    assert isinstance(vae, VaeSettings) and isinstance(unet, UNetSettings) and list(settings.stages) == ["vae", "unet"]
+    assert unet.scheduler.prediction_type == "v_prediction"
+    assert vae.model.downscale == 8
+    # The evaluation augments real digits by the defaults of `DigitsData`, as the model's training images were.
+    assert settings.data.path == "data/mnist" and settings.data.digits == DigitsData()
+
+
+def test_set_replaces_values_of_the_file(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    changes = ["unet.fit.steps=7", "unet.fit.betas=[0.5, 0.9]", "precision=bf16", 'data.path = "a=b"']
+    settings = read_config(config, changes)
+    assert settings.stages["unet"].fit.steps == 7 and settings.stages["unet"].fit.betas == (0.5, 0.9)
+    assert settings.precision == "bf16" and settings.data.path == "a=b"
+    assert settings.stages["vae"] == read_config(config).stages["vae"]
+    for change, message in (
+        ("unet.fit.stpes=7", "unknown key unet.fit.stpes; did you mean unet.fit.steps?"),
+        ("steps", "--set is 'steps'; it should be key=value"),
+        ("out.value=1", "out is a value, not a table"),
+    ):
+        with pytest.raises(FastsdError) as caught:
+            read_config(config, [change])
+        assert message in str(caught.value)
+
+
+def test_the_resolved_config_reads_as_the_same_settings(tmp_path: Path) -> None:
+    settings = read_config(write_config(tmp_path), ["unet.scheduler.trained_betas=[0.5, 0.25]", "data.path='a\\b \"ü'"])
+    path = tmp_path / "resolved.toml"
+    path.write_text(write_toml(record.resolved(settings)), encoding="utf-8")
+    assert read_config(path) == settings

@@ -20,7 +20,7 @@ from torch import nn
 from fastsd.errors import FastsdError
 
 SIDE = 32
-SCALES = (0.65, 1.2)  # a little wider than `settings.Data.scales`, which the digits model is trained on
+SCALES = (0.65, 1.2)  # a little wider than `settings.DigitsData.scales`, which the digits model is trained on
 EPOCHS = 5
 BATCH = 128
 FACTORY: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}

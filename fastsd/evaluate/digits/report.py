@@ -18,7 +18,7 @@ from fastsd.evaluate.digits.measures import canonical, real_effects
 from fastsd.evaluate.digits.reader import load_reader, save_reader, train_reader
 from fastsd.evaluate.digits.samples import Progress, generate_digits, generate_styles, plain_prompt
 from fastsd.train.digits import Digits, augment, enlarge, read_digits
-from fastsd.train.settings import Data
+from fastsd.train.settings import DigitsData
 
 if TYPE_CHECKING:
     from fastsd.pipeline import Pipeline
@@ -60,7 +60,7 @@ def evaluate(
     generated = generate_digits(pipe, plain_prompt, seeds)
     yield checks.check_correct(reader, generated)
     real, labels = augmented(training, EFFECT_IMAGES)
-    effects = real_effects(real, labels, Data.style_share)
+    effects = real_effects(real, labels, DigitsData.style_share)
     for name, (low, high) in generate_styles(pipe, min(seeds, STYLE_SEEDS), progress).items():
         yield checks.check_style(name, low, high, effects[name])
     subset = np.concatenate([np.flatnonzero(labels == digit)[:DIVERSITY_IMAGES] for digit in range(10)])
@@ -76,7 +76,8 @@ def augmented(digits: Digits, count: int) -> tuple[torch.Tensor, np.ndarray]:
     generator = np.random.default_rng(0)
     images = digits.images[:count]
     parts = [
-        augment(part, generator, Data.scales, Data.shear) for part in np.array_split(images, -(-len(images) // 500))
+        augment(part, generator, DigitsData.scales, DigitsData.shear)
+        for part in np.array_split(images, -(-len(images) // 500))
     ]
     return torch.cat(parts), digits.labels[:count]
 

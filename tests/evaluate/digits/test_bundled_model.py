@@ -11,7 +11,7 @@ from fastsd.evaluate.digits.report import augmented
 from fastsd.evaluate.digits.samples import STYLE_PROMPTS, generate_digits, plain_prompt, style_prompt
 from fastsd.pipeline import Pipeline
 from fastsd.train.digits import Digits
-from fastsd.train.settings import Data
+from fastsd.train.settings import DigitsData
 
 
 @pytest.fixture(scope="module")
@@ -34,5 +34,5 @@ def test_thick_is_thicker_than_thin(pipe: Pipeline, training_subset: Digits) -> 
         generate_digits(pipe, lambda digit, _, form=form: style_prompt(form, digit), seeds=2)
         for form in STYLE_PROMPTS["thickness"]
     )
-    real = real_effects(*augmented(training_subset, 6000), Data.style_share)["thickness"]
+    real = real_effects(*augmented(training_subset, 6000), DigitsData.style_share)["thickness"]
     assert check_style("thickness", thin, thick, real).passed

@@ -11,7 +11,7 @@ from fastsd.evaluate.digits.reader import DigitReader
 from fastsd.evaluate.digits.report import augmented
 from fastsd.evaluate.digits.samples import GeneratedDigits
 from fastsd.train.digits import Digits, augment, enlarge
-from fastsd.train.settings import Data
+from fastsd.train.settings import DigitsData
 from fastsd.train.strokes import STYLE_WORDS, measure, styles
 
 Labelled = tuple[torch.Tensor, np.ndarray]
@@ -67,7 +67,7 @@ def test_repeated_images_fail(perfect: GeneratedDigits, real: Labelled) -> None:
 def test_the_shape_ratio_exposes_one_shape_at_many_sizes(held_out: Digits, real: Labelled) -> None:
     """The plain ratio rises with the sizes; the ratio of the shapes does not."""
     first = [int(np.flatnonzero(held_out.labels == d)[0]) for d in range(10) for _ in range(30)]
-    images = augment(held_out.images[first], np.random.default_rng(1), Data.scales, Data.shear)
+    images = augment(held_out.images[first], np.random.default_rng(1), DigitsData.scales, DigitsData.shear)
     check = check_diversity(GeneratedDigits(images, np.repeat(np.arange(10), 30)), *real)
     assert check.values["shapes_mean"] < 0.4 < check.values["mean"]
 
@@ -86,7 +86,7 @@ def test_copies_fail(
 ) -> None:
     """Training images at other sizes and slants, sharp or blurred as by an autoencoder; then one among real digits."""
     others = enlarge(held_out.images[500:800])
-    copies = augment(training_subset.images[:500], np.random.default_rng(2), Data.scales, Data.shear)
+    copies = augment(training_subset.images[:500], np.random.default_rng(2), DigitsData.scales, DigitsData.shear)
     copies = torch.nn.functional.avg_pool2d(copies[:, None], blur, stride=1, padding=blur // 2)[:, 0]
     copied = GeneratedDigits(copies, training_subset.labels[:500].astype(np.int64))
     all_copied = check_novelty(copied, training_shapes, others)
@@ -100,7 +100,7 @@ def test_copies_fail(
 def test_style_words(name: str, real: Labelled) -> None:
     """Images that match the words pass; swapped, ignored or partly followed words fail."""
     images, labels = real
-    ends = styles(measure(images.numpy()), labels, Data.style_share)[:, list(STYLE_WORDS).index(name)]
+    ends = styles(measure(images.numpy()), labels, DigitsData.style_share)[:, list(STYLE_WORDS).index(name)]
 
     def select(end: int, digit: int) -> np.ndarray:
         return np.flatnonzero((labels == digit) & (ends == end))[:20]

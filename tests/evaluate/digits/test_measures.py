@@ -17,7 +17,7 @@ from fastsd.evaluate.digits.measures import (
 )
 from fastsd.evaluate.digits.report import augmented
 from fastsd.train.digits import Digits, enlarge
-from fastsd.train.settings import Data
+from fastsd.train.settings import DigitsData
 from fastsd.train.strokes import STYLE_WORDS
 
 
@@ -102,6 +102,6 @@ def test_real_effects_are_differences_within_a_digit() -> None:
 
 
 def test_every_style_word_has_an_effect_in_real_images(training_subset: Digits) -> None:
-    effects = real_effects(*augmented(training_subset, 2000), Data.style_share)
+    effects = real_effects(*augmented(training_subset, 2000), DigitsData.style_share)
     assert effects.keys() == STYLE_WORDS.keys()
     assert all(value > 0 for value in effects.values())

@@ -13,7 +13,7 @@ from fastsd.errors import FastsdError
 from fastsd.evaluate.digits.checks import MIN_READ_SHARE, MIN_READER_ACCURACY
 from fastsd.evaluate.digits.reader import SCALES, DigitReader, load_reader, read, save_reader, to_input, train_reader
 from fastsd.train.digits import Digits, enlarge
-from fastsd.train.settings import Data
+from fastsd.train.settings import DigitsData
 
 pytestmark = pytest.mark.heavy
 
@@ -29,8 +29,10 @@ def test_committed_reader_reads_mnist(reader: DigitReader, held_out: Digits) -> 
     assert accuracy(reader, images, held_out.labels[chosen]) >= MIN_READER_ACCURACY
 
 
-@pytest.mark.parametrize("scale", [Data.scales[0], 1.0, Data.scales[1]], ids=["smallest", "nominal", "largest"])
-@pytest.mark.parametrize("shear", [-Data.shear, Data.shear], ids=["left", "right"])
+@pytest.mark.parametrize(
+    "scale", [DigitsData.scales[0], 1.0, DigitsData.scales[1]], ids=["smallest", "nominal", "largest"]
+)
+@pytest.mark.parametrize("shear", [-DigitsData.shear, DigitsData.shear], ids=["left", "right"])
 def test_committed_reader_reads_generated_sizes(
     reader: DigitReader, held_out: Digits, scale: float, shear: float
 ) -> None:
@@ -41,7 +43,7 @@ def test_committed_reader_reads_generated_sizes(
 
 
 def test_the_reader_is_trained_beyond_the_sizes_of_the_model() -> None:
-    assert SCALES[0] < Data.scales[0] and SCALES[1] > Data.scales[1]
+    assert SCALES[0] < DigitsData.scales[0] and SCALES[1] > DigitsData.scales[1]
 
 
 def test_both_sizes_are_framed_alike(held_out: Digits) -> None:

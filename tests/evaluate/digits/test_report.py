@@ -17,7 +17,7 @@ from fastsd.evaluate.digits.samples import CELL, GAP, LABEL
 from fastsd.pipeline import Pipeline
 from fastsd.train.captions import DIGIT_WORDS
 from fastsd.train.digits import Digits
-from fastsd.train.settings import Data
+from fastsd.train.settings import DigitsData
 from fastsd.train.strokes import STYLE_WORDS, measure, styles
 
 pytestmark = pytest.mark.heavy
@@ -28,7 +28,7 @@ class RealDigits:
 
     def __init__(self, held_out: Digits, wrong: int = 0):
         self.images, self.labels = report.augmented(held_out, len(held_out.images))
-        self.ends = styles(measure(self.images.numpy()), self.labels, Data.style_share)
+        self.ends = styles(measure(self.images.numpy()), self.labels, DigitsData.style_share)
         self.wrong = wrong
         self.prompts: list[str] = []
 

@@ -1,19 +1,10 @@
-"""Parts of the training loop: learning rate, batch split, random streams."""
+"""A batch in parts, and the random numbers of each."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from fastsd.train.loop import RandomStreams, learning_rate, split_evenly
-from fastsd.train.settings import Fit
-
-
-def test_learning_rate_rises_then_falls() -> None:
-    fit = Fit(steps=100, rate=1.0, warmup=10, final_rate=0.1)
-    assert [learning_rate(fit, step) for step in (0, 9, 10)] == pytest.approx([0.1, 1.0, 1.0])
-    assert learning_rate(fit, 55) == pytest.approx(0.55)
-    assert learning_rate(fit, 100) == pytest.approx(0.1)
+from fastsd.train.parts import RandomStreams, split, split_evenly
 
 
 def test_split_evenly() -> None:
@@ -30,3 +21,12 @@ def test_random_streams_depend_on_seed_stage_step_and_worker_alone() -> None:
     assert values(*keys[0]) == values(*keys[0])
     for i in range(2):  # numpy's and torch's
         assert len({values(*key)[i] for key in keys}) == len(keys)
+
+
+def test_parts_cover_the_batch() -> None:
+    parts = split(0, "unet", 3, 7, 3)
+    assert [(part.index, part.first, part.size, part.of) for part in parts] == [
+        (0, 0, 3, 7),
+        (1, 3, 2, 7),
+        (2, 5, 2, 7),
+    ]

@@ -6,7 +6,7 @@ import torch
 
 from fastsd.config import VAEConfig
 from fastsd.model.vae import AutoencoderKL
-from fastsd.train.autoencoder import centre
+from fastsd.train.latents import centre
 
 
 def test_centred_latents_decode_to_the_same_image() -> None:

@@ -1,0 +1,107 @@
+"""A run's folder: who may use it, and the record of what made it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastsd
+from fastsd.errors import FastsdError
+from fastsd.files import write_whole
+from fastsd.train import tables
+from fastsd.train.settings import TrainingSettings
+
+# Keys that a resumed run may change: they decide when and where, not what is computed. More steps stretch the
+# schedule, which is what they are for.
+FREE = ("out", "export", "checkpoint_minutes", "data.path")
+FREE_OF_A_STAGE = ("fit.steps", "fit.max_minutes", "fit.sample_every", "fit.validate_every", "fit.max_nonfinite")
+
+
+def write_record(out: Path, settings: TrainingSettings, data: dict[str, Any]) -> None:
+    """Write config.toml, the resolved config, and record.json: data, commit, environment."""
+    write_whole(out / "config.toml", tables.write_toml(resolved(settings)).encode(), overwrite=True)
+    text = json.dumps({"data": data, **environment()}, indent=2) + "\n"
+    write_whole(out / "record.json", text.encode(), overwrite=True)
+
+
+def resolved(settings: TrainingSettings) -> tables.Table:
+    """All values of a config, those by default too, by their keys as `--set` takes them."""
+    flat = tables.flatten(settings)
+    return {key.removeprefix("stages."): value for key, value in flat.items() if value is not None and value != {}}
+
+
+def environment() -> dict[str, Any]:
+    """What a run's figures may depend on besides its config."""
+    packages = {}
+    for name in ("torch", "numpy", "triton"):
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            packages[name] = "missing"
+    return {
+        "fastsd": fastsd.__version__,
+        "commit": _commit(),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "packages": packages,
+    }
+
+
+def check_same(out: Path, settings: TrainingSettings) -> None:
+    """Raises FastsdError where the run in `out` had another config; it shows the difference."""
+    path = out / "config.toml"
+    if not path.is_file():
+        return
+    before, now = _flat_toml(path), json.loads(json.dumps(resolved(settings)))
+    changed = [
+        f"{key} from {_shown(before, key)} to {_shown(now, key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in FREE and not key.endswith(FREE_OF_A_STAGE)
+    ]
+    if changed:
+        raise FastsdError(
+            f"this run was started with another config; changed: {'; '.join(changed)};"
+            " take the changes back, or start a new run with another --out",
+            path=out,
+        )
+
+
+def _shown(table: tables.Table, key: str) -> str:
+    return json.dumps(table[key]) if key in table else "nothing"
+
+
+def _flat_toml(path: Path) -> tables.Table:
+    flat: tables.Table = {}
+
+    def visit(table: tables.Table, prefix: str) -> None:
+        for name, value in table.items():
+            if isinstance(value, dict):
+                visit(value, f"{prefix}{name}.")
+            else:
+                flat[prefix + name] = value
+
+    visit(tables.read_toml(path), "")
+    return flat
+
+
+def _commit() -> str | None:
+    """The commit of the code that runs, with a "+" where files differ from it; None outside a repository."""
+    folder = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"],
+            cwd=folder, capture_output=True, text=True, check=False, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
