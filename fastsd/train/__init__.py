@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         FastsdError: invalid config, missing data, an existing run without `--resume`.
     """
-    from fastsd.train.run import train
+    from fastsd.train.training import train
 
     train(
         args.config,

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastsd import Adapter, Control, Pipeline
-from fastsd.train.run import train
+from fastsd.train.training import train
 from fastsd.weights import save_folder
 from tests.support import tiny
 from tests.support.pipelines import MASK, PHOTO, latents, tiny_components, tiny_pipeline

@@ -8,11 +8,11 @@ import pytest
 
 from fastsd.errors import FastsdError
 from fastsd.train import record
-from fastsd.train.run import read_config
 from fastsd.train.settings import DigitsData
 from fastsd.train.stages.unet import UNetSettings
 from fastsd.train.stages.vae import VaeSettings
 from fastsd.train.tables import write_toml
+from fastsd.train.training import read_config
 from tests.support.training import write_config
 
 ROOT = Path(__file__).parents[2]

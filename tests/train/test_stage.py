@@ -18,13 +18,12 @@ from torch import nn
 
 from fastsd.errors import FastsdError
 from fastsd.train import checkpoint
-from fastsd.train import run as run_module
 from fastsd.train.figures import read_metrics
 from fastsd.train.images import rows_in_epochs
 from fastsd.train.parts import Part
-from fastsd.train.run import train
 from fastsd.train.settings import Fit
 from fastsd.train.stage import Batch, Metrics, Stage
+from fastsd.train.training import STAGES, train
 from tests.support.project import ROOT
 from tests.support.training import write_data
 
@@ -53,7 +52,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> type[Stage]:
         "dataclass": dataclass, "Fit": Fit, "Stage": Stage, "nn": nn, "rows_in_epochs": rows_in_epochs,
     }  # fmt: skip
     exec(compile(code, "docs/training.md", "exec", dont_inherit=True), names)
-    monkeypatch.setitem(run_module.STAGES, "toy", names["ToyStage"])
+    monkeypatch.setitem(STAGES, "toy", names["ToyStage"])
     return names["ToyStage"]
 
 

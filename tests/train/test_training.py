@@ -11,7 +11,7 @@ import torch
 
 from fastsd.errors import FastsdError
 from fastsd.train import checkpoint, loop
-from fastsd.train.run import train
+from fastsd.train.training import train
 from fastsd.weights import load_folder
 from tests.support.training import write_config
 
