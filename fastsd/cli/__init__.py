@@ -23,13 +23,14 @@ COMMANDS = {
     "data": "make a data set to train on: emoji",
     "train": "train a model from a config file",
     "evaluate": "measure how good a model's images are",
+    "compare": "two models or settings, side by side and in figures",
     "inspect": "what a model file is: family, prediction, keys, hashes",
     "convert": "between folder and single file, or precisions",
     "verify": "prove on this machine that the fast path is right",
     "tune": "measure launches on this GPU and use the best",
 }
 BESIDE = ("inspect", "convert")
-CALLED = {"serve": "server", "mcp": "server.mcp"}  # modules of another name
+CALLED = {"compare": "evaluate.comparison", "serve": "server", "mcp": "server.mcp"}  # modules of another name
 BAD_INPUT, INTERRUPTED = 2, 130
 
 

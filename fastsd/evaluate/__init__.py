@@ -48,12 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_metric_arguments(group: Any) -> None:
-    """The flags that every measurement has."""
+def add_metric_arguments(group: Any, count: int | None = 500) -> None:
+    """The flags that every measurement has; `count` is the default of `--count`."""
     group.add_argument(
         "--metrics", metavar="NAMES", help="some of fid, kid, is, precision-recall, accuracy, nearest, autoencoder"
     )
-    group.add_argument("--count", type=int, default=500, metavar="N", help="images to generate (default: %(default)s)")
+    group.add_argument(
+        "--count", type=int, default=count, metavar="N", help=f"images to generate (default: {count or '8; 500'})"
+    )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of the first image (default: %(default)s)")
     group.add_argument(
         "--extractor",
@@ -104,9 +106,9 @@ def _run_metrics(args: argparse.Namespace, measurement: Measurement) -> int:
     files = {name: folder / name for name in ("report.json", "report.md", "grid.png")} if folder else {}
     for flag, file in (*(("--out", file) for file in files.values()), ("--json", args.json and Path(args.json))):
         if file:
-            _check_writable(flag, file, args.overwrite)
+            check_writable(flag, file, args.overwrite)
     pipe = Pipeline.from_pretrained(args.model, device=args.device, dtype=args.dtype)
-    generated = measurement.generate(pipe, {}, _progress)
+    generated = measurement.generate(pipe, {}, say)
     report = measurement.take(pipe, generated, {}, str(args.model))
     print(report.to_markdown(), end="")
     if files:
@@ -138,11 +140,11 @@ def _run_digits(args: argparse.Namespace) -> int:
     json_file = Path(args.json) if args.json else None
     for flag, file in (("--out", image_file), ("--json", json_file)):
         if file is not None:
-            _check_writable(flag, file, args.overwrite)
+            check_writable(flag, file, args.overwrite)
     pipe = Pipeline.from_pretrained(args.model, device=args.device, dtype=args.dtype)
     reader_file = Path(args.reader) if args.reader else None
     results = []
-    for check in report.evaluate(pipe, args.data, seeds, args.quick, reader_file, _progress):
+    for check in report.evaluate(pipe, args.data, seeds, args.quick, reader_file, say):
         print(report.line(check), flush=True)
         results.append(check)
     if image_file is not None:
@@ -154,11 +156,12 @@ def _run_digits(args: argparse.Namespace) -> int:
     return 0 if all(check.passed for check in results) else 1
 
 
-def _progress(text: str) -> None:
+def say(text: str) -> None:
+    """A line of progress."""
     print(text, file=sys.stderr, flush=True)
 
 
-def _check_writable(flag: str, file: Path, overwrite: bool) -> None:
+def check_writable(flag: str, file: Path, overwrite: bool) -> None:
     """Check that `file` can be written, before the evaluation starts.
 
     Raises:

@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from fastsd.errors import FastsdError
 from fastsd.evaluate.images import Pixels
 from fastsd.evaluate.metrics import METRICS
 from fastsd.evaluate.resample import CONFIDENCE, Figure
 from fastsd.files import reason
+from fastsd.image.drawing import enlarged, labelled, shrunk
 
 FORMAT = "fastsd evaluation 1"
 MAX_REPORT = 2**26  # bytes
-COLUMNS, MAX_CELLS, LABEL_HEIGHT, GAP = 8, 64, 28, 6
-MAX_CELL = 256  # pixels
+COLUMNS, MAX_CELLS = 8, 64
+MIN_CELL, MAX_CELL = 96, 256  # pixels
 # Two figures may be compared where all of these are equal; the text says what differs.
 SAME = {
     "extractor": "the extractors of their features",
@@ -140,39 +141,9 @@ def better(name: str) -> str:
 
 
 def sheet(images: list[Pixels], labels: list[str]) -> Image.Image:
-    """The first 64 images in rows of 8, each with its caption below, dark on white."""
-    images, labels = images[:MAX_CELLS], labels[:MAX_CELLS]
-    height, width = images[0].shape[:2]
-    ratio = min(1.0, MAX_CELL / max(width, height))
-    width, height = max(round(width * ratio), 96), max(round(height * ratio), round(96 * height / width))
-    columns = min(COLUMNS, len(images))
-    rows = -(-len(images) // columns)
-    canvas = Image.new(
-        "RGB", (columns * (width + GAP) + GAP, rows * (height + LABEL_HEIGHT + GAP) + GAP), (250, 250, 250)
-    )
-    pen = ImageDraw.Draw(canvas)
-    for index, (image, label) in enumerate(zip(images, labels)):
-        left = GAP + index % columns * (width + GAP)
-        top = GAP + index // columns * (height + LABEL_HEIGHT + GAP)
-        how = Image.Resampling.LANCZOS if ratio < 1 else Image.Resampling.NEAREST
-        canvas.paste(Image.fromarray(image).resize((width, height), how), (left, top))
-        for line, text in enumerate(wrap(pen, label, width, 2)):
-            pen.text((left, top + height + 2 + 12 * line), text, fill=(30, 30, 30), font_size=11)
-    return canvas
-
-
-def wrap(pen: ImageDraw.ImageDraw, text: str, width: int, most: int) -> list[str]:
-    """`text` in at most `most` lines of `width` pixels at size 11; what does not fit ends in dots."""
-    lines: list[str] = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if pen.textlength(longer, font_size=11) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    cut = lines[:most]
-    if len(lines) > most or pen.textlength(cut[-1], font_size=11) > width:
-        while cut[-1] and pen.textlength(cut[-1] + "…", font_size=11) > width:
-            cut[-1] = cut[-1][:-1]
-        cut[-1] += "…"
-    return cut
+    """The first 64 images in rows of 8, each with its caption below."""
+    cells = [
+        (enlarged(shrunk(Image.fromarray(image), MAX_CELL), MIN_CELL), label)
+        for image, label in zip(images[:MAX_CELLS], labels)
+    ]
+    return labelled([cells[start : start + COLUMNS] for start in range(0, len(cells), COLUMNS)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastsd.errors import FastsdError
-from fastsd.evaluate.settings import parse_settings
+from fastsd.generate.settings_text import parse_settings
 
 
 def test_names_of_python_and_of_flags() -> None:
