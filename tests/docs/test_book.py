@@ -111,6 +111,17 @@ def test_every_public_name_is_documented() -> None:
             assert getattr(fastsd, name).__doc__, name
 
 
+def test_every_message_that_a_page_quotes_is_said() -> None:
+    """Where one is reworded, the reader who looks for its words would no longer find them."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\| `([^`]+)` \|", page, re.M)
+    assert len(quoted) > 12
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "fastsd").rglob("*.py"))
+    said = re.sub(r'"\s*\n\s*f?"', "", code)  # a text over several lines
+    for message in quoted:
+        assert message in said, message
+
+
 # Words that codespell takes for mistakes.
 KNOWN_WORDS = "te"  # the key of a LoRA's strength for text encoders
 
