@@ -97,6 +97,7 @@ ABOUT: dict[str, tuple[str, ...]] = {
     "kernels/triton": ("models",),
     # Against diffusers' schedulers, against published loops, and an exact solution.
     "sampling": ("diffusers", "solvers", "euler_maruyama"),
+    "server": ("openapi",),
     "verify": ("gpu",),
     "weights": ("malformed", "memory", "recipes"),
 }

@@ -45,6 +45,13 @@ MULTIPART = {
     }
 }
 
+EVENT = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {"event": {"type": "string"}, "data": {"type": "string", "description": "a JSON object"}},
+}
+EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": EVENT}}}}
+
 
 def openai_routes(state: State) -> APIRouter:
     """The routes of OpenAI's clients."""
@@ -61,7 +68,7 @@ def openai_routes(state: State) -> APIRouter:
         request.state.statuses = {"model": 404}
         return _model(state.catalogue.find_model(name).name)
 
-    @router.post("/images/generations")
+    @router.post("/images/generations", responses=EVENTS)
     async def generations(request: Request, body: ImageGeneration) -> Response:
         """Text to image."""
         request.state.names, request.state.statuses = NAMES, {"model": 404}
@@ -69,7 +76,7 @@ def openai_routes(state: State) -> APIRouter:
         draft = await asyncio.to_thread(translate, body, state.catalogue, state.settings.limits)
         return await answer(state, request, body, draft, "image_generation")
 
-    @router.post("/images/edits", openapi_extra=MULTIPART)
+    @router.post("/images/edits", openapi_extra=MULTIPART, responses=EVENTS)
     async def edits(request: Request) -> Response:
         """Image to image, and inpainting where a mask is transparent."""
         request.state.names, request.state.statuses = NAMES, {"model": 404}
