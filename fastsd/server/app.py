@@ -19,7 +19,7 @@ from fastsd.errors import FastsdError, describe
 from fastsd.server.a1111.lists import controlnet_routes, list_routes
 from fastsd.server.a1111.routes import generation_routes
 from fastsd.server.app_state import State
-from fastsd.server.bad_body import explain
+from fastsd.server.bad_body import explain, unreadable
 from fastsd.server.guard import Guard, error_body
 from fastsd.server.jobs import Cancelled, JobError, QueueFull, ShuttingDown
 from fastsd.server.openai.routes import openai_routes
@@ -52,7 +52,7 @@ class ErrorObject(BaseModel):
     error: OpenAIError
 
 
-STATUSES = (400, 401, 403, 404, 405, 408, 409, 413, 422, 429, 431, 500, 503)
+STATUSES = (400, 401, 403, 404, 405, 408, 409, 413, 415, 422, 429, 431, 500, 503)
 ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorDetail | ErrorObject} for status in STATUSES}
 
 
@@ -134,7 +134,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def by_status(request: Request, error: HTTPException) -> JSONResponse:
-        return answer(request, error.status_code, str(error.detail), **dict(error.headers or {}))
+        message = unreadable(error.__cause__) or str(error.detail)
+        return answer(request, error.status_code, message, **dict(error.headers or {}))
 
     @app.exception_handler(Exception)
     async def mistake(request: Request, error: Exception) -> JSONResponse:

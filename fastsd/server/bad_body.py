@@ -6,6 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic_core import PydanticCustomError
+
+MAX_DEPTH = 64  # of lists and objects in one another
+TOO_DEEP = f"it is nested too deeply; at most {MAX_DEPTH} levels are read"
 # What would be right, by the beginning of pydantic's type of error.
 EXPECTED = {
     "int": "a whole number",
@@ -33,10 +37,33 @@ def explain(error: Mapping[str, Any]) -> tuple[str, str | None]:
     name, field = ".".join(path) or "the body", path[0] if path else None
     if kind == "missing":
         return (f"{name} is missing" if path else "the body is missing; send a JSON object"), field
+    if not path and isinstance(error.get("input"), bytes):  # it was not taken for JSON
+        return "the body is not read as JSON; say Content-Type: application/json", None
     expected = next((text for start, text in EXPECTED.items() if kind.startswith(start)), None)
     reason = f"it should be {expected}" if expected else error["msg"][:1].lower() + error["msg"][1:]
     given = _given(error.get("input"))
     return f"{name} is {given}; {reason}" if given else f"{name}: {reason}", field
+
+
+def check_depth(body: Any) -> Any:
+    """The body, unless it is nested more deeply than any answer could repeat it."""
+    layer, depth = [body] if isinstance(body, dict | list) else [], 0
+    while layer:
+        layer = [v for one in layer for v in (one.values() if isinstance(one, dict) else one)]
+        layer = [value for value in layer if isinstance(value, dict | list)]
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise PydanticCustomError("too_deep", TOO_DEEP)  # type: ignore[arg-type]
+    return body
+
+
+def unreadable(cause: BaseException | None) -> str | None:
+    """Why a body is no JSON, where the decoder failed in another way than by its grammar; None: it did not."""
+    if isinstance(cause, RecursionError):
+        return f"the body: {TOO_DEEP}"
+    if isinstance(cause, UnicodeDecodeError):
+        return f"the body is not UTF-8: byte {cause.start} cannot be read"
+    return None
 
 
 def _given(value: Any) -> str:

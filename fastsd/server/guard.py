@@ -40,8 +40,8 @@ SECURITY = (
 )
 
 
-class TooLarge(HTTPException):
-    """Headers or a body are larger than the limit, or a body did not arrive in time.
+class BadTransfer(HTTPException):
+    """Headers or a body are larger than the limit, compressed, or did not arrive in time.
 
     It is raised where the application reads the body, which gives HTTP's exceptions through.
     """
@@ -66,10 +66,10 @@ class Guard:
         """Count the bytes of a body in; negative: out.
 
         Raises:
-            TooLarge: all together are too many.
+            BadTransfer: all together are too many.
         """
         if size > 0 and self._held + size > BODIES * self.settings.limits.body:
-            raise TooLarge(503, "too many large requests at once; try again in a few seconds")
+            raise BadTransfer(503, "too many large requests at once; try again in a few seconds")
         self._held += size
 
 
@@ -94,9 +94,9 @@ class _Exchange:
             elif self.scope["path"] != OPEN and not is_known(settings, self.headers):
                 await self._refuse(401, "a key is needed: Authorization: Bearer KEY, or HTTP basic")
             else:
-                self._check_length()
+                self._check_headers()
                 await self.guard.app(self.scope, self.receive, self.send)
-        except TooLarge as error:  # before the application was asked
+        except BadTransfer as error:  # before the application was asked
             await self._refuse(error.status_code, error.detail)
         finally:
             self.guard.hold(-self.held)
@@ -105,13 +105,16 @@ class _Exchange:
     def _is_preflight(self) -> bool:
         return self.scope["method"] == "OPTIONS" and "access-control-request-method" in self.headers
 
-    def _check_length(self) -> None:
+    def _check_headers(self) -> None:
         size = len(self.scope.get("raw_path", b"")) + len(self.scope.get("query_string", b""))
         if size + sum(len(name) + len(value) for name, value in self.scope["headers"]) > HEADERS:
-            raise TooLarge(431, f"the address and the headers are too large; at most {HEADERS} bytes are read")
+            raise BadTransfer(431, f"the address and the headers are too large; at most {HEADERS} bytes are read")
         length = self.headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self.guard.settings.limits.body:
-            raise TooLarge(413, self._limit())
+            raise BadTransfer(413, self._limit())
+        encoding = self.headers.get("content-encoding", "identity").strip().lower()
+        if encoding not in ("identity", ""):
+            raise BadTransfer(415, f"Content-Encoding is {encoding:.40}, which is not read; send the body as it is")
 
     def _limit(self) -> str:
         return f"the body is too large; at most {self.guard.settings.limits.body / 2**20:g} MiB are read"
@@ -125,12 +128,12 @@ class _Exchange:
         try:
             message = await asyncio.wait_for(self._receive(), max(self.deadline - time.monotonic(), 0.001))
         except asyncio.TimeoutError:
-            raise TooLarge(408, f"the body did not arrive within {BODY_SECONDS:g} s") from None
+            raise BadTransfer(408, f"the body did not arrive within {BODY_SECONDS:g} s") from None
         if message["type"] == "http.request":
             size = len(message.get("body", b""))
             self.size += size
             if self.size > self.guard.settings.limits.body:
-                raise TooLarge(413, self._limit())
+                raise BadTransfer(413, self._limit())
             self.guard.hold(size)
             self.held += size
         if not message.get("more_body", False):

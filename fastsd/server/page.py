@@ -11,6 +11,7 @@ from fastapi.responses import Response
 
 from fastsd.server.app_state import State
 from fastsd.server.images import encode_preview
+from fastsd.server.jobs import Job
 
 FOLDER = Path(__file__).parent.parent / "assets" / "page"
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
@@ -38,34 +39,35 @@ def page_routes(state: State) -> APIRouter:
         """A file of it."""
         return answer(name)
 
+    def find(number: str) -> Job:
+        job = state.queue.find(number)
+        if job is None:
+            raise HTTPException(404, "no job with this id waits or runs")
+        return job
+
     @router.get("/jobs/{number}")
     async def look(number: str, preview: Annotated[int, Query(ge=0)] = 0) -> dict[str, Any]:
-        """How far a job is, and its preview if there is one later than this; state "unknown" if it has ended."""
-        return await report(state, number, preview)
+        """How far a job is, and its preview if there is one later than this."""
+        return await report(state, find(number), preview)
 
     @router.delete("/jobs/{number}")
     async def cancel(number: str) -> dict[str, bool]:
         """Cancel a job: it leaves the queue, or ends after its step."""
-        job = state.queue.find(number)
-        if job is not None:
-            state.queue.cancel(job)
-        return {"cancelled": job is not None}
+        state.queue.cancel(find(number))
+        return {"cancelled": True}
 
     return router
 
 
-async def report(state: State, number: str, seen: int) -> dict[str, Any]:
+async def report(state: State, job: Job, seen: int) -> dict[str, Any]:
     """The state of a job. Asking asks for the next preview, too."""
-    job, loading = state.queue.find(number), state.queue.loading
-    name = loading.name if loading is not None else None
-    if job is None:
-        return {"state": "unknown", "loading": name}
+    loading = state.queue.loading
     state.queue.want_preview(job)
     image = job.preview if job.previews > seen else None
     return {
         "state": job.state,
         "place": state.queue.waiting.index(job) + 1 if job in state.queue.waiting else 0,
-        "loading": name,
+        "loading": loading.name if loading is not None else None,
         "index": job.index,
         "total": job.total,
         "progress": job.progress,

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from fastsd.kinds import MAX_SEED, MAX_SIDE, MAX_STEPS
+from fastsd.server.bad_body import check_depth
+from fastsd.server.json_numbers import NumberField, WholeField
 from fastsd.server.limits import MAX_PROMPT
 
 Prompt = Annotated[str, StringConstraints(max_length=MAX_PROMPT)]
 Name = Annotated[str, StringConstraints(max_length=300)]
-Seed = Annotated[int, Field(ge=-1, le=MAX_SEED)]
-Side = Annotated[int, Field(ge=8, le=MAX_SIDE)]
-SideOrNone = Annotated[int, Field(ge=-1, le=MAX_SIDE)]  # 0 and -1: not set
-Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Guidance = Annotated[float, Field(ge=0, le=100)]
-Count = Annotated[int, Field(ge=1, le=1000)]
+Seed = Annotated[WholeField, Field(ge=-1, le=MAX_SEED)]
+Side = Annotated[WholeField, Field(ge=8, le=MAX_SIDE)]
+SideOrNone = Annotated[WholeField, Field(ge=-1, le=MAX_SIDE)]  # 0 and -1: not set
+Steps = Annotated[WholeField, Field(ge=1, le=MAX_STEPS)]
+Share = Annotated[NumberField, Field(ge=0, le=1)]
+Guidance = Annotated[NumberField, Field(ge=0, le=100)]
+Count = Annotated[WholeField, Field(ge=1, le=1000)]
 Encoded = str  # an image: base64 or a data URI
 TaskId = Annotated[str, StringConstraints(max_length=64, pattern=r"^[\w():.-]*$")]
 
@@ -61,6 +63,8 @@ class Generation(BaseModel):
     force_task_id: TaskId | None = None
     denoising_strength: Share | None = None
 
+    _depth = model_validator(mode="before")(check_depth)
+
     @property
     def unknown(self) -> list[str]:
         """Fields that neither A1111 nor fastsd has; those of `REFUSED` are looked at by themselves."""
@@ -71,9 +75,9 @@ class TextToImage(Generation):
     """The body of txt2img."""
 
     enable_hr: bool | None = False
-    hr_scale: Annotated[float, Field(ge=1, le=8)] | None = 2.0
+    hr_scale: Annotated[NumberField, Field(ge=1, le=8)] | None = 2.0
     hr_upscaler: Name | None = None
-    hr_second_pass_steps: Annotated[int, Field(ge=0, le=MAX_STEPS)] | None = 0
+    hr_second_pass_steps: Annotated[WholeField, Field(ge=0, le=MAX_STEPS)] | None = 0
     hr_resize_x: SideOrNone | None = 0
     hr_resize_y: SideOrNone | None = 0
     hr_checkpoint_name: Name | None = None
@@ -87,16 +91,16 @@ class ImageToImage(Generation):
     """The body of img2img. The defaults of inpainting are A1111's, which differ from those of its page."""
 
     init_images: list[Encoded] | None = Field(None, max_length=16)
-    resize_mode: Annotated[int, Field(ge=0, le=3)] | None = 0
+    resize_mode: Annotated[WholeField, Field(ge=0, le=3)] | None = 0
     image_cfg_scale: Guidance | None = None
     mask: Encoded | None = None
-    mask_blur: Annotated[float, Field(ge=0, le=256)] | None = None
-    mask_blur_x: Annotated[float, Field(ge=0, le=256)] | None = None
-    mask_blur_y: Annotated[float, Field(ge=0, le=256)] | None = None
-    inpainting_fill: Annotated[int, Field(ge=0, le=3)] | None = 0
+    mask_blur: Annotated[NumberField, Field(ge=0, le=256)] | None = None
+    mask_blur_x: Annotated[NumberField, Field(ge=0, le=256)] | None = None
+    mask_blur_y: Annotated[NumberField, Field(ge=0, le=256)] | None = None
+    inpainting_fill: Annotated[WholeField, Field(ge=0, le=3)] | None = 0
     inpaint_full_res: bool | None = True
-    inpaint_full_res_padding: Annotated[int, Field(ge=0, le=MAX_SIDE)] | None = 0
-    inpainting_mask_invert: Annotated[int, Field(ge=0, le=1)] | None = 0
+    inpaint_full_res_padding: Annotated[WholeField, Field(ge=0, le=MAX_SIDE)] | None = 0
+    inpainting_mask_invert: Annotated[WholeField, Field(ge=0, le=1)] | None = 0
     include_init_images: bool | None = False
 
 
@@ -140,9 +144,9 @@ class Upscaling(BaseModel):
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     image: Encoded
-    resize_mode: Annotated[int, Field(ge=0, le=1)] | None = 0
-    upscaling_resize: Annotated[float, Field(gt=0, le=8)] | None = 2.0
-    upscaling_resize_w: Annotated[int, Field(ge=1, le=MAX_SIDE)] | None = 512
-    upscaling_resize_h: Annotated[int, Field(ge=1, le=MAX_SIDE)] | None = 512
+    resize_mode: Annotated[WholeField, Field(ge=0, le=1)] | None = 0
+    upscaling_resize: Annotated[NumberField, Field(gt=0, le=8)] | None = 2.0
+    upscaling_resize_w: Annotated[WholeField, Field(ge=1, le=MAX_SIDE)] | None = 512
+    upscaling_resize_h: Annotated[WholeField, Field(ge=1, le=MAX_SIDE)] | None = 512
     upscaling_crop: bool | None = True
     upscaler_1: Name | None = "None"

@@ -17,6 +17,7 @@ from fastsd.server.a1111.bodies import REFUSED, Generation, ImageToImage, TextTo
 from fastsd.server.a1111.controlnet import read_controls
 from fastsd.server.catalogue import Catalogue
 from fastsd.server.images import decode_base64, read_image
+from fastsd.server.json_numbers import as_whole
 from fastsd.server.limits import Limits
 from fastsd.server.orders import Draft
 from fastsd.server.styles import Styles
@@ -146,11 +147,9 @@ def _apply_options(draft: Draft, options: dict[str, Any], catalogue: Catalogue) 
             case "sd_model_checkpoint":
                 draft.model = catalogue.find_model(_text(name, value), name)
             case "CLIP_stop_at_last_layers":
-                if not isinstance(value, int | float) or value != int(value):
-                    raise FastsdError("it should be a whole number", argument=name, value=value)
-                draft.arguments["clip_skip"] = max(int(value), 1)
+                draft.arguments["clip_skip"] = max(_whole(name, value), 1)
             case "eta_noise_seed_delta":
-                draft.arguments["ensd"] = value or None
+                draft.arguments["ensd"] = _whole(name, value) or None
             case "randn_source" if value in RNG:
                 draft.arguments["noise"] = RNG[value]
             case "emphasis" if value in EMPHASIS.values():
@@ -181,6 +180,13 @@ def check_options(options: dict[str, Any], catalogue: Catalogue) -> None:
     draft = Draft()
     _apply_options(draft, options, catalogue)
     check_call({"prompt": "", **{name: value for name, value in draft.arguments.items() if value is not None}})
+
+
+def _whole(name: str, value: Any) -> int:
+    found = as_whole(value)
+    if not isinstance(found, int) or isinstance(found, bool):
+        raise FastsdError("it should be a whole number", argument=name, value=value)
+    return found
 
 
 def _text(name: str, value: Any) -> str:

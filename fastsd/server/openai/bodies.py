@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from fastsd.errors import FastsdError, nearest
 from fastsd.kinds import Value
 from fastsd.parameters import PARAMETERS, of_call
+from fastsd.server.json_numbers import WholeField, check
 from fastsd.server.limits import MAX_PROMPT
 
 Name = Annotated[str, StringConstraints(max_length=300)]
@@ -34,16 +35,16 @@ class ImageRequest(BaseModel):
 
     prompt: Prompt
     model: Name | None = None
-    n: Annotated[int, Field(ge=1, le=10)] | None = 1
+    n: Annotated[WholeField, Field(ge=1, le=10)] | None = 1
     size: Annotated[str, StringConstraints(max_length=20)] | None = "auto"
     response_format: Literal["b64_json", "url"] | None = None
     output_format: Literal["png", "jpeg", "webp"] | None = "png"
-    output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
+    output_compression: Annotated[WholeField, Field(ge=0, le=100)] | None = None
     quality: Literal["auto", "low", "medium", "high", "standard", "hd"] | None = None
     style: Literal["vivid", "natural"] | None = None
     background: Literal["auto", "opaque"] | None = None
     stream: bool | None = False
-    partial_images: Annotated[int, Field(ge=0, le=3)] | None = 0
+    partial_images: Annotated[WholeField, Field(ge=0, le=3)] | None = 0
 
     @property
     def suffix(self) -> str:
@@ -66,9 +67,8 @@ class ImageRequest(BaseModel):
                 raise FastsdError(f"no such parameter{nearest(field, (*known, *ALIASES))}", argument=field)
             if name in found:
                 raise FastsdError(f"given twice: it is {{{name}}}", argument=field)
-            kind = PARAMETERS[name].kind
             try:
-                found[name] = kind.parse(value) if isinstance(value, str) else kind.check(value)
+                found[name] = check(PARAMETERS[name].kind, value)
             except FastsdError as error:
                 raise FastsdError(error.message, argument=field, value=error.value) from None
         return found

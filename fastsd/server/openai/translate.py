@@ -38,7 +38,7 @@ def translate(
     if body.model not in AUTOMATIC:
         draft.model = catalogue.find_model(str(body.model))
     if body.size not in (None, "auto"):
-        found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", str(body.size))
+        found = re.fullmatch(r"([1-9]\d{0,4})[xX×]([1-9]\d{0,4})", str(body.size), re.A)
         if found is None:
             message = "it should be auto, or a width and a height, as in 512x512"
             raise FastsdError(message, argument="size", value=body.size)
