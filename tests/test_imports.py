@@ -40,6 +40,7 @@ RANKS = {
     "verify": 8,
     "tune": 8,
     "cli": 9,
+    "batch": 10,
     "server": 10,
     "__main__": 11,
 }

@@ -18,6 +18,7 @@ from fastsd.parameters import nearest
 # A command is the module of that name, in fastsd or, for those in BESIDE, in fastsd.cli; or the one that CALLED names.
 # It has add_arguments(parser) and run(args), and is imported when it is called.
 COMMANDS = {
+    "batch": "what each line of a file asks for; goes on after a kill",
     "serve": "a web page, and the APIs of A1111 and OpenAI",
     "mcp": "tools for an assistant: generate an image, edit one",
     "data": "make a data set to train on: emoji",

@@ -95,8 +95,12 @@ def _earlier_part(args: argparse.Namespace, name: str, value: Any) -> Any:
         raise FastsdError(message, argument="from_image", path=args.from_image) from None
 
 
-def load(pipe: Pipeline, chosen: list[ChosenControl], allow_pickle: bool) -> tuple[list[Control], list[dict[str, Any]]]:
+def load(
+    pipe: Pipeline, chosen: list[ChosenControl], allow_pickle: bool, loaded: dict[str, Any] | None = None
+) -> tuple[list[Control], list[dict[str, Any]]]:
     """The controls, each file loaded once, and what metadata says of them.
+
+    loaded: files that earlier calls loaded, with their places; new ones are added.
 
     Raises:
         FastsdError: a file that is missing, malformed or for another family of models.
@@ -106,17 +110,19 @@ def load(pipe: Pipeline, chosen: list[ChosenControl], allow_pickle: bool) -> tup
     from fastsd.generate.control import Control
     from fastsd.weights.hub.locate import locate_controlnet
 
-    nets, places, controls, settings = {}, {}, [], []
+    nets: dict[str, Any] = {} if loaded is None else loaded
+    controls, settings = [], []
     for choice in chosen:
         if choice.net not in nets:
             with about("control"):
-                places[choice.net] = locate_controlnet(choice.net, pipe.dtype != torch.float32)
-                nets[choice.net] = pipe.load_controlnet(places[choice.net].path, allow_pickle)
-        control = Control(nets[choice.net], choice.image, **choice.parts)
+                place = locate_controlnet(choice.net, pipe.dtype != torch.float32)
+                nets[choice.net] = (pipe.load_controlnet(place.path, allow_pickle), place)
+        net, place = nets[choice.net]
+        control = Control(net, choice.image, **choice.parts)
         controls.append(control)
         settings.append(
             {
-                **models.named(places[choice.net], choice.net),
+                **models.named(place, choice.net),
                 "image": choice.given.as_setting(),
                 "edges": choice.edges,
                 **{part: getattr(control, part) for part in PARTS},

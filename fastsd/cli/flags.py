@@ -123,10 +123,25 @@ def make_parser(commands: Mapping[str, str], everything: bool = False) -> Parser
     groups = {title: parser.add_argument_group(title) for title in (WHAT, HOW, CONTROL, START, WHERE)}
     for row in known():
         text = argparse.SUPPRESS if row.rare and not everything else help_text(row, everything)
-        groups[row.group].add_argument(*row.flags, dest=row.name, help=text, **_options(row))
+        add_flag(groups[row.group], row, text)
     parser.add_argument("--help-all", action="help", help="rare flags too")
     parser.set_defaults(taesd=False, control_images=None)
     return parser
+
+
+def add_flag(to: Any, row: Parameter, text: str | None = None) -> None:
+    """Add a parameter's flag to a parser, or to a group of one. `text`: its help, where that is not `help_text`."""
+    to.add_argument(*row.flags, dest=row.name, help=help_text(row) if text is None else text, **_options(row))
+
+
+def read_value(args: argparse.Namespace, row: Parameter, typed: str | None = None) -> None:
+    """Turn the text of a flag into its value, within its range. `typed`: the flag as it was written."""
+    value = getattr(args, row.name, None)
+    with about(typed or row.name):
+        if isinstance(value, str):
+            setattr(args, row.name, row.kind.parse(value))
+        elif isinstance(value, list):
+            setattr(args, row.name, [row.kind.parse(each) for each in value])
 
 
 def _options(row: Parameter) -> dict[str, Any]:
@@ -147,12 +162,7 @@ def parse(parser: Parser, words: list[str]) -> argparse.Namespace:
     args = parser.parse(words)
     typed = [word.split("=")[0] for word in reversed(words)]
     for row in known():
-        value = getattr(args, row.name, None)
-        with about(next((word for word in typed if word in row.flags), row.name)):
-            if isinstance(value, str):
-                setattr(args, row.name, row.kind.parse(value))
-            elif isinstance(value, list):
-                setattr(args, row.name, [row.kind.parse(each) for each in value])
+        read_value(args, row, next((word for word in typed if word in row.flags), None))
     return args
 
 

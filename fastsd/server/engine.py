@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from fastsd.cuda.capture import ran_out_of_memory
 from fastsd.errors import about
 from fastsd.files.hashes import known_sha256
 from fastsd.generate.control import Control
+from fastsd.generate.together import join, split
 from fastsd.model.controlnet import ControlNet
-from fastsd.pipeline import BUNDLED, Pipeline, Result
+from fastsd.pipeline import BUNDLED, Pipeline
 from fastsd.runtime import memory
 from fastsd.server.jobs import Finished, ModelChoice, Order
 from fastsd.server.worker import EngineSettings, Watch
@@ -74,7 +74,8 @@ class PipelineEngine:
         pipe = loaded.pipe
         used = self._load_named(pipe, orders, notes)
         facts = [loaded.facts | own | order.facts for order, own in zip(orders, used, strict=True)]
-        arguments = _arguments(orders, size)
+        calls = [order.arguments for order in orders]
+        arguments = join(calls, size)
         if self.settings.tiling is not None:
             arguments["vae_tiling"] = self.settings.tiling
         if first.controls:
@@ -92,7 +93,8 @@ class PipelineEngine:
                 pipe._interrupt = True
         assert result is not None  # the last step has it
         result.notes[:0] = notes
-        return list(_split(orders, facts, result))
+        own = split(calls, facts, result)
+        return [Finished(images, settings, list(result.notes), dict(result.timings)) for images, settings in own]
 
     def _get(self, model: ModelChoice) -> _LoadedModel:
         if model in self._loaded:
@@ -147,33 +149,6 @@ class PipelineEngine:
             with about(f"controls[{k}].net"):
                 loaded.controlnets[choice.path] = loaded.pipe.load_controlnet(choice.path)
         return Control(loaded.controlnets[choice.path], choice.image, **choice.parts)
-
-
-def _arguments(orders: tuple[Order, ...], size: int) -> dict[str, Any]:
-    """The arguments of one call for all orders: a prompt, a negative prompt and a generator for each image."""
-    first = orders[0].arguments
-    if len(orders) == 1:
-        return first | {"batch_size": min(size, first.get("batch_size") or size)}
-    shared = {name: value for name, value in first.items() if name not in ("seed", "num_images_per_prompt")}
-    images = [(order.arguments, k) for order in orders for k in range(order.count)]
-    return shared | {
-        "prompt": [own["prompt"] for own, _ in images],
-        "negative_prompt": [own.get("negative_prompt") or "" for own, _ in images],
-        "generator": [torch.Generator("cpu").manual_seed(own["seed"] + k) for own, k in images],
-        "batch_size": size,
-    }
-
-
-def _split(orders: tuple[Order, ...], facts: list[dict[str, Any]], result: Result) -> Iterator[Finished]:
-    """The images of each order, with the settings of each; an interrupted call has fewer."""
-    start = 0
-    for order, own in zip(orders, facts, strict=True):
-        images = result.images[start : start + order.count]
-        texts = {name: order.arguments.get(name) or "" for name in ("prompt", "negative_prompt")}
-        shared = {**result.parameters, **own, **texts, "batch_size": min(order.count, len(result.images))}
-        settings = [shared | each for each in result.own[start : start + order.count]]
-        yield Finished(images, settings, list(result.notes), dict(result.timings))
-        start += order.count
 
 
 def _facts(model: ModelChoice, pipe: Pipeline) -> dict[str, Any]:

@@ -15,11 +15,7 @@ from typing import Any
 from PIL import Image
 
 from fastsd.errors import FastsdError
-
-# Arguments that each image of a batch may have for itself; orders that differ elsewhere run one after another.
-OF_IMAGES = frozenset(("prompt", "negative_prompt", "seed", "num_images_per_prompt", "batch_size"))
-# Arguments with which an order runs alone: images, and noise that is not drawn for each image by its seed.
-ALONE = frozenset(("image", "mask_image", "depth_image", "outpaint", "subseed", "subseed_strength", "ensd"))
+from fastsd.generate.together import count_of, shape_of
 
 
 @dataclass(frozen=True)
@@ -77,17 +73,15 @@ class Order:
     @property
     def count(self) -> int:
         """How many images."""
-        return int(self.arguments.get("num_images_per_prompt") or 1)
+        return count_of(self.arguments)
 
     @property
     def key(self) -> tuple[Any, ...] | None:
         """Orders with equal keys may share a batch; None: it runs alone."""
-        given = {name: value for name, value in self.arguments.items() if value is not None}
-        noise = given.get("noise", {"none": "cpu"}.get(given.get("like", "none"), "other"))
-        if ALONE & given.keys() or self.controls or self.previews or noise != "cpu":
+        shape = shape_of(self.arguments)
+        if shape is None or self.controls or self.previews:
             return None
-        shared = tuple(sorted((name, repr(value)) for name, value in given.items() if name not in OF_IMAGES))
-        return (self.model, self.api, self.loras, shared)
+        return (self.model, self.api, self.loras, shape)
 
 
 # From the server to the worker.

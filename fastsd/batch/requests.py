@@ -1,0 +1,175 @@
+"""From a line's fields to a request: the arguments of a call, checked as far as that needs no model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastsd.batch.lines import ID, AskedLine, BadLine
+from fastsd.errors import FastsdError, about
+from fastsd.generate.together import count_of, shape_of
+from fastsd.kinds import MAX_SEED, SHARE, Function, Value
+from fastsd.parameters import PARAMETERS, RANDOM_SEED, check_call
+from fastsd.sampling.samplers import resolve
+from fastsd.text.syntax import LoraTag, take_loras
+
+IMAGES = ("image", "mask_image", "depth_image")
+OF_JOB = {"batch_size": "--batch-size"}  # parameters of a call that the job has for all
+OF_PYTHON = {"return_dict", "output_type"} | {
+    row.name for row in PARAMETERS.values() if isinstance(row.kind, Value | Function) and row.name != "controls"
+}
+CONTROL_PARTS = ("weight", "start", "end")
+WINDOW = 1024  # lines among which those of one shape are sought
+
+
+@dataclass(frozen=True)
+class BatchRequest:
+    """What one line asks for.
+
+    Attributes:
+        line: its number.
+        fields: as they were read, for the manifest.
+        arguments: of the call, with a seed; images are paths.
+        controls: of each, {"net": PATH, "image" or "canny": PATH, "weight", "start", "end"}.
+        loras: the tags in its prompt.
+    """
+
+    line: int
+    fields: dict[str, Any]
+    arguments: dict[str, Any]
+    controls: tuple[dict[str, Any], ...] = ()
+    loras: tuple[LoraTag, ...] = field(default=())
+
+    @property
+    def shape(self) -> tuple[Any, ...] | None:
+        """Requests of equal shape run in one batch; None: it runs alone."""
+        shape = None if self.controls else shape_of(self.arguments)
+        return None if shape is None else (self.loras, shape)
+
+    @property
+    def count(self) -> int:
+        """How many images."""
+        return count_of(self.arguments)
+
+
+def make_request(asked: AskedLine, folder: Path, job_seed: int) -> BatchRequest:
+    """The request of a line.
+
+    Args:
+        folder: from which its relative paths count.
+        job_seed: a line without a seed draws its own from this one.
+
+    Raises:
+        FastsdError: a field that is wrong whatever the model.
+    """
+    fields = {name: value for name, value in asked.fields.items() if value is not None}
+    given = {name: value for name, value in fields.items() if name != ID}
+    if not isinstance(fields.get(ID, ""), str | int):
+        raise FastsdError("it should be a text or a whole number", argument=ID, value=fields[ID])
+    for name in given:
+        if name in OF_PYTHON:
+            raise FastsdError("a file cannot hold it; Python alone takes it", argument=name)
+        if name in OF_JOB:
+            raise FastsdError(f"it belongs to the job: {OF_JOB[name]}", argument=name)
+        if name in PARAMETERS and PARAMETERS[name].of == "load":
+            raise FastsdError(
+                f"it belongs to the job, whose lines have one model: {PARAMETERS[name].flag}", argument=name
+            )
+    for name in ("prompt", "negative_prompt"):
+        _check_text(given.get(name, ""), name)
+    if "prompt" not in given:
+        raise FastsdError("the line has none", argument="prompt")
+    controls = tuple(_read_controls(given.pop("controls", ()), folder))
+    checked = check_call(given, ("refiner",))  # whether the job has one, the call itself checks
+    arguments = {name: checked[name] for name in given}
+    if "sampler" in given or "schedule" in given:
+        names = resolve(given.get("sampler", "euler"), given.get("schedule", "default"))
+        arguments |= {name: value for name, value in zip(("sampler", "schedule"), names, strict=True) if name in given}
+    if arguments.get("seed", RANDOM_SEED) == RANDOM_SEED:
+        arguments["seed"] = own_seed(job_seed, asked.number)
+    if arguments["seed"] + count_of(arguments) > MAX_SEED:
+        raise FastsdError("it leaves no seeds for so many images", argument="seed", value=arguments["seed"])
+    for name in IMAGES:
+        if name in arguments:
+            arguments[name] = _path(arguments[name], folder, name)
+    tags = () if arguments.get("prompt_syntax") == "plain" else take_loras(arguments["prompt"])[1]
+    return BatchRequest(asked.number, fields, arguments, controls, tuple(tags))
+
+
+def _check_text(value: Any, name: str) -> None:
+    if not isinstance(value, str):
+        raise FastsdError("it should be one text; each prompt has a line of its own", argument=name, value=value)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise FastsdError("the text is not valid UTF-8", argument=name) from None
+
+
+def own_seed(job_seed: int, line: int) -> int:
+    """The seed of a line that leaves it to chance: the same where the job goes on after a kill."""
+    return int.from_bytes(hashlib.sha256(f"{job_seed} {line}".encode()).digest()[:4], "big")
+
+
+def _path(value: Any, folder: Path, name: str) -> str:
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise FastsdError("it should be the path of an image", argument=name, value=value)
+    return str(folder / value)
+
+
+def _read_controls(given: Any, folder: Path) -> Iterator[dict[str, Any]]:
+    """The ControlNets of a line, with their paths made whole."""
+    if not isinstance(given, list | tuple):
+        raise FastsdError('it should be a list of objects, {"net": PATH, "image": PATH}', argument="controls")
+    from fastsd.generate.control import WEIGHT
+
+    kinds = {"weight": WEIGHT, "start": SHARE, "end": SHARE}
+    for k, one in enumerate(given):
+        with about(f"controls[{k}]"):
+            known = {"net", "image", "canny", *CONTROL_PARTS}
+            if not isinstance(one, dict) or not one.keys() <= known or ("image" in one) == ("canny" in one):
+                raise FastsdError(
+                    'it should be {"net": PATH, "image": PATH}, or "canny", with "weight", "start", "end"'
+                )
+            if not isinstance(one.get("net"), str):
+                raise FastsdError("net should be the path of a ControlNet, or a hub id")
+            found = {"net": str(folder / one["net"]) if (folder / one["net"]).exists() else one["net"]}
+            kind = "image" if "image" in one else "canny"
+            found[kind] = _path(one[kind], folder, f"controls[{k}]")
+            yield found | {part: kinds[part].check(one[part]) for part in CONTROL_PARTS if part in one}
+
+
+def in_batches(lines: Iterable[BatchRequest | BadLine], size: int) -> Iterator[list[BatchRequest] | BadLine]:
+    """Requests of one shape together, up to `size` images, the oldest first; bad lines as they come.
+
+    `WINDOW` requests wait at most, so that a long file takes no more memory than a short one.
+    """
+    waiting: dict[Any, list[BatchRequest]] = {}
+    count = 0
+    for line in lines:
+        if isinstance(line, BadLine):
+            yield line
+            continue
+        shape = line.shape
+        waiting.setdefault(line.line if shape is None else shape, []).append(line)
+        count += 1
+        if count == WINDOW:
+            taken = _take_oldest(waiting, size)
+            count -= len(taken)
+            yield taken
+    while waiting:
+        yield _take_oldest(waiting, size)
+
+
+def _take_oldest(waiting: dict[Any, list[BatchRequest]], size: int) -> list[BatchRequest]:
+    shape = min(waiting, key=lambda one: waiting[one][0].line)
+    group, images, n = waiting[shape], 0, 0
+    while n < len(group) and (n == 0 or images + group[n].count <= size):
+        images += group[n].count
+        n += 1
+    waiting[shape] = group[n:]
+    if not waiting[shape]:
+        del waiting[shape]
+    return group[:n]

@@ -1,0 +1,201 @@
+"""Batch jobs: the images of each line are those of a run alone; bad lines cost no other; a job goes on."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastsd.batch import manifest as manifests
+from fastsd.pipeline import Pipeline
+from tests.support.cli import pixels, refused, settings, write_image
+
+ASKED: list[dict[str, Any]] = [
+    {"prompt": "a cat", "seed": 3, "id": "first"},
+    {"prompt": "a dog", "seed": 8, "width": 72},
+    {"prompt": "a fox", "negative_prompt": "fog", "seed": 4, "num_images_per_prompt": 2},
+    {"prompt": "an owl", "guidance_scale": 2.5, "sampler": "Euler a"},
+]
+
+
+def write(lines: list[Any], path: str = "prompts.jsonl") -> Path:
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    Path(path).write_text("\n".join(texts) + "\n")
+    return Path(path)
+
+
+def records(folder: str = "out") -> dict[int, list[dict[str, Any]]]:
+    """The manifest's lines, by the lines that they are about."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for line in Path(folder, manifests.NAME).read_text().splitlines()[1:]:
+        record = json.loads(line)
+        found.setdefault(record["line"], []).append(record)
+    return found
+
+
+def files_of(record: dict[str, Any], folder: str = "out") -> list[Path]:
+    return [Path(folder, one["path"]) for one in record["files"]]
+
+
+@pytest.mark.heavy
+def test_each_image_is_the_one_of_a_run_alone(cli: Callable, model: Path) -> None:
+    ran = cli("batch", write(ASKED), "--out", "out", "-m", model, "--dtype", "fp32", "--seed", 1)
+    assert (ran.code, ran.err) == (0, "") and ran.out == "4 done, 0 failed: out/manifest.jsonl\n"
+    found, pipe = records(), Pipeline.from_pretrained(model, dtype="fp32")
+    assert sorted(found) == [1, 2, 3, 4] and all(len(each) == 1 for each in found.values())
+    assert found[1][0]["id"] == "first"
+    for line, asked in enumerate(ASKED, start=1):
+        record = found[line][0]
+        call = {name: value for name, value in asked.items() if name != "id"} | {"seed": record["seed"]}
+        assert record["request"] == asked and record["seed"] == asked.get("seed", record["seed"])
+        for image, path, one in zip(pipe(**call).images, files_of(record), record["files"], strict=True):
+            # A batch of another size sums in another order: half a level may round either way.
+            assert np.abs(pixels(path).astype(int) - np.asarray(image).astype(int)).max() <= 1
+            kept = settings(path)
+            assert (kept["prompt"], kept["seed"]) == (asked["prompt"], one["seed"])
+            assert kept.get("negative_prompt", "") == asked.get("negative_prompt", "")
+
+
+@pytest.mark.heavy
+def test_requests_of_one_shape_run_in_one_call(cli: Callable, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[Any] = []
+    run = Pipeline.__call__
+
+    def counted(self: Pipeline, prompt: Any = None, **given: Any) -> Any:
+        called.append(prompt)
+        return run(self, prompt, **given)
+
+    monkeypatch.setattr(Pipeline, "__call__", counted)
+    asked = [{"prompt": word, "width": width} for word, width in zip("abcdef", (64, 72) * 3, strict=True)]
+    assert cli("batch", write(asked), "--out", "out", "-m", model, "-b", 2).code == 0
+    assert called == [["a", "c"], ["b", "d"], "e", "f"]
+
+
+@pytest.mark.heavy
+def test_a_bad_line_is_named_and_stops_no_other(cli: Callable, model: Path) -> None:
+    lines = [
+        {"prompt": "a cat", "seed": 3},
+        '{"prompt": "a cat"',
+        {"prompt": "a dog", "width": 63},
+        "",
+        {"prompt": "a dog", "steps": 3},
+        {"prompt": "x", "model": "other"},
+        {"prompt": ["x", "y"]},
+        {"prompt": "x", "image": "no.png"},
+        {"prompt": "x", "image": "no.png", "latents": 3},
+        {"prompt": "x <lora:no:1>"},
+        '{"prompt": "\\ud800"}',
+        {"prompt": "an owl", "seed": 3},
+    ]
+    said = {
+        2: "not JSON",
+        3: "width is 63",
+        5: "steps: no such argument; did you mean num_inference_steps?",
+        6: "model: it belongs to the job, whose lines have one model: --model",
+        7: "each prompt has a line of its own",
+        8: "no.png: no such file",
+        9: "latents: a file cannot hold it",
+        10: "needs --lora-dir",
+        11: "not valid UTF-8",
+    }
+    ran = cli("batch", write(lines), "--out", "out", "-m", model)
+    assert ran.code == 1 and ran.out.startswith("2 done, 9 failed")
+    for line, why in said.items():
+        assert sum(f"prompts.jsonl line {line}: " in text and why in text for text in ran.err.splitlines()) == 1, line
+        assert [record["state"] for record in records()[line]] == ["failed"]
+    again = cli("batch", "prompts.jsonl", "--out", "out", "-m", model)
+    assert again.code == 1 and again.err == ran.err
+    assert all(len(each) == 1 for each in records().values())  # nothing twice, failures neither
+    refused(cli("batch", "prompts.jsonl", "--out", "other", "-m", model, "--strict"), "line 2: not JSON")
+    assert not Path("other").exists()
+
+
+@pytest.mark.heavy
+def test_tables_ask_the_same(cli: Callable, model: Path, tmp_path: Path) -> None:
+    photo = write_image(tmp_path / "photo.png")
+    with open("prompts.csv", "w", newline="") as file:
+        csv.writer(file).writerows(
+            [
+                ["prompt", "seed", "guidance_scale", "image", "id", "mask_invert"],
+                ["a cat,\nor two", "3", "2.5", "", "7", ""],
+                ["a dog", "x", "", "", "", ""],
+                ["a dog", "5", "", photo, "", "yes"],
+                ["a dog", "5", "", photo, "", ""],
+            ]
+        )
+    ran = cli("batch", "prompts.csv", "--out", "out", "-m", model)
+    found = records()
+    assert ran.code == 1 and {line: each[0]["state"] for line, each in found.items()} == {
+        2: "done",  # lines as an editor numbers them: the first request spans two
+        4: "failed",
+        5: "failed",
+        6: "done",
+    }
+    assert found[2][0]["request"] == {"prompt": "a cat,\nor two", "seed": 3, "guidance_scale": 2.5, "id": "7"}
+    assert settings(files_of(found[6][0])[0])["image"]["name"] == photo.name
+    Path("prompts.csv").write_text("prompt,url\nx,y\n")
+    refused(cli("batch", "prompts.csv", "--out", "b", "-m", model), "the column 'url' is no parameter")
+
+
+@pytest.mark.heavy
+def test_parquet_asks_the_same(cli: Callable, model: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra `batch`")
+    from pyarrow import parquet
+
+    table = {"prompt": ["a cat", "a dog"], "seed": [3, None], "width": [72, None]}
+    parquet.write_table(pyarrow.table(table), "prompts.parquet")
+    assert cli("batch", "prompts.parquet", "--out", "out", "-m", model).code == 0
+    assert records()[1][0]["request"] == {"prompt": "a cat", "seed": 3, "width": 72}
+    assert records()[2][0]["request"] == {"prompt": "a dog"}
+    Path("bad.parquet").write_bytes(b"PAR1 and nothing")
+    refused(cli("batch", "bad.parquet", "--out", "b", "-m", model), "not Parquet that can be read")
+
+
+@pytest.mark.heavy
+def test_another_jobs_manifest_is_refused(cli: Callable, model: Path) -> None:
+    words = ("--out", "out", "-m", model)
+    assert cli("batch", write(ASKED[:1]), *words).code == 0
+    before = Path("out", manifests.NAME).read_bytes()
+    refused(cli("batch", write(ASKED[:2], "more.jsonl"), *words), "the manifest of another job, whose prompts")
+    refused(cli("batch", "prompts.jsonl", *words, "--format", "jpg"), "it began with another format")
+    refused(cli("batch", "prompts.jsonl", "--out", "out"), "it began with another --model")
+    Path("mine").mkdir()
+    Path("mine/a.txt").write_text("mine")
+    refused(cli("batch", "prompts.jsonl", "--out", "mine", "-m", model), "holds other files ('a.txt')")
+    assert Path("out", manifests.NAME).read_bytes() == before
+    Path("out", manifests.NAME).write_bytes(before + b"[]\n")
+    refused(cli("batch", "prompts.jsonl", *words), "line 3 is damaged")
+
+
+@pytest.mark.heavy
+def test_what_was_lost_is_made_again_and_nothing_else(cli: Callable, model: Path) -> None:
+    asked = [{"prompt": word} for word in "abc"]
+    words = ("batch", write(asked), "--out", "out", "-m", model, "-b", 1)
+    assert cli(*words).code == 0
+    path = Path("out", manifests.NAME)
+    whole, first = path.read_bytes(), records()
+    path.write_bytes(whole[:-20])  # as a loss of power leaves it: the third line is not whole
+    gone = files_of(first[1][0])[0]
+    gone.unlink()
+    kept = files_of(first[2][0])[0].stat().st_mtime_ns
+    ran = cli(*words)
+    assert ran.code == 0 and "the images of 1 lines that were done are gone" in ran.err
+    assert {line: len(each) for line, each in records().items()} == {1: 2, 2: 1, 3: 1}
+    assert records()[1][0]["files"] == records()[1][1]["files"]  # the same seed, though none was given
+    assert records()[3][0]["files"] == first[3][0]["files"] and gone.exists()
+    assert files_of(first[2][0])[0].stat().st_mtime_ns == kept
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    head = {"fastsd_batch": manifests.FORM, "sha256": "x", "settings": {}, "seed": None}
+    with manifests.open_manifest(tmp_path, head):
+        with pytest.raises(ValueError, match="another run of this job is under way"):
+            with manifests.open_manifest(tmp_path, head):
+                pass
+    with manifests.open_manifest(tmp_path, head) as free:
+        assert free.is_new
