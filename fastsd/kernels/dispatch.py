@@ -47,9 +47,9 @@ def folds(*inputs: torch.Tensor | None) -> bool:
     """Whether a model with these inputs gives biases to ops that add them for nothing on a GPU, and adds in place.
 
     The results are the same but for rounding. A forced backend only decides who computes them, except that "triton" is
-    a GPU's on any device.
+    a GPU's on any device. Where gradients are recorded, nothing is added in place: a layer further on may need them.
     """
-    return forced_name() == "triton" or _natural(inputs) == "triton"
+    return forced_name() == "triton" or (not torch.is_grad_enabled() and _natural(inputs) == "triton")
 
 
 def _natural(inputs: tuple[torch.Tensor | None, ...], op: str = "") -> str:
