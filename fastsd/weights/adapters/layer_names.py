@@ -7,6 +7,16 @@ from collections.abc import Iterator
 # The names of the text encoders in ComfyUI. SD 2's is clip_h; SDXL's refiner has only clip_g.
 COMFY_CLIPS = {"text_encoder": ("clip_l", "clip_h"), "text_encoder_2": ("clip_g",)}
 
+# The prefixes of kohya's trainer for the text encoders: of a model with one, and of SDXL with two.
+KOHYA_TEXT = {"text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
+
+
+def kohya_name(network: str, module: str, original: str | None, xl: bool) -> str:
+    """The name that kohya's trainer writes, one of `layer_names`: of SDXL's UNet it is the original layout's."""
+    if network == "unet":
+        return f"lora_unet_{(original if xl and original else module).replace('.', '_')}"
+    return KOHYA_TEXT[network][-1 if xl else 0] + module.replace(".", "_")
+
 
 def layer_names(network: str, module: str, original: str | None = None) -> Iterator[str]:
     """Every name of one layer.
@@ -27,7 +37,7 @@ def layer_names(network: str, module: str, original: str | None = None) -> Itera
             yield f"model.diffusion_model.{original}"
         return
     short = module.removeprefix("text_model.")  # transformers 5 has no level text_model
-    for prefix in {"text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}[network]:
+    for prefix in KOHYA_TEXT[network]:
         yield prefix + flat
     yield f"{network}.{short}"
     for name in (module, short):

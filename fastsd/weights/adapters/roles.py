@@ -68,6 +68,13 @@ PEFT_ROLES = {
     "weight": "replacement",
     "bias": "bias_replacement",
 }
+# The suffixes that kohya's trainer and LyCORIS write, and those that PEFT and diffusers do.
+KOHYA_SUFFIXES = {role: suffix for suffix, role in reversed(ROLES.items())}
+PEFT_SUFFIXES = KOHYA_SUFFIXES | {
+    "down": "lora_A.weight",
+    "up": "lora_B.weight",
+    "magnitude": "lora_magnitude_vector",
+}
 BIAS = "bias_"  # begins the roles that change a bias; the rest is the role of a weight
 SCALARS = ("alpha", "on_input")
 # The least and the largest number of dimensions, where they are not 1 and 4.
