@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fastsd.kernels import dispatch
@@ -24,8 +25,8 @@ from fastsd.kernels.geglu_fp8 import geglu_fp8
 from fastsd.kernels.groupnorm_silu import groupnorm_silu
 from fastsd.kernels.layernorm import Vectors, layernorm
 from fastsd.kernels.upsample2x import upsample2x, upsample2x_conv, wants_packed
+from fastsd.model.linear import LayerChange, init_uniform
 from fastsd.model.linear import Linear as Linear
-from fastsd.model.linear import init_uniform
 
 SAME: Padding = (1, 1, 1, 1)
 
@@ -38,6 +39,7 @@ class Conv2d(nn.Module):
     """
 
     _packed_for: tuple[torch.Size, int] | None = None  # the shape of x, and the thread count
+    change: LayerChange | None = None  # as of `Linear`
 
     def __init__(
         self,
@@ -65,7 +67,14 @@ class Conv2d(nn.Module):
             self.pack(x)
             weight = self.weight
         bias = self.bias if add_bias else None
+        if self.change is not None:
+            y = self.change(x, self._product, bias)
+            y = y if residual is None else y + residual
+            return y.clamp(min=0) if relu else y
         return conv2d(x, weight, bias, self.stride, self.padding, residual, relu)
+
+    def _product(self, x: torch.Tensor, bias: torch.Tensor | None, added: torch.Tensor | None) -> torch.Tensor:
+        return conv2d(x, self.weight, bias, self.stride, self.padding, added)
 
     def pack(self, x: torch.Tensor, scale: int = 1) -> None:
         """Bring the weight into oneDNN's layout for `x`, enlarged by `scale`, where oneDNN runs the layer.
@@ -85,6 +94,8 @@ class Conv2d(nn.Module):
 
     def after_doubling(self, x: torch.Tensor) -> torch.Tensor:
         """The 3 x 3 convolution of `x` doubled by nearest neighbour."""
+        if self.change is not None:
+            return self(upsample2x(x))
         if not (self.training or self.weight.requires_grad) and wants_packed(x, self.weight):
             self.pack(x, 2)
         return upsample2x_conv(x, self.weight, self.bias)
@@ -236,6 +247,9 @@ class GEGLU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert self.proj.bias is not None
+        if self.proj.change is not None:
+            value, gate = self.proj(x).chunk(2, dim=-1)
+            return value * F.gelu(gate)
         if self.proj.scale is not None:
             return geglu_fp8(x, *self.proj.in_fp8(), self.proj.bias)
         return geglu(x, self.proj.weight, self.proj.bias)

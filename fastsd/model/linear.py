@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 from torch import nn
 
 from fastsd.kernels.add_product import add_product
-from fastsd.kernels.linear import linear
+from fastsd.kernels.linear import activate, linear
 from fastsd.kernels.linear_fp8 import FP8, linear_fp8, quantize
+
+# A layer's own product: of an input, with a bias and a sum to add, either of which may be None.
+Product = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor]
+
+
+class LayerChange(Protocol):
+    """What an adapter in training makes of a layer: called with its input, its own product, and the bias to add."""
+
+    def __call__(self, x: torch.Tensor, product: Product, bias: torch.Tensor | None) -> torch.Tensor: ...
 
 
 class Linear(nn.Module):
@@ -21,9 +33,11 @@ class Linear(nn.Module):
 
     Attributes:
         scale: the bits of the scales of the weight's rows, `[out_features]`, after `quantize`; otherwise None.
+        change: of an adapter in training (`fastsd.train.adapters`), which is no part of the module; or None.
     """
 
     scale: torch.Tensor | None
+    change: LayerChange | None = None
 
     def __init__(
         self,
@@ -53,6 +67,11 @@ class Linear(nn.Module):
         """With `into`, which includes the bias, adds the product to it, in place except in fp8; `bias` replaces the
         layer's own."""
         own = self.bias if bias is None else bias
+        if self.change is not None:
+            x = x if skip is None else torch.cat([x, skip], dim=-1)
+            added, own = (residual, own) if into is None else (into, None)
+            y = activate(self.change(x, self._product, own), activation)
+            return y if added is None else y + added
         if self.scale is not None:
             added, own = (residual, own) if into is None else (into, None)
             return linear_fp8(x, *self.in_fp8(), own, activation, added, skip)
@@ -60,6 +79,9 @@ class Linear(nn.Module):
             return linear(x, self.weight, own, activation, residual, skip)
         add_product(into, x, self.weight)
         return into
+
+    def _product(self, x: torch.Tensor, bias: torch.Tensor | None, added: torch.Tensor | None) -> torch.Tensor:
+        return linear(x, self.weight, bias, residual=added)
 
     def quantize(self) -> None:
         """Compute in fp8 from now on. Weight and scales are kept as integers, which no change of dtype touches."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastsd.config import UNetConfig
-from fastsd.kernels.linear import activate, linear
+from fastsd.kernels.linear import activate
 from fastsd.model.layers import (
     Conv2d,
     CrossAttention,
@@ -209,7 +209,7 @@ class ContractingPath(nn.Module):
         blocks = [block for block in self.modules() if isinstance(block, ResBlock)]
         first = torch.cat([block.conv1.bias for block in blocks if block.conv1.bias is not None])
         assert layer.bias is not None and layer.bias.shape == first.shape
-        projected = linear(activate(embedding, "silu"), layer.weight, layer.bias + first)
+        projected = layer(activate(embedding, "silu"), bias=layer.bias + first)
         parts: list[torch.Tensor] = []
         for block, own in zip(blocks, projected.split(layer.part_sizes, dim=-1)):
             parts.append(own)

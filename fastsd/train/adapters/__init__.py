@@ -1,0 +1,1 @@
+"""Adapters in training: LoRA, LoKr and DoRA on the layers of a loaded checkpoint."""
