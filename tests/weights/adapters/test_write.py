@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from fastsd.components import Components
 from fastsd.errors import FastsdError
+from fastsd.files.hashes import adapter_hash
 from fastsd.weights.adapters.apply import Adapter, Adapters
 from fastsd.weights.adapters.roles import split_key
 from fastsd.weights.adapters.write import StoredLayer, write_adapter
-from fastsd.weights.hashes import adapter_hash
 from tests.support.tiny import all_weights, sd1, sdxl
 
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"
