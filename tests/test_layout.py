@@ -93,8 +93,9 @@ ABOUT: dict[str, tuple[str, ...]] = {
         "avx2",
         "precision",
         "recipe",
+        "gradients",
     ),
-    "kernels/triton": ("models",),
+    "kernels/triton": ("models", "training"),
     # Against diffusers' schedulers, against published loops, and an exact solution.
     "sampling": ("diffusers", "solvers", "euler_maruyama"),
     "server": ("openapi",),

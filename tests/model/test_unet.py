@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastsd.components import Components
 from fastsd.config import UNetConfig
 from fastsd.kernels import dispatch
 from fastsd.model.layers import ResBlock
-from fastsd.model.unet import UNet
+from fastsd.model.unet import AddedConditioning, UNet
+from fastsd.train.adapters.adapter import AdapterSettings, TrainableAdapter
+from tests.support import tiny
 
 SMALL = UNetConfig(
     block_out_channels=(32, 64),
@@ -64,3 +67,41 @@ def test_changed_weights_and_biases_take_effect_at_once(unet: UNet) -> None:
             assert (second - wanted).abs().max() < 1e-5 * wanted.abs().max()
     unet.load_state_dict(state)
     torch.testing.assert_close(output(unet), first)
+
+
+def gradients(components: Components, adapter: TrainableAdapter) -> tuple[torch.Tensor, list[torch.Tensor], int]:
+    """Output, gradients, and the bytes that the forward pass keeps for the backward pass."""
+    generator = torch.Generator().manual_seed(5)
+    width = components.unet.config.cross_attention_dim
+    x, context = torch.randn(2, 8, 8, 4, generator=generator), torch.randn(2, 9, width, generator=generator)
+    added = AddedConditioning(torch.ones(2, 24), torch.ones(2, 6)) if components.xl else None
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    adapter.masks.set(3)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = components.unet(x, torch.tensor([3.0, 700.0]), context, added)
+    weights = {p.untyped_storage().data_ptr() for p in (*components.unet.parameters(), *adapter.parameters())}
+    found = torch.autograd.grad(y.square().mean(), list(adapter.parameters()))
+    return y, list(found), sum(size for place, size in kept.items() if place not in weights)
+
+
+@pytest.mark.parametrize("make", [tiny.sd1, tiny.sdxl], ids=["sd1", "sdxl"])
+def test_the_same_gradients_from_less_memory(make: object) -> None:
+    """Bit for bit: the same operations run twice. Dropout has the same masks both times."""
+    components = make()  # type: ignore[operator]
+    components.unet.requires_grad_(False).train()
+    settings = AdapterSettings(rank=2, dropout=0.3, targets=("linear", "convolution"))
+    adapter = TrainableAdapter(components, settings, seed=0)
+    for parameter in adapter.parameters():
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    adapter.attach()
+    y, expected, all_kept = gradients(components, adapter)
+    components.unet.recompute_blocks()
+    again, found, kept = gradients(components, adapter)
+    assert torch.equal(again, y)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert kept < all_kept / 2
