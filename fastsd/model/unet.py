@@ -71,7 +71,7 @@ class UNetLevel(nn.Module):
     def __init__(self, config: UNetConfig, inputs: list[int], channels: int, heads: int, depths: tuple[int, ...]):
         """`inputs`: input widths of the residual blocks; `depths`: blocks of the transformers after the first ones."""
         super().__init__()
-        groups = config.norm_num_groups
+        groups, self.depths = config.norm_num_groups, depths
         self.resnets = nn.ModuleList([ResBlock(width, channels, groups, config.norm_eps) for width in inputs])
         self.attentions = nn.ModuleList(
             [SpatialTransformer(channels, config.cross_attention_dim, heads, depth, groups) for depth in depths]
@@ -84,8 +84,7 @@ class UNetLevel(nn.Module):
     ) -> torch.Tensor:
         """Residual block `i` and the transformer after it, if any."""
         if self.recompute and torch.is_grad_enabled():
-            depth = len(self.attentions[i].transformer_blocks) if i < len(self.attentions) else 0
-            own = [next(texts) for _ in range(depth)]
+            own = [next(texts) for _ in range(self.depths[i] if i < len(self.attentions) else 0)]
             return checkpoint(self._whole_block, i, x, next(times), skip, *own, use_reentrant=False)
         x = self.resnets[i](x, next(times), skip)
         return self.attentions[i](x, texts) if i < len(self.attentions) else x

@@ -58,7 +58,7 @@ def theirs(pipe: Any, x: torch.Tensor, t: torch.Tensor, ids: torch.Tensor, sizes
 
 def random_adapter(components: Components, **settings: Any) -> TrainableAdapter:
     networks = ("unet", "text_encoder", "text_encoder_2")[: 1 + len(components.text_encoders)]
-    fields = {"rank": 3, "alpha": 2.0, "networks": networks, "targets": ALL, "ranks": {"attn2.to_k": 5}} | settings
+    fields = {"rank": 3, "alpha": 2.0, "networks": networks, "targets": ALL, "ranks": ("attn2.to_k=5",)} | settings
     adapter = TrainableAdapter(components, AdapterSettings(**fields), seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in adapter.named_parameters():
@@ -150,7 +150,7 @@ def test_gradients_are_pefts(dora: bool, families: Any, tmp_path: Path) -> None:
     """DoRA's norm counts as a constant, as in PEFT and in the paper's section 4.3."""
     components = load_folder(families.folder / "sd1", torch.float32)
     adapter = random_adapter(
-        components, dora=dora, networks=("unet",), targets=("transformer", "conv1"), ranks={}, alpha=3.0
+        components, dora=dora, networks=("unet",), targets=("transformer", "conv1"), ranks=(), alpha=3.0
     )
     write_adapter(tmp_path, "peft", adapter.stored(), components, dtype="fp32")
     pipe = copy.copy(families.pipelines["sd1"])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class AdapterSettings:
         dropout: the share of a layer's input that the change does not see in training.
         networks: of the checkpoint, by the names of its folders.
         targets: the layers, see `fastsd.train.adapters.targets.chosen`.
-        ranks, alphas: other values for the layers that a pattern names.
+        ranks, alphas: other values for the layers that a pattern names: "attn2.to_k=16".
         factor: of LoKr, the side of its first factor; -1: the square root.
     """
 
@@ -44,19 +44,20 @@ class AdapterSettings:
     dropout: float = 0.0
     networks: tuple[str, ...] = ("unet",)
     targets: tuple[str, ...] = ("transformer",)
-    ranks: Mapping[str, int] = field(default_factory=dict)
-    alphas: Mapping[str, float] = field(default_factory=dict)
+    ranks: tuple[str, ...] = ()
+    alphas: tuple[str, ...] = ()
     factor: int = -1
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises FastsdError where a value is none that it could have."""
         if self.kind not in KINDS:
             raise FastsdError(
                 f"it should be {' or '.join(KINDS)}{nearest(self.kind, KINDS)}", argument="kind", value=self.kind
             )
-        for name, rank in (("rank", self.rank), *((f"ranks.{key}", value) for key, value in self.ranks.items())):
+        for name, rank in (("rank", self.rank), *_named("ranks", self.ranks)):
             if type(rank) is not int or not 1 <= rank <= MAX_RANK:
                 raise FastsdError(f"it should be a whole number from 1 to {MAX_RANK}", argument=name, value=rank)
-        for name, alpha in (("alpha", self.alpha), *((f"alphas.{key}", value) for key, value in self.alphas.items())):
+        for name, alpha in (("alpha", self.alpha), *_named("alphas", self.alphas)):
             if not _is_number(alpha) or not math.isfinite(alpha) or alpha <= 0:
                 raise FastsdError("it should be a number above 0", argument=name, value=alpha)
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
@@ -85,15 +86,16 @@ class TrainableAdapter(nn.Module):
 
     def __init__(self, components: Components, settings: AdapterSettings, seed: int):
         super().__init__()
+        settings.check()
         self.settings = settings
         targets = chosen(components, settings.networks, settings.targets)
-        ranks = by_pattern("ranks", settings.ranks, targets)
-        alphas = by_pattern("alphas", settings.alphas, targets)
+        ranks = by_pattern("ranks", patterns("ranks", settings.ranks), targets)
+        alphas = by_pattern("alphas", patterns("alphas", settings.alphas), targets)
         generator = torch.Generator("cpu").manual_seed(seed)
         owners: dict[str, list[tuple[LayerTarget, AdaptedRows]]] = {}
         for target in targets:
             key = f"{target.network}.{target.name}"
-            rank, alpha = ranks.get(key, settings.rank), float(alphas.get(key, settings.alpha))
+            rank, alpha = int(ranks.get(key, settings.rank)), float(alphas.get(key, settings.alpha))
             rows = _rows(target, settings, rank, alpha, generator)
             owners.setdefault(f"{target.network}.{target.path}", []).append((target, rows))
         self.layers = nn.ModuleDict()
@@ -149,6 +151,28 @@ def _rows(
     change: WeightChange = KINDS[settings.kind](target.source.shape, rank, alpha, generator, **place)
     weight = onednn.dense(owner.weight.detach())[target.source.rows] if settings.dora else None
     return AdaptedRows(change, target.source.rows, weight)
+
+
+def patterns(argument: str, texts: Sequence[str]) -> dict[str, float]:
+    """Texts "pattern=number" as a table.
+
+    Raises:
+        FastsdError: a text of another form.
+    """
+    table: dict[str, float] = {}
+    for text in texts:
+        pattern, _, number = text.rpartition("=")
+        try:
+            table[pattern] = int(number) if number.strip().lstrip("-").isdigit() else float(number)
+        except ValueError:
+            pattern = ""
+        if not pattern:
+            raise FastsdError("it should be pattern=number, such as attn2.to_k=16", argument=argument, value=text)
+    return table
+
+
+def _named(argument: str, texts: Sequence[str]) -> list[tuple[str, float]]:
+    return [(f"{argument} ({pattern})", value) for pattern, value in patterns(argument, texts).items()]
 
 
 def _is_number(value: object) -> bool:

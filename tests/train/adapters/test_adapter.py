@@ -58,7 +58,7 @@ def test_a_file_gives_what_the_adapter_computed(kind: str, dora: bool, component
     in attention and convolutions of at most 576 terms; 1000 roundings of the largest value bound its noise."""
     with torch.no_grad():
         base = call(components)
-        adapter = make(components, kind=kind, dora=dora, ranks={"attn2.to_k": 5})
+        adapter = make(components, kind=kind, dora=dora, ranks=("attn2.to_k=5",))
         adapter.attach()
         expected = call(components)
         adapter.detach()
@@ -94,7 +94,7 @@ def test_only_the_adapter_has_gradients(components: Components) -> None:
 
 
 def test_ranks_and_alphas_by_pattern(components: Components) -> None:
-    adapter = make(components, targets=("attention",), ranks={"attn2.to_k": 5}, alphas={r"to_(q|v)": 1.0})
+    adapter = make(components, targets=("attention",), ranks=("attn2.to_k=5",), alphas=(r"to_(q|v)=1.0",))
     stored = {f"{layer.network}.{layer.name}": layer for layer in adapter.stored()}
     keys = [key for key in stored if key.endswith("attn2.to_k")]
     assert keys and all(stored[key].rank == 5 and stored[key].alpha == 2.0 for key in keys)
@@ -159,7 +159,9 @@ BAD = {
     "alpha is nan; it should be a number above 0": {"alpha": float("nan")},
     "dropout is 1.0": {"dropout": 1.0},
     "kind is 'lroa'; it should be lora or lokr; did you mean lora": {"kind": "lroa"},
-    "ranks.to_q is -1": {"ranks": {"to_q": -1}},
+    r"ranks \(to_q\) is -1; it should be a whole number from 1": {"ranks": ("to_q=-1",)},
+    r"ranks \(to_q\) is 2.5; it should be a whole number": {"ranks": ("to_q=2.5",)},
+    "alphas is 'to_q'; it should be pattern=number": {"alphas": ("to_q",)},
     r"targets: 'attn2.to_kk' names no layer of unet; did you mean attn\d.to_k": {"targets": ("attn2.to_kk",)},
     "targets: 'atention' names no layer of unet; did you mean attention": {"targets": ("atention",)},
     "targets: empty": {"targets": ()},
@@ -167,7 +169,7 @@ BAD = {
     "networks: 'text_encoder_3' is no network of this model; it has unet, text_encoder": {
         "networks": ("text_encoder_3",)
     },
-    "ranks: 'conv1' names no layer of the adapter": {"ranks": {"conv1": 4}, "targets": ("attention",)},
+    "ranks: 'conv1' names no layer of the adapter": {"ranks": ("conv1=4",), "targets": ("attention",)},
 }
 
 
