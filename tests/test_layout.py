@@ -87,6 +87,7 @@ ABOUT: dict[str, tuple[str, ...]] = {
     "evaluate/digits": ("bundled_model",),
     "kernels": (
         "flash_attn_compile",
+        "library_candidates",
         "triton_compile",
         "triton_versions",
         "triton_interpreted",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fastsd.cuda import blas
 from fastsd.kernels import candidates, dispatch
 from fastsd.kernels.candidates import GpuOp, OpCandidate
 from fastsd.kernels.cpu import onednn
@@ -52,6 +53,12 @@ def _by_gate(
     return geglu_triton.geglu_gate(F.linear(x, weight), bias, launch)
 
 
+def _by_cublaslt(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """As `_by_gate`, with the product by cuBLASLt."""
+    with blas.preferred("cublaslt"):
+        return _by_gate(x, weight, bias)
+
+
 def _by_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, launch: Gemm | None = None) -> torch.Tensor:
     """The whole op by our kernel: the product, of twice as many columns as the result, is never written."""
     from fastsd.kernels.triton import linear as linear_triton
@@ -87,6 +94,7 @@ OP = GpuOp(
     (
         OpCandidate("triton", _by_triton, _refused_by_triton, partial=True, launches=_launches, launch_types=(Gemm,)),
         OpCandidate("cublas, then triton", _by_gate, launches=_gate_launches, launch_types=(RowwiseLaunch,)),
+        OpCandidate("cublaslt, then triton", _by_cublaslt, measured=True, tuned=True),
         OpCandidate("torch", _by_torch),
     ),
 )

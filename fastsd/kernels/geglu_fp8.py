@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from fastsd.kernels import candidates, dispatch
 from fastsd.kernels.candidates import GpuOp, OpCandidate
-from fastsd.kernels.linear_fp8 import product_ref
+from fastsd.kernels.launch import architecture, variants
+from fastsd.kernels.launch.linear import Gemm
+from fastsd.kernels.linear_fp8 import dequantized, product_by_cublaslt, product_ref, quantize
 
 
 def geglu_fp8_ref(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -31,10 +34,34 @@ def geglu_fp8(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: 
     return geglu_fp8_ref(x, weight, scale, bias)
 
 
-def _by_triton(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def _by_triton(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, launch: Gemm | None = None
+) -> torch.Tensor:
     from fastsd.kernels.triton import geglu_fp8 as geglu_fp8_triton
 
-    return geglu_fp8_triton.geglu_fp8(x, weight, scale, bias)
+    return geglu_fp8_triton.geglu_fp8(x, weight, scale, bias, launch)
+
+
+def _launches(
+    thorough: bool, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor
+) -> list[Gemm]:
+    rows, (columns, depth) = x[..., 0].numel(), weight.shape
+    key = architecture.class_of(x.device)
+    return variants.products(thorough, key, rows, columns // 2, depth, 1, weight.element_size())
+
+
+def _by_cublaslt(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The product by PyTorch's of fp8, the rest by our kernel."""
+    from fastsd.kernels.triton import geglu as geglu_triton
+
+    return geglu_triton.geglu_gate(product_by_cublaslt(x, weight, scale, None, None), bias)
+
+
+def _by_16_bits(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The product of the same numbers in the dtype of `x`, which PyTorch computes everywhere."""
+    rows, matrix = dequantized(*quantize(x), x.dtype), dequantized(weight, scale, x.dtype)
+    value, gate = F.linear(rows, matrix, bias).chunk(2, dim=-1)
+    return value * F.gelu(gate)
 
 
 def _refused_by_triton(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> str | None:
@@ -46,5 +73,9 @@ def _refused_by_triton(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tenso
 OP = GpuOp(
     "geglu_fp8",
     geglu_fp8_ref,
-    (OpCandidate("triton", _by_triton, _refused_by_triton, partial=True), OpCandidate("torch", geglu_fp8_ref)),
+    (
+        OpCandidate("triton", _by_triton, _refused_by_triton, partial=True, launches=_launches, launch_types=(Gemm,)),
+        OpCandidate("cublaslt, then triton", _by_cublaslt, _refused_by_triton, measured=True),
+        OpCandidate("torch", _by_16_bits),
+    ),
 )

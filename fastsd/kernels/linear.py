@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fastsd.cuda import blas
 from fastsd.kernels import candidates, dispatch
 from fastsd.kernels.candidates import GpuOp, OpCandidate
 from fastsd.kernels.cpu import choices, onednn
@@ -121,6 +122,23 @@ def _by_two_products(
     return y if residual is None else y + residual
 
 
+def _by_cublaslt(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """As `_by_torch`, by cuBLASLt. PyTorch asks it by itself only for a product with a bias."""
+    with blas.preferred("cublaslt"):
+        return _by_torch(x, weight, *rest)
+
+
+def _no_cublaslt(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    residual: torch.Tensor | None,
+    skip: torch.Tensor | None,
+) -> str | None:
+    return "PyTorch computes a product with a bias by cuBLASLt anyway" if bias is not None else None
+
+
 def _by_triton(*args: Any, launch: Gemm | None = None) -> torch.Tensor:
     from fastsd.kernels.triton import linear as linear_triton
 
@@ -190,6 +208,7 @@ OP = GpuOp(
         # Where nothing is measured: cuBLAS, except where our kernel saves a launch.
         OpCandidate("cublas", _by_torch, _not_plain, partial=True),
         OpCandidate("triton", _by_triton, _refused_by_triton, partial=True, launches=_launches, launch_types=(Gemm,)),
+        OpCandidate("cublaslt", _by_cublaslt, _no_cublaslt, measured=True, tuned=True),
         OpCandidate("two products", _by_two_products, _no_two_products, partial=True),
         OpCandidate("torch", _by_torch),
     ),

@@ -6,12 +6,16 @@ Since e4m3 is a floating-point format, a finer scale would gain nothing but a bi
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from fastsd.kernels import candidates, dispatch
 from fastsd.kernels.candidates import GpuOp, OpCandidate
+from fastsd.kernels.launch import architecture, variants
+from fastsd.kernels.launch.linear import Gemm
 from fastsd.kernels.linear import activate
 
 FP8 = torch.float8_e4m3fn
@@ -77,7 +81,7 @@ def linear_fp8(
 ) -> torch.Tensor:
     """`activation(quantized(cat([x, skip])) (weight scale)^T + bias) + residual`.
 
-    Where no kernel of ours runs, the specification does: the same numbers, slowly.
+    On a CPU the specification computes it: the same numbers, slowly.
 
     Args:
         x: `[..., K1]` in 16 bits or fp32.
@@ -91,10 +95,75 @@ def linear_fp8(
     return candidates.run(OP, *arguments) if dispatch.backend(x, bias) == "triton" else linear_fp8_ref(*arguments)
 
 
-def _by_triton(*args: Any) -> torch.Tensor:
+def dequantized(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Values `[..., K]` times the scales of their rows, in `dtype`.
+
+    That is exact for numbers that were quantised from `dtype`: rounded to 4 significant bits, a number is a multiple of
+    no less than it was before. In fp16 alone the largest, from 63488, become infinite.
+    """
+    return (values.float() * scales[..., None]).to(dtype)
+
+
+def _by_triton(*args: Any, launch: Gemm | None = None) -> torch.Tensor:
     from fastsd.kernels.triton import linear_fp8 as linear_fp8_triton
 
-    return linear_fp8_triton.linear_fp8(*args)
+    return functools.partial(linear_fp8_triton.linear_fp8, launch=launch)(*args)
+
+
+def _launches(
+    thorough: bool,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    residual: torch.Tensor | None,
+    skip: torch.Tensor | None,
+) -> list[Gemm]:
+    rows, (columns, depth) = x[..., 0].numel(), weight.shape
+    return variants.products(thorough, architecture.class_of(x.device), rows, columns, depth, 0, weight.element_size())
+
+
+def product_by_cublaslt(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, skip: torch.Tensor | None
+) -> torch.Tensor:
+    """Quantised `cat([x, skip])` times `(weight scale)^T`, and `bias`, by PyTorch's product of fp8."""
+    from fastsd.kernels.triton import linear_fp8 as linear_fp8_triton
+
+    values, scales = linear_fp8_triton.quantize(x, skip)
+    y = torch._scaled_mm(
+        values.flatten(0, -2), weight.T, scales.view(-1, 1), scale.view(1, -1), bias, out_dtype=x.dtype
+    )
+    return y.view(*x.shape[:-1], -1)
+
+
+def _by_cublaslt(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    residual: torch.Tensor | None,
+    skip: torch.Tensor | None,
+) -> torch.Tensor:
+    y = activate(product_by_cublaslt(x, weight, scale, bias, skip), activation)
+    return y if residual is None else y + residual
+
+
+def _by_16_bits(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    residual: torch.Tensor | None,
+    skip: torch.Tensor | None,
+) -> torch.Tensor:
+    """The product of the same numbers in the dtype of `x`, which PyTorch computes everywhere."""
+    x = x if skip is None else torch.cat([x, skip], dim=-1)
+    rows, matrix = dequantized(*quantize(x), x.dtype), dequantized(weight, scale, x.dtype)
+    y = activate(F.linear(rows, matrix, bias), activation)
+    return y if residual is None else y + residual
 
 
 def _refused_by_triton(*args: Any) -> str | None:
@@ -106,5 +175,9 @@ def _refused_by_triton(*args: Any) -> str | None:
 OP = GpuOp(
     "linear_fp8",
     linear_fp8_ref,
-    (OpCandidate("triton", _by_triton, _refused_by_triton, partial=True), OpCandidate("torch", linear_fp8_ref)),
+    (
+        OpCandidate("triton", _by_triton, _refused_by_triton, partial=True, launches=_launches, launch_types=(Gemm,)),
+        OpCandidate("cublaslt", _by_cublaslt, _refused_by_triton, measured=True),
+        OpCandidate("torch", _by_16_bits),
+    ),
 )

@@ -111,10 +111,11 @@ def taking(op: GpuOp, args: Sequence[Any]) -> Iterator[OpCandidate]:
 
 
 def ways_of(candidates: Sequence[OpCandidate], args: Sequence[Any], thorough: bool) -> list[Way]:
-    """The ways of candidates that take the call: each with its launches."""
+    """The ways of candidates that take the call: each with its launches, a few or, `thorough`, all."""
     return [
         Way(one, launch)
         for one in candidates
+        if thorough or not one.tuned
         for launch in (one.launches(thorough, *args) if one.launches is not None else (None,))
     ]
 

@@ -29,6 +29,7 @@ class OpCandidate:
         launch_types: the classes of those launches, by which a table on disk is read.
         measured: it is used only where it was measured to be the fastest. A library may refuse such a call; that is
             nothing to tell either.
+        tuned: it is tried by `fastsd tune` alone, so that a first use stays short.
     """
 
     name: str
@@ -38,6 +39,7 @@ class OpCandidate:
     launches: Callable[..., Sequence[Any]] | None = None
     launch_types: tuple[type, ...] = ()
     measured: bool = False
+    tuned: bool = False
 
 
 @dataclass(frozen=True)
