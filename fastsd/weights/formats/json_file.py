@@ -70,9 +70,10 @@ _LIMITS: dict[str, tuple[float, float]] = {
 class ConfigReader:
     """Typed access to one JSON config; every error names the file and the key."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, data: dict[str, Any] | None = None):
+        """data: what the file would hold, for a config that is in memory; `path` then only names it."""
         self.path = path
-        self.data = read_json(path)
+        self.data = read_json(path) if data is None else data
 
     def error(self, key: str, expected: str) -> FastsdError:
         value = repr(self.data.get(key))

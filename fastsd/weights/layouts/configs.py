@@ -75,9 +75,9 @@ VAE_FIXED: dict[str, Any] = {
 CLIP_NO_EFFECT = ("attention_dropout", "bos_token_id", "initializer_factor", "initializer_range", "pad_token_id")
 
 
-def read_vae(path: Path) -> VAEConfig:
-    """The autoencoder's config."""
-    r = ConfigReader(path)
+def read_vae(path: Path, data: dict[str, Any] | None = None) -> VAEConfig:
+    """The autoencoder's config. `data`: what the file would hold, for a config that is in memory."""
+    r = ConfigReader(path, data)
     r.one_of("_class_name", ("AutoencoderKL", TINY), "AutoencoderKL")
     channels = r.data.get("block_out_channels")
     if not isinstance(channels, list) or not 1 <= len(channels) <= 8:
@@ -128,9 +128,9 @@ def write_vae(config: VAEConfig, sample_size: int) -> dict[str, Any]:
     }
 
 
-def read_clip(path: Path) -> CLIPConfig:
-    """A text encoder's config."""
-    r = ConfigReader(path)
+def read_clip(path: Path, data: dict[str, Any] | None = None) -> CLIPConfig:
+    """A text encoder's config. `data`: what the file would hold, for a config that is in memory."""
+    r = ConfigReader(path, data)
     base = CLIPConfig()
     numbers = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     r.one_of("model_type", ("clip_text_model",), "clip_text_model")

@@ -46,13 +46,17 @@ MID = {"UNetMidBlock2DCrossAttn": 2, "UNetMidBlock2D": 1, None: 0}  # its residu
 UP_DEPTHS = "reverse_transformer_layers_per_block"  # lowest level first
 
 
-def read_unet(path: Path) -> tuple[UNetConfig, int]:
+def read_unet(path: Path, data: dict[str, Any] | None = None) -> tuple[UNetConfig, int]:
     """The UNet's config, and the side of the latents that it was trained on.
+
+    Args:
+        path: its file.
+        data: what the file would hold, for a config that is in memory.
 
     Raises:
         FastsdError: malformed, or a value that the models do not support; it names the key.
     """
-    r = ConfigReader(path)
+    r = ConfigReader(path, data)
     r.one_of("_class_name", ("UNet2DConditionModel",), "UNet2DConditionModel")
     channels = r.data.get("block_out_channels")
     if not isinstance(channels, list) or not 1 <= len(channels) <= 8:
