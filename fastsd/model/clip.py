@@ -140,6 +140,13 @@ class TextEncoder(nn.Module):
             `hidden`, the hidden state; `pooled`, the last state at the end token after the final norm, projected where
             the checkpoint has a projection.
         """
+        last, pooled, states = self.all_states(input_ids, insertions)
+        return TextOutput(last if hidden_layer == -1 else states[hidden_layer], pooled)
+
+    def all_states(
+        self, input_ids: torch.Tensor, insertions: Sequence[Insertion] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+        """The last state after the final norm, the pooled one, and the states before and after every layer."""
         model = self.text_model
         states = [model.embeddings(input_ids, insertions)]
         for layer in model.encoder.layers:
@@ -153,4 +160,4 @@ class TextEncoder(nn.Module):
         pooled = last[torch.arange(len(last), dtype=torch.int64, device=last.device), end]
         if self.text_projection is not None:
             pooled = self.text_projection(pooled)
-        return TextOutput(last if hidden_layer == -1 else states[hidden_layer], pooled)
+        return last, pooled, tuple(states)

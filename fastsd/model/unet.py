@@ -6,7 +6,7 @@ Whatever does not depend on the latent is computed outside the denoising loop: `
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,14 +99,23 @@ class UNetLevel(nn.Module):
 class DownLevel(UNetLevel):
     """A level of the contracting path. All but the last end by halving the map."""
 
-    def forward(self, x: torch.Tensor, times: BlockInputs, texts: BlockInputs) -> list[torch.Tensor]:
-        """Returns all maps, which become skip connections; the last one is the next level's input."""
+    def forward(
+        self, x: torch.Tensor, times: BlockInputs, texts: BlockInputs, adapter: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """Returns all maps, which become skip connections; the last one is the next level's input.
+
+        A T2I-Adapter's map is added after the last transformer; without transformers, to the last map.
+        """
         maps = []
         for i in range(len(self.resnets)):
             x = self.block(i, x, times, texts)
             maps.append(x)
+        if adapter is not None and len(self.attentions):
+            maps[-1] = x = x + adapter
         if self.downsamplers is not None:
             maps.append(self.downsamplers[0](x))
+        if adapter is not None and not len(self.attentions):
+            maps[-1] = maps[-1] + adapter
         return maps
 
 
@@ -210,9 +219,15 @@ class ContractingPath(nn.Module):
         Returns:
             `[N, sum of time_sizes]`.
         """
+        return self.embed_conditions(timestep, self._embed_guidance(timestep, guidance_scale), added)
+
+    def embed_conditions(
+        self, timestep: torch.Tensor, cond: torch.Tensor | None, added: AddedConditioning | None
+    ) -> torch.Tensor:
+        """`embed_time` with the guidance scale's sinusoids `[N or 1, time_cond_proj_dim]`, or None: without them."""
         config, dtype = self.config, self.conv_in.weight.dtype
         waves = timestep_embedding(timestep, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift)
-        embedding = self.time_embedding(waves.to(dtype), self._embed_guidance(timestep, guidance_scale))
+        embedding = self.time_embedding(waves.to(dtype), cond)
         if self.add_embedding is not None:
             if added is None:
                 raise ValueError("this UNet needs added conditioning (pooled text and sizes)")
@@ -254,13 +269,19 @@ class ContractingPath(nn.Module):
         return tuple(m.project_context(context) for m in self.modules() if isinstance(m, CrossAttention))
 
     def contract(
-        self, x: torch.Tensor, times: BlockInputs, texts: BlockInputs
+        self, x: torch.Tensor, times: BlockInputs, texts: BlockInputs, adapter: Sequence[torch.Tensor] = ()
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """All skip connections, of which `x` from `conv_in` is the first, and the lowest map."""
+        """All skip connections, of which `x` from `conv_in` is the first, and the lowest map.
+
+        adapter: a T2I-Adapter's maps, one for each level from the first on; one more is for the lowest map, if it has
+            its size (Mou et al. 2023, section 3.2).
+        """
         skips = [x]
-        for level in self.down_blocks:
-            skips += level(skips[-1], times, texts)
-        return skips, self.mid_block(skips[-1], times, texts)
+        for i, level in enumerate(self.down_blocks):
+            skips += level(skips[-1], times, texts, adapter[i] if i < len(adapter) else None)
+        x = self.mid_block(skips[-1], times, texts)
+        last = adapter[len(self.down_blocks)] if len(adapter) > len(self.down_blocks) else None
+        return skips, x if last is None or last.shape != x.shape else x + last
 
 
 class UNet(ContractingPath):
@@ -321,6 +342,7 @@ class UNet(ContractingPath):
         time: torch.Tensor,
         key_values: tuple[torch.Tensor, ...],
         control: list[torch.Tensor] | None = None,
+        adapter: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
         """The part of `forward` that depends on `x`.
 
@@ -329,10 +351,11 @@ class UNet(ContractingPath):
             time: `[B or 1, ...]` from `embed_time`.
             key_values: from `project_context`.
             control: ControlNets' residuals for the skip connections and, last, for the lowest map.
+            adapter: a T2I-Adapter's maps, as in `contract`.
         """
         times = iter(time.split(self.time_sizes, dim=-1))
         texts = iter(key_values)
-        skips, x = self.contract(self.conv_in(x), times, texts)
+        skips, x = self.contract(self.conv_in(x), times, texts, adapter)
         if control is not None:
             skips = [skip + residual for skip, residual in zip(skips, control[:-1], strict=True)]
             x = x + control[-1]
