@@ -4,7 +4,8 @@
 >>> pipe = fastsd.Pipeline.from_pretrained("folder with a model")  # no argument: the bundled digits model
 >>> pipe("a handwritten eight", seed=7).images[0].save("eight.png")
 
-Importing this module is light: torch and the models are imported when `Pipeline`, `Control` or `Adapter` is first used.
+Importing this module is light: torch and the models are imported when `Pipeline`, or another name in `__all__`, is
+first used.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from fastsd.errors import FastsdError
 
 if TYPE_CHECKING:
+    from fastsd.diffusers.accelerate import accelerate, restore
     from fastsd.generate.control import Control
     from fastsd.pipeline import Pipeline
     from fastsd.weights.adapters.apply import Adapter
@@ -43,12 +45,14 @@ if sys.platform == "linux" and not any(name.startswith(("MALLOC_", "GLIBC_TUNABL
         )  # the largest that it takes; without it, each map of 1 MB would be mapped anew
 
 __version__ = "0.1.0"
-__all__ = ["Adapter", "Control", "FastsdError", "Pipeline", "__version__"]
+__all__ = ["Adapter", "Control", "FastsdError", "Pipeline", "__version__", "accelerate", "restore"]
 # Imported when they are first used.
 _LAZY = {
     "Adapter": "fastsd.weights.adapters.apply",
     "Control": "fastsd.generate.control",
     "Pipeline": "fastsd.pipeline",
+    "accelerate": "fastsd.diffusers.accelerate",
+    "restore": "fastsd.diffusers.accelerate",
 }
 
 

@@ -32,6 +32,7 @@ RANKS = {
     "image": 5,
     "weights": 5,
     "text": 5,
+    "diffusers": 6,
     "generate": 6,
     "pipeline": 7,
     "data": 8,
@@ -50,7 +51,7 @@ ALLOWED = {
     ("tune", "verify"),
 }
 # `fastsd` itself hands these out, on demand; only the modules that use the pipeline may import `fastsd` itself.
-FACE = {"errors", "generate", "pipeline", "weights"}
+FACE = {"diffusers", "errors", "generate", "pipeline", "weights"}
 
 
 def imported_modules(source: str, module: str, is_package: bool) -> list[str]:
