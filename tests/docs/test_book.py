@@ -95,7 +95,7 @@ def test_every_page_is_in_the_sites_navigation() -> None:
 
 def test_notebooks_hold_no_outputs() -> None:
     """They are run where they are shown; in git an output would be a second, older truth."""
-    assert len(NOTEBOOKS) >= 5
+    assert len(NOTEBOOKS) == 6
     for path in NOTEBOOKS:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         code = [cell for cell in cells if cell["cell_type"] == "code"]
