@@ -62,6 +62,15 @@ def write_whole(path: Path, data: bytes, overwrite: bool = False) -> None:
         file.write(data)
 
 
+_HIDDEN = ".fastsd-"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the hidden files that killed processes left in `folder`; no other process may be writing there."""
+    for path in folder.glob(f"{_HIDDEN}*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def open_whole(path: Path, overwrite: bool = False) -> Iterator[BinaryIO]:
     """A file to write, which gets its name `path` only when it is complete and on the disk.
@@ -72,7 +81,7 @@ def open_whole(path: Path, overwrite: bool = False) -> Iterator[BinaryIO]:
         FileExistsError: the name is taken, and `overwrite` is not set.
         OSError: it cannot be written; nothing is left behind.
     """
-    temporary = path.with_name(f".fastsd-{secrets.token_hex(6)}.tmp")
+    temporary = path.with_name(f"{_HIDDEN}{secrets.token_hex(6)}.tmp")
     # Not by `tempfile`, whose files only their owner may read.
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
