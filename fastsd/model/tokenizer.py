@@ -24,7 +24,7 @@ MAX_LENGTH = 77  # positions of the CLIP text encoders of Stable Diffusion
 BUNDLED_MERGES = Path(__file__).parent.parent / "assets" / "clip_vocab" / "merges.txt.gz"
 
 # Start and end; contractions; runs of letters; single digits; runs of everything else.
-_WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 _LONGEST = 8192  # a model_max_length above it means "none" (transformers writes 10**30)
 
@@ -179,7 +179,7 @@ def _build(vocab: Vocab, merges: Merges, unk_token: str, where: Path) -> tokeniz
     )
     untyped.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_WORD), behavior="removed", invert=True),
+            pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )

@@ -21,6 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="change a value of the config: unet.fit.steps=500",
     )
+    parser.add_argument(
+        "--max-bad",
+        metavar="N",
+        help="images that cannot be read, at most: a share below 1, or a number (data.max_bad; default: 0.01)",
+    )
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint of the run")
     parser.add_argument("--export-only", action="store_true", help="export the last checkpoint without training")
 
@@ -39,6 +44,6 @@ def run(args: argparse.Namespace) -> int:
         export=args.export,
         resume=args.resume,
         export_only=args.export_only,
-        changes=args.set,
+        changes=[*args.set, *([f"data.max_bad={args.max_bad}"] if args.max_bad is not None else [])],
     )
     return 0

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fastsd.errors import FastsdError
+from fastsd.train import vocabulary
 from fastsd.train.captions import KNOWN_WORDS, WORDS, caption
 from fastsd.train.digits import IMAGE_SIDE, augment, read_digits, to_rgb
 from fastsd.train.images import Notes, Rows, TrainingImages
@@ -22,7 +23,6 @@ class DigitImages(TrainingImages):
 
     side = (IMAGE_SIDE, IMAGE_SIDE)
     known_words = tuple(KNOWN_WORDS)
-    vocabulary = tuple(WORDS)
 
     def __init__(self, data: Data):
         """Read the IDX files in `data.path`.
@@ -65,6 +65,9 @@ class DigitImages(TrainingImages):
             unknown=self.settings.unknown,
             style_share=self.settings.style_word_share,
         )
+
+    def vocabulary(self) -> tuple[vocabulary.Vocab, vocabulary.Merges]:
+        return vocabulary.build(WORDS)
 
     def record(self) -> dict[str, Any]:
         return {"images": len(self), "augmentation": {"scales": self.settings.scales, "shear": self.settings.shear}}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +14,11 @@ import torch
 
 from fastsd.model.vae import AutoencoderKL
 from fastsd.train import checkpoint
-from fastsd.train.images import Notes
+from fastsd.train.images import Notes, Rows
 from fastsd.train.stage import TrainingJob
 
 ENCODE_BATCH = 128
+CACHE = "latents.pt"  # in the run's folder
 
 
 @dataclass(frozen=True)
@@ -22,46 +26,88 @@ class Latents:
     """The training set of the diffusion model: latent distributions of the images.
 
     Attributes:
-        mean, std: of the latent distribution of each image, `[N, h, w, C]` fp16.
+        means, stds: of the latent distribution of each image, `[n, h, w, C]` fp16 for each group of one size.
+        place: `[N, 2]`, the group of a row, and its index there.
         notes: what is known of each image beside its pixels.
         offset, spread: `[C]`, mean and standard deviation of each channel over the whole set.
+        key: what they were made of, see `cache_key`.
     """
 
-    mean: torch.Tensor
-    std: torch.Tensor
+    means: list[torch.Tensor]
+    stds: list[torch.Tensor]
+    place: torch.Tensor
     notes: Notes
     offset: torch.Tensor
     spread: torch.Tensor
+    key: str
 
-    def sample(self, rows: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Sample the latents of `rows`; every channel has mean 0 and variance 1 over the set. fp32."""
-        sampled = self.mean[rows].float() + self.std[rows].float() * noise
-        return (sampled - self.offset) / self.spread
+    def __len__(self) -> int:
+        return len(self.place)
+
+    def sample(self, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Sample the latents of `rows`, of one group; every channel has mean 0 and variance 1 over the set. fp32."""
+        group, index = int(self.place[rows[0], 0]), self.place[rows, 1]
+        mean = self.means[group][index]
+        noise = torch.randn(mean.shape, generator=generator, dtype=torch.float32, device="cpu")
+        return (mean.float() + self.stds[group][index].float() * noise - self.offset) / self.spread
+
+
+def cache_key(vae: AutoencoderKL, job: TrainingJob) -> str:
+    """What the latents depend on: the autoencoder's weights, the images, how they are augmented, the precision."""
+    digest = hashlib.sha256()
+    for name, tensor in vae.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    record = [job.images.record(), job.images.fingerprint(), job.settings.data.passes, job.settings.seed, job.bf16]
+    digest.update(json.dumps(record, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def encode_all(vae: AutoencoderKL, job: TrainingJob) -> Latents:
     """Encode `data.passes` augmented versions of every image, and take notes of them."""
+    key = cache_key(vae, job)
     dtype = torch.bfloat16 if job.bf16 else torch.float32
     vae = copy.deepcopy(vae).to(dtype)
     images, passes = job.images, job.settings.data.passes
 
     @torch.inference_mode()
-    def encode(work: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, Notes]:
+    def encode(work: tuple[int, Rows]) -> tuple[torch.Tensor, torch.Tensor, Notes]:
         job.check_stop()
-        augmentation, first = work
-        generator = np.random.default_rng([job.settings.seed, augmentation, first])
-        rows = np.arange(first, min(first + ENCODE_BATCH, len(images)))
+        augmentation, rows = work
+        generator = np.random.default_rng([job.settings.seed, augmentation, int(rows[0])])
         pixels, notes = images.pixels(rows, generator, notes=True)
         posterior = vae.encode(pixels.to(job.device, dtype))
         return posterior.mean.half().cpu(), torch.exp(0.5 * posterior.logvar.float()).half().cpu(), notes
 
-    work = [(augmentation, first) for augmentation in range(passes) for first in range(0, len(images), ENCODE_BATCH)]
-    means, stds, taken = zip(*job.workers.map(encode, work))
-    mean, std = torch.cat(means), torch.cat(stds)
-    notes = {name: torch.cat([each[name] for each in taken]) for name in taken[0]}
+    means, stds, notes = [], [], []
+    place = torch.zeros(passes * len(images), 2, dtype=torch.int64, device="cpu")
+    for number, group in enumerate(images.groups()):
+        chunks = np.split(group, range(ENCODE_BATCH, len(group), ENCODE_BATCH))
+        work = [(augmentation, rows) for augmentation in range(passes) for rows in chunks]
+        encoded = job.workers.map(encode, work)
+        means.append(torch.cat([mean for mean, _, _ in encoded]))
+        stds.append(torch.cat([std for _, std, _ in encoded]))
+        notes += [taken for _, _, taken in encoded]
+        rows = torch.from_numpy(np.concatenate([group + copied * len(images) for copied in range(passes)]))
+        place[rows, 0], place[rows, 1] = number, torch.arange(len(rows), dtype=torch.int64, device="cpu")
+    together = {name: torch.cat([each[name] for each in notes]) for name in notes[0]}
+    mean, std = (torch.cat([part.flatten(0, 2) for part in parts]) for parts in (means, stds))
     channels = mean.float()
-    variance = channels.var((0, 1, 2)) + std.float().square().mean((0, 1, 2))
-    return Latents(mean, std, images.complete(notes), channels.mean((0, 1, 2)), variance.sqrt())
+    variance = channels.var(0) + std.float().square().mean(0)
+    return Latents(means, stds, place, images.complete(together), channels.mean(0), variance.sqrt(), key)
+
+
+def cached_latents(vae: AutoencoderKL, job: TrainingJob) -> Latents:
+    """The latents of the run's cache, encoded anew where it was made by another autoencoder or of other images."""
+    path = job.out / CACHE
+    if path.is_file():
+        latents = load_latents(path)
+        if latents.key == cache_key(vae, job):
+            return latents
+    started = time.monotonic()
+    latents = encode_all(vae, job)
+    save_latents(latents, path)
+    job.report(f"encoded {len(latents):,} images in {(time.monotonic() - started) / 60:.1f} min")
+    return latents
 
 
 def save_latents(latents: Latents, path: Path) -> None:

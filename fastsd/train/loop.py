@@ -182,6 +182,8 @@ class Trainer:
                 if part.index not in batches:
                     batches[part.index] = self.stage.batch(part)
                 value, metrics = self.stage.loss(name, batches[part.index], part)
+            if not value.requires_grad:  # the network takes no part in this step
+                return (None,) * len(player.parameters), metrics
             gradients = torch.autograd.grad(value * weight, player.parameters, allow_unused=True)
             return gradients, {k: v * weight for k, v in metrics.items()}
 

@@ -58,15 +58,22 @@ def environment() -> dict[str, Any]:
 
 
 def check_same(out: Path, settings: TrainingSettings) -> None:
-    """Raises FastsdError where the run in `out` had another config; it shows the difference."""
+    """Raises FastsdError where the run in `out` had another config; it shows the difference.
+
+    The table of a stage that has not begun may change.
+    """
     path = out / "config.toml"
+    waiting = tuple(f"{name}." for name in settings.stages if not (out / f"{name}.pt").is_file())
     if not path.is_file():
         return
     before, now = _flat_toml(path), json.loads(json.dumps(resolved(settings)))
     changed = [
         f"{key} from {_shown(before, key)} to {_shown(now, key)}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in FREE and not key.endswith(FREE_OF_A_STAGE)
+        if before.get(key) != now.get(key)
+        and key not in FREE
+        and not key.endswith(FREE_OF_A_STAGE)
+        and not key.startswith(waiting)
     ]
     if changed:
         raise FastsdError(

@@ -28,6 +28,16 @@ class DigitsData:
 
 
 @dataclass(frozen=True)
+class Augment:
+    """Random changes of every image, all off by default; the run's record lists them."""
+
+    crop: bool = False  # a random part of the image, enlarged by a quarter, instead of the middle of it
+    flip: bool = False  # left and right, half of the time
+    rotation: float = 0.0  # degrees, at most, to both sides
+    colour: float = 0.0  # brightness, contrast and saturation by a factor of 1 - colour to 1 + colour
+
+
+@dataclass(frozen=True)
 class Data:
     """The training images and their captions."""
 
@@ -35,6 +45,14 @@ class Data:
     kind: str = "folder"  # one of `DATA_KINDS`
     limit: int = 0  # use only the first images of the set; 0: all
     passes: int = 1  # augmented versions of every image in the cache of latents
+    replacement: bool = False  # every sample is drawn from all images; else every image comes once in an epoch
+    resolution: int = 64  # pixels along the side of the images, or of the square one of the buckets
+    buckets: bool = False  # images keep their aspect ratio, as nearly as a bucket of as many pixels allows
+    bucket_step: int = 0  # sides of buckets are multiples of it; 0: of what the autoencoder needs
+    max_bad: float = 0.01  # images that cannot be read, at most: a share below 1, a number from 1 on
+    memory_gb: float = 2.0  # decoded images that are kept in memory
+    vocabulary: int = 2048  # tokens of a vocabulary that is learnt from the captions
+    augment: Augment = Augment()
     digits: DigitsData = DigitsData()
 
 
@@ -130,9 +148,10 @@ def read_settings(path: str | Path, kinds: Mapping[str, type], changes: Sequence
 def _check(settings: TrainingSettings, file: str) -> None:
     tables.check_choice("precision", settings.precision, PRECISIONS, file)
     tables.check_choice("data.kind", settings.data.kind, DATA_KINDS, file)
-    for key, value in (("data.passes", settings.data.passes),):
+    data = settings.data
+    for key, value in (("passes", data.passes), ("resolution", data.resolution)):
         if value < 1:
-            raise FastsdError(f"{key} is {value}; it should be at least 1", path=file)
+            raise FastsdError(f"data.{key} is {value}; it should be at least 1", path=file)
 
 
 def _check_fit(fit: Fit, prefix: str, file: str) -> None:
@@ -144,3 +163,5 @@ def _check_fit(fit: Fit, prefix: str, file: str) -> None:
     for name in ("average", "validate_share"):
         if not 0 <= getattr(fit, name) < 1:
             raise FastsdError(f"{prefix}.{name} is {getattr(fit, name)}; it should be from 0 to below 1", path=file)
+    if fit.validate_every and not fit.validate_share:
+        raise FastsdError(f"{prefix}.validate_every needs {prefix}.validate_share, such as 0.05", path=file)

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from fastsd.model.tokenizer import Tokenizer
 from fastsd.runtime.devices import cpu_has_bf16
-from fastsd.train.images import TrainingImages
+from fastsd.train.images import RowOrder, Rows, TrainingImages
 from fastsd.train.parts import Part, Workers
 from fastsd.train.settings import Fit, TrainingSettings
 
@@ -65,8 +66,12 @@ class TrainingJob:
         return precision == "bf16" or (precision == "auto" and known)
 
     def autocast(self) -> AbstractContextManager[None]:
-        """Matrix products in bf16 where the config says so; weights, sums and the loss stay fp32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        """Matrix products in bf16 where the config says so; weights, sums and the loss stay fp32.
+
+        Where no gradient is taken, the CPU stays in fp32: its fused ops take weights of one dtype with the input.
+        """
+        trains = self.device.type != "cpu" or torch.is_grad_enabled()
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16 and trains)
 
 
 class Stage(ABC):
@@ -105,7 +110,30 @@ class Stage(ABC):
 
     @abstractmethod
     def loss(self, trained: str, batch: Batch, part: Part) -> tuple[torch.Tensor, Metrics]:
-        """The scalar that the network `trained` should make small, a mean over the samples, and figures for the log."""
+        """The scalar that the network `trained` should make small, a mean over the samples, and figures for the log.
+
+        A scalar that does not depend on the network leaves it as it is in this step.
+        """
+
+    def rows(self, part: Part) -> Rows:
+        """The images of a part, in epochs or with replacement as the config says; others for the validation."""
+        return self.order.rows(part)
+
+    @cached_property
+    def order(self) -> RowOrder:
+        """The order of the images, or with `data.passes` above 1 of their encoded copies where those are trained on."""
+        return RowOrder(
+            self.job.images.groups(),
+            self.job.settings.seed,
+            self.fit.validate_share,
+            self.job.settings.data.replacement,
+            self.copies,
+        )
+
+    @property
+    def copies(self) -> int:
+        """How many copies of every image the rows stand for, one set after another."""
+        return 1
 
     def grid(self) -> Image.Image | None:
         """An image that shows how far training is; the networks have their averaged weights. None: nothing to show."""

@@ -5,21 +5,24 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from fastsd.errors import FastsdError
-from fastsd.files import reason, replace_whole
+from fastsd.files import reason, remove_leftovers, replace_whole
 from fastsd.runtime.devices import undisturbed
 from fastsd.train import record
+from fastsd.train.captioned import CaptionedImages
+from fastsd.train.digit_images import DigitImages
 from fastsd.train.figures import Figures
 from fastsd.train.images import TrainingImages
 from fastsd.train.loop import Trainer
 from fastsd.train.parts import Workers
-from fastsd.train.settings import Data, TrainingSettings, read_settings
+from fastsd.train.settings import TrainingSettings, read_settings
+from fastsd.train.sources import Sample, list_folder
 from fastsd.train.stage import Stage, Stopped, TrainingJob
 from fastsd.train.stages.unet import UNetStage
 from fastsd.train.stages.vae import VaeStage
@@ -27,18 +30,21 @@ from fastsd.train.stages.vae import VaeStage
 # The stages that a config can name, by the name of their table.
 STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (VaeStage, UNetStage)}
 
+# How the samples of each kind of data are listed.
+LISTS: dict[str, Callable[[Path], list[Sample]]] = {"folder": list_folder}
 
-def open_images(data: Data) -> TrainingImages:
+
+def open_images(settings: TrainingSettings, report: Callable[[str], None]) -> TrainingImages:
     """The training data.
 
     Raises:
-        FastsdError: it is missing or damaged.
+        FastsdError: they are missing or damaged.
     """
+    data = settings.data
     if data.kind == "digits":
-        from fastsd.train.digit_images import DigitImages
-
         return DigitImages(data)
-    raise FastsdError(f"data.kind is {data.kind!r}; it should be digits")
+    multiple = max((table.multiple for table in settings.stages.values() if hasattr(table, "multiple")), default=8)
+    return CaptionedImages(LISTS[data.kind](Path(data.path)), data, multiple, report)
 
 
 def read_config(path: str | Path, changes: Sequence[str] = ()) -> TrainingSettings:
@@ -53,8 +59,9 @@ class TrainingRun:
     the figures of every step, events/ the same for TensorBoard, samples/ the sample grids, log.txt the report.
     """
 
-    def __init__(self, settings: TrainingSettings, out: Path, images: TrainingImages):
+    def __init__(self, settings: TrainingSettings, out: Path):
         self.settings, self.out = settings, out
+        images = open_images(settings, self.report)
         device = settings.device
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         workers = Workers((settings.threads or torch.get_num_threads()) if device == "cpu" else 1)
@@ -167,15 +174,15 @@ def train(
         raise FastsdError("nothing to export yet; nothing is trained", path=folder)
     if exists:
         record.check_same(folder, settings)
-    images = open_images(settings.data)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        run = TrainingRun(settings, folder, images)
+        remove_leftovers(folder)
+        run = TrainingRun(settings, folder)
         restored = (resume or export_only) and run.restore()
         if export_only:
             run.use_averages()
         else:
-            record.write_record(folder, settings, images.record())
+            record.write_record(folder, settings, run.job.images.record())
             if restored:
                 run.report("resumed: " + ", ".join(f"{t.stage.name} at step {t.step}" for t in run.trainers))
             run.train()

@@ -18,6 +18,7 @@ checkpoint_minutes = 100.0
 kind = "digits"
 path = "{folder}/mnist"
 passes = 2
+replacement = true
 [vae.model]
 block_out_channels = [4, 4, 4, 8]
 layers_per_block = 1

@@ -16,7 +16,7 @@ from fastsd.train.captions import KNOWN_WORDS, WORDS, caption
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
-    vocabulary.write(WORDS, folder, 32)
+    vocabulary.write(*vocabulary.build(WORDS), folder, 32)
     return folder
 
 
@@ -42,7 +42,22 @@ def test_the_alphabet_matches_the_tokenizer() -> None:
     assert vocabulary.byte_alphabet() == _byte_alphabet()
 
 
-def test_words_that_split_each_other_are_refused(tmp_path: Path) -> None:
+def test_words_that_split_each_other_are_refused() -> None:
     # The merge (a, b), which starts "abcab", applies inside "cabca" before that word's own merge (c, a).
     with pytest.raises(FastsdError, match="not one token"):
-        vocabulary.write(["abcab", "cabca"], tmp_path, 8)
+        vocabulary.build(["abcab", "cabca"])
+
+
+def test_frequent_words_of_the_captions_become_one_token(tmp_path: Path) -> None:
+    texts = ["a red heart", "Red Heart", "red apple", "a heart, red", "an apple!", "a cat's heart", "héart"] * 3
+    vocab, merges = vocabulary.learn(texts, 540)
+    assert len(vocab) == len(merges) + 514 <= 540 and vocabulary.learn(list(reversed(texts)), 540) == (vocab, merges)
+    tokenizer = vocabulary.write(vocab, merges, tmp_path, 16)
+    assert tokenizer.tokens("RED heart") == ["red</w>", "heart</w>"] and len(tokenizer) == len(vocab)
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.CLIPTokenizer.from_pretrained(str(tmp_path))
+    texts += ["zebra 42, naïve 東京"]
+    expected = theirs(texts, padding="max_length", max_length=16, truncation=True, return_tensors="pt").input_ids
+    assert tokenizer(texts).tolist() == expected.tolist()
+    with pytest.raises(FastsdError, match="vocabulary is 300; it should be at least 514"):
+        vocabulary.learn(texts, 300)

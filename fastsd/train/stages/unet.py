@@ -19,8 +19,7 @@ from fastsd.model.unet import UNet
 from fastsd.model.vae import AutoencoderKL
 from fastsd.sampling.schedule import alphas_cumprod
 from fastsd.train import vocabulary
-from fastsd.train.images import rows_with_replacement
-from fastsd.train.latents import Latents, centre, encode_all, load_latents, save_latents
+from fastsd.train.latents import CACHE, Latents, cached_latents, centre, load_latents
 from fastsd.train.parts import Part
 from fastsd.train.settings import Fit
 from fastsd.train.stage import Batch, Metrics, Stage
@@ -59,8 +58,7 @@ class UNetStage(Stage):
 
     def build(self) -> None:
         job, text = self.job, self.settings.text
-        words = [*getattr(job.images, "vocabulary", job.images.known_words)]
-        job.tokenizer = vocabulary.write(words, job.out / "tokenizer", text.max_position_embeddings)
+        job.tokenizer = vocabulary.write(*job.images.vocabulary(), job.out / "tokenizer", text.max_position_embeddings)
         text = replace(text, vocab_size=len(job.tokenizer), eos_token_id=job.tokenizer.eos_id)
         self.unet = UNet(self.settings.model).to(job.device)
         self.text_encoder = TextEncoder(text).to(job.device)
@@ -72,27 +70,22 @@ class UNetStage(Stage):
         self.scheduler = self.settings.scheduler
         self.alpha_bars = torch.from_numpy(alphas_cumprod(self.scheduler).copy())
 
-    @property
-    def cache(self) -> Path:
-        """The file of the encoded images."""
-        return self.job.out / "latents.pt"
-
     def prepare(self) -> None:
         vae = self.job.modules["vae"]
         assert isinstance(vae, AutoencoderKL)
-        if not self.cache.is_file():
-            latents = encode_all(vae, self.job)
-            save_latents(latents, self.cache)
-            self.job.report(f"encoded {len(latents.mean):,} images")
-        self.latents = load_latents(self.cache)
+        self.latents = cached_latents(vae, self.job)
+
+    @property
+    def copies(self) -> int:
+        return self.job.settings.data.passes
 
     def batch(self, part: Part) -> Batch:
         latents, random = self.latents, part.random
         normal = partial(torch.randn, generator=random.torch, **FLOATS)
-        rows = rows_with_replacement(len(latents.mean), part)
+        rows = self.rows(part)
         texts = [self.job.images.caption(int(row), latents.notes, random.numpy, self.settings.empty) for row in rows]
         index = torch.from_numpy(rows)
-        x = latents.sample(index, normal(latents.mean[index].shape))
+        x = latents.sample(index, random.torch)
         noise = normal(x.shape)
         # Timesteps are stratified over the part, which removes most of the noise from the loss.
         total = len(self.alpha_bars)
@@ -122,9 +115,9 @@ class UNetStage(Stage):
     def export(self, folder: Path) -> bool:
         """Write the model as an fp16 checkpoint folder."""
         job, settings = self.job, self.job.settings
-        if not self.cache.is_file():
+        if not (job.out / CACHE).is_file():
             raise FastsdError("nothing to export yet; the autoencoder is not trained", path=job.out)
-        latents = load_latents(self.cache)
+        latents = load_latents(job.out / CACHE)
         source = job.modules["vae"]
         assert isinstance(source, AutoencoderKL) and job.tokenizer is not None
         with torch.device("cpu"):
