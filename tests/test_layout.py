@@ -85,6 +85,7 @@ ABOUT: dict[str, tuple[str, ...]] = {
     ".": ("imports", "layout", "package"),
     "cli": ("few_step", "prompts"),  # features that several of its modules share
     "evaluate/digits": ("bundled_model",),
+    "train": ("kills",),
     "kernels": (
         "flash_attn_compile",
         "library_candidates",
