@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastsd.kernels.conv2d import conv2d
 from fastsd.kernels.cpu import choices, onednn
 from fastsd.kernels.flash_attn import flash_attn
 from fastsd.kernels.geglu import geglu
@@ -64,6 +65,26 @@ def norm(dtype: torch.dtype, batch: int, side: int, channels: int, groups: int) 
     return TwoWays("groupnorm_silu", f"{batch}x{side}x{side}x{channels}", side * side * channels, run)
 
 
+def convolution(dtype: torch.dtype, batch: int, side: int, inputs: int, outputs: int) -> TwoWays:
+    """Each way by the weight that a layer would give it."""
+    x, weight = torch.randn(batch, side, side, inputs).to(dtype), torch.randn(outputs, inputs, 3, 3).to(dtype)
+    packed, bias = onednn.pack(weight, x.shape, 1, SAME), torch.randn(outputs).to(dtype)
+    plain = weight.contiguous(memory_format=torch.channels_last)
+    size = min(2 * inputs * outputs // (inputs + outputs), side * side // 3)
+
+    def run() -> torch.Tensor:
+        return conv2d(x, plain if choices.way("conv2d", dtype, size) == "winograd" else packed, bias, 1, SAME)
+
+    return TwoWays("conv2d", f"{batch}x{side}x{side}x{inputs}x{outputs}", size, run)
+
+
+def doubled_by_winograd(dtype: torch.dtype, side: int, channels: int) -> TwoWays:
+    x, weight = torch.randn(1, side, side, channels).to(dtype), torch.randn(channels, channels, 3, 3).to(dtype)
+    plain = weight.contiguous(memory_format=torch.channels_last)
+    run = functools.partial(upsample2x_conv, x, plain, torch.randn(channels).to(dtype))
+    return TwoWays("upsample2x_conv, Winograd's", f"1x{side}x{side}x{channels}", side * side, run)
+
+
 def doubled(dtype: torch.dtype, side: int, channels: int) -> TwoWays:
     x, weight = torch.randn(1, side, side, channels).to(dtype), torch.randn(channels, channels, 3, 3).to(dtype)
     packed = onednn.pack(weight, torch.Size((1, 2 * side, 2 * side, channels)), 1, SAME)
@@ -91,6 +112,14 @@ def cases(dtype: torch.dtype) -> Iterator[Callable[[], TwoWays]]:
         (2, 8, 1280, 32), (2, 16, 1280, 32), (2, 32, 640, 32), (2, 64, 320, 32),
     ):  # fmt: skip
         yield functools.partial(norm, dtype, batch, side, channels, groups)
+    if dtype == choices.FP32:  # the only dtype that Winograd's way takes
+        for batch, side, inputs, outputs in (
+            (1, 32, 64, 64), (1, 64, 64, 64), (1, 64, 96, 96), (1, 64, 128, 128), (1, 512, 128, 128), (2, 16, 320, 320),
+            (2, 16, 1280, 1280), (1, 24, 1280, 1280), (2, 32, 640, 640), (2, 64, 320, 320), (2, 64, 640, 320),
+        ):  # fmt: skip
+            yield functools.partial(convolution, dtype, batch, side, inputs, outputs)
+        for side, channels in ((4, 1280), (8, 1280), (8, 256), (16, 1280), (32, 640), (128, 512)):
+            yield functools.partial(doubled_by_winograd, dtype, side, channels)
     for side, channels in ((8, 64), (16, 64), (16, 640), (32, 48), (32, 640), (64, 256)):
         yield functools.partial(doubled, dtype, side, channels)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from fastsd.kernels import candidates, dispatch
 from fastsd.kernels.candidates import GpuOp, OpCandidate
-from fastsd.kernels.cpu import onednn
+from fastsd.kernels.cpu import choices, onednn, winograd
 from fastsd.kernels.launch import architecture, variants
 from fastsd.kernels.launch.conv2d import UNUSED, ConvBoxes, ConvPointers, choose, saves_time
 
@@ -48,7 +48,8 @@ def conv2d(
 
     Args:
         x: `[B, H, W, Cin]`.
-        weight: `[Cout, Cin, kh, kw]`, fastest if packed (`onednn.pack`) or in `torch.channels_last` memory.
+        weight: `[Cout, Cin, kh, kw]`, fastest if packed (`onednn.pack`) where `wants_packed`, else in
+            `torch.channels_last` memory.
         bias: `[Cout]` or None.
         stride: of both directions.
         padding: zeros added at (left, right, top, bottom).
@@ -64,11 +65,26 @@ def conv2d(
         return candidates.run(OP, x, weight, bias, stride, padding, residual, relu)
     if backend == "torch":
         return _by_torch(x, weight, bias, stride, padding, residual, relu)
+    if not (weight.is_mkldnn or wants_packed(x.shape, weight, stride, padding)):
+        return winograd.convolve(x, weight, bias, padding, residual, relu)
     x, (top, left) = _padded(x, padding)
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     return onednn.convolve(x, weight, bias, stride, (top, left), residual, relu).permute(0, 2, 3, 1)
+
+
+def wants_packed(shape: torch.Size, weight: torch.Tensor, stride: int, padding: Padding) -> bool:
+    """Whether oneDNN's convolution, which a packed weight has, is faster for `x` of this shape than Winograd's.
+
+    Winograd's sums cost as much for each channel, and for each element of the weight, as some products.
+    """
+    if not winograd.takes(weight, stride):
+        return True
+    outputs, inputs = weight.shape[:2]
+    mean = 2 * inputs * outputs // (inputs + outputs)
+    height, width = _size(shape, weight, stride, padding)
+    return choices.way("conv2d", weight.dtype, min(mean, height * width // 3)) == "direct"
 
 
 def _padded(x: torch.Tensor, padding: Padding) -> tuple[torch.Tensor, tuple[int, int]]:
@@ -176,19 +192,17 @@ def _launches(
     padding: Padding,
     *_: Any,
 ) -> list[ConvBoxes | ConvPointers]:
-    height, width = _size(x, weight, stride, padding)
+    height, width = _size(x.shape, weight, stride, padding)
     outputs, inputs, *kernel = weight.shape
     key = architecture.class_of(x.device)
     return variants.convolutions(thorough, key, height, width, inputs, outputs, math.prod(kernel), stride, 1)
 
 
-def _size(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: Padding) -> tuple[int, int]:
+def _size(shape: torch.Size, weight: torch.Tensor, stride: int, padding: Padding) -> tuple[int, int]:
     """Height and width of the result."""
     left, right, top, bottom = padding
     kernel = weight.shape[2:]
-    height, width = (
-        (n - k) // stride + 1 for n, k in zip((x.shape[1] + top + bottom, x.shape[2] + left + right), kernel)
-    )
+    height, width = ((n - k) // stride + 1 for n, k in zip((shape[1] + top + bottom, shape[2] + left + right), kernel))
     return height, width
 
 
@@ -222,7 +236,7 @@ def _first(
     if inputs % VECTOR or outputs % VECTOR:
         return "triton"
     left, right, top, bottom = padding
-    height, width = _size(x, weight, stride, padding)
+    height, width = _size(x.shape, weight, stride, padding)
     passes = 0.0 if bias is None and residual is None and not relu else 2.0 if residual is None else 3.0
     if (left, top) != (right, bottom):  # cuDNN needs a padded copy
         passes += 2 * stride**2 * inputs / outputs

@@ -9,7 +9,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fastsd.kernels import candidates, dispatch
 from fastsd.kernels.candidates import GpuOp, OpCandidate
 from fastsd.kernels.conv2d import Padding, conv2d, conv2d_ref
-from fastsd.kernels.cpu import choices, onednn
+from fastsd.kernels.cpu import choices, onednn, winograd
 from fastsd.kernels.launch import architecture, variants
 from fastsd.kernels.launch.conv2d import ConvBoxes, ConvPointers, saves_time_doubled
 
@@ -50,7 +50,10 @@ def upsample2x_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         return upsample2x_conv_ref(x, weight, bias)
     if backend == "triton":
         return candidates.run(OP, x, weight, bias)
-    if backend == "onednn" and _way(x, weight, weight.is_mkldnn) == "phases":
+    way = _way(x, weight, weight.is_mkldnn) if backend == "onednn" else "doubling"
+    if way == "winograd":
+        return winograd.convolve_doubled(x, weight, bias)
+    if way == "phases":
         return _upsample2x_conv_onednn(x, weight, bias)
     return _by_doubling(x, weight, bias)
 
@@ -118,8 +121,12 @@ def wants_packed(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def _way(x: torch.Tensor, weight: torch.Tensor, packed: bool) -> str:
-    kept = ", kept weights" if packed and weight.numel() <= KEPT else ""
-    return choices.way("upsample2x_conv" + kept, x.dtype, x.shape[1] * x.shape[2])
+    kind = ""
+    if weight.numel() <= KEPT:
+        kind = ", kept weights" if packed else ""
+    elif winograd.takes(weight, 1) and not packed:
+        kind = ", Winograd's"
+    return choices.way("upsample2x_conv" + kind, x.dtype, x.shape[1] * x.shape[2])
 
 
 def _upsample2x_conv_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

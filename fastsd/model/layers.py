@@ -17,14 +17,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastsd.kernels import dispatch
-from fastsd.kernels.conv2d import Padding, conv2d
+from fastsd.kernels.conv2d import Padding, conv2d, wants_packed
 from fastsd.kernels.cpu import onednn
 from fastsd.kernels.flash_attn import flash_attn
 from fastsd.kernels.geglu import geglu
 from fastsd.kernels.geglu_fp8 import geglu_fp8
 from fastsd.kernels.groupnorm_silu import groupnorm_silu
 from fastsd.kernels.layernorm import Vectors, layernorm
-from fastsd.kernels.upsample2x import upsample2x, upsample2x_conv, wants_packed
+from fastsd.kernels.upsample2x import upsample2x, upsample2x_conv
+from fastsd.kernels.upsample2x import wants_packed as wants_packed_doubled
 from fastsd.model.linear import LayerChange, init_uniform
 from fastsd.model.linear import Linear as Linear
 
@@ -77,26 +78,34 @@ class Conv2d(nn.Module):
         return conv2d(x, self.weight, bias, self.stride, self.padding, added)
 
     def pack(self, x: torch.Tensor, scale: int = 1) -> None:
-        """Bring the weight into oneDNN's layout for `x`, enlarged by `scale`, where oneDNN runs the layer.
+        """Bring the weight into the layout that is fastest for `x`, enlarged by `scale`, where oneDNN runs the layer.
 
-        The layout depends on the map's shape. In another one each call would rearrange the weight, which for small maps
-        takes a hundred times as long as the convolution.
+        oneDNN's own depends on the map's shape. In another one each call would rearrange the weight, which for small
+        maps takes a hundred times as long as the convolution. Winograd's reads an ordinary weight, channels last.
         """
         batch, height, width, channels = x.shape
         shape = torch.Size((batch, scale * height, scale * width, channels))
         packing = (shape, torch.get_num_threads())
         if packing == self._packed_for or dispatch.backend(x, self.weight, self.bias) != "onednn":
             return
+        if scale == 1:
+            packs = wants_packed(shape, self.weight, self.stride, self.padding)
+        else:
+            packs = wants_packed_doubled(x, self.weight)
         with torch.inference_mode(False), torch.no_grad():
-            packed = onednn.pack(onednn.dense(self.weight.detach()), shape, self.stride, self.padding)
-        self.weight = nn.Parameter(packed, requires_grad=False)
+            weight = onednn.dense(self.weight.detach())
+            if packs:
+                weight = onednn.pack(weight, shape, self.stride, self.padding)
+            else:
+                weight = weight.contiguous(memory_format=torch.channels_last)
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self._packed_for = packing
 
     def after_doubling(self, x: torch.Tensor) -> torch.Tensor:
         """The 3 x 3 convolution of `x` doubled by nearest neighbour."""
         if self.change is not None:
             return self(upsample2x(x))
-        if not (self.training or self.weight.requires_grad) and wants_packed(x, self.weight):
+        if not (self.training or self.weight.requires_grad):
             self.pack(x, 2)
         return upsample2x_conv(x, self.weight, self.bias)
 

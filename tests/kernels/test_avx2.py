@@ -20,6 +20,7 @@ from fastsd.kernels import dispatch
 TESTS = Path(__file__).parent.parent
 SELECTION = [
     "kernels/cpu/test_choices.py",
+    "kernels/cpu/test_winograd.py",
     "kernels/test_avx2.py",
     "kernels/test_conv2d.py",
     "kernels/test_dispatch.py",

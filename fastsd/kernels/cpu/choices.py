@@ -43,8 +43,10 @@ OPS = {
     "linear": Ways("multiplications", ("onednn", "torch"), ONEDNN),
     "geglu": Ways("multiplications", ("onednn", "torch"), ONEDNN),
     "groupnorm_silu": Ways("elements", ("moments", "contiguous", "direct"), EVERY),
+    "conv2d": Ways("the least of mean channels (harmonic) and a third of the pixels", ("winograd", "direct"), ONEDNN),
     "upsample2x_conv": Ways("pixels of the small map", ("phases", "doubling"), ONEDNN),
     "upsample2x_conv, kept weights": Ways("pixels of the small map", ("phases", "doubling"), ONEDNN),
+    "upsample2x_conv, Winograd's": Ways("pixels of the small map", ("winograd", "doubling"), ONEDNN),
 }
 
 Steps = tuple[tuple[int, str], ...]  # (least size, way), the largest size first; the last begins at 0
@@ -77,6 +79,9 @@ TABLE = {
         for p in PROCESSORS
         for d in (FP32, BF16, FP16)
     },
+    # Winograd's sums of pixels, of weights and of products cost the same on both, the products half as much on AVX-512.
+    **_rows("conv2d", {("avx512", FP32): 120, ("avx512", BF16): NEVER, ("avx2", FP32): 85}),
+    **_rows("upsample2x_conv, Winograd's", {("avx512", FP32): 2**6, ("avx512", BF16): NEVER, ("avx2", FP32): 2**6}),
     # Summing the weights for the four phases costs the same for a map of any size, and nothing where the sums are kept.
     **_rows("upsample2x_conv", {("avx512", FP32): 2**10, ("avx512", BF16): 2**10, ("avx2", FP32): 2**10}),
     **_rows("upsample2x_conv, kept weights", {("avx512", FP32): 2**6, ("avx512", BF16): 2**6, ("avx2", FP32): 2**6}),

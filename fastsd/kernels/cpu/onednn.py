@@ -66,6 +66,22 @@ def convolve(
     return convolution_and_sum(x, residual, weight, bias, *shape, "add", 1.0, "relu" if relu else None, [], None)
 
 
+def pack_products(weights: torch.Tensor, rows: int) -> torch.Tensor:
+    """Weights `[G, N, K]` of G products in the blocked layout that oneDNN chooses for `rows` rows; see `products`."""
+    groups, outputs, inputs = weights.shape
+    blocked = weights.reshape(groups * outputs, inputs, 1, 1).to_mkldnn()
+    size = [1, groups * inputs, rows, 1]
+    return torch.ops.aten.mkldnn_reorder_conv2d_weight(blocked, [0, 0], [1, 1], [1, 1], groups, size)
+
+
+def products(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """G products in one call, `x[:, g] weights[g]^T + bias`: `[M, G, K]` to `[M, G * N]`; bias: `[G * N]`."""
+    rows, groups, inputs = x.shape
+    pixels = x.view(1, rows, 1, groups * inputs).permute(0, 3, 1, 2)
+    y = _operators()[0](pixels, packed, bias, (0, 0), (1, 1), (1, 1), groups, "none", [], "")
+    return y.permute(0, 2, 3, 1).reshape(rows, -1)
+
+
 def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "none") -> torch.Tensor:
     """`activation(x weight^T + bias)` for `x` `[M, K]`, `weight` `[N, K]` and an activation of `ACTIVATIONS`.
 
