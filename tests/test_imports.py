@@ -38,6 +38,7 @@ RANKS = {
     "data": 8,
     "train": 8,
     "evaluate": 8,
+    "show": 8,
     "verify": 8,
     "tune": 8,
     "cli": 9,

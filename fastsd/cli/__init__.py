@@ -25,6 +25,7 @@ COMMANDS = {
     "train": "train a model from a config file",
     "evaluate": "measure how good a model's images are",
     "compare": "two models or settings, side by side and in figures",
+    "show": "what happens inside: noise, steps, attention, latents",
     "inspect": "what a model file is: family, prediction, keys, hashes",
     "convert": "between folder and single file, or precisions",
     "verify": "prove on this machine that the fast path is right",
