@@ -67,6 +67,7 @@ ROWS: tuple[Parameter, ...] = (
         HOW,
         label="Timestep spacing",
         few_step=True,
+        rare=True,
     ),
     Parameter(
         "timesteps",

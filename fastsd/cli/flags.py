@@ -40,10 +40,17 @@ WEIGHT = Number(low=-MAX_CONTROL_WEIGHT, high=MAX_CONTROL_WEIGHT)
 
 
 def _row(
-    name: str, kind: Kind, group: str, help: str, *flags: str, default: Any = None, several: bool = False
+    name: str,
+    kind: Kind,
+    group: str,
+    help: str,
+    *flags: str,
+    default: Any = None,
+    several: bool = False,
+    rare: bool = False,
 ) -> Parameter:
     flags = flags or (f"--{name.replace('_', '-')}",)
-    return Parameter(name, kind, help, flags, group, default, of="cli", several=several)
+    return Parameter(name, kind, help, flags, group, default, of="cli", several=several, rare=rare)
 
 
 CLI: dict[str, Parameter] = {
@@ -65,7 +72,7 @@ CLI: dict[str, Parameter] = {
             several=True,
         ),
         _row("lora_dir", FOLDER, WHAT, "a folder of them, for <lora:NAME:X> in the prompt"),
-        _row("allow_partial", Switch(), WHAT, "leave out a LoRA's layers that the model lacks"),
+        _row("allow_partial", Switch(), WHAT, "leave out a LoRA's layers that the model lacks", rare=True),
         _row("from_image", File(), WHAT, "repeat an image by the settings in it; flags change them"),
         _row("control", PATH, CONTROL, "a ControlNet: a folder, a file or a hub id", several=True),
         _row("control_image", File(), CONTROL, "its input: edges, a pose", several=True),
