@@ -51,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_metric_arguments(group: Any, count: int | None = 500) -> None:
     """The flags that every measurement has; `count` is the default of `--count`."""
     group.add_argument(
-        "--metrics", metavar="NAMES", help="some of fid, kid, is, precision-recall, accuracy, nearest, autoencoder"
+        "--metrics",
+        metavar="NAMES",
+        help="some of fid, kid, is, clip, precision-recall, accuracy, nearest, autoencoder",
     )
     group.add_argument(
         "--count", type=int, default=count, metavar="N", help=f"images to generate (default: {count or '8; 500'})"
@@ -61,8 +63,9 @@ def add_metric_arguments(group: Any, count: int | None = 500) -> None:
         "--extractor",
         default="pixels",
         metavar="NAME[:FILE]",
-        help="what images are compared in: pixels, inception:FILE or reader:FILE (default: %(default)s)",
+        help="what images are compared in: pixels, inception:FILE, reader:FILE or clip:FOLDER (default: %(default)s)",
     )
+    group.add_argument("--clip", metavar="FOLDER", help="the CLIP model of the metric clip, as transformers saves it")
     group.add_argument(
         "--gallery", action="append", default=[], metavar="DIR", help="more real images for nearest; may be given again"
     )

@@ -5,13 +5,14 @@
 | pixels | 16 x 16 x 3 means of the image: needs no weights, sees colour and layout alone |
 | inception:FILE | the 2048 features of Inception v3 of 2015, on which FID is defined |
 | reader:FILE | the digit reader's features before its last layer; its classes are the digits |
+| clip:FOLDER | a CLIP model's image vectors, before they are normalised |
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from fastsd.errors import FastsdError, about, nearest
+from fastsd.evaluate.clip import load_clip, weights_of
 from fastsd.evaluate.digits.reader import load_reader, to_input
-from fastsd.evaluate.images import Pixels
+from fastsd.evaluate.images import Pixels, batches
 from fastsd.evaluate.inception import load_inception
-from fastsd.files import fingerprint
 
 PIXELS_SIDE = 16
-BATCH = 32
 
 # Of images `[N, H, W, 3]` uint8: features `[N, D]`, and logits `[N, K]` where the extractor has classes.
 Look = Callable[[torch.Tensor], tuple[torch.Tensor, "torch.Tensor | None"]]
@@ -64,13 +64,6 @@ class Extractor:
         return np.concatenate(found), np.concatenate(classes) if classes else None
 
 
-def batches(images: Iterable[Pixels]) -> Iterator[list[Pixels]]:
-    """Lists of `BATCH` images; the last may be shorter."""
-    rest = iter(images)
-    while part := list(islice(rest, BATCH)):
-        yield part
-
-
 def as_channels(images: torch.Tensor) -> torch.Tensor:
     """`[N, H, W, 3]` uint8 to `[N, 3, H, W]` in [0, 1]."""
     return images.permute(0, 3, 1, 2).float() / 255
@@ -93,8 +86,8 @@ def load_extractor(spec: str, argument: str = "--extractor") -> Extractor:
     if not file:
         raise FastsdError(f"it needs the file of its weights, {name}:FILE", argument=argument, value=spec)
     path = Path(file).expanduser()
-    if not path.is_file():
-        raise FastsdError("no such file", argument=argument, path=path)
+    if not (path.is_dir() if name == "clip" else path.is_file()):
+        raise FastsdError("no such folder" if name == "clip" else "no such file", argument=argument, path=path)
     with about(argument, path):
         return EXTRACTORS[name](path)
 
@@ -105,7 +98,7 @@ def _look_at_pixels(images: torch.Tensor) -> tuple[torch.Tensor, None]:
 
 def _inception(path: Path) -> Extractor:
     network = load_inception(path)
-    return Extractor("inception", fingerprint(path.read_bytes()), lambda images: network(as_channels(images)))
+    return Extractor("inception", file_sha256(path), lambda images: network(as_channels(images)))
 
 
 def _reader(path: Path) -> Extractor:
@@ -117,11 +110,26 @@ def _reader(path: Path) -> Extractor:
         features = reader.features(to_input(as_channels(images).mean(1)))
         return features, reader.out(features)
 
-    return Extractor("reader", fingerprint(path.read_bytes()), look, DIGIT_WORDS)
+    return Extractor("reader", file_sha256(path), look, DIGIT_WORDS)
+
+
+def _clip(path: Path) -> Extractor:
+    model = load_clip(path)
+    return Extractor("clip", file_sha256(weights_of(path)), lambda images: (model.look(images), None))
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal, read part by part."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            sha.update(part)
+    return sha.hexdigest()
 
 
 EXTRACTORS: dict[str, Callable[[Path], Extractor]] = {
     "pixels": lambda path: Extractor("pixels", "", _look_at_pixels),
     "inception": _inception,
     "reader": _reader,
+    "clip": _clip,
 }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fastsd.image.files import open_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_METADATA = 2**28  # bytes of metadata.jsonl
+BATCH = 32  # images that a network sees at a time
 MAX_CAPTION = 2**16  # bytes of a .txt file
 IDX = "train-images-idx3-ubyte.gz"
 Pixels = NDArray[np.uint8]
@@ -50,6 +52,13 @@ class RealImages:
         """Images as `[height, width, 3]` at `size` (width, height): the middle of each, made smaller or larger."""
         for index in which:
             yield fit(self.images[index].open(), size)
+
+
+def batches(images: Iterable[Pixels]) -> Iterator[list[Pixels]]:
+    """Lists of `BATCH` images; the last may be shorter."""
+    rest = iter(images)
+    while part := list(islice(rest, BATCH)):
+        yield part
 
 
 def fit(image: Image.Image, size: tuple[int, int]) -> Pixels:

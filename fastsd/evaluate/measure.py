@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsd.errors import FastsdError
-from fastsd.evaluate.extractors import Extractor, load_extractor
+from fastsd.errors import FastsdError, about
+from fastsd.evaluate.clip import Clip, load_clip, weights_of
+from fastsd.evaluate.extractors import Extractor, file_sha256, load_extractor
 from fastsd.evaluate.generated import Progress, choose_prompts, generate
 from fastsd.evaluate.images import Pixels, RealImages, read_images
 from fastsd.evaluate.metrics import METRICS, Evidence, Prompt, check_needs, parse_metrics
@@ -30,6 +31,7 @@ class Measurement:
         prompts: what is generated; the k-th image has seed `seed + k`.
         real, galleries: the real images.
         reference, rounds: at most so many real images; rounds of the bootstrap.
+        clip: the model of the CLIP score, and what the report calls it.
     """
 
     names: list[str]
@@ -40,6 +42,7 @@ class Measurement:
     seed: int
     reference: int
     rounds: int
+    clip: tuple[Clip, str] | None = None
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Measurement:
@@ -52,12 +55,13 @@ class Measurement:
             if not low <= getattr(args, name) <= high:
                 raise FastsdError(f"it should be {low:,} to {high:,}", argument=f"--{name}", value=getattr(args, name))
         names = parse_metrics(args.metrics)
+        clip = _load_clip(args.clip, "clip" in names)
         extractor = load_extractor(args.extractor)
         real = read_images(Path(args.data))
         check_needs(names, args.count, real, extractor)
         galleries = [read_images(Path(folder), "--gallery") for folder in args.gallery]
         prompts = choose_prompts(real, args.count, args.seed)
-        return cls(names, prompts, real, galleries, extractor, args.seed, args.reference, args.bootstrap)
+        return cls(names, prompts, real, galleries, extractor, args.seed, args.reference, args.bootstrap, clip)
 
     def generate(self, pipe: Pipeline, settings: dict[str, Any], progress: Progress) -> list[Pixels]:
         """The images of all prompts."""
@@ -81,6 +85,7 @@ class Measurement:
             self.reference,
             self.rounds,
             self.seed,
+            self.clip[0] if self.clip else None,
         )
         figures: dict[str, Figure] = {}
         for name in self.names:
@@ -93,8 +98,27 @@ class Measurement:
             "size": list(size),
             "extractor": self.extractor.title,
             "extractor_sha256": self.extractor.sha256,
+            "clip": self.clip[1] if self.clip else "",
             "data": {"folder": self.real.folder.name, "sha256": self.real.sha256},
             "reference": len(evidence.real_range),
             "bootstrap": self.rounds,
         }
         return Report(figures, about, tuple(prompt.text for prompt in self.prompts))
+
+
+def _load_clip(folder: str | None, wanted: bool) -> tuple[Clip, str] | None:
+    """The model of the CLIP score and its name for the report; None where no metric needs one.
+
+    Raises:
+        FastsdError: a folder is missing, or given without need; it holds no CLIP.
+    """
+    if folder is None and not wanted:
+        return None
+    if folder is None or not wanted:
+        which = "the metric clip needs a CLIP model's folder" if wanted else "belongs to the metric clip"
+        raise FastsdError(which, argument="--clip")
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise FastsdError("no such folder", argument="--clip", path=path)
+    with about("--clip"):
+        return load_clip(path), f"clip (sha256 {file_sha256(weights_of(path))[:12]})"

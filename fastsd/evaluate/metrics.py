@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastsd.errors import FastsdError, nearest
+from fastsd.evaluate.clip import Clip
 from fastsd.evaluate.distances import (
     NEIGHBOURS,
     Floats,
@@ -57,6 +58,7 @@ class Evidence:
         size: (width, height) of the generated images, which real ones are brought to.
         reference: at most so many real images are compared with.
         rounds, seed: of the bootstrap.
+        clip: the model of the CLIP score.
     """
 
     pipe: Pipeline
@@ -69,6 +71,7 @@ class Evidence:
     reference: int
     rounds: int
     seed: int
+    clip: Clip | None = None
 
     def figure(self, statistic: Callable[[NDArray[np.int64]], float], share: bool = False) -> Figure:
         """A statistic of the generated images, with its interval."""
@@ -121,6 +124,13 @@ def precision_recall(evidence: Evidence) -> Figures:
         "precision": evidence.figure(found.precision, share=True),
         "recall": evidence.figure(found.recall, share=True),
     }
+
+
+def clip_score(evidence: Evidence) -> Figures:
+    """How well images fit their captions."""
+    assert evidence.clip is not None  # `Measurement.of` asked for it
+    scores = evidence.clip.scores(evidence.generated, [prompt.text for prompt in evidence.prompts])
+    return {"clip": evidence.mean(scores)}
 
 
 def accuracy(evidence: Evidence) -> Figures:
@@ -191,6 +201,7 @@ METRICS = {
     "fid": Metric(fid, "lower", 2),
     "kid": Metric(kid, "lower", 2),
     "is": Metric(inception, "higher", IS_SPLITS, classes=True),
+    "clip": Metric(clip_score, "higher", 1),
     "precision-recall": Metric(precision_recall, "higher", NEIGHBOURS + 1),
     "accuracy": Metric(accuracy, "higher", 1, classes=True),
     "nearest": Metric(nearest_image, "higher", 1),

@@ -23,6 +23,7 @@ MIN_CELL, MAX_CELL = 96, 256  # pixels
 # Two figures may be compared where all of these are equal; the text says what differs.
 SAME = {
     "extractor": "the extractors of their features",
+    "clip": "the models of the CLIP score",
     "data": "the real images",
     "size": "the size of the images",
     "count": "the number of generated images",
@@ -62,7 +63,7 @@ class Report:
             "|---|---|---|",
             *(f"| {name} | {shown(figure.value)} | {interval(figure)} |" for name, figure in self.figures.items()),
             "",
-            f"- features: {about['extractor']}",
+            f"- features: {about['extractor']}" + (f"; CLIP score: {about['clip']}" if about["clip"] else ""),
             f"- {about['count']} generated images, seeds {about['seed']} to {about['seed'] + about['count'] - 1}, "
             f"{about['size'][0]} x {about['size'][1]} pixels",
             f"- {about['reference']} real images of {about['data']['folder']} "

@@ -48,7 +48,6 @@ def test_an_image_of_ones_own(cli: Any) -> None:
     """Sides that the autoencoder does not take are cut."""
     Image.new("RGB", (77, 70), (200, 200, 200)).save("grey.png")
     assert cli("show", "latents", "--image", "grey.png").code == 0
-    assert cli("show", "forward", "--image", "grey.png").code == 0
 
 
 @pytest.mark.parametrize(
