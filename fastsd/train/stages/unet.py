@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from fastsd.components import Components
@@ -17,29 +19,49 @@ from fastsd.errors import FastsdError
 from fastsd.model.clip import TextEncoder
 from fastsd.model.unet import UNet
 from fastsd.model.vae import AutoencoderKL
-from fastsd.sampling.schedule import alphas_cumprod
+from fastsd.pipeline import Pipeline
 from fastsd.train import vocabulary
+from fastsd.train.grids import rows_of_images
 from fastsd.train.latents import CACHE, Latents, cached_latents, centre, load_latents
+from fastsd.train.noising import (
+    SDES,
+    NoiseLevels,
+    min_snr_weight,
+    offset_noise,
+    prediction_target,
+    stratified,
+)
 from fastsd.train.parts import Part
 from fastsd.train.settings import Fit
 from fastsd.train.stage import Batch, Metrics, Stage
+from fastsd.train.tables import check_choice
 from fastsd.weights import save_folder
 
 FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+SHOWN = 12  # images of a sample grid
 
 
 @dataclass(frozen=True)
 class UNetSettings:
-    """`empty`: share of samples without a caption, which guidance needs (Ho and Salimans 2022)."""
+    """The objective is that of `scheduler.prediction_type`, or with `sde` score matching in continuous time."""
 
     model: UNetConfig
     text: CLIPConfig
     scheduler: SchedulerConfig
     fit: Fit
-    empty: float = 0.12
+    empty: float = 0.12  # share of samples without a caption, which guidance needs (Ho and Salimans 2022)
+    sde: str = ""  # "vp" or "ve": score matching on that SDE (Song et al. 2021)
+    sigma_min: float = 0.01  # of the VE SDE
+    sigma_max: float = 50.0
+    min_snr: float = 0.0  # gamma of min-SNR weighting (Hang et al. 2023), usually 5; 0: none
+    noise_offset: float = 0.0  # usually 0.05 to 0.1; 0: none
 
     def check(self) -> None:
-        """Raises FastsdError where the text encoder and the UNet do not fit together."""
+        """Raises FastsdError where values do not go together."""
+        check_choice("unet.sde", self.sde, SDES, None)
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise FastsdError("unet.sigma_min and unet.sigma_max should be above 0, and the first below the second")
+        NoiseLevels(self.scheduler, self.sde, self.sigma_min, self.sigma_max)
         if self.text.hidden_size != self.model.cross_attention_dim:
             raise FastsdError(
                 f"unet.text.hidden_size is {self.text.hidden_size}; it should be unet.model.cross_attention_dim,"
@@ -58,6 +80,8 @@ class UNetStage(Stage):
 
     def build(self) -> None:
         job, text = self.job, self.settings.text
+        if "vae" not in job.modules:
+            raise FastsdError("the stage unet needs an autoencoder; put the stage vae before it")
         job.tokenizer = vocabulary.write(*job.images.vocabulary(), job.out / "tokenizer", text.max_position_embeddings)
         text = replace(text, vocab_size=len(job.tokenizer), eos_token_id=job.tokenizer.eos_id)
         self.unet = UNet(self.settings.model).to(job.device)
@@ -67,8 +91,9 @@ class UNetStage(Stage):
             nn.init.zeros_(parameter)
         self.trained = {"denoiser": nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder})}
         job.modules |= {"unet": self.unet, "text_encoder": self.text_encoder}
-        self.scheduler = self.settings.scheduler
-        self.alpha_bars = torch.from_numpy(alphas_cumprod(self.scheduler).copy())
+        settings = self.settings
+        self.levels = NoiseLevels(settings.scheduler, settings.sde, settings.sigma_min, settings.sigma_max)
+        self.scheduler = self.levels.scheduler
 
     def prepare(self) -> None:
         vae = self.job.modules["vae"]
@@ -81,74 +106,75 @@ class UNetStage(Stage):
 
     def batch(self, part: Part) -> Batch:
         latents, random = self.latents, part.random
-        normal = partial(torch.randn, generator=random.torch, **FLOATS)
         rows = self.rows(part)
         texts = [self.job.images.caption(int(row), latents.notes, random.numpy, self.settings.empty) for row in rows]
         index = torch.from_numpy(rows)
         x = latents.sample(index, random.torch)
-        noise = normal(x.shape)
-        # Timesteps are stratified over the part, which removes most of the noise from the loss.
-        total = len(self.alpha_bars)
-        fractions = (
-            torch.arange(part.size, **FLOATS) + torch.rand(part.size, generator=random.torch, **FLOATS)
-        ) / part.size
-        t = (fractions * total).long().clamp_max(total - 1)
-        return {"x": x, "noise": noise, "t": t, "texts": texts}
+        noise = torch.randn(x.shape, generator=random.torch, **FLOATS)
+        # Times are stratified over the part, which removes most of the noise from the loss.
+        time, alpha_bar = self.levels.at(stratified(part.size, random.torch))
+        noise = offset_noise(noise, self.settings.noise_offset, random.torch)
+        assert self.job.tokenizer is not None
+        batch = {"x": x, "noise": noise, "time": time, "alpha_bar": alpha_bar, "ids": self.job.tokenizer(texts)}
+        return {name: tensor.to(self.job.device) for name, tensor in batch.items()} | {"texts": texts}
 
     def loss(self, trained: str, batch: Batch, part: Part) -> tuple[torch.Tensor, Metrics]:
-        """Mean squared error of the prediction, equal weight for all timesteps (Ho et al. 2020, equation 14).
+        """Mean squared error of the prediction, of equal weight for all times without min-SNR (Ho et al. 2020, eq. 14).
 
         With v as the target, this weights the error of the denoised latent by SNR + 1 (Salimans and Ho 2022,
-        section 4).
+        section 4). The figures are of errors without weights.
         """
-        assert self.job.tokenizer is not None
-        x, noise, t = batch["x"], batch["noise"], batch["t"]
-        alpha_bar = self.alpha_bars[t].float()[:, None, None, None]
+        x, noise = batch["x"], batch["noise"]
+        alpha_bar = batch["alpha_bar"][:, None, None, None]
         noisy = alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
-        context = self.text_encoder(self.job.tokenizer(batch["texts"])).hidden
-        prediction = self.unet(noisy, t.float(), context).float()
+        context = self.text_encoder(batch["ids"]).hidden
+        prediction = self.unet(noisy, batch["time"], context).float()
         error = (prediction - prediction_target(self.scheduler, x, noise, alpha_bar)).square().mean((1, 2, 3))
         # By noise level, since the timesteps rise over the part; nan where a part of one or two leaves a third empty.
         low, middle, high = (part.mean().item() for part in error.detach().tensor_split(3))
-        return error.mean(), {"loss": error.mean().item(), "low": low, "middle": middle, "high": high}
+        total = error.mean()
+        if self.settings.min_snr:
+            total = (error * min_snr_weight(self.scheduler, batch["alpha_bar"], self.settings.min_snr)).mean()
+        return total, {"loss": error.mean().item(), "low": low, "middle": middle, "high": high}
 
-    def export(self, folder: Path) -> bool:
-        """Write the model as an fp16 checkpoint folder."""
-        job, settings = self.job, self.job.settings
-        if not (job.out / CACHE).is_file():
-            raise FastsdError("nothing to export yet; the autoencoder is not trained", path=job.out)
-        latents = load_latents(job.out / CACHE)
-        source = job.modules["vae"]
+    def components(self, latents: Latents) -> Components:
+        """The model as the pipeline takes it: copies in fp32 on the CPU."""
+        job, source = self.job, self.job.modules["vae"]
         assert isinstance(source, AutoencoderKL) and job.tokenizer is not None
-        with torch.device("cpu"):
-            vae = AutoencoderKL(source.config)
-        vae.load_state_dict(source.state_dict())
+        vae, unet, encoder = copy.deepcopy((source, self.unet, self.text_encoder))
+        for network in (vae, unet, encoder):
+            network.cpu().eval()
         centre(vae, latents.offset, latents.spread)
         height, width = job.images.side
-        components = Components(
-            unet=self.unet,
+        return Components(
+            unet=unet,
             vae=vae,
-            text_encoders=(self.text_encoder,),
+            text_encoders=(encoder,),
             tokenizers=(job.tokenizer,),
             scheduler=self.scheduler,
             sample_size=height // source.config.downscale,
-            defaults={"width": width, "height": height, **asdict(settings.defaults)},
+            defaults={"width": width, "height": height, **asdict(job.settings.defaults)},
             known_words=frozenset(job.images.known_words),
         )
-        save_folder(components, folder, torch.float16)
+
+    def grid(self) -> Image.Image:
+        """Images of captions of the data, at the model's default settings."""
+        random = np.random.default_rng(0)
+        rows = np.linspace(0, len(self.latents) - 1, SHOWN).astype(np.int64)
+        texts = [self.job.images.caption(int(row), self.latents.notes, random, 0.0) for row in rows]
+        pipe = Pipeline(self.components(self.latents), torch.device("cpu"), torch.float32)
+        made = [pipe(text or " ", seed=seed).images[0] for seed, text in enumerate(texts)]
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in made])).float() / 127.5 - 1
+        return rows_of_images(list(pixels.split(SHOWN // 2)))
+
+    def export(self, folder: Path) -> bool:
+        """Write the model as an fp16 checkpoint folder."""
+        path = self.job.out / CACHE
+        if not path.is_file():
+            raise FastsdError("nothing to export yet; the autoencoder is not trained", path=self.job.out)
+        save_folder(self.components(load_latents(path)), folder, torch.float16)
         _load_in_fp32_by_default(folder / "text_encoder" / "config.json")
         return True
-
-
-def prediction_target(
-    scheduler: SchedulerConfig, x: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor
-) -> torch.Tensor:
-    """The noise, the clean latent, or v = sqrt(ab) noise - sqrt(1 - ab) x (Salimans and Ho 2022, appendix D)."""
-    if scheduler.prediction_type == "epsilon":
-        return noise
-    if scheduler.prediction_type == "sample":
-        return x
-    return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x
 
 
 def _load_in_fp32_by_default(config: Path) -> None:
