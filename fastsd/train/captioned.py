@@ -33,7 +33,7 @@ class CaptionedImages(TrainingImages):
 
     Attributes:
         samples: those that can be read. bad: name and reason of the others.
-        sizes: height and width of each image's bucket.
+        sizes: height and width of each image's bucket; originals: of the image itself.
     """
 
     def __init__(self, samples: list[Sample], data: Data, multiple: int, report: Callable[[str], None]):
@@ -63,13 +63,15 @@ class CaptionedImages(TrainingImages):
         def decode(sample: Sample) -> tuple[Sample, tuple[int, int], np.ndarray | None, str, bytes]:
             try:
                 data = sample.read()
-                size, pixels = self._decode(data)
+                size, pixels, original = self._decode(data)
             except FastsdError as error:
                 return sample, (0, 0), None, error.message, b""
+            self._originals[sample.name] = original
             return sample, size, pixels, "", hashlib.sha256(data).digest()
 
         self.samples: list[Sample] = []
         self.sizes: list[tuple[int, int]] = []
+        self._originals: dict[str, tuple[int, int]] = {}
         self.bad: list[tuple[str, str]] = []
         digest, used = hashlib.sha256(), 0
         with ThreadPoolExecutor() as pool:
@@ -85,6 +87,7 @@ class CaptionedImages(TrainingImages):
                 self.sizes.append(size)
                 digest.update(content + "\n".join(sample.captions).encode())
         self._digest = digest.hexdigest()
+        self.originals = [self._originals[sample.name] for sample in self.samples]
         if self.bad:
             report(f"{len(self.bad)} of {len(samples)} images left out: {self._bad_names()}")
         bare = [sample.name for sample in self.samples if not sample.captions]
@@ -106,8 +109,9 @@ class CaptionedImages(TrainingImages):
         shown = [f"{name} ({why})" for name, why in self.bad[:NAMED]]
         return ", ".join(shown) + (f" and {len(self.bad) - NAMED} more" if len(self.bad) > NAMED else "")
 
-    def _decode(self, data: bytes) -> tuple[tuple[int, int], np.ndarray]:
-        """The size of an image's bucket, and its pixels, resized to cover that, with a margin for random crops."""
+    def _decode(self, data: bytes) -> tuple[tuple[int, int], np.ndarray, tuple[int, int]]:
+        """The size of an image's bucket; its pixels, resized to cover that, with a margin for random crops; and the
+        image's own size, height first."""
         image = open_image(data, argument=None)
         height, width = self.side
         if self.buckets:
@@ -116,10 +120,13 @@ class CaptionedImages(TrainingImages):
         scale = max(height * margin / image.height, width * margin / image.width)
         size = (max(round(image.width * scale), width), max(round(image.height * scale), height))
         resized = image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
-        return (height, width), np.asarray(resized)
+        return (height, width), np.asarray(resized), (image.height, image.width)
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def size_of(self, row: int) -> tuple[int, int]:
+        return self.sizes[row]
 
     def groups(self) -> list[Rows]:
         by_size: dict[tuple[int, int], list[int]] = {}
@@ -128,19 +135,26 @@ class CaptionedImages(TrainingImages):
         return [np.array(by_size[size], dtype=np.int64) for size in sorted(by_size)]
 
     def pixels(self, rows: Rows, random: np.random.Generator, notes: bool = False) -> tuple[torch.Tensor, Notes]:
-        images = [self._augmented(int(row), random) for row in rows]
-        return torch.from_numpy(np.stack(images)).float() / 127.5 - 1, {}
+        images, corners = zip(*(self._augmented(int(row), random) for row in rows))
+        taken: Notes = {}
+        if notes:  # heights first: what SDXL's UNet is told of an image
+            taken["original_size"] = torch.tensor([self.originals[int(row)] for row in rows], dtype=torch.int64)
+            taken["crop"] = torch.tensor(corners, dtype=torch.int64)
+        return torch.from_numpy(np.stack(images)).float() / 127.5 - 1, taken
 
-    def _augmented(self, row: int, random: np.random.Generator) -> np.ndarray:
+    def _augmented(self, row: int, random: np.random.Generator) -> tuple[np.ndarray, tuple[int, int]]:
+        """The pixels of an image, and the upper left corner of what is cut from the resized one."""
         pixels = self._kept[row] if row in self._kept else self._decode(self.samples[row].read())[1]
         height, width = self.sizes[row]
         settings = self.augment
         if settings.rotation or settings.colour:
             pixels = np.asarray(_disturbed(Image.fromarray(pixels), settings, random))
         spare = pixels.shape[0] - height, pixels.shape[1] - width
-        top, left = (random.integers(n + 1) if settings.crop else n // 2 for n in spare)
+        top, left = (int(random.integers(n + 1)) if settings.crop else n // 2 for n in spare)
         pixels = pixels[top : top + height, left : left + width]
-        return pixels[:, ::-1] if settings.flip and random.random() < 0.5 else pixels
+        if settings.flip and random.random() < 0.5:
+            return pixels[:, ::-1], (top, spare[1] - left)
+        return pixels, (top, left)
 
     def caption(self, row: int, notes: Notes, random: np.random.Generator, empty: float) -> str:
         captions = self.samples[row % len(self.samples)].captions

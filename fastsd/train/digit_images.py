@@ -10,7 +10,7 @@ import torch
 from fastsd.errors import FastsdError
 from fastsd.train import vocabulary
 from fastsd.train.captions import KNOWN_WORDS, WORDS, caption
-from fastsd.train.digits import IMAGE_SIDE, augment, read_digits, to_rgb
+from fastsd.train.digits import IMAGE_SIDE, STYLES, augment, read_digits, to_rgb
 from fastsd.train.images import Notes, Rows, TrainingImages
 from fastsd.train.settings import Data
 from fastsd.train.strokes import Strokes, measure, styles
@@ -30,6 +30,9 @@ class DigitImages(TrainingImages):
         Raises:
             FastsdError: a file is missing or damaged.
         """
+        if data.digits.style not in STYLES:
+            known = ", ".join(name for name in STYLES if name)
+            raise FastsdError(f"it should be {known}, or empty", argument="data.digits.style", value=data.digits.style)
         digits = read_digits(data.path)
         count = data.limit or len(digits.images)
         self.images, self.labels, self.settings = digits.images[:count], digits.labels[:count], data.digits
@@ -41,7 +44,9 @@ class DigitImages(TrainingImages):
         return len(self.images)
 
     def pixels(self, rows: Rows, random: np.random.Generator, notes: bool = False) -> tuple[torch.Tensor, Notes]:
-        images = augment(self.images[rows], random, self.settings.scales, self.settings.shear)
+        images = STYLES[self.settings.style](
+            augment(self.images[rows], random, self.settings.scales, self.settings.shear)
+        )
         measured: Notes = {}
         if notes:
             strokes = measure(images.numpy())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,3 +113,16 @@ def _largest_scale(images: NDArray[np.uint8], shear: NDArray[np.float64]) -> NDA
     reach_x = (ink.any(1) * offset).max(1) + np.abs(shear) * reach_y
     reach = np.maximum(np.maximum(reach_x, reach_y), 1.0) * IMAGE_SIDE / MNIST_SIDE
     return (IMAGE_SIDE / 2 - MARGIN) / reach
+
+
+def outlined(images: torch.Tensor) -> torch.Tensor:
+    """`[N, H, W]` in [0, 1]: the two pixels around each stroke instead of the stroke."""
+    return (F.max_pool2d(images[:, None], 5, stride=1, padding=2)[:, 0] - images).clamp(0, 1)
+
+
+# What becomes of the digits after their augmentation, by the name in a config.
+STYLES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "": lambda images: images,
+    "outlined": outlined,
+    "mirrored": lambda images: images.flip(-1),
+}

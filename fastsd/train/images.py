@@ -45,6 +45,10 @@ class TrainingImages(ABC):
     def vocabulary(self) -> tuple[Vocab, Merges]:
         """Vocabulary and merges of a new text encoder's tokenizer."""
 
+    def size_of(self, row: int) -> tuple[int, int]:
+        """Height and width of image `row`, as the stages see it."""
+        return self.side
+
     def groups(self) -> list[Rows]:
         """The rows by the size of their images: a batch has images of one size."""
         return [np.arange(len(self))]

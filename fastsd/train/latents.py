@@ -17,7 +17,7 @@ from fastsd.train import checkpoint
 from fastsd.train.images import Notes, Rows
 from fastsd.train.stage import TrainingJob
 
-ENCODE_BATCH = 128
+ENCODE_PIXELS = 128 * 64 * 64  # of a batch of images, at least one image
 CACHE = "latents.pt"  # in the run's folder
 
 
@@ -46,10 +46,14 @@ class Latents:
 
     def sample(self, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Sample the latents of `rows`, of one group; every channel has mean 0 and variance 1 over the set. fp32."""
+        return (self.raw(rows, generator) - self.offset) / self.spread
+
+    def raw(self, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """The same as the autoencoder has them."""
         group, index = int(self.place[rows[0], 0]), self.place[rows, 1]
         mean = self.means[group][index]
         noise = torch.randn(mean.shape, generator=generator, dtype=torch.float32, device="cpu")
-        return (mean.float() + self.stds[group][index].float() * noise - self.offset) / self.spread
+        return mean.float() + self.stds[group][index].float() * noise
 
 
 def cache_key(vae: AutoencoderKL, job: TrainingJob) -> str:
@@ -78,18 +82,22 @@ def encode_all(vae: AutoencoderKL, job: TrainingJob) -> Latents:
         posterior = vae.encode(pixels.to(job.device, dtype))
         return posterior.mean.half().cpu(), torch.exp(0.5 * posterior.logvar.float()).half().cpu(), notes
 
-    means, stds, notes = [], [], []
+    means, stds, notes, order = [], [], [], []
     place = torch.zeros(passes * len(images), 2, dtype=torch.int64, device="cpu")
     for number, group in enumerate(images.groups()):
-        chunks = np.split(group, range(ENCODE_BATCH, len(group), ENCODE_BATCH))
+        height, width = images.size_of(int(group[0]))
+        size = max(1, ENCODE_PIXELS // (height * width))
+        chunks = np.split(group, range(size, len(group), size))
         work = [(augmentation, rows) for augmentation in range(passes) for rows in chunks]
         encoded = job.workers.map(encode, work)
         means.append(torch.cat([mean for mean, _, _ in encoded]))
         stds.append(torch.cat([std for _, std, _ in encoded]))
         notes += [taken for _, _, taken in encoded]
+        order += [rows + augmentation * len(images) for augmentation, rows in work]
         rows = torch.from_numpy(np.concatenate([group + copied * len(images) for copied in range(passes)]))
         place[rows, 0], place[rows, 1] = number, torch.arange(len(rows), dtype=torch.int64, device="cpu")
-    together = {name: torch.cat([each[name] for each in notes]) for name in notes[0]}
+    by_row = torch.from_numpy(np.argsort(np.concatenate(order)))
+    together = {name: torch.cat([each[name] for each in notes])[by_row] for name in notes[0]}
     mean, std = (torch.cat([part.flatten(0, 2) for part in parts]) for parts in (means, stds))
     channels = mean.float()
     variance = channels.var(0) + std.float().square().mean(0)

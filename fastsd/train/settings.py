@@ -22,6 +22,7 @@ class DigitsData:
 
     scales: tuple[float, float] = (0.7, 1.15)
     shear: float = 0.2
+    style: str = ""  # a key of `digits.STYLES`
     style_share: float = 0.27
     style_word_share: float = 0.5  # see `captions.caption`
     unknown: float = 0.06  # see `captions.caption`
@@ -43,6 +44,7 @@ class Data:
 
     path: str
     kind: str = "folder"  # one of `DATA_KINDS`
+    caption: str = ""  # of images that have none; empty: they are trained without one
     limit: int = 0  # use only the first images of the set; 0: all
     passes: int = 1  # augmented versions of every image in the cache of latents
     replacement: bool = False  # every sample is drawn from all images; else every image comes once in an epoch
@@ -101,6 +103,7 @@ class TrainingSettings:
     out: str
     data: Data
     export: str = ""
+    model: str = ""  # the checkpoint that a stage starts from: a file, a folder, a hub id, or digits
     seed: int = 0
     device: str = "auto"  # auto (a GPU where there is one), cpu, cuda
     threads: int = 0  # on the CPU, workers that split each batch; the count affects the result. 0: one per core

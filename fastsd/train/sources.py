@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastsd.errors import FastsdError
@@ -24,9 +24,9 @@ class Sample:
     read: Callable[[], bytes]
 
 
-def list_folder(folder: Path) -> list[Sample]:
+def list_folder(folder: Path, caption: str = "") -> list[Sample]:
     """The images of a folder: those that its metadata.jsonl names, or else all in it and below, each with a text file
-    of the same name, one caption a line.
+    of the same name, one caption a line. Images without one have `caption`.
 
     Raises:
         FastsdError: no such folder, no images, no captions, a metadata.jsonl that is none.
@@ -40,10 +40,12 @@ def list_folder(folder: Path) -> list[Sample]:
         samples = [Sample(p.relative_to(folder).as_posix(), _beside(p), _reader(p)) for p in files]
     if not samples:
         raise FastsdError(f"no images; a folder of {', '.join(IMAGE_ENDINGS[:4])} files is needed", path=folder)
+    if caption:
+        samples = [sample if sample.captions else replace(sample, captions=(caption,)) for sample in samples]
     if not any(sample.captions for sample in samples):
         raise FastsdError(
             f'{len(samples)} images but no captions; "name.txt" beside "name.png" holds them, or {METADATA} with'
-            ' {"file_name": ..., "text": ...} in each line',
+            ' {"file_name": ..., "text": ...} in each line; or data.caption is one for all',
             path=folder,
         )
     return samples
