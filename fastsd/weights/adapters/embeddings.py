@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 
 from fastsd.components import TextualInversion
 from fastsd.errors import FastsdError
+from fastsd.files import write_whole
 from fastsd.model.clip import TextEncoder
 from fastsd.weights.formats.pickle_file import is_pickle, open_pickle, tensors_in
 from fastsd.weights.formats.pickle_globals import ParameterTable
@@ -58,6 +60,26 @@ def load_embedding(
     if not all(name.strip() and len(name) <= 200 for name in names):
         raise FastsdError(f"the token {names[-1][:40]!r} should be a text of 1 to 200 characters", path=path)
     return TextualInversion(tuple(dict.fromkeys(names)), read_vectors(path, tensors, encoders))
+
+
+def write_embedding(path: Path, token: str, vectors: Sequence[torch.Tensor], overwrite: bool = False) -> None:
+    """Write a textual inversion: of one text encoder under its token, which diffusers and A1111 read; of SDXL's two
+    as `clip_l` and `clip_g`.
+
+    Args:
+        vectors: `[n, hidden]` for each text encoder, written in fp32.
+
+    Raises:
+        FastsdError: values that are not finite, or an existing file.
+    """
+    if not all(bool(vector.isfinite().all()) for vector in vectors):
+        raise FastsdError("the vectors hold NaN or infinite values; not written", path=path)
+    keys = (token,) if len(vectors) == 1 else SDXL_KEYS
+    tensors = {key: vector.detach().float().cpu().contiguous() for key, vector in zip(keys, vectors, strict=True)}
+    try:
+        write_whole(path, save(tensors, {"format": "pt"}), overwrite)
+    except FileExistsError as error:
+        raise FastsdError("exists; it is not replaced", path=path) from error
 
 
 def vectors_of(content: Any) -> Any:
