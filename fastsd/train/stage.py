@@ -145,3 +145,7 @@ class Stage(ABC):
     def export(self, folder: Path) -> bool:
         """Write the finished model to an empty folder; returns whether the stage has one to write."""
         return False
+
+    def exported(self, folder: Path) -> bool:
+        """Whether `folder` holds what `export` writes and nothing else, so that it may be replaced."""
+        return (folder / "model_index.json").is_file()

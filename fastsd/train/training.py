@@ -24,14 +24,19 @@ from fastsd.train.parts import Workers
 from fastsd.train.settings import TrainingSettings, read_settings
 from fastsd.train.sources import Sample, list_folder
 from fastsd.train.stage import Stage, Stopped, TrainingJob
+from fastsd.train.stages.finetune import FinetuneStage
+from fastsd.train.stages.lora import LoraStage
+from fastsd.train.stages.textual_inversion import InversionStage
 from fastsd.train.stages.unet import UNetStage
 from fastsd.train.stages.vae import VaeStage
 
 # The stages that a config can name, by the name of their table.
-STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (VaeStage, UNetStage)}
+STAGES: dict[str, type[Stage]] = {
+    stage.name: stage for stage in (VaeStage, UNetStage, LoraStage, FinetuneStage, InversionStage)
+}
 
 # How the samples of each kind of data are listed.
-LISTS: dict[str, Callable[[Path], list[Sample]]] = {"folder": list_folder}
+LISTS: dict[str, Callable[[Path, str], list[Sample]]] = {"folder": list_folder}
 
 
 def open_images(settings: TrainingSettings, report: Callable[[str], None]) -> TrainingImages:
@@ -44,7 +49,7 @@ def open_images(settings: TrainingSettings, report: Callable[[str], None]) -> Tr
     if data.kind == "digits":
         return DigitImages(data)
     multiple = max((table.multiple for table in settings.stages.values() if hasattr(table, "multiple")), default=8)
-    return CaptionedImages(LISTS[data.kind](Path(data.path)), data, multiple, report)
+    return CaptionedImages(LISTS[data.kind](Path(data.path), data.caption), data, multiple, report)
 
 
 def read_config(path: str | Path, changes: Sequence[str] = ()) -> TrainingSettings:
@@ -105,7 +110,8 @@ class TrainingRun:
 
     def export(self, folder: Path) -> None:
         """Write the averaged weights of the last stage that has a model; an existing model in `folder` is replaced."""
-        if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
+        ours = any(trainer.stage.exported(folder) for trainer in self.trainers)
+        if folder.exists() and any(folder.iterdir()) and not ours:
             raise FastsdError("exists and is not a model; choose another folder", argument="--export", path=folder)
         with replace_whole(folder, folder=True) as part:
             for trainer in reversed(self.trainers):

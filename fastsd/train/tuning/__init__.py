@@ -1,0 +1,1 @@
+"""Training that starts from a loaded checkpoint: adapters, full fine-tuning, textual inversion."""
