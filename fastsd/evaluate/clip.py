@@ -232,6 +232,10 @@ def load_clip(folder: Path) -> Clip:
                 raise FastsdError(f"{name} is {value!r}, which no CLIP has", path=folder / "config.json")
     if not {text["hidden_act"], vision["hidden_act"]} <= {"gelu", "quick_gelu"}:
         raise FastsdError("hidden_act should be gelu or quick_gelu", path=folder / "config.json")
+    for table in (text, vision):
+        eps, width, heads = table["layer_norm_eps"], table["hidden_size"], table["num_attention_heads"]
+        if not (isinstance(eps, float) and 0 < eps < 1) or width % heads or vision["image_size"] % vision["patch_size"]:
+            raise FastsdError("layer_norm_eps, heads or patches are those of no CLIP", path=folder / "config.json")
     if weights_file.stat().st_size > MAX_BYTES:
         raise FastsdError("is larger than a CLIP model", path=weights_file)
     try:

@@ -63,7 +63,7 @@ def wrap(text: str, width: int, most: int, size: int = SMALL) -> list[str]:
 
 def enlarged(image: Image.Image, width: int) -> Image.Image:
     """`image` at least `width` pixels wide: a small one by a whole factor, so that its pixels stay sharp."""
-    factor = max(1, width // image.width)
+    factor = max(1, -(-width // image.width))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
@@ -79,16 +79,15 @@ def shrunk(image: Image.Image, most: int) -> Image.Image:
 def labelled(
     rows: Sequence[Sequence[tuple[Image.Image, str]]], theme: Theme = LIGHT, lines: int = 2, gap: int = 8
 ) -> Image.Image:
-    """Rows of images of one size, each with its label below in at most `lines` lines."""
+    """Rows of images, each with its label below in at most `lines` lines."""
     width = max(image.width for row in rows for image, _ in row)
-    height = max(image.height for row in rows for image, _ in row)
-    step = height + (SMALL + 3) * lines + gap
+    steps = [max(image.height for image, _ in row) + (SMALL + 3) * lines + gap for row in rows]
     columns = max(map(len, rows))
-    canvas = Image.new("RGB", (columns * (width + gap) + gap, len(rows) * step + gap), theme.back)
+    canvas = Image.new("RGB", (columns * (width + gap) + gap, sum(steps) + gap), theme.back)
     pen = ImageDraw.Draw(canvas)
     for y, row in enumerate(rows):
         for x, (image, label) in enumerate(row):
-            left, top = gap + x * (width + gap), gap + y * step
+            left, top = gap + x * (width + gap), gap + sum(steps[:y])
             canvas.paste(image, (left, top))
             for number, line in enumerate(wrap(label, width, lines)):
                 at = left, top + image.height + 3 + number * (SMALL + 3)

@@ -22,23 +22,23 @@ def draw(scene: Scene) -> list[bytes]:
     calls = len(next(iter(record.cross.values())))
     chosen = words[:WORDS]
     by_step = [
-        [_cell(cell, mean_map(record, list(record.cross), [k], tokens, grid), f"{word}, call {k + 1} of {calls}")
+        [_cell(cell, mean_map(record, list(record.cross), [k], tokens, grid), f'"{word}", call {k + 1} of {calls}')
          for k in spread(calls, STEPS)] for word, tokens in chosen
     ]  # fmt: skip
     layers = [list(record.cross)[k] for k in spread(len(record.cross), LAYERS)]
     by_layer = [
-        [_cell(cell, mean_map(record, [layer], range(calls), tokens, grid), f"{word}, {_size(record, layer)}")
+        [_cell(cell, mean_map(record, [layer], range(calls), tokens, grid), f'"{word}", {_size(record, layer)}')
          for layer in layers] for word, tokens in chosen
     ]  # fmt: skip
     left = f" The first {WORDS} of {len(words)} words." if len(words) > WORDS else ""
     parts = [
         titled(
-            labelled(by_step, scene.theme),
+            labelled(by_step, scene.theme, lines=3),
             f'Where each word of "{scene.prompt}" looks in {scene.model}, by step',
             [f"Cross-attention, mean over heads and layers; yellow is each map's highest value, given below it.{left}"],
             scene.theme,
         ),
-        titled(labelled(by_layer, scene.theme), "By layer", ["Mean over heads and steps."], scene.theme),
+        titled(labelled(by_layer, scene.theme, lines=3), "By layer", ["Mean over heads and steps."], scene.theme),
         _own(scene, record, cell, calls),
     ]
     return [scene.png(stacked(parts, scene.theme))]
@@ -127,4 +127,4 @@ def _own(scene: Scene, record: AttentionRecord, cell: Image.Image, calls: int) -
         cells.append((drawn, label))
     at_pixel = f"({scene.pixel[0]}, {scene.pixel[1]})"
     note = f"Self-attention, mean over heads and {calls} calls. The circle is the pixel {at_pixel}."
-    return titled(labelled([cells], scene.theme), "What one pixel looks at, by layer", [note], scene.theme)
+    return titled(labelled([cells], scene.theme, lines=3), "What one pixel looks at, by layer", [note], scene.theme)

@@ -71,6 +71,13 @@ class Scene:
                 raise FastsdError("needs what to generate", argument="--prompt")
             prompt = PROMPT
         pipe = Pipeline.from_pretrained(args.model, device=args.device, dtype=args.dtype, graphs=False)
+        unet = pipe.components.unet.config
+        if unet.in_channels != unet.out_channels and image is None and args.kind != "schedule":
+            raise FastsdError(
+                "generates from an image, which is not drawn here; forward and latents with --image are, and schedule",
+                argument="--model",
+                path=args.model,
+            )
         return cls(
             pipe, pipe.components.name, prompt, image, args.seed, settings, pixel, THEMES[args.theme], args.palette
         )

@@ -74,7 +74,7 @@ def test_the_score_and_its_features_in_a_report(
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("kind", ["text alone", "other width", "huge", "no weights"])
+@pytest.mark.parametrize("kind", ["text alone", "other width", "huge", "odd heads", "no weights"])
 def test_a_folder_that_holds_another_model(kind: str, folder: Path, tmp_path: Path) -> None:
     Tokenizer().save(tmp_path)
     config = json.loads((folder / "config.json").read_text())
@@ -83,6 +83,8 @@ def test_a_folder_that_holds_another_model(kind: str, folder: Path, tmp_path: Pa
         del config["vision_config"]
     elif kind == "other width":
         config["text_config"]["hidden_size"] = 16
+    elif kind == "odd heads":
+        config["text_config"]["num_attention_heads"] = 5
     elif kind == "huge":
         config["vision_config"]["image_size"] = 10**9
     (tmp_path / "config.json").write_text(json.dumps(config))

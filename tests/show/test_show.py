@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fastsd.image.drawing import DARK, LIGHT
 from fastsd.show import KINDS
+from fastsd.weights import save_folder
 from tests.support.cli import refused
+from tests.support.tiny import UNET, sd1
 
 QUICK = ("--settings", "steps=3")
 
@@ -48,6 +52,22 @@ def test_an_image_of_ones_own(cli: Any) -> None:
     """Sides that the autoencoder does not take are cut."""
     Image.new("RGB", (77, 70), (200, 200, 200)).save("grey.png")
     assert cli("show", "latents", "--image", "grey.png").code == 0
+
+
+@pytest.mark.heavy
+def test_another_family_of_another_shape(tmp_path: Path, cli: Any) -> None:
+    """A tiny SD 1 with an upright image, whose maps are halved to odd sides."""
+    save_folder(sd1(), tmp_path / "tiny", torch.float32)
+    settings = "steps=2 width=24 height=40"
+    ran = cli("show", "attention", "--model", tmp_path / "tiny", "--prompt", "a red cat", "--settings", settings)
+    assert ran.code == 0, ran.err
+
+
+@pytest.mark.heavy
+def test_a_model_that_needs_an_image_is_told(tmp_path: Path, cli: Any) -> None:
+    save_folder(sd1(replace(UNET, in_channels=9)), tmp_path / "inpainting", torch.float32)
+    words = ("show", "reverse", "--model", tmp_path / "inpainting", "--prompt", "x")
+    refused(cli(*words), "--model", "generates from an image")
 
 
 @pytest.mark.parametrize(
