@@ -18,6 +18,7 @@ class WorkerBatch:
         answered: the worker's answer; None: the jobs have theirs already, or wait again.
         begun: the worker works at it. One that it has ahead is not begun.
         started: when it began, in seconds of `time.monotonic`.
+        steps: that it has done, as the worker said last.
     """
 
     number: int
@@ -28,6 +29,7 @@ class WorkerBatch:
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
     started: float = field(default_factory=time.monotonic)
+    steps: int = 0
 
     @property
     def left(self) -> list[Job]:
@@ -41,8 +43,9 @@ class WorkerBatch:
             job.state, job.started, job.index, job.total = "running", self.started, 0, 0
             job.changed.set()
 
-    def note(self, step: StepDone) -> None:
-        """A step of it has ended."""
+    def note(self, step: StepDone) -> int:
+        """A step of it has ended; returns how many have since the last message of that."""
+        new, self.steps = step.index - self.steps, step.index
         for job in self.jobs:
             job.index, job.total = step.index, step.total
             if step.preview is not None:
@@ -50,6 +53,7 @@ class WorkerBatch:
                 if job.order.previews:
                     job.planned.append(step.preview)
             job.changed.set()
+        return new
 
     def take_back(self) -> list[Job]:
         """End it without an answer to its jobs, which wait again."""

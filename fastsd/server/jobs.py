@@ -141,7 +141,7 @@ class Begun:
 
 @dataclass(frozen=True)
 class StepDone:
-    """A step of a batch has ended. `preview`: of the batch's first image, if one was wanted."""
+    """Steps of a batch have ended, `index` by now. `preview`: of the batch's first image, if one was wanted."""
 
     batch: int
     index: int

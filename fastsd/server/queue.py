@@ -38,7 +38,8 @@ from fastsd.server.supervisor import Supervisor
 from fastsd.server.worker import WorkerEngine
 
 # Seconds that a job waits for others of its shape: this share of what the last batch took, within these bounds. Clients
-# that wait for their images ask again together, and the first of them should not go alone.
+# that wait for their images ask again together, and the first of them should not go alone. A client that calls alone,
+# one request after the other, does not wait.
 GATHER_SHARE, GATHER, LONGEST_GATHER = 0.03, 0.003, 0.05
 LOG = logging.getLogger("fastsd.server")
 
@@ -85,6 +86,7 @@ class GenerationQueue:
         self._task: asyncio.Task[None] | None = None
         self._seconds = 1.0  # of a job, on average
         self._batch_seconds = 0.0  # of the last batch
+        self._lone_until = 0.0  # until then a job is taken for the next one of a client that calls alone
 
     # What the rest of the server calls.
 
@@ -234,13 +236,17 @@ class GenerationQueue:
                 if self._loads:
                     await self._run_load(*self._loads.pop(0))
                     continue
-                if self._has_room():
-                    await asyncio.sleep(min(max(GATHER_SHARE * self._batch_seconds, GATHER), LONGEST_GATHER))
+                if self._has_room() and not (len(self._waiting) == 1 and time.monotonic() < self._lone_until):
+                    await self._gather()
                 if jobs := self._take_batch():
                     self._running = WorkerBatch(next(self._numbers), jobs)
                     self._running.start()
                     self._changed()
                     await self._send(self._running)
+
+    async def _gather(self) -> None:
+        """Wait for other jobs that fit into the next batch."""
+        await asyncio.sleep(min(max(GATHER_SHARE * self._batch_seconds, GATHER), LONGEST_GATHER))
 
     def _send_ahead(self) -> None:
         """Give the worker its next batch while it works at one, if that is full and nothing else comes first."""
@@ -286,6 +292,8 @@ class GenerationQueue:
             self._changed()
             return
         self._batch_seconds = spent
+        is_lone = len(running.jobs) == 1 and not self.waiting  # nobody came in all that time
+        self._lone_until = time.monotonic() + spent if is_lone else 0.0
         self._seconds += 0.2 * (spent / len(running.jobs) - self._seconds)
         self._note(answer)
         self.metrics.count(answer.outcomes)
@@ -334,8 +342,7 @@ class GenerationQueue:
                 batch.start()
             self._send_ahead()
         elif isinstance(message, StepDone):
-            self.metrics.steps.inc()
-            batch.note(message)
+            self.metrics.steps.inc(batch.note(message))
         elif isinstance(message, BatchDone):
             if not batch.answered.done():
                 batch.answered.set_result(message)

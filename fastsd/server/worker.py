@@ -40,6 +40,7 @@ from fastsd.server.jobs import (
     WantPreview,
 )
 
+NEWS_SECONDS = 0.02  # between two messages of steps; each costs both processes a tenth of a millisecond
 PREVIEW_SHARE = 0.2  # of the time, at most, goes into previews that were asked for
 LOST_DEVICE = 3  # exit code: CUDA reported an error after which the process can do nothing more
 
@@ -106,6 +107,7 @@ class Watch:
     _cost: float = 0.0
     _last: float = field(default=0.0)
     _made: int = 0
+    _said: float = 0.0
 
     def step(self, index: int, total: int, preview: Callable[[], Image.Image]) -> bool:
         """Tell the server of a step; returns whether the run should end here."""
@@ -116,7 +118,10 @@ class Watch:
             image = preview()
             self._last = time.monotonic()
             self._cost, self._wanted = self._last - started, False
-        self.connection.send(StepDone(self.batch, index, total, image))
+        now = time.monotonic()
+        if image is not None or index in (1, total) or now - self._said >= NEWS_SECONDS:
+            self.connection.send(StepDone(self.batch, index, total, image))
+            self._said = now
         return self.stopped or self.ended
 
     def listen(self) -> None:

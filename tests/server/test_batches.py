@@ -11,7 +11,9 @@ from multiprocessing import Pipe
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from fastsd.server import worker
 from fastsd.server.jobs import (
     BatchDone,
     Cancelled,
@@ -160,3 +162,45 @@ def test_a_watch_keeps_what_is_not_about_its_batch_in_order() -> None:
     second = Watch(theirs, 2, kept)
     second.listen()
     assert second.stopped and list(kept) == [others[0], others[2]]
+
+
+def test_steps_are_told_now_and_then_and_all_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first, the last, and those with a preview, however little time has passed."""
+    monkeypatch.setattr(worker, "NEWS_SECONDS", 1000.0)
+    ours, theirs = Pipe()
+    watch = Watch(theirs, 1, deque(), previews=(0.5,))
+    for step in range(1, 11):
+        watch.step(step, 10, lambda: Image.new("RGB", (4, 4)))
+    told = [ours.recv() for _ in range(3)]
+    assert [(one.index, one.preview is not None) for one in told] == [(1, False), (5, True), (10, False)]
+    assert not ours.poll()
+
+    async def scenario(queue: Queue) -> None:
+        for _ in range(2):
+            await colours(queue.submit(order(num_inference_steps=50)))
+        assert b"fastsd_steps_total 100.0" in queue.metrics.text()
+
+    with_queue(scenario)
+
+
+def test_a_client_that_calls_alone_waits_for_no_others_and_the_first_of_several_does() -> None:
+    async def scenario(queue: Queue) -> None:
+        gathered: list[int] = []
+        gather = queue._gather
+
+        async def counted() -> None:
+            gathered.append(len(queue.waiting))
+            await gather()
+
+        queue._gather = counted  # type: ignore[method-assign]
+        await colours(queue.submit(order(seed=1)))
+        assert gathered == [1]  # it may be the first of several
+        for seed in range(2, 5):
+            await colours(queue.submit(order(seed=seed)))
+        assert gathered == [1]
+        both = [queue.submit(order(seed=seed)) for seed in (5, 6)]
+        assert [await colours(job) for job in both] == [[colour(5)], [colour(6)]]
+        await colours(queue.submit(order(seed=7)))
+        assert len(gathered) == 3  # of the two, and of the one that may be the first of them again
+
+    with_queue(scenario, seconds=0.15, max_batch=4)
