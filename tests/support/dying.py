@@ -12,7 +12,13 @@ from fastsd.kernels.candidates import GpuOp, OpCandidate
 
 
 def aborts(x: torch.Tensor) -> torch.Tensor:
+    os.write(2, b"much before\n" * 10_000 + b"this is why\n")
     os.abort()
+
+
+def is_killed(x: torch.Tensor) -> torch.Tensor:
+    os.kill(os.getpid(), 9)
+    return x
 
 
 def leaves(x: torch.Tensor) -> torch.Tensor:
@@ -20,6 +26,7 @@ def leaves(x: torch.Tensor) -> torch.Tensor:
 
 
 def hangs(x: torch.Tensor) -> torch.Tensor:
+    os.write(2, b"it begins")
     time.sleep(600)
     return x
 
@@ -41,7 +48,7 @@ def double_ref(x: torch.Tensor) -> torch.Tensor:
     return 2 * x
 
 
-WAYS = [fails, doubles, aborts, leaves, hangs, faults]
+WAYS = [fails, doubles, aborts, leaves, is_killed, hangs, faults]
 OP = GpuOp(
     "dying", double_ref, (*(OpCandidate(run.__name__, run) for run in WAYS), OpCandidate("torch", lambda x: 2 * x))
 )

@@ -170,12 +170,15 @@ class Trial:
     args: Sequence[Any]
     ways: list[Way]
     excluded: dict[str, str] = field(default_factory=dict)
+    doubted: dict[str, str] = field(default_factory=dict)  # left out by this process alone
+    doubted_before: dict[str, str] = field(default_factory=dict)  # by an earlier process: once more, and for good
     uncertain: bool = False  # a way could not be compared or timed, for want of memory or a compiler
 
     @property
     def left(self) -> list[Way]:
-        """The ways that are not excluded; PyTorch's own op is always one."""
-        return [way for way in self.ways if way.label not in self.excluded or way == self.op.own]
+        """The ways that are not left out; PyTorch's own op is always one."""
+        out = self.excluded | self.doubted
+        return [way for way in self.ways if way.label not in out or way == self.op.own]
 
     @functools.cached_property
     def checker(self) -> Checker:
@@ -193,6 +196,7 @@ class GpuChoices:
         self.committed = tables.shared(self.identity, committed_only=True)
         self.unseen = not self.table.entries and not tables.shared(self.identity, proven=True)
         self._revised: set[Place] = set()
+        self._settled: set[Place] = set()  # places whose doubts are of this process
         self._prober: Prober | None = None
         self._saved, self._changed = time.monotonic(), False
         self._spent, self._ended = 0.0, -PAUSE  # seconds that the clock took for this image size, and when it did last
@@ -206,9 +210,14 @@ class GpuChoices:
         if len(candidates) == 1:
             return op.own, True
         own = self.table.entries.get(place, TableEntry())
+        before: dict[str, str] = {}
+        if own.doubted and place not in self._settled and how.probe and not how.reproducible:
+            self._settled.add(place)  # the choice is made once more, with the ways that were doubted
+            before, own = own.doubted, replace(own, candidate=None, doubted={})
         given = self.committed.get(place) if how.reproducible else self.shared.get(place)
         known = given if how.reproducible or own.candidate is None else own
         trial = Trial(op, place, args, ways_of(candidates, args, thorough), {**own.excluded, **excluded})
+        trial.doubted, trial.doubted_before = dict(own.doubted), before
         if known is not None:
             way = known.way(op)
             if way is not None and way.candidate in candidates and way.label not in trial.excluded and not thorough:
@@ -222,7 +231,7 @@ class GpuChoices:
     def _from_table(self, trial: Trial, way: Way, known: TableEntry) -> tuple[Way, bool]:
         """A choice that was made elsewhere, once it is compared with the specification here."""
         self._probe(trial, [way])
-        if way.label in trial.excluded or self._faults(trial, way):
+        if way not in trial.left or self._faults(trial, way):
             return self._first_right(trial) if mode().reproducible else self._measured(trial)
         if not mode().reproducible:
             self._note(trial.place, replace(known, checked=True, excluded=trial.excluded))
@@ -249,7 +258,7 @@ class GpuChoices:
         if trial.uncertain:  # it may be better with more memory or other numbers: chosen for this process alone
             return way, True
         microseconds = {one.label: round(1e6 * time, 2) for one, time in seconds.items()}
-        entry = tables.entry_of(way, microseconds, trial.excluded)
+        entry = tables.entry_of(way, microseconds, trial.excluded, trial.doubted)
         self._note(trial.place, entry, revised=trial.place in self.table.entries)
         tell = mode().tell
         if tell is not None:
@@ -259,19 +268,29 @@ class GpuChoices:
     def _probe(self, trial: Trial, ways: Sequence[Way]) -> None:
         """Run ways in a child process first, on a GPU never seen before and while tuning."""
         how = mode()
-        if not how.probe or not (self.unseen or how.thorough):
+        if not how.probe or not (self.unseen or how.thorough or trial.doubted_before):
             return
         if self._prober is None:
             self._prober = Prober(self.device)
-            if not how.thorough:
+            if self.unseen and not how.thorough:
                 say(
                     f"{self.identity['gpu']} is new here: every way to compute an op runs in a process of its own "
                     "first, which takes a minute or more, once (--no-probe, or probe=False, leaves it out)",
                     "new",
                 )
         others = [way for way in ways if way != trial.op.own]
-        for label, reason in self._prober.faults(trial.op, trial.args, others).items():
-            self._exclude(trial, label, f"it fails in a process of its own: {reason}")
+        for label, fault in self._prober.faults(trial.op, trial.args, others).items():
+            if fault.lasting or label in trial.doubted_before:
+                again = " again" if label in trial.doubted_before else ""
+                self._exclude(trial, label, f"it fails in a process of its own{again}: {fault.reason}")
+            else:
+                trial.doubted[label] = fault.reason
+                self._settled.add(trial.place)
+                say(
+                    f"{trial.op.name}: candidate {label!r} is left out for now: {fault.reason}; the next start tries "
+                    f"it once more; for {trial.place[1]}",
+                    *(trial.op.name, label.partition(" ")[0], "doubted"),
+                )
         if self._prober.broken is not None:
             say(f"kernels are not tried in a process of their own, which cannot start: {self._prober.broken}", "probe")
 

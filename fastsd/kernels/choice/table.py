@@ -26,6 +26,7 @@ FORMAT = "fastsd choices 1"
 COMMITTED = Path(__file__).parent.parent / "tables"
 IDENTITY = ("gpu", "architecture", "driver", "torch", "triton", "fastsd", "kernels")
 SPOILT = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+MOST_BYTES = 64 * 2**20  # of a file; a thousand calls with 300 launches each have less than half
 NAME = 128  # characters of a GPU's name, at most
 
 Place = tuple[str, str]  # op, key
@@ -40,6 +41,8 @@ class TableEntry:
         microseconds: of each way that was timed.
         checked: its result was compared with the specification on this machine, with these versions.
         excluded: reasons by way: wrong, does not compile, faults.
+        doubted: reasons by way that may lie elsewhere: its own process was killed, or did not answer in time. Another
+            process tries such a way once more, and then excludes it or not.
     """
 
     candidate: str | None = None
@@ -47,6 +50,7 @@ class TableEntry:
     microseconds: dict[str, float] = field(default_factory=dict)
     checked: bool = False
     excluded: dict[str, str] = field(default_factory=dict)
+    doubted: dict[str, str] = field(default_factory=dict)
 
     def way(self, op: GpuOp) -> Way | None:
         """The way of this choice; None if there is no choice, or none that this fastsd knows."""
@@ -62,12 +66,12 @@ class TableEntry:
             return None
 
 
-def entry_of(way: Way, microseconds: dict[str, float], excluded: dict[str, str]) -> TableEntry:
+def entry_of(way: Way, microseconds: dict[str, float], excluded: dict[str, str], doubted: dict[str, str]) -> TableEntry:
     """The entry of a way that was compared and timed here."""
     launch = None
     if way.launch is not None:
         launch = {"kind": type(way.launch).__name__, **json.loads(json.dumps(asdict(way.launch)))}  # tuples as lists
-    return TableEntry(way.candidate.name, launch, microseconds, True, excluded)
+    return TableEntry(way.candidate.name, launch, microseconds, True, excluded, doubted)
 
 
 @dataclass
@@ -133,7 +137,7 @@ def _stored_choice(stored: dict[str, Any]) -> tuple[Place, TableEntry]:
         and isinstance(entry.launch, dict | None)
         and isinstance(entry.checked, bool)
         and all(isinstance(time, int | float) for time in entry.microseconds.values())
-        and all(isinstance(reason, str) for reason in entry.excluded.values())
+        and all(isinstance(reason, str) for reason in (*entry.excluded.values(), *entry.doubted.values()))
     )
     if not right:
         raise ValueError(f"{op!r}, {key!r}: no choice")
@@ -166,7 +170,13 @@ def read_file(path: Path) -> ChoiceTable:
         FastsdError: it cannot be read, or `ChoiceTable.read` refuses it.
     """
     try:
-        return ChoiceTable.read(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise FastsdError("it is no regular file")
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise FastsdError(f"it is no table of choices: those have at most {MOST_BYTES // 2**20} MiB")
+        return ChoiceTable.read(data.decode())
     except OSError as error:
         raise FastsdError(reason(error), path=path) from error
     except UnicodeDecodeError as error:

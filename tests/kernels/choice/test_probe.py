@@ -13,7 +13,7 @@ from fastsd.kernels import candidates
 from fastsd.kernels.candidates import ChoiceMode, choosing
 from fastsd.kernels.choice import decide, probe
 from fastsd.kernels.choice.op import OpCandidate, Way, decoded, encoded, key_text
-from fastsd.kernels.choice.probe import Prober
+from fastsd.kernels.choice.probe import ProbeFault, Prober
 from tests.support import dying
 from tests.support.played_gpu import PlayedGpu, doubling, played, restart, way
 
@@ -32,9 +32,10 @@ def test_each_way_that_ends_its_child_is_found_and_named(prober: Prober, monkeyp
     monkeypatch.setattr(probe, "ANSWER", 5.0)
     ways = [Way(one) for one in dying.OP.candidates if one.name not in ("leaves", "torch")]
     assert prober.faults(dying.OP, (X,), ways) == {
-        "aborts": "it ended the process (SIGABRT)",
-        "hangs": "no answer in 5 s",
-        "faults": "RuntimeError: CUDA error: an illegal memory access was encountered",
+        "aborts": ProbeFault("it ended the process (SIGABRT): this is why"),
+        "is_killed": ProbeFault("it ended the process (SIGKILL)", lasting=False),  # as by the kernel, out of memory
+        "hangs": ProbeFault("no answer in 5 s: it begins", lasting=False),
+        "faults": ProbeFault("RuntimeError: CUDA error: an illegal memory access was encountered"),
     }
     child = prober._child
     assert prober.faults(dying.OP, (X,), ways[:2]) == {}
@@ -109,12 +110,56 @@ def test_where_no_child_can_start_it_is_said_once_and_the_image_comes(
 def test_a_child_that_ends_at_once_is_no_fault_of_a_way(prober: Prober, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "MODULE", "fastsd.kernels.choice.faults")
     assert prober.faults(dying.OP, (X,), [Way(dying.OP.candidates[1])]) == {}
-    assert prober.broken == "it ended the process (exit code 0)"
+    assert prober.broken is not None and prober.broken.startswith("it ended the process (exit code 0)")
 
 
 def test_a_candidate_that_ended_enough_children_is_tried_no_more(prober: Prober) -> None:
-    prober._deaths["dying", "aborts"] = probe.DEATHS
-    assert prober.faults(dying.OP, (X,), [Way(dying.OP.candidates[2])]) == {"aborts": "it ended 3 processes"}
+    way = Way(dying.OP.candidates[2])
+    for lasting in (True, False):
+        prober._deaths["dying", "aborts"] = [ProbeFault("as before")] * 2 + [ProbeFault("killed", lasting)]
+        told = {"aborts": ProbeFault("it ended 3 processes", lasting)}
+        assert prober.faults(dying.OP, (X,), [way]) == told
+
+
+def test_what_may_lie_elsewhere_is_tried_once_more_by_the_next_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that was killed, for want of memory say, or that did not answer on a busy machine."""
+    killed = ProbeFault("it ended the process (SIGKILL)", lasting=False)
+    ends = {"ours": killed, "other": killed}
+    tried: list[list[str]] = []
+
+    def faults(self: Prober, op: Any, args: Any, ways: list[Way]) -> dict[str, ProbeFault]:
+        tried.append([way.label for way in ways])
+        return {way.label: ends[way.label] for way in ways if way.label in ends}
+
+    monkeypatch.setattr(Prober, "faults", faults)
+    with played(tmp_path, PlayedGpu(), monkeypatch) as gpu:
+        op = doubling(way(gpu, "ours", 1e-6), way(gpu, "other", 2e-6), way(gpu, "torch", 1e-5))
+
+        def chosen() -> Any:
+            assert torch.equal(candidates.run(op, X), 2 * X)
+            return decide.gpu_of(CPU).table.entries["played", key_text(op.key_of((X,)))]
+
+        with pytest.warns(RuntimeWarning) as told:
+            entry = chosen()
+        assert (
+            sum("is left out for now: it ended the process (SIGKILL); the next start" in str(w.message) for w in told)
+            == 2
+        )
+        assert entry.candidate == "torch" and set(entry.doubted) == {"ours", "other"} and not entry.excluded
+        chosen()  # not in this process
+        restart()
+        with choosing(ChoiceMode(probe=False)):
+            assert chosen().candidate == "torch"  # nor without a process of its own
+        assert tried == [["ours", "other"]]
+        restart()
+        del ends["ours"]
+        with pytest.warns(RuntimeWarning, match="'other' is excluded: it fails in a process of its own again"):
+            entry = chosen()
+        assert entry.candidate == "ours" and set(entry.excluded) == {"other"} and not entry.doubted
+        restart()
+        assert chosen() == entry and tried == [["ours", "other"]] * 2
 
 
 def test_arguments_survive_the_way_to_the_child() -> None:

@@ -31,7 +31,7 @@ WAYS = [
     OP.own,
 ]
 PLACES = [("played_table", f"float16 2x{n}x8x40, -, True") for n in range(len(WAYS))]
-ENTRIES = {place: entry_of(way, {way.label: 12.34}, {}) for place, way in zip(PLACES, WAYS)}
+ENTRIES = {place: entry_of(way, {way.label: 12.34}, {}, {"ours": "it was killed"}) for place, way in zip(PLACES, WAYS)}
 TABLE = ChoiceTable(IDENTITY, ENTRIES)
 
 
@@ -133,6 +133,16 @@ def test_a_file_that_is_not_there_or_no_text_is_an_error_of_one_line(
         assert main(["tune", "--import", str(file)]) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1
+
+
+def test_a_file_without_an_end_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (large := tmp_path / "large.json").touch()
+    os.truncate(large, 2**40)  # of zeros, which take no space
+    os.mkfifo(pipe := tmp_path / "pipe.json")  # reading it would wait for ever
+    for file, words in ((large, "at most 64 MiB"), (pipe, "no regular file"), (Path("/dev/zero"), "no regular file")):
+        assert main(["tune", "--import", str(file)]) == 2
+        error = capsys.readouterr().err
+        assert words in error and file.name in error and error.count("\n") == 1
 
 
 def test_what_is_exported_is_imported_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
