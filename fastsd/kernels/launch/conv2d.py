@@ -178,6 +178,34 @@ def box_of(height: int, width: int, pixels: int) -> tuple[int, int, int]:
     return (box[0], box[1], box[2])
 
 
+OFFSETS = 2**31  # that a tile counts in 32 bits, from a 64-bit address near it
+
+
+@functools.lru_cache(maxsize=1024)
+def widest_offset(
+    batch: int, rows: int, columns: int, size: tuple[int, int], inputs: int, outputs: int, taps: tuple[int, int],
+    stride: int,
+) -> int:  # fmt: skip
+    """The most elements between two that a tile of any launch reads or writes, of a convolution or of the upsampling by
+    two, whose result is twice as high and wide.
+
+    Args:
+        rows, columns: of the map; size: of the result, or of each phase.
+        taps: rows and columns of the kernel.
+    """
+    height, width = size
+    widest = taps[0] * taps[1] * inputs * 2 * PIXELS  # of the weights
+    for pixels in (PIXELS // 2, PIXELS, 2 * PIXELS):
+        # Pixels that follow one another: rows of the result, and what is left of the map where an image ends.
+        crossed = min(-(-pixels // (height * width)), batch - 1)
+        lines = -(-pixels // width) + 1
+        read = (stride * lines + (crossed + 1) * taps[0]) * columns * inputs
+        images, high, _ = box_of(height, width, pixels)
+        written = ((min(images, batch) - 1) * height + max(lines, high)) * 4 * width * outputs
+        widest = max(widest, read, written)
+    return widest
+
+
 def _channels(outputs: int, two_parts: bool) -> tuple[int, int]:
     """Output channels of a tile, in two parts."""
     if outputs <= 64:

@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastsd.kernels import dispatch
 from fastsd.kernels.launch import OPTIONS, architecture
-from fastsd.kernels.launch.conv2d import UNUSED, ConvBoxes, ConvPointers, choose
+from fastsd.kernels.launch.conv2d import OFFSETS, UNUSED, ConvBoxes, ConvPointers, choose, widest_offset
 from fastsd.kernels.triton.conv2d_pointers import _conv2d_pointers_kernel
 from fastsd.kernels.triton.conv2d_tiles import _conv2d_sum_kernel
 from fastsd.kernels.triton.conv2d_tma import _conv2d_tma_kernel
@@ -185,6 +185,9 @@ def refusal(
         return f"the result is {result}; it needs a pixel and a channel"
     if len(x) * max(size[0] * size[1] * 4, x.shape[1] * x.shape[2]) >= 2**31:
         return f"x is {list(x.shape)}; the kernel counts fewer than 2^31 pixels"
+    taps = weight.shape[2], weight.shape[3]
+    if widest_offset(*x.shape[:3], size, x.shape[3], len(weight), taps, stride) >= OFFSETS:
+        return f"x is {list(x.shape)}, the result {result}; a tile may span fewer than 2^31 elements of either"
     if bias is not None and (list(bias.shape) != result[3:] or bias.stride(0) != 1):
         return f"bias is {list(bias.shape)}; it needs [{len(weight)}], contiguous"
     if residual is not None and list(residual.shape) != result:
