@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastsd import __version__
@@ -15,6 +16,7 @@ from fastsd.cli.output import Output
 from fastsd.cli.parser import one_line
 from fastsd.cli.preview import Preview
 from fastsd.cli.repeat import GivenImage
+from fastsd.cli.timing import TimingNote
 from fastsd.errors import FastsdError, about
 from fastsd.image.files import open_depth, open_image, open_mask
 from fastsd.image.metadata import write_texts
@@ -175,10 +177,12 @@ def generate_batches(
     shown: set[str] = set()
     columns, rows = shutil.get_terminal_size()  # tqdm alone shows nothing on a terminal that reports no size
     with tqdm(file=sys.stderr, disable=not wanted, ncols=min(columns, 100), nrows=rows, unit="it") as bar:
+        timing = TimingNote(bar)
+        pipe.choice_mode = replace(pipe.choice_mode, tell=timing)
         for i, start in enumerate(starts):
             size = min(batch, count - start)
             own = of_image(noise, start, count) | {"num_images_per_prompt": size, "batch_size": size}
-            result = generate_batch(pipe, args.prompt, arguments | own, len(starts), bar, preview)
+            result = generate_batch(pipe, args.prompt, arguments | own, len(starts), bar, preview, timing)
             shared = {**result.parameters, **fixed, "prompt": args.prompt, "batch_size": size}
             shared["negative_prompt"] = args.negative_prompt or ""
             if i + 1 == len(starts):
@@ -194,12 +198,19 @@ def generate_batches(
 
 
 def generate_batch(
-    pipe: Pipeline, prompt: str, arguments: dict[str, Any], batches: int, bar: Any, preview: Preview
+    pipe: Pipeline,
+    prompt: str,
+    arguments: dict[str, Any],
+    batches: int,
+    bar: Any,
+    preview: Preview,
+    timing: TimingNote,
 ) -> Result:
     """One batch, step by step on the progress bar."""
     result = None
     for step in pipe.stream(prompt, **arguments):
         bar.total = step.total * batches
+        timing.clear()
         bar.update()
         if new := preview.show(step):
             bar.write(f"note: a preview is in {one_line(str(new))} until the image is done", file=sys.stderr)
