@@ -18,11 +18,17 @@ from bench.dryrun.gpus import GPUS
 from bench.dryrun.record import dry_run
 from bench.dryrun.ways import WAYS, generate
 from bench.families import FAMILIES
-from fastsd.errors import FastsdError
+from fastsd.errors import FastsdError, describe
+
+FLAGS = {"num_images_per_prompt": "--batch", "width": "--size", "height": "--size"}  # of what the pipeline refuses
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(given: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.dryrun",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--model", choices=FAMILIES)
     parser.add_argument("--gpu", choices=GPUS, default="h100")
     parser.add_argument("--way", choices=WAYS, default="text", help="of using the pipeline (default: text)")
@@ -30,7 +36,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="of an image, in pixels (default: the model's)")
     parser.add_argument("--list", action="store_true", help="print every launch of a step and of the decoder")
     parser.add_argument("--write-docs", action="store_true", help=f"bring {docs.PAGE.name} up to date")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
+    if arguments.write_docs and arguments != parser.parse_args(["--write-docs"]):
+        parser.error("--write-docs runs what the page shows; leave the other flags out")
     reason = why_not()
     if reason is not None:
         parser.exit(2, f"error: no dry run here: {reason}\n")
@@ -42,9 +50,9 @@ def main() -> None:
     gpu = GPUS[arguments.gpu]
     try:
         with dry_run(gpu) as run:
-            generate(run, FAMILIES[arguments.model], arguments.way, arguments.batch, arguments.size or 0)
+            generate(run, FAMILIES[arguments.model], arguments.way, arguments.batch, arguments.size)
     except FastsdError as error:
-        parser.exit(2, f"error: {error}\n")
+        parser.exit(2, f"error: {describe(error, lambda name: FLAGS.get(name, name))}\n")
     if arguments.list:
         for section in run.sections[1:]:
             print(section.name, *section.launches, "", sep="\n")

@@ -89,12 +89,14 @@ WAYS: dict[str, Callable[[Pipeline, int], dict[str, Any]]] = {
 }
 
 
-def generate(run: DryRun, family: ModelFamily, way: str = "text", batch: int = 1, size: int = 0, **given: Any) -> Any:
+def generate(
+    run: DryRun, family: ModelFamily, way: str = "text", batch: int = 1, size: int | None = None, **given: Any
+) -> Any:
     """Make images in two steps, as a user does with this way.
 
     given: further arguments of the call.
     """
-    size = size or family.size
+    size = family.size if size is None else size
     components = components_of(run, family, 9 if way == "inpaint-model" else 4, way == "taesd")
     second = replace(components_of(run, family), vae=components.vae) if way == "refiner" else None
     pipe = Pipeline(components, DEVICE, HALF, Graphs(DryRecorder(run)), second)

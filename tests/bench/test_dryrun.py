@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="no Triton for this platform")
 
 import torch
 
+from bench.dryrun.__main__ import main
 from bench.dryrun.device import DEVICE, why_not
 from bench.dryrun.gpus import GPUS
 from bench.dryrun.memory import LARGE, MIB, Allocations
@@ -188,3 +189,20 @@ def test_the_allocator_reuses_splits_and_joins() -> None:
         memory.allocate(MIB)
     assert memory.reserved == 36 * MIB  # a pool of its own
     assert memory.peak == 3 * 1024 + 20 * MIB + LARGE + 512
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("--model tiny --batch 0", "error: --batch is 0; it should be a whole number from 1 to"),
+        ("--model tiny --size 0", "error: --size is 0; it should be"),
+        ("--model tiny --size 100", "error: --size is 100; it should be a multiple of 8: 96 or 104"),
+        ("--model tiny --batch x", "python -m bench.dryrun: error: argument --batch: invalid int value: 'x'"),
+        ("--write-docs --model tiny", "--write-docs runs what the page shows; leave the other flags out"),
+        ("", "--model is needed, or --write-docs"),
+    ],
+)
+def test_a_wrong_flag_is_named_as_it_was_given(arguments: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments.split())
+    assert ended.value.code == 2 and told in capsys.readouterr().err
