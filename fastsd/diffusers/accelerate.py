@@ -11,7 +11,7 @@ from torch import nn
 
 from fastsd.diffusers.hosts import attach, detach, twin_of
 from fastsd.diffusers.text import TextTwin
-from fastsd.diffusers.twin import Twin, log
+from fastsd.diffusers.twin import LIBRARIES, Twin, log
 from fastsd.diffusers.unet import ControlNetTwin, UNetTwin
 from fastsd.diffusers.vae import HalfTwin
 from fastsd.errors import FastsdError
@@ -142,7 +142,7 @@ def _check_module(name: str, module: nn.Module) -> None:
 
 def _twins(name: str, module: nn.Module) -> list[Twin]:
     """What answers a component; nothing, said once, where fastsd has no such network."""
-    kinds = {kind.__name__ for kind in type(module).__mro__}
+    own = type(module)  # a class derived from one of these may compute something else
     makers: dict[str, Callable[[], list[Twin]]] = {
         "UNet2DConditionModel": lambda: [UNetTwin(module, name)],
         "ControlNetModel": lambda: [ControlNetTwin(module, name)],
@@ -151,10 +151,9 @@ def _twins(name: str, module: nn.Module) -> list[Twin]:
         "CLIPTextModelWithProjection": lambda: [TextTwin(module, name)],
     }
     try:
-        for kind, make in makers.items():
-            if kind in kinds:
-                return make()
-        reason = f"fastsd has no {type(module).__name__}"
+        if own.__name__ in makers and own.__module__.split(".")[0] in LIBRARIES:
+            return makers[own.__name__]()
+        reason = f"fastsd has no {own.__name__}"
     except FastsdError as error:
         reason = error.message
     log.warning("%s runs in diffusers' own code: %s", name, reason)

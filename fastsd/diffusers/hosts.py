@@ -20,10 +20,8 @@ class Accelerated:
     """
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        made = list(super().__reduce_ex__(protocol))
-        made[1] = (type(self).__mro__[2], *made[1][1:])
-        made[2] = {name: value for name, value in made[2].items() if name != ATTRIBUTE}
-        return tuple(made)
+        state = {name: value for name, value in self.__dict__.items() if name != ATTRIBUTE}
+        return object.__new__, (type(self).__mro__[2],), state
 
 
 @functools.cache

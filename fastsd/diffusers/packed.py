@@ -121,7 +121,8 @@ def _held_class(own: Any) -> type:
 
 def own_class(module: nn.Module) -> type:
     """The class of a host's layer, held or not."""
-    return module.__dict__["_fastsd_hold"].own_class if is_held(module) else type(module)
+    own: Any = module.__dict__["_fastsd_hold"].own_class if is_held(module) else type(module)
+    return own if not is_held(module) or type(module) is _held_class(own) else type(module)
 
 
 def is_held(module: Any) -> bool:
@@ -146,7 +147,9 @@ def give_back(host: Any) -> Any:
     if not is_held(host):
         return host
     hold: _Hold = host.__dict__.pop("_fastsd_hold")
-    host.__class__ = hold.own_class
+    own: Any = hold.own_class
+    if type(host) is _held_class(own):  # someone else may have changed it since
+        host.__class__ = own
     packed, parameter = host._parameters["weight"], hold.parameter
     with torch.inference_mode(False), torch.no_grad():
         dense = onednn.dense(packed.detach())

@@ -77,6 +77,14 @@ class Slot:
             rows.copy_(values)
         self.apart = True
 
+    def fits(self) -> bool:
+        """Whether the host's tensor can be the one of this slot, wherever its numbers lie."""
+        parameter, own = self.host._parameters.get(self.kind), self.owner._parameters[self.name]
+        assert own is not None
+        if parameter is None or parameter.dtype != own.dtype or parameter.device != own.device:
+            return False
+        return parameter.numel() == own[self.rows].numel() if own.ndim < 4 else parameter.shape == own.shape
+
     def holds(self) -> bool:
         """Whether the host's tensor is still the one that this slot knows."""
         parameter = self.host._parameters.get(self.kind)
@@ -118,10 +126,9 @@ def share(net: nn.Module, layers: dict[str, nn.Module]) -> list[Slot]:
     for name, parameter, parts in sources(net):
         stored = [(part, *_find(layers, part)) for part in parts]
         found.append((name, parameter, stored))
-    known = {(id(host), kind) for _, _, stored in found for _, host, kind in stored}
-    for path, layer in layers.items():
-        if any(p is not None and (id(layer), kind) not in known for kind, p in layer._parameters.items()):
-            raise LookupError(f"{path} is a layer that fastsd's network lacks")
+    unknown = _others(layers, {(id(host), kind) for _, _, stored in found for _, host, kind in stored})
+    if unknown is not None:
+        raise LookupError(f"{unknown} is a layer that fastsd's network lacks")
     slots = []
     for name, parameter, stored in found:
         path, _, kind = name.rpartition(".")
@@ -142,6 +149,20 @@ def share(net: nn.Module, layers: dict[str, nn.Module]) -> list[Slot]:
             slot.unite()
         slots += fresh
     return slots
+
+
+def covers(slots: list[Slot], layers: dict[str, nn.Module]) -> bool:
+    """Whether these slots are still all of a host's layers and tensors."""
+    same = all(layers.get(slot.key.rpartition(".")[0]) is slot.host and slot.fits() for slot in slots)
+    return same and _others(layers, {(id(slot.host), slot.kind) for slot in slots}) is None
+
+
+def _others(layers: dict[str, nn.Module], known: set[tuple[int, str]]) -> str | None:
+    """The first layer with a parameter that is not known."""
+    for path, layer in layers.items():
+        if any(p is not None and (id(layer), kind) not in known for kind, p in layer._parameters.items()):
+            return path
+    return None
 
 
 def _of(host: nn.Module, kind: str) -> nn.Parameter:

@@ -14,11 +14,12 @@ from torch import nn
 from fastsd.cuda.capture import CudaRecorder
 from fastsd.diffusers import adapters
 from fastsd.diffusers.packed import own_class
-from fastsd.diffusers.slots import Slot, share
+from fastsd.diffusers.slots import Slot, covers, share
 from fastsd.graph import Graphs
 from fastsd.runtime.devices import undisturbed
 
 log = logging.getLogger("fastsd.diffusers")
+LIBRARIES = ("torch", "diffusers", "transformers")  # whose layers compute what their names say
 
 
 @dataclass(eq=False)
@@ -133,11 +134,7 @@ class Twin:
         return None
 
     def _bind(self) -> None:
-        before, self._bound = self._bound, None
-        if before is not None:
-            for slot in before.slots:
-                if slot.holds():
-                    slot.leave()
+        """Our network on the host's present layers: the one that there is, where they are the same below adapters."""
         layers: dict[str, nn.Module] = {}
         wrapped: dict[nn.Module, nn.Module] = {}
         inside: set[nn.Module] = set()
@@ -146,20 +143,30 @@ class Twin:
                 continue
             base = adapters.base_of(module)
             if base is not module:
-                inside |= set(module.modules()) - {module}
+                inside |= set(module.modules())
                 wrapped[base] = module
             layers[self.canonical(path)] = base
-        self._check(layers)
-        with torch.device("meta"):
-            net = self._make()
-        slots = share(net.eval().requires_grad_(False), layers)
-        tree = [(m, own_class(m), tuple(m._modules.values())) for m in self.host.modules()]
+            if module is not self.host and own_class(base).__module__.split(".")[0] not in LIBRARIES:
+                raise LookupError(f"{path} is a {own_class(base).__name__}")
+        before = self._bound
+        if before is not None and covers(before.slots, layers):
+            net, slots = before.net, before.slots
+        else:
+            self._leave()
+            self._check(layers)
+            with torch.device("meta"):
+                net = self._make()
+            slots = share(net.eval().requires_grad_(False), layers)
         adapted: dict[nn.Module, list[Slot]] = {layer: [] for layer in wrapped.values()}
         for slot in slots:
             if slot.host in wrapped:
                 adapted[wrapped[slot.host]].append(slot)
+            if not slot.holds() or (slot.apart and slot.host not in wrapped):
+                slot.unite()
+        tree = [(m, own_class(m), tuple(m._modules.values())) for m in self.host.modules()]
+        known = {} if before is None or net is not before.net else before.states
         self.changes += 1
-        self._bound = Bound(net, slots, tree, adapted, dict.fromkeys(adapted))
+        self._bound = Bound(net, slots, tree, adapted, {layer: known.get(layer) for layer in adapted})
         self._graphs_for(next(net.parameters()).device)
 
     def _check(self, layers: dict[str, nn.Module]) -> None:
@@ -198,13 +205,16 @@ class Twin:
                 slot.part(values[slot.kind])
             bound.states[layer] = state
 
-    def _release(self) -> None:
+    def _leave(self) -> None:
         """Give the host its weights back, each with a tensor of its own."""
         bound, self._bound = self._bound, None
         if bound is not None:
             for slot in bound.slots:
                 if slot.holds():
                     slot.leave()
+
+    def _release(self) -> None:
+        self._leave()
         self.graphs.forget()
 
     def end(self) -> None:

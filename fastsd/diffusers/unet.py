@@ -35,7 +35,6 @@ class PathTwin(Twin):
     def __init__(self, host: Any, name: str, make: Callable[[], nn.Module]):
         super().__init__(host, name, make)
         self._texts: Memo[tuple[torch.Tensor, ...]] = Memo()
-        self._attentions: list[nn.Module] = []
 
     def answer(self, arguments: dict[str, Any], call: Callable[[], Any]) -> Any:
         """See `Twin.answer`. `scale` in `cross_attention_kwargs` is of the adapters, during this call."""
@@ -50,6 +49,9 @@ class PathTwin(Twin):
         return call()
 
     def refuses(self, arguments: dict[str, Any]) -> str | None:
+        attention = self._attention()
+        if attention is not None:
+            return attention
         given = arguments["cross_attention_kwargs"] or {}
         others = sorted(set(given) - {"scale"})
         if others:
@@ -65,7 +67,9 @@ class PathTwin(Twin):
             return "added conditions are missing"  # diffusers says which
         if not isinstance(arguments["encoder_hidden_states"], torch.Tensor):
             return "encoder_hidden_states is no tensor"
-        return self._attention()
+        if arguments["sample"].dtype != next(self.host.parameters()).dtype:
+            return "the latents have another dtype than the weights"
+        return None
 
     def _attention(self) -> str | None:
         if getattr(self.host, "encoder_hid_proj", None) is not None:

@@ -93,7 +93,7 @@ def pixels(pipe: Any, name: str = "StableDiffusionPipeline", **changes: Any) -> 
     }
     call |= CALLS[name][1] | changes
     if "image" not in call:
-        call |= {"height": 64, "width": 64}
+        call = {"height": 64, "width": 64} | call
     if "Img2Img" in name:
         call.setdefault("strength", 0.9)
     with warnings.catch_warnings():
@@ -134,3 +134,21 @@ def weights(pipe: Any) -> dict[tuple[str, str], torch.Tensor]:
         for component, network in networks(pipe).items()
         for name, tensor in network.state_dict().items()
     }
+
+
+def save_lora(unet: Any, folder: Any, rank: int, targets: list[str], **config: Any) -> Any:
+    """Write a random LoRA for a UNet, as diffusers loads it; returns the folder."""
+    import copy
+
+    import diffusers
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    torch.manual_seed(sum(map(ord, folder.name)))
+    adapted = copy.deepcopy(unet)
+    adapted.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, **config))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    diffusers.StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(adapted))
+    return folder
