@@ -12,7 +12,18 @@ from fastsd.evaluate.digits.limits import DEFAULT_SEEDS, MAX_SEEDS, QUICK_SEEDS,
 if TYPE_CHECKING:
     from fastsd.evaluate.measure import Measurement
 
-MAX_COUNT = 50_000
+
+# What the flags of the metrics are where they are not given.
+METRIC_DEFAULTS: dict[str, Any] = {
+    "count": 500,
+    "seed": 0,
+    "extractor": "pixels",
+    "clip": None,
+    "gallery": [],
+    "reference": 10_000,
+    "bootstrap": 100,
+    "settings": "",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace existing files of --out and --json")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="auto, fp32, fp16 or bf16 (default: %(default)s)")
-    add_metric_arguments(parser.add_argument_group("metrics of any model"))
+    metrics = parser.add_argument_group("metrics of any model")
+    add_metric_arguments(metrics)
+    metrics.add_argument("--settings", default="", metavar="TEXT", help='of the calls: "steps=20 guidance=2"')
     digits = parser.add_argument_group("the checks of a digits model, where --metrics is not given")
     digits.add_argument(
         "--seeds",
@@ -86,33 +99,49 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         FastsdError: no such model or data, an unknown metric, an output file exists.
     """
+    _check_flags(args)
     if args.metrics is None:
         return _run_digits(args)
     from fastsd.evaluate.measure import Measurement
 
-    for flag, value in (("--seeds", args.seeds), ("--quick", args.quick or None), ("--reader", args.reader)):
-        if value is not None:
-            from fastsd.errors import FastsdError
-
-            raise FastsdError("belongs to the checks of the digits model, not to --metrics", argument=flag)
     return _run_metrics(args, Measurement.of(args))
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that have no effect.
+
+    Raises:
+        FastsdError: a flag of the metrics without `--metrics`, or one of the digits' checks beside it.
+    """
+    from fastsd.errors import FastsdError
+
+    if args.metrics is None:
+        for name, default in METRIC_DEFAULTS.items():
+            if getattr(args, name) != default:
+                raise FastsdError("has an effect beside --metrics alone", argument=f"--{name}")
+        return
+    for name, given in (("seeds", args.seeds is not None), ("quick", args.quick), ("reader", args.reader is not None)):
+        if given:
+            raise FastsdError("belongs to the checks of the digits model, not to --metrics", argument=f"--{name}")
 
 
 def _run_metrics(args: argparse.Namespace, measurement: Measurement) -> int:
     """Measure, print, write the files."""
     from fastsd.evaluate.report import sheet
     from fastsd.files import write_whole
+    from fastsd.generate.settings_text import parse_settings
     from fastsd.image.files import encode
     from fastsd.pipeline import Pipeline
 
     folder = Path(args.out) if args.out else None
     files = {name: folder / name for name in ("report.json", "report.md", "grid.png")} if folder else {}
+    settings = parse_settings(args.settings, "--settings")
     for flag, file in (*(("--out", file) for file in files.values()), ("--json", args.json and Path(args.json))):
         if file:
             check_writable(flag, file, args.overwrite)
     pipe = Pipeline.from_pretrained(args.model, device=args.device, dtype=args.dtype)
-    generated = measurement.generate(pipe, {}, say)
-    report = measurement.take(pipe, generated, {}, str(args.model))
+    generated = measurement.generate(pipe, settings, say)
+    report = measurement.take(pipe, generated, settings, str(args.model))
     print(report.to_markdown(), end="")
     if files:
         texts = {"report.json": report.to_json(), "report.md": report.to_markdown()}

@@ -41,5 +41,5 @@ def generate(
         images += [np.asarray(image.convert("RGB")) for image in result.images]
         progress(f"{len(images)} of {len(prompts)} images generated")
     if any(image.shape != images[0].shape for image in images):
-        raise FastsdError("the images have different sizes; --settings should not change them")
+        raise FastsdError("the images have different sizes, which no metric compares")
     return images

@@ -45,11 +45,11 @@ def test_a_right_model_and_a_wrong_one(data: Path, tmp_path: Path, cli: Any, mon
 def test_a_seed_and_a_caption_for_each_image(data: Path, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Painter()
     monkeypatch.setattr(Pipeline, "from_pretrained", stand_in(model))
-    assert cli(*WORDS, "--data", data, "--metrics", "fid", "--seed", "7").code == 0
+    assert cli(*WORDS, "--data", data, "--metrics", "fid", "--seed", "7", "--settings", "steps=4").code == 0
     prompts = [prompt for part, _, _ in model.calls for prompt in part]
     assert len(set(prompts)) == 40, "every caption once before any comes again"
     assert [seed for _, seed, _ in model.calls] == [7, 32]
-    assert all(settings == {"prompt_syntax": "plain"} for _, _, settings in model.calls)
+    assert all(settings == {"prompt_syntax": "plain", "num_inference_steps": 4} for _, _, settings in model.calls)
 
 
 def test_the_files_of_a_folder(data: Path, tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,6 +70,17 @@ def test_the_files_of_a_folder(data: Path, tmp_path: Path, cli: Any, monkeypatch
 
 def _ints(pixels: set[tuple[int, ...]]) -> list[tuple[int, ...]]:
     return [tuple(int(part) for part in pixel) for pixel in pixels]
+
+
+def test_fewer_images_than_a_metric_needs(tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pipeline, "from_pretrained", None)
+    folder = tmp_path / "three"
+    folder.mkdir()
+    for name in "abc":
+        Image.new("RGB", (8, 8)).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(name)
+    words = ("evaluate", "--data", folder, "--metrics", "precision-recall")
+    refused(cli(*words), "--data", "precision-recall needs at least 4 images, and there are 3")
 
 
 @pytest.mark.heavy
@@ -103,6 +114,9 @@ def test_the_digits_by_their_reader(cli: Any, tmp_path: Path) -> None:
         (["--metrics", "fid", "--extractor", "inception:none.pth"], ("--extractor", "none.pth")),
         (["--metrics", "fid", "--extractor", "pixels:x"], ("--extractor", "no file")),
         (["--metrics", "fid", "--gallery", "none"], ("--gallery", "no such folder")),
+        (["--metrics", "fid", "--settings", "stepps=4"], ("--settings", "did you mean steps")),
+        (["--count", "7"], ("--count", "--metrics")),
+        (["--gallery", "x"], ("--gallery", "--metrics")),
         (["--metrics", "fid", "--quick"], ("--quick", "digits")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
