@@ -7,14 +7,15 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageOps
 
 from fastsd.errors import FastsdError
-from fastsd.image.files import open_image
+from fastsd.image.files import open_image, open_mask
 from fastsd.train import vocabulary
 from fastsd.train.images import Notes, Rows, TrainingImages
 from fastsd.train.settings import Augment, Data
@@ -22,6 +23,7 @@ from fastsd.train.sources import Sample
 
 NAMED = 5  # of the images that cannot be read, in a message
 FEW_WORDS = 500  # a model of at most so many words names them to its user
+MASK_SIDE = 64  # of the masks that are kept with the latents
 MARGIN = 1.25  # a cropped image is kept this much larger than what is cut from it
 
 
@@ -49,6 +51,8 @@ class CaptionedImages(TrainingImages):
         self.buckets = make_buckets(data.resolution, data.bucket_step or multiple) if data.buckets else None
         if data.resolution % multiple:
             raise FastsdError(f"data.resolution is {data.resolution}; it should be a multiple of {multiple}")
+        if data.masks and data.augment.rotation:
+            raise FastsdError("data.augment.rotation does not turn masks; leave out data.masks or the rotation")
         self.side = (data.resolution, data.resolution)
         self._memory = int(data.memory_gb * 2**30)
         self._kept: dict[int, np.ndarray] = {}
@@ -116,11 +120,15 @@ class CaptionedImages(TrainingImages):
         height, width = self.side
         if self.buckets:
             height, width = nearest_bucket(self.buckets, image.height / image.width)
-        margin = MARGIN if self.augment.crop else 1.0
-        scale = max(height * margin / image.height, width * margin / image.width)
-        size = (max(round(image.width * scale), width), max(round(image.height * scale), height))
+        size = self._covering((image.height, image.width), (height, width))
         resized = image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
         return (height, width), np.asarray(resized), (image.height, image.width)
+
+    def _covering(self, original: tuple[int, int], bucket: tuple[int, int]) -> tuple[int, int]:
+        """Width and height of an image resized to cover its bucket; the arguments have the height first."""
+        margin = MARGIN if self.augment.crop else 1.0
+        scale = max(side * margin / own for side, own in zip(bucket, original))
+        return max(round(original[1] * scale), bucket[1]), max(round(original[0] * scale), bucket[0])
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -135,15 +143,32 @@ class CaptionedImages(TrainingImages):
         return [np.array(by_size[size], dtype=np.int64) for size in sorted(by_size)]
 
     def pixels(self, rows: Rows, random: np.random.Generator, notes: bool = False) -> tuple[torch.Tensor, Notes]:
-        images, corners = zip(*(self._augmented(int(row), random) for row in rows))
+        images, corners, flips = zip(*(self._augmented(int(row), random) for row in rows))
         taken: Notes = {}
         if notes:  # heights first: what SDXL's UNet is told of an image
             taken["original_size"] = torch.tensor([self.originals[int(row)] for row in rows], dtype=torch.int64)
             taken["crop"] = torch.tensor(corners, dtype=torch.int64)
+            if self.data.masks:
+                masks = [self._mask(int(row), *place) for row, *place in zip(rows, corners, flips)]
+                taken["mask"] = torch.from_numpy(np.stack(masks))
         return torch.from_numpy(np.stack(images)).float() / 127.5 - 1, taken
 
-    def _augmented(self, row: int, random: np.random.Generator) -> tuple[np.ndarray, tuple[int, int]]:
-        """The pixels of an image, and the upper left corner of what is cut from the resized one."""
+    def _mask(self, row: int, corner: tuple[int, int], flipped: bool) -> np.ndarray:
+        """The mask of an image, cut as the image is: `[MASK_SIDE, MASK_SIDE]` uint8, 255 where the image counts."""
+        file = Path(self.data.masks) / f"{Path(self.samples[row].name).with_suffix('')}.png"
+        if not file.is_file():
+            raise FastsdError(f"no such file; {self.samples[row].name} needs a mask of that name", path=file)
+        original, (height, width) = self.originals[row], self.sizes[row]
+        mask = open_mask(file, argument=None).resize(self._covering(original, (height, width)), Image.Resampling.BOX)
+        left, top = corner[1], corner[0]
+        if flipped:
+            mask, left = ImageOps.mirror(mask), corner[1]
+        cut = mask.crop((left, top, left + width, top + height))
+        return np.asarray(cut.resize((MASK_SIDE, MASK_SIDE), Image.Resampling.BOX))
+
+    def _augmented(self, row: int, random: np.random.Generator) -> tuple[np.ndarray, tuple[int, int], bool]:
+        """The pixels of an image, the upper left corner of what is cut from the resized one, and whether it is
+        flipped; the corner is then that of the flipped one."""
         pixels = self._kept[row] if row in self._kept else self._decode(self.samples[row].read())[1]
         height, width = self.sizes[row]
         settings = self.augment
@@ -153,8 +178,8 @@ class CaptionedImages(TrainingImages):
         top, left = (int(random.integers(n + 1)) if settings.crop else n // 2 for n in spare)
         pixels = pixels[top : top + height, left : left + width]
         if settings.flip and random.random() < 0.5:
-            return pixels[:, ::-1], (top, spare[1] - left)
-        return pixels, (top, left)
+            return pixels[:, ::-1], (top, spare[1] - left), True
+        return pixels, (top, left), False
 
     def caption(self, row: int, notes: Notes, random: np.random.Generator, empty: float) -> str:
         captions = self.samples[row % len(self.samples)].captions

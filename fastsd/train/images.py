@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastsd.errors import FastsdError
 from fastsd.train.parts import Part
 from fastsd.train.vocabulary import Merges, Vocab
 
@@ -88,7 +89,9 @@ class RowOrder:
         self.training: list[Rows] = []
         self.validation: list[Rows] = []
         for group in groups:
-            kept = len(group) - round(held_out * len(group))
+            kept = len(group)
+            if held_out and kept > 1:  # at least one for each
+                kept -= min(max(round(held_out * kept), 1), kept - 1)
             shuffled = np.random.default_rng([seed, HOLD_OUT]).permutation(group) if kept < len(group) else group
             self.training.append((copies + np.sort(shuffled[:kept])).ravel())
             self.validation.append(np.sort(shuffled[kept:]))
@@ -98,6 +101,8 @@ class RowOrder:
         """The rows of a part; of the validation, the same in every call."""
         if part.validation:
             group = max(self.validation, key=len)
+            if not len(group):
+                raise FastsdError("no image is left for the validation; it needs fit.validate_share and more images")
             return group[np.arange(part.first, part.first + part.size) % len(group)]
         if len(self.training) == 1:
             (group,) = self.training

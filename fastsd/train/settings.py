@@ -45,6 +45,7 @@ class Data:
     path: str
     kind: str = "folder"  # one of `DATA_KINDS`
     caption: str = ""  # of images that have none; empty: they are trained without one
+    masks: str = ""  # a folder with a PNG for each image, white where the image counts (`loss.masked`)
     limit: int = 0  # use only the first images of the set; 0: all
     passes: int = 1  # augmented versions of every image in the cache of latents
     replacement: bool = False  # every sample is drawn from all images; else every image comes once in an epoch

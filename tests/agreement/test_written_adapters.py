@@ -15,6 +15,7 @@ from fastsd.components import Components
 from fastsd.model.unet import AddedConditioning
 from fastsd.train.adapters.adapter import AdapterSettings, TrainableAdapter
 from fastsd.weights import load_folder
+from fastsd.weights.adapters.embeddings import write_embedding
 from fastsd.weights.adapters.write import write_adapter
 from tests.support.matching import nchw, nhwc, relative_error
 
@@ -178,3 +179,17 @@ def test_gradients_are_pefts(dora: bool, families: Any, tmp_path: Path) -> None:
         assert relative_error(parameter.grad.reshape(gradient.shape), gradient) < ROUNDING * 10, name
         compared += 1
     assert compared == (3 if dora else 2) * len(layers)
+
+
+def test_diffusers_opens_a_textual_inversion(families: Any, tmp_path: Path) -> None:
+    """The token's two vectors stand in the table of the text encoder, under the token and its second name."""
+    vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    write_embedding(tmp_path / "new.safetensors", "<new>", (vectors,))
+    parts = dict(families.pipelines["sd1"].components)
+    parts |= {name: copy.deepcopy(parts[name]) for name in ("text_encoder", "tokenizer")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = type(families.pipelines["sd1"])(**parts)
+        pipe.load_textual_inversion(str(tmp_path / "new.safetensors"))
+    ids = pipe.tokenizer.convert_tokens_to_ids(["<new>", "<new>_1"])
+    assert torch.equal(pipe.text_encoder.get_input_embeddings().weight[ids].detach(), vectors)

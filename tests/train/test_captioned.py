@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from fastsd.errors import FastsdError
 from fastsd.train.captioned import CaptionedImages, make_buckets, nearest_bucket
 from fastsd.train.settings import Augment, Data
-from fastsd.train.sources import Sample
+from fastsd.train.sources import Sample, list_folder
 
 DATA = Data(path="folder", resolution=32, max_bad=0)
 
@@ -110,3 +111,24 @@ def test_the_fingerprint_follows_pixels_and_captions() -> None:
 def test_a_resolution_that_the_autoencoder_cannot_take() -> None:
     with pytest.raises(FastsdError, match="data.resolution is 30; it should be a multiple of 8"):
         make([sample(png(32, 32))], replace(DATA, resolution=30))
+
+
+def test_masks_and_sizes_follow_the_crop(tmp_path: Path) -> None:
+    """An image twice as wide as high: its middle is cut out, of the mask too; its own size and the corner are told."""
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (128, 64), "red").save(tmp_path / "images" / "a.png")
+    (tmp_path / "images" / "a.txt").write_text("a caption")
+    mask = Image.new("L", (128, 64))
+    mask.paste(255, (64, 0, 128, 64))
+    mask.save(tmp_path / "masks" / "a.png")
+    data = Data(path=str(tmp_path / "images"), resolution=64, masks=str(tmp_path / "masks"))
+    images = CaptionedImages(list_folder(tmp_path / "images"), data, 8, print)
+    _, notes = images.pixels(np.array([0]), np.random.default_rng(0), notes=True)
+    assert notes["original_size"].tolist() == [[64, 128]] and notes["crop"].tolist() == [[0, 32]]
+    expected = np.zeros((64, 64), np.uint8)
+    expected[:, 32:] = 255
+    assert np.array_equal(notes["mask"][0].numpy(), expected)
+    (tmp_path / "masks" / "a.png").unlink()
+    with pytest.raises(FastsdError, match="a.png needs a mask of that name"):
+        images.pixels(np.array([0]), np.random.default_rng(0), notes=True)

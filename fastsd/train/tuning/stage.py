@@ -243,8 +243,8 @@ class TuningStage(Stage):
         if not self.settings.loss.masked:
             return sizes, None
         if "mask" not in notes:
-            raise FastsdError("the images have no masks", argument="loss.masked", value=True)
-        masks = notes["mask"][rows].float()[:, None]
+            raise FastsdError("the images have no masks; name their folder in data.masks", argument="loss.masked")
+        masks = notes["mask"][rows].float()[:, None] / 255
         return sizes, nn.functional.interpolate(masks, x.shape[1:3], mode="area")[:, 0]
 
     def write_listing(self, folder: Path) -> None:

@@ -11,15 +11,17 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from fastsd.cli import main
 from fastsd.errors import FastsdError
 from fastsd.model.vae import AutoencoderKL
 from fastsd.pipeline import Pipeline
-from fastsd.train.training import train
+from fastsd.train.training import read_config, train
 from fastsd.weights import save_folder
 from fastsd.weights.adapters.apply import Adapter
 from tests.support import tiny
 from tests.support.training import write_data
 
+ROOT = Path(__file__).parent.parent.parent.parent
 CONFIG = """
 out = "{folder}/run"
 model = "{folder}/model"
@@ -146,3 +148,31 @@ def test_bad_input(message: str, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FastsdError, match=message.replace("--model .*: ", "")):
         train(folder / "config.toml", out=tmp_path / "run", changes=changes)
     assert not (tmp_path / "run" / "lora.pt").exists()
+
+
+@pytest.mark.heavy
+def test_the_example_of_the_docs(tmp_path: Path) -> None:
+    """configs/lora-digits.toml in a shortened form, on the bundled model, through the command line."""
+    out = tmp_path / "run"
+    changes = ["data.limit=8", "lora.fit.steps=2", "lora.fit.batch_size=2", "lora.sample.steps=1"]
+    flags = [flag for change in changes for flag in ("--set", change)]
+    config = str(ROOT / "configs" / "lora-digits.toml")
+    assert (
+        main(["train", "--config", config, "--out", str(out), *flags, "--set", f"data.path={ROOT / 'data/mnist'}"]) == 0
+    )
+    assert sorted(path.name for path in (out / "model").iterdir()) == [
+        "outlines.safetensors",
+        "pytorch_lora_weights.safetensors",
+        "trained.json",
+    ]
+    image = tmp_path / "3.png"
+    lora = str(out / "model" / "outlines.safetensors")
+    assert main(["--prompt", "3", "--lora", lora, "--steps", "1", "-o", str(image)]) == 0
+    assert image.is_file()
+    assert main(["train", "--config", config, "--out", str(tmp_path / "bad"), "--set", "lora.adapter.rank=0"]) == 2
+
+
+@pytest.mark.parametrize("name", ["lora-digits", "lora-sd15", "lora-sdxl", "textual-inversion", "finetune"])
+def test_the_example_configs_are_read(name: str) -> None:
+    settings = read_config(ROOT / "configs" / f"{name}.toml", ["model=digits", "data.path=somewhere"])
+    assert settings.model == "digits" and len(settings.stages) == 1
