@@ -3,7 +3,8 @@
     python -m bench.compile_report             print the table
     python -m bench.compile_report --write     also write it to docs/compile_report.txt
     python -m bench.compile_report --sm 90     print the rows of one architecture
-    python -m bench.compile_report --models    what the models launch in dry runs, a row for each kernel
+    python -m bench.compile_report --models    what the models launch, a row for each kernel;
+                                               --write: to docs/kernels.md; --triton FOLDER: another version too
 
 Launchers are called with tensors on the meta device, and their launches are compiled instead of run. The counts are
 those of the innermost loop with the most products, or, without products, with the most loads; without a loop, those of
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,9 +34,11 @@ from fastsd.kernels.triton import advance as advance_triton
 from fastsd.kernels.triton import conv2d as conv2d_triton
 from fastsd.kernels.triton import flash_attn as flash_attn_triton
 from fastsd.kernels.triton import geglu as geglu_triton
+from fastsd.kernels.triton import geglu_fp8 as geglu_fp8_triton
 from fastsd.kernels.triton import groupnorm_silu as groupnorm_silu_triton
 from fastsd.kernels.triton import layernorm as layernorm_triton
 from fastsd.kernels.triton import linear as linear_triton
+from fastsd.kernels.triton import linear_fp8 as linear_fp8_triton
 from fastsd.kernels.triton import upsample2x_conv as upsample2x_conv_triton
 
 REPORT = Path(__file__).parent.parent / "docs" / "compile_report.txt"
@@ -46,6 +49,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 TENSOR = {75: 1024, 80: 2048, 86: 512, 89: 512, 90: 4096, 100: 8192, 120: 512}
 MEMORY = {75: 5.0, 80: 13.4, 86: 6.7, 89: 3.1, 90: 14.5, 100: 29.2, 120: 4.4}
 EXPONENTIALS = 16  # per multiprocessor and clock, on all of them
+FP8 = 89  # the first architecture with products of fp8
 PARTS = 4  # partitions of a multiprocessor; each issues one warp instruction per clock
 
 GROUPNORM = [  # pixels, channels, channels of the first input
@@ -127,6 +131,8 @@ def launches(capability: int, dtype: torch.dtype) -> list[KernelLaunch]:
         calls += _attention_calls(dtype)
         calls += _product_calls(dtype) if dtype in linear_triton.DTYPES else ()
         calls += _convolution_calls(dtype) if dtype in conv2d_triton.DTYPES else ()
+    if capability >= FP8 and dtype in linear_triton.DTYPES:
+        calls += _fp8_calls(dtype)
     for case, call in calls:
 
         def on_launch(kernel: Any, arguments: dict[str, Any], case: str = case) -> None:
@@ -180,6 +186,22 @@ def _product_calls(dtype: torch.dtype) -> Iterator[Call]:
         bias, residual = _meta(columns, dtype=dtype), None if skip else _meta(rows, columns, dtype=dtype)
         name = f"linear {rows}x{columns}x{depth}" + (f"+{skip}" if skip else "")
         yield name, partial(linear_triton.linear, x, weight, bias, "none", residual, second)
+
+
+def _fp8_calls(dtype: torch.dtype) -> Iterator[Call]:
+    """The products with an activation in `dtype`; its rows are quantised by a launch of their own."""
+    e4m3 = linear_fp8_triton.FP8
+    for rows, columns, depth in GATED:
+        x, weight = _meta(rows, depth, dtype=dtype), _meta(2 * columns, depth, dtype=e4m3)
+        scale, bias = _meta(2 * columns), _meta(2 * columns, dtype=dtype)
+        yield f"geglu_fp8 {rows}x{columns}x{depth}", partial(geglu_fp8_triton.geglu_fp8, x, weight, scale, bias)
+    for rows, columns, depth, skip in PRODUCTS:
+        x, weight = _meta(rows, depth, dtype=dtype), _meta(columns, depth + skip, dtype=e4m3)
+        second = _meta(rows, skip, dtype=dtype) if skip else None
+        residual = None if skip else _meta(rows, columns, dtype=dtype)
+        arguments = weight, _meta(columns), _meta(columns, dtype=dtype), "none", residual, second
+        name = f"linear_fp8 {rows}x{columns}x{depth}" + (f"+{skip}" if skip else "")
+        yield name, partial(linear_fp8_triton.linear_fp8, x, *arguments)
 
 
 def _advance_calls(dtype: torch.dtype) -> Iterator[Call]:
@@ -246,13 +268,16 @@ def main_loop(machine: str) -> Loop:
     return max(counted, key=lambda loop: (loop.products, loop.bytes)) if counted else counts([name for name, _ in code])
 
 
+PRODUCTS_OF = ("HMMA", "HGMMA", "UTCHMMA", "QMMA", "QGMMA", "UTCQMMA")
+
+
 def counts(names: list[str]) -> Loop:
     """The counts of a sequence of instructions."""
     flop: int | None = 0
     products = moved = 0
     for name in names:
         opcode = name.split(".")[0]
-        if opcode in ("HMMA", "HGMMA", "UTCHMMA"):
+        if opcode in PRODUCTS_OF:
             products += 1
             product_flop = _flop(name)
             flop = None if flop is None or product_flop is None else flop + product_flop
@@ -263,11 +288,14 @@ def counts(names: list[str]) -> Loop:
 
 
 def _flop(name: str) -> int | None:
-    """The FLOP of one warp in a product: HMMA.16816 is 16 x 8 x 16; four warps share an HGMMA.64xNx16."""
-    group = re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", name)
+    """The FLOP of one warp in a product: HMMA.16816 is 16 x 8 x 16; four warps share an HGMMA.64xNx16.
+
+    Those of fp8 (QMMA, QGMMA) count half: they take half the time.
+    """
+    group = re.match(r"(H|Q)GMMA\.(\d+)x(\d+)x(\d+)", name)
     if group:
-        return 2 * int(group[1]) * int(group[2]) * int(group[3]) // 4
-    sizes = {"HMMA.16816": 2 * 16 * 8 * 16, "HMMA.1688": 2 * 16 * 8 * 8}
+        return 2 * int(group[2]) * int(group[3]) * int(group[4]) // (8 if group[1] == "Q" else 4)
+    sizes = {"HMMA.16816": 2 * 16 * 8 * 16, "HMMA.1688": 2 * 16 * 8 * 8, "QMMA.16832": 16 * 8 * 32}
     return next((value for start, value in sizes.items() if name.startswith(start)), None)
 
 
@@ -316,25 +344,31 @@ def heading() -> str:
     )
 
 
-def _print_models(capabilities: Iterable[int]) -> None:
-    from bench.dryrun import compiles  # which imports this module
-
-    print(f"Triton {triton.__version__}. The most that a launch of the kernel takes.\n{compiles.HEAD}")
-    for capability in capabilities:
-        for row in compiles.rows(capability):
-            print(row, flush=True)
-
-
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sm", type=int, choices=sorted(SHARED), help="this architecture only")
-    parser.add_argument("--write", action="store_true", help=f"write {REPORT.name}")
+    parser.add_argument("--write", action="store_true", help=f"write {REPORT.name}; with --models, docs/kernels.md")
     parser.add_argument("--models", action="store_true", help="instead what the models launch, by kernel")
-    arguments = parser.parse_args()
-    if arguments.write and (arguments.sm or arguments.models):
-        parser.error("--write keeps all architectures and no models; leave --sm and --models out")
+    parser.add_argument(
+        "--triton", action="append", type=Path, default=[], metavar="FOLDER",
+        help="with --models: also under the version that `pip install --target FOLDER triton==...` put there",
+    )  # fmt: skip
+    arguments = parser.parse_args(given)
+    if arguments.write and arguments.sm:
+        parser.error("--write keeps all architectures; leave --sm out")
+    if arguments.triton and not arguments.models:
+        parser.error("--triton is for --models")
+    for folder in arguments.triton:
+        if not (folder / "triton" / "__init__.py").is_file():
+            parser.error(f"--triton: there is no Triton in {folder}; pip install --no-deps --target puts it there")
     if arguments.models:
-        _print_models((arguments.sm,) if arguments.sm else SHARED)
+        from bench.dryrun import compile_table  # which imports this module
+
+        found = compile_table.compile_models((arguments.sm,) if arguments.sm else SHARED, arguments.triton)
+        if arguments.write:
+            page = compile_table.PAGE.read_text(encoding="utf-8")
+            new = compile_table.written(page, compile_table.markdown(found))
+            compile_table.PAGE.write_text(new, encoding="utf-8")
         return
     rows = [heading()]
     print(rows[0])

@@ -1,8 +1,7 @@
 """What the compiler makes of the launches that dry runs meet, under the Triton that comes first on the path.
 
-python -m bench.compile_report --models [--sm 90]    a row for each kernel
-python -m bench.dryrun.compiles FILE SM              of a file that `bench.dryrun.launches.dumps` wrote; as JSON:
-                                                     Triton's version, how many were compiled, what is wrong
+python -m bench.compile_report --models     what this finds, as a table (`bench.dryrun.compile_table`)
+python -m bench.dryrun.compiles FILE SM     of a file that `launches.dumps` wrote: `CompiledLaunches` as JSON
 """
 
 from __future__ import annotations
@@ -11,10 +10,11 @@ import json
 import multiprocessing
 import os
 import re
+import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -23,8 +23,9 @@ import triton
 from bench import compile_report
 from bench.compile_report import KernelLaunch
 from bench.compiled import SHARED
-from bench.dryrun.launches import launches, loads
+from bench.dryrun.launches import loads
 
+ROOT = Path(__file__).parents[2]
 EVERY: list[KernelLaunch] = []  # what processes that are forked from this one find here: kernels cannot be sent to them
 
 
@@ -59,7 +60,13 @@ def size_of(launch: KernelLaunch, sm: int) -> CodeSize:
 
 
 def spills_in_a_loop(machine: str) -> bool:
-    """Whether local memory is accessed between a label and a later branch to it."""
+    """Whether local memory is accessed between a label and a later branch to it.
+
+    What is never read was not spilled: under Triton 3.6 each TMA copy of sm_120 has a branch to another block of a
+    cluster, which is never taken; it would call a function, with an argument of 8 bytes in local memory.
+    """
+    if not re.search(r"\bLDL\b", machine):
+        return False
     labels: dict[str, int] = {}
     accesses: list[int] = []
     for i, line in enumerate(machine.splitlines()):
@@ -97,29 +104,81 @@ def compile_all(found: list[KernelLaunch], sm: int) -> list[CodeSize]:
         return pool.map(_size_of, [(i, sm) for i in range(len(found))], chunksize=1)
 
 
-HEAD = " sm kernel                          launches  regs  spill  shared   limit"
+@dataclass(frozen=True)
+class KernelSizes:
+    """What launches of a kernel take: how many there are, and the most of each over them."""
+
+    launches: int
+    registers: int
+    spills: int
+    shared: int
 
 
-def rows(sm: int) -> Iterator[str]:
-    """Of each kernel that the models launch on sm_`sm`: how many launches, and the most that any of them takes; then
-    the launches that are not as they should be."""
-    found = launches(sm)
+@dataclass(frozen=True)
+class CompiledLaunches:
+    """What a version of Triton makes of the launches for an architecture: by kernel, and what is wrong."""
+
+    triton: str
+    sm: int
+    kernels: dict[str, KernelSizes]
+    wrong: tuple[str, ...]
+
+    def text(self) -> str:
+        """As JSON, in a line."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def read(cls, text: str) -> CompiledLaunches:
+        """What `text` wrote."""
+        stored = json.loads(text)
+        kernels = {name: KernelSizes(**sizes) for name, sizes in stored["kernels"].items()}
+        return cls(stored["triton"], stored["sm"], kernels, tuple(stored["wrong"]))
+
+    def rows(self) -> Iterator[str]:
+        """A row for each kernel; then the launches that are not as they should be."""
+        for kernel, of in sorted(self.kernels.items()):
+            sizes = f"{of.launches:>9} {of.registers:>5} {of.spills:>6} {of.shared:>7} {SHARED[self.sm]:>7}"
+            yield f"{self.triton:6} {self.sm:>3} {kernel:24} {sizes}"
+        yield from (f"{self.triton:6} {self.sm:>3} ! {problem}" for problem in self.wrong)
+
+
+HEAD = "Triton  sm kernel                    launches  regs  spill  shared   limit"
+
+
+def summary(found: list[KernelLaunch], sm: int) -> CompiledLaunches:
+    """Compile launches for sm_`sm` with this process's Triton."""
     sizes = compile_all(found, sm)
     by_kernel: defaultdict[str, list[CodeSize]] = defaultdict(list)
     for launch, size in zip(found, sizes):
         by_kernel[launch.kernel.fn.__name__.strip("_").removesuffix("_kernel")].append(size)
-    for kernel, made in sorted(by_kernel.items()):
+    kernels = {}
+    for kernel, made in by_kernel.items():
         most = (max(getattr(size, name) for size in made) for name in ("registers", "spills", "shared"))
-        registers, spills, shared = most
-        yield f"{sm:>3} {kernel:30} {len(made):>9} {registers:>5} {spills:>6} {shared:>7} {SHARED[sm]:>7}"
-    yield from (f"{sm:>3} ! {problem}" for problem in map(wrong, found, sizes, [sm] * len(found)) if problem)
+        kernels[kernel] = KernelSizes(len(made), *most)
+    problems = (wrong(launch, size, sm) for launch, size in zip(found, sizes))
+    return CompiledLaunches(triton.__version__, sm, kernels, tuple(filter(None, problems)))
+
+
+def by_version(folder: Path | None, file: Path, sm: int) -> CompiledLaunches:
+    """Compile the launches of a file (`bench.dryrun.launches.dumps`) in a process of its own.
+
+    Args:
+        folder: where another version of Triton is (`pip install --target`); None: the installed one.
+    """
+    path = [*([] if folder is None else [str(folder)]), str(ROOT)]
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.dryrun.compiles", str(file), str(sm)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return CompiledLaunches.read(done.stdout.splitlines()[-1])
 
 
 def main(file: str, sm: str) -> None:
-    found = loads(Path(file).read_bytes())
-    sizes = compile_all(found, int(sm))
-    problems = [problem for launch, size in zip(found, sizes) if (problem := wrong(launch, size, int(sm)))]
-    print(json.dumps({"triton": triton.__version__, "compiled": len(sizes), "wrong": problems}))
+    print(summary(loads(Path(file).read_bytes()), int(sm)).text())
 
 
 if __name__ == "__main__":

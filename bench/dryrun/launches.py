@@ -19,7 +19,7 @@ from bench.dryrun.gpus import Gpu
 from bench.dryrun.record import DryRun, dry_run
 from bench.dryrun.ways import generate
 from bench.families import FAMILIES
-from bench.warm import compiler_key
+from bench.warm import compiler_key, every_launch
 from fastsd.kernels.advance import advance
 
 RUNS = [("sd15", "text"), ("sd15", "image"), ("sd21", "text"), ("sdxl", "text"), ("sdxl", "image"), ("sd15", "taesd")]
@@ -43,9 +43,9 @@ def distinct(launches: Iterable[KernelLaunch]) -> list[KernelLaunch]:
 
 
 def launches(sm: int) -> list[KernelLaunch]:
-    """What the models and the samplers launch on sm_`sm`, then the launches of the compile report.
+    """What the models and the samplers launch on sm_`sm`, by every way of a first use; then the compile report's.
 
-    Where there is no dry run, the latter alone.
+    Where there is no dry run, pipelines are left out: what remains are their networks, at these sizes.
     """
     found: list[KernelLaunch] = []
     if why_not() is None:
@@ -54,7 +54,7 @@ def launches(sm: int) -> list[KernelLaunch]:
                 generate(run, FAMILIES[name], way)
             found += met(run, f"{name} {way}")
         found += of_steps(sm)
-    return distinct([*found, *of_report(sm)])
+    return distinct([*found, *every_launch(sm, fp8=sm >= compile_report.FP8), *of_report(sm)])
 
 
 def of_report(sm: int) -> list[KernelLaunch]:

@@ -88,6 +88,8 @@ def test_without_a_loop_the_whole_kernel_counts() -> None:
 def test_flop_of_products_of_four_warps_and_of_unknown_size() -> None:
     assert counts(["HGMMA.64x128x16.F32"]).flop == 2 * 64 * 128 * 16 // 4
     assert counts(["UTCHMMA", "HMMA.16816.F32"]).flop is None
+    of_fp8 = counts(["QGMMA.64x128x32.F32.E4M3.E4M3"]), counts(["QMMA.16832.F32.E4M3.E4M3"])
+    assert [one.flop for one in of_fp8] == [2 * 64 * 128 * 32 // 8, 2 * 16 * 8 * 32 // 2]  # in half the time
 
 
 def test_the_bound_is_the_busiest_unit() -> None:

@@ -15,6 +15,8 @@ from fastsd.kernels.launch import conv2d, flash_attn, linear, rowwise
 from fastsd.kernels.launch import groupnorm_silu as norm
 from fastsd.kernels.launch.groupnorm_silu import power_of_two
 
+SPILLING = (86, 120)  # classes on which the tile of `_padded` spills inside its loop, where keys are no whole blocks
+
 
 def groupnorm_silu(thorough: bool, architecture: int, *sizes: int) -> list[norm.GroupNormLaunch]:
     """Launches for pixels, channels, groups, itemsize."""
@@ -34,7 +36,7 @@ def attention(
     """Launches of `flash_attn`; `Wide` is the only one of its kind."""
     committed = flash_attn.choose(architecture, queries, keys, heads, size, itemsize)
     if isinstance(committed, flash_attn.Tile):
-        few = () if itemsize == 4 or size > 64 else [_padded(committed, size)]
+        few = () if itemsize == 4 or size > 64 or architecture in SPILLING else [_padded(committed, size)]
         return _distinct(committed, _tiles(committed, size) if thorough else few)
     if isinstance(committed, flash_attn.FewKeys) and thorough:
         return _distinct(committed, _few_keys(committed))
