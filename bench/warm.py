@@ -29,6 +29,7 @@ from fastsd.kernels import candidates, dispatch
 from fastsd.kernels.choice import decide
 from fastsd.kernels.choice.op import GpuOp, Key
 
+OLDEST = 10 * dispatch.OLDEST_GPU[0] + dispatch.OLDEST_GPU[1]
 LAUNCHES: list[KernelLaunch] = []  # what forked processes find here: kernels cannot be sent to them
 
 
@@ -144,6 +145,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=600.0, help="the rest is compiled at its first use")
     parser.add_argument("--first", type=int, metavar="N", help="only the first N launches")
     options = parser.parse_args(arguments)
+    if options.sm < OLDEST:
+        parser.error(f"argument --sm: {options.sm}; the kernels need {OLDEST} or newer")
     began = time.monotonic()
     found = every_launch(options.sm)[: options.first]
     done, failed = warm_all(found, options.sm, options.seconds)

@@ -102,6 +102,13 @@ def test_every_way_of_every_op_is_found_for_the_class_that_is_asked_for(monkeypa
     assert not any(launch.arguments.get("TMA") for launch in found[80])
 
 
+def test_a_gpu_that_the_kernels_do_not_know_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """The compiler would end the process."""
+    with pytest.raises(SystemExit) as ended:
+        warm.main(["--sm", "42"])
+    assert ended.value.code == 2 and "--sm: 42; the kernels need 75 or newer" in capsys.readouterr().err
+
+
 def test_numbers_that_the_compiler_does_not_tell_apart_are_one_launch() -> None:
     def key(**arguments: Any) -> str:
         return warm.compiler_key(_no_kernel, {"x_ptr": torch.float16, "SIZE": 4} | arguments)
