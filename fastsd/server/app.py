@@ -116,7 +116,8 @@ def _add_errors(app: FastAPI) -> None:
     async def bad_input(request: Request, error: FastsdError) -> JSONResponse:
         names = getattr(request.state, "names", {})
         field = names.get(error.argument or "", error.argument)
-        status = getattr(request.state, "statuses", {}).get(error.argument, 422)
+        by_name = getattr(request.state, "statuses", {}) if error.path is None else {}  # a path: it is there, and bad
+        status = by_name.get(error.argument, 422)
         return answer(request, status, describe(error, lambda name: names.get(name, name)), field)
 
     @app.exception_handler(RequestValidationError)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,12 +95,13 @@ class Catalogue:
         if folder is None:
             return []
         found, root, inside = [], Path(folder), set[Path]()
-        for path in sorted(root.rglob(folders)) if folders else ():
-            if path.parent != root:
+        files = sorted(_walk(root))
+        for path in files:
+            if path.name == folders and path.parent != root:
                 inside.add(path.parent)
                 found.append(Listed(path.parent.relative_to(root).as_posix(), path.parent))
-        for path in sorted(root.rglob(f"*{SUFFIX}")):
-            if path.is_file() and not inside & set(path.parents):
+        for path in files:
+            if path.suffix == SUFFIX and path.is_file() and not inside & set(path.parents):
                 found.append(Listed(path.relative_to(root).with_suffix("").as_posix(), path, self._sha256(path)))
         return found
 
@@ -130,6 +132,14 @@ class Catalogue:
                 with contextlib.suppress(OSError):
                     self._hashes[listed.path] = await asyncio.to_thread(_hash, listed.path)
         self.refresh()
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Every file in a folder, at any depth, in folders that are links too, each of them once on its way."""
+    for here, folders, names in os.walk(root, followlinks=True):
+        above = {os.path.realpath(here), *(os.path.realpath(parent) for parent in Path(here).parents)}
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(here, name)) not in above]
+        yield from (Path(here, name) for name in names)
 
 
 def _find(listed: list[Listed], name: str, argument: str, kind: str) -> Listed:

@@ -72,3 +72,18 @@ def test_new_files_are_found_after_a_refresh(folder: Path) -> None:
     assert "new" not in names(catalogue)
     catalogue.refresh()
     assert "new" in names(catalogue)
+
+
+def test_folders_and_files_that_are_links_are_listed_and_a_circle_ends(tmp_path: Path) -> None:
+    """Models often lie on another disk."""
+    disk, models = tmp_path / "disk", tmp_path / "models"
+    (disk / "sd15").mkdir(parents=True)
+    (disk / "sd15" / "model_index.json").write_text("{}")
+    (disk / "one.safetensors").write_bytes(b"one")
+    models.mkdir()
+    (models / "disk").symlink_to(disk)
+    (models / "two.safetensors").symlink_to(disk / "one.safetensors")
+    (models / "gone.safetensors").symlink_to(tmp_path / "gone.safetensors")
+    (disk / "again").symlink_to(models)
+    names = [one.name for one in Catalogue(ServerSettings(models_dir=str(models))).models]
+    assert sorted(names) == ["digits", "disk/one", "disk/sd15", "two"]

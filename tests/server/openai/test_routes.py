@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -215,3 +216,11 @@ def test_models(client: TestClient) -> None:
     assert found["object"] == "list" and [one["id"] for one in found["data"]] == ["digits"]
     assert client.get("/v1/models/digits").json()["object"] == "model"
     assert client.get("/v1/models/other").status_code == 404
+
+
+def test_a_model_that_is_listed_and_damaged_is_not_one_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "broken.safetensors").write_bytes(b"junk")
+    with called(ServerSettings(models_dir=str(tmp_path))) as own:
+        for name, status, said in (("broken", 422, "it is damaged"), ("none", 404, "no such model is listed")):
+            answer = own.post(GENERATIONS, json={"prompt": "a cat", "model": name})
+            assert answer.status_code == status and said in answer.json()["error"]["message"]
