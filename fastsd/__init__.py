@@ -21,6 +21,8 @@ from fastsd.errors import FastsdError
 if TYPE_CHECKING:
     from fastsd.diffusers.accelerate import accelerate, restore
     from fastsd.generate.control import Control
+    from fastsd.generate.progress import Step
+    from fastsd.generate.result import Result
     from fastsd.pipeline import Pipeline
     from fastsd.weights.adapters.apply import Adapter
 
@@ -45,12 +47,24 @@ if sys.platform == "linux" and not any(name.startswith(("MALLOC_", "GLIBC_TUNABL
         )  # the largest that it takes; without it, each map of 1 MB would be mapped anew
 
 __version__ = "0.1.0"
-__all__ = ["Adapter", "Control", "FastsdError", "Pipeline", "__version__", "accelerate", "restore"]
+__all__ = [
+    "Adapter",
+    "Control",
+    "FastsdError",
+    "Pipeline",
+    "Result",
+    "Step",
+    "__version__",
+    "accelerate",
+    "restore",
+]
 # Imported when they are first used.
 _LAZY = {
     "Adapter": "fastsd.weights.adapters.apply",
     "Control": "fastsd.generate.control",
     "Pipeline": "fastsd.pipeline",
+    "Result": "fastsd.generate.result",
+    "Step": "fastsd.generate.progress",
     "accelerate": "fastsd.diffusers.accelerate",
     "restore": "fastsd.diffusers.accelerate",
 }

@@ -22,6 +22,7 @@ from fastsd.components import Components, TextualInversion
 from fastsd.cuda.capture import CudaRecorder
 from fastsd.errors import FastsdError, about, named_arguments
 from fastsd.few_step import kind_named
+from fastsd.generate.asynchronous import Asynchronous
 from fastsd.generate.batch import Batch, Estimate, Timings, check_refiner, prepare, timed
 from fastsd.generate.callback import StepCallback
 from fastsd.generate.defaults import Defaults, few_step_note
@@ -48,7 +49,7 @@ from fastsd.weights.layouts.controlnet import load_controlnet
 BUNDLED = Path(__file__).parent / "assets" / "digits"
 
 
-class Pipeline(Portable, DiffusersNames):
+class Pipeline(Asynchronous, Portable, DiffusersNames):
     """A checkpoint, ready to generate images.
 
     Attributes:

@@ -63,7 +63,7 @@ def test_tests_import_no_other_tests() -> None:
 
 
 # Tests of several modules together, which have no namesake.
-TOGETHER = ("agreement", "parity", "gpu", "bench", "clients", "comfyui", "docs", "support", "reports")
+TOGETHER = ("agreement", "parity", "gpu", "bench", "clients", "comfyui", "docs", "examples", "support", "reports")
 
 
 def test_tests_mirror_the_package() -> None:

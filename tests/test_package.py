@@ -134,3 +134,79 @@ def test_make_never_installs_an_unpinned_torch() -> None:
         "-e .",
         "-e '.[dev]'",
     ]
+
+
+STATE = """if True:
+    import json, locale, logging, os, random, signal, sys, warnings
+    import numpy, torch
+
+    def state():
+        handlers = {int(s): repr(signal.getsignal(s)) for s in signal.valid_signals() if s not in (9, 19)}
+        rng = (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+        flags = (torch.get_num_threads(), torch.get_num_interop_threads(), torch.is_grad_enabled(),
+                 str(torch.get_default_dtype()), torch.get_float32_matmul_precision(),
+                 torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark,
+                 torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32,
+                 torch.backends.cuda.matmul.allow_tf32, torch.backends.mkldnn.enabled)
+        logs = (logging.root.level, len(logging.root.handlers), sys.excepthook is sys.__excepthook__)
+        return json.dumps([handlers, hash(str(rng)), flags, logs, [str(f) for f in warnings.filters],
+                           locale.setlocale(locale.LC_ALL), os.getcwd()])
+
+    warnings.simplefilter("ignore")
+    before, environment = state(), dict(os.environ)
+    import fastsd
+    fastsd.Pipeline
+    imported = state()
+    pipe = fastsd.Pipeline.from_pretrained("digits", device="cpu", dtype="fp32")
+    pipe("a handwritten one", num_inference_steps=1)
+    print(before == imported, before == state(), torch.is_inference_mode_enabled())
+    print(sorted(k for k in set(os.environ) | set(environment) if os.environ.get(k) != environment.get(k)))
+"""
+
+
+@pytest.mark.heavy
+def test_neither_an_import_nor_a_call_changes_global_state() -> None:
+    """Threads, flags, dtypes, random numbers, warnings, handlers. Two environment variables are set on import, unless
+    the process has them (docs/library.md)."""
+    said = run(ROOT, str(ROOT), "-c", STATE).splitlines()
+    assert said[0] == "True True False"
+    assert set(eval(said[1])) <= {"OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE"}
+
+
+CALLER = """
+import asyncio
+
+from PIL import Image
+
+import fastsd
+
+
+def draw(pipe: fastsd.Pipeline, prompt: str) -> fastsd.Result:
+    pipe.set_adapters([fastsd.Adapter("ink.safetensors", unet=0.5)])
+    for step in pipe.stream(prompt, seed=1):
+        image: Image.Image = step.preview()
+        image.save(f"{step.index}.png")
+    return asyncio.run(pipe.generate(prompt, on_step=lambda step: print(step.index, step.total)))
+
+
+def accelerated(pipe: object) -> object:
+    return fastsd.restore(fastsd.accelerate(pipe))
+
+
+try:
+    seeds: list[int] = draw(fastsd.Pipeline.from_pretrained("digits"), "a handwritten one").seeds
+except fastsd.FastsdError as error:
+    argument: str | None = error.argument
+"""
+
+
+@pytest.mark.slow  # mypy reads torch
+def test_a_caller_passes_strict_type_checks(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    (tmp_path / "caller.py").write_text(CALLER, encoding="utf-8")
+    (tmp_path / "wrong.py").write_text(CALLER.replace("list[int] =", "list[str] ="), encoding="utf-8")
+    options = ["--strict", "--no-incremental", "--config-file", os.devnull, "--python-version", "3.11"]
+    code = "import sys; from mypy import api; out = api.run(sys.argv[1:]); print(out[0])"
+    said = run(tmp_path, str(ROOT), "-c", code, *options, "--follow-imports=silent", "caller.py", "wrong.py")
+    assert "caller.py" not in said, said
+    assert "wrong.py" in said and "Found 1 error" in said, said

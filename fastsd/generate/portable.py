@@ -20,7 +20,7 @@ from fastsd.runtime.devices import autoencoder_dtype, resolve_device, resolve_dt
 from fastsd.weights.adapters.apply import Adapters
 
 Self = TypeVar("Self", bound="Portable")
-REBUILT = ("graphs", "_engine", "_preview_codec", "_lock", "_runs")
+REBUILT = ("graphs", "_engine", "_preview_codec", "_lock", "_runs", "_thread")
 
 
 class Portable(Interruptible):
