@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import math
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from fastsd.errors import FastsdError
+from fastsd.train.packed import read_idx
 
 MNIST_SIDE = 28  # pixels
 IMAGE_SIDE = 64  # pixels of a training image
@@ -39,26 +37,11 @@ def read_digits(folder: str | Path, split: str = "train") -> Digits:
     Raises:
         FastsdError: a file is missing or damaged.
     """
-    images = _read_idx(Path(folder) / f"{split}-images-idx3-ubyte.gz", dimensions=3)
-    labels = _read_idx(Path(folder) / f"{split}-labels-idx1-ubyte.gz", dimensions=1)
+    images = read_idx(Path(folder) / f"{split}-images-idx3-ubyte.gz", 3)
+    labels = read_idx(Path(folder) / f"{split}-labels-idx1-ubyte.gz", 1)
     if len(images) != len(labels):
         raise FastsdError(f"{len(images)} images but {len(labels)} labels in the {split} files", path=folder)
     return Digits(images, labels)
-
-
-def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
-    """Read an IDX file: two zero bytes, type (8: uint8), number of dimensions, sizes as big-endian int32, data."""
-    if not path.is_file():
-        raise FastsdError("no such file; data.mnist should be the folder with MNIST's four .gz files", path=path)
-    try:
-        raw = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
-        raise FastsdError(f"damaged, cannot be decompressed ({error})", path=path) from None
-    start = 4 + 4 * dimensions
-    sizes = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, start, 4)]
-    if raw[:4] != bytes([0, 0, 8, dimensions]) or len(raw) != start + math.prod(sizes):
-        raise FastsdError(f"not an IDX file of bytes in {dimensions} dimensions", path=path)
-    return np.frombuffer(raw, dtype=np.uint8, offset=start).reshape(sizes)
 
 
 def enlarge(

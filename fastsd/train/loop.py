@@ -69,9 +69,16 @@ class Trainer:
         self.players = {name: Player(module, stage) for name, module in stage.trained.items()}
         self.step, self.minutes, self.skipped, self.finished = 0, 0.0, 0, False
         self.skipped_in_a_row = 0
+        if self.fit.batch_size < self._part_count and self.job.processes.count > 1:
+            raise FastsdError(
+                f"{stage.name}.fit.batch_size is {self.fit.batch_size}; it should be at least {self._part_count},"
+                " a sample for each part of each process"
+            )
 
     def save(self) -> None:
-        """Write the checkpoint atomically."""
+        """Write the checkpoint atomically, in the main process."""
+        if not self.job.processes.main:
+            return
         counts = {
             "step": self.step,
             "minutes": self.minutes,
@@ -134,9 +141,12 @@ class Trainer:
                 metrics = self._take_step()
                 self.step += 1
                 self.minutes = before + (time.monotonic() - started) / 60
-                self.finished = self._limit_reached()
-                metrics |= self._look()
-                figures.add(metrics)
+                self.finished = self.job.processes.any(self._limit_reached(), self.job.device)
+                if self.job.processes.any(self.job.stop.is_set(), self.job.device):
+                    self.job.stop.set()
+                if self.job.processes.main:
+                    metrics |= self._look()
+                    figures.add(metrics)
                 if self.finished or self.job.stop.is_set() or time.monotonic() - saved > save_minutes * 60:
                     self.save()
                     saved = time.monotonic()
@@ -169,7 +179,7 @@ class Trainer:
 
     @property
     def _part_count(self) -> int:
-        return self.job.workers.count * self.fit.accumulate
+        return self.job.workers.count * self.fit.accumulate * self.job.processes.count
 
     def _compute_gradients(self, name: str, player: Player, parts: list[Part], batches: dict[int, Batch]) -> Metrics:
         """Set the gradients to those of the mean loss; every worker computes a part of the batch at a time."""
@@ -188,15 +198,18 @@ class Trainer:
             return gradients, {k: v * weight for k, v in metrics.items()}
 
         totals: Metrics = {}
-        for first in range(0, len(parts), self.job.workers.count):
+        processes, workers = self.job.processes, self.job.workers
+        own = parts[processes.rank :: processes.count]
+        for first in range(0, len(own), workers.count):
             # Summed in the order of the parts, not of completion: the result is the same on every run.
-            for gradients, metrics in self.job.workers.map(work, parts[first : first + self.job.workers.count]):
+            for gradients, metrics in workers.map(work, own[first : first + workers.count]):
                 for parameter, gradient in zip(player.parameters, gradients, strict=True):
                     if gradient is not None:  # not added in place: two parameters may share one gradient's memory
                         parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
                 for key, value in metrics.items():
                     totals[key] = totals.get(key, 0.0) + value
-        return totals
+        processes.add_up_gradients(player.parameters)
+        return processes.sums(totals, self.job.device)
 
     def _clip(self, player: Player) -> float:
         """Limit the gradient's norm; returns what it was."""

@@ -19,6 +19,7 @@ from fastsd.model.tokenizer import Tokenizer
 from fastsd.runtime.devices import cpu_has_bf16
 from fastsd.train.images import RowOrder, Rows, TrainingImages
 from fastsd.train.parts import Part, Workers
+from fastsd.train.processes import Processes
 from fastsd.train.settings import Fit, TrainingSettings
 
 Batch = dict[str, Any]  # tensors and lists; a loss may add entries for the losses after it
@@ -41,6 +42,7 @@ class TrainingJob:
         modules: networks by name ("vae", "unet", "text_encoder"), those of finished stages with averaged weights.
         tokenizer: of the text encoder, once a stage has made or loaded it.
         stop: set when the run should end soon.
+        processes: those that share the batch; only the main one writes files.
     """
 
     settings: TrainingSettings
@@ -52,6 +54,7 @@ class TrainingJob:
     modules: dict[str, nn.Module] = field(default_factory=dict)
     tokenizer: Tokenizer | None = None
     stop: threading.Event = field(default_factory=threading.Event)
+    processes: Processes = field(default_factory=Processes)
 
     def check_stop(self) -> None:
         """Raises Stopped where the run should end; for long preparations."""

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -20,7 +20,9 @@ from fastsd.train.digit_images import DigitImages
 from fastsd.train.figures import Figures
 from fastsd.train.images import TrainingImages
 from fastsd.train.loop import Trainer
+from fastsd.train.packed import list_idx, list_shards
 from fastsd.train.parts import Workers
+from fastsd.train.processes import Processes
 from fastsd.train.settings import TrainingSettings, read_settings
 from fastsd.train.sources import Sample, list_folder
 from fastsd.train.stage import Stage, Stopped, TrainingJob
@@ -29,6 +31,7 @@ from fastsd.train.stages.lora import LoraStage
 from fastsd.train.stages.textual_inversion import InversionStage
 from fastsd.train.stages.unet import UNetStage
 from fastsd.train.stages.vae import VaeStage
+from fastsd.train.tables import check_choice
 
 # The stages that a config can name, by the name of their table.
 STAGES: dict[str, type[Stage]] = {
@@ -36,7 +39,11 @@ STAGES: dict[str, type[Stage]] = {
 }
 
 # How the samples of each kind of data are listed.
-LISTS: dict[str, Callable[[Path, str], list[Sample]]] = {"folder": list_folder}
+LISTS: dict[str, Callable[[Path, str], list[Sample]]] = {
+    "folder": list_folder,
+    "idx": list_idx,
+    "webdataset": list_shards,
+}
 
 
 def open_images(settings: TrainingSettings, report: Callable[[str], None]) -> TrainingImages:
@@ -64,23 +71,24 @@ class TrainingRun:
     the figures of every step, events/ the same for TensorBoard, samples/ the sample grids, log.txt the report.
     """
 
-    def __init__(self, settings: TrainingSettings, out: Path):
-        self.settings, self.out = settings, out
+    def __init__(self, settings: TrainingSettings, out: Path, processes: Processes):
+        self.settings, self.out, self.processes = settings, out, processes
         images = open_images(settings, self.report)
-        device = settings.device
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        workers = Workers((settings.threads or torch.get_num_threads()) if device == "cpu" else 1)
-        self.job = TrainingJob(settings, out, images, workers, self.report, torch.device(device))
+        device = torch.device("cuda", processes.local) if uses_cuda(settings) else torch.device("cpu")
+        workers = Workers((settings.threads or torch.get_num_threads()) if device.type == "cpu" else 1)
+        self.job = TrainingJob(settings, out, images, workers, self.report, device, processes=processes)
         torch.manual_seed(settings.seed)  # the initial weights
         self.trainers: list[Trainer] = []
         for name, table in settings.stages.items():
             stage = STAGES[name](table, self.job)
-            with torch.device("cpu"):
+            with torch.device("cpu"), processes.main_first():
                 stage.build()
             self.trainers.append(Trainer(stage, out / f"{name}.pt"))
 
     def report(self, line: str) -> None:
         """Print a line with the time, and append it to log.txt."""
+        if not self.processes.main:
+            return
         line = f"{time.strftime('%H:%M:%S')}  {line}"
         print(line, flush=True)
         with open(self.out / "log.txt", "a", encoding="utf-8") as log:
@@ -97,8 +105,10 @@ class TrainingRun:
         with self.job.workers, _until_sigterm(self.job.stop):
             for trainer in self.trainers:
                 if not trainer.finished:
-                    trainer.stage.prepare()
-                    with Figures(self.out, trainer, self.report) as figures:
+                    with self.processes.main_first():
+                        trainer.stage.prepare()
+                    figures = Figures(self.out, trainer, self.report)
+                    with figures if self.processes.main else nullcontext():
                         trainer.run(figures)
                 self._use_averages(trainer)
                 trainer.stage.finish()
@@ -181,19 +191,50 @@ def train(
     if exists:
         record.check_same(folder, settings)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-        run = TrainingRun(settings, folder)
-        restored = (resume or export_only) and run.restore()
+        with Processes.joined(uses_cuda(settings)) as processes:
+            _run(settings, folder, Path(export or settings.export or folder / "model"), resume, export_only, processes)
+    except OSError as error:
+        raise FastsdError(reason(error), path=error.filename or folder) from error
+    except RuntimeError as error:  # PyTorch's error for a GPU is a subclass, its error for the CPU is not
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise FastsdError(
+            "not enough memory; what helps: a smaller fit.batch_size or a larger fit.accumulate (parts one after"
+            " another), a smaller data.resolution, a smaller model"
+        ) from error
+
+
+def uses_cuda(settings: TrainingSettings) -> bool:
+    """Whether the run is on a GPU.
+
+    Raises:
+        FastsdError: another device than auto, cpu or cuda, or no GPU.
+    """
+    check_choice("device", settings.device, ("auto", "cpu", "cuda"), None)
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise FastsdError('device is "cuda", and PyTorch finds no GPU; use "auto" or "cpu"')
+    return settings.device != "cpu" and torch.cuda.is_available()
+
+
+def _run(
+    settings: TrainingSettings, out: Path, export: Path, resume: bool, export_only: bool, processes: Processes
+) -> None:
+    """One process's share of a run."""
+    out.mkdir(parents=True, exist_ok=True)
+    if processes.main:
+        remove_leftovers(out)
+    run = TrainingRun(settings, out, processes)
+    restored = (resume or export_only) and run.restore()
+    try:
         if export_only:
             run.use_averages()
         else:
-            record.write_record(folder, settings, run.job.images.record())
+            if processes.main:
+                record.write_record(out, settings, run.job.images.record())
             if restored:
                 run.report("resumed: " + ", ".join(f"{t.stage.name} at step {t.step}" for t in run.trainers))
             run.train()
-        run.export(Path(export or settings.export or folder / "model"))
+        if processes.main:
+            run.export(export)
     except Stopped:
         run.report("stopped by SIGTERM, and saved; continue with --resume")
-    except OSError as error:
-        raise FastsdError(reason(error), path=error.filename or folder) from error

@@ -125,3 +125,13 @@ def test_sigterm_saves_and_the_run_goes_on(toy: type[Stage], tmp_path: Path, mon
         file.write('{"stage": "toy", "st')
     train(config(tmp_path / "halves"), resume=True)
     assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
+
+
+def test_too_little_memory_is_one_line(toy: type[Stage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def large(self: Any, part: Part) -> Batch:
+        torch.empty(2**50, dtype=torch.uint8, device="cpu")
+        return {}
+
+    monkeypatch.setattr(toy, "batch", large)
+    with pytest.raises(FastsdError, match="not enough memory; what helps: a smaller fit.batch_size"):
+        train(config(tmp_path))
