@@ -21,6 +21,7 @@ from fastsd.errors import FastsdError
 if TYPE_CHECKING:
     from fastsd.diffusers.accelerate import accelerate, restore
     from fastsd.generate.control import Control
+    from fastsd.generate.image_prompts import ImagePrompt
     from fastsd.generate.progress import Step
     from fastsd.generate.result import Result
     from fastsd.pipeline import Pipeline
@@ -51,6 +52,7 @@ __all__ = [
     "Adapter",
     "Control",
     "FastsdError",
+    "ImagePrompt",
     "Pipeline",
     "Result",
     "Step",
@@ -62,6 +64,7 @@ __all__ = [
 _LAZY = {
     "Adapter": "fastsd.weights.adapters.apply",
     "Control": "fastsd.generate.control",
+    "ImagePrompt": "fastsd.generate.image_prompts",
     "Pipeline": "fastsd.pipeline",
     "Result": "fastsd.generate.result",
     "Step": "fastsd.generate.progress",

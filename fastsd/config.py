@@ -51,6 +51,56 @@ OPENCLIP_BIGG = replace(
 )
 
 
+@dataclass(frozen=True)
+class VisionConfig:
+    """CLIP's vision tower (Radford et al. 2021; Dosovitskiy et al. 2021)."""
+
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    patch_size: int = 14
+    image_size: int = 224
+    hidden_act: str = "quick_gelu"  # or "gelu"
+    layer_norm_eps: float = 1e-5
+    projection_dim: int = 768
+    name: str = "CLIP ViT-L/14"
+
+    @property
+    def patches(self) -> int:
+        """Patches of an image."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+CLIP_VIT_L = VisionConfig()
+CLIP_VIT_H = VisionConfig(1280, 5120, 32, hidden_act="gelu", projection_dim=1024, name="OpenCLIP ViT-H/14")
+CLIP_VIT_BIGG = VisionConfig(1664, 8192, 48, hidden_act="gelu", projection_dim=1280, name="OpenCLIP ViT-bigG/14")
+
+
+@dataclass(frozen=True)
+class IPAdapterConfig:
+    """An IP-Adapter (Ye et al. 2023), by the keys and shapes of its file.
+
+    Attributes:
+        kind: what makes tokens of the image: "embedding", of its one vector; "full", of every patch's; "resampler", of
+            all patches' by learned queries.
+        image_features: of the vision tower's output that it reads.
+        text_features: of a token, as wide as the text's.
+        widths: of each cross-attention of the UNet, in order of use.
+        tokens: for an image; "full" makes one of each patch.
+    """
+
+    kind: str
+    image_features: int
+    text_features: int
+    widths: tuple[int, ...]
+    tokens: int = 4
+    resampler_channels: int = 768
+    resampler_layers: int = 4
+    resampler_heads: int = 12
+    resampler_inner: int = 3072
+
+
 # How many transformer blocks follow each residual block of a level: the same number, or one for each (SSD-1B).
 Depth = int | tuple[int, ...]
 

@@ -41,6 +41,7 @@ from fastsd.program_rows import LOAD_ROWS, PROGRAM_ROWS, PYTHON_ROWS
 from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
 
 MAX_CONTROL_WEIGHT = 10.0
+MAX_IMAGE_PROMPT_SCALE = 10.0
 DEFAULT_BATCH = 8
 RANDOM_SEED = -1
 
@@ -222,6 +223,12 @@ ROWS: tuple[Parameter, ...] = (
     ),
     *PASS_ROWS,
     Parameter("controls", Value(stored=list), "`fastsd.Control`s: ControlNets with their images", default=()),
+    Parameter(
+        "image_prompts",
+        Value(stored=list),
+        "`fastsd.ImagePrompt`s: images read beside the text (IP-Adapter)",
+        default=(),
+    ),
     Parameter(
         "prompt_syntax",
         Constant(options=("a1111", "comfy", "plain"), value="plain"),

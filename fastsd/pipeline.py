@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastsd.components import Components, TextualInversion
+from fastsd.components import Components
 from fastsd.cuda.capture import CudaRecorder
 from fastsd.errors import FastsdError, about, named_arguments
 from fastsd.few_step import kind_named
@@ -28,28 +28,26 @@ from fastsd.generate.callback import StepCallback
 from fastsd.generate.defaults import Defaults, few_step_note
 from fastsd.generate.habits import DiffusersNames, loading_habits
 from fastsd.generate.interrupt import Run, callback_of
+from fastsd.generate.network_loader import NetworkLoader
 from fastsd.generate.portable import Portable
 from fastsd.generate.progress import Step
 from fastsd.generate.request import Pass, Request, plan
 from fastsd.generate.result import Result, convert_images, join_batches, used_settings
 from fastsd.graph import MAX_GRAPHS, Graphs
 from fastsd.kernels.candidates import ChoiceMode, choosing
-from fastsd.model.controlnet import ControlNet
 from fastsd.model.taesd import TAESD, Autoencoder
 from fastsd.parameters import describe
 from fastsd.runtime import memory
 from fastsd.runtime.devices import autoencoder_dtype, dtype_name, resolve_device, resolve_precision, undisturbed
 from fastsd.weights import count_parameters, load_checkpoint, load_preview
 from fastsd.weights.adapters.apply import Adapter, Adapters
-from fastsd.weights.adapters.embeddings import load_embedding
 from fastsd.weights.hub.hub_id import ModelLocation
-from fastsd.weights.hub.locate import locate_controlnet, locate_file, locate_model, locate_vae
-from fastsd.weights.layouts.controlnet import load_controlnet
+from fastsd.weights.hub.locate import locate_model, locate_vae
 
 BUNDLED = Path(__file__).parent / "assets" / "digits"
 
 
-class Pipeline(Asynchronous, Portable, DiffusersNames):
+class Pipeline(Asynchronous, Portable, NetworkLoader, DiffusersNames):
     """A checkpoint, ready to generate images.
 
     Attributes:
@@ -309,47 +307,6 @@ class Pipeline(Asynchronous, Portable, DiffusersNames):
         if done < request.total_steps:
             notes.append(f"interrupted after step {done} of {request.total_steps}")
         return Result(images, [one["seed"] for one in own], timings, notes, used_settings(request) | used, own)
-
-    @named_arguments
-    @undisturbed()
-    def load_embedding(self, path: str | Path, token: str | None = None, allow_pickle: bool = False) -> tuple[str, ...]:
-        """Load a textual inversion, which prompts then use by its name (Gal et al. 2022).
-
-        Args:
-            path: a `.safetensors` file or a hub id; `.pt` and `.bin` are pickles, read only with `allow_pickle`.
-            token: its name in prompts; None: the file's name without its ending, and the token that the file states.
-            allow_pickle: read pickles; only tensors and plain values are unpickled.
-
-        Returns:
-            Its names. A name that another embedding had now means this one.
-
-        Raises:
-            FastsdError: no such file, malformed, or one for another family of models.
-        """
-        models = [model for model in (self.components, self.refiner) if model is not None]
-        encoders = max((model.text_encoders for model in models), key=len)
-        embedding = load_embedding(locate_file(path).path, encoders, token, allow_pickle)
-        for model in models:
-            vectors = embedding.vectors[-len(model.text_encoders) :]  # SDXL's refiner has the second encoder alone
-            pairs = zip(vectors, model.text_encoders, strict=True)
-            if all(vector.shape[1] == encoder.config.hidden_size for vector, encoder in pairs):
-                model.embeddings |= dict.fromkeys(embedding.names, TextualInversion(embedding.names, vectors))
-        return embedding.names
-
-    @named_arguments
-    @undisturbed()
-    def load_controlnet(self, path: str | Path, allow_pickle: bool = False) -> ControlNet:
-        """Load a ControlNet for this checkpoint's UNet, for use in a `Control` (Zhang et al. 2023).
-
-        Args:
-            path: a diffusers folder, a single file in diffusers' or the original layout, or a hub id.
-            allow_pickle: read `.pth` files; only tensors and plain values are unpickled.
-
-        Raises:
-            FastsdError: no such file, malformed, too large for the memory, or for another family of models.
-        """
-        path = locate_controlnet(path, self.dtype != torch.float32).path
-        return load_controlnet(path, self.components.unet.config, self.dtype, self.device, allow_pickle)
 
     @named_arguments
     @undisturbed()

@@ -80,6 +80,24 @@ CLI: dict[str, Parameter] = {
         _row("control_weight", WEIGHT, CONTROL, "how strongly it steers", default=1.0, several=True),
         _row("control_start", SHARE, CONTROL, "from this share of the steps on", default=0.0, several=True),
         _row("control_end", SHARE, CONTROL, "up to this share of the steps", default=1.0, several=True),
+        _row(
+            "ip_adapter",
+            Text(metavar="FILE[:X]"),
+            CONTROL,
+            "an IP-Adapter and its scale (default: 1): what to generate, said by images; may be given again",
+            several=True,
+            rare=True,
+        ),
+        _row("ip_image", File(), CONTROL, "an image that the --ip-adapter before it reads", several=True, rare=True),
+        _row("ip_mask", File(), CONTROL, "white where that --ip-adapter adds", several=True, rare=True),
+        _row(
+            "ip_encoder",
+            PATH,
+            CONTROL,
+            "the vision tower that it reads images with (default: beside it)",
+            several=True,
+            rare=True,
+        ),
         _row("output", PATH, WHERE, OUTPUT_HELP, "-o", "--output"),
         _row("overwrite", Switch(), WHERE, "replace a file of that name"),
         _row("progress", Switch(), WHERE, "a progress bar (default: on a terminal)"),
@@ -132,7 +150,7 @@ def make_parser(commands: Mapping[str, str], everything: bool = False) -> Parser
         text = argparse.SUPPRESS if row.rare and not everything else help_text(row, everything)
         add_flag(groups[row.group], row, text)
     parser.add_argument("--help-all", action="help", help="rare flags too")
-    parser.set_defaults(taesd=False, control_images=None)
+    parser.set_defaults(taesd=False, control_images=None, ip_given=None)
     return parser
 
 
@@ -199,6 +217,10 @@ def flag_of(argument: str) -> str:
     row = PARAMETERS.get(argument) or CLI.get(argument)
     if row is not None and row.flags:
         return row.flag
+    prompt = re.fullmatch(r"image_prompts(?:\[(\d+)\]\.(\w+))?", argument)
+    if prompt is not None:
+        of = "--ip-adapter" if prompt[1] is None else f"--ip-adapter {int(prompt[1]) + 1}"
+        return {"images": f"--ip-image of {of}", "mask": f"--ip-mask of {of}"}.get(prompt[2] or "", of)
     found = re.fullmatch(r"controls(?:\[(\d+)\]\.(\w+))?", argument)
     if found is None:
         return argument
@@ -229,10 +251,20 @@ class _ControlImage(argparse.Action):
         namespace.control_images = [*(namespace.control_images or ()), (self.dest, values)]
 
 
+class _OfImagePrompt(argparse.Action):
+    """Collects (flag, value) of --ip-adapter and what belongs to it, in the order in which they are given."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        namespace.ip_given = [*(namespace.ip_given or ()), (self.dest, values)]
+
+
 _SPECIAL: dict[str, dict[str, Any]] = {
     "vae": {"nargs": "+", "action": _Autoencoder},
     "control_image": {"action": _ControlImage},
     "control_canny": {"action": _ControlImage},
+    **{name: {"action": _OfImagePrompt} for name in ("ip_adapter", "ip_image", "ip_mask", "ip_encoder")},
     "progress": {"action": argparse.BooleanOptionalAction},
     "version": {"action": "version", "version": f"fastsd {__version__}"},
 }

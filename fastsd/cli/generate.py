@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastsd import __version__
-from fastsd.cli import controls, embeddings, flags, loras, models, repeat
+from fastsd.cli import controls, embeddings, flags, image_prompts, loras, models, repeat
 from fastsd.cli.output import Output
 from fastsd.cli.parser import one_line
 from fastsd.cli.preview import Preview
@@ -46,6 +46,7 @@ def generate(args: argparse.Namespace) -> int:
     given = {name: GivenImage.read(getattr(args, name), name) for name in READERS if getattr(args, name) is not None}
     arguments = _arguments(args) | {name: _open(image, name) for name, image in given.items()}
     chosen = controls.read(args, before)
+    prompts = image_prompts.read(args, before)
     output = Output(args.output or flags.DEFAULT_OUTPUT, args.num_images_per_prompt or 1, bool(args.overwrite))
     try:
         pipe, fixed = load(args, before, notes)
@@ -54,6 +55,9 @@ def generate(args: argparse.Namespace) -> int:
         fixed["loras"] = loras.load(pipe, args, before, notes) or None
         arguments["controls"], fixed["controls"] = controls.load(pipe, chosen, bool(args.allow_pickle))
         notes += controls.differences(before, fixed["controls"])
+        shown = image_prompts.load(pipe, prompts, bool(args.allow_pickle))
+        arguments["image_prompts"], fixed["image_prompts"] = shown[0], shown[1] or None
+        notes += image_prompts.differences(before, shown[1])
         fixed |= {"vae_tiling": args.vae_tiling, "version": __version__}
         with Preview(output, args.preview_every) as preview:
             generate_batches(pipe, args, arguments, fixed, before, output, preview, notes)

@@ -15,9 +15,10 @@ from fastsd.components import Components
 from fastsd.config import SchedulerConfig
 from fastsd.cuda.cudnn import fixed_convolutions
 from fastsd.errors import FastsdError
-from fastsd.generate.conditioning import ConditioningSchedule, schedule_conditioning
+from fastsd.generate.conditioning import ConditioningSchedule, PromptKeyValues, schedule_conditioning
 from fastsd.generate.control import Control
 from fastsd.generate.denoiser import ActiveControl, CapturedStep, Conditioning, StepInputs, denoise_row
+from fastsd.generate.image_prompts import FittedPrompt
 from fastsd.generate.latents import Codec, image_tensor
 from fastsd.generate.masks import free_latents
 from fastsd.generate.noise import Noise
@@ -204,7 +205,10 @@ def _segments(engine: Engine, stage: Pass, which: slice) -> Iterator[Segment]:
     rows, own = len(stage.table), engine.components
     nets = [control.net for control in stage.controls]
     first = range(stage.refiner_row)
-    conditioning = schedule_conditioning(own, stage, which, first, engine.graphs, engine.device, nets)
+    images = tuple(
+        _image_key_values(own.unet, prompt, stage, own.vae.config.downscale) for prompt in stage.image_prompts
+    )
+    conditioning = schedule_conditioning(own, stage, which, first, engine.graphs, engine.device, nets, images=images)
     controls = tuple(_encode_control(engine, control, stage) for control in stage.controls)
     yield Segment(first, own.unet, conditioning, controls)
     if engine.refiner is not None and len(first) < rows:
@@ -213,6 +217,11 @@ def _segments(engine: Engine, stage: Pass, which: slice) -> Iterator[Segment]:
             engine.refiner, stage, which, last, engine.graphs, engine.device, retokenize=True
         )
         yield Segment(last, engine.refiner.unet, conditioning)
+
+
+def _image_key_values(unet: UNet, prompt: FittedPrompt, stage: Pass, downscale: int) -> PromptKeyValues:
+    of = {negative: prompt.key_values(negative) for negative in (False, True)}
+    return PromptKeyValues(of, prompt.masks(unet, stage.height // downscale, stage.width // downscale))
 
 
 def _encode_control(engine: Engine, control: Control, stage: Pass) -> ScheduledControl:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,13 @@ Texts = tuple[Text, ...]  # of each UNet sample
 KeyValues = tuple[torch.Tensor, ...]  # of every cross-attention, in order of use
 
 
+class PromptKeyValues(NamedTuple):
+    """What a UNet reads of an image prompt: of negative samples and of others, and its masks, one a cross-attention."""
+
+    of: dict[bool, KeyValues]
+    masks: KeyValues
+
+
 @dataclass
 class ConditioningSchedule:
     """The conditioning of one batch, row by row.
@@ -31,11 +39,14 @@ class ConditioningSchedule:
         texts: of each row.
         times: for each network `[rows, 1 or samples, channels]`, the UNet's first.
         key_values: for each network, of each text, `[1, tokens, ...]` each.
+        images: of the UNet's image prompts, those of a sample without (True: it is a negative one) and with them; and
+            the mask of each, or nothing.
     """
 
     texts: Sequence[Texts]
     times: list[torch.Tensor]
     key_values: list[dict[Text, KeyValues]]
+    images: Sequence[PromptKeyValues] = ()
     _last: tuple[Texts, list[KeyValues]] = field(default=((), []), repr=False)
 
     def at(self, row: int) -> list[Conditioning]:
@@ -46,6 +57,9 @@ class ConditioningSchedule:
             for key_values in self.key_values:
                 layers = zip(*(key_values[text] for text in texts), strict=True)
                 joined.append(tuple(torch.cat(layer) for layer in layers))
+            for image in self.images:
+                layers = zip(*(image.of[negative] for _, negative in texts), strict=True)
+                joined[0] += tuple(torch.cat(layer) for layer in layers) + image.masks
             self._last = texts, joined
         return [Conditioning(time, key_values) for time, key_values in zip(self.times, self._last[1], strict=True)]
 
@@ -59,6 +73,7 @@ def schedule_conditioning(
     device: torch.device,
     controlnets: Sequence[ControlNet] = (),
     retokenize: bool = False,
+    images: Sequence[PromptKeyValues] = (),
 ) -> ConditioningSchedule:
     """Encode the texts of a batch and project them for its networks.
 
@@ -73,6 +88,7 @@ def schedule_conditioning(
         device: of the tensors.
         controlnets: networks that get the same conditioning.
         retokenize: the texts were parsed for another checkpoint.
+        images: what the UNet reads of image prompts.
     """
     texts = texts_by_row(stage, which)
     timesteps = torch.as_tensor(stage.table.timesteps.copy(), dtype=torch.float32, device=device)
@@ -92,7 +108,8 @@ def schedule_conditioning(
             if added is not None or not own_times:  # without added conditioning, all texts share one
                 embedded = network.embed_time(timesteps, added, stage.settings.guidance_scale)
                 own_times[text, negative] = embedded  # [rows, channels]
-    return ConditioningSchedule(texts, [_join(own, texts, rows, components.xl) for own in times], key_values)
+    joined = [_join(own, texts, rows, components.xl) for own in times]
+    return ConditioningSchedule(texts, joined, key_values, images)
 
 
 def _encode(

@@ -29,7 +29,8 @@ class Conditioning:
 
     Attributes:
         time: `[rows, 1 or UNet samples, sum of channels]`, the projected time embeddings.
-        key_values: of every cross-attention, `[UNet samples, L, 2, heads, D]` each. Between two rows another tuple of
+        key_values: of every cross-attention, `[UNet samples, L, 2, heads, D]` each, then those of image prompts, see
+            `UNet.denoise`. Between two rows another tuple of
             the same shapes may replace it.
     """
 

@@ -13,7 +13,7 @@ from fastsd.errors import FastsdError, nearest
 
 _CONTROL = "give controls=[fastsd.Control(net, image, weight, start, end)], with net from pipe.load_controlnet(path)"
 _ENCODE = "the call encodes its prompt; features made elsewhere are prompt_embeds"
-_IP = "IP-Adapters are not supported; a ControlNet or a LoRA may stand in"
+_IP = "give image_prompts=[fastsd.ImagePrompt(adapter, images, scale)], with adapter from pipe.load_ip_adapter(path)"
 _ENSEMBLE = "give from_pretrained a refiner and the call refiner_switch, the share of the noise levels done before it"
 
 # Arguments of the calls of diffusers' Stable Diffusion pipelines that fastsd does not take.
@@ -122,7 +122,6 @@ ATTRIBUTES: dict[str, str] = {
     "load_textual_inversion": "use pipe.load_embedding(path, token)",
     "unload_textual_inversion": "remove its name from pipe.components.embeddings",
     "maybe_convert_prompt": "a prompt uses embeddings by their names",
-    "load_ip_adapter": _IP,
     "unload_ip_adapter": _IP,
     "set_ip_adapter_scale": _IP,
     "enable_freeu": "FreeU is not supported",

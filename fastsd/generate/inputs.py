@@ -13,6 +13,7 @@ from fastsd.components import Components
 from fastsd.errors import FastsdError
 from fastsd.generate.beside import check_beside
 from fastsd.generate.control import Control, check_controls, fit_controls
+from fastsd.generate.image_prompts import FittedPrompt, check_image_prompts, fit_image_prompts
 from fastsd.generate.inpaint import fit_inpainting
 from fastsd.generate.masks import InpaintMask
 from fastsd.generate.sizes import check_side, fit_image, own_size
@@ -30,6 +31,7 @@ class Images:
     mask: InpaintMask | None
     depth: Image.Image | None
     controls: tuple[Control, ...]
+    image_prompts: tuple[FittedPrompt, ...]
     size: tuple[int, int]
     notes: list[str]
 
@@ -67,10 +69,12 @@ def fit_images(components: Components, settings: Settings, default: tuple[int, i
     height = check_side("height", default[1] if height is None else height, config.downscale)
     fitted_controls, more = fit_controls(controls, components, (width, height), mask)
     notes += more
+    prompts, more = fit_image_prompts(check_image_prompts(settings.image_prompts), components, (width, height))
+    notes += more
     trained = components.sample_size * config.downscale
     if width * height > MAX_GROWTH * trained**2:
         notes.append(f"the model was trained at {trained}x{trained}; at {width}x{height} it may repeat or tear objects")
-    return Images(image, mask, depth, fitted_controls, (width, height), notes)
+    return Images(image, mask, depth, fitted_controls, prompts, (width, height), notes)
 
 
 def fit_latents(latents: Any, shape: Sequence[int]) -> torch.Tensor:

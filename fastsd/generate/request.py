@@ -17,6 +17,7 @@ from fastsd.generate.control import Control, idle_controls, resize_control
 from fastsd.generate.defaults import steps_from_image
 from fastsd.generate.guidance import Guidance, guidance_notes, guidance_of_images
 from fastsd.generate.habits import without_habits
+from fastsd.generate.image_prompts import FittedPrompt
 from fastsd.generate.inputs import (
     Images,
     fit_generators,
@@ -59,6 +60,7 @@ class Pass:
         parts: samples that the UNet runs for an image, see `fastsd.generate.guidance.count_parts`; the most of any.
         workload: what its memory depends on.
         controls: with RGB images, width x height.
+        image_prompts: those that the UNet reads.
         refiner_row: the first row of the table that the refiner does; without one, past the last.
         image: RGB, width x height, or None.
         mask: of the image, or None.
@@ -80,6 +82,7 @@ class Pass:
     parts: int
     workload: memory.Workload
     controls: tuple[Control, ...]
+    image_prompts: tuple[FittedPrompt, ...]
     refiner_row: int
     image: Image.Image | None = None
     mask: InpaintMask | None = None
@@ -337,6 +340,7 @@ def _first_pass(
         parts=parts,
         workload=workload,
         controls=images.controls,
+        image_prompts=images.image_prompts,
         refiner_row=refiner_row(table, components.scheduler, settings.refiner_switch),
         image=images.image,
         mask=images.mask,

@@ -15,7 +15,19 @@ if TYPE_CHECKING:
 # Arguments that each image of a batch may have for itself; calls that differ elsewhere run one after another.
 OF_IMAGES = frozenset(("prompt", "negative_prompt", "seed", "num_images_per_prompt", "batch_size"))
 # Arguments with which a call runs alone: images, and noise that is not drawn for each image by its seed.
-ALONE = frozenset(("image", "mask_image", "depth_image", "outpaint", "controls", "subseed", "subseed_strength", "ensd"))
+ALONE = frozenset(
+    (
+        "image",
+        "mask_image",
+        "depth_image",
+        "outpaint",
+        "controls",
+        "image_prompts",
+        "subseed",
+        "subseed_strength",
+        "ensd",
+    )
+)
 
 
 def shape_of(arguments: Mapping[str, Any]) -> tuple[Any, ...] | None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from fastsd.config import CLIPConfig
+from fastsd.config import CLIPConfig, VisionConfig
 from fastsd.kernels.flash_attn import flash_attn
 from fastsd.model.layers import LayerNorm, Linear
 
@@ -54,17 +54,17 @@ class Embedding(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """Multi-head attention of each token to itself and to those before it."""
+    """Multi-head attention of each token to itself and to those before it; or to all, in a vision tower."""
 
-    def __init__(self, channels: int, heads: int):
+    def __init__(self, channels: int, heads: int, causal: bool = True):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.qkv_proj = Linear(channels, 3 * channels, parts=("q_proj", "k_proj", "v_proj"))
         self.out_proj = Linear(channels, channels)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        return self.out_proj(flash_attn(q, k, v, causal=True), residual=residual)
+        return self.out_proj(flash_attn(q, k, v, causal=self.causal), residual=residual)
 
 
 class TextMLP(nn.Module):
@@ -83,9 +83,9 @@ class TextMLP(nn.Module):
 class EncoderLayer(nn.Module):
     """Attention and feed-forward, each with a norm before it and a residual around it."""
 
-    def __init__(self, config: CLIPConfig):
+    def __init__(self, config: CLIPConfig | VisionConfig, causal: bool = True):
         super().__init__()
-        self.self_attn = CausalAttention(config.hidden_size, config.num_attention_heads)
+        self.self_attn = CausalAttention(config.hidden_size, config.num_attention_heads, causal)
         self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = TextMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
         self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)

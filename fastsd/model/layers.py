@@ -30,6 +30,7 @@ from fastsd.model.linear import LayerChange, init_uniform
 from fastsd.model.linear import Linear as Linear
 
 SAME: Padding = (1, 1, 1, 1)
+KeyValue = torch.Tensor | tuple[torch.Tensor, ...]  # what a cross-attention reads, see `CrossAttention`
 
 
 class Conv2d(nn.Module):
@@ -240,11 +241,26 @@ class CrossAttention(nn.Module):
         """`[B, L, context_channels]` to keys and values, `[B, L, 2, heads, D]`."""
         return self.to_kv(context).unflatten(-1, (2, self.heads, -1))
 
-    def forward(self, x: torch.Tensor, key_value: torch.Tensor, **add_to: torch.Tensor) -> torch.Tensor:
-        """`x` `[B, S, C]`, `key_value` from `project_context`, `residual` or `into` and result as `SelfAttention`."""
+    def forward(self, x: torch.Tensor, key_value: KeyValue, **add_to: torch.Tensor) -> torch.Tensor:
+        """`x` `[B, S, C]`, `key_value` from `project_context`, `residual` or `into` and result as `SelfAttention`.
+
+        With image prompts, `key_value` is a tuple: the text's, then of each prompt its keys and values, which have an
+        attention of their own (Ye et al. 2023, equation 5), and after them its mask `[1, S, 1]`, if it has one.
+        """
         q = self.to_q(x).unflatten(-1, (self.heads, -1))
-        k, v = key_value.unbind(2)
-        return self.to_out[0](flash_attn(q, k, v), **add_to)
+        if isinstance(key_value, torch.Tensor):
+            k, v = key_value.unbind(2)
+            return self.to_out[0](flash_attn(q, k, v), **add_to)
+        text, *images = key_value
+        k, v = text.unbind(2)
+        out = flash_attn(q, k, v)
+        for i, own in enumerate(images):
+            if own.ndim == 5:
+                mask = images[i + 1] if i + 1 < len(images) and images[i + 1].ndim == 3 else None
+                k, v = own.unbind(2)
+                added = flash_attn(q, k, v)
+                out = out + added if mask is None else torch.addcmul(out, added, mask)
+        return self.to_out[0](out, **add_to)
 
 
 class GEGLU(nn.Module):
@@ -293,7 +309,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: torch.Tensor, key_value: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, key_value: KeyValue) -> torch.Tensor:
         if not dispatch.folds(x, self.norm1.weight):
             x = self.attn1(self.norm1(x), residual=x)
             x = self.attn2(self.norm2(x), key_value, residual=x)
@@ -317,7 +333,7 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = Linear(channels, channels)
 
-    def forward(self, x: torch.Tensor, key_values: Iterator[torch.Tensor]) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, key_values: Iterator[KeyValue]) -> torch.Tensor:
         """`x` `[B, H, W, C]`; takes one entry of `key_values` for each of its blocks."""
         if dispatch.folds(x, self.norm.weight):
             h, total = self.norm(x, ahead=self.proj_out.bias)

@@ -21,6 +21,7 @@ from fastsd.model.layers import (
     CrossAttention,
     Downsample,
     GroupNorm,
+    KeyValue,
     Linear,
     ResBlock,
     SpatialTransformer,
@@ -30,6 +31,7 @@ from fastsd.model.layers import (
 
 # Precomputed inputs, one for each block that takes one, in order of use.
 BlockInputs = Iterator[torch.Tensor]
+TextInputs = Iterator[KeyValue]
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class UNetLevel(nn.Module):
         self.upsamplers: nn.ModuleList | None = None
 
     def block(
-        self, i: int, x: torch.Tensor, times: BlockInputs, texts: BlockInputs, skip: torch.Tensor | None = None
+        self, i: int, x: torch.Tensor, times: BlockInputs, texts: TextInputs, skip: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Residual block `i` and the transformer after it, if any."""
         if self.recompute and torch.is_grad_enabled():
@@ -100,7 +102,7 @@ class DownLevel(UNetLevel):
     """A level of the contracting path. All but the last end by halving the map."""
 
     def forward(
-        self, x: torch.Tensor, times: BlockInputs, texts: BlockInputs, adapter: torch.Tensor | None = None
+        self, x: torch.Tensor, times: BlockInputs, texts: TextInputs, adapter: torch.Tensor | None = None
     ) -> list[torch.Tensor]:
         """Returns all maps, which become skip connections; the last one is the next level's input.
 
@@ -122,7 +124,7 @@ class DownLevel(UNetLevel):
 class MidLevel(UNetLevel):
     """The lowest level: residual block, transformer, residual block; or the first alone, or nothing."""
 
-    def forward(self, x: torch.Tensor, times: BlockInputs, texts: BlockInputs) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, times: BlockInputs, texts: TextInputs) -> torch.Tensor:
         for i in range(len(self.resnets)):
             x = self.block(i, x, times, texts)
         return x
@@ -134,7 +136,7 @@ class UpLevel(UNetLevel):
     concatenates = True
 
     def forward(
-        self, x: torch.Tensor, skips: list[torch.Tensor], times: BlockInputs, texts: BlockInputs
+        self, x: torch.Tensor, skips: list[torch.Tensor], times: BlockInputs, texts: TextInputs
     ) -> torch.Tensor:
         for i in range(len(self.resnets)):
             skip = skips.pop()
@@ -187,7 +189,8 @@ class ContractingPath(nn.Module):
         return skips
 
     def _project_times(self) -> None:
-        """Stack all blocks' time projections into one product."""
+        """Stack all blocks' time projections into one product. The last step of making a network."""
+        self.cross_attentions = sum(isinstance(m, CrossAttention) for m in self.modules())
         blocks = {name: m for name, m in self.named_modules() if isinstance(m, ResBlock)}
         widths = tuple(block.out_channels for block in blocks.values())
         self.time_sizes = tuple(
@@ -268,8 +271,14 @@ class ContractingPath(nn.Module):
         """Keys and values of every cross-attention for a text `[B, L, cross_attention_dim]`, in order of use."""
         return tuple(m.project_context(context) for m in self.modules() if isinstance(m, CrossAttention))
 
+    def _by_attention(self, key_values: tuple[torch.Tensor, ...]) -> TextInputs:
+        """What each cross-attention reads: the text's keys and values; or a tuple, where there are image prompts."""
+        if len(key_values) == self.cross_attentions:
+            return iter(key_values)
+        return iter([key_values[i :: self.cross_attentions] for i in range(self.cross_attentions)])
+
     def contract(
-        self, x: torch.Tensor, times: BlockInputs, texts: BlockInputs, adapter: Sequence[torch.Tensor] = ()
+        self, x: torch.Tensor, times: BlockInputs, texts: TextInputs, adapter: Sequence[torch.Tensor] = ()
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """All skip connections, of which `x` from `conv_in` is the first, and the lowest map.
 
@@ -349,12 +358,13 @@ class UNet(ContractingPath):
         Args:
             x: as in `forward`.
             time: `[B or 1, ...]` from `embed_time`.
-            key_values: from `project_context`.
+            key_values: from `project_context`. Of image prompts, after them: of each, keys and values of every
+                cross-attention, and as many masks, if it has one.
             control: ControlNets' residuals for the skip connections and, last, for the lowest map.
             adapter: a T2I-Adapter's maps, as in `contract`.
         """
         times = iter(time.split(self.time_sizes, dim=-1))
-        texts = iter(key_values)
+        texts = self._by_attention(key_values)
         skips, x = self.contract(self.conv_in(x), times, texts, adapter)
         if control is not None:
             skips = [skip + residual for skip, residual in zip(skips, control[:-1], strict=True)]

@@ -23,7 +23,7 @@ from bench.dryrun.steps import guided_step
 from bench.families import FAMILIES, TINY
 from bench.roofline import step_work
 from fastsd.kernels.layernorm import layernorm
-from fastsd.model.layers import GroupNorm, LayerNorm
+from fastsd.model.layers import CrossAttention, GroupNorm, LayerNorm
 from fastsd.model.unet import UNet
 
 if why_not() is not None:
@@ -45,6 +45,14 @@ def test_a_step_keeps_its_budget(step: tuple[str, Section]) -> None:
     assert len(launches) <= BUDGETS[name], Counter(launch.kind for launch in launches)
     assert sum(launch.bytes for launch in launches) <= 1.1 * section.floors.bytes(2)
     assert not section.hidden
+
+
+def test_an_image_prompt_is_an_attention_and_a_sum_for_each_cross_attention() -> None:
+    with dry_run(GPUS["h100"]) as run:
+        without, section = guided_step(run, TINY), guided_step(run, TINY, image_tokens=16)
+    layers = sum(isinstance(module, CrossAttention) for module in on_gpu(UNet, TINY.unet).modules())
+    more = Counter(launch.kind for launch in section.launches) - Counter(launch.kind for launch in without.launches)
+    assert not section.hidden and sum(more.values()) == 2 * layers and more["attention"] == layers
 
 
 def test_a_step_has_the_layers_and_the_products_of_its_unet(step: tuple[str, Section]) -> None:

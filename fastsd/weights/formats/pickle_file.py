@@ -43,6 +43,8 @@ def is_pickle(path: Path) -> bool:
 def read_pickle(path: Path, allow: bool, lists: bool = False) -> dict[str, TensorEntry]:
     """The tensors of a checkpoint that `torch.save` wrote, by key; those of its `state_dict` if it has one.
 
+    Where all that it holds are tables (IP-Adapter's two), keys are "table.key".
+
     With `lists`, a list of tensors is read too, under the keys "0", "1", and so on.
 
     Raises:
@@ -53,6 +55,8 @@ def read_pickle(path: Path, allow: bool, lists: bool = False) -> dict[str, Tenso
         content = content["state_dict"]
     if lists and isinstance(content, list) and content and all(isinstance(value, torch.Tensor) for value in content):
         content = {str(i): value for i, value in enumerate(content)}  # cloneofsimo's LoRAs
+    if isinstance(content, dict) and content and all(isinstance(value, dict) for value in content.values()):
+        content = {f"{name}.{key}": value for name, table in content.items() for key, value in table.items()}
     if not isinstance(content, dict):
         raise FastsdError(f"not a checkpoint: it holds a {type(content).__name__}, not a table of tensors", path=path)
     return tensors_in(path, content, sizes)

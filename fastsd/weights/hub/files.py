@@ -9,6 +9,7 @@ from fastsd.errors import FastsdError
 from fastsd.weights.hub.hub_id import SUFFIX, HubId
 from fastsd.weights.load import STEMS, shard_names, weight_file_names
 
+_STEMS = {"vae": STEMS["vae"], "controlnet": STEMS["vae"], "image_encoder": "model"}  # of networks beside a model
 _TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _CONFIGS = (
     "model_index.json",
@@ -65,7 +66,7 @@ def network_files(hub_id: HubId, half: bool, network: str) -> FileSelector:
         folder = "" if "config.json" in names else f"{network}/"
         if f"{folder}config.json" not in names:
             raise FastsdError(f"no config.json or {network}/ in that repository{_single_files(names)}", path=hub_id)
-        return [f"{folder}config.json", _weights(hub_id, names, folder, STEMS["vae"], half)]
+        return [f"{folder}config.json", _weights(hub_id, names, folder, _STEMS[network], half)]
 
     return select
 

@@ -45,6 +45,11 @@ def locate_controlnet(text: str | Path, half: bool) -> ModelLocation:
     return _locate_network(text, half, "controlnet")
 
 
+def locate_vision(text: str | Path, half: bool) -> ModelLocation:
+    """CLIP's vision tower, as `locate_vae` does an autoencoder: in a repository `image_encoder/`, or its top."""
+    return _locate_network(text, half, "image_encoder")
+
+
 def _locate_network(text: str | Path, half: bool, network: str) -> ModelLocation:
     hub_id = parse_hub_id(text)
     if hub_id is None:
