@@ -19,7 +19,7 @@ class VisionOutput(NamedTuple):
     hidden: torch.Tensor
 
 
-class PatchEmbeddings(nn.Module):
+class ImageEmbeddings(nn.Module):
     """A vector a patch, one for the image before them, plus their positions."""
 
     def __init__(self, config: VisionConfig):
@@ -50,7 +50,7 @@ class VisionModel(nn.Module):
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.embeddings = PatchEmbeddings(config)
+        self.embeddings = ImageEmbeddings(config)
         self.pre_layrnorm = LayerNorm(config.hidden_size, config.layer_norm_eps)  # spelt so in every checkpoint
         self.encoder = VisionStack(config)
         self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
