@@ -137,7 +137,9 @@ def _causal_attention(layer: Any, args: tuple[Any, ...], named: dict[str, Any], 
 
 def _cross_attention(layer: Any, args: tuple[Any, ...], named: dict[str, Any], out: torch.Tensor) -> Work:
     batch, tokens, channels = out.shape
-    return attention_work(batch, tokens, args[1].shape[1], channels, layer.heads)
+    given = args[1] if isinstance(args[1], tuple) else (args[1],)  # with image prompts: the text's, theirs, their masks
+    works = [attention_work(batch, tokens, one.shape[1], channels, layer.heads) for one in given if one.ndim == 5]
+    return Work("attention", *(sum(getattr(work, name) for work in works) for name in ("flops", "elements", "exps")))
 
 
 def _geglu(layer: Any, args: tuple[Any, ...], named: dict[str, Any], out: torch.Tensor) -> Work:

@@ -18,6 +18,7 @@ from fastsd.cli.parser import Parser
 from fastsd.weights import save_folder
 from tests.support import original, tiny
 from tests.support.adapter_writers import small_lora
+from tests.support.ip_adapters import write_adapter
 from tests.support.pipelines import MASK, PHOTO, tiny_components
 from tests.support.project import ROOT
 
@@ -105,6 +106,11 @@ def write_models() -> None:
         save_folder(components, name, torch.float32)
     save_file(tiny.controlnet(tiny.UNET), "canny.safetensors")
     save_file(small_lora(), "ink.safetensors")
+    folder = Path("models")
+    folder.mkdir()
+    write_adapter(folder, models["path/to/stable-diffusion-v1-5"].unet).rename(
+        folder / "ip-adapter-plus_sd15.safetensors"
+    )
 
 
 @pytest.mark.heavy
@@ -115,8 +121,15 @@ def test_every_python_example_on_the_pages_runs(tmp_path: Path, monkeypatch: pyt
     count = 0
     for page in PAGES:
         pipe = fastsd.Pipeline.from_pretrained("path/to/stable-diffusion-v1-5", device="cpu", dtype="fp32")
-        photos = dict.fromkeys(("edges", "house", "depths", "image", "crowd", "beach"), PHOTO)
-        names = {"fastsd": fastsd, "pipe": pipe, "door": MASK, "face": MASK} | photos
+        photos = dict.fromkeys(("edges", "house", "depths", "image", "crowd", "beach", "photo", "left", "right"), PHOTO)
+        names = {
+            "fastsd": fastsd,
+            "pipe": pipe,
+            "door": MASK,
+            "face": MASK,
+            "mask_left": MASK,
+            "mask_right": MASK,
+        } | photos
         for block in blocks(page, ("python", "py")):
             try:
                 exec(compile(block, str(page), "exec"), names)
