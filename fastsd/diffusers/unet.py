@@ -186,7 +186,7 @@ class ControlNetTwin(PathTwin):
             hint = self._hints((image,), (net, self.changes), lambda: net.embed_hint(_nhwc(image.flip(1))))
         else:
             hint = self._hints((image,), (net, self.changes), lambda: net.embed_hint(_nhwc(image)))
-        one = torch.ones(1, device=x.device)
+        one = torch.ones(1, dtype=torch.float32, device=x.device)
 
         def denoise(x: torch.Tensor, time: torch.Tensor, hint: torch.Tensor, *texts: torch.Tensor) -> Any:
             return tuple(net.denoise(x, time, texts, hint, one))
@@ -204,7 +204,7 @@ class ControlNetTwin(PathTwin):
         """The residuals by their strength; in guess mode from a tenth of it on (Zhang et al. 2023, section 3.4)."""
         pooled, scale = self.host.config["global_pool_conditions"], arguments["conditioning_scale"]
         if arguments["guess_mode"] and not pooled:
-            scales = torch.logspace(-1, 0, len(maps), device=maps[0].device) * scale
+            scales = torch.logspace(-1, 0, len(maps), dtype=torch.float32, device=maps[0].device) * scale
             return [m * s for m, s in zip(maps, scales, strict=True)]
         maps = [m * scale for m in maps]
         return [m.mean(dim=(2, 3), keepdim=True) for m in maps] if pooled else maps

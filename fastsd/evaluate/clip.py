@@ -28,6 +28,7 @@ from fastsd.weights.formats.json_file import read_json
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 SPREAD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 MAX_BYTES = 12 * 2**30
+FLOATS: dict[str, Any] = {"dtype": torch.float32}  # where: as `with torch.device(...)` says
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,12 @@ class TowerLayer(nn.Module):
         width = config.width
         self.heads, self.activation = config.heads, config.activation
         self.self_attn = nn.ModuleDict(
-            {name: nn.Linear(width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+            {name: nn.Linear(width, width, **FLOATS) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
         )
-        self.layer_norm1, self.layer_norm2 = (nn.LayerNorm(width, config.eps) for _ in range(2))
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, config.inner), "fc2": nn.Linear(config.inner, width)})
+        self.layer_norm1, self.layer_norm2 = (nn.LayerNorm(width, config.eps, **FLOATS) for _ in range(2))
+        self.mlp = nn.ModuleDict(
+            {"fc1": nn.Linear(width, config.inner, **FLOATS), "fc2": nn.Linear(config.inner, width, **FLOATS)}
+        )
 
     def forward(self, x: torch.Tensor, causal: bool) -> torch.Tensor:
         h = self.layer_norm1(x)
@@ -87,16 +90,18 @@ class TextTower(nn.Module):
     def __init__(self, config: TowerConfig, tokens: int, positions: int):
         super().__init__()
         names = {"token_embedding": tokens, "position_embedding": positions}
-        self.embeddings = nn.ModuleDict({name: nn.Embedding(count, config.width) for name, count in names.items()})
+        self.embeddings = nn.ModuleDict(
+            {name: nn.Embedding(count, config.width, **FLOATS) for name, count in names.items()}
+        )
         self.encoder = TowerLayers(config)
-        self.final_layer_norm = nn.LayerNorm(config.width, config.eps)
+        self.final_layer_norm = nn.LayerNorm(config.width, config.eps, **FLOATS)
 
     def forward(self, ids: torch.Tensor, end_id: int) -> torch.Tensor:
         places = torch.arange(ids.shape[1], dtype=torch.int64, device=ids.device)
         x = self.embeddings["token_embedding"](ids) + self.embeddings["position_embedding"](places)
         x = self.final_layer_norm(self.encoder(x, causal=True))
         end = (ids == end_id).int().argmax(1)
-        return x[torch.arange(len(x)), end]
+        return x[torch.arange(len(x), dtype=torch.int64, device=x.device), end]
 
 
 class PatchEmbeddings(nn.Module):
@@ -104,9 +109,9 @@ class PatchEmbeddings(nn.Module):
 
     def __init__(self, width: int, side: int, patch: int):
         super().__init__()
-        self.class_embedding = nn.Parameter(torch.empty(width))
-        self.patch_embedding = nn.Conv2d(3, width, patch, patch, bias=False)
-        self.position_embedding = nn.Embedding((side // patch) ** 2 + 1, width)
+        self.class_embedding = nn.Parameter(torch.empty(width, **FLOATS))
+        self.patch_embedding = nn.Conv2d(3, width, patch, patch, bias=False, **FLOATS)
+        self.position_embedding = nn.Embedding((side // patch) ** 2 + 1, width, **FLOATS)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         patches = self.patch_embedding(images).flatten(2).transpose(1, 2)
@@ -120,9 +125,9 @@ class VisionTower(nn.Module):
     def __init__(self, config: TowerConfig, side: int, patch: int):
         super().__init__()
         self.embeddings = PatchEmbeddings(config.width, side, patch)
-        self.pre_layrnorm = nn.LayerNorm(config.width, config.eps)  # the files' spelling
+        self.pre_layrnorm = nn.LayerNorm(config.width, config.eps, **FLOATS)  # the files' spelling
         self.encoder = TowerLayers(config)
-        self.post_layernorm = nn.LayerNorm(config.width, config.eps)
+        self.post_layernorm = nn.LayerNorm(config.width, config.eps, **FLOATS)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.encoder(self.pre_layrnorm(self.embeddings(images)), causal=False)
@@ -137,8 +142,8 @@ class ClipModel(nn.Module):
         self.side = vision["image_size"]
         self.text_model = TextTower(_tower(text), text["vocab_size"], text["max_position_embeddings"])
         self.vision_model = VisionTower(_tower(vision), self.side, vision["patch_size"])
-        self.text_projection = nn.Linear(text["hidden_size"], projection, bias=False)
-        self.visual_projection = nn.Linear(vision["hidden_size"], projection, bias=False)
+        self.text_projection = nn.Linear(text["hidden_size"], projection, bias=False, **FLOATS)
+        self.visual_projection = nn.Linear(vision["hidden_size"], projection, bias=False, **FLOATS)
 
 
 def _tower(config: dict[str, Any]) -> TowerConfig:

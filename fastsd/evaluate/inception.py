@@ -34,8 +34,8 @@ class InceptionConv(nn.Module):
         super().__init__()
         out, height, width, stride = spec
         padding = (height // 2, width // 2) if padded else 0
-        self.conv = nn.Conv2d(channels, out, (height, width), stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(out, eps=0.001)
+        self.conv = nn.Conv2d(channels, out, (height, width), stride, padding, bias=False, dtype=torch.float32)
+        self.bn = nn.BatchNorm2d(out, eps=0.001, dtype=torch.float32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.relu(self.bn(self.conv(x)))
@@ -147,7 +147,7 @@ class FidInception(nn.Module):
         self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = (_block_c(768, n) for n in (128, 160, 160, 192))
         self.Mixed_7a = _block_d(768)
         self.Mixed_7b, self.Mixed_7c = _block_e(1280, "average"), _block_e(2048, "maximum")
-        self.fc = nn.Linear(FEATURES, CLASSES)
+        self.fc = nn.Linear(FEATURES, CLASSES, dtype=torch.float32)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`[N, 3, H, W]` in [0, 1] to features `[N, 2048]` and logits `[N, 1008]`.
@@ -195,7 +195,9 @@ def load_inception(path: Path) -> FidInception:
             "is not the Inception network of FID; its public file is pt_inception-2015-12-05-6726825d.pth", path=path
         )
     counters = {
-        k: torch.zeros((), dtype=torch.int64) for k in network.state_dict() if k.endswith("num_batches_tracked")
+        k: torch.zeros((), dtype=torch.int64, device="cpu")
+        for k in network.state_dict()
+        if k.endswith("num_batches_tracked")
     }
     network.load_state_dict({k: v.float() for k, v in found.items()} | counters, assign=True)
     return network.eval()

@@ -71,7 +71,7 @@ class FittedPrompt:
         if self._projected is None:
             weight = self.adapter.weight
             both = self.adapter.project(self.pixels.to(weight.device, weight.dtype))
-            scale = torch.tensor([1.0, self.scale], dtype=torch.float32).view(2, 1, 1)
+            scale = torch.tensor([1.0, self.scale], dtype=torch.float32, device="cpu").view(2, 1, 1)
             scaled = [tuple(kv * scale.to(kv) for kv in each) for each in both]
             self._projected = scaled[0], scaled[1]
         return self._projected[0 if negative else 1]

@@ -27,7 +27,8 @@ def draw(scene: Scene) -> list[bytes]:
     levels = alphas_cumprod(scene.scheduler)
     image = scene.subject()
     start = scene.encode(image)
-    noise = torch.randn(start.shape, generator=torch.Generator("cpu").manual_seed(scene.seed))
+    generator = torch.Generator("cpu").manual_seed(scene.seed)
+    noise = torch.randn(start.shape, generator=generator, dtype=torch.float32, device="cpu")
     points = [round(share * (len(levels) - 1)) for share in SHARES]
     decoded, latents = [], []
     for t in points:

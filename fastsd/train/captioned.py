@@ -146,8 +146,10 @@ class CaptionedImages(TrainingImages):
         images, corners, flips = zip(*(self._augmented(int(row), random) for row in rows))
         taken: Notes = {}
         if notes:  # heights first: what SDXL's UNet is told of an image
-            taken["original_size"] = torch.tensor([self.originals[int(row)] for row in rows], dtype=torch.int64)
-            taken["crop"] = torch.tensor(corners, dtype=torch.int64)
+            taken["original_size"] = torch.tensor(
+                [self.originals[int(row)] for row in rows], dtype=torch.int64, device="cpu"
+            )
+            taken["crop"] = torch.tensor(corners, dtype=torch.int64, device="cpu")
             if self.data.masks:
                 masks = [self._mask(int(row), *place) for row, *place in zip(rows, corners, flips)]
                 taken["mask"] = torch.from_numpy(np.stack(masks))

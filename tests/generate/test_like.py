@@ -187,6 +187,8 @@ def test_each_difference_of_the_page_has_its_test() -> None:
 
 
 def test_each_flag_of_the_page_exists() -> None:
+    """The first cell of a row may hold another program's."""
     page = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
+    page = re.sub(r"^\| [^|]* \|", "|", page, flags=re.M)
     known = {flag for row in flags.known() for flag in row.flags}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page)) <= known | {"--help-all"}

@@ -78,7 +78,10 @@ FACTORIES = frozenset(
 )
 LAYERS = ("Linear", "Conv2d", "Embedding", "LayerNorm", "GroupNorm", "BatchNorm2d")
 # Weights are made where `with torch.device(...)` says: on no device for loading, on the CPU for training.
-FOLLOW_THE_CONTEXT = ("model/layers.py", "model/linear.py", "model/clip.py")
+FOLLOW_THE_CONTEXT = (
+    *("model/layers.py", "model/linear.py", "model/clip.py", "model/vision.py", "model/ip_adapter.py"),
+    *("evaluate/clip.py", "evaluate/inception.py"),
+)
 
 
 def test_no_tensor_is_made_without_dtype_and_device() -> None:
@@ -93,7 +96,7 @@ def test_no_tensor_is_made_without_dtype_and_device() -> None:
             if not (isinstance(module, ast.Name) and None not in given):
                 continue
             if module.id == "torch" and name in FACTORIES:
-                needed = {"dtype"} if path.as_posix().endswith(FOLLOW_THE_CONTEXT) else {"dtype", "device"}
+                needed = {"dtype", "device"}
             elif module.id == "torch" and name == "Generator" and not node.args:
                 needed = {"device"}
             elif module.id == "nn" and name in (
@@ -107,6 +110,8 @@ def test_no_tensor_is_made_without_dtype_and_device() -> None:
                 needed = {"dtype", "device"}
             else:
                 continue
+            if path.as_posix().endswith(FOLLOW_THE_CONTEXT):
+                needed = needed - {"device"}
             if not needed <= given:
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)[:90]}")
     assert not wrong, "\n".join(wrong)

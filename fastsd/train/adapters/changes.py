@@ -68,7 +68,7 @@ class LowRankChange(WeightChange):
     ):
         super().__init__(shape, rank, alpha, stride, padding)
         self.down = nn.Parameter(_uniform((rank, *shape[1:]), generator))
-        self.up = nn.Parameter(torch.zeros(shape[0], rank, dtype=torch.float32))
+        self.up = nn.Parameter(torch.zeros(shape[0], rank, dtype=torch.float32, device="cpu"))
 
     def matrix(self) -> torch.Tensor:
         return self.scale * (self.up @ self.down.flatten(1)).view(self.shape)
@@ -108,10 +108,10 @@ class KroneckerChange(WeightChange):
         self.second_shape = (o2, i2, *kernel)
         self.full = rank >= max(o2, i2) / 2
         if self.full:
-            self.w2 = nn.Parameter(torch.zeros(o2, i2, *kernel, dtype=torch.float32))
+            self.w2 = nn.Parameter(torch.zeros(o2, i2, *kernel, dtype=torch.float32, device="cpu"))
         else:
             self.w2_a = nn.Parameter(_uniform((o2, rank), generator))
-            self.w2_b = nn.Parameter(torch.zeros(rank, i2 * math.prod(kernel), dtype=torch.float32))
+            self.w2_b = nn.Parameter(torch.zeros(rank, i2 * math.prod(kernel), dtype=torch.float32, device="cpu"))
 
     @property
     def scale(self) -> float:
@@ -162,4 +162,4 @@ def factors(size: int, factor: int = -1) -> tuple[int, int]:
 def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """Kaiming's uniform initialisation with a = sqrt(5), as PyTorch's layers and other trainers of LoRAs have it."""
     bound = math.prod(shape[1:]) ** -0.5
-    return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+    return torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)

@@ -43,7 +43,7 @@ class CaptionEncoder:
         outputs = [self._encode_by(which, captions) for which in range(len(self.components.text_encoders))]
         context, pooled = torch.cat([output.hidden for output in outputs], dim=-1), outputs[-1].pooled
         if self.components.zeros_for_empty_prompt:
-            kept = torch.tensor([bool(caption) for caption in captions], device=context.device)
+            kept = torch.tensor([bool(caption) for caption in captions], dtype=torch.bool, device=context.device)
             context, pooled = context * kept[:, None, None], pooled * kept[:, None]
         return TextFeatures(context, pooled)
 
@@ -52,7 +52,9 @@ class CaptionEncoder:
         network: TextEncoder = components.text_encoders[which]
         tokenizer: Tokenizer = components.tokenizers[which]
         vectors = {name: one.vectors[which] for name, one in components.embeddings.items()}
-        ids = torch.full((len(captions) * self.chunks, tokenizer.max_length), tokenizer.pad_id, dtype=torch.int64)
+        ids = torch.full(
+            (len(captions) * self.chunks, tokenizer.max_length), tokenizer.pad_id, dtype=torch.int64, device="cpu"
+        )
         insertions = []
         for number, caption in enumerate(captions):
             pieces = [Piece(text, 1.0, name) for text, name in find_names(caption, vectors)]
@@ -63,7 +65,7 @@ class CaptionEncoder:
                 chunk = parts[place] if place < len(parts) else Chunk()
                 row = number * self.chunks + place
                 content = [tokenizer.bos_id, *chunk.ids, tokenizer.eos_id]
-                ids[row, : len(content)] = torch.tensor(content, dtype=torch.int64)
+                ids[row, : len(content)] = torch.tensor(content, dtype=torch.int64, device="cpu")
                 insertions += [Insertion(row, 1 + start, inserted) for start, inserted in chunk.vectors]
         kind = "xl" if components.xl else network.config.hidden_act
         layer = LAYERS["added"](kind, self.clip_skip)

@@ -63,9 +63,8 @@ class NoiseLoss:
         total = len(self.alpha_bars)
         within = torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")
         fractions = (torch.arange(count, dtype=torch.float32, device="cpu") + within) / count
-        order = torch.randperm(
-            count, generator=generator, device="cpu"
-        )  # images of a part stand in an order of their own
+        # Images of a part stand in an order of their own.
+        order = torch.randperm(count, generator=generator, dtype=torch.int64, device="cpu")
         return (fractions * total).long().clamp_max(total - 1)[order]
 
     def noisy(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -154,7 +154,7 @@ class _Writer:
             for role, tensor in layer.tensors.items():
                 key = f"{name}.{KOHYA_SUFFIXES[role]}"
                 tensors[key] = self._stored(layer, role, tensor)
-            tensors[f"{name}.{KOHYA_SUFFIXES['alpha']}"] = torch.tensor(layer.alpha, dtype=self.dtype)
+            tensors[f"{name}.{KOHYA_SUFFIXES['alpha']}"] = torch.tensor(layer.alpha, dtype=self.dtype, device="cpu")
         return tensors
 
     def peft(
@@ -175,7 +175,7 @@ class _Writer:
 
     def _stored(self, layer: StoredLayer, role: str, tensor: torch.Tensor, peft: bool = False) -> torch.Tensor:
         """A tensor in the shape that a file has for it: of a convolution, if the folder stores the layer as one."""
-        probe = torch.empty(layer.shape, device="meta")
+        probe = torch.empty(layer.shape, dtype=torch.float32, device="meta")
         convolution = stored_form(f"{layer.name}.weight", probe, self.config.use_linear_projection).ndim == 4
         if role == "magnitude":
             if peft:
