@@ -14,9 +14,11 @@ from tests.support.project import ROOT
 
 
 def kill_at_random(config: Path, out: Path, kills: int, longest: float, seed: int = 0) -> list[str]:
-    """Train in a process of its own, kill it `kills` times, then let it finish; returns a line for each kill.
+    """Train in a process of its own, kill it, go on; `kills` times in all, then let it finish. Returns a line for each.
 
     Args:
+        config: it saves after every step, and exports to no other folder than the run's own.
+        out: takes as many runs as that needs, each in a folder of its own.
         longest: seconds after which a process is killed at the latest.
     """
     arguments = [str(config), str(out), str(kills), str(longest), str(seed)]
@@ -63,25 +65,33 @@ def _finished(pid: int, seconds: float | None) -> bool:
 def _main(config: str, out: str, kills: int, longest: float, seed: int) -> None:
     import tensorboardX  # noqa: F401  # here, so that the forked processes need not
 
-    from fastsd.train import checkpoint, training  # noqa: F401
+    from fastsd.train import training  # noqa: F401
+
+    moments, killed, number = random.Random(seed), 0, 0
+    while killed < kills:  # a fast machine ends a run before it is killed so often; then the next begins
+        run, before = Path(out) / str(number), {}
+        while killed < kills and not _finished(_forked(config, str(run)), moments.uniform(0.05, longest)):
+            killed += 1
+            before = _check_progress(run, before)
+            print(f"killed {killed}: {before}", flush=True)
+        number += 1
+    if not (run / "model").exists():
+        assert _finished(_forked(config, str(run)), None)
+
+
+def _check_progress(run: Path, before: dict[str, int]) -> dict[str, int]:
+    """The steps in a killed run's checkpoints, which load, and have lost at most the step that was being saved."""
+    from fastsd.train import checkpoint
     from fastsd.train.figures import read_metrics
 
-    moments, killed, before = random.Random(seed), 0, {}
-    while killed < kills and not _finished(_forked(config, out), moments.uniform(0.05, longest)):
-        killed += 1
-        steps = {
-            path.name: checkpoint.load(path)["step"] for path in Path(out).glob("*.pt") if path.name != "latents.pt"
-        }
-        metrics = read_metrics(Path(out) / "metrics.jsonl")
-        for name, step in steps.items():
-            written = max((line["step"] for line in metrics if f"{line['stage']}.pt" == name), default=0)
-            # The config saves after every step: at most the step that was being saved is lost.
-            assert before.get(name, 0) <= step and written - step <= 1, (name, step, written, before)
-        assert before.keys() <= steps.keys()
-        before = steps
-        print(f"killed {killed}: {steps}", flush=True)
-    assert killed == kills, f"finished after {killed} kills"
-    assert _finished(_forked(config, out), None)
+    files = [path for path in run.glob("*.pt") if path.name != "latents.pt"]
+    steps = {path.name: checkpoint.load(path)["step"] for path in files}
+    metrics = read_metrics(run / "metrics.jsonl")
+    for name, step in steps.items():
+        written = max((line["step"] for line in metrics if f"{line['stage']}.pt" == name), default=0)
+        assert before.get(name, 0) <= step and written - step <= 1, (name, step, written, before)
+    assert before.keys() <= steps.keys()
+    return steps
 
 
 if __name__ == "__main__":

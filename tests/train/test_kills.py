@@ -25,18 +25,20 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 
 def check(folder: Path, steps: int, kills: int, longest: float) -> list[str]:
     config = write_config(folder, steps, steps)
-    config.write_text(config.read_text().replace("checkpoint_minutes = 100.0", "checkpoint_minutes = 0.0"))
-    train(config, out=folder / "whole")
+    text = config.read_text().replace("checkpoint_minutes = 100.0", "checkpoint_minutes = 0.0")
+    config.write_text("\n".join(line for line in text.splitlines() if not line.startswith("export")))
+    whole = folder / "whole"
+    train(config, out=whole)
     lines = kill_at_random(config, folder / "killed", kills, longest)
     assert len(lines) == kills
-    whole, killed = folder / "whole", folder / "killed"
-    assert metrics_of(whole) == metrics_of(killed)
-    for name, player in (("vae", "vae"), ("unet", "denoiser")):
-        first, second = (checkpoint.load(run / f"{name}.pt")[player] for run in (whole, killed))
-        for kind in ("model", "average"):
-            assert all(torch.equal(tensor, second[kind][key]) for key, tensor in first[kind].items())
-    left = [path.name for path in killed.rglob(".fastsd-*")]
-    assert not left, left
+    for killed in (folder / "killed").iterdir():
+        assert metrics_of(whole) == metrics_of(killed)
+        for name, player in (("vae", "vae"), ("unet", "denoiser")):
+            first, second = (checkpoint.load(run / f"{name}.pt")[player] for run in (whole, killed))
+            for kind in ("model", "average"):
+                assert all(torch.equal(tensor, second[kind][key]) for key, tensor in first[kind].items())
+        left = [path.name for path in killed.rglob(".fastsd-*")]
+        assert not left, left
     return lines
 
 
@@ -47,5 +49,7 @@ def test_a_few_kills(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_hundred_kills(tmp_path: Path) -> None:
-    lines = check(tmp_path, steps=150, kills=100, longest=2.0)
-    assert any("unet.pt" in line for line in lines) and any("unet.pt" not in line for line in lines)
+    lines = check(tmp_path, steps=20, kills=100, longest=2.0)
+    in_the_second_stage = sum("unet.pt" in line for line in lines)
+    assert 5 <= in_the_second_stage <= 95, lines
+    print(f"{in_the_second_stage} of {len(lines)} kills in the second stage")
