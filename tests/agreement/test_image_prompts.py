@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from fastsd import Control, ImagePrompt, Pipeline
 from fastsd.image.clip_input import clip_input
-from fastsd.weights.layouts.ip_adapter import load_vision
+from fastsd.weights.layouts.vision import load_vision
 from tests.support.families import TOLERANCE, Families, disturbed, generator, latents_of
 from tests.support.ip_adapters import KINDS, SIDE, make_adapter, make_processor, make_tower
 from tests.support.matching import relative_error

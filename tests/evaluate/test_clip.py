@@ -15,6 +15,7 @@ from fastsd.errors import FastsdError
 from fastsd.evaluate.clip import load_clip
 from fastsd.model.tokenizer import Tokenizer
 from fastsd.pipeline import Pipeline
+from fastsd.weights.layouts.vision import load_vision
 from tests.support.cli import refused
 from tests.support.measuring import Painter, stand_in, write_shapes
 
@@ -93,3 +94,24 @@ def test_a_folder_that_holds_another_model(kind: str, folder: Path, tmp_path: Pa
     with pytest.raises(FastsdError) as error:
         load_clip(tmp_path)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.heavy
+def test_a_config_may_leave_out_what_is_usual(tmp_path: Path) -> None:
+    """The parts of a whole CLIP's config; transformers' defaults are ViT-B/32's."""
+    from transformers import CLIPConfig, CLIPModel
+
+    small = {"num_hidden_layers": 1, "intermediate_size": 64}
+    config = CLIPConfig(text_config=small | {"vocab_size": 49408}, vision_config=small)
+    CLIPModel(config).save_pretrained(tmp_path)
+    Tokenizer().save(tmp_path)
+    kept = json.loads((tmp_path / "config.json").read_text())
+    for part in ("text_config", "vision_config"):
+        kept[part] = small
+    del kept["projection_dim"]
+    (tmp_path / "config.json").write_text(json.dumps(kept))
+    found = load_clip(tmp_path)
+    assert found.texts(TEXTS).shape == (2, 512) and found.vision.config.patch_size == 32
+    # The same folder is a vision tower for image prompts.
+    tower = load_vision(tmp_path, torch.float32, torch.device("cpu"))
+    assert all(torch.equal(value, found.vision.state_dict()[name]) for name, value in tower.state_dict().items())

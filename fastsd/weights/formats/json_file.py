@@ -55,6 +55,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "time_cond_proj_dim": (0, 2**16),
     **dict.fromkeys(("intermediate_size", "vocab_size"), (1, 2**20)),
     "freq_shift": (0, 1),
+    **dict.fromkeys(("image_size", "patch_size"), (1, 2**13)),
     **dict.fromkeys(("norm_eps", "layer_norm_eps", "beta_start", "beta_end"), (0.0, 1.0)),
     "scaling_factor": (1e-6, 1e6),
     "num_train_timesteps": (1, 100_000),

@@ -1,9 +1,7 @@
-"""IP-Adapter's files and the vision towers that they were trained with.
+"""IP-Adapter's files.
 
 An adapter is one file, `.safetensors` or `.bin`, of two tables: `image_proj`, which makes tokens of an image's
-features, and `ip_adapter`, the keys and values of every cross-attention. The tower is transformers' folder
-(`image_encoder`) or
-its one file of weights.
+features, and `ip_adapter`, the keys and values of every cross-attention.
 """
 
 from __future__ import annotations
@@ -13,24 +11,21 @@ from pathlib import Path
 
 import torch
 
-from fastsd.config import CLIP_VIT_BIGG, CLIP_VIT_H, CLIP_VIT_L, IPAdapterConfig, VisionConfig
+from fastsd.config import IPAdapterConfig, VisionConfig
 from fastsd.errors import FastsdError
 from fastsd.model.ip_adapter import RESAMPLER_HEAD, IPAdapter
 from fastsd.model.layers import CrossAttention
 from fastsd.model.unet import UNet
-from fastsd.model.vision import VisionEncoder
 from fastsd.runtime import memory
-from fastsd.weights.formats.json_file import ConfigReader
 from fastsd.weights.formats.safetensors_file import TensorEntry
 from fastsd.weights.layouts.single_file import read_file
-from fastsd.weights.load import error_path, fill, find_files, read_headers
+from fastsd.weights.layouts.vision import TOWERS, load_vision, read_vision_config
+from fastsd.weights.load import fill
 
 Entries = dict[str, TensorEntry]
 
 PROJECTION, ATTENTION = "image_proj.", "ip_adapter."
-TOWERS = {config.hidden_size: config for config in (CLIP_VIT_L, CLIP_VIT_H, CLIP_VIT_BIGG)}
 TOWER_FOLDER = "image_encoder"
-_VISION = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size")
 _FACE_ID = "an IP-Adapter of face ids, which reads a face recognition network's vector; fastsd has no such network"
 
 
@@ -172,67 +167,3 @@ def _check_tower(tower: VisionConfig, config: IPAdapterConfig, path: Path) -> No
         raise FastsdError(
             f"its features are {found}; the IP-Adapter reads {_wanted(config)}", argument="ip_encoder", path=path
         )
-
-
-def read_vision_config(path: Path) -> VisionConfig:
-    """A vision tower's config, transformers' or the part of a whole CLIP's that is about images."""
-    r = ConfigReader(path)
-    r.one_of("model_type", ("clip_vision_model",), "clip_vision_model")
-    numbers = {name: r.get(name, int, getattr(CLIP_VIT_L, name)) for name in _VISION}
-    config = VisionConfig(
-        **numbers,
-        projection_dim=r.get("projection_dim", int, CLIP_VIT_L.projection_dim),
-        hidden_act=r.one_of("hidden_act", ("quick_gelu", "gelu"), "quick_gelu"),
-        layer_norm_eps=r.get("layer_norm_eps", float, 1e-5),
-    )
-    r.one_of("num_channels", (3,), 3)
-    for name, part, whole in (
-        ("num_attention_heads", config.num_attention_heads, config.hidden_size),
-        ("patch_size", config.patch_size, config.image_size),
-    ):
-        if not part or whole % part:
-            raise r.error(name, f"it should divide {whole}")
-    return config
-
-
-def load_vision(path: Path, dtype: torch.dtype, device: torch.device, allow_pickle: bool = False) -> VisionEncoder:
-    """Load CLIP's vision tower: a folder with `config.json`, or one file in transformers' names, whose width tells it.
-
-    Raises:
-        FastsdError: not such a tower, or malformed.
-    """
-    if path.is_dir():
-        config = read_vision_config(path / "config.json")
-        files = find_files(path, "model", dtype != torch.float32)
-        entries, where = read_headers(files), error_path(files)
-    else:
-        entries, where = read_file(path, allow_pickle)[0], path
-        config = _tower_of(path, entries)
-    entries = {
-        key: entry
-        for key, entry in entries.items()
-        if key.startswith(("vision_model.", "visual_projection.")) and not key.endswith("position_ids")
-    }
-    memory.check_weights(path, sum(math.prod(entry.shape) for entry in entries.values()), dtype, device)
-    with torch.device("meta"):
-        module = VisionEncoder(config)
-    return fill(module, entries, where, dtype, device)
-
-
-def _tower_of(path: Path, entries: Entries) -> VisionConfig:
-    table = entries.get("vision_model.embeddings.class_embedding")
-    if table is None:
-        open_clip = any(key.startswith("visual.") for key in entries)
-        hint = (
-            "it has open_clip's names; take the one in transformers' names"
-            if open_clip
-            else ("the key vision_model.embeddings.class_embedding is missing")
-        )
-        raise FastsdError(f"not CLIP's vision tower: {hint}", argument="ip_encoder", path=path)
-    if table.shape[-1] not in TOWERS:
-        raise FastsdError(
-            f"a vision tower of {table.shape[-1]} channels; without a config.json, {sorted(TOWERS)} are known",
-            argument="ip_encoder",
-            path=path,
-        )
-    return TOWERS[table.shape[-1]]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastsd import FastsdError
-from fastsd.weights.layouts.ip_adapter import load_vision
+from fastsd.weights.layouts.vision import load_vision
 from tests.support.ip_adapters import PROJECTION, make_tower, write_adapter
 from tests.support.pipelines import tiny_pipeline
 
