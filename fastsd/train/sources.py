@@ -1,17 +1,20 @@
-"""Lists of training images in files: folders. Nothing is decoded here."""
+"""Images with captions in a folder, for training and for evaluation. Nothing is decoded here."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fastsd.errors import FastsdError
+from fastsd.files import reason
 from fastsd.image.files import read_file
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 MAX_CAPTION_BYTES = 2**16
+MAX_METADATA_BYTES = 2**28
 METADATA = "metadata.jsonl"
 
 
@@ -24,20 +27,48 @@ class Sample:
     read: Callable[[], bytes]
 
 
-def list_folder(folder: Path, caption: str = "") -> list[Sample]:
+@dataclass(frozen=True)
+class Entry:
+    """An image of a folder.
+
+    Attributes:
+        name: its path from the folder on. file: its path; whether it is there was not looked at.
+        captions: from the metadata, or the text file beside it; none is possible.
+        row: what metadata.jsonl says of it. where: how a message names it, "line 3" there, or its name.
+    """
+
+    name: str
+    file: Path
+    captions: tuple[str, ...]
+    row: Mapping[str, Any]
+    where: str
+
+
+def entries(folder: Path) -> list[Entry]:
     """The images of a folder: those that its metadata.jsonl names, or else all in it and below, each with a text file
-    of the same name, one caption a line. Images without one have `caption`.
+    of the same name, one caption a line.
 
     Raises:
-        FastsdError: no such folder, no images, no captions, a metadata.jsonl that is none.
+        FastsdError: no such folder, a metadata.jsonl that is none, a text file that is too large for captions.
+    """
+    if not folder.is_dir():
+        raise FastsdError("no such folder", path=folder)
+    if (folder / METADATA).is_file():
+        return _listed(folder)
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.is_file())
+    names = [(p.relative_to(folder).as_posix(), p) for p in files]
+    return [Entry(name, path, _beside(path), {}, name) for name, path in names]
+
+
+def list_folder(folder: Path, caption: str = "") -> list[Sample]:
+    """The images of a folder (`entries`) as training samples. Images without a caption have `caption`.
+
+    Raises:
+        FastsdError: as `entries` does; or no images, no captions.
     """
     if not folder.is_dir():
         raise FastsdError("no such folder; data.path should be a folder of images with captions", path=folder)
-    if (folder / METADATA).is_file():
-        samples = _listed(folder)
-    else:
-        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.is_file())
-        samples = [Sample(p.relative_to(folder).as_posix(), _beside(p), _reader(p)) for p in files]
+    samples = [Sample(entry.name, entry.captions, _reader(entry.file)) for entry in entries(folder)]
     if not samples:
         raise FastsdError(f"no images; a folder of {', '.join(IMAGE_ENDINGS[:4])} files is needed", path=folder)
     if caption:
@@ -51,33 +82,42 @@ def list_folder(folder: Path, caption: str = "") -> list[Sample]:
     return samples
 
 
-def _listed(folder: Path) -> list[Sample]:
+def _listed(folder: Path) -> list[Entry]:
     """What metadata.jsonl lists: {"file_name", "text"}, where the text is a caption or a list of them."""
-    path = folder / METADATA
-    samples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    path, found = folder / METADATA, []
+    try:
+        if path.stat().st_size > MAX_METADATA_BYTES:
+            raise FastsdError(f"{METADATA} has more than {MAX_METADATA_BYTES // 2**20} MiB", path=path)
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = reason(error) if isinstance(error, OSError) else "is not UTF-8"
+        raise FastsdError(why, path=path) from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        where = f"line {number}"
         try:
-            entry = json.loads(line)
-            name, text = entry["file_name"], entry.get("text", entry.get("caption", []))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-            raise FastsdError(f'line {number} should be {{"file_name": ..., "text": ...}}', path=path) from None
+            row = json.loads(line)
+            name, text = row["file_name"], row.get("text", row.get("caption", []))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise FastsdError(f'{where} should be {{"file_name": ..., "text": ...}}', path=path) from None
         captions = [text] if isinstance(text, str) else text
         if not isinstance(name, str) or not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
-            raise FastsdError(f'line {number}: "file_name" is a string, "text" a string or a list of them', path=path)
+            raise FastsdError(f'{where}: "file_name" is a string, "text" a string or a list of them', path=path)
         file = folder / name
         if not file.resolve().is_relative_to(folder.resolve()):
-            raise FastsdError(f"line {number}: {name!r:.80} is outside of the folder", path=path)
-        samples.append(Sample(name, tuple(c for c in captions if c.strip()), _reader(file)))
-    return samples
+            raise FastsdError(f"{where}: {name!r:.80} is outside of the folder", path=path)
+        found.append(Entry(name, file, tuple(c for c in captions if c.strip()), row, where))
+    return found
 
 
 def _beside(image: Path) -> tuple[str, ...]:
     """The captions in the text file beside an image, one a line."""
     path = image.with_suffix(".txt")
-    if not path.is_file() or path.stat().st_size > MAX_CAPTION_BYTES:
+    if not path.is_file():
         return ()
+    if path.stat().st_size > MAX_CAPTION_BYTES:
+        raise FastsdError(f"has more than {MAX_CAPTION_BYTES} bytes", path=path)
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     return tuple(line.strip() for line in lines if line.strip())
 

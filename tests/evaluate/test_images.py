@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from fastsd.errors import FastsdError
 from fastsd.evaluate.images import fit, read_images
+from fastsd.train.sources import list_folder
 
 
 def save(path: Path, size: tuple[int, int] = (8, 8)) -> None:
@@ -76,3 +78,28 @@ def test_a_folder_without_images_or_captions(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("no image")
     with pytest.raises(FastsdError, match="a.png"):
         next(read_images(tmp_path).pixels(range(1), (4, 4)))
+
+
+def test_the_captions_are_those_of_training(tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a red heart\n\n  heart, red \n")
+    (found,) = read_images(tmp_path).images
+    assert found.captions == list_folder(tmp_path)[0].captions == ("a red heart", "heart, red")
+
+
+@pytest.mark.parametrize("read", [read_images, list_folder])
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", b"a" * (2**16 + 1), "a.txt: has more than 65536 bytes"),
+        ("metadata.jsonl", b"\xff\xfe", "is not UTF-8"),
+        ("metadata.jsonl", b"[" * 100_000, "line 1 should be"),
+    ],
+)
+def test_what_neither_evaluation_nor_training_reads(
+    read: Callable[[Path], object], name: str, content: bytes, said: str, tmp_path: Path
+) -> None:
+    save(tmp_path / "a.png")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(FastsdError, match=said):
+        read(tmp_path)
