@@ -20,6 +20,7 @@ from PIL import Image
 
 import fastsd
 from fastsd.errors import FastsdError
+from fastsd.image.comfy_graph import SCHEDULE_NAMES
 
 log = logging.getLogger("fastsd")
 CATEGORY = "fastsd"
@@ -187,7 +188,7 @@ class FastsdSample:
             "num_inference_steps": steps,
             "guidance_scale": cfg,
             "sampler": sampler_name,
-            "schedule": "default" if scheduler == "normal" and rules in ("comfy", "fastsd") else scheduler,
+            "schedule": schedule_of(scheduler, rules),
             "like": None if rules == "fastsd" else rules,
             "controls": list(control),
             "output_type": "latent",
@@ -208,6 +209,11 @@ class FastsdSample:
         scaled = torch.cat(parts).permute(0, 2, 3, 1)
         samples = pipe._engine.codec.unscale(scaled).permute(0, 3, 1, 2).contiguous().cpu()
         return ({"samples": samples},)
+
+
+def schedule_of(scheduler: str, rules: str) -> str:
+    """The engine's name. "normal", the menu's first, is the spacing, which samplers without a schedule have too."""
+    return SCHEDULE_NAMES.get(scheduler, scheduler) if rules in ("comfy", "fastsd") else scheduler
 
 
 class FastsdDecode:
