@@ -18,6 +18,7 @@ from fastsd.files import write_whole
 from fastsd.train import tables
 from fastsd.train.settings import TrainingSettings
 
+CONFIG = "config.toml"  # the resolved config, in the run's folder
 # Keys that a resumed run may change: they decide when and where, not what is computed. More steps stretch the
 # schedule, which is what they are for.
 FREE = ("out", "export", "checkpoint_minutes", "data.path")
@@ -25,8 +26,8 @@ FREE_OF_A_STAGE = ("fit.steps", "fit.max_minutes", "fit.sample_every", "fit.vali
 
 
 def write_record(out: Path, settings: TrainingSettings, data: dict[str, Any]) -> None:
-    """Write config.toml, the resolved config, and record.json: data, commit, environment."""
-    write_whole(out / "config.toml", tables.write_toml(resolved(settings)).encode(), overwrite=True)
+    """Write the resolved config, and record.json: data, commit, environment."""
+    write_whole(out / CONFIG, tables.write_toml(resolved(settings)).encode(), overwrite=True)
     text = json.dumps({"data": data, **environment()}, indent=2) + "\n"
     write_whole(out / "record.json", text.encode(), overwrite=True)
 
@@ -57,20 +58,17 @@ def environment() -> dict[str, Any]:
     }
 
 
-def check_same(out: Path, settings: TrainingSettings) -> None:
-    """Raises FastsdError where the run in `out` had another config; it shows the difference.
+def check_same(out: Path, before: TrainingSettings, settings: TrainingSettings) -> None:
+    """Raises FastsdError where the run in `out`, whose config is `before`, had another one; it shows the difference.
 
     The table of a stage that has not begun may change.
     """
-    path = out / "config.toml"
     waiting = tuple(f"{name}." for name in settings.stages if not (out / f"{name}.pt").is_file())
-    if not path.is_file():
-        return
-    before, now = _flat_toml(path), json.loads(json.dumps(resolved(settings)))
+    old, new = resolved(before), resolved(settings)
     changed = [
-        f"{key} from {_shown(before, key)} to {_shown(now, key)}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
+        f"{key} from {_shown(old, key)} to {_shown(new, key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
         and key not in FREE
         and not key.endswith(FREE_OF_A_STAGE)
         and not key.startswith(waiting)
@@ -85,20 +83,6 @@ def check_same(out: Path, settings: TrainingSettings) -> None:
 
 def _shown(table: tables.Table, key: str) -> str:
     return json.dumps(table[key]) if key in table else "nothing"
-
-
-def _flat_toml(path: Path) -> tables.Table:
-    flat: tables.Table = {}
-
-    def visit(table: tables.Table, prefix: str) -> None:
-        for name, value in table.items():
-            if isinstance(value, dict):
-                visit(value, f"{prefix}{name}.")
-            else:
-                flat[prefix + name] = value
-
-    visit(tables.read_toml(path), "")
-    return flat
 
 
 def _commit() -> str | None:

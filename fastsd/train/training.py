@@ -188,8 +188,9 @@ def train(
         )
     if export_only and not exists:
         raise FastsdError("nothing to export yet; nothing is trained", path=folder)
-    if exists:
-        record.check_same(folder, settings)
+    if exists and (before := folder / record.CONFIG).is_file():
+        # Read as of today: a key that the run's version did not know has its default.
+        record.check_same(folder, read_config(before), settings)
     try:
         with Processes.joined(uses_cuda(settings)) as processes:
             _run(settings, folder, Path(export or settings.export or folder / "model"), resume, export_only, processes)

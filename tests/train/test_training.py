@@ -122,6 +122,17 @@ def test_existing_run_and_unusable_checkpoints_are_errors(uninterrupted: Path, t
         train(config, resume=True)
 
 
+def test_a_run_of_a_version_with_fewer_keys_is_resumed(uninterrupted: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    shutil.copytree(uninterrupted / "run", tmp_path / "run")
+    recorded = tmp_path / "run" / "config.toml"
+    lines = recorded.read_text().splitlines(keepends=True)
+    recorded.write_text("".join(line for line in lines if not line.startswith(("max_bad =", "caption ="))))
+    assert len(recorded.read_text().splitlines()) == len(lines) - 2
+    train(config, resume=True)
+    assert {"max_bad = 0.01\n", 'caption = ""\n'} <= set(recorded.read_text().splitlines(keepends=True))
+
+
 def test_missing_and_damaged_files_are_errors(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     file = tmp_path / "mnist" / "train-images-idx3-ubyte.gz"
