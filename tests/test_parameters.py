@@ -13,8 +13,8 @@ from fastsd.errors import FastsdError
 from fastsd.generate.request import plan
 from fastsd.generate.result import used_settings
 from fastsd.image import infotext, metadata
-from fastsd.kinds import HOW, Number, Parameter
 from fastsd.parameters import PARAMETERS, check_call, check_needs
+from fastsd.parameters.kinds import HOW, Number, Parameter
 from fastsd.pipeline import Pipeline
 from tests.support.cli import settings
 from tests.support.pipelines import tiny_pipeline

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from fastsd.cli import flags
 from fastsd.errors import FastsdError
-from fastsd.kinds import MAX_SEED, Parameter, Whole
 from fastsd.parameters import PARAMETERS
+from fastsd.parameters.kinds import MAX_SEED, Parameter, Whole
 
 FORMATS = ("png", "jpg", "webp")
 USED = ("embedding", "embedding_dir", "lora", "lora_dir", "allow_partial", "progress")  # of the flags beside parameters

@@ -11,8 +11,9 @@ from typing import Any
 from fastsd.batch.lines import ID, AskedLine, BadLine
 from fastsd.errors import FastsdError, about
 from fastsd.generate.together import count_of, shape_of
-from fastsd.kinds import MAX_SEED, SHARE, Function, Value
-from fastsd.parameters import PARAMETERS, RANDOM_SEED, check_call
+from fastsd.parameters import PARAMETERS, check_call
+from fastsd.parameters.kinds import MAX_SEED, SHARE, Function, Value
+from fastsd.parameters.rows import RANDOM_SEED
 from fastsd.sampling.samplers import resolve
 from fastsd.text.syntax import LoraTag, take_loras
 

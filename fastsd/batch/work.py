@@ -29,7 +29,8 @@ from fastsd.files import fingerprint, reason, write_whole
 from fastsd.generate.together import join, split
 from fastsd.image.files import encode, find_edges, open_image
 from fastsd.image.metadata import write_texts
-from fastsd.parameters import DEFAULT_BATCH, PARAMETERS
+from fastsd.parameters import PARAMETERS
+from fastsd.parameters.rows import DEFAULT_BATCH
 
 if TYPE_CHECKING:
     from fastsd.pipeline import Pipeline

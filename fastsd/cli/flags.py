@@ -11,7 +11,8 @@ from typing import Any
 from fastsd import __version__
 from fastsd.cli.parser import Parser
 from fastsd.errors import about
-from fastsd.kinds import (
+from fastsd.parameters import PARAMETERS, check_needs
+from fastsd.parameters.kinds import (
     CONTROL,
     HOW,
     MAX_STEPS,
@@ -30,7 +31,7 @@ from fastsd.kinds import (
     Value,
     Whole,
 )
-from fastsd.parameters import MAX_CONTROL_WEIGHT, PARAMETERS, check_needs
+from fastsd.parameters.rows import MAX_CONTROL_WEIGHT
 from fastsd.sampling.samplers import RARE
 
 DEFAULT_OUTPUT = "outputs"

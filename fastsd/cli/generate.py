@@ -20,8 +20,9 @@ from fastsd.cli.timing import TimingNote
 from fastsd.errors import FastsdError, about
 from fastsd.image.files import open_depth, open_image, open_mask
 from fastsd.image.metadata import write_texts
-from fastsd.kinds import MAX_SEED
-from fastsd.parameters import DEFAULT_BATCH, PARAMETERS, RANDOM_SEED, of_call
+from fastsd.parameters import PARAMETERS, of_call
+from fastsd.parameters.kinds import MAX_SEED
+from fastsd.parameters.rows import DEFAULT_BATCH, RANDOM_SEED
 from fastsd.sampling.samplers import resolve
 
 if TYPE_CHECKING:

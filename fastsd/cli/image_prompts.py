@@ -13,8 +13,8 @@ from fastsd.cli import models
 from fastsd.cli.repeat import GivenImage
 from fastsd.errors import FastsdError, about
 from fastsd.image.files import open_image, open_mask
-from fastsd.kinds import Number
-from fastsd.parameters import MAX_IMAGE_PROMPT_SCALE
+from fastsd.parameters.kinds import Number
+from fastsd.parameters.rows import MAX_IMAGE_PROMPT_SCALE
 
 if TYPE_CHECKING:
     from fastsd.generate.image_prompts import ImagePrompt

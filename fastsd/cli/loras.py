@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastsd.errors import FastsdError, about
 from fastsd.files import fingerprint
-from fastsd.kinds import Number
 from fastsd.parameters import nearest
+from fastsd.parameters.kinds import Number
 from fastsd.text.syntax import MAX_WEIGHT, composed, take_loras
 
 if TYPE_CHECKING:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 
 from fastsd.cli.flags import CLI
-from fastsd.kinds import Parameter
 from fastsd.parameters import PARAMETERS
+from fastsd.parameters.kinds import Parameter
 
 HEAD = """\
 # Parameters
 
 Every argument of `Pipeline.__call__` and `Pipeline.from_pretrained`, and every flag of `python -m fastsd`. Where no
-default is given, the checkpoint has its own. This page is written by `make reference` from `fastsd/parameters.py`.
+default is given, the checkpoint has its own. This page is written by `make reference` from `fastsd/parameters/`.
 """
 SECTIONS = {
     "call": "## Of a call\n\n`pipe(prompt, ...)` and `pipe.stream(prompt, ...)`.",

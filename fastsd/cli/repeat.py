@@ -13,8 +13,8 @@ from fastsd.errors import FastsdError, about
 from fastsd.files import fingerprint
 from fastsd.image.files import read_file, read_text
 from fastsd.image.metadata import read_texts
-from fastsd.kinds import Number, Parameter
 from fastsd.parameters import PARAMETERS
+from fastsd.parameters.kinds import Number, Parameter
 from fastsd.sampling.names import refusal
 from fastsd.sampling.samplers import SAMPLERS, SCHEDULES, resolve, spellings
 

@@ -14,9 +14,9 @@ from fastsd.generate.canvas import cut
 from fastsd.generate.masks import InpaintMask
 from fastsd.generate.sizes import read_image
 from fastsd.image.files import WHITE
-from fastsd.kinds import SHARE, Number
 from fastsd.model.controlnet import ControlNet
-from fastsd.parameters import MAX_CONTROL_WEIGHT
+from fastsd.parameters.kinds import SHARE, Number
+from fastsd.parameters.rows import MAX_CONTROL_WEIGHT
 from fastsd.runtime.devices import dtype_name
 from fastsd.sampling.table import Table
 

@@ -16,11 +16,11 @@ from fastsd.errors import FastsdError, about, named_arguments
 from fastsd.generate.sizes import read_image
 from fastsd.image.clip_input import clip_input
 from fastsd.image.files import WHITE
-from fastsd.kinds import Number
 from fastsd.model.ip_adapter import IPAdapter
 from fastsd.model.layers import CrossAttention
 from fastsd.model.unet import UNet
-from fastsd.parameters import MAX_IMAGE_PROMPT_SCALE
+from fastsd.parameters.kinds import Number
+from fastsd.parameters.rows import MAX_IMAGE_PROMPT_SCALE
 from fastsd.runtime.devices import dtype_name
 
 SCALE = Number(low=-MAX_IMAGE_PROMPT_SCALE, high=MAX_IMAGE_PROMPT_SCALE)

@@ -14,8 +14,8 @@ from fastsd.generate.like import LIKE
 from fastsd.generate.masks import InpaintMask, Weights, blur_mask, mask_notes, scale_mask
 from fastsd.generate.sizes import check_side, fit_image, read_image
 from fastsd.image.files import BLACK, WHITE
-from fastsd.kinds import MAX_SIDE
 from fastsd.parameters import Settings
+from fastsd.parameters.kinds import MAX_SIDE
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 from fastsd.components import Components
 from fastsd.errors import FastsdError
 from fastsd.generate.like import LIKE, Rules
-from fastsd.kinds import MAX_IMAGES
 from fastsd.parameters import Settings, not_stored
+from fastsd.parameters.kinds import MAX_IMAGES
 from fastsd.text.encode import TextFeatures
 from fastsd.text.parse import MAX_CHUNKS, ParsedPrompts, parse_prompts
 

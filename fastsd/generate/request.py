@@ -31,10 +31,11 @@ from fastsd.generate.masks import InpaintMask
 from fastsd.generate.noise import SOURCES, NoisePlan, of_image
 from fastsd.generate.prompts import Prompts, parse, read_prompts
 from fastsd.generate.tables import listed_steps, make_table, refiner_row
-from fastsd.kinds import MAX_SEED
 from fastsd.model.taesd import DECODES_ONLY
-from fastsd.parameters import DEFAULT_BATCH, MAX_SIDE, PARAMETERS, RANDOM_SEED, Settings, check_call
-from fastsd.pass_rows import REFINER_SWITCH
+from fastsd.parameters import PARAMETERS, Settings, check_call
+from fastsd.parameters.kinds import MAX_SEED, MAX_SIDE
+from fastsd.parameters.passes import REFINER_SWITCH
+from fastsd.parameters.rows import DEFAULT_BATCH, RANDOM_SEED
 from fastsd.runtime import memory
 from fastsd.sampling.build import spacing_counts
 from fastsd.sampling.samplers import UNFOLLOWED, complete, resolve

@@ -9,8 +9,8 @@ from PIL import Image
 from fastsd.errors import FastsdError, about
 from fastsd.image.files import WHITE
 from fastsd.image.modes import flatten
-from fastsd.kinds import MAX_SIDE
 from fastsd.parameters import PARAMETERS
+from fastsd.parameters.kinds import MAX_SIDE
 
 
 def check_side(argument: str, value: Any, factor: int) -> int:

@@ -21,8 +21,8 @@ from typing import Any
 
 from fastsd.errors import FastsdError
 from fastsd.image.programs import EMPHASIS, ESSENTIAL, HARMLESS, RNG, rules_of
-from fastsd.kinds import MAX_STEPS, Name
 from fastsd.parameters import PARAMETERS
+from fastsd.parameters.kinds import MAX_STEPS, Name
 from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
 
 FILLS = {"fill": "fill", "noise": "latent noise", "blank": "latent nothing"}  # A1111's "Masked content"

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 
 from fastsd.errors import FastsdError
-from fastsd.kinds import Kind, Number, Whole
+from fastsd.parameters.kinds import Kind, Number, Whole
 
 
 def as_whole(value: Any) -> Any:

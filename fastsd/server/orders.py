@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastsd.errors import FastsdError
-from fastsd.parameters import RANDOM_SEED, check_call
+from fastsd.parameters import check_call
+from fastsd.parameters.rows import RANDOM_SEED
 from fastsd.sampling.samplers import resolve
 from fastsd.server.catalogue import Catalogue, Listed
 from fastsd.server.jobs import ControlChoice, Order

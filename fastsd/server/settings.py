@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fastsd.errors import FastsdError, about
-from fastsd.kinds import File, Kind, Number, Switch, Text, Whole
 from fastsd.parameters import PARAMETERS
+from fastsd.parameters.kinds import File, Kind, Number, Switch, Text, Whole
 from fastsd.server.limits import Limits
 
 MIN_KEY = 12  # characters of a key or a password

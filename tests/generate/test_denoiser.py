@@ -21,8 +21,8 @@ from fastsd.config import ControlNetConfig, SchedulerConfig
 from fastsd.generate.denoiser import MAX_ROWS
 from fastsd.graph import Graphs
 from fastsd.kernels import dispatch
-from fastsd.kinds import MAX_STEPS
 from fastsd.model.controlnet import ControlNet
+from fastsd.parameters.kinds import MAX_STEPS
 from fastsd.pipeline import Pipeline
 from fastsd.sampling.build import build
 from tests.support.pipelines import PHOTO, graphed_pipeline, latents, tiny_pipeline

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fastsd.errors import FastsdError
-from fastsd.kinds import Choice, Switch
 from fastsd.parameters import of_call
+from fastsd.parameters.kinds import Choice, Switch
 from fastsd.pipeline import Pipeline
 from fastsd.weights.adapters.apply import Adapter
 from tests.support.families import TOLERANCE, Families, latents_of

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from fastsd.kinds import MAX_SEED, MAX_SIDE, MAX_STEPS
+from fastsd.parameters.kinds import MAX_SEED, MAX_SIDE, MAX_STEPS
 from fastsd.server.bad_body import check_depth
 from fastsd.server.json_numbers import NumberField, WholeField
 from fastsd.server.limits import MAX_PROMPT

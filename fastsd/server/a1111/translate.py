@@ -10,8 +10,8 @@ from PIL import Image, ImageOps
 from fastsd.errors import FastsdError, nearest
 from fastsd.image.infotext import UPSCALERS
 from fastsd.image.programs import EMPHASIS, RNG
-from fastsd.kinds import MAX_STEPS
 from fastsd.parameters import check_call
+from fastsd.parameters.kinds import MAX_STEPS
 from fastsd.sampling.samplers import SAMPLERS, resolve
 from fastsd.server.a1111.bodies import REFUSED, Generation, ImageToImage, TextToImage
 from fastsd.server.a1111.controlnet import read_controls

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from fastsd.errors import FastsdError, nearest
-from fastsd.kinds import Value
 from fastsd.parameters import PARAMETERS, of_call
+from fastsd.parameters.kinds import Value
 from fastsd.server.json_numbers import WholeField, check
 from fastsd.server.limits import MAX_PROMPT
 

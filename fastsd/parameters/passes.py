@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastsd.kinds import HOW, MAX_STEPS, SHARE, Choice, File, Number, Parameter, Whole
+from fastsd.parameters.kinds import HOW, MAX_STEPS, SHARE, Choice, File, Number, Parameter, Whole
 
 HIRES = ("hires_scale", "which says by how much to enlarge")
 REFINER_SWITCH = 0.8

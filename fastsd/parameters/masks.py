@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastsd.kinds import MAX_SIDE, START, Choice, File, Number, Parameter, Sides, Switch, Whole
+from fastsd.parameters.kinds import MAX_SIDE, START, Choice, File, Number, Parameter, Sides, Switch, Whole
 
 FILLS = ("original", "fill", "noise", "blank")
 MASK = ("mask_image", "the part to paint anew, or outpaint")

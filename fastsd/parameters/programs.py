@@ -3,7 +3,7 @@ those of loading that say how a GPU computes."""
 
 from __future__ import annotations
 
-from fastsd.kinds import (
+from fastsd.parameters.kinds import (
     HOW,
     MAX_IMAGES,
     MAX_SEED,
