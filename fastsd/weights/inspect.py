@@ -84,8 +84,6 @@ def _other_pickle(path: Path, allow_pickle: bool) -> str | None:
         return embedding_kind(shapes) if fits else "a textual inversion without vectors"
     if any(type(key) is int for key in content):
         return "a hypernetwork, which fastsd does not read"
-    if any(isinstance(content.get(key), dict) for key in ("params", "params_ema")):
-        return "an upscaler, which fastsd does not read"
     return None
 
 

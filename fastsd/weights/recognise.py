@@ -11,6 +11,7 @@ from fastsd.errors import FastsdError
 from fastsd.weights.adapters.embeddings import SDXL_KEYS
 from fastsd.weights.adapters.file import read_adapter
 from fastsd.weights.formats.safetensors_file import TensorEntry
+from fastsd.weights.layouts.upscaler_names import describe_upscaler
 
 Signs = tuple[tuple[tuple[str, ...], str], ...]  # patterns, each of which must be found in some key; the kind
 
@@ -41,10 +42,6 @@ _OTHERS: Signs = (
         (r"^(model\.diffusion_model\.)?input_blocks\.\d+\.|^down_blocks\.\d+\.(resnets|attentions)\.",),
         "a UNet alone; a model needs its text encoder and autoencoder too",
     ),
-    (
-        (r"RDB\d|\.rdb\d\.|^model\.1\.sub\.|residual_group\.|^conv_first\.|^upconv\d\.|^HRconv\.",),
-        "an upscaler, which fastsd does not read",
-    ),
 )
 _WIDTHS = {768: "SD 1", 1024: "SD 2", 1280: "the SDXL refiner", 2048: "SDXL"}
 _KINDS = (  # of adapters, by a role
@@ -73,7 +70,7 @@ def recognise(path: Path, entries: Mapping[str, TensorEntry], allow_pickle: bool
     """
     if (kind := _embedding(entries)) is not None:
         return [("kind", kind)]
-    if (kind := _shown(_BEFORE_ADAPTERS, entries)) is not None:
+    if (kind := _shown(_BEFORE_ADAPTERS, entries) or describe_upscaler(entries)) is not None:
         return [("kind", kind)]
     try:
         return _adapter(path, allow_pickle)

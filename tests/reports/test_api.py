@@ -80,7 +80,7 @@ LAYERS = ("Linear", "Conv2d", "Embedding", "LayerNorm", "GroupNorm", "BatchNorm2
 # Weights are made where `with torch.device(...)` says: on no device for loading, on the CPU for training.
 FOLLOW_THE_CONTEXT = (
     *("model/layers.py", "model/linear.py", "model/clip.py", "model/vision.py", "model/ip_adapter.py"),
-    *("evaluate/inception.py",),
+    *("model/upscalers.py", "evaluate/inception.py"),
 )
 
 

@@ -24,6 +24,7 @@ from fastsd.weights.formats.safetensors_file import TensorEntry
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 MAX_PICKLE = 16 * 2**20  # bytes of data.pkl; the original checkpoints have a megabyte of it
 MAX_MEMBERS = 2**16
+WRAPPERS = ("state_dict", "params_ema", "params-ema", "params", "model_state_dict")  # what a table may stand under
 _LOCAL_HEADER = 30  # bytes before the name of a zip member
 
 Members = dict[str, tuple[int, int]]  # name: start and length of the bytes
@@ -43,7 +44,8 @@ def is_pickle(path: Path) -> bool:
 def read_pickle(path: Path, allow: bool, lists: bool = False) -> dict[str, TensorEntry]:
     """The tensors of a checkpoint that `torch.save` wrote, by key; those of its `state_dict` if it has one.
 
-    Where all that it holds are tables (IP-Adapter's two), keys are "table.key".
+    Upscalers have their table under other names (`WRAPPERS`). Where all that it holds are tables (IP-Adapter's two),
+    keys are "table.key".
 
     With `lists`, a list of tensors is read too, under the keys "0", "1", and so on.
 
@@ -51,8 +53,8 @@ def read_pickle(path: Path, allow: bool, lists: bool = False) -> dict[str, Tenso
         FastsdError: as `open_pickle` does; or the file holds no table of tensors.
     """
     content, sizes = open_pickle(path, allow)
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    if isinstance(content, dict):
+        content = next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), content)
     if lists and isinstance(content, list) and content and all(isinstance(value, torch.Tensor) for value in content):
         content = {str(i): value for i, value in enumerate(content)}  # cloneofsimo's LoRAs
     if isinstance(content, dict) and content and all(isinstance(value, dict) for value in content.values()):
