@@ -8,7 +8,7 @@ from bench.dryrun.device import DEVICE
 from bench.dryrun.networks import on_gpu
 from bench.dryrun.record import DryRun, Section
 from bench.families import ModelFamily
-from fastsd.generate.denoiser import Conditioning, StepInputs, denoise_row
+from fastsd.generate.denoiser import Conditioning, GuidanceScales, StepInputs, denoise_row
 from fastsd.generate.image_prompts import levels_of
 from fastsd.model.unet import AddedConditioning, UNet
 from fastsd.sampling.advance import begin
@@ -38,7 +38,7 @@ def guided_step(run: DryRun, family: ModelFamily, batch: int = 1, size: int = 0,
         texts += tuple(torch.empty(1, (side >> level) ** 2, 1, **half) for level in levels_of(unet))
     noise = torch.empty(batch, side, side, config.in_channels, device=DEVICE)
     state = begin(build("euler", 20, family.scheduler), noise)
-    inputs = StepInputs(state, Conditioning(time[None], texts), guidance=torch.empty(1, device=DEVICE))
+    inputs = StepInputs(state, Conditioning([time], texts), GuidanceScales(torch.empty(1, device=DEVICE)))
     section = Section("step")
     run.sections.append(section)
     with run.section(section):

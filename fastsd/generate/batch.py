@@ -17,12 +17,20 @@ from fastsd.cuda.cudnn import fixed_convolutions
 from fastsd.errors import FastsdError
 from fastsd.generate.conditioning import ConditioningSchedule, PromptKeyValues, schedule_conditioning
 from fastsd.generate.control import Control
-from fastsd.generate.denoiser import ActiveControl, CapturedStep, Conditioning, StepInputs, denoise_row
+from fastsd.generate.denoiser import (
+    ActiveControl,
+    CapturedStep,
+    Conditioning,
+    GuidanceScales,
+    StepInputs,
+    denoise_row,
+)
 from fastsd.generate.image_prompts import FittedPrompt
 from fastsd.generate.latents import Codec, image_tensor
 from fastsd.generate.masks import free_latents
 from fastsd.generate.noise import Noise
 from fastsd.generate.request import Pass
+from fastsd.generate.samples import samples_by_row
 from fastsd.generate.start import Start, start_batch
 from fastsd.graph import Graphs
 from fastsd.model.controlnet import ControlNet
@@ -112,11 +120,15 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch on its way through the table."""
+    """One batch on its way through the table.
+
+    scales: of each row.
+    """
 
     engine: Engine
     inputs: StepInputs
     segments: tuple[Segment, ...]
+    scales: tuple[GuidanceScales, ...]
     noise: Noise
     start: Start
 
@@ -126,6 +138,7 @@ class Batch:
         inputs, row = self.inputs, self.inputs.state.index
         segment = next(segment for segment in self.segments if row in segment.rows)
         segment.condition(inputs, row)
+        inputs.scales = self.scales[row]
         x_in, timestep = inputs.state.x_in[:1].clone(), advance.timestep(inputs.state)
         with fixed_convolutions(self.engine.device):
             step = self._load_graph(segment.unet)
@@ -180,17 +193,28 @@ def prepare(engine: Engine, stage: Pass, which: slice, first: torch.Tensor | Non
     with timed(timings, "encode"):
         start = start_batch(engine.components, engine.codec, stage, which, noise, first)
     state = advance.begin(stage.table, start.noise, None if stage.starts_from_noise else start.image)
-    settings, rescaled = stage.settings, stage.guided and stage.settings.guidance_rescale > 0
-    by_image = stage.parts == 3
     inputs = StepInputs(
         state,
-        Conditioning(state.x),  # `Segment.condition` replaces it before each row
-        guidance=state.x.new_tensor([settings.guidance_scale]) if stage.guided else None,
-        image_guidance=state.x.new_tensor([settings.image_guidance_scale]) if by_image else None,
-        rescale=state.x.new_tensor([settings.guidance_rescale]) if rescaled else None,
+        Conditioning(()),  # `Segment.condition` replaces it before each row
         extra_channels=_extra_channels(start.extra_channels, stage.parts),
     )
-    return Batch(engine, inputs, segments, noise, start)
+    return Batch(engine, inputs, segments, _scales(stage, engine.device), noise, start)
+
+
+def _scales(stage: Pass, device: torch.device) -> tuple[GuidanceScales, ...]:
+    """The scales of each row; rows of equal ones share them."""
+
+    def tensor(value: float | None) -> torch.Tensor | None:
+        return None if value is None else torch.tensor([value], dtype=torch.float32, device=device)
+
+    rows, share = samples_by_row(stage), stage.settings.guidance_rescale or None
+    made = {
+        one: GuidanceScales(
+            tensor(one.guidance), tensor(one.image_guidance), None if one.guidance is None else tensor(share)
+        )
+        for one in set(rows)
+    }
+    return tuple(made[one] for one in rows)
 
 
 def _extra_channels(extra: torch.Tensor | None, parts: int) -> torch.Tensor | None:

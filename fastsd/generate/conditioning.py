@@ -13,6 +13,7 @@ from fastsd.components import Components
 from fastsd.generate.denoiser import Conditioning
 from fastsd.generate.prompts import zeros_for_empty
 from fastsd.generate.request import Pass
+from fastsd.generate.samples import POSITIVE, samples_by_row
 from fastsd.graph import Graphs
 from fastsd.model.controlnet import ControlNet
 from fastsd.model.unet import ContractingPath
@@ -37,14 +38,14 @@ class ConditioningSchedule:
 
     Attributes:
         texts: of each row.
-        times: for each network `[rows, 1 or samples, channels]`, the UNet's first.
+        times: for each network, the UNet's first, of each row `[1 or samples, channels]`.
         key_values: for each network, of each text, `[1, tokens, ...]` each.
         images: of the UNet's image prompts, those of a sample without (True: it is a negative one) and with them; and
             the mask of each, or nothing.
     """
 
     texts: Sequence[Texts]
-    times: list[torch.Tensor]
+    times: list[list[torch.Tensor]]
     key_values: list[dict[Text, KeyValues]]
     images: Sequence[PromptKeyValues] = ()
     _last: tuple[Texts, list[KeyValues]] = field(default=((), []), repr=False)
@@ -134,14 +135,16 @@ def texts_by_row(stage: Pass, which: slice) -> list[Texts]:
     """The texts of a batch in each row of the table. Schedules in prompts count the steps that run; or the calls of the
     network, of which the first two are the first (A1111, `reconstruct_cond_batch` in modules/prompt_parser.py)."""
     prompts, given = stage.prompts, stage.texts
-    samples = _samples(prompts.positive[which], given.features[which], False)
-    if stage.guided:
-        negatives = _samples(prompts.negative[which], given.negative_features[which], True)
-        samples = negatives * (stage.parts - 1) + samples
+    positives = _samples(prompts.positive[which], given.features[which], False)
+    negatives = _samples(prompts.negative[which], given.negative_features[which], True) if stage.guided else []
     counts = stage.table.step - stage.table.step[:1]
     if stage.rules.counts_calls:
         counts = np.maximum(np.arange(len(stage.table)) - 1, 0)
-    return [tuple(sample[min(count, len(sample) - 1)] for sample in samples) for count in counts]
+    found = []
+    for row, count in zip(samples_by_row(stage), counts, strict=True):
+        samples = [one for role in row.roles for one in (positives if role == POSITIVE else negatives)]
+        found.append(tuple(sample[min(count, len(sample) - 1)] for sample in samples))
+    return found
 
 
 def _samples(prompts: Sequence[ParsedPrompt], features: Sequence[TextFeatures], negative: bool) -> list[list[Text]]:
@@ -151,19 +154,16 @@ def _samples(prompts: Sequence[ParsedPrompt], features: Sequence[TextFeatures], 
     return [[(text, negative) for text in prompt.texts] for prompt in prompts]
 
 
-def _join(times: dict[Text, torch.Tensor], texts: Sequence[Texts], rows: range, each: bool) -> torch.Tensor:
-    """`[rows, samples, channels]`, each sample's own; or `[rows, 1, channels]` where all samples share one.
+def _join(times: dict[Text, torch.Tensor], texts: Sequence[Texts], rows: range, each: bool) -> list[torch.Tensor]:
+    """Of each row `[samples, channels]`, each sample's own; or `[1, channels]` where all samples share one.
 
     Rows outside `rows` hold arbitrary values, which nothing reads.
     """
     if not rows:
-        return torch.empty(0, dtype=torch.float32, device="cpu")
+        return []
     if not each:
-        return next(iter(times.values()))[:, None]
-    known = texts[rows.start]
-    return torch.stack(
-        [
-            torch.stack([times[pair][row] for pair in (texts[row] if row in rows else known)])
-            for row in range(len(texts))
-        ]
-    )
+        return list(next(iter(times.values()))[:, None])
+    none = torch.empty(0, dtype=torch.float32, device="cpu")
+    return [
+        torch.stack([times[pair][row] for pair in pairs]) if row in rows else none for row, pairs in enumerate(texts)
+    ]

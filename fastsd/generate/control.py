@@ -44,14 +44,7 @@ class Control:
 
     def rows(self, table: Table) -> frozenset[int]:
         """The rows of the table in which it takes part: those of steps that lie within its start and end."""
-        if not self.weight:
-            return frozenset()
-        count = table.steps
-        return frozenset(
-            row
-            for row, step in enumerate(table.step - table.step[:1])
-            if step / count >= self.start and (step + 1) / count <= self.end
-        )
+        return table.rows_within(self.start, self.end) if self.weight else frozenset()
 
 
 def check_controls(controls: Any) -> list[Control]:

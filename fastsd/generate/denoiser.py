@@ -7,7 +7,7 @@ the text, guidance. So one graph serves every sampler, number of steps, prompt, 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -28,18 +28,41 @@ class Conditioning:
     """What a network is given beside the latent.
 
     Attributes:
-        time: `[rows, 1 or UNet samples, sum of channels]`, the projected time embeddings.
+        time: of each row `[1 or UNet samples, sum of channels]`, the projected time embeddings.
         key_values: of every cross-attention, `[UNet samples, L, 2, heads, D]` each, then those of image prompts, see
             `UNet.denoise`. Between two rows another tuple of
             the same shapes may replace it.
     """
 
-    time: torch.Tensor
+    time: Sequence[torch.Tensor]
     key_values: tuple[torch.Tensor, ...] = ()
 
-    def buffers(self) -> Conditioning:
+    def buffers(self, row: int) -> Conditioning:
         """A copy for one row."""
-        return Conditioning(self.time[:1].clone(), tuple(x.clone() for x in self.key_values))
+        return Conditioning([self.time[row].clone()], tuple(x.clone() for x in self.key_values))
+
+
+@dataclass(frozen=True, eq=False)
+class GuidanceScales:
+    """What combines the outputs of an image's UNet samples in a row.
+
+    Attributes:
+        guidance: `[1]` fp32, or None: one sample.
+        image_guidance: `[1]` fp32 of three samples, see `fastsd.kernels.advance.guided`; or None.
+        rescale: `[1]` fp32, the share of guidance rescaling, or None.
+    """
+
+    guidance: torch.Tensor | None = None
+    image_guidance: torch.Tensor | None = None
+    rescale: torch.Tensor | None = None
+
+    @property
+    def parts(self) -> int:
+        """UNet samples of each image."""
+        return 1 if self.guidance is None else 2 if self.image_guidance is None else 3
+
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return self.guidance, self.image_guidance, self.rescale
 
 
 @dataclass(eq=False)
@@ -63,31 +86,23 @@ class StepInputs:
 
     Attributes:
         state: the sampler's; while a graph works on this batch, its tensors are the graph's buffers.
-        conditioning: the UNet's.
-        guidance: `[1]` fp32, or None: no unconditional sample.
-        image_guidance: `[1]` fp32: of three samples, the second reads the image alone; or None.
-        rescale: `[1]` fp32, the share of guidance rescaling, or None.
-        extra_channels: what the UNet reads beside the latent, `[UNet samples, h, w, channels]`, or None.
+        conditioning: the UNet's in the current row.
+        scales: of the current row.
+        extra_channels: what the UNet reads beside the latent, `[UNet samples, h, w, channels]`, or None. A row with
+            fewer samples reads the last of them.
         controls: the ControlNets that take part in the current row.
     """
 
     state: SamplerState
     conditioning: Conditioning
-    guidance: torch.Tensor | None = None
-    image_guidance: torch.Tensor | None = None
-    rescale: torch.Tensor | None = None
+    scales: GuidanceScales = GuidanceScales()
     extra_channels: torch.Tensor | None = None
     controls: tuple[ActiveControl, ...] = ()
-    _keys: dict[Hashable, Hashable] = field(default_factory=dict, repr=False)  # of graphs, by the networks
-
-    @property
-    def parts(self) -> int:
-        """UNet samples of each image."""
-        return 1 if self.guidance is None else 2 if self.image_guidance is None else 3
+    _keys: dict[Hashable, Hashable] = field(default_factory=dict, repr=False)  # of graphs, by what differs in a row
 
     def constants(self) -> Iterator[torch.Tensor | None]:
         """What stays the same over the rows."""
-        yield from (self.guidance, self.image_guidance, self.rescale, self.extra_channels)
+        yield self.extra_channels
         for control in self.controls:
             yield from (control.hint, control.weight)
 
@@ -102,7 +117,7 @@ def denoise_row(unet: UNet, inputs: StepInputs, row: int) -> torch.Tensor:
     Returns:
         The UNet's output, `[UNet samples, h, w, C]`: of the unconditional samples first.
     """
-    state, parts = inputs.state, inputs.parts
+    state, scales, parts = inputs.state, inputs.scales, inputs.scales.parts
     dtype = unet.conv_in.weight.dtype
     latent = torch.cat([state.x_in] * parts) if parts > 1 else state.x_in
     residuals: list[torch.Tensor] | None = None
@@ -111,11 +126,11 @@ def denoise_row(unet: UNet, inputs: StepInputs, row: int) -> torch.Tensor:
         added = control.net.denoise(latent.to(dtype), given.time[row], given.key_values, control.hint, control.weight)
         residuals = added if residuals is None else [a + b for a, b in zip(residuals, added, strict=True)]
     if inputs.extra_channels is not None:
-        latent = torch.cat([latent, inputs.extra_channels], dim=-1)
+        latent = torch.cat([latent, inputs.extra_channels[-len(latent) :]], dim=-1)
     out = unet.denoise(latent.to(dtype), inputs.conditioning.time[row], inputs.conditioning.key_values, residuals)
-    scale = 1.0 if inputs.guidance is None else inputs.guidance
-    image = inputs.image_guidance
-    rescale = None if inputs.rescale is None else guidance_rescale(out, scale, inputs.rescale, image)
+    scale = 1.0 if scales.guidance is None else scales.guidance
+    image = scales.image_guidance
+    rescale = None if scales.rescale is None else guidance_rescale(out, scale, scales.rescale, image)
     advance(out=out, guidance=scale, rescale=rescale, image_guidance=image, **state.operands())
     state.row += 1
     return out
@@ -130,39 +145,43 @@ class CapturedStep:
         def copy(x: torch.Tensor | None) -> torch.Tensor | None:
             return None if x is None else x.clone()
 
+        row = inputs.state.index
+
         def copy_control(control: ActiveControl) -> ActiveControl:
             # A graph must not keep a ControlNet alive that its owner gave up: the key holds addresses of weights,
             # which are never seen again once they are freed, unless equal shapes land in the very same places.
             net = cast(ControlNet, weakref.proxy(control.net))
-            return ActiveControl(net, control.conditioning.buffers(), control.hint.clone(), control.weight.clone())
+            return ActiveControl(net, control.conditioning.buffers(row), control.hint.clone(), control.weight.clone())
 
         self.unet = unet
         self.buffers = StepInputs(
             inputs.state.copy(MAX_ROWS),
-            inputs.conditioning.buffers(),
-            copy(inputs.guidance),
-            copy(inputs.image_guidance),
-            copy(inputs.rescale),
+            inputs.conditioning.buffers(row),
+            GuidanceScales(*map(copy, inputs.scales.tensors())),
             copy(inputs.extra_channels),
             tuple(map(copy_control, inputs.controls)),
         )
         self._owner: Callable[[], StepInputs | None] = lambda: None
-        self._key_values: list[tuple[torch.Tensor, ...]] = []  # whose contents the buffers hold
+        # Whose contents the buffers hold:
+        self._key_values: list[tuple[torch.Tensor, ...]] = []
+        self._scales: GuidanceScales | None = None
 
     @staticmethod
     def key(unet: UNet, inputs: StepInputs) -> Hashable:
         """Equal for batches that one capture serves: the same networks and backend, tensors of the same shapes."""
         networks = (unet, *(control.net for control in inputs.controls))
-        which = tuple(map(id, networks))
+        which = (inputs.scales.parts, *map(id, networks))
         if which not in inputs._keys:  # a key reads the address of every weight
             inputs._keys[which] = CapturedStep._make_key(networks, inputs)
         return inputs._keys[which]
 
     @staticmethod
     def _make_key(networks: Sequence[nn.Module], inputs: StepInputs) -> Hashable:
-        shapes: list[Hashable] = [None if x is None else (tuple(x.shape), x.dtype) for x in inputs.constants()]
+        tensors = (*inputs.scales.tensors(), *inputs.constants())
+        shapes: list[Hashable] = [None if x is None else (tuple(x.shape), x.dtype) for x in tensors]
         for conditioning in inputs.conditionings():
-            shapes += [tuple(conditioning.time.shape[1:]), *(tuple(x.shape) for x in conditioning.key_values)]
+            time = conditioning.time[inputs.state.index]
+            shapes += [tuple(time.shape), *(tuple(x.shape) for x in conditioning.key_values)]
         return ("step", *map(graph_key, networks), tuple(inputs.state.x.shape), tuple(shapes))
 
     def run(self) -> torch.Tensor:
@@ -179,15 +198,22 @@ class CapturedStep:
         if owner is not inputs or inputs.state.x is not buffers.state.x:
             if owner is not None and owner is not inputs and owner.state.x is buffers.state.x:
                 owner.state = owner.state.copy()
-            for buffer, x in zip(buffers.constants(), inputs.constants(), strict=True):
-                if buffer is not None and x is not None:
-                    buffer.copy_(x)
+            _copy_all(buffers.constants(), inputs.constants())
             buffers.state.load(inputs.state)
             inputs.state = replace(buffers.state, host_table=inputs.state.host_table, index=inputs.state.index)
             self._owner, self._key_values = weakref.ref(inputs), [() for _ in inputs.conditionings()]
+            self._scales = None
+        if self._scales is not inputs.scales:
+            _copy_all(buffers.scales.tensors(), inputs.scales.tensors())
+            self._scales = inputs.scales
         for i, (own, given) in enumerate(zip(buffers.conditionings(), inputs.conditionings(), strict=True)):
             if self._key_values[i] is not given.key_values:
-                for buffer, x in zip(own.key_values, given.key_values, strict=True):
-                    buffer.copy_(x)
+                _copy_all(own.key_values, given.key_values)
                 self._key_values[i] = given.key_values
             own.time[0].copy_(given.time[inputs.state.index])
+
+
+def _copy_all(buffers: Iterable[torch.Tensor | None], given: Iterable[torch.Tensor | None]) -> None:
+    for buffer, x in zip(buffers, given, strict=True):
+        if buffer is not None and x is not None:
+            buffer.copy_(x)

@@ -9,6 +9,7 @@ from fastsd.errors import FastsdError
 from fastsd.generate.beside import IMAGE_GUIDANCE
 from fastsd.generate.like import LIKE
 from fastsd.parameters import Settings
+from fastsd.sampling.table import Table
 
 
 def count_parts(components: Components, settings: Settings) -> int:
@@ -39,8 +40,11 @@ def guidance_of_images(components: Components, settings: Settings, images: int) 
     """One number for all images of a call, or one for each, or one for each prompt.
 
     Raises:
-        FastsdError: as many as neither.
+        FastsdError: as many as neither; an interval of the steps that ends before it starts.
     """
+    if settings.guidance_start > settings.guidance_end:
+        start, end = settings.guidance_start, settings.guidance_end
+        raise FastsdError(f"{start:g} comes after {{guidance_end}}, {end:g}", argument="guidance_start")
     given, each = settings.guidance_scale, settings.num_images_per_prompt
     scales = given if isinstance(given, list) else [given] * images
     if len(scales) == images // each:
@@ -55,13 +59,34 @@ def guidance_of_images(components: Components, settings: Settings, images: int) 
     return tuple(Guidance(scale, count_parts(components, settings.replace(guidance_scale=scale))) for scale in scales)
 
 
-def guidance_notes(settings: Settings, parts: int) -> list[str]:
+def one_or_each(guidance: tuple[Guidance, ...]) -> float | list[float]:
+    """The guidance scale as settings state it: one number where all images have the same."""
+    scales = [one.scale for one in guidance]
+    return scales[0] if len(set(scales)) == 1 else scales
+
+
+def guidance_notes(settings: Settings, guidance: tuple[Guidance, ...], table: Table) -> list[str]:
+    """Notes on what has no effect: of the image's guidance, and of the interval in which guidance acts.
+
+    table: of the first pass.
+    """
+    notes = [note for one in dict.fromkeys(guidance) for note in _image_notes(settings.image_guidance_scale, *one)]
+    start, end = settings.guidance_start, settings.guidance_end
+    if (start, end) == (0.0, 1.0):
+        return notes
+    if all(one.parts == 1 for one in guidance):
+        notes.append("guidance_start and guidance_end have no effect: nothing is guided")
+    elif len(table) and not table.rows_within(start, end):
+        notes.append(f"guidance acts in no step: none of the {table.steps} lies within {start:g} and {end:g}")
+    return notes
+
+
+def _image_notes(image: float | None, scale: float, parts: int) -> list[str]:
     """A note on a guidance that has no effect because the other turns both off."""
-    image = settings.image_guidance_scale
     if image is None or parts == 3:
         return []
-    if settings.guidance_scale > 1.0 > image:
+    if scale > 1.0 > image:
         return [f"guidance is off: the image guidance is {image:g}, and below 1 it turns both off"]
-    if image != IMAGE_GUIDANCE and settings.guidance_scale <= 1.0:
-        return [f"the image guidance has no effect: guidance {settings.guidance_scale:g} turns both off"]
+    if image != IMAGE_GUIDANCE and scale <= 1.0:
+        return [f"the image guidance has no effect: guidance {scale:g} turns both off"]
     return []

@@ -15,7 +15,7 @@ from fastsd.errors import FastsdError
 from fastsd.generate.beside import fill_editing
 from fastsd.generate.control import Control, idle_controls, resize_control
 from fastsd.generate.defaults import steps_from_image
-from fastsd.generate.guidance import Guidance, guidance_notes, guidance_of_images
+from fastsd.generate.guidance import Guidance, guidance_notes, guidance_of_images, one_or_each
 from fastsd.generate.habits import without_habits
 from fastsd.generate.image_prompts import FittedPrompt
 from fastsd.generate.inputs import (
@@ -187,16 +187,19 @@ def plan(
     count = len(texts)
     settings = _fill_counts(settings, count)
     guidance = guidance_of_images(components, settings, count)
-    settings = settings.replace(guidance_scale=_one_or_each([one.scale for one in guidance]))
+    settings = settings.replace(guidance_scale=one_or_each(guidance))
     guided = [one.parts > 1 for one in guidance]
     parsed = parse(components, settings, texts, settings.num_inference_steps, guided)
     images = fit_images(components, settings, (defaults["width"], defaults["height"]))
     settings = settings.replace(width=images.size[0], height=images.size[1])
     first = _first_pass(components, settings, texts, parsed, images, guidance)
     notes += [*rules_notes(settings), *moved_generators(settings), *size_notes(components, settings)]
-    for scale, parts in dict.fromkeys(guidance):
-        notes += guidance_notes(settings.replace(guidance_scale=scale), parts)
-    notes += [*parsed.notes, *texts.notes(settings, any(guided)), *images.notes]
+    notes += [
+        *guidance_notes(settings, guidance, first.table),
+        *parsed.notes,
+        *texts.notes(settings, any(guided)),
+        *images.notes,
+    ]
     notes += _unfollowed(components.scheduler, settings.sampler)
     if not len(first.table) and first.strength > 0:
         notes.append(_nothing_changes("the run", first.strength, settings.num_inference_steps))
@@ -270,11 +273,6 @@ def _unfollowed(scheduler: SchedulerConfig, sampler: str) -> list[str]:
         for key in scheduler.unfollowed
         if sampler in UNFOLLOWED[key].samplers
     ]
-
-
-def _one_or_each(scales: list[float]) -> float | list[float]:
-    """The guidance scale as settings state it: one number where all images have the same."""
-    return scales[0] if len(set(scales)) == 1 else scales
 
 
 def _fill_counts(settings: Settings, count: int) -> Settings:

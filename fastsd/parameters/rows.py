@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastsd.config import PREDICTIONS, SPACINGS
+from fastsd.parameters.guidance import GUIDANCE_ROWS
 from fastsd.parameters.kinds import (
     HOW,
     MAX_IMAGES,
@@ -202,6 +203,7 @@ ROWS: tuple[Parameter, ...] = (
         label="Guidance rescale",
         rare=True,
     ),
+    *GUIDANCE_ROWS,
     Parameter(
         "image_guidance_scale",
         Number(low=0, high=100),

@@ -84,6 +84,15 @@ class Table:
         """The timestep of each row's network call, `[R]`."""
         return self.rows[:, 0]
 
+    def rows_within(self, start: float, end: float) -> frozenset[int]:
+        """The rows of the steps that lie within two shares of the steps that run: step i of n does where i / n is at
+        least `start` and (i + 1) / n at most `end`."""
+        return frozenset(
+            row
+            for row, step in enumerate(self.step - self.step[:1])
+            if step / self.steps >= start and (step + 1) / self.steps <= end
+        )
+
 
 @dataclass
 class TableBuilder:
