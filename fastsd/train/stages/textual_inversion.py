@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from fastsd.components import TextualInversion
 from fastsd.errors import FastsdError
-from fastsd.train.parts import Part
 from fastsd.train.tuning.stage import TuningSettings, TuningStage
 from fastsd.weights.adapters.embeddings import write_embedding
 
@@ -83,11 +83,11 @@ class InversionStage(TuningStage):
         components.embeddings[settings.token] = TextualInversion((settings.token,), tuple(self.learned.vectors))
         return self.learned
 
-    def caption(self, row: int, part: Part, empty: float) -> str:
+    def caption(self, row: int, random: np.random.Generator, empty: float) -> str:
         templates, token = self.settings.templates, self.settings.token
         if templates:
-            return templates[int(part.random.numpy.integers(len(templates)))].replace("{}", token)
-        text = super().caption(row, part, 0.0)
+            return templates[int(random.integers(len(templates)))].replace("{}", token)
+        text = super().caption(row, random, 0.0)
         if token.lower() not in text.lower():
             raise FastsdError(
                 f"the caption {text[:60]!r} does not hold the word {token!r}; give templates", argument="templates"

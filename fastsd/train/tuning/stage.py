@@ -1,64 +1,21 @@
-"""What the stages that start from a checkpoint share: its networks, cached latents and texts, loss, sample grids."""
+"""What the stages that train a checkpoint by the denoising loss share: batches, loss, sample grids."""
 
 from __future__ import annotations
 
-import json
 import math
-from abc import abstractmethod
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import nn
 
-from fastsd.components import Components
-from fastsd.errors import FastsdError, about
-from fastsd.generate.latents import Codec
-from fastsd.graph import Graphs
-from fastsd.model.unet import AddedConditioning
-from fastsd.model.vae import AutoencoderKL
-from fastsd.pipeline import Pipeline
-from fastsd.runtime.memory import GIB, available
-from fastsd.text.encode import TextFeatures
-from fastsd.train.latents import Latents, cached_latents
+from fastsd.errors import FastsdError
 from fastsd.train.parts import Part
-from fastsd.train.settings import Fit
-from fastsd.train.stage import Batch, Metrics, Stage
-from fastsd.train.tuning.captions import CaptionEncoder
+from fastsd.train.stage import Batch, Metrics
 from fastsd.train.tuning.class_images import ClassImages, PriorSettings
+from fastsd.train.tuning.loaded import LoadedSettings, LoadedStage
 from fastsd.train.tuning.noise_loss import LossSettings, NoiseLoss
-from fastsd.weights.formats.json_file import read_json
-
-ADAM_BYTES = 16  # of a trained fp32 parameter: itself, its gradient, two moments
-DTYPES = ("fp32", "bf16", "fp16")
-LISTING = "trained.json"
-
-
-@dataclass(frozen=True)
-class TextSettings:
-    """How captions are read.
-
-    Attributes:
-        empty: the share of samples without a caption, which guidance needs (Ho and Salimans 2022).
-        clip_skip: 1 leaves out no layer, as in a call.
-        chunks: 75 tokens each; longer captions are cut.
-        trigger: a text put before every caption, which a prompt then calls the concept by.
-    """
-
-    empty: float = 0.1
-    clip_skip: int = 1
-    chunks: int = 1
-    trigger: str = ""
-
-    def check(self) -> None:
-        """Raises FastsdError where a value is none that it could have."""
-        if not 0 <= self.empty <= 1:
-            raise FastsdError("it should be from 0 to 1", argument="text.empty", value=self.empty)
-        for name in ("clip_skip", "chunks"):
-            if not 1 <= getattr(self, name) <= 12:
-                raise FastsdError("it should be from 1 to 12", argument=f"text.{name}", value=getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -72,132 +29,49 @@ class SampleSettings:
 
 
 @dataclass(frozen=True)
-class TuningSettings:
-    """What every such stage has in its table.
+class TuningSettings(LoadedSettings):
+    """How errors weigh, class images, sample grids."""
 
-    Attributes:
-        dtype: of the checkpoint's weights that are not trained.
-        recompute: keep less in memory and compute the UNet's blocks twice.
-    """
-
-    fit: Fit
-    text: TextSettings = TextSettings()
     loss: LossSettings = LossSettings()
     prior: PriorSettings = PriorSettings()
     sample: SampleSettings = SampleSettings()
-    dtype: str = "fp32"
-    recompute: bool = False
 
     def check(self) -> None:
-        """Raises FastsdError where a value is none that it could have."""
-        if self.dtype not in DTYPES:
-            raise FastsdError(f"it should be {', '.join(DTYPES)}", argument="dtype", value=self.dtype)
-        self.text.check()
+        super().check()
         self.loss.check()
         self.prior.check()
 
 
-class TuningStage(Stage):
-    """A stage that trains something of a checkpoint, or beside it, by the denoising loss.
+class TuningStage(LoadedStage):
+    """A stage that trains by the denoising loss."""
 
-    Attributes:
-        pipe: the checkpoint with everything that generates images.
-        trains_text: whether the text encoders' outputs change in training.
-    """
-
-    settings: Any
-    trains_text = False
-
-    def build(self) -> None:
-        job, settings = self.job, self.settings
-        if not job.settings.model:
-            raise FastsdError("it should be a checkpoint: a file, a folder, a hub id, or digits", argument="model")
-        self.pipe = Pipeline.from_pretrained(job.settings.model, device=job.device, dtype=settings.dtype, graphs=False)
-        components = self.components
-        self.codec = Codec(components.vae, Graphs())
-        for _, network in components.networks():
-            network.requires_grad_(False).train()  # in training mode, no weight is packed for inference
-        components.vae.eval()
-        with about(path=job.settings.model):
-            self._check(components)
-            self.noise_loss = NoiseLoss(components.scheduler, settings.loss)
-        self.trained = {"model": self.make()}
-        components.unet.recompute_blocks(settings.recompute)
-        self.captions = CaptionEncoder(
-            components, settings.text.clip_skip, settings.text.chunks, remembers=not self.trains_text
-        )
-        job.modules |= dict(components.networks())
-        self._check_memory()
-
-    @abstractmethod
-    def make(self) -> nn.Module:
-        """What is trained; its parameters that require a gradient."""
-
-    @property
-    def components(self) -> Components:
-        return self.pipe.components
-
-    def _check(self, components: Components) -> None:
-        config = components.unet.config
-        if config.reads or config.in_channels != config.out_channels:
-            raise FastsdError(
-                f"its UNet reads {config.in_channels} channels, the latent and more ({config.reads or 'unknown'}); "
-                "these stages train text-to-image checkpoints",
-                argument="model",
-            )
-        if components.aesthetic_score:
-            raise FastsdError("it is SDXL's refiner, which these stages do not train", argument="model")
-        if not isinstance(components.vae, AutoencoderKL):
-            raise FastsdError("its autoencoder cannot encode images", argument="model")
-
-    def _check_memory(self) -> None:
-        """Refuse what cannot fit: weights are loaded; gradients and AdamW's state are to come."""
-        trained = sum(p.numel() for m in self.trained.values() for p in m.parameters() if p.requires_grad)
-        free = available(self.job.device)
-        needed = trained * (ADAM_BYTES - 4)
-        if free is not None and needed > free:
-            raise FastsdError(
-                f"gradients and AdamW's state of {trained:,} trained parameters take {needed / GIB:.1f} GiB,"
-                f" {free / GIB:.1f} GiB are free on {self.job.device}; a LoRA takes a hundredth"
-                ' (configs/lora-sd15.toml), and fit.optimiser = "adamw8bit" a third less on a GPU'
-            )
+    def check_checkpoint(self) -> None:
+        self.noise_loss = NoiseLoss(self.components.scheduler, self.settings.loss)
 
     def prepare(self) -> None:
-        vae = self.components.vae
-        assert isinstance(vae, AutoencoderKL)
-        self.latents: Latents = cached_latents(vae, self.job)
+        super().prepare()
         self.prior = ClassImages(self.settings.prior, self.pipe, self.job)
         if self.settings.prior.prompt:
             with self.generating():
-                self.prior.prepare(vae)
-
-    @property
-    def copies(self) -> int:
-        return self.job.settings.data.passes
+                self.prior.prepare(self.vae)
 
     def batch(self, part: Part) -> Batch:
         settings, random = self.settings, part.random
         rows = self.rows(part)
-        x = self._scaled(self.latents.raw(torch.from_numpy(rows), random.torch))
+        x = self.scaled(self.latents.raw(torch.from_numpy(rows), random.torch))
         empty = 0.0 if part.validation else settings.text.empty
-        texts = [self.caption(int(row), part, empty) for row in rows]
+        texts = [self.caption(int(row), random.numpy, empty) for row in rows]
         sizes, masks = self._notes(rows, x)
         batch: Batch = {"x": x, "texts": texts, "sizes": sizes, "masks": masks, "own": len(x)}
         if settings.prior.prompt and not part.validation:
-            latents = self._scaled(self.prior.sample(len(x), random))
+            latents = self.scaled(self.prior.sample(len(x), random))
             batch["x"] = torch.cat([x, latents])
             batch["texts"] = texts + [settings.prior.prompt] * len(latents)
-            batch["sizes"] = torch.cat([sizes, self._own_sizes(latents)])
+            batch["sizes"] = torch.cat([sizes, self.own_sizes(latents)])
             batch["masks"] = None if masks is None else torch.cat([masks, torch.ones_like(masks)])
         batch["noise"] = self.noise_loss.noise_like(batch["x"], random.torch)
         batch["t"] = self.noise_loss.timesteps(len(batch["x"]), random.torch)
         return batch
-
-    def caption(self, row: int, part: Part, empty: float) -> str:
-        """The caption of a sample, with the trigger before it."""
-        text = self.job.images.caption(row, self.latents.notes, part.random.numpy, empty)
-        trigger = self.settings.text.trigger
-        return f"{trigger}, {text}" if trigger and text else text
 
     def loss(self, trained: str, batch: Batch, part: Part) -> tuple[torch.Tensor, Metrics]:
         """The mean weighted squared error of the samples, plus that of the class images."""
@@ -209,7 +83,7 @@ class TuningStage(Stage):
             self.noise_loss.noisy(x, noise, t).to(dtype),
             t.float(),
             text.context.to(dtype),
-            self._added(text, batch["sizes"].to(device)),
+            self.added(text, batch["sizes"].to(device)),
         )
         masks = None if batch["masks"] is None else batch["masks"].to(device)
         errors = self.noise_loss.errors(prediction, x, noise, t, masks)
@@ -220,22 +94,9 @@ class TuningStage(Stage):
         prior = errors[batch["own"] :].mean()
         return own + self.settings.loss.prior_weight * prior, {**metrics, "prior": float(prior.detach())}
 
-    def _added(self, text: TextFeatures, sizes: torch.Tensor) -> AddedConditioning | None:
-        return AddedConditioning(text.pooled, sizes) if self.components.xl else None
-
-    @torch.no_grad()
-    def _scaled(self, latents: torch.Tensor) -> torch.Tensor:
-        return self.codec.scale(latents)
-
-    def _own_sizes(self, x: torch.Tensor) -> torch.Tensor:
-        """SDXL's sizes of images that are not cropped `[B, 6]`: original, crop's corner, target; heights first."""
-        scale = self.components.vae.config.downscale
-        height, width = x.shape[1] * scale, x.shape[2] * scale
-        return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device="cpu").repeat(len(x), 1)
-
     def _notes(self, rows: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """SDXL's sizes, with each image's original size and crop where the data tell; and the masks."""
-        sizes, notes = self._own_sizes(x), self.latents.notes
+        sizes, notes = self.own_sizes(x), self.latents.notes
         if "original_size" in notes:
             sizes[:, 0:2] = notes["original_size"][rows].float()
         if "crop" in notes:
@@ -246,24 +107,6 @@ class TuningStage(Stage):
             raise FastsdError("the images have no masks; name their folder in data.masks", argument="loss.masked")
         masks = notes["mask"][rows].float()[:, None] / 255
         return sizes, nn.functional.interpolate(masks, x.shape[1:3], mode="area")[:, 0]
-
-    def write_listing(self, folder: Path) -> None:
-        """Write beside the files of an export their names, by which `exported` knows the folder."""
-        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-        text = json.dumps({"stage": self.name, "files": names}, indent=2) + "\n"
-        (folder / LISTING).write_text(text, encoding="utf-8")
-
-    def exported(self, folder: Path) -> bool:
-        if super().exported(folder):
-            return True
-        if not (folder / LISTING).is_file():
-            return False
-        files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-        return files <= {LISTING, *map(str, read_json(folder / LISTING).get("files", []))}
-
-    def generating(self) -> Generating:
-        """A context in which the networks generate images."""
-        return Generating(self)
 
     def grid(self) -> Image.Image | None:
         settings = self.settings.sample
@@ -278,26 +121,6 @@ class TuningStage(Stage):
                 result = self.pipe(prompt, width=width, height=height, **arguments)
                 images.append(result.images[0])
         return tiled(images)
-
-
-class Generating:
-    """Within it, the networks of a stage are those of inference: no dropout, weights packed for the CPU."""
-
-    def __init__(self, stage: TuningStage):
-        self.stage = stage
-
-    def __enter__(self) -> None:
-        for module in self._modules():
-            module.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module in self._modules():
-            module.train()
-        self.stage.components.vae.eval()
-
-    def _modules(self) -> list[nn.Module]:
-        networks = [network for _, network in self.stage.components.networks()]
-        return [*networks, *self.stage.trained.values()]
 
 
 def tiled(images: list[Image.Image]) -> Image.Image:

@@ -11,7 +11,7 @@ import torch
 from fastsd.errors import FastsdError
 from fastsd.runtime import memory
 from fastsd.train.training import train
-from fastsd.train.tuning import stage
+from fastsd.train.tuning import loaded
 from fastsd.weights import load_folder, save_folder
 from tests.support import tiny
 from tests.support.training import write_data
@@ -56,7 +56,7 @@ def test_a_run_and_its_model(config: Path) -> None:
 
 def test_too_little_memory(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is needed, what is free, what would fit; before anything is written."""
-    monkeypatch.setattr(stage, "available", lambda device: 2**20)
+    monkeypatch.setattr(loaded, "available", lambda device: 2**20)
     with pytest.raises(FastsdError, match="gradients and AdamW's state of .* parameters take .* are free .* a LoRA"):
         train(config)
     assert memory.GIB == 2**30 and not (config.parent / "run" / "finetune.pt").exists()
