@@ -32,9 +32,11 @@ class CaptionEncoder:
         """`context` `[B, 77 * chunks, D]`, `pooled` `[B, P]`."""
         if not self.remembers:
             return self._encode(captions)
-        for caption in dict.fromkeys(captions):  # one by one, so that the result does not depend on the others
-            if caption not in self._known:
-                with torch.no_grad():
+        device = next(self.components.text_encoders[0].parameters()).device
+        # The encoder's own dtype, since the fused ops of inference on a CPU take weights of one dtype with the input.
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            for caption in dict.fromkeys(captions):  # one by one, so that the result does not depend on the others
+                if caption not in self._known:
                     self._known[caption] = self._encode([caption])
         found = [self._known[caption] for caption in captions]
         return TextFeatures(torch.cat([one.context for one in found]), torch.cat([one.pooled for one in found]))
