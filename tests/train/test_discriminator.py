@@ -1,11 +1,20 @@
-"""The discriminator's losses, and the adaptive weight."""
+"""The discriminators, their losses, and the adaptive weight."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from fastsd.train.discriminator import PatchDiscriminator, adaptive_weight, feature_distance, hinge
+from fastsd.model.unet import UNet
+from fastsd.train.discriminator import (
+    FeatureDiscriminator,
+    PatchDiscriminator,
+    adaptive_weight,
+    feature_distance,
+    hinge,
+    unet_maps,
+)
+from tests.support import tiny
 
 FLOATS = {"dtype": torch.float64, "device": "cpu"}
 
@@ -49,3 +58,39 @@ def test_equal_images_have_no_feature_distance() -> None:
     with torch.no_grad():
         assert float(feature_distance(net(image)[1], net(image)[1])) == 0
         assert float(feature_distance(net(image)[1], net(image + 0.1)[1])) > 0
+
+
+def test_the_maps_are_those_of_the_network() -> None:
+    """Every map after the first convolution that the contracting path hands on, and the lowest block's."""
+    torch.manual_seed(0)
+    unet = UNet(tiny.UNET).requires_grad_(False)
+    seen: list[torch.Tensor] = []
+    for level in unet.down_blocks:
+        level.register_forward_hook(lambda _module, _inputs, maps: seen.extend(maps))
+    unet.mid_block.register_forward_hook(lambda _module, _inputs, x: seen.append(x))
+    x, t, context = torch.randn(2, 8, 8, 4), torch.tensor([3.0, 700.0]), torch.randn(2, 5, 32)
+    unet(x, t, context)
+    expected, seen[:] = list(seen), []
+    maps = unet_maps(unet, x, t, context, None)
+    assert len(maps) == len(expected) == 4 and all(torch.equal(a, b) for a, b in zip(maps, expected))
+    assert [m.shape[-1] for m in maps] == [*unet.skip_channels[1:], 64]
+
+
+def test_a_head_learns_which_text_belongs_to_a_map() -> None:
+    """Real and fake maps are the same; only the text tells them apart, so the verdict must be conditional."""
+    torch.manual_seed(0)
+    net = FeatureDiscriminator([6, 4], condition=3, channels=8)
+    optimiser = torch.optim.Adam(net.parameters(), lr=1e-2)
+    kinds = torch.eye(2)
+    maps = [kinds[:, None, None, :].repeat(8, 4, 4, width // 2) for width in (6, 4)]
+    right = torch.nn.functional.pad(kinds, (0, 1)).repeat(8, 1)
+    wrong, t = right.roll(1, 0), torch.full((16,), 10)
+    for _ in range(60):
+        real, fake = net(maps, t, right), net(maps, t, wrong)
+        value = torch.stack([hinge(a, b) for a, b in zip(real, fake)]).mean()
+        optimiser.zero_grad()
+        value.backward()
+        optimiser.step()
+    for verdicts, sign in ((net(maps, t, right), 1), (net(maps, t, wrong), -1)):
+        assert all(bool((sign * verdict > 0).all()) for verdict in verdicts)
+        assert [list(verdict.shape) for verdict in verdicts] == [[16, 1, 4, 4]] * 2
