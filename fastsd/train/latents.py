@@ -8,9 +8,11 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from fastsd.model.vae import AutoencoderKL
 from fastsd.train import checkpoint
@@ -56,11 +58,17 @@ class Latents:
         return mean.float() + self.stds[group][index].float() * noise
 
 
+def digest_of(network: nn.Module) -> Any:
+    """A SHA-256 of a network's weights and their names, which may be updated with more."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest
+
+
 def cache_key(vae: AutoencoderKL, job: TrainingJob) -> str:
     """What the latents depend on: the autoencoder's weights, the images, how they are augmented, the precision."""
-    digest = hashlib.sha256()
-    for name, tensor in vae.state_dict().items():
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    digest = digest_of(vae)
     record = [job.images.record(), job.images.fingerprint(), job.settings.data.passes, job.settings.seed, job.bf16]
     digest.update(json.dumps(record, sort_keys=True).encode())
     return digest.hexdigest()

@@ -26,6 +26,7 @@ from fastsd.train.processes import Processes
 from fastsd.train.settings import TrainingSettings, read_settings
 from fastsd.train.sources import Sample, list_folder
 from fastsd.train.stage import Stage, Stopped, TrainingJob
+from fastsd.train.stages.adversarial import AdversarialStage
 from fastsd.train.stages.finetune import FinetuneStage
 from fastsd.train.stages.lora import LoraStage
 from fastsd.train.stages.textual_inversion import InversionStage
@@ -35,7 +36,7 @@ from fastsd.train.tables import check_choice
 
 # The stages that a config can name, by the name of their table.
 STAGES: dict[str, type[Stage]] = {
-    stage.name: stage for stage in (VaeStage, UNetStage, LoraStage, FinetuneStage, InversionStage)
+    stage.name: stage for stage in (VaeStage, UNetStage, LoraStage, FinetuneStage, InversionStage, AdversarialStage)
 }
 
 # How the samples of each kind of data are listed.
