@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fastsd.generate.progress import Step
     from fastsd.generate.result import Result
     from fastsd.pipeline import Pipeline
+    from fastsd.upscale.upscaler import Upscaler
     from fastsd.weights.adapters.apply import Adapter
 
 # Large CPU tensors in huge pages, where Linux gives them on request: PyTorch reads this before its first tensor. The
@@ -56,6 +57,7 @@ __all__ = [
     "Pipeline",
     "Result",
     "Step",
+    "Upscaler",
     "__version__",
     "accelerate",
     "restore",
@@ -68,6 +70,7 @@ _LAZY = {
     "Pipeline": "fastsd.pipeline",
     "Result": "fastsd.generate.result",
     "Step": "fastsd.generate.progress",
+    "Upscaler": "fastsd.upscale.upscaler",
     "accelerate": "fastsd.diffusers.accelerate",
     "restore": "fastsd.diffusers.accelerate",
 }

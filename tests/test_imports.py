@@ -29,6 +29,7 @@ RANKS = {
     "weights": 5,
     "text": 5,
     "diffusers": 6,
+    "upscale": 6,
     "generate": 6,
     "pipeline": 7,
     "data": 8,
@@ -44,11 +45,12 @@ RANKS = {
 }
 # Rooms of one rank that may know each other all the same.
 ALLOWED = {
+    ("generate", "upscale"),
     ("evaluate", "train"),
     ("tune", "verify"),
 }
 # `fastsd` itself hands these out, on demand; only the modules that use the pipeline may import `fastsd` itself.
-FACE = {"diffusers", "errors", "generate", "pipeline", "weights"}
+FACE = {"diffusers", "errors", "generate", "pipeline", "upscale", "weights"}
 
 
 def imported_modules(source: str, module: str, is_package: bool) -> list[str]:

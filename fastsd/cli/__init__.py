@@ -21,6 +21,7 @@ COMMANDS = {
     "batch": "what each line of a file asks for; goes on after a kill",
     "serve": "a web page, and the APIs of A1111 and OpenAI",
     "mcp": "tools for an assistant: generate an image, edit one",
+    "upscale": "enlarge images by an ESRGAN",
     "data": "make a data set to train on: emoji",
     "train": "train a model from a config file",
     "evaluate": "measure how good a model's images are",
@@ -31,7 +32,7 @@ COMMANDS = {
     "verify": "prove on this machine that the fast path is right",
     "tune": "measure launches on this GPU and use the best",
 }
-BESIDE = ("inspect", "convert")
+BESIDE = ("inspect", "convert", "upscale")
 CALLED = {"compare": "evaluate.comparison", "serve": "server", "mcp": "server.mcp"}  # modules of another name
 BAD_INPUT, INTERRUPTED = 2, 130
 

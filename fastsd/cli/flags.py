@@ -36,6 +36,7 @@ from fastsd.sampling.samplers import RARE
 
 DEFAULT_OUTPUT = "outputs"
 OUTPUT_HELP = f"a folder, or a file: .png, .jpg, .webp (default: {DEFAULT_OUTPUT}/00000-SEED-PROMPT.png)"
+OF_UPSCALE = ("upscaler", "scale", "tile", "skip_existing")  # arguments with a flag of `fastsd upscale`
 FOLDER, PATH = File(metavar="DIR"), File(metavar="PATH")
 WEIGHT = Number(low=-MAX_CONTROL_WEIGHT, high=MAX_CONTROL_WEIGHT)
 
@@ -218,6 +219,8 @@ def flag_of(argument: str) -> str:
     row = PARAMETERS.get(argument) or CLI.get(argument)
     if row is not None and row.flags:
         return row.flag
+    if argument in OF_UPSCALE:
+        return f"--{argument.replace('_', '-')}"
     prompt = re.fullmatch(r"image_prompts(?:\[(\d+)\]\.(\w+))?", argument)
     if prompt is not None:
         of = "--ip-adapter" if prompt[1] is None else f"--ip-adapter {int(prompt[1]) + 1}"

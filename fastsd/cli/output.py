@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -30,15 +30,16 @@ class Output:
     Args:
         where: a file or a folder.
         count: how many images will be saved.
+        names: of the files in a folder, in place of numbered ones.
         overwrite: replace existing files; only with a file name.
 
     Raises:
         FastsdError: it cannot be written, or a file exists already.
     """
 
-    def __init__(self, where: str | Path, count: int, overwrite: bool = False):
+    def __init__(self, where: str | Path, count: int, overwrite: bool = False, names: Sequence[str] = ()):
         path = Path(where)
-        self.overwrite = overwrite
+        self.overwrite, self._advice = overwrite, "give another" if names else "{overwrite} replaces it"
         self.files: list[Path] | None = None
         self._made: list[Path] = []
         self._saved = 0
@@ -46,9 +47,11 @@ class Output:
             if self._is_file_name(str(where)):
                 names = [path.name] if count == 1 else [f"{path.stem}-{i}{path.suffix}" for i in range(count)]
                 self.folder, self.files = path.parent, [path.parent / name for name in names]
-                self._refuse_existing()
             else:
                 self.folder = path
+                self.files = [path / name for name in names] or None
+                self._advice = "{skip_existing} leaves it out" if names else self._advice
+            self._refuse_existing()
             self._make_folder()
             self._number = 0 if self.files else _next_number(self.folder)
         except OSError as error:
@@ -78,6 +81,15 @@ class Output:
         self._saved += 1
         self._number += 1
         return path
+
+    def skip(self) -> None:
+        """Leave out the next image, which has a name of its own."""
+        self._saved += 1
+
+    @property
+    def next_suffix(self) -> str:
+        """The ending of the next image's name."""
+        return self.files[self._saved].suffix.lower() if self.files else ".png"
 
     def remove_empty_folders(self) -> None:
         """Remove the folders that this run made and left empty."""
@@ -124,7 +136,7 @@ class Output:
             if file.is_dir():
                 raise FastsdError("a folder of this name exists already", argument="output", path=file)
             if not self.overwrite:
-                raise FastsdError("the file exists already; {overwrite} replaces it", argument="output", path=file)
+                raise FastsdError(f"the file exists already; {self._advice}", argument="output", path=file)
 
     def _make_folder(self) -> None:
         """Make the folder and those above it, and write a file into it: permissions alone do not tell."""

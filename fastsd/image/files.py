@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ MAX_BYTES = 2**29
 # Formats whose readers are plain decoders. Pillow's others stay shut: some start programs (EPS), few are ever needed.
 READABLE = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 WRITABLE = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+LONGEST_SIDE = {"WEBP": 16383, "JPEG": 65535}  # pixels that the format has room for
 WHITE, BLACK = 255, 0
 
 
@@ -63,6 +65,31 @@ def as_depth(image: Image.Image) -> Image.Image:
     if image.mode != "F" and not image.mode.startswith("I"):
         image = flatten(image, "L", BLACK)
     return Image.fromarray(np.asarray(image).astype(np.float32))
+
+
+def open_layers(source: str | Path | bytes, argument: str | None = "image") -> tuple[Image.Image, dict[str, str]]:
+    """As `open_image`, with its transparency: RGB, or RGBA where a pixel is not opaque. And the texts in it.
+
+    Raises:
+        FastsdError: as `open_image`.
+    """
+    return _read(source, argument, "RGBA", WHITE)
+
+
+def image_size(path: str | Path, argument: str | None = None) -> tuple[int, int]:
+    """Width and height of an image file, upright, by its header alone.
+
+    Raises:
+        FastsdError: as `open_image`, but for damage after the header.
+    """
+    path = Path(path)
+    if not path.is_file():
+        read_file(path, argument)  # which says why
+    with about(argument, path), _decoding(), Image.open(path, formats=READABLE) as opened:
+        _check_size(opened.size)
+        width, height = opened.size
+        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return (height, width) if turned else (width, height)
 
 
 def read_text(source: str | Path | bytes, argument: str | None = "image") -> dict[str, str]:
@@ -122,28 +149,33 @@ def _read(
     """The image in `mode`, flattened on `background` (a depth map, "F", is not), and the texts in it."""
     path = None if isinstance(source, bytes) else Path(source)
     data = source if isinstance(source, bytes) else read_file(source, argument)
-    with about(argument, path):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow warns about odd files; what matters is checked here
-                with Image.open(io.BytesIO(data), formats=READABLE) as opened:
-                    _check_size(opened.size)
-                    opened.load()
-                    texts = _texts(opened)
-                    image = _upright(opened)
-                    return as_depth(image) if mode == "F" else flatten(image, mode, background), texts
-        except FastsdError:
-            raise
-        except Image.DecompressionBombError:
-            raise FastsdError(f"too many pixels; at most {MAX_PIXELS // 10**6} million are read") from None
-        except Image.UnidentifiedImageError:
-            kinds = ", ".join(READABLE[:-1]) + " or " + READABLE[-1]
-            raise FastsdError(f"not an image that can be read; use {kinds}") from None
-        except MemoryError:
-            raise
-        except Exception as error:  # decoders meet junk with exceptions of every kind
-            cause = str(error) or type(error).__name__
-            raise FastsdError(f"the image is damaged or cut short ({cause}); fetch or save it again") from error
+    with about(argument, path), _decoding(), Image.open(io.BytesIO(data), formats=READABLE) as opened:
+        _check_size(opened.size)
+        opened.load()
+        texts = _texts(opened)
+        image = _upright(opened)
+        return as_depth(image) if mode == "F" else flatten(image, mode, background), texts
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Inside this context, whatever a decoder raises is an error of one line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns about odd files; what matters is checked here
+            yield
+    except FastsdError:
+        raise
+    except Image.DecompressionBombError:
+        raise FastsdError(f"too many pixels; at most {MAX_PIXELS // 10**6} million are read") from None
+    except Image.UnidentifiedImageError:
+        kinds = ", ".join(READABLE[:-1]) + " or " + READABLE[-1]
+        raise FastsdError(f"not an image that can be read; use {kinds}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders meet junk with exceptions of every kind
+        cause = str(error) or type(error).__name__
+        raise FastsdError(f"the image is damaged or cut short ({cause}); fetch or save it again") from error
 
 
 def _check_size(size: tuple[int, int]) -> None:

@@ -52,6 +52,15 @@ def write_parameters(settings: Mapping[str, Any]) -> str:
     return f"{settings.get('prompt', '')}{f'{chr(10)}Negative prompt: {negative}' if negative else ''}\n{line}".strip()
 
 
+def with_upscale(texts: Mapping[str, str], name: str, scale: float, suffix: str) -> dict[str, str]:
+    """An image's texts and, as A1111 has it, that it was enlarged: in a PNG as a text of its own, `postprocessing`;
+    elsewhere, where there is none, at the end of `parameters`."""
+    said = f"Postprocess upscale by: {scale:g}, Postprocess upscaler: {quote(name)}"
+    if suffix.lower() == ".png":
+        return {**texts, "postprocessing": said}
+    return {**texts, "parameters": ", ".join(filter(None, (texts.get("parameters"), said)))}
+
+
 def _write_sampler(settings: Mapping[str, Any]) -> dict[str, Any]:
     sampler = settings.get("sampler")
     return {"Sampler": SAMPLERS[sampler].label if sampler in SAMPLERS else sampler}

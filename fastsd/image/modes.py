@@ -18,6 +18,8 @@ DEEP_FILES = ("PNG", "PPM")  # formats whose "I" is 16 bits
 def flatten(image: Image.Image, mode: str, background: int) -> tuple[Image.Image, list[str]]:
     """`image` in `mode` ("RGB" or "L"), 8 bits a channel, sRGB, without transparency; and notes on its profile.
 
+    "RGBA" keeps the transparency: the result is RGB where every pixel is opaque.
+
     Args:
         background: the colour of transparent pixels. A mask, "L", is its numbers: it keeps them, whatever its profile.
 
@@ -25,15 +27,17 @@ def flatten(image: Image.Image, mode: str, background: int) -> tuple[Image.Image
         FastsdError: its pixels are not 8 or 16 bits, nor floating-point numbers from 0 to 255.
     """
     alpha = _alpha(image)
-    profile = image.info.get("icc_profile") if mode == "RGB" else None
+    profile = image.info.get("icc_profile") if mode != "L" else None
     colours = _eight_bits(image)
     notes: list[str] = []
     if profile:
         colours, notes = _to_srgb(colours, profile)
     if colours.mode == "LAB":
         colours = _lab_to_rgb(colours)
-    converted = colours.convert(mode)
-    if alpha is not None:
+    converted = colours.convert(mode.removesuffix("A"))
+    if mode == "RGBA" and alpha is not None and alpha.getextrema() != (255, 255):
+        converted.putalpha(alpha)
+    elif mode != "RGBA" and alpha is not None:
         converted = Image.composite(converted, Image.new(mode, image.size, (background,) * len(mode)), alpha)
     converted = converted.copy() if converted is image else converted
     converted.info = {"notes": tuple(notes)} if notes else {}

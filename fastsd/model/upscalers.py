@@ -59,10 +59,10 @@ class RRDBConfig:
     def numbers_a_pixel(self) -> int:
         """Numbers that a forward pass holds at its peak for a pixel of the image: a rough upper bound.
 
-        A dense block holds its input, that of its block and that of the trunk, all that it has added, and a copy; after
-        the trunk there are three maps of the largest size.
+        A dense block holds its input, that of its block and that of the trunk, what it has added, a copy of all of it
+        and what a convolution makes of that; after the trunk there are three maps of the largest size.
         """
-        trunk = 4 * self.features + 2 * (self.features + 4 * self.growth)
+        trunk = 6 * self.features + 2 * (self.features + 4 * self.growth)
         return max(trunk, 3 * self.features * 4**self.doublings) // self.unshuffle**2
 
 

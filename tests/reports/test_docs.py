@@ -21,6 +21,7 @@ from tests.support.adapter_writers import small_lora
 from tests.support.ip_adapters import write_adapter
 from tests.support.pipelines import MASK, PHOTO, tiny_components
 from tests.support.project import ROOT
+from tests.support.upscalers import write_upscaler
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # tests/docs has the book
 BUNDLED = 'python -m fastsd --prompt "a thick eight slanted right" --count 4 --seed 7'
@@ -106,6 +107,7 @@ def write_models() -> None:
         save_folder(components, name, torch.float32)
     save_file(tiny.controlnet(tiny.UNET), "canny.safetensors")
     save_file(small_lora(), "ink.safetensors")
+    write_upscaler(Path("realesr-general-x4v3.safetensors"))
     folder = Path("models")
     folder.mkdir()
     write_adapter(folder, models["path/to/stable-diffusion-v1-5"].unet).rename(
