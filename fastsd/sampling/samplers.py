@@ -10,6 +10,7 @@ import difflib
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from fastsd.config import SchedulerConfig
@@ -226,8 +227,8 @@ def resolve(sampler: str, schedule: str = "default") -> tuple[str, str]:
     Raises:
         FastsdError: an unknown name, with the nearest ones; or a sampler of another program that no table can follow.
     """
-    schedules = {key_of(spelling): name for name, label in SCHEDULES.items() for spelling in (name, label)}
-    schedules |= {key_of(spelling): name for spelling, name in SCHEDULE_ALIASES.items()}
+    schedules = {_own_key(spelling): name for name, label in SCHEDULES.items() for spelling in (name, label)}
+    schedules |= {_own_key(spelling): name for spelling, name in SCHEDULE_ALIASES.items()}
     resolved = schedules.get(key_of(schedule))
     if resolved is None:
         raise FastsdError(f"{schedule!r} is unknown; fastsd knows {', '.join(SCHEDULES)}", argument="schedule")
@@ -250,8 +251,11 @@ def resolve(sampler: str, schedule: str = "default") -> tuple[str, str]:
 def spellings() -> dict[str, str]:
     """The names in `SAMPLERS` by the keys of all their spellings."""
     return {
-        key_of(spelling): entry.name
+        _own_key(spelling): entry.name
         for entry in SAMPLERS.values()
         for spelling in (entry.name, entry.label, entry.diffusers, *entry.aliases)
         if spelling
     }
+
+
+_own_key = cache(key_of)  # of the spellings that stand in this file; users' may be many, and long

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +9,7 @@ from fastapi import APIRouter, HTTPException, Query
 from fastapi.responses import Response
 
 from fastsd.server.app_state import State
-from fastsd.server.images import encode_preview
+from fastsd.server.images import encode_plain
 from fastsd.server.jobs import Job
 
 FOLDER = Path(__file__).parent.parent / "assets" / "page"
@@ -73,5 +72,5 @@ async def report(state: State, job: Job, seen: int) -> dict[str, Any]:
         "progress": job.progress,
         "seconds_left": job.seconds_left,
         "previews": job.previews,
-        "preview": await asyncio.to_thread(encode_preview, image, ".jpg") if image is not None else None,
+        "preview": await encode_plain(image, ".jpg") if image is not None else None,
     }

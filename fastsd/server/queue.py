@@ -13,6 +13,7 @@ from typing import Any
 
 from fastsd.errors import FastsdError
 from fastsd.server.batches import WorkerBatch
+from fastsd.server.gathering import Gathering
 from fastsd.server.jobs import (
     BatchDone,
     BatchFailed,
@@ -37,10 +38,6 @@ from fastsd.server.metrics import Metrics
 from fastsd.server.supervisor import Supervisor
 from fastsd.server.worker import WorkerEngine
 
-# Seconds that a job waits for others of its shape: this share of what the last batch took, within these bounds. Clients
-# that wait for their images ask again together, and the first of them should not go alone. A client that calls alone,
-# one request after the other, does not wait.
-GATHER_SHARE, GATHER, LONGEST_GATHER = 0.03, 0.003, 0.05
 LOG = logging.getLogger("fastsd.server")
 
 
@@ -85,8 +82,7 @@ class GenerationQueue:
         self._numbers = itertools.count(1)
         self._task: asyncio.Task[None] | None = None
         self._seconds = 1.0  # of a job, on average
-        self._batch_seconds = 0.0  # of the last batch
-        self._lone_until = 0.0  # until then a job is taken for the next one of a client that calls alone
+        self._gathering = Gathering()
 
     # What the rest of the server calls.
 
@@ -236,8 +232,7 @@ class GenerationQueue:
                 if self._loads:
                     await self._run_load(*self._loads.pop(0))
                     continue
-                if self._has_room() and not (len(self._waiting) == 1 and time.monotonic() < self._lone_until):
-                    await self._gather()
+                await self._gather()
                 if jobs := self._take_batch():
                     self._running = WorkerBatch(next(self._numbers), jobs)
                     self._running.start()
@@ -245,8 +240,12 @@ class GenerationQueue:
                     await self._send(self._running)
 
     async def _gather(self) -> None:
-        """Wait for other jobs that fit into the next batch."""
-        await asyncio.sleep(min(max(GATHER_SHARE * self._batch_seconds, GATHER), LONGEST_GATHER))
+        """Wait for others that fit into the next batch, until it is full or those that may be expected are there."""
+        end = time.monotonic() + self._gathering.patience
+        while self._has_room() and len(self._waiting) < self._gathering.expected and time.monotonic() < end:
+            self._wake.clear()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), end - time.monotonic())
 
     def _send_ahead(self) -> None:
         """Give the worker its next batch while it works at one, if that is full and nothing else comes first."""
@@ -259,7 +258,7 @@ class GenerationQueue:
 
     def _has_room(self) -> bool:
         """Whether the next batch could take more jobs than those that wait."""
-        key = self._waiting[0].order.key
+        key = self._waiting[0].order.key if self._waiting else None
         same = sum(job.order.count for job in self._waiting if job.order.key == key)
         return key is not None and same < self.max_batch
 
@@ -291,9 +290,7 @@ class GenerationQueue:
         if answer is None:
             self._changed()
             return
-        self._batch_seconds = spent
-        is_lone = len(running.jobs) == 1 and not self.waiting  # nobody came in all that time
-        self._lone_until = time.monotonic() + spent if is_lone else 0.0
+        self._gathering.note_end(len(running.jobs) + len(self.waiting), spent)
         self._seconds += 0.2 * (spent / len(running.jobs) - self._seconds)
         self._note(answer)
         self.metrics.count(answer.outcomes)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import signal
 import sys
 import time
@@ -40,7 +41,7 @@ from fastsd.server.jobs import (
     WantPreview,
 )
 
-NEWS_SECONDS = 0.02  # between two messages of steps; each costs both processes a tenth of a millisecond
+NEWS_SECONDS = 0.1  # between two messages of steps; each costs both processes a tenth of a millisecond
 PREVIEW_SHARE = 0.2  # of the time, at most, goes into previews that were asked for
 LOST_DEVICE = 3  # exit code: CUDA reported an error after which the process can do nothing more
 
@@ -108,6 +109,10 @@ class Watch:
     _last: float = field(default=0.0)
     _made: int = 0
     _said: float = 0.0
+    _has_message: Callable[[], bool] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._has_message = _poll_of(self.connection)
 
     def step(self, index: int, total: int, preview: Callable[[], Image.Image]) -> bool:
         """Tell the server of a step; returns whether the run should end here."""
@@ -126,7 +131,7 @@ class Watch:
 
     def listen(self) -> None:
         """Take the messages that have come."""
-        while self.connection.poll():
+        while self._has_message():
             self.kept.append(self.connection.recv())
         for _ in range(len(self.kept)):
             message = self.kept.popleft()
@@ -193,6 +198,15 @@ def _answer(connection: Connection, engine: WorkerEngine, message: LoadModel | R
         if short is None and "CUDA error" in str(error):  # which every later call would meet again
             sys.stderr.flush()
             os._exit(LOST_DEVICE)
+
+
+def _poll_of(connection: Connection) -> Callable[[], bool]:
+    """`connection.poll`, which prepares the system's call anew each time: too slow between steps of milliseconds."""
+    if not hasattr(select, "poll"):  # Windows
+        return connection.poll
+    poller = select.poll()
+    poller.register(connection, select.POLLIN)
+    return lambda: bool(poller.poll(0))
 
 
 def _portable(error: FastsdError) -> FastsdError:

@@ -181,26 +181,3 @@ def test_steps_are_told_now_and_then_and_all_are_counted(monkeypatch: pytest.Mon
         assert b"fastsd_steps_total 100.0" in queue.metrics.text()
 
     with_queue(scenario)
-
-
-def test_a_client_that_calls_alone_waits_for_no_others_and_the_first_of_several_does() -> None:
-    async def scenario(queue: Queue) -> None:
-        gathered: list[int] = []
-        gather = queue._gather
-
-        async def counted() -> None:
-            gathered.append(len(queue.waiting))
-            await gather()
-
-        queue._gather = counted  # type: ignore[method-assign]
-        await colours(queue.submit(order(seed=1)))
-        assert gathered == [1]  # it may be the first of several
-        for seed in range(2, 5):
-            await colours(queue.submit(order(seed=seed)))
-        assert gathered == [1]
-        both = [queue.submit(order(seed=seed)) for seed in (5, 6)]
-        assert [await colours(job) for job in both] == [[colour(5)], [colour(6)]]
-        await colours(queue.submit(order(seed=7)))
-        assert len(gathered) == 3  # of the two, and of the one that may be the first of them again
-
-    with_queue(scenario, seconds=0.15, max_batch=4)

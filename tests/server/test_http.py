@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -113,6 +114,25 @@ def test_a_connection_that_is_half_closed_or_cut_frees_the_queue(port: int) -> N
         time.sleep(0.02)
     answer = httpx.post(f"http://localhost:{port}/sdapi/v1/txt2img", json={"prompt": "a cat", "steps": 1}, timeout=30)
     assert answer.status_code == 200
+
+
+def test_answers_on_a_kept_connection_wait_for_no_acknowledgement() -> None:
+    """Headers and body are two writes; without TCP_NODELAY the second waits 40 ms for the client's acknowledgement."""
+
+    async def accepted() -> int:
+        found: asyncio.Queue[socket.socket] = asyncio.Queue()
+        opened = http.listen("127.0.0.1", 0)
+        server = await asyncio.start_server(
+            lambda _, writer: found.put_nowait(writer.get_extra_info("socket")), sock=opened
+        )
+        async with server:
+            _, writer = await asyncio.open_connection(*opened.getsockname())
+            own = await found.get()
+            option = own.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            writer.close()
+            return option
+
+    assert asyncio.run(accepted()) != 0
 
 
 @pytest.mark.heavy

@@ -18,7 +18,7 @@ from fastsd.server.a1111.bodies import EncodedImage, Upscaling
 from fastsd.server.a1111.controlnet import MAX_UNITS, MODULES
 from fastsd.server.a1111.translate import NAMES, SETTABLE, check_options
 from fastsd.server.app_state import State
-from fastsd.server.images import check_pixels, decode_base64, encode_preview, read_image
+from fastsd.server.images import check_pixels, decode_base64, encode_plain, read_image
 
 MAX_TEXT = 2**20  # characters of an image's texts that are sent back
 NOT_HERE = {
@@ -208,7 +208,8 @@ def _add_tools(router: APIRouter, state: State) -> None:
     @router.post("/extra-single-image")
     async def upscale(body: Upscaling) -> dict[str, Any]:
         """Enlarge an image by Lanczos."""
-        return await asyncio.to_thread(enlarge, body, state.settings.limits.pixels)
+        image = await asyncio.to_thread(enlarge, body, state.settings.limits.pixels)
+        return {"html_info": "", "image": await encode_plain(image)}
 
 
 def read_settings(encoded: str, pixels: int) -> dict[str, Any]:
@@ -231,8 +232,8 @@ def read_settings(encoded: str, pixels: int) -> dict[str, Any]:
     }
 
 
-def enlarge(body: Upscaling, pixels: int) -> dict[str, Any]:
-    """The enlarged image, as base64."""
+def enlarge(body: Upscaling, pixels: int) -> Image.Image:
+    """The enlarged image."""
     known = ("None", UPSCALERS["lanczos"])
     if (body.upscaler_1 or "None") not in known:
         raise FastsdError(f"not supported; {' and '.join(known)} are", argument="upscaler_1", value=body.upscaler_1)
@@ -246,8 +247,8 @@ def enlarge(body: Upscaling, pixels: int) -> dict[str, Any]:
         message = f"{size[0]}x{size[1]} pixels; at most {pixels / 10**6:.0f} million are made"
         raise FastsdError(message, argument="upscaling_resize")
     if body.upscaler_1 not in (None, "None"):
-        image = image.resize(size, Image.Resampling.LANCZOS)
-    return {"html_info": "", "image": encode_preview(image)}
+        return image.resize(size, Image.Resampling.LANCZOS)
+    return image
 
 
 def _ram() -> dict[str, int]:

@@ -11,8 +11,8 @@ from fastsd.server.a1111.answers import make_info
 from fastsd.server.a1111.bodies import Generation, ImageToImage, TextToImage
 from fastsd.server.a1111.translate import NAMES, translate
 from fastsd.server.app_state import State
-from fastsd.server.images import encode_base64, encode_preview
-from fastsd.server.jobs import Finished, Job
+from fastsd.server.images import encode_all, encode_plain
+from fastsd.server.jobs import Job
 from fastsd.server.orders import make_order
 
 API = "a1111"
@@ -57,24 +57,21 @@ async def generate(state: State, request: Request, body: Generation) -> dict[str
     request.state.names, request.state.statuses = NAMES, {"sampler": 404}  # as in A1111
     state.queue.check_room()  # before images are decoded
     own = state.settings.limits
-    draft = await asyncio.to_thread(translate, body, state.options, state.catalogue, state.styles, own)
+    given = (body, state.options, state.catalogue, state.styles, own)
+    holds_images = isinstance(body, ImageToImage) or body.alwayson_scripts
+    draft = await asyncio.to_thread(translate, *given) if holds_images else translate(*given)
     order = make_order(draft, API, state.current, state.catalogue, own)
     finished = await state.generate(request, order, body.force_task_id or None)
     model = draft.model or state.current
     if body.override_settings_restore_afterwards is False and draft.model is not None:
         state.keep(draft.model)
-    images = await asyncio.to_thread(encode_all, finished) if body.send_images is not False else []
+    images = await encode_all(finished) if body.send_images is not False else []
     echo = body.model_dump(exclude=set() if getattr(body, "include_init_images", True) else {"init_images", "mask"})
     return {
         "images": images,
         "parameters": echo,
         "info": make_info(finished, model, [*draft.notes, *finished.notes]),
     }
-
-
-def encode_all(finished: Finished) -> list[str]:
-    """PNGs, as base64."""
-    return [encode_base64(image, own) for image, own in zip(finished.images, finished.settings, strict=True)]
 
 
 async def report(state: State, without_image: bool) -> dict[str, Any]:
@@ -123,6 +120,6 @@ async def preview(state: State, job: Job) -> str | None:
         return None
     number, encoded = state.encoded_previews.get(job, (0, ""))
     if number != job.previews:
-        number, encoded = job.previews, await asyncio.to_thread(encode_preview, job.preview)
+        number, encoded = job.previews, await encode_plain(job.preview)
         state.encoded_previews[job] = (number, encoded)
     return encoded

@@ -18,7 +18,7 @@ from starlette.datastructures import UploadFile
 from fastsd.errors import FastsdError, describe
 from fastsd.server.app_state import State
 from fastsd.server.guard import error_body
-from fastsd.server.images import encode_base64, encode_preview
+from fastsd.server.images import encode_all, encode_plain
 from fastsd.server.jobs import Finished, Job, JobError
 from fastsd.server.openai.bodies import ImageEdit, ImageGeneration, ImageRequest
 from fastsd.server.openai.translate import NAMES, translate
@@ -73,7 +73,7 @@ def openai_routes(state: State) -> APIRouter:
         """Text to image."""
         request.state.names, request.state.statuses = NAMES, {"model": 404}
         state.queue.check_room()
-        draft = await asyncio.to_thread(translate, body, state.catalogue, state.settings.limits)
+        draft = translate(body, state.catalogue, state.settings.limits)
         return await answer(state, request, body, draft, "image_generation")
 
     @router.post("/images/edits", openapi_extra=MULTIPART, responses=EVENTS)
@@ -137,7 +137,7 @@ async def answer(state: State, request: Request, body: ImageRequest, draft: Draf
         events = stream(state, request, body, job, kind, draft.notes)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
     finished = await state.wait(request, job)
-    encoded = await asyncio.to_thread(encode_all, finished, body)
+    encoded = await encode_all(finished, body.suffix)
     data = [_datum(body, text, own["seed"]) for text, own in zip(encoded, finished.settings, strict=True)]
     found = _described(body, finished) | {"created": int(time.time()), "data": data}
     return JSONResponse(found | {"notes": [*draft.notes, *finished.notes]})
@@ -158,12 +158,6 @@ def _described(body: ImageRequest, finished: Finished) -> dict[str, Any]:
         "quality": body.quality or "auto",
         "size": f"{size[0]}x{size[1]}",
     }
-
-
-def encode_all(finished: Finished, body: ImageRequest) -> list[str]:
-    """Files of the format that was asked for, as base64."""
-    pairs = zip(finished.images, finished.settings, strict=True)
-    return [encode_base64(image, own, body.suffix) for image, own in pairs]
 
 
 async def stream(
@@ -187,7 +181,7 @@ async def stream(
             number += 1
         finished = await waiting
         found = _described(body, finished) | {"created_at": int(time.time())}
-        for encoded, own in zip(await asyncio.to_thread(encode_all, finished, body), finished.settings, strict=True):
+        for encoded, own in zip(await encode_all(finished, body.suffix), finished.settings, strict=True):
             own_notes = [*notes, *finished.notes]
             yield _event(f"{kind}.completed", b64_json=encoded, seed=own["seed"], notes=own_notes, **found)
     except FastsdError as error:
@@ -211,7 +205,7 @@ async def _previews(job: Job, waiting: asyncio.Task[Finished], body: ImageReques
         ended = waiting.done()
         while seen < min(len(job.planned), len(job.order.previews)):
             image, seen = job.planned[seen], seen + 1
-            yield image, await asyncio.to_thread(encode_preview, image, body.suffix)
+            yield image, await encode_plain(image, body.suffix)
 
 
 def _event(kind: str, **fields: Any) -> bytes:
