@@ -48,7 +48,7 @@ class BadLine:
 
 
 def _field_or_flag(argument: str) -> str:
-    row = PARAMETERS.get(argument)
+    row = PARAMETERS.get(argument.partition("[")[0])  # controls[0].weight
     return argument if row is not None and row.of == "call" else flag_of(argument)
 
 

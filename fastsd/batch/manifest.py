@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastsd.batch.store import FolderStore, Store
 from fastsd.errors import FastsdError
-from fastsd.files import reason, write_whole
+from fastsd.files import reason, remove_leftovers, write_whole
 
 NAME, LOCK = "manifest.jsonl", ".fastsd-batch.lock"
 FORM = 1  # of the manifest
@@ -28,7 +29,7 @@ class Manifest:
     """The manifest of one job, open for its one run.
 
     Attributes:
-        head: what tells the job from others; see `fastsd.batch.work.identity`.
+        head: what tells the job from others; see `fastsd.batch.job.identity`.
         done: the lines whose images are there.
         failed: of each line that failed last time, why.
         missing: how many lines were done and lack an image now; they are done again.
@@ -50,30 +51,21 @@ class Manifest:
         """No run of this job has begun."""
         return not self.path.exists()
 
-    def begin(self, model: dict[str, Any]) -> None:
+    def begin(self, model: dict[str, Any] | None) -> None:
         """Write the first line, or check that the job's model is the one of its first run.
 
         Args:
-            model: what files say of the loaded model.
+            model: what files say of the loaded model; None: nobody has loaded it yet, and a later call will say.
 
         Raises:
             FastsdError: it was another.
         """
-        kept = {name: value for name, value in model.items() if value is not None}
-        if self.is_new:
+        kept = None if model is None else {name: value for name, value in model.items() if value is not None}
+        if self.is_new or self.head.get("model") is None:
             self.head["model"] = kept
-            write_whole(self.path, _line(self.head))
-            return
-        before = self.head.get("model") or {}
-        changed = [
-            name for name in ("model_fingerprint", "revision", "vae", "refiner") if before.get(name) != kept.get(name)
-        ]
-        if changed:
-            raise FastsdError(
-                f"the job began with another model ({', '.join(changed)}); give that, or another folder",
-                argument="--out",
-                path=self.path,
-            )
+            write_whole(self.path, _line(self.head), overwrite=not self.is_new)
+        elif kept is not None:
+            check_model(self.head["model"], kept, self.path)
 
     def add(self, records: list[dict[str, Any]]) -> None:
         """Append lines; they are on the disk when this returns."""
@@ -89,24 +81,50 @@ class Manifest:
                 self.failed[record["line"]] = record["error"]
 
 
-@contextlib.contextmanager
-def open_manifest(folder: Path, head: dict[str, Any]) -> Iterator[Manifest]:
-    """The manifest in a folder, which nobody else has open: a new one, or that of an earlier run of the same job.
+def check_model(before: dict[str, Any], now: dict[str, Any], path: object) -> None:
+    """Refuse a model that is not the one of the job's first run.
+
+    Args:
+        before, now: what files say of the two.
+        path: of the manifest or its folder, for the error.
 
     Raises:
-        FastsdError: another job's, a damaged one, a folder with other files, another run under way.
+        FastsdError: they differ.
+    """
+    changed = [
+        name for name in ("model_fingerprint", "revision", "vae", "refiner") if before.get(name) != now.get(name)
+    ]
+    if changed:
+        raise FastsdError(
+            f"the job began with another model ({', '.join(changed)}); give that, or another folder",
+            argument="--out",
+            path=path,
+        )
+
+
+@contextlib.contextmanager
+def open_manifest(folder: Path, head: dict[str, Any], store: Store | None = None) -> Iterator[Manifest]:
+    """The manifest in a folder, which nobody else has open: a new one, or that of an earlier run of the same job.
+
+    Args:
+        store: of the images; None: the folder.
+
+    Raises:
+        FastsdError: another job's, a damaged one, a folder or store with other files, another run under way.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
-            _remove_leftovers(folder)
+            images = store or FolderStore(folder)
+            remove_leftovers(folder)
+            images.remove_leftovers()
             found = Manifest(folder, dict(head))
             if found.is_new:
-                _check_empty(folder)
+                _check_empty(folder, store)
                 if found.head["seed"] is None:
                     found.head["seed"] = secrets.randbelow(2**63)
             else:
-                _read(found, head)
+                _read(found, head, images)
             yield found
     except OSError as error:
         raise FastsdError(f"cannot write there: {reason(error)}", argument="--out", path=folder) from error
@@ -130,21 +148,17 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _check_empty(folder: Path) -> None:
+def _check_empty(folder: Path, store: Store | None) -> None:
     others = sorted(entry.name for entry in os.scandir(folder) if entry.name != LOCK)
     if others:
         raise FastsdError(
             f"the folder holds other files ({others[0][:60]!r}); name a new one", argument="--out", path=folder
         )
+    if store is not None and not store.is_empty():
+        raise FastsdError("it holds other files; name a new place", argument="--store", path=str(store))
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Remove files that a killed run had not given their names yet."""
-    for leftover in [*folder.glob(".fastsd-*.tmp"), *folder.glob("[0-9]*/.fastsd-*.tmp")]:
-        leftover.unlink(missing_ok=True)
-
-
-def _read(manifest: Manifest, head: dict[str, Any]) -> None:
+def _read(manifest: Manifest, head: dict[str, Any], store: Store) -> None:
     """What earlier runs wrote. A last line that is not whole is cut off: its writer was killed."""
     path = manifest.path
     files: dict[int, list[str]] = {}
@@ -169,7 +183,8 @@ def _read(manifest: Manifest, head: dict[str, Any]) -> None:
         raise FastsdError("it has no first line; remove it to begin anew", argument="--out", path=path)
     if whole < path.stat().st_size:
         os.truncate(path, whole)
-    lost = {line for line, names in files.items() if not all((manifest.folder / name).is_file() for name in names)}
+    lacking = store.lacks(name for names in files.values() for name in names)
+    lost = {line for line, names in files.items() if not lacking.isdisjoint(names)}
     manifest.done -= lost
     manifest.missing = len(lost)
 

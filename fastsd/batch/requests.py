@@ -20,7 +20,9 @@ from fastsd.text.syntax import LoraTag, take_loras
 IMAGES = ("image", "mask_image", "depth_image")
 OF_JOB = {"batch_size": "--batch-size"}  # parameters of a call that the job has for all
 OF_PYTHON = {"return_dict", "output_type"} | {
-    row.name for row in PARAMETERS.values() if isinstance(row.kind, Value | Function) and row.name != "controls"
+    row.name
+    for row in PARAMETERS.values()
+    if isinstance(row.kind, Value | Function) and row.name not in ("controls", "image_prompts")
 }
 CONTROL_PARTS = ("weight", "start", "end")
 WINDOW = 1024  # lines among which those of one shape are sought
@@ -36,6 +38,7 @@ class BatchRequest:
         arguments: of the call, with a seed; images are paths.
         controls: of each, {"net": PATH, "image" or "canny": PATH, "weight", "start", "end"}.
         loras: the tags in its prompt.
+        image_prompts: of each, {"adapter": PATH, "images": [PATH, ...], "encoder": PATH, "mask": PATH, "scale"}.
     """
 
     line: int
@@ -43,11 +46,12 @@ class BatchRequest:
     arguments: dict[str, Any]
     controls: tuple[dict[str, Any], ...] = ()
     loras: tuple[LoraTag, ...] = field(default=())
+    image_prompts: tuple[dict[str, Any], ...] = ()
 
     @property
     def shape(self) -> tuple[Any, ...] | None:
         """Requests of equal shape run in one batch; None: it runs alone."""
-        shape = None if self.controls else shape_of(self.arguments)
+        shape = None if self.controls or self.image_prompts else shape_of(self.arguments)
         return None if shape is None else (self.loras, shape)
 
     @property
@@ -84,6 +88,7 @@ def make_request(asked: AskedLine, folder: Path, job_seed: int) -> BatchRequest:
     if "prompt" not in given:
         raise FastsdError("the line has none", argument="prompt")
     controls = tuple(_read_controls(given.pop("controls", ()), folder))
+    image_prompts = tuple(_read_image_prompts(given.pop("image_prompts", ()), folder))
     checked = check_call(given, ("refiner",))  # whether the job has one, the call itself checks
     arguments = {name: checked[name] for name in given}
     if "sampler" in given or "schedule" in given:
@@ -97,7 +102,7 @@ def make_request(asked: AskedLine, folder: Path, job_seed: int) -> BatchRequest:
         if name in arguments:
             arguments[name] = _path(arguments[name], folder, name)
     tags = () if arguments.get("prompt_syntax") == "plain" else take_loras(arguments["prompt"])[1]
-    return BatchRequest(asked.number, fields, arguments, controls, tuple(tags))
+    return BatchRequest(asked.number, fields, arguments, controls, tuple(tags), image_prompts)
 
 
 def _check_text(value: Any, name: str) -> None:
@@ -136,10 +141,43 @@ def _read_controls(given: Any, folder: Path) -> Iterator[dict[str, Any]]:
                 )
             if not isinstance(one.get("net"), str):
                 raise FastsdError("net should be the path of a ControlNet, or a hub id")
-            found = {"net": str(folder / one["net"]) if (folder / one["net"]).exists() else one["net"]}
+            found = {"net": _file_or_hub_id(one["net"], folder)}
             kind = "image" if "image" in one else "canny"
             found[kind] = _path(one[kind], folder, f"controls[{k}]")
             yield found | {part: kinds[part].check(one[part]) for part in CONTROL_PARTS if part in one}
+
+
+def _read_image_prompts(given: Any, folder: Path) -> Iterator[dict[str, Any]]:
+    """The image prompts of a line, with their paths made whole."""
+    right = '{"adapter": PATH, "image": PATH}, or "images": [PATH, ...], with "scale", "mask", "encoder"'
+    if not isinstance(given, list | tuple):
+        raise FastsdError(f"it should be a list of objects, {right}", argument="image_prompts")
+    from fastsd.generate.image_prompts import SCALE
+
+    for k, one in enumerate(given):
+        with about(f"image_prompts[{k}]"):
+            known = {"adapter", "image", "images", "scale", "mask", "encoder"}
+            if not isinstance(one, dict) or not one.keys() <= known or ("image" in one) == ("images" in one):
+                raise FastsdError(f"it should be {right}")
+            for name in {"adapter", "encoder"} & {"adapter", *one}:
+                if not isinstance(one.get(name), str):
+                    raise FastsdError(f"{name} should be the path of a file, or a hub id")
+            images = one["images"] if "images" in one else [one["image"]]
+            if not isinstance(images, list) or not images:
+                raise FastsdError("images should be a list of paths")
+            found: dict[str, Any] = {
+                name: _file_or_hub_id(one[name], folder) for name in ("adapter", "encoder") if name in one
+            }
+            found["images"] = [_path(image, folder, f"image_prompts[{k}].images") for image in images]
+            if "mask" in one:
+                found["mask"] = _path(one["mask"], folder, f"image_prompts[{k}].mask")
+            with about(f"image_prompts[{k}].scale"):
+                found["scale"] = SCALE.check(one.get("scale", 1.0))
+            yield found
+
+
+def _file_or_hub_id(given: str, folder: Path) -> str:
+    return str(folder / given) if (folder / given).exists() else given
 
 
 def in_batches(lines: Iterable[BatchRequest | BadLine], size: int) -> Iterator[list[BatchRequest] | BadLine]:

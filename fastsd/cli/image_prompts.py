@@ -86,9 +86,14 @@ def split(given: str) -> tuple[str, float]:
 
 
 def load(
-    pipe: Pipeline, chosen: list[ChosenPrompt], allow_pickle: bool
+    pipe: Pipeline,
+    chosen: list[ChosenPrompt],
+    allow_pickle: bool,
+    loaded: dict[tuple[str, str | None], Any] | None = None,
 ) -> tuple[list[ImagePrompt], list[dict[str, Any]]]:
     """The image prompts, each file loaded once, and what metadata says of them.
+
+    loaded: adapters of earlier calls, by file and encoder; new ones are added.
 
     Raises:
         FastsdError: a file that is missing, malformed or for another family of models.
@@ -96,17 +101,17 @@ def load(
     from fastsd.generate.image_prompts import ImagePrompt
     from fastsd.weights.hub.locate import locate_file
 
-    loaded: dict[tuple[str, str | None], Any] = {}
+    adapters: dict[tuple[str, str | None], Any] = {} if loaded is None else loaded
     prompts, settings = [], []
     for one in chosen:
         key = (one.file, one.encoder)
         with about("ip_adapter"):
             place = locate_file(one.file)
-        if key not in loaded:
+        if key not in adapters:
             with about("ip_adapter"):
-                loaded[key] = pipe.load_ip_adapter(place.path, one.encoder, allow_pickle)
+                adapters[key] = pipe.load_ip_adapter(place.path, one.encoder, allow_pickle)
         mask = None if one.mask is None else one.mask[0]
-        prompts.append(ImagePrompt(loaded[key], [image for image, _ in one.images], one.scale, mask))
+        prompts.append(ImagePrompt(adapters[key], [image for image, _ in one.images], one.scale, mask))
         settings.append(
             {
                 **models.named(place, one.file),

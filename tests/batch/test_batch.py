@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 
 from fastsd.batch import manifest as manifests
+from fastsd.generate.image_prompts import ImagePrompt
 from fastsd.pipeline import Pipeline
 from tests.support.cli import pixels, refused, settings, write_image
+from tests.support.ip_adapters import write_adapter
+from tests.support.pipelines import MASK, PHOTO, tiny_components
 
 ASKED: list[dict[str, Any]] = [
     {"prompt": "a cat", "seed": 3, "id": "first"},
@@ -140,6 +143,30 @@ def test_tables_ask_the_same(cli: Callable, model: Path, tmp_path: Path) -> None
     assert settings(files_of(found[6][0])[0])["image"]["name"] == photo.name
     Path("prompts.csv").write_text("prompt,url\nx,y\n")
     refused(cli("batch", "prompts.csv", "--out", "b", "-m", model), "the column 'url' is no parameter")
+
+
+@pytest.mark.heavy
+def test_image_prompts_are_the_calls(cli: Callable, model: Path, tmp_path: Path) -> None:
+    PHOTO.save("photo.png")
+    MASK.save("mask.png")
+    adapter = write_adapter(tmp_path, tiny_components().unet)
+    shown = {"adapter": str(adapter), "images": ["photo.png", "mask.png"], "scale": 0.6, "mask": "mask.png"}
+    asked = [
+        {"prompt": "x", "seed": 3, "image_prompts": [shown]},
+        {"prompt": "x", "image_prompts": [{"adapter": str(adapter), "image": "photo.png", "weight": 1}]},
+        {"prompt": "x", "image_prompts": [{"adapter": str(adapter), "image": "no.png"}]},
+        {"prompt": "x", "image_prompts": [{"adapter": "no.safetensors", "image": "photo.png"}]},
+        {"prompt": "x", "image_prompts": [{"adapter": str(adapter), "image": "photo.png", "scale": 99}]},
+    ]
+    ran = cli("batch", write(asked), "--out", "out", "-m", model, "--dtype", "fp32")
+    said = {2: "it should be {", 3: "no.png: no such", 4: "no.safetensors: no such", 5: "[0].scale is 99"}
+    for line, why in said.items():
+        assert sum(f"line {line}: " in text and why in text for text in ran.err.splitlines()) == 1, ran.err
+    path = files_of(records()[1][0])[0]
+    pipe = Pipeline.from_pretrained(model, dtype="fp32")
+    prompt = ImagePrompt(pipe.load_ip_adapter(adapter), [PHOTO, MASK], 0.6, MASK)
+    np.testing.assert_array_equal(pixels(path), np.asarray(pipe("x", seed=3, image_prompts=[prompt]).images[0]))
+    assert [one["name"] for one in settings(path)["image_prompts"][0]["images"]] == ["photo.png", "mask.png"]
 
 
 @pytest.mark.heavy
