@@ -46,6 +46,8 @@ def connected(address: str) -> Iterator[None]:
     Raises:
         FastsdError: Ray is not installed, or there is no such cluster.
     """
+    if address != HERE:
+        _check_port(address)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
@@ -53,8 +55,6 @@ def connected(address: str) -> Iterator[None]:
         import ray.data  # also what it needs: pandas, pyarrow
     except ImportError as error:
         raise FastsdError(f"it needs {error.name}; pip install 'fastsd[ray]'", argument="--ray") from None
-    if address != HERE:
-        _check_port(address)
     own: dict[str, Any] = {"object_store_memory": OBJECTS, "include_dashboard": False} if address == HERE else {}
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
