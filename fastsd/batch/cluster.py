@@ -27,7 +27,7 @@ from fastsd.batch.requests import in_batches
 from fastsd.batch.store import open_store
 from fastsd.errors import FastsdError
 from fastsd.files import reason
-from fastsd.parameters import DEFAULT_BATCH
+from fastsd.parameters.rows import DEFAULT_BATCH
 
 HERE = "local"  # an address: a cluster of this machine alone, which ends with the job
 RETRIES = 3  # of lines whose worker died; then they count as failed
