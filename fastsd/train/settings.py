@@ -13,7 +13,7 @@ from fastsd.train import tables
 OPTIMISERS = ("adamw", "adamw8bit")
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("auto", "bf16", "fp32")
-DATA_KINDS = ("folder", "idx", "webdataset", "digits")
+DATA_KINDS = ("folder", "idx", "webdataset", "datasets", "digits")
 
 
 @dataclass(frozen=True)

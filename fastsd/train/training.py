@@ -15,6 +15,7 @@ from fastsd.errors import FastsdError
 from fastsd.files import reason, remove_leftovers, replace_whole
 from fastsd.runtime.devices import undisturbed
 from fastsd.train import record
+from fastsd.train.arrow import list_dataset
 from fastsd.train.captioned import CaptionedImages
 from fastsd.train.digit_images import DigitImages
 from fastsd.train.figures import Figures
@@ -44,6 +45,7 @@ LISTS: dict[str, Callable[[Path, str], list[Sample]]] = {
     "folder": list_folder,
     "idx": list_idx,
     "webdataset": list_shards,
+    "datasets": list_dataset,
 }
 
 
