@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from fastsd.errors import FastsdError
 from fastsd.model.vae import AutoencoderKL
 from fastsd.train.discriminator import PatchDiscriminator, adaptive_weight, feature_distance, hinge
 from fastsd.train.grids import rows_of_images
+from fastsd.train.lpips import load_lpips
 from fastsd.train.parts import Part
 from fastsd.train.settings import Fit
 from fastsd.train.stage import Batch, Metrics, Stage
@@ -34,7 +36,7 @@ class GanSettings:
 @dataclass(frozen=True)
 class VaeSettings:
     """The loss is `l1_weight` * L1 + `mse_weight` * MSE + `edge_weight` * L1 of neighbour differences + `kl_weight` *
-    KL per pixel, and what `gan` adds."""
+    KL per pixel, and what `lpips` and `gan` add."""
 
     model: VAEConfig
     fit: Fit
@@ -43,6 +45,8 @@ class VaeSettings:
     mse_weight: float = 1.0
     edge_weight: float = 1.0
     gan: GanSettings = GanSettings()
+    lpips: str = ""  # a file with the weights of LPIPS (`fastsd.train.lpips`); empty: it is not used
+    lpips_weight: float = 1.0
 
     @property
     def multiple(self) -> int:
@@ -55,6 +59,8 @@ class VaeSettings:
             raise FastsdError("vae.gan.features needs a discriminator: vae.gan.weight above 0, such as 0.5")
         if self.gan.layers < 1 or self.gan.channels < 1:
             raise FastsdError("vae.gan.layers and vae.gan.channels should be at least 1")
+        if self.lpips_weight < 0:
+            raise FastsdError("it should be at least 0", argument="vae.lpips_weight", value=self.lpips_weight)
 
 
 class VaeStage(Stage):
@@ -71,6 +77,7 @@ class VaeStage(Stage):
         self.trained = {"vae": self.vae}
         self.job.modules["vae"] = self.vae
         gan = self.settings.gan
+        self.lpips = load_lpips(Path(self.settings.lpips)).to(device) if self.settings.lpips else None
         if gan.weight:
             self.discriminator = PatchDiscriminator(gan.channels, gan.layers).to(device)
             self.trained["discriminator"] = self.discriminator
@@ -95,8 +102,11 @@ class VaeStage(Stage):
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / part.size
         pixels = image[0].numel()
         match = settings.l1_weight * l1 + settings.mse_weight * mse + settings.edge_weight * edges
-        total = match + settings.kl_weight * kl / pixels
         metrics = {"l1": l1.item(), "mse": mse.item(), "edges": edges.item(), "kl": kl.item()}
+        if self.lpips is not None:
+            distance = self.lpips(image, decoded).mean()
+            match, metrics["lpips"] = match + settings.lpips_weight * distance, distance.item()
+        total = match + settings.kl_weight * kl / pixels
         if self._plays(part):
             adversarial, figures = self._fool(image, decoded, match)
             total, metrics = total + adversarial, metrics | figures
