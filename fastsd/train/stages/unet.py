@@ -33,7 +33,7 @@ from fastsd.train.noising import (
 )
 from fastsd.train.parts import Part
 from fastsd.train.settings import Fit
-from fastsd.train.stage import Batch, Metrics, Stage
+from fastsd.train.stage import Batch, Metrics, Stage, TrainingJob
 from fastsd.train.tables import check_choice
 from fastsd.weights import save_folder
 
@@ -46,9 +46,10 @@ class UNetSettings:
     """The objective is that of `scheduler.prediction_type`, or with `sde` score matching in continuous time."""
 
     model: UNetConfig
-    text: CLIPConfig
     scheduler: SchedulerConfig
     fit: Fit
+    text: CLIPConfig | None = None  # of a text encoder that is trained with the UNet
+    text_from: str = ""  # or a checkpoint whose text encoder and tokenizer are taken as they are: a file, a folder ...
     empty: float = 0.12  # share of samples without a caption, which guidance needs (Ho and Salimans 2022)
     sde: str = ""  # "vp" or "ve": score matching on that SDE (Song et al. 2021)
     sigma_min: float = 0.01  # of the VE SDE
@@ -62,11 +63,19 @@ class UNetSettings:
         if not 0 < self.sigma_min < self.sigma_max:
             raise FastsdError("unet.sigma_min and unet.sigma_max should be above 0, and the first below the second")
         NoiseLevels(self.scheduler, self.sde, self.sigma_min, self.sigma_max)
-        if self.text.hidden_size != self.model.cross_attention_dim:
+        if (self.text is None) == (not self.text_from):
             raise FastsdError(
-                f"unet.text.hidden_size is {self.text.hidden_size}; it should be unet.model.cross_attention_dim,"
-                f" {self.model.cross_attention_dim}"
+                "one of the two is needed: the table unet.text for a new text encoder, or unet.text_from, a checkpoint"
+                " whose text encoder stays as it is"
             )
+        if self.text is not None:
+            self.check_width("unet.text.hidden_size", self.text)
+
+    def check_width(self, name: str, text: CLIPConfig) -> None:
+        """Raises FastsdError where the UNet does not read what the text encoder writes."""
+        width = self.model.cross_attention_dim
+        if text.hidden_size != width:
+            raise FastsdError(f"{name} is {text.hidden_size}; it should be unet.model.cross_attention_dim, {width}")
 
 
 class UNetStage(Stage):
@@ -79,21 +88,50 @@ class UNetStage(Stage):
     latents: Latents
 
     def build(self) -> None:
-        job, text = self.job, self.settings.text
+        job = self.job
         if "vae" not in job.modules:
             raise FastsdError("the stage unet needs an autoencoder; put the stage vae before it")
-        job.tokenizer = vocabulary.write(*job.images.vocabulary(), job.out / "tokenizer", text.max_position_embeddings)
-        text = replace(text, vocab_size=len(job.tokenizer), eos_token_id=job.tokenizer.eos_id)
         self.unet = UNet(self.settings.model).to(job.device)
-        self.text_encoder = TextEncoder(text).to(job.device)
+        self.text_encoder = self._text_encoder(job).to(job.device)
         # The network starts by predicting 0, the mean of every target.
         for parameter in self.unet.conv_out.parameters():
             nn.init.zeros_(parameter)
-        self.trained = {"denoiser": nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder})}
+        networks: dict[str, nn.Module] = {"unet": self.unet}
+        if self.settings.text is not None:
+            networks["text_encoder"] = self.text_encoder
+        self.trained = {"denoiser": nn.ModuleDict(networks)}
         job.modules |= {"unet": self.unet, "text_encoder": self.text_encoder}
         settings = self.settings
         self.levels = NoiseLevels(settings.scheduler, settings.sde, settings.sigma_min, settings.sigma_max)
         self.scheduler = self.levels.scheduler
+
+    def _text_encoder(self, job: TrainingJob) -> TextEncoder:
+        """A new text encoder with a vocabulary learnt from the captions; or a checkpoint's, frozen. Sets the job's
+        tokenizer."""
+        text = self.settings.text
+        if text is not None:
+            length = text.max_position_embeddings
+            job.tokenizer = vocabulary.write(*job.images.vocabulary(), job.out / "tokenizer", length)
+            return TextEncoder(replace(text, vocab_size=len(job.tokenizer), eos_token_id=job.tokenizer.eos_id))
+        source = self.settings.text_from
+        given = Pipeline.from_pretrained(source, device="cpu", dtype="fp32", graphs=False).components
+        if given.xl:
+            raise FastsdError(
+                "it is of SDXL's family, whose two text encoders this stage does not join",
+                argument="unet.text_from", value=source,
+            )  # fmt: skip
+        (encoder,), (job.tokenizer,) = given.text_encoders, given.tokenizers
+        self.settings.check_width(f"the width of the text encoder of {source}", encoder.config)
+        # In training mode, no weight is packed for inference.
+        return encoder.requires_grad_(False).train()
+
+    def _context(self, ids: torch.Tensor) -> torch.Tensor:
+        """The text `[B, L, D]` that the UNet reads. A frozen encoder runs in fp32: the fused ops of inference on a CPU
+        take weights of one dtype with the input."""
+        if self.settings.text is not None:
+            return self.text_encoder(ids).hidden
+        with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
+            return self.text_encoder(ids).hidden
 
     def prepare(self) -> None:
         vae = self.job.modules["vae"]
@@ -127,7 +165,7 @@ class UNetStage(Stage):
         x, noise = batch["x"], batch["noise"]
         alpha_bar = batch["alpha_bar"][:, None, None, None]
         noisy = alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
-        context = self.text_encoder(batch["ids"]).hidden
+        context = self._context(batch["ids"])
         prediction = self.unet(noisy, batch["time"], context).float()
         error = (prediction - prediction_target(self.scheduler, x, noise, alpha_bar)).square().mean((1, 2, 3))
         # By noise level, since the timesteps rise over the part; nan where a part of one or two leaves a third empty.

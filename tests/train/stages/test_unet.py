@@ -7,12 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fastsd.errors import FastsdError
 from fastsd.pipeline import Pipeline
+from fastsd.train import checkpoint
 from fastsd.train.figures import read_metrics
 from fastsd.train.training import train
+from fastsd.weights import load_folder, save_folder
+from tests.support import tiny
 from tests.support.training import CONFIG
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 255)}
@@ -72,11 +76,37 @@ def test_the_model_of_every_objective_generates(folder: Path, name: str) -> None
         assert sorted(buckets.values()) == [8, 16] and buckets["32x32"] == 16
 
 
+@pytest.mark.heavy
+def test_a_text_encoder_that_stays_as_it_is(folder: Path) -> None:
+    """It is not trained, the exported model has it with its tokenizer, and a resumed run loads it again."""
+    save_folder(tiny.sd1(), folder / "given", torch.float32)
+    text = (folder / "config.toml").read_text()
+    own, rest = text[text.index("[unet.text]") :].split("[unet.scheduler]")
+    text = text.replace(own, "").replace("cross_attention_dim = 8", "cross_attention_dim = 32")
+    config, out = folder / "frozen.toml", folder / "frozen"
+    config.write_text(
+        text.replace("[unet.model]", f'[unet]\ntext_from = "{(folder / "given").as_posix()}"\n[unet.model]')
+    )
+    train(config, out=out, export=out / "model", changes=["unet.fit.steps=2"])
+    train(config, out=out, export=out / "model", resume=True)
+    assert len(read_metrics(out / "metrics.jsonl")) == 6
+    exported = load_folder(out / "model", torch.float32)
+    given = tiny.all_weights(tiny.sd1())
+    found = tiny.all_weights(exported)
+    kept = [key for key in given if key.startswith("text0")]
+    assert kept and all(torch.equal(found[key], given[key].half().float()) for key in kept)
+    assert exported.tokenizers[0].ids("all red") == tiny.sd1().tokenizers[0].ids("all red")
+    state = checkpoint.load(out / "unet.pt")["denoiser"]["model"]
+    assert all(key.startswith("unet.") for key in state)
+
+
 def test_what_does_not_go_together_is_one_line(folder: Path) -> None:
     for change, message in (
         ('unet.sde="sub-vp"', "unet.sde is 'sub-vp'; it should be one of"),
         ('unet.sde="vp"', 'unet.scheduler.prediction_type = "epsilon"'),
         ("unet.sigma_min=60", "the first below the second"),
+        ("unet.text_from=digits", "one of the two is needed: the table unet.text"),
+        ("vae.lpips_weight=-1", "it should be at least 0"),
         ("vae.gan.features=1.0", "needs a discriminator"),
     ):
         with pytest.raises(FastsdError) as caught:
