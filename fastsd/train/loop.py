@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,7 @@ from fastsd.train.figures import Figures
 from fastsd.train.optimisers import Average, learning_rate, make_optimiser
 from fastsd.train.parts import Part, split, training_numerics
 from fastsd.train.stage import Batch, Metrics, Stage
+from fastsd.train.stall import StallWatch
 
 VALIDATION_STEP = 2**31  # the step that random numbers of the validation are keyed by; no training is as long
 
@@ -136,8 +138,10 @@ class Trainer:
         save_minutes = self.job.settings.checkpoint_minutes
         started = saved = time.monotonic()
         before = self.minutes
-        with training_numerics(self.job.device):
+        watch = StallWatch(self.job.settings.stall_minutes, self._say)
+        with training_numerics(self.job.device), watch:
             while not self.finished:
+                watch.moved(f"step {self.step + 1} of {self.stage.name}")
                 metrics = self._take_step()
                 self.step += 1
                 self.minutes = before + (time.monotonic() - started) / 60
@@ -152,6 +156,13 @@ class Trainer:
                     saved = time.monotonic()
                 if not self.finished:
                     self.job.check_stop()
+
+    def _say(self, line: str) -> None:
+        """Report a line of any process: of the others, on stderr."""
+        if self.job.processes.main:
+            self.job.report(line)
+        else:
+            print(f"process {self.job.processes.rank}: {line}", file=sys.stderr, flush=True)
 
     def _take_step(self) -> Metrics:
         """One update of every network. A step that is not finite changes no weights."""

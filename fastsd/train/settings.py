@@ -110,6 +110,7 @@ class TrainingSettings:
     threads: int = 0  # on the CPU, workers that split each batch; the count affects the result. 0: one per core
     precision: str = "auto"  # of matrix products: auto (bf16 where the processor supports it), bf16 or fp32
     checkpoint_minutes: float = 3.0
+    stall_minutes: float = 10.0  # without a finished step, before the log says where the run stands; 0: never
     defaults: PipelineDefaults = PipelineDefaults()
     stages: dict[str, Any] = field(default_factory=dict)
 
