@@ -15,6 +15,7 @@ class GroupNormSettings:
         whole_tile, whole_warps: elements of the tile of such a program, and its warps.
         row_bytes: the fewest adjacent bytes of a pixel that a program of the split path reads, if possible.
         tile, warps: elements of the tile of a program of the split path, and its warps.
+        residual_warps: warps of the pass that finishes a convolution and takes the moments of the same tiles.
         programs: programs per image of the split path, if each then has `split_tiles` tiles; half as many, if the last
             launch can then merge the splits itself.
         split_tiles: the fewest tiles of a program that computes moments.
@@ -28,6 +29,7 @@ class GroupNormSettings:
     row_bytes: int = 128
     tile: int = 4096
     warps: int = 4
+    residual_warps: int = 4
     programs: int = 512
     split_tiles: int = 4
     apply_tiles: int = 4
@@ -38,7 +40,7 @@ class GroupNormSettings:
 TABLE: dict[int, GroupNormSettings] = {
     75: GroupNormSettings(whole=24576, programs=160),  # 32 KiB of first-level cache
     80: GroupNormSettings(),
-    86: GroupNormSettings(),
+    86: GroupNormSettings(residual_warps=8),  # four would spill on sm_86
     90: GroupNormSettings(whole=131072),  # half of 256 KiB
     100: GroupNormSettings(whole=131072),
     120: GroupNormSettings(),

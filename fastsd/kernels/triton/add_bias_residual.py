@@ -169,6 +169,7 @@ def _with_moments(
     pixels, size, run = height * width, channels // moments.GROUPS, launch.split_pixels
     runs = -(-pixels // run)
     values = torch.empty(batch, 2, runs, moments.GROUPS, dtype=torch.float32, device=y.device)
+    settings = groupnorm_silu.TABLE[architecture.class_of(y.device)]
     with torch.cuda.device_of(y):
         _residual_moments_kernel[(runs, moments.GROUPS // launch.groups, batch)](
             *(y, bias, residual, values, pixels, channels, run, residual_stride),
@@ -177,7 +178,7 @@ def _with_moments(
             BLOCK_P=launch.block_p,
             BLOCK_C=power_of_two(launch.groups * size),
             BLOCK_G=power_of_two(launch.groups),
-            num_warps=launch.warps,
+            num_warps=settings.residual_warps,
             **OPTIONS,
         )
     moments.note(y, moments.MapMoments(values, run))
