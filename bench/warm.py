@@ -24,7 +24,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from bench.compile_report import KernelLaunch, intercepted_launches
+from bench.intercept import KernelLaunch, intercepted_launches
 from fastsd.kernels import candidates, dispatch
 from fastsd.kernels.choice import decide
 from fastsd.kernels.choice.op import GpuOp, Key

@@ -21,9 +21,9 @@ import torch
 import triton
 
 from bench import compile_report
-from bench.compile_report import KernelLaunch
 from bench.compiled import SHARED
 from bench.dryrun.launches import loads
+from bench.intercept import KernelLaunch
 
 ROOT = Path(__file__).parents[2]
 EVERY: list[KernelLaunch] = []  # what processes that are forked from this one find here: kernels cannot be sent to them

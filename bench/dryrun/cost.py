@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 from torch._prims_common import suggest_memory_format
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bench.compiled import Unaligned
 from bench.dryrun.accesses import Access, accesses, multiplies
 
 KINDS = (
@@ -130,15 +129,6 @@ def tensor_of(x: Any) -> torch.Tensor | None:
     """The tensor of a launch's argument: itself, or the one that a descriptor describes."""
     x = x.base if isinstance(x, TensorDescriptor) else x
     return x if isinstance(x, torch.Tensor) else None
-
-
-def without_memory(x: Any) -> Any:
-    """A launch's argument without its tensor, which would stay in memory."""
-    if isinstance(x, TensorDescriptor):
-        return replace(x, base=torch.empty(0, dtype=x.base.dtype, device="meta"))
-    if not isinstance(x, torch.Tensor):
-        return x
-    return x.dtype if x.storage_offset() * x.element_size() % 16 == 0 else Unaligned(x.dtype)
 
 
 def pointers(kernel: Any, values: dict[str, Any]) -> dict[str, Access]:

@@ -13,12 +13,12 @@ import torch
 import triton
 
 from bench import compile_report
-from bench.compile_report import KernelLaunch
 from bench.dryrun.device import DEVICE, why_not
 from bench.dryrun.gpus import Gpu
 from bench.dryrun.record import DryRun, dry_run
 from bench.dryrun.ways import generate
 from bench.families import FAMILIES
+from bench.intercept import KernelLaunch
 from bench.warm import compiler_key, every_launch
 from fastsd.kernels.advance import advance
 

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
-import triton
 from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -28,6 +27,7 @@ from bench.dryrun.device import DEVICE, fake_cuda
 from bench.dryrun.floor import Floors
 from bench.dryrun.gpus import Gpu
 from bench.dryrun.memory import EAGER, GRAPHS, Allocations
+from bench.intercept import intercepted, without_memory
 from fastsd.generate.batch import Batch
 from fastsd.kernels import candidates
 
@@ -267,9 +267,8 @@ class DryRun(TorchDispatchMode):
         )
         self._current.launches.append(launch)
 
-    def launch(self, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def launch(self, kernel: Any, values: dict[str, Any]) -> None:
         """A launch of a Triton kernel."""
-        values = dict(zip((parameter.name for parameter in kernel.params), args)) | options
         try:
             used, work = cost.pointers(kernel, values), cost.kernel_operations(kernel, values)
         except ValueError as error:
@@ -281,8 +280,8 @@ class DryRun(TorchDispatchMode):
         read = {cost.place(tensors[key]): tensors[key] for key, how in used.items() if "load" in how}
         written = {cost.place(tensors[key]): tensors[key] for key, how in used.items() if "store" in how}
         kind = cost.kind_of_kernel(kernel, _calling_op(), values)
-        frozen = {key: cost.without_memory(x) for key, x in values.items()}
-        self._add(kernel.fn.__name__, read.values(), written.values(), work, kind=kind, kernel=(kernel, frozen))
+        given = kernel, without_memory(values)
+        self._add(kernel.fn.__name__, read.values(), written.values(), work, kind=kind, kernel=given)
 
 
 def _calling_op() -> str:
@@ -365,9 +364,6 @@ def dry_run(gpu: Gpu) -> Iterator[DryRun]:
         candidates.forget()
         stack.callback(candidates.forget)
 
-        def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-            run.launch(kernel, args, options)
-
         denoise = Batch.denoise
 
         def watched(batch: Batch) -> Any:
@@ -377,7 +373,7 @@ def dry_run(gpu: Gpu) -> Iterator[DryRun]:
             finally:
                 run.in_loop = False
 
-        stack.enter_context(patch.object(triton.JITFunction, "run", launch))
+        stack.enter_context(intercepted(run.launch))
         stack.enter_context(patch.object(Batch, "denoise", watched))
         hooks = nn.modules.module
         stack.callback(hooks.register_module_forward_pre_hook(run.enter_layer).remove)

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 
 from bench import compile_report
-from bench.compile_report import KernelLaunch
 from bench.compiled import SHARED
 from bench.dryrun import compile_table, compiles, launches
+from bench.intercept import KernelLaunch
 from fastsd.kernels import dispatch
 
 KERNELS = compile_table.ROOT / "fastsd" / "kernels" / "triton"

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from bench import compile_report, warm
-from bench.compile_report import KernelLaunch
+from bench import warm
+from bench.intercept import KernelLaunch, intercepted_launches
 from fastsd import config
 from fastsd.kernels import dispatch
 from fastsd.kernels.launch import architecture
@@ -42,7 +42,7 @@ def of_layernorm(x: torch.Tensor) -> KernelLaunch:
     def tell(kernel: Any, arguments: dict[str, Any]) -> None:
         found.append(KernelLaunch("layernorm", kernel, arguments))
 
-    with compile_report.intercepted_launches(90, tell):
+    with intercepted_launches(90, tell):
         layernorm_triton.layernorm(x, x[0], x[0], 1e-5)
     return found[0]
 

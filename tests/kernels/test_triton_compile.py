@@ -19,8 +19,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 from triton.backends.compiler import GPUTarget
 
-from bench.compile_report import KernelLaunch, compiled, intercepted_launches
+from bench.compile_report import compiled
 from bench.compiled import SHARED, compile_kernel, source_of
+from bench.intercept import KernelLaunch, intercepted_launches
 from fastsd.kernels.launch import OPTIONS, groupnorm_silu
 from fastsd.kernels.launch import rowwise as rows
 from fastsd.kernels.launch.conv2d import UNUSED
