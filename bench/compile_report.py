@@ -16,23 +16,22 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import triton
 
 from bench.compiled import SHARED, Compiled, compile_kernel
-from fastsd.kernels.launch import architecture
+from bench.intercept import KernelLaunch, intercepted_launches
 from fastsd.kernels.triton import add_bias_residual as add_bias_residual_triton
 from fastsd.kernels.triton import advance as advance_triton
 from fastsd.kernels.triton import conv2d as conv2d_triton
 from fastsd.kernels.triton import flash_attn as flash_attn_triton
+from fastsd.kernels.triton import flash_attn_gradients as flash_attn_gradients_triton
 from fastsd.kernels.triton import geglu as geglu_triton
 from fastsd.kernels.triton import geglu_fp8 as geglu_fp8_triton
 from fastsd.kernels.triton import groupnorm_silu as groupnorm_silu_triton
@@ -76,20 +75,15 @@ ATTENTION = [  # queries, keys, heads, head size
     (77, 77, 12, 64),
     (4096, 4096, 1, 512),
 ]
+ATTENTION_GRADIENTS = [
+    *((4096, 4096, 8, 40), (4096, 77, 10, 64), (1024, 1024, 8, 80), (256, 256, 8, 160)),
+    (77, 77, 12, 64),
+]
 GATED = [(8192, 1280, 320), (2048, 5120, 1280)]  # rows, columns of the result, K
 PRODUCTS = [  # rows, columns, K, columns of the skip input
     *((8192, 320, 320, 0), (8192, 640, 640, 0), (2048, 1280, 1280, 0), (128, 1280, 5120, 0)),
     (8192, 320, 640, 320),
 ]
-
-
-@dataclass(frozen=True)
-class KernelLaunch:
-    """A kernel and the arguments of a launch: dtypes in place of tensors, numbers, constants, compiler options."""
-
-    case: str
-    kernel: Any
-    arguments: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -104,28 +98,11 @@ class Loop:
     bytes: int
 
 
-@contextmanager
-def intercepted_launches(capability: int, on_launch: Callable[[Any, dict[str, Any]], None]) -> Iterator[None]:
-    """Inside this context the launches of all kernels go to `on_launch`, and every device has this compute
-    capability."""
-
-    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        values = dict(zip((parameter.name for parameter in kernel.params), args)) | options
-        on_launch(kernel, {name: x.dtype if isinstance(x, torch.Tensor) else x for name, x in values.items()})
-
-    key = architecture.class_of_capability(capability)
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(architecture, "class_of", lambda device: key))
-        stack.enter_context(patch.object(triton.JITFunction, "run", run))
-        yield
-
-
 Call = tuple[str, Callable[[], Any]]  # its name, and the call of a launcher
 
 
 def launches(capability: int, dtype: torch.dtype) -> list[KernelLaunch]:
     """Every distinct launch of every op at the shapes above, on sm_`capability`."""
-    by_name: dict[str, KernelLaunch] = {}
     calls = [*_norm_calls(dtype), *_epilogue_calls(dtype), *_geglu_calls(dtype), *_advance_calls(dtype)]
     if capability >= 80:  # sm_75 uses PyTorch's attention, products and convolutions
         calls += _attention_calls(dtype)
@@ -133,6 +110,17 @@ def launches(capability: int, dtype: torch.dtype) -> list[KernelLaunch]:
         calls += _convolution_calls(dtype) if dtype in conv2d_triton.DTYPES else ()
     if capability >= FP8 and dtype in linear_triton.DTYPES:
         calls += _fp8_calls(dtype)
+    return _launches_of(calls, capability)
+
+
+def training_launches(capability: int) -> list[KernelLaunch]:
+    """The launches of attention in training, in bf16; they are in the models' table alone."""
+    return _launches_of(_attention_gradient_calls(torch.bfloat16), capability) if capability >= 80 else []
+
+
+def _launches_of(calls: Iterable[Call], capability: int) -> list[KernelLaunch]:
+    """Every distinct launch of these calls."""
+    by_name: dict[str, KernelLaunch] = {}
     for case, call in calls:
 
         def on_launch(kernel: Any, arguments: dict[str, Any], case: str = case) -> None:
@@ -217,11 +205,28 @@ def _advance_calls(dtype: torch.dtype) -> Iterator[Call]:
 
 def _attention_calls(dtype: torch.dtype) -> Iterator[Call]:
     for queries, keys, heads, size in ATTENTION:
-        causal = queries == 77
-        q = _meta(1, queries, 3, heads, size, dtype=dtype)[:, :, 0]
-        k, v = _meta(1, keys, 2, heads, size, dtype=dtype).unbind(2)
-        case = f"flash_attn {queries}x{keys}x{size}" + (" causal" if causal else "")
-        yield case, partial(flash_attn_triton.flash_attn, q, k, v, causal)
+        q, k, v, causal, case = _attention(queries, keys, heads, size, dtype)
+        yield f"flash_attn {case}", partial(flash_attn_triton.flash_attn, q, k, v, causal)
+
+
+def _attention_gradient_calls(dtype: torch.dtype) -> Iterator[Call]:
+    def both_passes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> None:
+        out, lse = flash_attn_gradients_triton.forward(q, k, v, causal)
+        flash_attn_gradients_triton.backward(out, q, k, v, out, lse, causal)
+
+    for queries, keys, heads, size in ATTENTION_GRADIENTS:
+        q, k, v, causal, case = _attention(queries, keys, heads, size, dtype)
+        yield f"flash_attn_gradients {case}", partial(both_passes, q, k, v, causal)
+
+
+def _attention(
+    queries: int, keys: int, heads: int, size: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool, str]:
+    """q, k and v as views of fused projections; whether a mask is causal, as a text encoder's is; and a name."""
+    causal = queries == 77
+    q = _meta(1, queries, 3, heads, size, dtype=dtype)[:, :, 0]
+    k, v = _meta(1, keys, 2, heads, size, dtype=dtype).unbind(2)
+    return q, k, v, causal, f"{queries}x{keys}x{size}" + (" causal" if causal else "")
 
 
 def _convolution_calls(dtype: torch.dtype) -> Iterator[Call]:

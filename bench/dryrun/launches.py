@@ -58,10 +58,11 @@ def launches(sm: int) -> list[KernelLaunch]:
 
 
 def of_report(sm: int) -> list[KernelLaunch]:
-    """The launches of the compile report, and the same in fp32."""
+    """The launches of the compile report, the same in fp32, and those of training."""
     dtypes = (torch.float16, *((torch.bfloat16,) if sm >= 80 else ()), torch.float32)
     named = ((dtype, launch) for dtype in dtypes for launch in compile_report.launches(sm, dtype))
-    return [replace(launch, case=f"{launch.case} {dtype}") for dtype, launch in named]
+    found = [replace(launch, case=f"{launch.case} {dtype}") for dtype, launch in named]
+    return [*found, *compile_report.training_launches(sm)]
 
 
 def of_steps(sm: int) -> list[KernelLaunch]:

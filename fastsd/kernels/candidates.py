@@ -8,7 +8,7 @@ PyTorch's own op.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from fastsd.kernels.choice.decide import ChoiceMode, choosing
 from fastsd.kernels.choice.faults import device_is_lost, installation_is_incomplete, reason_of
 from fastsd.kernels.choice.op import GpuOp, OpCandidate, Way
 
-__all__ = ["ChoiceMode", "GpuOp", "OpCandidate", "choosing", "forget", "only", "run"]
+__all__ = ["ChoiceMode", "GpuOp", "OpCandidate", "choosing", "chosen", "forget", "only", "run"]
 
 _only = threading.local()
 _chosen: dict[tuple[Any, ...], Way] = {}  # by device, mode, op and key
@@ -38,23 +38,13 @@ def run(op: GpuOp, *args: Any) -> Any:
             does not.
         Exception: what the first candidate raised, if all fail; what any raises if memory or the GPU itself is lost.
     """
-    named = getattr(_only, "ways", {}).get(op.name)
-    if named is not None:
-        reason = named.candidate.refuses(*args)
-        if reason is not None:
-            raise FastsdError(f"{op.name}: candidate {named.candidate.name!r} does not take this call: {reason}")
-        return named.run(args)
-    if dispatch.forced_name() == "triton":
-        return next(Way(one) for one in decide.taking(op, args) if not one.measured).run(args)
-    how, key = decide.mode(), op.key_of(args)
-    place = (args[0].device, how.reproducible, how.thorough, op.name, key)
-    way = _chosen.get(place)
+    stated = _stated(op, args)
+    if stated is not None:
+        return stated.run(args)
+    place = _place_of(op, args)
     error: Exception | None = None
     while True:
-        if way is None:
-            way, stays = decide.way_for(op, key, args, _failed.get(place, {}))
-            if stays:
-                _chosen[place] = way
+        way = _decided(op, args, place)
         try:
             result = way.run(args)
         except FastsdError:
@@ -68,16 +58,51 @@ def run(op: GpuOp, *args: Any) -> Any:
                 return op.own.run(args)
             if installation_is_incomplete(fault):  # for this process alone: what is missing may be installed
                 decide.tell_incomplete(fault)
-                way = _chosen[place] = op.own
+                _chosen[place] = op.own
                 continue
             error = error or fault
             _failed.setdefault(place, {})[way.label] = reason_of(fault)
             _chosen.pop(place, None)
-            way = None
             continue
         if error is not None:
             _tell(op, _failed[place], way)
         return result
+
+
+def chosen(op: GpuOp, *args: Any) -> Way:
+    """The way in which `run` would begin to compute a call; nothing is computed here but what the choice needs.
+
+    Raises:
+        FastsdError: as `run`.
+    """
+    return _stated(op, args) or _decided(op, args, _place_of(op, args))
+
+
+def _stated(op: GpuOp, args: Sequence[Any]) -> Way | None:
+    """The way that `only` states, or the backend `triton` if it is forced."""
+    named: Way | None = getattr(_only, "ways", {}).get(op.name)
+    if named is not None:
+        reason = named.candidate.refuses(*args)
+        if reason is not None:
+            raise FastsdError(f"{op.name}: candidate {named.candidate.name!r} does not take this call: {reason}")
+        return named
+    if dispatch.forced_name() == "triton":
+        return next(Way(one) for one in decide.taking(op, args) if not one.measured)
+    return None
+
+
+def _place_of(op: GpuOp, args: Sequence[Any]) -> tuple[Any, ...]:
+    how = decide.mode()
+    return args[0].device, how.reproducible, how.thorough, op.name, op.key_of(args)
+
+
+def _decided(op: GpuOp, args: Sequence[Any], place: tuple[Any, ...]) -> Way:
+    way = _chosen.get(place)
+    if way is None:
+        way, stays = decide.way_for(op, place[-1], args, _failed.get(place, {}))
+        if stays:
+            _chosen[place] = way
+    return way
 
 
 def _tell(op: GpuOp, failed: dict[str, str], instead: Way) -> None:

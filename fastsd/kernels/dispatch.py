@@ -3,7 +3,8 @@
 Four backends can exist for an op: `reference` (the specification: a few lines of PyTorch that compute in fp32),
 `torch` (PyTorch's public operations in the tensor's dtype: runs everywhere, and is what training differentiates),
 `onednn` (the CPU's fast path, without gradients; see `fastsd.kernels.cpu.onednn`) and `triton` (our kernels, on CUDA,
-in `fastsd.kernels.triton`; without gradients). Under `triton`, an op without a kernel runs PyTorch's.
+in `fastsd.kernels.triton`; of the ops, attention alone has gradients there). Under `triton`, an op without a kernel
+runs PyTorch's.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import importlib.metadata
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -30,17 +31,23 @@ _forced = threading.local()
 _warned: set[tuple[str, str]] = set()
 
 
-def backend(*inputs: torch.Tensor | None, op: str = "") -> str:
+def backend(*inputs: torch.Tensor | None, op: str = "", gradients: Sequence[torch.dtype] = ()) -> str:
     """Name of the backend for an op with these inputs: "reference", "torch", "onednn" or "triton".
 
-    If any input requires gradients, that is "torch", the one fast backend that has them. A forced backend is returned
-    even then; its launcher refuses.
+    Where gradients are recorded, that is "torch", unless kernels of the op compute them in this dtype. A forced backend
+    is returned even then; a launcher without gradients refuses.
 
     Args:
         inputs: the activation first, then the op's other tensors.
         op: the name of the op, if it is one of `WITHOUT_ONEDNN`.
+        gradients: the dtypes in which Triton kernels compute the op's gradients.
     """
-    return forced_name() or _natural(inputs, op)
+    return forced_name() or _natural(inputs, op, gradients)
+
+
+def records(*inputs: torch.Tensor | None) -> bool:
+    """Whether gradients of an op with these inputs are recorded."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
 def folds(*inputs: torch.Tensor | None) -> bool:
@@ -52,16 +59,17 @@ def folds(*inputs: torch.Tensor | None) -> bool:
     return forced_name() == "triton" or (not torch.is_grad_enabled() and _natural(inputs) == "triton")
 
 
-def _natural(inputs: tuple[torch.Tensor | None, ...], op: str = "") -> str:
+def _natural(inputs: tuple[torch.Tensor | None, ...], op: str = "", gradients: Sequence[torch.dtype] = ()) -> str:
     """The backend where none is forced."""
     x = inputs[0]
     assert x is not None
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    recorded = records(*inputs)
+    if recorded and x.dtype not in gradients:
         return "torch"
     if not x.is_cpu or interpreted():
         ours = (x.is_cuda or interpreted()) and x.dtype in TRITON_DTYPES and _can_run_triton(x.device)
         return "triton" if ours else "torch"
-    if x.numel() == 0:
+    if recorded or x.numel() == 0:
         return "torch"
     return "onednn" if x.dtype in (WITHOUT_ONEDNN.get(op) or onednn_dtypes()) else "torch"
 

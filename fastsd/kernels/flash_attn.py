@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from fastsd.kernels import candidates, dispatch
 from fastsd.kernels.candidates import GpuOp, OpCandidate
 from fastsd.kernels.cpu import choices, onednn
 from fastsd.kernels.launch import architecture, variants
 from fastsd.kernels.launch.flash_attn import FewKeys, Tile, Wide
+
+HALF = (torch.float16, torch.bfloat16)  # in these our kernels compute gradients
 
 # The oneDNN path.
 CHUNK = 2**21  # scores computed at a time: small enough for a cache of a few MB
@@ -25,17 +28,41 @@ def flash_attn_ref(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bo
     """The specification of `flash_attn`: scores, softmax and sums in fp32."""
     dtype = q.dtype
     q, k, v = (dispatch.widen(x).transpose(1, 2) for x in (q, k, v))  # [B, heads, S, D]
+    return (_weights(q, k, causal) @ v).transpose(1, 2).flatten(2).to(dtype)
+
+
+def flash_attn_gradients_ref(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The specification of both passes: the result of `flash_attn`, and the gradients of q, k and v in fp32.
+
+    They are those of `(out * q).sum()` with this q as a constant: any tensor of its shape shows, as the gradient of the
+    result, whether a backward pass is right and how long it takes.
+    """
+    dtype, scale = q.dtype, q.shape[-1] ** -0.5
+    q, k, v = (dispatch.widen(x).transpose(1, 2) for x in (q, k, v))  # [B, heads, S, D]
+    weights = _weights(q, k, causal)
+    out = weights @ v
+    ds = weights * (q @ v.transpose(-1, -2) - (q * out).sum(-1, keepdim=True)) * scale  # of the scores
+    found = ds @ k, ds.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ q
+    dq, dk, dv = (x.transpose(1, 2).to(dtype) for x in found)
+    return out.transpose(1, 2).flatten(2).to(dtype), dq, dk, dv
+
+
+def _weights(q: torch.Tensor, k: torch.Tensor, causal: bool) -> torch.Tensor:
+    """The softmax of the scores, `[B, heads, S, T]`, of q `[B, heads, S, D]` and k."""
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(future, -torch.inf)
-    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2).to(dtype)
+    return scores.softmax(-1)
 
 
 def flash_attn(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False, key_length: int | None = None
 ) -> torch.Tensor:
-    """Scaled dot-product attention.
+    """Scaled dot-product attention. Where gradients are recorded on a GPU in 16 bits, both passes are by our kernels or
+    both by PyTorch's, whichever is right and faster for the two together; elsewhere PyTorch differentiates its own op.
 
     Args:
         q: `[B, S, heads, D]`, any strides with a contiguous last dimension, such as views of a fused projection.
@@ -56,9 +83,12 @@ def flash_attn(
         if not 1 <= key_length <= k.shape[1]:
             raise ValueError(f"flash_attn: key_length is {key_length}; it needs 1 to {k.shape[1]}, the number of keys")
         k, v = k[:, :key_length], v[:, :key_length]
-    backend = dispatch.backend(q, k, v)
+    backend = dispatch.backend(q, k, v, gradients=HALF)
     if backend == "reference":
         return flash_attn_ref(q, k, v, causal)
+    if backend == "triton" and dispatch.records(q, k, v):
+        by_triton = candidates.chosen(GRADIENTS, q, k, v, causal) != GRADIENTS.own
+        return AttentionByTriton.apply(q, k, v, causal) if by_triton else _sdpa(q, k, v, causal)
     if backend == "triton":
         return candidates.run(OP, q, k, v, causal)
     if backend == "onednn" and not causal and _by_products(q, k):
@@ -131,6 +161,57 @@ OP = GpuOp(
         _sdpa_backend("flash", 0.0),
         _sdpa_backend("efficient", None, False, 0.0),
         OpCandidate("torch", _sdpa),
+    ),
+)
+
+
+class AttentionByTriton(torch.autograd.Function):
+    """`flash_attn` by our kernels in both passes."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+        from fastsd.kernels.triton import flash_attn_gradients as gradients_triton
+
+        out, lse = gradients_triton.forward(q, k, v, causal)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.causal = causal
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        from fastsd.kernels.triton import flash_attn_gradients as gradients_triton
+
+        q, k, v, out, lse = ctx.saved_tensors
+        return *gradients_triton.backward(gradient, q, k, v, out, lse, ctx.causal), None
+
+
+def _gradients_by_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple[torch.Tensor, ...]:
+    from fastsd.kernels.triton import flash_attn_gradients as gradients_triton
+
+    out, lse = gradients_triton.forward(q, k, v, causal)
+    return out, *gradients_triton.backward(q.flatten(2), q, k, v, out, lse, causal)
+
+
+def _gradients_refused_by_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> str | None:
+    from fastsd.kernels.triton import flash_attn_gradients as gradients_triton
+
+    return gradients_triton.refusal(q, k, v)
+
+
+def _gradients_by_pytorch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple[torch.Tensor, ...]:
+    with torch.inference_mode(False), torch.enable_grad():
+        q, k, v = ((x.clone() if x.is_inference() else x.detach()).requires_grad_() for x in (q, k, v))
+        out = _sdpa(q, k, v, causal)
+        return out.detach(), *torch.autograd.grad(out, (q, k, v), q.detach().flatten(2))
+
+
+GRADIENTS = GpuOp(
+    "flash_attn_gradients",
+    flash_attn_gradients_ref,
+    (
+        OpCandidate("triton", _gradients_by_triton, _gradients_refused_by_triton),
+        OpCandidate("torch", _gradients_by_pytorch),
     ),
 )
 

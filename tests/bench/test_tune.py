@@ -42,7 +42,7 @@ def test_the_summary_is_a_line_for_each_op_and_what_is_wrong() -> None:
 def test_a_run_fills_the_table_and_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels of ours cannot run on a CPU: each refuses, so that PyTorch's own ops are compared and timed."""
 
-    def backend(x: torch.Tensor, *_: object, op: str = "") -> str:
+    def backend(x: torch.Tensor, *_: object, **named: object) -> str:
         return dispatch.forced_name() or "triton"
 
     monkeypatch.setattr(dispatch, "backend", backend)

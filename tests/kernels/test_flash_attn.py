@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from fastsd.kernels import dispatch
 from fastsd.kernels import flash_attn as module
+from fastsd.kernels.choice.call import Call, Op
+from fastsd.kernels.choice.truth import truth
 from fastsd.kernels.flash_attn import flash_attn
 from tests.support.precision import DTYPES, check, check_batch, rand
 
@@ -145,6 +147,31 @@ def test_flash_attn_does_not_depend_on_the_batch(s, t, heads, size, dtype):
 def test_flash_attn_gradients():
     tensors = [x.requires_grad_(True) for x in inputs(1, 5, 4, 2, 3, torch.float64)]
     assert torch.autograd.gradcheck(flash_attn, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_specification_of_both_passes_is_autograds(causal: bool) -> None:
+    q, k, v = (x.requires_grad_() for x in inputs(2, 9, 7, 2, 5, torch.float64))
+    out = module.flash_attn_ref(q, k, v, causal)
+    wanted = out, *torch.autograd.grad(out, (q, k, v), q.detach().flatten(2))
+    for found, other in zip(module.flash_attn_gradients_ref(q, k, v, causal), wanted, strict=True):
+        assert found.shape == other.shape and (found - other).abs().max() < 1e-14 * max(1.0, other.abs().max())
+
+
+def test_pytorchs_gradients_are_those_of_the_specification_also_of_inference_tensors() -> None:
+    with torch.inference_mode():  # in which ways are compared
+        given = inputs(2, 9, 7, 2, 8, torch.float32)
+    # Sums of 9 terms, each a sum of 8.
+    for found, wanted in zip(module._gradients_by_pytorch(*given, False), module.flash_attn_gradients_ref(*given)):
+        assert found.shape == wanted.shape and (found - wanted).abs().max() < 9 * 2**-24 * 8 * wanted.abs().max()
+
+
+def test_the_true_gradients_are_the_same_head_by_head() -> None:
+    q, k, v = inputs(2, 9, 7, 3, 8, torch.float32)
+    call = Call.bind(Op("flash_attn_gradients", module.flash_attn_gradients_ref), q, k, v)
+    whole = module.flash_attn_gradients_ref(q.double(), k.double(), v.double())
+    for found, wanted in zip(truth(call), whole, strict=True):
+        assert found.shape == wanted.shape and (found - wanted).abs().max() < 1e-14 * wanted.abs().max()
 
 
 def test_flash_attn_refuses_shapes_that_do_not_match():

@@ -19,10 +19,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 
 from bench.compiled import SHARED, Compiled, compile_kernel, source_of
+from bench.dryrun import compiles
+from bench.intercept import KernelLaunch, intercepted_launches
 from fastsd.kernels.launch.flash_attn import RESIDENT, TABLE, choose
 from fastsd.kernels.triton import flash_attn as flash_attn_triton
-from fastsd.kernels.triton import flash_attn_few_keys as flash_attn_few_keys_triton
-from fastsd.kernels.triton import flash_attn_wide as flash_attn_wide_triton
+from fastsd.kernels.triton import flash_attn_gradients as flash_attn_gradients_triton
 
 pytestmark = pytest.mark.heavy
 
@@ -46,36 +47,18 @@ QUICK = {(90, 4096, 40), (90, 4096, 64), (90, 77, 40), (90, 77, 64), (80, 4000, 
 TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 
 
-class Recorder:
-    """Stands for a kernel; keeps what it is launched with."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-        self.arguments: dict[str, Any] = {}
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*args: Any, **options: Any) -> None:
-            given = dict(zip((parameter.name for parameter in self.kernel.params), args)) | options
-            self.arguments = {name: x.dtype if isinstance(x, torch.Tensor) else x for name, x in given.items()}
-
-        return launch
-
-
-def launched(
-    monkeypatch: pytest.MonkeyPatch, module: Any, name: str, capability: int, shape: tuple[int, int, int], **like: Any
-) -> tuple[Any, dict[str, Any]]:
-    """The kernel `name` of `module`, and what views of a fused projection launch it with on sm_`capability`."""
+def launched(name: str, capability: int, shape: tuple[int, int, int], **like: Any) -> tuple[Any, dict[str, Any]]:
+    """The kernel `name`, and what views of a fused projection launch it with on sm_`capability`."""
     causal = like.pop("causal", False)
     queries, keys, size = shape
-    recorder = Recorder(getattr(module, name))
-    monkeypatch.setattr(module, name, recorder)
-    key = max(key for key in TABLE if key <= capability)
-    monkeypatch.setattr(flash_attn_triton.architecture, "class_of", lambda device: key)
-    q = torch.empty(1, queries, 3, 8, size, **like)[:, :, 0]
-    k, v = torch.empty(1, keys, 2, 8, size, **like).unbind(2)
-    flash_attn_triton.flash_attn(q, k, v, causal)
-    assert recorder.arguments, f"{name} was not launched for {shape} on sm_{capability}"
-    return recorder.kernel, recorder.arguments
+    q = torch.empty(1, queries, 3, 8, size, device="meta", **like)[:, :, 0]
+    k, v = torch.empty(1, keys, 2, 8, size, device="meta", **like).unbind(2)
+    found: list[tuple[Any, dict[str, Any]]] = []
+    with intercepted_launches(capability, lambda *launch: found.append(launch)):
+        flash_attn_triton.flash_attn(q, k, v, causal)
+    (one,) = found
+    assert one[0].fn.__name__ == name, f"{one[0]} takes {shape} on sm_{capability}"
+    return one
 
 
 def examined(kernel: Any, capability: int, arguments: dict[str, Any]) -> Compiled:
@@ -102,8 +85,8 @@ def targets(shapes: list[tuple[int, int, int]]) -> list[Any]:
 
 
 @pytest.mark.parametrize(("capability", "shape", "dtype"), targets(LONG))
-def test_flash_attn_compiles(capability, shape, dtype, monkeypatch):
-    kernel, arguments = launched(monkeypatch, flash_attn_triton, "_flash_attn_kernel", capability, shape, dtype=dtype)
+def test_flash_attn_compiles(capability, shape, dtype):
+    kernel, arguments = launched("_flash_attn_kernel", capability, shape, dtype=dtype)
     made = examined(kernel, capability, arguments)
     assert re.search(rf"\b{TENSOR_CORES[capability]}", made.machine)
     # A part of 64 x 16 keys among 8 warps leaves 8 bytes a thread.
@@ -113,12 +96,11 @@ def test_flash_attn_compiles(capability, shape, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize(("capability", "shape", "dtype"), targets(FEW))
-def test_flash_attn_of_few_keys_compiles(capability, shape, dtype, monkeypatch):
+def test_flash_attn_of_few_keys_compiles(capability, shape, dtype):
     if shape[1] * shape[2] > RESIDENT[max(key for key in RESIDENT if key <= capability)]:
         pytest.skip("these keys do not fit this chip; the kernel for long sequences takes them")
-    module = flash_attn_few_keys_triton
     like = {"dtype": dtype, "causal": shape[0] == 77}
-    kernel, arguments = launched(monkeypatch, module, "_few_keys_kernel", capability, shape, **like)
+    kernel, arguments = launched("_few_keys_kernel", capability, shape, **like)
     made = examined(kernel, capability, arguments)
     assert re.search(rf"\b{TENSOR_CORES[capability]}", made.machine)
     assert {*made.loads, *made.copies} >= {128} and max(made.stores) == 128, made
@@ -128,31 +110,48 @@ def test_flash_attn_of_few_keys_compiles(capability, shape, dtype, monkeypatch):
     "capability", [pytest.param(c, marks=() if c == 90 else pytest.mark.slow) for c in CAPABILITIES]
 )
 @pytest.mark.parametrize("size", [40, 64, 80, 96, 128, 160])
-def test_flash_attn_in_fp32_compiles(size, capability, monkeypatch):
+def test_flash_attn_in_fp32_compiles(size, capability):
     """Without tensor cores: products are exact."""
     shape, like = (256, 200, size), {"dtype": torch.float32}
-    kernel, arguments = launched(monkeypatch, flash_attn_triton, "_flash_attn_kernel", capability, shape, **like)
+    kernel, arguments = launched("_flash_attn_kernel", capability, shape, **like)
     made = examined(kernel, capability, arguments)
     assert arguments["PRECISION"] == "ieee" and not re.search(r"\b\w+MMA\.", made.machine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("shape", [(1024, 1000, size) for size in (32, 40, 64, 80, 96, 128, 160)] + [(77, 77, 64)])
+@pytest.mark.parametrize("dtype", HALF)
+def test_both_passes_of_training_compile(dtype, shape, capability):
+    """One shape for sm_90 is compiled by tests/bench/test_dryrun_ways.py."""
+    queries, keys, size = shape
+    q, k, v = (torch.empty(1, n, 8, size, dtype=dtype, device="meta") for n in (queries, keys, keys))
+    found: list[KernelLaunch] = []
+    with intercepted_launches(capability, lambda *launch: found.append(KernelLaunch("", *launch))):
+        out, lse = flash_attn_gradients_triton.forward(q, k, v, queries == keys)
+        flash_attn_gradients_triton.backward(out, q, k, v, out, lse, queries == keys)
+    assert len(found) == 3
+    for launch in found:
+        size_of = compiles.size_of(launch, capability)
+        assert compiles.wrong(launch, size_of, capability) is None, (launch.kernel.fn.__name__, size_of)
 
 
 @pytest.mark.parametrize(
     "capability", [pytest.param(c, marks=() if c == 90 else pytest.mark.slow) for c in CAPABILITIES]
 )
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32])
-def test_the_softmax_of_wide_heads_compiles(dtype, capability, monkeypatch):
-    module, shape = flash_attn_wide_triton, (64, 4096, 512)
-    kernel, arguments = launched(monkeypatch, module, "_softmax_kernel", capability, shape, dtype=dtype)
+def test_the_softmax_of_wide_heads_compiles(dtype, capability):
+    kernel, arguments = launched("_softmax_kernel", capability, (64, 4096, 512), dtype=dtype)
     examined(kernel, capability, arguments)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [40, 64, 80, 96, 128, 160])
-def test_flash_attn_compiles_for_amd(size, monkeypatch):
+def test_flash_attn_compiles_for_amd(size):
     """gfx942 takes the rows of sm_80; its 64 KiB of local memory hold them. Compiled, never run."""
     target = triton.backends.compiler.GPUTarget("hip", "gfx942", 64)
     shape, like = (1024, 1000, size), {"dtype": torch.float16}
-    kernel, arguments = launched(monkeypatch, flash_attn_triton, "_flash_attn_kernel", 80, shape, **like)
+    kernel, arguments = launched("_flash_attn_kernel", 80, shape, **like)
     source = source_of(kernel, arguments)
     binary = triton.compile(source, target=target, options={"num_warps": arguments["num_warps"], "num_stages": 2})
     assert binary.metadata.shared <= 65536 and "v_mfma" in binary.asm["amdgcn"]

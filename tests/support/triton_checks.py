@@ -132,6 +132,28 @@ def _tuple(outputs: Outputs) -> tuple[torch.Tensor, ...]:
     return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
 
 
+def interpreted_bf16_products(monkeypatch: MonkeyPatch, *modules: Any) -> None:
+    """Let the interpreter multiply bf16 values, which it keeps as 16-bit integers, and `modules` take them."""
+    if not INTERPRETED:
+        return
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    original = InterpreterBuilder.create_dot
+
+    def widened(x: Any) -> Any:
+        if x.data.dtype != np.uint16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    monkeypatch.setattr(
+        InterpreterBuilder, "create_dot", lambda self, a, b, *rest: original(self, widened(a), widened(b), *rest)
+    )
+    for module in modules:
+        monkeypatch.setattr(module, "DTYPES", (*module.DTYPES, torch.bfloat16))
+
+
 def broken_with_importers(
     module: ModuleType, old: str, new: str, importers: Sequence[ModuleType], folder: Path, monkeypatch: MonkeyPatch
 ) -> Any:

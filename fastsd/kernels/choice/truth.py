@@ -11,25 +11,28 @@ from fastsd.kernels.choice.call import Call
 from fastsd.kernels.choice.rule import Tensors, exact_arithmetic
 
 ROWS = 1024  # of a head's scores that are in memory at a time
-SCORES = 2**26  # of a head, in memory at a time, where no mask says which row a query is
+SCORES = 2**26  # of a head, in memory at a time, where its queries can be computed apart
 
 
 def truth(call: Call, dtype: torch.dtype = torch.float64) -> Tensors:
     """The outputs of the specification in `dtype`, fp32 or float64. Attention runs in parts, which fit into memory."""
     arguments = call.widened(dtype)
     with exact_arithmetic():
-        if call.op.name != "flash_attn":
+        if call.op.name not in ("flash_attn", "flash_attn_gradients"):
             return call.run(arguments)
-        queries = arguments["q"].shape[1] if arguments["causal"] else max(SCORES // arguments["k"].shape[1], 1)
+        # A mask says which row a query is, and the gradients of keys are sums over all queries.
+        whole = arguments["causal"] or call.op.name == "flash_attn_gradients"
+        queries = arguments["q"].shape[1] if whole else max(SCORES // arguments["k"].shape[1], 1)
         samples = []
         for b in range(len(arguments["q"])):
             parts = {name: arguments[name][b : b + 1].split(1, dim=2) for name in ("q", "k", "v")}
             heads = []
             for q, k, v in zip(*parts.values()):
-                rows = [call.op.run(**arguments | {"q": part, "k": k, "v": v}) for part in q.split(queries, dim=1)]
-                heads.append(torch.cat(rows, dim=1))
-            samples.append(torch.cat(heads, dim=-1))
-        return (torch.cat(samples),)
+                rows = [call.run(arguments | {"q": part, "k": k, "v": v}) for part in q.split(queries, dim=1)]
+                heads.append([torch.cat(outputs, dim=1) for outputs in zip(*rows)])
+            # Heads are in the last dimension of a result, in the third one of a gradient.
+            samples.append([torch.cat(outputs, dim=2) for outputs in zip(*heads)])
+        return tuple(torch.cat(outputs) for outputs in zip(*samples))
 
 
 def order_slack(call: Call) -> float:

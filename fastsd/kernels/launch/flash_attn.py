@@ -14,7 +14,7 @@ class Tile:
         rows, keys: queries of a program; keys of one iteration.
         padded: the head is one part, a power of two that may exceed it; otherwise two parts, see `split`.
         registers: the limit per thread, if the compiler would exceed what lets two programs share a multiprocessor.
-        parts: of the head; `choose` sets them.
+        parts: of the head; `in_parts` sets them.
     """
 
     rows: int
@@ -112,9 +112,19 @@ def choose(architecture: int, queries: int, keys: int, heads: int, size: int, it
         blocks = min(max(-(-queries // 64) * heads // 64, 1), 4)
         # With more resident keys, prefetched queries exceed the registers: Triton 3.9 would spill.
         return FewKeys(64, blocks, 4, 1 if resident > 80 * 128 else 2, parts, split(keys))
+    return tile_of(architecture, queries, size, itemsize)
+
+
+def tile_of(architecture: int, queries: int, size: int, itemsize: int) -> Tile:
+    """The launch of the kernel for long sequences, for heads of up to `WIDEST`."""
     table = TABLE[architecture] if itemsize == 2 else FLOAT32
     tile = next(tile for (widest, fewest), tile in table.items() if size <= widest and queries >= fewest)
-    return replace(tile, parts=(_power_of_two(size), 0) if tile.padded else parts)
+    return in_parts(tile, size)
+
+
+def in_parts(tile: Tile, size: int) -> Tile:
+    """The tile for heads of `size`."""
+    return replace(tile, parts=(_power_of_two(size), 0) if tile.padded else split(size))
 
 
 def _power_of_two(n: int) -> int:

@@ -95,6 +95,7 @@ def _flash_attn_kernel(
     k_ptr,  # [B, T, heads, D]
     v_ptr,  # [B, T, heads, D]
     out_ptr,  # [B, S, heads, D] contiguous
+    lse_ptr,  # [B, heads, S] fp32: log2 of the sums of exponentials; or None
     S,
     T,
     scale,  # of the scores, times log2(e)
@@ -153,6 +154,8 @@ def _flash_attn_kernel(
             scale, D, D1, D2, BLOCK_N, True, CAUSAL, PRECISION,
         )
     # fmt: on
+    if lse_ptr is not None:
+        tl.store(lse_ptr + (b * heads + h) * S + row, top + tl.log2(total), mask=row < S)
     out_ptr += b * S * heads * D + h * D
     store_tile(out_ptr, acc1 / total[:, None], row, row < S, heads * D, D, 0, D1)
     if D2 > 0:
@@ -180,9 +183,11 @@ def flash_attn(
         batch. fp32 products are exact fp32 unless `torch.backends.cuda.matmul.allow_tf32`.
 
     Raises:
-        ValueError: the reason of `refusal`.
+        ValueError: the reason of `refusal`; or gradients, which this launcher lacks.
     """
     reason = refusal(q, k, v)
+    if dispatch.records(q, k, v):
+        reason = "this launcher has no gradients, see flash_attn_gradients"
     if reason is not None:
         raise ValueError(f"flash_attn: {reason}")
     batch, queries, heads, size = q.shape
@@ -196,17 +201,27 @@ def flash_attn(
         elif isinstance(launch, FewKeys):
             few_keys(q, k, v, out, causal, launch)
         else:
-            _long(q, k, v, out, causal, launch)
+            long(q, k, v, out, causal, launch)
     return out
 
 
-def _long(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, causal: bool, launch: Tile) -> None:
+def long(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    causal: bool,
+    launch: Tile,
+    lse: torch.Tensor | None = None,
+) -> None:
+    """Write the attention of `q` to `k` and `v` to `out` `[B, S, heads * D]`, and to `lse` `[B, heads, S]` fp32 what
+    its gradients need; the caller has checked them."""
     batch, queries, heads, size = q.shape
     keys = k.shape[1]
     unit, strides = strides_in_units(q, k, v)
     registers = {} if launch.registers is None else {"maxnreg": launch.registers}
     _flash_attn_kernel[(-(-queries // launch.rows), heads, batch)](
-        *(q, k, v, out, queries, keys, size**-0.5 * math.log2(math.e), *strides),
+        *(q, k, v, out, lse, queries, keys, size**-0.5 * math.log2(math.e), *strides),
         UNIT=unit,
         D=size,
         D1=launch.parts[0],
@@ -237,6 +252,4 @@ def refusal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
             return f"{name} {list(x.shape)} has strides {list(x.stride())}; the kernel needs 1 in the last dimension"
     if q.shape[3] == 0 or k.shape[1] == 0:
         return f"k is {list(k.shape)}; the kernel needs at least one key and a head size of 1"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values()):
-        return "the kernel has no gradients; use the torch backend for training"
     return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,9 +19,17 @@ from fastsd.kernels.triton import flash_attn as module
 from fastsd.kernels.triton import flash_attn_few_keys as few
 from fastsd.kernels.triton import flash_attn_tiles as tiles
 from fastsd.kernels.triton import flash_attn_wide as wide
-from tests.support.triton_checks import DEVICE, INTERPRETED, LAYOUTS, broken_with_importers, check, must_fail, rand
+from tests.support.triton_checks import (
+    DEVICE,
+    LAYOUTS,
+    broken_with_importers,
+    check,
+    interpreted_bf16_products,
+    must_fail,
+    rand,
+)
 
-DTYPES = (torch.float16, torch.float32)  # the interpreter has no bf16 products, see `bf16_products`
+DTYPES = (torch.float16, torch.float32)  # the interpreter has no bf16 products, see `interpreted_bf16_products`
 
 
 class Case(NamedTuple):
@@ -95,26 +102,6 @@ def run(case: Case, dtype: torch.dtype, layout: str = "contiguous", kernels: Any
     )
 
 
-@pytest.fixture
-def bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products of bf16 in the interpreter, which keeps bf16 as 16-bit integers and would multiply those."""
-    if not INTERPRETED:
-        return
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    original = InterpreterBuilder.create_dot
-
-    def widened(x: Any) -> Any:
-        if x.data.dtype != np.uint16:
-            return x
-        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), module.tl.float32)
-
-    monkeypatch.setattr(
-        InterpreterBuilder, "create_dot", lambda self, a, b, *rest: original(self, widened(a), widened(b), *rest)
-    )
-    monkeypatch.setattr(module, "DTYPES", (*module.DTYPES, torch.bfloat16))
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reason", CASES)
 def test_flash_attn(reason, dtype):
@@ -124,7 +111,8 @@ def test_flash_attn(reason, dtype):
 @pytest.mark.parametrize(
     "reason", ["SD1's second level: 64 + 16", "causal, long", "a text", "the autoencoder", "logits of 500, few keys"]
 )
-def test_flash_attn_in_bf16(reason, bf16_products):
+def test_flash_attn_in_bf16(reason, monkeypatch):
+    interpreted_bf16_products(monkeypatch, module)
     run(CASES[reason], torch.bfloat16)
 
 
@@ -299,7 +287,6 @@ REFUSED = {
     "two dtypes": ({"k": torch.ones(1, 3, 1, 8, dtype=torch.float16)}, r"k \[1, 3, 1, 8\] is float16"),
     "heads not contiguous": ({"q": torch.ones(1, 2, 1, 16)[..., ::2]}, r"q \[1, 2, 1, 8\] has strides .* needs 1"),
     "no keys": ({"k": torch.ones(1, 0, 1, 8), "v": torch.ones(1, 0, 1, 8)}, "at least one key"),
-    "gradients": ({"v": torch.ones(1, 3, 1, 8, requires_grad=True)}, "no gradients"),
 }
 
 
@@ -314,14 +301,20 @@ def test_flash_attn_refuses(what: str, monkeypatch: pytest.MonkeyPatch):
         return
     with dispatch.forced("triton"), pytest.raises(FastsdError, match=message):
         op.flash_attn(**arguments)
-    if what in ("no keys", "gradients"):  # not given to the kernels unless they are forced
+    if what == "no keys":  # not given to the kernels unless they are forced
         return
-    monkeypatch.setattr(dispatch, "backend", lambda *inputs: "triton")
+    monkeypatch.setattr(dispatch, "backend", lambda *inputs, gradients: "triton")
     monkeypatch.setattr(dispatch, "_warned", set())
     with pytest.warns(RuntimeWarning, match=message) as warned:
         for _ in range(2):
             y = op.flash_attn(**arguments)
     assert len(warned) == 1 and torch.equal(y, torch.ones_like(y))
+
+
+def test_the_launcher_refuses_gradients():
+    x = torch.ones(1, 3, 1, 8, device=DEVICE, requires_grad=True)
+    with pytest.raises(ValueError, match="no gradients"):
+        module.flash_attn(x, x, x)
 
 
 def test_flash_attn_of_no_queries():
