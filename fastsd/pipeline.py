@@ -39,6 +39,7 @@ from fastsd.model.taesd import TAESD, Autoencoder
 from fastsd.parameters import describe
 from fastsd.runtime import memory
 from fastsd.runtime.devices import autoencoder_dtype, dtype_name, resolve_device, resolve_precision, undisturbed
+from fastsd.upscale.upscaler import Upscaler
 from fastsd.weights import count_parameters, load_checkpoint, load_preview
 from fastsd.weights.adapters.apply import Adapter, Adapters
 from fastsd.weights.hub.hub_id import ModelLocation
@@ -302,6 +303,8 @@ class Pipeline(Asynchronous, Portable, NetworkLoader, DiffusersNames):
             "few_step": self.few_step.kind.name if self.few_step is not None else self._own.asked,
         }
         notes = [*request.notes, *self._engine.codec.take_notes(), *self._preview_codec.take_notes()]
+        if isinstance(request.settings.hires_upscaler, Upscaler):
+            notes += request.settings.hires_upscaler.take_notes()
         images = join_batches(finished, request.settings.output_type)
         own = list(request.own)[: len(images)]
         if done < request.total_steps:

@@ -19,6 +19,7 @@ from fastsd.cli.repeat import GivenImage
 from fastsd.cli.timing import TimingNote
 from fastsd.errors import FastsdError, about
 from fastsd.image.files import open_depth, open_image, open_mask
+from fastsd.image.infotext import UPSCALERS
 from fastsd.image.metadata import write_texts
 from fastsd.parameters import PARAMETERS, of_call
 from fastsd.parameters.kinds import MAX_SEED
@@ -48,6 +49,7 @@ def generate(args: argparse.Namespace) -> int:
     arguments = _arguments(args) | {name: _open(image, name) for name, image in given.items()}
     chosen = controls.read(args, before)
     prompts = image_prompts.read(args, before)
+    _check_upscaler(args.hires_upscaler)
     output = Output(args.output or flags.DEFAULT_OUTPUT, args.num_images_per_prompt or 1, bool(args.overwrite))
     try:
         pipe, fixed = load(args, before, notes)
@@ -59,6 +61,9 @@ def generate(args: argparse.Namespace) -> int:
         shown = image_prompts.load(pipe, prompts, bool(args.allow_pickle))
         arguments["image_prompts"], fixed["image_prompts"] = shown[0], shown[1] or None
         notes += image_prompts.differences(before, shown[1])
+        if args.hires_upscaler not in (None, *UPSCALERS):
+            with about("hires_upscaler"):
+                arguments["hires_upscaler"] = pipe.load_upscaler(args.hires_upscaler, bool(args.allow_pickle))
         fixed |= {"vae_tiling": args.vae_tiling, "version": __version__}
         with Preview(output, args.preview_every) as preview:
             generate_batches(pipe, args, arguments, fixed, before, output, preview, notes)
@@ -80,6 +85,15 @@ def _arguments(args: argparse.Namespace) -> dict[str, Any]:
 def _open(given: GivenImage, name: str) -> Any:
     with about(name, given.path):
         return READERS[name](given.data, name)
+
+
+def _check_upscaler(given: str | None) -> None:
+    """Refuse a name or a file that is not there, before the model is loaded."""
+    from fastsd.weights.hub.hub_id import parse_hub_id
+
+    if given not in (None, *UPSCALERS) and not os.path.exists(given) and parse_hub_id(given) is None:
+        message = f"no such file; give {', '.join(UPSCALERS)} or an upscaler's .safetensors or .pth"
+        raise FastsdError(message, argument="hires_upscaler", path=given)
 
 
 def check(args: argparse.Namespace) -> None:

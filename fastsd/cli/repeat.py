@@ -12,6 +12,7 @@ from fastsd.cli import models
 from fastsd.errors import FastsdError, about
 from fastsd.files import fingerprint
 from fastsd.image.files import read_file, read_text
+from fastsd.image.infotext import UPSCALERS
 from fastsd.image.metadata import read_texts
 from fastsd.parameters import PARAMETERS
 from fastsd.parameters.kinds import Number, Parameter
@@ -53,6 +54,7 @@ def fill_in(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         settings, others = read_texts(read_text(args.from_image, "from_image"))
         notes = _notes_on(settings, others)
         _check_images(args, settings)
+        _check_upscaler(args, settings)
         if settings.get("hires_scale") is not None and args.image is not None:
             notes.append("not repeated: --hires, as --image starts from an image")
         models.fill_in(args, settings, notes)
@@ -85,6 +87,14 @@ def _check_images(args: argparse.Namespace, settings: dict[str, Any]) -> None:
             raise FastsdError(f"it was generated with {{{row.name}}} {_named(settings[row.key])}; give that file again")
     if settings.get("strength") is not None and args.image is None:
         raise FastsdError("it was generated from another image; give that with {image}")
+
+
+def _check_upscaler(args: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """Refuse to repeat a second pass without the file that enlarged between the two."""
+    name = settings.get("hires_upscaler")
+    repeats = settings.get("hires_scale") is not None and args.image is None
+    if repeats and name not in (None, *UPSCALERS) and args.hires_upscaler is None:
+        raise FastsdError(f"it was generated with {{hires_upscaler}} {name[:80]!r}; give that file, or lanczos")
 
 
 def _check_names(args: argparse.Namespace, settings: dict[str, Any]) -> None:

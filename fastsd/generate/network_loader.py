@@ -1,4 +1,4 @@
-"""What a pipeline loads beside its checkpoint: textual inversions, ControlNets, IP-Adapters."""
+"""What a pipeline loads beside its checkpoint: textual inversions, ControlNets, IP-Adapters, upscalers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fastsd.errors import about, named_arguments
 from fastsd.model.controlnet import ControlNet
 from fastsd.model.ip_adapter import IPAdapter
 from fastsd.runtime.devices import undisturbed
+from fastsd.upscale.upscaler import Upscaler
 from fastsd.weights.adapters.embeddings import load_embedding
 from fastsd.weights.hub.locate import locate_controlnet, locate_file, locate_vision
 from fastsd.weights.layouts.controlnet import load_controlnet
@@ -87,3 +88,9 @@ class NetworkLoader:
         with about("ip_encoder"):
             tower = None if encoder is None else locate_vision(encoder, self.dtype != torch.float32).path
         return load_ip_adapter(place, tower, self.components.unet, self.dtype, self.device, allow_pickle)
+
+    @named_arguments
+    @undisturbed()
+    def load_upscaler(self, path: str | Path, allow_pickle: bool = False) -> Upscaler:
+        """Load an upscaler onto the pipeline's device, for `hires_upscaler`; see `fastsd.Upscaler.from_file`."""
+        return Upscaler.from_file(path, self.device, allow_pickle=allow_pickle)

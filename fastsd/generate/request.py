@@ -11,7 +11,7 @@ from PIL import Image
 
 from fastsd.components import Components
 from fastsd.config import SchedulerConfig
-from fastsd.errors import FastsdError
+from fastsd.errors import FastsdError, about
 from fastsd.generate.beside import fill_editing
 from fastsd.generate.control import Control, idle_controls, resize_control
 from fastsd.generate.defaults import steps_from_image
@@ -372,6 +372,9 @@ def _second_pass(components: Components, first: Pass) -> Pass:
     tiled = first.vae_tiling or width * height > TILED_FROM
     workload = replace(first.workload, width=width, height=height, tiled=tiled)
     memory.check_workload(workload, weight.device)
+    if not isinstance(settings.hires_upscaler, str):
+        with about("hires_upscaler"):
+            settings.hires_upscaler.check_memory((first.width, first.height), size=(width, height))
     total, run = first.rules.hires_steps(settings.hires_steps, settings.num_inference_steps, strength)
     table = make_table(settings, components.scheduler, total, run, components.xl)
     return replace(

@@ -123,14 +123,15 @@ def inpaint_by_unet(codec: Codec, stage: Pass, which: slice, noise: Noise) -> St
 
 def second_pass(codec: Codec, stage: Pass, noise: Noise, first: torch.Tensor) -> Start:
     """The first pass's latents, enlarged; or its decoded images, enlarged and encoded again."""
-    if stage.settings.hires_upscaler == "lanczos":
-        images = [Image.fromarray(codec.decode(latent[None], stage.vae_tiling)[0]) for latent in first]
-        size = stage.width, stage.height
-        image = encode_each(
-            codec, [image.resize(size, Image.Resampling.LANCZOS) for image in images], noise, stage.vae_tiling
-        )
+    upscaler, size = stage.settings.hires_upscaler, (stage.width, stage.height)
+    if upscaler == "latent":
+        return Start(noise.first(), enlarge(first, *noise.shape[1:]))
+    images = [Image.fromarray(codec.decode(latent[None], stage.vae_tiling)[0]) for latent in first]
+    if upscaler == "lanczos":
+        images = [image.resize(size, Image.Resampling.LANCZOS) for image in images]
     else:
-        image = enlarge(first, *noise.shape[1:])
+        images = [upscaler(image, size=size) for image in images]
+    image = encode_each(codec, images, noise, stage.vae_tiling)  # draws before the noise, as image to image does
     return Start(noise.first(), image)
 
 

@@ -98,7 +98,7 @@ _WRITERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
         else settings.get("hires_strength")
     },
     "hires_steps": lambda settings: {"Hires steps": _steps_that_run(settings)},
-    "hires_upscaler": lambda settings: {"Hires upscaler": UPSCALERS.get(settings.get("hires_upscaler") or "")},
+    "hires_upscaler": lambda settings: {"Hires upscaler": _upscaler(settings.get("hires_upscaler"))},
     "mask_invert": lambda settings: {"Mask mode": "Inpaint not masked" if settings.get("mask_invert") else None},
     "inpaint_fill": lambda settings: {"Masked content": FILLS.get(settings.get("inpaint_fill") or "")},
     "inpaint_only_masked": lambda settings: {
@@ -107,6 +107,11 @@ _WRITERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     },
     "refiner": lambda settings: {"Refiner": _title(settings.get("refiner") or {})},
 }
+
+
+def _upscaler(name: str | None) -> str | None:
+    """A1111's name of an upscaler; that of a file is its own."""
+    return None if name is None else UPSCALERS.get(name, name)
 
 
 def _noise(settings: Mapping[str, Any]) -> str:
@@ -243,14 +248,22 @@ _SAME = {"Hires sampler": "Sampler", "Hires schedule type": "Schedule type", "Hi
 def _second_pass(pairs: Mapping[str, str]) -> dict[str, Any] | None:
     """A1111's second pass as settings; None with an upscaler or another shape of image, which are not known here.
 
+    An upscaler that is a file has the name that A1111 shows, by which it is asked for where the image is repeated.
+
     A1111's "Hires steps" all run, on the last part of a schedule that is as much longer (`setup_img2img_steps` in its
     modules/sd_samplers_common.py), and so they do where `like` is in `ALL_STEPS_RUN`. Elsewhere `hires_steps` are that
     schedule's.
     Without them, or 0: as many as of the first pass.
     """
-    upscaler = _by_label(UPSCALERS, pairs.get("Hires upscaler", ""))
+    label = pairs.get("Hires upscaler", "")
+    upscaler = _by_label(UPSCALERS, label) or label
     scale = _hires_scale(pairs)
-    if upscaler not in UPSCALERS or scale is None or not {"Steps", "Denoising strength"} <= pairs.keys():
+    if (
+        upscaler.startswith(("Latent", "None"))
+        or not upscaler
+        or scale is None
+        or not {"Steps", "Denoising strength"} <= pairs.keys()
+    ):
         return None
     strength, given = _finite(pairs["Denoising strength"]), int(pairs.get("Hires steps", 0))
     found = {"hires_scale": scale, "hires_strength": strength, "hires_upscaler": upscaler}

@@ -80,7 +80,7 @@ def recorded(settings: Settings) -> dict[str, Any]:
     given |= {"refiner"} if settings.refiner_switch is not None else set()
     given = _counted(given - {row.name for row in of_call() if settings[row.name] is False})
     return {
-        parameter.name: settings[parameter.name]
+        parameter.name: parameter.kind.recorded(settings[parameter.name])
         for parameter in of_call()
         if parameter.is_repeated
         and parameter.name not in ("prompt", "negative_prompt", "seed")

@@ -44,6 +44,10 @@ class Kind:
         """
         return value
 
+    def recorded(self, value: Any) -> Any:
+        """The value as metadata keeps it."""
+        return value
+
     def __str__(self) -> str:
         return ""
 
@@ -157,6 +161,28 @@ class Choice(Kind):
 
     def __str__(self) -> str:
         return f"one of {', '.join(self.options)}"
+
+
+@dataclass(frozen=True)
+class Enlarger(Choice):
+    """One of a few words, or a `fastsd.Upscaler`, whose file stands for it on the command line."""
+
+    metavar: str = "NAME"
+
+    def read(self, text: str) -> str:
+        return text
+
+    def parse(self, text: str) -> Any:
+        return text
+
+    def check(self, value: Any) -> Any:
+        return value if hasattr(value, "result_size") else super().check(value)
+
+    def recorded(self, value: Any) -> Any:
+        return value if value is None or isinstance(value, str) else value.name
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, or a fastsd.Upscaler"
 
 
 @dataclass(frozen=True)

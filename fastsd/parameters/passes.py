@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastsd.parameters.kinds import HOW, MAX_STEPS, SHARE, Choice, File, Number, Parameter, Whole
+from fastsd.parameters.kinds import HOW, MAX_STEPS, SHARE, Enlarger, File, Number, Parameter, Whole
 
 HIRES = ("hires_scale", "which says by how much to enlarge")
 REFINER_SWITCH = 0.8
@@ -17,9 +17,7 @@ PASS_ROWS: tuple[Parameter, ...] = (
         excludes=("image", "the second pass belongs to text-to-image"),
         label="Hires upscale",
     ),
-    Parameter(
-        "hires_strength", SHARE, "how much the second pass changes", ("--hires-strength",), HOW, 0.5, needs=HIRES
-    ),
+    Parameter("hires_strength", SHARE, "how much that pass changes", ("--hires-strength",), HOW, 0.5, needs=HIRES),
     Parameter(
         "hires_steps",
         Whole(low=1, high=MAX_STEPS),
@@ -31,8 +29,8 @@ PASS_ROWS: tuple[Parameter, ...] = (
     ),
     Parameter(
         "hires_upscaler",
-        Choice(options=("latent", "lanczos")),
-        "latent or lanczos",
+        Enlarger(options=("latent", "lanczos")),
+        "latent, lanczos or an ESRGAN",
         ("--hires-upscaler",),
         HOW,
         "latent",

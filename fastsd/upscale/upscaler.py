@@ -130,15 +130,11 @@ class Upscaler:
         if not isinstance(image, Image.Image) or not image.width * image.height:
             raise FastsdError("it should be a PIL image with pixels", argument="image", value=type(image).__name__)
         width, height = self.result_size(image.size, scale, size)
-        sides = None if tile is None else _checked("tile", TILES, tile)
+        passes = self.check_memory(image.size, scale, size, tile)
         image = flatten(image, "RGBA", 0)
-        passes = list(self._sizes(image.size, (width, height)))
-        tiles = [self._tile(size, sides) for size in passes]
-        self._check_result(passes, (width, height))
-        counts = [self._layers(image) * self._count(size, each) for size, each in zip(passes, tiles, strict=True)]
-        done, total = 0, sum(counts)
+        done, total = 0, self._layers(image) * sum(self._count(own, each) for own, each in passes)
         with self._lock, _fitting(image.size):
-            for each in tiles:
+            for _, each in passes:
                 for result in self._pass(image, each):
                     done += 1
                     if progress is not None:
@@ -159,6 +155,24 @@ class Upscaler:
             return width, height
         factor = float(self.scale) if scale is None else _checked("scale", SCALES, scale)
         return max(round(given[0] * factor), 1), max(round(given[1] * factor), 1)
+
+    def check_memory(
+        self,
+        given: tuple[int, int],
+        scale: float | None = None,
+        size: tuple[int, int] | None = None,
+        tile: int | None = None,
+    ) -> list[tuple[tuple[int, int], int]]:
+        """The sizes at which the network would run for an image of (width, height), each with the side of its tiles.
+
+        Raises:
+            FastsdError: as the call does; nothing has been computed.
+        """
+        target = self.result_size(given, scale, size)
+        side = None if tile is None else _checked("tile", TILES, tile)
+        sizes = list(self._sizes(given, target))
+        self._check_result(sizes, target)
+        return [(own, self._tile(own, side)) for own in sizes]
 
     def take_notes(self) -> list[str]:
         """What the user should know of the calls since the last call of this."""

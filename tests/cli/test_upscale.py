@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from safetensors.torch import save_file
 from fastsd.cli import main
 from fastsd.image.files import encode, read_text
 from fastsd.image.metadata import read_texts, write_texts
-from tests.support.cli import pixels
+from tests.support.cli import pixels, refused, settings
 from tests.support.upscalers import TINY_COMPACT, random_state, write_upscaler
 
 SETTINGS = {
@@ -170,3 +172,18 @@ def test_a_very_wide_image(upscaler: str, tmp_path: Path) -> None:
     source = image(tmp_path / "wide.png", size=(20000, 3))
     assert upscale(source, "--upscaler", upscaler, "-o", tmp_path / "large.png") == 0
     assert pixels(tmp_path / "large.png").shape == (6, 40000, 3)
+
+
+@pytest.mark.heavy
+def test_the_hires_fix_with_a_file(cli: Callable[..., Any], model: Path, upscaler: str, tmp_path: Path) -> None:
+    """It is read once the flags are right; the image holds its name, and is repeated when the file is given again."""
+    flags = ["-p", "a cat", "-m", model, "--device", "cpu", "--seed", 3, "--hires", 1.5]
+    refused(
+        cli(*flags, "--hires-upscaler", "none.pth"), "--hires-upscaler none.pth: no such file; give latent, lanczos"
+    )
+    (first,) = cli(*flags, "--hires-upscaler", upscaler).paths
+    assert settings(first)["hires_upscaler"] == "4x-Sharp, v2" and pixels(first).shape == (96, 96, 3)
+    assert 'Hires upscaler: "4x-Sharp, v2"' in read_text(first)["parameters"]
+    refused(cli("--from-image", first), "generated with --hires-upscaler '4x-Sharp, v2'; give that file, or lanczos")
+    (again,) = cli("--from-image", first, "--hires-upscaler", upscaler).paths
+    assert np.array_equal(pixels(first), pixels(again))

@@ -68,6 +68,8 @@ def read_entries(path: Path, allow_pickle: bool) -> Entries:
     Raises:
         FastsdError: no file, malformed, or a pickle that is not allowed.
     """
+    if not path.exists():
+        raise FastsdError("no such file; an upscaler is a .safetensors or .pth file", path=path)
     entries = read_file(path, allow_pickle)[0]
     for prefix in PREFIXES:
         inside = {key.removeprefix(prefix): entry for key, entry in entries.items() if key.startswith(prefix)}
