@@ -91,7 +91,7 @@ def _check_upscaler(given: str | None) -> None:
     """Refuse a name or a file that is not there, before the model is loaded."""
     from fastsd.weights.hub.hub_id import parse_hub_id
 
-    if given not in (None, *UPSCALERS) and not os.path.exists(given) and parse_hub_id(given) is None:
+    if given is not None and given not in UPSCALERS and not os.path.exists(given) and parse_hub_id(given) is None:
         message = f"no such file; give {', '.join(UPSCALERS)} or an upscaler's .safetensors or .pth"
         raise FastsdError(message, argument="hires_upscaler", path=given)
 

@@ -94,7 +94,7 @@ def _check_upscaler(args: argparse.Namespace, settings: dict[str, Any]) -> None:
     name = settings.get("hires_upscaler")
     repeats = settings.get("hires_scale") is not None and args.image is None
     if repeats and name not in (None, *UPSCALERS) and args.hires_upscaler is None:
-        raise FastsdError(f"it was generated with {{hires_upscaler}} {name[:80]!r}; give that file, or lanczos")
+        raise FastsdError(f"it was generated with {{hires_upscaler}} {str(name)[:80]!r}; give that file, or lanczos")
 
 
 def _check_names(args: argparse.Namespace, settings: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 from fastapi import Request
 
 from fastsd.server.catalogue import Catalogue, Listed
-from fastsd.server.jobs import Cancelled, Finished, Job, Order
+from fastsd.server.jobs import AnyOrder, Cancelled, Finished, Job
 from fastsd.server.metrics import Metrics
 from fastsd.server.queue import GenerationQueue
 from fastsd.server.settings import ServerSettings
@@ -50,7 +50,7 @@ class State:
         """Make a model that is loaded the one of requests that name none."""
         self.current, self.queue.model = model, self.catalogue.choice(model)
 
-    async def generate(self, request: Request, order: Order, number: str | None = None) -> Finished:
+    async def generate(self, request: Request, order: AnyOrder, number: str | None = None) -> Finished:
         """An order's images. If its client leaves meanwhile, it is cancelled.
 
         Raises:

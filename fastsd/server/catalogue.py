@@ -1,4 +1,4 @@
-"""What clients choose from: checkpoints, LoRAs, embeddings and ControlNets in the folders of the flags.
+"""What clients choose from: checkpoints, LoRAs, embeddings, ControlNets and upscalers in the folders of the flags.
 
 A request names what is listed here; a name is looked up in the list and never becomes a path.
 """
@@ -15,8 +15,9 @@ from pathlib import Path
 
 from fastsd.errors import FastsdError
 from fastsd.files.hashes import known_sha256, remember_sha256
+from fastsd.image.infotext import UPSCALERS
 from fastsd.parameters import nearest
-from fastsd.server.jobs import ModelChoice
+from fastsd.server.jobs import ModelChoice, UpscalerChoice
 from fastsd.server.settings import ServerSettings
 
 SUFFIX = ".safetensors"
@@ -58,7 +59,7 @@ class Catalogue:
     """The lists of one server.
 
     Attributes:
-        models, controlnets, loras, embeddings: as of the last `refresh`.
+        models, controlnets, loras, embeddings, upscalers: as of the last `refresh`.
     """
 
     def __init__(self, settings: ServerSettings):
@@ -75,6 +76,7 @@ class Catalogue:
         self.controlnets = self._files(own.controlnet_dir, folders="config.json")
         self.loras = self._files(own.lora_dir)
         self.embeddings = self._files(own.embedding_dir)
+        self.upscalers = self._files(own.upscaler_dir)
 
     def _first(self) -> list[Listed]:
         """The model that the server starts with."""
@@ -119,6 +121,15 @@ class Catalogue:
     def find_controlnet(self, name: str) -> Listed:
         """The ControlNet that a client names; raises as `find_model`."""
         return _find(self.controlnets, name, "model", "ControlNet")
+
+    def find_upscaler(self, name: str, argument: str) -> UpscalerChoice:
+        """The file of the upscaler that a client names; raises as `find_model`."""
+        try:
+            found = _find(self.upscalers, name, argument, "upscaler")
+        except FastsdError as error:
+            error.message += f"; without a file there are {' and '.join(UPSCALERS.values())}"
+            raise
+        return UpscalerChoice(found.name, str(found.path))
 
     def choice(self, model: Listed, refiner: Listed | None = None) -> ModelChoice:
         """What the worker is told to load."""

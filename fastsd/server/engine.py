@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from argparse import Namespace
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -15,15 +16,16 @@ from fastsd import __version__
 from fastsd.cli import embeddings, loras
 from fastsd.cli.models import fingerprint
 from fastsd.cuda.capture import ran_out_of_memory
-from fastsd.errors import about
+from fastsd.errors import FastsdError, about
 from fastsd.files.hashes import known_sha256
 from fastsd.generate.control import Control
 from fastsd.generate.together import join, split
 from fastsd.model.controlnet import ControlNet
 from fastsd.pipeline import BUNDLED, Pipeline
 from fastsd.runtime import memory
-from fastsd.server.jobs import Finished, ModelChoice, Order
+from fastsd.server.jobs import Finished, ModelChoice, Order, UpscaleOrder, UpscalerChoice
 from fastsd.server.worker import EngineSettings, Watch
+from fastsd.upscale.upscaler import Upscaler
 from fastsd.weights import count_parameters
 
 ROOM = 1.25  # times a model's weights should be free before it is loaded beside others
@@ -38,12 +40,17 @@ class _LoadedModel:
     controlnets: dict[str, ControlNet] = field(default_factory=dict)
 
 
+class _Stopped(Exception):
+    """An upscaling ends here."""
+
+
 class PipelineEngine:
     """The engine of `fastsd.server.worker.main`."""
 
     def __init__(self, settings: EngineSettings):
         self.settings = settings
         self._loaded: OrderedDict[ModelChoice, _LoadedModel] = OrderedDict()  # the least recently used first
+        self._upscaler: tuple[UpscalerChoice, Upscaler] | None = None  # the last one
 
     def load(self, model: ModelChoice) -> None:
         """Have a model in memory, and forget the least recently used ones where there are too many."""
@@ -51,6 +58,7 @@ class PipelineEngine:
 
     def unload(self) -> None:
         """Forget all models."""
+        self._upscaler = None
         while self._loaded:
             self._drop_one()
 
@@ -82,6 +90,8 @@ class PipelineEngine:
             arguments["controls"] = [self._control(loaded, k, first) for k in range(len(first.controls))]
             described = [{"name": choice.name, "edges": choice.edges, **choice.parts} for choice in first.controls]
             facts = [one | {"controls": described} for one in facts]
+        if first.upscaler is not None:
+            arguments["hires_upscaler"] = self._load_upscaler(first.upscaler)
         result = None
         stream = pipe.stream(**arguments)
         for step in stream:
@@ -95,6 +105,35 @@ class PipelineEngine:
         result.notes[:0] = notes
         own = split(calls, facts, result)
         return [Finished(images, settings, list(result.notes), dict(result.timings)) for images, settings in own]
+
+    def upscale(self, order: UpscaleOrder, watch: Watch) -> list[Finished]:
+        """The image of an order, enlarged; none where it was stopped."""
+        upscaler, started = self._load_upscaler(order.upscaler), time.perf_counter()
+        for (width, height), _ in upscaler.check_memory(order.image.size, size=order.size):
+            made = width * height * upscaler.scale**2
+            if made > order.pixels:
+                raise FastsdError(
+                    f"{order.upscaler.name} makes {made / 10**6:.0f} million pixels of it, and at most "
+                    f"{order.pixels / 10**6:.0f} million are made; send a smaller image",
+                    argument="image",
+                )
+
+        def progress(done: int, total: int) -> None:
+            if watch.step(done, total, lambda: order.image):
+                raise _Stopped
+
+        try:
+            image = upscaler(order.image, size=order.size, progress=progress)
+        except _Stopped:
+            return []
+        return [Finished([image], [{}], upscaler.take_notes(), {"total": time.perf_counter() - started})]
+
+    def _load_upscaler(self, choice: UpscalerChoice) -> Upscaler:
+        if self._upscaler is None or self._upscaler[0] != choice:
+            self._upscaler = None
+            loaded = Upscaler.from_file(choice.path, self.settings.options.get("device", "auto"))
+            self._upscaler = choice, loaded
+        return self._upscaler[1]
 
     def _get(self, model: ModelChoice) -> _LoadedModel:
         if model in self._loaded:

@@ -10,7 +10,7 @@ import itertools
 import secrets
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from PIL import Image
 
@@ -48,6 +48,14 @@ class ControlChoice:
 
 
 @dataclass(frozen=True)
+class UpscalerChoice:
+    """An ESRGAN of an order: its name, as clients know it, and its file."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True)
 class Order:
     """Images that a client asks for, checked as far as that needs no model.
 
@@ -58,6 +66,7 @@ class Order:
         api: the API through which it came; orders of different APIs do not share a batch, so that an interrupt of one
             ends no work of another.
         loras: (name, strength, strength of the text) of the prompt's tags.
+        upscaler: what enlarges between the passes of the hires fix; None: what the arguments say.
         previews: the shares of the steps after which a preview is made without being asked for.
         facts: what the images' files say besides the arguments: the names and hashes of images that were sent.
     """
@@ -69,6 +78,7 @@ class Order:
     loras: tuple[tuple[str, float, float], ...] = ()
     previews: tuple[float, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict, hash=False)
+    upscaler: UpscalerChoice | None = None
 
     @property
     def count(self) -> int:
@@ -81,7 +91,31 @@ class Order:
         shape = shape_of(self.arguments)
         if shape is None or self.controls or self.previews:
             return None
-        return (self.model, self.api, self.loras, shape)
+        return (self.model, self.api, self.loras, self.upscaler, shape)
+
+
+@dataclass(frozen=True)
+class UpscaleOrder:
+    """An image to enlarge by an ESRGAN. It runs alone, and its steps are the network's tiles.
+
+    Attributes:
+        image: RGB or RGBA.
+        size: (width, height) of the result.
+        pixels: the most that any image on the way to it may have.
+    """
+
+    upscaler: UpscalerChoice
+    image: Image.Image
+    size: tuple[int, int]
+    pixels: int
+    api: str = ""
+    count: ClassVar[int] = 1
+    key: ClassVar[None] = None
+    previews: ClassVar[tuple[float, ...]] = ()
+    arguments: ClassVar[dict[str, Any]] = {}
+
+
+AnyOrder = Order | UpscaleOrder
 
 
 # From the server to the worker.
@@ -97,10 +131,10 @@ class LoadModel:
 
 @dataclass(frozen=True)
 class RunBatch:
-    """Generate the images of these orders, which have one key, together."""
+    """Generate the images of these orders, which have one key, together; or do the one that runs alone."""
 
     batch: int
-    orders: tuple[Order, ...]
+    orders: tuple[AnyOrder, ...]
     size: int  # images that run together at most
 
 
@@ -223,7 +257,7 @@ class Job:
         changed: set whenever one of these changes; whoever waits for it clears it.
     """
 
-    order: Order
+    order: AnyOrder
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     number: int = field(default_factory=lambda: next(_numbers))
     created: float = field(default_factory=time.monotonic)

@@ -12,7 +12,7 @@ from fastsd.parameters import check_call
 from fastsd.parameters.rows import RANDOM_SEED
 from fastsd.sampling.samplers import resolve
 from fastsd.server.catalogue import Catalogue, Listed
-from fastsd.server.jobs import ControlChoice, Order
+from fastsd.server.jobs import ControlChoice, Order, UpscalerChoice
 from fastsd.server.limits import Limits
 from fastsd.text.syntax import take_loras
 
@@ -25,6 +25,7 @@ class Draft:
         arguments: of `fastsd.Pipeline.__call__`.
         notes: what the client should know.
         model, refiner: as listed; None: the server's current one, none.
+        upscaler: of the hires fix; None: what the arguments say.
     """
 
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -33,6 +34,7 @@ class Draft:
     notes: list[str] = field(default_factory=list)
     model: Listed | None = None
     refiner: Listed | None = None
+    upscaler: UpscalerChoice | None = None
     previews: tuple[float, ...] = ()
 
 
@@ -64,6 +66,7 @@ def make_order(draft: Draft, api: str, current: Listed, catalogue: Catalogue, li
         loras=_loras(given, catalogue),
         previews=draft.previews,
         facts=draft.facts,
+        upscaler=draft.upscaler,
     )
 
 

@@ -15,6 +15,7 @@ from fastsd.errors import FastsdError
 from fastsd.server.batches import WorkerBatch
 from fastsd.server.gathering import Gathering
 from fastsd.server.jobs import (
+    AnyOrder,
     BatchDone,
     BatchFailed,
     Begun,
@@ -23,7 +24,6 @@ from fastsd.server.jobs import (
     JobError,
     LoadModel,
     ModelChoice,
-    Order,
     QueueFull,
     RunBatch,
     ShuttingDown,
@@ -93,7 +93,7 @@ class GenerationQueue:
         self.supervisor.start()
         self._task = asyncio.create_task(self._work())
 
-    def submit(self, order: Order, number: str | None = None) -> Job:
+    def submit(self, order: AnyOrder, number: str | None = None) -> Job:
         """A new job at the end of the queue.
 
         Args:

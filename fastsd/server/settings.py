@@ -17,7 +17,7 @@ from fastsd.server.limits import Limits
 
 MIN_KEY = 12  # characters of a key or a password
 LOADING = ("model", "vae", "preview", "few_step", "prediction", "device", "dtype", "graphs", "vae_tiling")
-FOLDERS = ("models_dir", "lora_dir", "embedding_dir", "controlnet_dir")
+FOLDERS = ("models_dir", "lora_dir", "embedding_dir", "controlnet_dir", "upscaler_dir")
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ FLAGS = (
     ServerFlag("lora_dir", FOLDER, "a folder of LoRAs, for <lora:NAME:X> in prompts"),
     ServerFlag("embedding_dir", FOLDER, "a folder of embeddings; those that prompts name are read"),
     ServerFlag("controlnet_dir", FOLDER, "a folder of ControlNets"),
+    ServerFlag("upscaler_dir", FOLDER, "a folder of ESRGANs, for the hires fix and for images that are sent"),
     ServerFlag("styles", File(), "A1111's styles.csv: name, prompt, negative_prompt"),
     ServerFlag("api_key", Text(metavar="KEY"), "what clients must send; better in the environment, FASTSD_API_KEY"),
     ServerFlag("user", Text(metavar="NAME"), "HTTP basic, in place of a key or beside it"),
@@ -83,6 +84,7 @@ class ServerSettings:
     lora_dir: str | None = None
     embedding_dir: str | None = None
     controlnet_dir: str | None = None
+    upscaler_dir: str | None = None
     styles: str | None = None
     api_key: str | None = None
     user: str | None = None

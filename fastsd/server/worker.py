@@ -38,6 +38,7 @@ from fastsd.server.jobs import (
     StepDone,
     StopBatch,
     Unload,
+    UpscaleOrder,
     WantPreview,
 )
 
@@ -77,6 +78,10 @@ class WorkerEngine(Protocol):
 
     def run(self, orders: tuple[Order, ...], size: int, watch: Watch) -> list[Finished]:
         """The images of each order; `watch.step` is called after every step, and ends the run if it says so."""
+        ...
+
+    def upscale(self, order: UpscaleOrder, watch: Watch) -> list[Finished]:
+        """The image of the order, enlarged; `watch.step` is called after every tile."""
         ...
 
     def state(self) -> tuple[dict[str, int], tuple[str, ...]]:
@@ -182,7 +187,7 @@ def _answer(connection: Connection, engine: WorkerEngine, message: LoadModel | R
             watch = Watch(connection, message.batch, kept, message.orders[0].previews)
             watch.listen()
             if not watch.stopped:
-                outcomes = engine.run(message.orders, message.size, watch)
+                outcomes = _outcomes(engine, message, watch)
             outcomes = [] if watch.stopped else outcomes
         connection.send(BatchDone(message.batch, tuple(outcomes), *engine.state()))
     except FastsdError as error:
@@ -207,6 +212,14 @@ def _poll_of(connection: Connection) -> Callable[[], bool]:
     poller = select.poll()
     poller.register(connection, select.POLLIN)
     return lambda: bool(poller.poll(0))
+
+
+def _outcomes(engine: WorkerEngine, message: RunBatch, watch: Watch) -> list[Finished]:
+    """What the engine makes of a batch."""
+    first = message.orders[0]
+    if isinstance(first, UpscaleOrder):
+        return engine.upscale(first, watch)
+    return engine.run(tuple(order for order in message.orders if isinstance(order, Order)), message.size, watch)
 
 
 def _portable(error: FastsdError) -> FastsdError:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from fastsd.generate.control import Control
 from fastsd.image.metadata import read_texts, write_texts
 from fastsd.pipeline import Pipeline
 from fastsd.server.engine import PipelineEngine
-from fastsd.server.jobs import ControlChoice, Finished, ModelChoice, Order
+from fastsd.server.jobs import ControlChoice, Finished, ModelChoice, Order, UpscaleOrder, UpscalerChoice
 from fastsd.server.worker import EngineSettings, Watch
+from fastsd.upscale.upscaler import Upscaler
 from fastsd.weights.adapters.apply import Adapter
 from tests.support import tiny
 from tests.support.adapter_writers import small_lora
 from tests.support.pipelines import PHOTO
+from tests.support.upscalers import write_upscaler
 
 OPTIONS = {"dtype": "fp32", "device": "cpu"}
 # 32 bits a number, summed in another order where several images run together: the last bits differ, so that a value
@@ -142,3 +145,27 @@ def test_loras_and_controlnets_act_as_in_python(tmp_path: Path, model: Path, cho
     assert not np.array_equal(inked, plain) and not np.array_equal(np.asarray(steered.images[0]), plain)
     assert first.settings[0]["loras"][0]["name"] == "ink.safetensors" and second.settings[0]["loras"] is None
     assert third.settings[0]["controls"] == [{"name": "net", "edges": False, **parts}]
+
+
+def test_images_are_enlarged(engine: PipelineEngine, tmp_path: Path) -> None:
+    """As `fastsd.Upscaler` does it; a watch stops it after a tile, and an image that becomes too large is refused."""
+    path = write_upscaler(tmp_path / "sharp.safetensors")
+    chosen = UpscalerChoice("sharp", str(path))
+    order = UpscaleOrder(chosen, PHOTO, (96, 90), 128 * 128)
+    (found,) = engine.upscale(order, Quiet())
+    expected = Upscaler.from_file(path, device="cpu")(PHOTO, size=(96, 90))
+    assert np.array_equal(np.asarray(found.images[0]), np.asarray(expected)) and found.notes == []
+    assert engine.upscale(order, Quiet(stop_after=1)) == []
+    with pytest.raises(FastsdError, match="sharp makes 0 million pixels of it"):
+        engine.upscale(replace(order, pixels=128 * 128 - 1), Quiet())
+
+
+def test_the_hires_fix_by_an_upscaler(engine: PipelineEngine, choice: ModelChoice, tmp_path: Path) -> None:
+    path = write_upscaler(tmp_path / "sharp.safetensors")
+    arguments = {"hires_scale": 1.5, "hires_strength": 0.5}
+    asked = replace(order(choice, "a cat", 5, **arguments), upscaler=UpscalerChoice("sharp", str(path)))
+    (own,) = engine.run((asked,), 8, Quiet())
+    pipe = Pipeline.from_pretrained(choice.path, **OPTIONS)
+    expected = pipe("a cat", seed=5, hires_upscaler=Upscaler.from_file(path, device="cpu"), **arguments).images[0]
+    assert np.array_equal(np.asarray(own.images[0]), np.asarray(expected))
+    assert own.settings[0]["hires_upscaler"] == "sharp"

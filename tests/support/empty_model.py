@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from fastsd.errors import FastsdError
-from fastsd.server.jobs import Finished, ModelChoice, Order
+from fastsd.server.jobs import Finished, ModelChoice, Order, UpscaleOrder
 from fastsd.server.worker import Watch
 
 
@@ -43,6 +43,10 @@ class EmptyEngine:
 
     def ran_out_of_memory(self, error: Exception) -> bool:
         return isinstance(error, MemoryError)
+
+    def upscale(self, order: UpscaleOrder, watch: Watch) -> list[Finished]:
+        watch.step(1, 1, lambda: order.image)
+        return [Finished([order.image.resize(order.size)], [{}], [f"by {order.upscaler.name}"], {"total": 0.1})]
 
     def run(self, orders: tuple[Order, ...], size: int, watch: Watch) -> list[Finished]:
         prompt = orders[0].arguments["prompt"]

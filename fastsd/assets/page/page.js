@@ -41,13 +41,14 @@ function say(message) {
 // Lists from the server.
 
 async function fillLists() {
-  const [samplers, schedulers, models, loras, nets] = await Promise.all(
-    ["samplers", "schedulers", "sd-models", "loras"].map((name) => get(`sdapi/v1/${name}`))
+  const [samplers, schedulers, models, loras, upscalers, nets] = await Promise.all(
+    ["samplers", "schedulers", "sd-models", "loras", "upscalers"].map((name) => get(`sdapi/v1/${name}`))
       .concat(get("controlnet/model_list")),
   );
   addOptions("sampler_name", samplers.map((one) => [one.name, one.name]));
   addOptions("scheduler", schedulers.filter((one) => one.name !== "automatic").map((one) => [one.label, one.label]));
   addOptions("lora", loras.map((one) => [one.name, one.name]));
+  addOptions("hr_upscaler", upscalers.filter((one) => one.model_name).map((one) => [one.name, one.name]));
   addOptions("control_model", nets.model_list.map((name) => [name, name]));
   $("lora-row").hidden = !loras.length;
   $("control-part").hidden = !nets.model_list.length;

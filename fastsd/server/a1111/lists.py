@@ -16,9 +16,11 @@ from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
 from fastsd.server.a1111.answers import memory, sd_model
 from fastsd.server.a1111.bodies import EncodedImage, Upscaling
 from fastsd.server.a1111.controlnet import MAX_UNITS, MODULES
+from fastsd.server.a1111.routes import API
 from fastsd.server.a1111.translate import NAMES, SETTABLE, check_options
 from fastsd.server.app_state import State
 from fastsd.server.images import check_pixels, decode_base64, encode_plain, read_image
+from fastsd.server.jobs import UpscaleOrder
 
 MAX_TEXT = 2**20  # characters of an image's texts that are sent back
 NOT_HERE = {
@@ -123,9 +125,13 @@ def _add_names(router: APIRouter, state: State) -> None:
 
     @router.get("/upscalers")
     async def upscalers() -> list[dict[str, Any]]:
-        """What enlarges pixels."""
-        names = ("None", *(label for name, label in UPSCALERS.items() if name != "latent"))
-        return [{"name": n, "model_name": None, "model_path": None, "model_url": None, "scale": 4.0} for n in names]
+        """What enlarges pixels. The scale is what A1111's page offers; a request names its own."""
+        names = dict.fromkeys(("None", *(label for name, label in UPSCALERS.items() if name != "latent")))
+        files = names | {one.name: one.file_name for one in state.catalogue.upscalers}
+        return [
+            {"name": name, "model_name": file and name, "model_path": file, "model_url": None, "scale": 4.0}
+            for name, file in files.items()
+        ]
 
     @router.get("/latent-upscale-modes")
     async def latent_modes() -> list[dict[str, str]]:
@@ -206,10 +212,16 @@ def _add_tools(router: APIRouter, state: State) -> None:
         return await asyncio.to_thread(read_settings, body.image, state.settings.limits.pixels)
 
     @router.post("/extra-single-image")
-    async def upscale(body: Upscaling) -> dict[str, Any]:
-        """Enlarge an image by Lanczos."""
-        image = await asyncio.to_thread(enlarge, body, state.settings.limits.pixels)
-        return {"html_info": "", "image": await encode_plain(image)}
+    async def upscale(request: Request, body: Upscaling) -> dict[str, Any]:
+        """Enlarge an image by Lanczos, or by an upscaler that is listed."""
+        pixels, name = state.settings.limits.pixels, body.upscaler_1 or "None"
+        if name in ("None", UPSCALERS["lanczos"]):
+            image = await asyncio.to_thread(enlarge, body, pixels)
+            return {"html_info": "", "image": await encode_plain(image)}
+        upscaler = state.catalogue.find_upscaler(name, "upscaler_1")
+        order = UpscaleOrder(upscaler, *await asyncio.to_thread(read_upscaling, body, pixels), pixels, API)
+        finished = await state.generate(request, order)
+        return {"html_info": "; ".join(finished.notes), "image": await encode_plain(finished.images[0])}
 
 
 def read_settings(encoded: str, pixels: int) -> dict[str, Any]:
@@ -232,11 +244,8 @@ def read_settings(encoded: str, pixels: int) -> dict[str, Any]:
     }
 
 
-def enlarge(body: Upscaling, pixels: int) -> Image.Image:
-    """The enlarged image."""
-    known = ("None", UPSCALERS["lanczos"])
-    if (body.upscaler_1 or "None") not in known:
-        raise FastsdError(f"not supported; {' and '.join(known)} are", argument="upscaler_1", value=body.upscaler_1)
+def read_upscaling(body: Upscaling, pixels: int) -> tuple[Image.Image, tuple[int, int]]:
+    """The image, and the size that it is brought to; both have at most so many pixels."""
     image, _ = read_image(decode_base64(body.image, "image"), "image", pixels)
     if body.resize_mode == 1:
         size = (body.upscaling_resize_w or 512, body.upscaling_resize_h or 512)
@@ -246,6 +255,12 @@ def enlarge(body: Upscaling, pixels: int) -> Image.Image:
     if size[0] * size[1] > pixels:
         message = f"{size[0]}x{size[1]} pixels; at most {pixels / 10**6:.0f} million are made"
         raise FastsdError(message, argument="upscaling_resize")
+    return image, size
+
+
+def enlarge(body: Upscaling, pixels: int) -> Image.Image:
+    """The image enlarged by Lanczos, or as it was where no upscaler is named."""
+    image, size = read_upscaling(body, pixels)
     if body.upscaler_1 not in (None, "None"):
         return image.resize(size, Image.Resampling.LANCZOS)
     return image

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from fastsd.errors import FastsdError, nearest
+from fastsd.errors import FastsdError
 from fastsd.image.infotext import UPSCALERS
 from fastsd.image.programs import EMPHASIS, RNG
 from fastsd.parameters import check_call
@@ -85,7 +85,7 @@ def translate(body: Generation, options: dict[str, Any], catalogue: Catalogue, s
     _apply_options(draft, options | (body.override_settings or {}), catalogue)
     _add_refiner(draft, body, catalogue)
     if isinstance(body, TextToImage):
-        draft.arguments |= _second_pass(body)
+        draft.arguments |= _second_pass(draft, body, catalogue)
     if isinstance(body, ImageToImage):
         _add_images(draft, body, limits)
     read_controls(draft, body.alwayson_scripts or {}, catalogue, limits)
@@ -205,17 +205,15 @@ def _add_refiner(draft: Draft, body: Generation, catalogue: Catalogue) -> None:
     draft.arguments["refiner_switch"] = body.refiner_switch_at
 
 
-def _second_pass(body: TextToImage) -> dict[str, Any]:
+def _second_pass(draft: Draft, body: TextToImage, catalogue: Catalogue) -> dict[str, Any]:
     """The hires fix. A1111's steps of the second pass all run; ours are those of the schedule that they end."""
     if not body.enable_hr:
         return {}
-    names = {label.lower(): name for name, label in UPSCALERS.items()}
-    upscaler = (body.hr_upscaler or "Latent").lower()
-    if upscaler not in names:
-        hint = nearest(upscaler, names) or f"; there are {' and '.join(UPSCALERS.values())}"
-        raise FastsdError(f"no such upscaler{hint}", argument="hr_upscaler", value=body.hr_upscaler)
+    names, given = {label.lower(): name for name, label in UPSCALERS.items()}, body.hr_upscaler or "Latent"
+    if given.lower() not in names:
+        draft.upscaler = catalogue.find_upscaler(given, "hr_upscaler")
     strength = 0.75 if body.denoising_strength is None else body.denoising_strength
-    found = {"hires_scale": _scale(body), "hires_upscaler": names[upscaler], "hires_strength": strength}
+    found = {"hires_scale": _scale(body), "hires_strength": strength, "hires_upscaler": names.get(given.lower())}
     if run := body.hr_second_pass_steps or 0:
         steps = int(run / strength) if strength > 0 else run
         found["hires_steps"] = min(steps + (int(steps * strength) < run), MAX_STEPS)

@@ -23,13 +23,15 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
         "models/deep/two.safetensors",
         "models/broken.safetensors",
         "loras/ink.safetensors",
+        "upscalers/deep/4x-Sharp.safetensors",
     ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(name.encode())
     (root / "models" / "old.ckpt").write_bytes(b"x")
     (root / "models" / "folder").mkdir()
     (root / "models" / "folder" / "model_index.json").write_text("{}")
-    settings = ServerSettings(models_dir=str(root / "models"), lora_dir=str(root / "loras"))
+    folders = {"models_dir": "models", "lora_dir": "loras", "upscaler_dir": "upscalers"}
+    settings = ServerSettings(**{flag: str(root / name) for flag, name in folders.items()})  # type: ignore[arg-type]
     with called(settings) as found:
         found.root = root  # type: ignore[attr-defined]
         yield found
@@ -73,7 +75,8 @@ def test_names(client: TestClient) -> None:
     assert len(samplers) == len(SAMPLERS) and all(set(one) == {"name", "aliases", "options"} for one in samplers)
     schedulers = client.get(f"{API}/schedulers").json()
     assert {"automatic", *SCHEDULES} == {one["name"] for one in schedulers}
-    assert {one["name"] for one in client.get(f"{API}/upscalers").json()} == {"None", "Lanczos"}
+    upscalers = {one["name"]: one["model_path"] for one in client.get(f"{API}/upscalers").json()}
+    assert upscalers == {"None": None, "Lanczos": None, "deep/4x-Sharp": "deep/4x-Sharp.safetensors"}
     assert client.get(f"{API}/latent-upscale-modes").json() == [{"name": "Latent"}]
     assert [one["alias"] for one in client.get(f"{API}/loras").json()] == ["ink"]
     for name in ("sd-vae", "sd-modules", "hypernetworks", "face-restorers", "prompt-styles"):
@@ -113,6 +116,19 @@ def test_images_are_enlarged(client: TestClient) -> None:
     assert opened(client.post(f"{API}/extra-single-image", json=body).json()["image"]).size == (32, 16)
     for wrong in ({"upscaler_1": "ESRGAN"}, {"image": "http://x/y.png"}, {"upscaling_resize": 1000}):
         assert client.post(f"{API}/extra-single-image", json=body | wrong).status_code == 422
+
+
+def test_images_are_enlarged_by_a_listed_upscaler(client: TestClient) -> None:
+    """In the worker, with its turn in the queue; to a size, too."""
+    body = {"image": png((8, 4)), "upscaler_1": "4x-sharp", "upscaling_resize": 3}
+    answer = client.post(f"{API}/extra-single-image", json=body).json()
+    assert opened(answer["image"]).size == (24, 12) and answer["html_info"] == "by deep/4x-Sharp"
+    sized = body | {"resize_mode": 1, "upscaling_resize_w": 5, "upscaling_resize_h": 6}
+    assert opened(client.post(f"{API}/extra-single-image", json=sized).json()["image"]).size == (5, 6)
+    answer = client.post(f"{API}/extra-single-image", json=body | {"upscaler_1": "4x-Sharq"})
+    assert answer.status_code == 422
+    assert answer.json()["detail"].endswith("did you mean deep/4x-Sharp?; without a file there are Latent and Lanczos")
+    assert str(client.root) not in client.get(f"{API}/upscalers").text  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("side", [8000, 20000])

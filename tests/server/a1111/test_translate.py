@@ -11,8 +11,9 @@ from fastsd.server.a1111.bodies import REFUSED, ImageToImage, TextToImage
 from fastsd.server.a1111.controlnet import resize_control
 from fastsd.server.a1111.translate import resize, translate
 from fastsd.server.catalogue import Catalogue
+from fastsd.server.jobs import UpscalerChoice
 from fastsd.server.limits import Limits
-from fastsd.server.orders import Draft
+from fastsd.server.orders import Draft, make_order
 from fastsd.server.settings import ServerSettings
 from fastsd.server.styles import Styles
 from tests.support.server import png
@@ -144,6 +145,18 @@ def test_the_hires_fix() -> None:
     for wrong in ({"hr_upscaler": "ESRGAN_4x"}, {"hr_resize_x": 96, "hr_resize_y": 96, "width": 64, "height": 32}):
         with pytest.raises(FastsdError, match="hr_upscaler|hr_resize_x"):
             arguments(enable_hr=True, **wrong)
+
+
+def test_the_hires_fix_by_an_upscaler_that_is_listed(tmp_path: Path) -> None:
+    (tmp_path / "4x-Sharp.safetensors").write_bytes(b"x")
+    catalogue = Catalogue(ServerSettings(upscaler_dir=str(tmp_path)))
+    body = TextToImage(enable_hr=True, hr_scale=2, hr_upscaler="4x-sharp")
+    found = translate(body, {}, catalogue, Styles(None), Limits())
+    assert found.upscaler == UpscalerChoice("4x-Sharp", str(tmp_path / "4x-Sharp.safetensors"))
+    order = make_order(found, "a1111", catalogue.models[0], catalogue, Limits())
+    assert order.upscaler == found.upscaler and "hires_upscaler" not in order.arguments
+    other = make_order(draft(enable_hr=True), "a1111", catalogue.models[0], catalogue, Limits())
+    assert order.key != other.key
 
 
 @pytest.mark.parametrize("name", REFUSED)
