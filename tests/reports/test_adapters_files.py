@@ -128,6 +128,11 @@ def cut_pickle(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-200])
 
 
+def cut_old_pickle(path: Path) -> None:
+    torch.save({"x": torch.ones(1000)}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[:-200])
+
+
 def zip_of_images(path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.png", b"x")
@@ -145,11 +150,7 @@ WAYS: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
     "cut in its data": (cut(0.9), "beyond the file", True),
     "a pickle cut short": (cut_pickle, "not a complete file of torch.save", True),
     "whole": (header(one(), 8), "", False),
-    "an old pickle": (
-        lambda path: torch.save({"x": torch.ones(2)}, path, _use_new_zipfile_serialization=False),
-        "not in the form that torch.save has had since",
-        False,
-    ),
+    "an old pickle cut short": (cut_old_pickle, "an old file of torch.save that is", True),
     "a zip": (zip_of_images, "no data.pkl|holds no checkpoint", False),
     "a web page": (lambda path: path.write_bytes(b"<!DOCTYPE html><html>" + bytes(99)), "a web page", False),
     "an answer in JSON": (lambda path: path.write_bytes(b'{"error": "Unauthorized", "x": 1}'), "JSON text", False),

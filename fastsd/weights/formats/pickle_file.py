@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 from fastsd.errors import FastsdError
 from fastsd.weights.formats import pickle_globals
+from fastsd.weights.formats.legacy_pickle import LegacyTensor, is_legacy, open_legacy
 from fastsd.weights.formats.mistakes import what_it_is
 from fastsd.weights.formats.pickle_globals import GlobalName
 from fastsd.weights.formats.safetensors_file import TensorEntry
@@ -55,7 +57,12 @@ def read_pickle(path: Path, allow: bool, lists: bool = False) -> dict[str, Tenso
     content, sizes = open_pickle(path, allow)
     if isinstance(content, dict):
         content = next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), content)
-    if lists and isinstance(content, list) and content and all(isinstance(value, torch.Tensor) for value in content):
+    if (
+        lists
+        and isinstance(content, list)
+        and content
+        and all(isinstance(value, torch.Tensor | TensorEntry) for value in content)
+    ):
         content = {str(i): value for i, value in enumerate(content)}  # cloneofsimo's LoRAs
     if isinstance(content, dict) and content and all(isinstance(value, dict) for value in content.values()):
         content = {f"{name}.{key}": value for name, table in content.items() for key, value in table.items()}
@@ -72,7 +79,8 @@ def open_pickle(path: Path, allow: bool) -> tuple[Any, dict[int, int]]:
         allow: the user has allowed pickles.
 
     Returns:
-        The content with its tensors on the meta device, and the length of each zip member by its start in the file.
+        The content with its tensors on the meta device, and the length of each zip member by its start in the file. Of
+        a file from before PyTorch 1.6 the tensors are entries, and there are no members.
 
     Raises:
         FastsdError: not allowed, malformed, compressed, or more than tensors and plain values.
@@ -84,6 +92,12 @@ def open_pickle(path: Path, allow: bool) -> tuple[Any, dict[int, int]]:
         )
     if _torch_version() < (2, 6):
         raise FastsdError(f"reading a pickle safely needs torch 2.6 or newer, this is {torch.__version__}", path=path)
+    if is_legacy(path):
+        content, places = open_legacy(path)
+        try:
+            return _placed(path, content, places, {}), {}
+        except RecursionError as error:
+            raise FastsdError("refused: no checkpoint is nested that deeply", path=path) from error
     members = _members(path)
     names = _check_pickle(path, members)
     try:
@@ -103,10 +117,27 @@ def tensors_in(path: Path, table: dict[Any, Any], sizes: dict[int, int]) -> dict
         FastsdError: a tensor's strides or size do not match bytes in the file.
     """
     return {
-        key: _entry(path, key, value, sizes)
+        key: replace(value, key=key) if isinstance(value, TensorEntry) else _entry(path, key, value, sizes)
         for key, value in table.items()
-        if isinstance(key, str) and isinstance(value, torch.Tensor)
+        if isinstance(key, str) and isinstance(value, torch.Tensor | TensorEntry)
     }
+
+
+def _placed(path: Path, content: Any, places: dict[str, tuple[int, int]], done: dict[int, Any]) -> Any:
+    """Content of an old file with an entry for each tensor in its tables and lists; `done` by the ids of those."""
+    if isinstance(content, dict | list) and id(content) not in done:
+        if isinstance(content, dict):
+            table = done[id(content)] = dict[Any, Any]()
+            table.update((key, _placed(path, value, places, done)) for key, value in content.items())
+        else:
+            items = done[id(content)] = list[Any]()
+            items += [_placed(path, value, places, done) for value in content]
+    if not isinstance(content, LegacyTensor):
+        return done.get(id(content), content)
+    name, one = content.storage, content
+    if name not in places:
+        raise FastsdError(f"refused: its storage {name[:40]!r} has no bytes in the file", path=path)
+    return _dense(path, name, one.dtype, one.shape, one.strides, one.offset, places[name])
 
 
 def _torch_version() -> tuple[int, ...]:
@@ -209,16 +240,37 @@ def _entry(path: Path, key: str, tensor: Any, sizes: dict[int, int]) -> TensorEn
         )
     if tensor.layout != torch.strided or tensor.is_quantized or start not in sizes:
         raise FastsdError(f"refused: the key {name!r} has no bytes of its own in the file", path=path)
-    shape, strides = tuple(tensor.shape), tuple(tensor.stride())
+    place = start, sizes[start]
+    entry = _dense(path, name, tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), place)
+    return replace(entry, key=key)
+
+
+def _dense(
+    path: Path,
+    name: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    offset: int,
+    place: tuple[int, int],
+) -> TensorEntry:
+    """A tensor on a storage, whose bytes have this start and length.
+
+    Raises:
+        FastsdError: its strides or its size do not match the storage.
+    """
     # Dense: the elements, in whatever order, neither share bytes nor leave gaps.
+    count, contiguous = 1, list[int]()
+    for n in reversed(shape):
+        contiguous.insert(0, count)
+        count *= max(n, 1)
+    in_order = all(stride == own or n == 1 for stride, own, n in zip(strides, contiguous, shape, strict=True))
     count = 1
     for stride, n in sorted(zip(strides, shape, strict=True)):
         if n > 1 and stride != count:
             raise FastsdError(f"refused: the key {name!r} has strides {strides} for the shape {list(shape)}", path=path)
         count *= n
-    nbytes, skipped = count * tensor.dtype.itemsize, tensor.storage_offset() * tensor.dtype.itemsize
-    if skipped < 0 or skipped + nbytes > sizes[start]:
-        raise FastsdError(f"the key {name!r} needs {nbytes} bytes, the file holds {sizes[start]}", path=path)
-    return TensorEntry(
-        path, tensor.dtype, shape, start + skipped, nbytes, key, None if tensor.is_contiguous() else strides
-    )
+    (start, length), nbytes, skipped = place, count * dtype.itemsize, offset * dtype.itemsize
+    if skipped < 0 or skipped + nbytes > length:
+        raise FastsdError(f"the key {name!r} needs {nbytes} bytes, the file holds {length}", path=path)
+    return TensorEntry(path, dtype, shape, start + skipped, nbytes, name, None if in_order else strides)
