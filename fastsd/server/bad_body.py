@@ -17,6 +17,9 @@ EXPECTED = {
     "finite": "a finite number",
     "bool": "true or false",
     "string_type": "a text",
+    "string_unicode": "valid Unicode",
+    "greater_than_equal": "at least {ge}",
+    "less_than_equal": "at most {le}",
     "list": "a list",
     "tuple": "a list",
     "dict": "an object",
@@ -40,7 +43,11 @@ def explain(error: Mapping[str, Any]) -> tuple[str, str | None]:
     if not path and isinstance(error.get("input"), bytes):  # it was not taken for JSON
         return "the body is not read as JSON; say Content-Type: application/json", None
     expected = next((text for start, text in EXPECTED.items() if kind.startswith(start)), None)
-    reason = f"it should be {expected}" if expected else error["msg"][:1].lower() + error["msg"][1:]
+    reason = (
+        f"it should be {expected.format_map(error.get('ctx', {}))}"
+        if expected
+        else error["msg"][:1].lower() + error["msg"][1:]
+    )
     given = _given(error.get("input"))
     return f"{name} is {given}; {reason}" if given else f"{name}: {reason}", field
 

@@ -57,7 +57,7 @@ def test_img2img_echoes_its_images_only_when_asked(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("body", "status", "said"),
     [
-        ({"steps": 0}, 422, "steps is 0; input should be greater than or equal to 1"),
+        ({"steps": 0}, 422, "steps is 0; it should be at least 1"),
         ({"steps": "many"}, 422, "steps is 'many'; it should be a whole number"),
         ({"cfg_scale": -1}, 422, "cfg_scale is -1"),
         ({"batch_size": 3, "n_iter": 3}, 422, "batch_size x n_iter is 9; at most 8 images a request"),

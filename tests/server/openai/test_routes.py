@@ -85,7 +85,7 @@ def test_parameters_of_a_call_stand_at_top_level() -> None:
     [
         ({}, 422, "prompt", "prompt is missing"),
         ({"prompt": ""}, 422, "prompt", "at least 1 character"),
-        ({"n": 11}, 422, "n", "less than or equal to 10"),
+        ({"n": 11}, 422, "n", "at most 10"),
         ({"n": 9}, 422, "n", "at most 8 images a request"),
         ({"size": "huge"}, 422, "size", "it should be auto, or a width and a height"),
         ({"size": "99999x8"}, 422, "size", "a whole number from 8 to 8192"),
