@@ -46,8 +46,11 @@ class Limits:
         if count > self.images:
             raise FastsdError(f"at most {self.images} images a request", argument="num_images_per_prompt", value=count)
         scale = arguments.get("hires_scale") or 1.0
-        sides = {name: (arguments.get(name) or default_side) for name in ("width", "height")}
+        sides = _sides(arguments, default_side)
         for name, side in sides.items():
+            if side > self.side and arguments.get(name) != side:
+                size = f"{sides['width']}x{sides['height']}" + (" with {outpaint}" if arguments.get("outpaint") else "")
+                raise FastsdError(f"{size} pixels; at most {self.side} of a side are generated", argument="image")
             if side > self.side or side * scale > self.side:
                 larger = f" (times {{hires_scale}} {scale:g})" if scale > 1 else ""
                 raise FastsdError(f"at most {self.side} pixels{larger} are generated", argument=name, value=side)
@@ -59,3 +62,13 @@ class Limits:
                 f"{{width}} x {{height}} x images x {{num_inference_steps}} is {work:.3g}; at most {self.work:.3g} are "
                 "done for one request"
             )
+
+
+def _sides(arguments: Mapping[str, Any], default: int) -> dict[str, int]:
+    """Width and height of what is generated: those of the call, else of its image with what is painted around it."""
+    image, found = arguments.get("image"), dict[str, int]()
+    left, top, right, bottom = map(int, (arguments.get("outpaint") or "0,0,0,0").split(","))
+    for name, more in (("width", left + right), ("height", top + bottom)):
+        own = getattr(image, name, default) + more
+        found[name] = max(arguments.get(name) or own, own if more else 0)
+    return found

@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from fastsd.errors import FastsdError
 from fastsd.server.limits import MAX_PROMPT, Limits
@@ -34,3 +35,17 @@ def test_all_together_have_one_too() -> None:
     Limits().check(half | {"num_inference_steps": 25})  # 25 steps and, at 4 times the pixels, 25: as 125 in a quarter
     with pytest.raises(FastsdError, match="at most"):
         Limits().check(half | {"num_inference_steps": 26})
+
+
+def test_without_sides_those_of_the_image_count_and_what_is_painted_around_it() -> None:
+    own = Limits(side=2048)
+    own.check({"image": Image.new("L", (2048, 2048)), "num_inference_steps": 10})
+    with pytest.raises(FastsdError, match="2049x8 pixels; at most 2048 of a side are generated") as refused:
+        own.check({"image": Image.new("L", (2049, 8))})
+    assert refused.value.argument == "image"
+    own.check({"image": Image.new("L", (2049, 8)), "width": 512})  # it is made smaller
+    own.check({"image": Image.new("L", (8, 2000)), "outpaint": "0,40,0,8"})
+    for added in ("0,41,0,8", "0,8192,0,0"):
+        with pytest.raises(FastsdError, match="pixels; at most 2048") as refused:
+            own.check({"image": Image.new("L", (8, 2000)), "outpaint": added, "width": 64, "height": 64})
+        assert refused.value.argument == "image"
