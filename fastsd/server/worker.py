@@ -2,17 +2,19 @@
 
 It takes one message at a time; between two steps of a batch it looks for those that stop it or want a preview, and
 keeps the others, its next batch among them, for afterwards. Ctrl-C and SIGTERM, which a terminal or a service manager
-sends to all processes, are left to the server: the worker ends when the pipe does.
+sends to all processes, are left to the server: the worker ends when the pipe or the server does.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import multiprocessing
 import os
 import select
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -164,6 +166,7 @@ def main(connection: Connection, make_engine: Callable[[Any], WorkerEngine], set
     os.dup2(2, 1)  # standard output may be where the server speaks to an assistant
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_server, name="fastsd-server-watch", daemon=True).start()
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     engine, kept = make_engine(settings), deque[Any]()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
@@ -175,6 +178,14 @@ def main(connection: Connection, make_engine: Callable[[Any], WorkerEngine], set
                 _answer(connection, engine, message, kept)
             elif isinstance(message, Unload):
                 engine.unload()
+
+
+def _end_with_server() -> None:
+    """End with a server that was killed, in the middle of a step too, which may take minutes."""
+    server = multiprocessing.parent_process()
+    if server is not None:  # None: a test runs this in its own process
+        server.join()
+        os._exit(0)
 
 
 def _answer(connection: Connection, engine: WorkerEngine, message: LoadModel | RunBatch, kept: deque[Any]) -> None:

@@ -4,6 +4,8 @@ import asyncio
 import os
 import signal
 import statistics
+import subprocess
+import sys
 import time
 
 import pytest
@@ -12,7 +14,7 @@ from fastsd.errors import FastsdError
 from fastsd.server.jobs import Cancelled, Job, ModelChoice, QueueFull, ShuttingDown, WorkerFailed
 from fastsd.server.queue import GenerationQueue
 from tests.support.empty_model import colour
-from tests.support.server import order, with_queue
+from tests.support.server import ROOT, order, with_queue
 
 Queue = GenerationQueue
 
@@ -206,6 +208,35 @@ def test_what_does_not_end_in_time_is_answered_too() -> None:
             await job.result
 
     with_queue(scenario, seconds=0.05)
+
+
+ABANDONED = """if True:
+    import asyncio, os, signal
+    from fastsd.server.jobs import ModelChoice
+    from fastsd.server.queue import GenerationQueue
+    from tests.support.empty_model import EmptySettings, empty_engine
+    from tests.support.server import order
+
+    async def main():
+        queue = GenerationQueue(empty_engine, EmptySettings(1000.0))
+        await queue.start(ModelChoice("one"))
+        job = queue.submit(order())
+        while not queue._running or not queue._running.begun or job.state != "running":
+            await asyncio.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if __name__ == "__main__":
+        asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="processes are killed by a signal")
+def test_a_worker_ends_with_a_server_that_was_killed_in_the_middle_of_a_step() -> None:
+    """A step here takes 1000 s. The pipe that both have as standard error ends with the last of them."""
+    command = [sys.executable, "-c", ABANDONED]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (-signal.SIGKILL, b"")
 
 
 @pytest.mark.slow  # a time, which only an idle machine keeps
