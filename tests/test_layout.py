@@ -101,7 +101,7 @@ ABOUT: dict[str, tuple[str, ...]] = {
     "kernels/triton": ("models", "training"),
     # Against diffusers' schedulers, against published loops, and an exact solution.
     "sampling": ("diffusers", "solvers", "euler_maruyama"),
-    "server": ("openapi", "endurance"),
+    "server": ("openapi", "endurance", "proxy"),
     "verify": ("gpu",),
     "weights": ("malformed", "memory", "recipes"),
 }

@@ -73,7 +73,14 @@ def make_app(settings: ServerSettings, make_engine: Callable[[Any], WorkerEngine
         await state.queue.stop()
 
     app = FastAPI(
-        title="fastsd", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS
+        title="fastsd",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        responses=ERRORS,
+        servers=[{"url": settings.root_path}] if settings.root_path else None,  # in openapi.json
+        redirect_slashes=not settings.root_path,  # a redirect would lead out of it
     )
     app.state.shared = state
     inner = app.build_middleware_stack

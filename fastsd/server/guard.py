@@ -58,9 +58,14 @@ class Guard:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
-            await _Exchange(self, scope, receive, send).run()
+            await _Exchange(self, self._without_root(scope), receive, send).run()
         else:
             await send({"type": "websocket.close", "code": 1008})
+
+    def _without_root(self, scope: Scope) -> Scope:
+        """The scope with this server's own path; proxies leave theirs in front of it, or take it away."""
+        root, path = self.settings.root_path, scope["path"]
+        return {**scope, "path": path[len(root) :]} if root and path.startswith(f"{root}/") else scope
 
     def hold(self, size: int) -> None:
         """Count the bytes of a body in; negative: out.

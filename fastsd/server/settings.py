@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from fastsd.parameters.kinds import File, Kind, Number, Switch, Text, Whole
 from fastsd.server.limits import Limits
 
 MIN_KEY = 12  # characters of a key or a password
+# The first parts of this server's own paths, which a proxy's path cannot be told from.
+OWN_PATHS = ("", "controlnet", "health", "jobs", "metrics", "openapi.json", "page", "ready", "sdapi", "v1")
 LOADING = ("model", "vae", "preview", "few_step", "prediction", "device", "dtype", "graphs", "vae_tiling")
 FOLDERS = ("models_dir", "lora_dir", "embedding_dir", "controlnet_dir", "upscaler_dir")
 
@@ -52,6 +55,9 @@ FLAGS = (
     ServerFlag("password", Text(metavar="WORD"), "of --user; better in the environment, FASTSD_PASSWORD"),
     ServerFlag("cors", Text(metavar="ORIGIN"), "a web site that may call: https://chat.example", several=True),
     ServerFlag("allow_host", Text(metavar="NAME"), "a name by which clients call this server", several=True),
+    ServerFlag(
+        "root_path", Text(metavar="PATH"), "the path under which a reverse proxy offers this server: /fastsd", ""
+    ),
     ServerFlag("queue", Whole(low=1, high=10000), "requests that may wait; others get 429", 32),
     ServerFlag("max_batch", Whole(low=1, high=64), "images that run together", 4),
     ServerFlag("max_images", Whole(low=1, high=1000), "images of one request", 16),
@@ -73,6 +79,7 @@ class ServerSettings:
         model: the path or hub id of the first model; None: the bundled one, or the folder's first.
         tiling: of every call, see `fastsd.server.engine.EngineSettings`.
         cors: origins of web sites that may call. hosts: names by which the server is called, besides its address.
+        root_path: what stands before every path where a proxy offers the server under one; else "".
     """
 
     host: str = "127.0.0.1"
@@ -91,6 +98,7 @@ class ServerSettings:
     password: str | None = None
     cors: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
+    root_path: str = ""
     queue: int = 32
     max_batch: int = 4
     keep: int = 1
@@ -139,6 +147,7 @@ def read(args: argparse.Namespace) -> ServerSettings:
     for name, variable in (("api_key", "FASTSD_API_KEY"), ("password", "FASTSD_PASSWORD")):
         found[name] = found[name] or os.environ.get(variable) or None
     _check_access(found)
+    found["root_path"] = _check_root_path(found["root_path"])
     for name in FOLDERS:
         _check_folder(f"--{name.replace('_', '-')}", found[name])
     limits = Limits(
@@ -171,6 +180,18 @@ def _check_access(found: dict[str, Any]) -> None:
             f"{found['host']} can be reached by other machines; it needs --api-key, or --user and --password",
             argument="--host",
         )
+
+
+def _check_root_path(path: str) -> str:
+    """The path without a slash at its end."""
+    parts = path.rstrip("/").split("/")
+    if path.rstrip("/") and (parts[0] or not all(re.fullmatch(r"[\w.~-]*[\w~-]", part, re.A) for part in parts[1:])):
+        raise FastsdError("it should be a path, such as /fastsd", argument="--root-path", value=path)
+    if len(parts) > 1 and parts[1] in OWN_PATHS:
+        raise FastsdError(
+            "this server has paths of its own that begin so; take another", argument="--root-path", value=path
+        )
+    return path.rstrip("/")
 
 
 def is_loopback(host: str) -> bool:

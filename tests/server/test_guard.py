@@ -13,6 +13,7 @@ from fastsd.server.app import make_app
 from fastsd.server.limits import Limits
 from fastsd.server.settings import ServerSettings
 from tests.support.empty_model import EmptySettings, empty_engine
+from tests.support.server import walk
 
 KEY = "correct horse battery"
 
@@ -77,13 +78,6 @@ def test_the_page_itself_and_named_sites_can(own: TestClient) -> None:
 
 def basic(text: str) -> dict[str, str]:
     return {"Authorization": f"Basic {base64.b64encode(text.encode()).decode()}"}
-
-
-def walk(routes: list[Any]) -> Iterator[Any]:
-    """Every route; newer versions of FastAPI keep included routers as they are."""
-    for route in routes:
-        inner = getattr(route, "original_router", None)
-        yield from (walk(inner.routes) if inner is not None else (route,))
 
 
 def test_every_route_but_health_needs_the_key(locked: TestClient) -> None:

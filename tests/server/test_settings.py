@@ -8,8 +8,11 @@ import pytest
 
 from fastsd.cli.parser import Parser
 from fastsd.server import settings
+from fastsd.server.app import make_app
 from fastsd.server.settings import ServerSettings
 from tests.support.cli import refused
+from tests.support.empty_model import EmptySettings, empty_engine
+from tests.support.server import walk
 
 KEY = "a key of some length"
 
@@ -34,6 +37,16 @@ def test_flags_become_settings(tmp_path: Path) -> None:
     assert own.limits.body == 3 * 2**20 and own.limits.images == 2 and own.lora_dir == str(tmp_path) and own.locked
 
 
+def test_the_root_path_has_no_slash_at_its_end_and_is_told_from_every_path_of_the_server() -> None:
+    assert [read(*words).root_path for words in ((), ("--root-path", "/"), ("--root-path", "/a/b.c/"))] == [
+        "",
+        "",
+        "/a/b.c",
+    ]
+    app = make_app(ServerSettings(), empty_engine, EmptySettings())
+    assert {route.path.split("/")[1] for route in walk(app.routes)} == set(settings.OWN_PATHS)
+
+
 def test_a_key_may_be_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTSD_API_KEY", KEY)
     assert read("--host", "0.0.0.0").api_key == KEY
@@ -47,6 +60,11 @@ def test_a_key_may_be_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
         (("--host", "example.com"), "it needs --api-key"),
         (("--api-key", "short"), "--api-key: 5 characters; it should have at least 12"),
         (("--user", "ada"), "--user: given without --password"),
+        (("--root-path", "fastsd"), "--root-path is 'fastsd'; it should be a path, such as /fastsd"),
+        (("--root-path", "/a//b"), "--root-path is '/a//b'; it should be a path"),
+        (("--root-path", "/.."), "--root-path is '/..'; it should be a path"),
+        (("--root-path", "/a?b"), "--root-path is '/a?b'; it should be a path"),
+        (("--root-path", "/v1/images"), "this server has paths of its own that begin so"),
         (("--password", "a very long password"), "--password: given without --user"),
         (("--cors", "*"), "it should be an origin, such as https://chat.example"),
         (("--cors", "https://chat.example/path"), "it should be an origin"),

@@ -110,6 +110,13 @@ def listening(settings: ServerSettings, seconds: float = 0.0, auth: tuple[str, s
         thread.join(20)
 
 
+def walk(routes: list[Any]) -> Iterator[Any]:
+    """Every route of an application; newer versions of FastAPI keep included routers as they are."""
+    for route in routes:
+        inner = getattr(route, "original_router", None)
+        yield from (walk(inner.routes) if inner is not None else (route,))
+
+
 def png(size: tuple[int, int] = (64, 64), colour: object = (9, 8, 7), mode: str = "RGB") -> str:
     """An image of one colour, as base64."""
     buffer = io.BytesIO()

@@ -135,7 +135,8 @@ async def answer(state: State, request: Request, body: ImageRequest, draft: Draf
     job = state.queue.submit(order)
     if body.stream:
         events = stream(state, request, body, job, kind, draft.notes)
-        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        at_once = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the second is for nginx
+        return StreamingResponse(events, media_type="text/event-stream", headers=at_once)
     finished = await state.wait(request, job)
     encoded = await encode_all(finished, body.suffix)
     data = [_datum(body, text, own["seed"]) for text, own in zip(encoded, finished.settings, strict=True)]
