@@ -24,6 +24,7 @@ from fastsd.errors import FastsdError
 OLDEST_TRITON = (3, 6)
 OLDEST_GPU = (7, 5)
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ONEDNN_OPERATORS = ("_linear_pointwise", "_convolution_pointwise", "_convolution_transpose_pointwise")
 # Ops whose CPU path calls nothing of oneDNN's, only PyTorch's operations: every processor runs it in these dtypes.
 WITHOUT_ONEDNN = {"groupnorm_silu": (torch.float16, torch.bfloat16, torch.float32)}
 
@@ -118,7 +119,7 @@ def onednn_dtypes() -> tuple[torch.dtype, ...]:
     """The dtypes in which PyTorch's oneDNN computes natively on this processor; none if this build lacks oneDNN."""
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return ()
-    if not all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_convolution_pointwise")):
+    if not all(hasattr(torch.ops.mkldnn, name) for name in ONEDNN_OPERATORS):
         return ()
     return (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
 

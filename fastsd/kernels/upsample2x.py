@@ -14,8 +14,8 @@ from fastsd.kernels.launch import architecture, variants
 from fastsd.kernels.launch.conv2d import ConvBoxes, ConvPointers, saves_time_doubled
 
 SAME: Padding = (1, 1, 1, 1)
-KEPT = 2**18  # elements of a packed weight whose summed kernels are kept: 1.8 MB of fp32 at most
-_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()  # packed weight: (shape of x and threads, kernels)
+KEPT = 2**18  # elements of a packed weight whose sums are kept: 1.8 MB of fp32 at most
+_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()  # packed weight: (shape of the map and threads, sums)
 
 
 def upsample2x_ref(x: torch.Tensor) -> torch.Tensor:
@@ -53,8 +53,8 @@ def upsample2x_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     way = _way(x, weight, weight.is_mkldnn) if backend == "onednn" else "doubling"
     if way == "winograd":
         return winograd.convolve_doubled(x, weight, bias)
-    if way == "phases":
-        return _upsample2x_conv_onednn(x, weight, bias)
+    if way == "transposed":
+        return _by_transposed(x, weight, bias)
     return _by_doubling(x, weight, bias)
 
 
@@ -129,56 +129,44 @@ def _way(x: torch.Tensor, weight: torch.Tensor, packed: bool) -> str:
     return choices.way("upsample2x_conv" + kind, x.dtype, x.shape[1] * x.shape[2])
 
 
-def _upsample2x_conv_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """2 x 2 convolutions of the small map, one for each parity of the result's row and column.
+def _by_transposed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """A transposed convolution of each small map, which has 4 products for a result instead of 9.
 
-    The kernel's three rows read two rows of the small map: (i - 1, i, i) for even rows of the result, (i, i, i + 1) for
-    odd ones. The weights that read the same row are summed, in fp32, which leaves 4 products of 9. With one pixel of
-    padding a 2 x 2 convolution has a row and a column more than the map: odd results begin one further.
+    One of several maps, on more than one thread, would give each of them other sums than it has alone.
     """
-    batch, height, width, _ = x.shape
-    channels = len(weight)
     chw = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-    kernels = _kernels(x, weight)
-    if len(kernels) == 1:  # one convolution of all phases, which lie side by side as channels
-        repeated = None if bias is None else torch.cat([bias] * 4)
-        y = onednn.convolve(chw, kernels[0], repeated, 1, (1, 1), None).permute(0, 2, 3, 1)
-        column = 4 * channels
-        row = (width + 1) * column
-        # Phase (p, q) begins p rows and q columns further, at channel 2 p + q.
-        strides = ((height + 1) * row, row, row + 2 * channels, column, column + channels, 1)
-        phases = y.as_strided((batch, height, 2, width, 2, channels), strides)
-        return phases.reshape(batch, 2 * height, 2 * width, channels)
-    out = x.new_empty(batch, 2 * height, 2 * width, channels)
-    for phase, kernel in enumerate(kernels):
-        part = onednn.convolve(chw, kernel, bias, 1, (1, 1), None).permute(0, 2, 3, 1)
-        p, q = divmod(phase, 2)
-        out[:, p::2, q::2] = part[:, p : p + height, q : q + width]
-    return out
+    summed = _transposed(x, weight)
+    maps = [onednn.convolve_transposed(image, summed, bias).permute(0, 2, 3, 1) for image in chw.split(1)]
+    return maps[0] if len(maps) == 1 else torch.cat(maps)
 
 
-def _kernels(x: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
-    """The summed kernels of the four phases: `[4 Cout, Cin, 2, 2]` or, to need less memory, four tensors of a quarter.
+def _transposed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The weight of the transposed convolution, `[Cin, Cout, 4, 4]`.
 
-    Summing them costs as much as convolving a small map. Of a small packed weight they are kept, as long as it lives
-    and for one shape of `x`; a packed weight never changes (`onednn`).
+    Summing it costs as much as convolving a small map. That of a small packed weight is kept, as long as it lives
+    and for one size of map; a packed weight never changes (`onednn`).
     """
     kept = weight.is_mkldnn and weight.numel() <= KEPT
-    situation = (x.shape, torch.get_num_threads())
+    situation = (x.shape[1:], torch.get_num_threads())
     found = _kept.get(weight) if kept else None
     if found is not None and found[0] == situation:
-        return [found[1]]
-    rows = _merged_taps(onednn.dense(weight.detach()).float(), 2)
-    phases = [kernel.to(x.dtype) for row in rows for kernel in _merged_taps(row, 3)]
+        return found[1]
+    taps = _summed_taps(_summed_taps(onednn.dense(weight.detach()).float(), 2), 3)
+    summed = taps.to(x.dtype).transpose(0, 1).contiguous(memory_format=torch.channels_last)
     if not kept:
-        return [kernel.contiguous(memory_format=torch.channels_last) for kernel in phases]
+        return summed
     with torch.inference_mode(False), torch.no_grad():
-        packed = onednn.pack(torch.cat(phases).clone(), x.shape, 1, SAME)
+        packed = onednn.pack_transposed(summed.clone(), x.shape[1:])
     _kept[weight] = (situation, packed)
-    return [packed]
+    return packed
 
 
-def _merged_taps(taps: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two-tap kernels of even and of odd results along `dim`, from three taps."""
+def _summed_taps(taps: torch.Tensor, dim: int) -> torch.Tensor:
+    """The four taps of the transposed convolution along `dim`, in fp32.
+
+    Tap a of the three reads, for row j of the result, row j + a - 1 of the doubled map: pixel i for j = 2i - a + 1 and
+    one more. Pixel i so adds to row 2i - 1 by the last tap, to 2i by the last two, to 2i + 1 by the first two and to
+    2i + 2 by the first.
+    """
     first, middle, last = taps.unbind(dim)
-    return torch.stack([first, middle + last], dim), torch.stack([first + middle, last], dim)
+    return torch.stack([last, middle + last, first + middle, first], dim)

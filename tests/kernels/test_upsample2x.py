@@ -12,7 +12,7 @@ from fastsd.kernels.upsample2x import OP, upsample2x, upsample2x_conv
 from tests.support.precision import DTYPES, check, check_batch, rand
 
 SHAPES = [  # batch, height, width, in, out
-    (2, 32, 32, 32, 64),  # large enough for four 2 x 2 convolutions
+    (2, 32, 32, 32, 64),  # large enough for a transposed convolution
     (1, 41, 37, 17, 33),  # the same, all sizes odd
     (1, 1, 1024, 8, 8),  # one row, between rows of padding
     (2, 8, 8, 64, 32),  # small: upsampled, then convolved

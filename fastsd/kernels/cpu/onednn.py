@@ -17,6 +17,7 @@ from fastsd.kernels import dispatch
 
 # Epilogues that oneDNN has, as (its name, algorithm); computed in fp32 before the result is rounded.
 ACTIVATIONS = {"none": ("none", ""), "silu": ("swish", ""), "gelu": ("gelu", "none"), "sigmoid": ("sigmoid", "")}
+TRANSPOSED = ([1, 1], [0, 0], [2, 2], [1, 1])  # padding, further padding of the result, stride, dilation
 
 
 def pack(weight: torch.Tensor, shape: torch.Size, stride: int, padding: tuple[int, int, int, int]) -> torch.Tensor:
@@ -60,10 +61,26 @@ def convolve(
     x: `[B, Cin, H, W]`; residual: `[B, Cout, H', W']`; both in channels-last memory.
     """
     shape = (padding, (stride, stride), (1, 1), 1)
-    convolution, convolution_and_sum, _ = _operators()
+    convolution, convolution_and_sum, *_ = _operators()
     if residual is None:
         return convolution(x, weight, bias, *shape, "relu" if relu else "none", [], "")
     return convolution_and_sum(x, residual, weight, bias, *shape, "add", 1.0, "relu" if relu else None, [], None)
+
+
+def pack_transposed(weight: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """`convolve_transposed`'s weight in the blocked layout that oneDNN chooses for one map `[H, W, Cin]`."""
+    height, width, channels = shape
+    padding, extra, stride, dilation = TRANSPOSED
+    size = [1, channels, height, width]
+    return torch.ops.mkldnn._reorder_convolution_transpose_weight(weight, padding, extra, stride, dilation, 1, size)
+
+
+def convolve_transposed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The transposed convolution of stride 2 that doubles a map: pixel i adds to rows 2i - 1 to 2i + 2 of the result.
+
+    x: `[B, Cin, H, W]` in channels-last memory; weight: `[Cin, Cout, 4, 4]`; result: `[B, Cout, 2H, 2W]`.
+    """
+    return _operators()[3](x, weight, bias, *TRANSPOSED, 1, "none", [], "")
 
 
 def pack_products(weights: torch.Tensor, rows: int) -> torch.Tensor:
@@ -95,7 +112,11 @@ def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, act
 
 
 @functools.cache
-def _operators() -> tuple[Any, Any, Any]:
-    """PyTorch's operators, found once because finding them takes 2 µs: convolution, convolution plus a map, product."""
-    convolution = torch.ops.mkldnn._convolution_pointwise
-    return convolution.default, convolution.binary, torch.ops.mkldnn._linear_pointwise.default
+def _operators() -> tuple[Any, Any, Any, Any]:
+    """PyTorch's operators, found once because finding them takes 2 µs.
+
+    They are a convolution, one plus a map, a product, and a transposed convolution.
+    """
+    ops = torch.ops.mkldnn
+    convolution, transposed = ops._convolution_pointwise, ops._convolution_transpose_pointwise
+    return convolution.default, convolution.binary, ops._linear_pointwise.default, transposed.default
