@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +15,14 @@ from fastsd.kernels.candidates import GpuOp, OpCandidate
 from fastsd.kernels.cpu import choices
 from fastsd.kernels.launch import architecture, variants
 from fastsd.kernels.launch.groupnorm_silu import GroupNormLaunch
-from fastsd.kernels.linear import activate_by_image, undivided
+from fastsd.kernels.linear import activate_by_image
 
 # The CPU path.
 TERMS = 128  # of one fp32 sum
 PIXELS = 1024  # of one sum in PyTorch's norm; with more, few maps have a mean as small as `_largest_mean`
 WIDTH = 4096  # sums in parallel, which stay in the first cache
+LANES = 8  # of a vector of AVX2; AVX-512 has twice as many
+PRODUCT = 2**16  # elements of a matrix that averages
 
 
 def groupnorm_silu_ref(
@@ -151,12 +154,16 @@ def _groupnorm_silu_cpu(x: torch.Tensor, norm: _Norm, add: torch.Tensor | None) 
     way = choices.way("groupnorm_silu", x.dtype, x.numel() // len(x))
     if way == "contiguous":
         return _by_contiguous(x, norm, add)
-    if way == "direct" and x.shape[1] * x.shape[2] <= PIXELS:
-        if len(x) == 1:
-            return _directly(x, norm, add)
-        adds = [add] * len(x) if add is None or len(add) == 1 else add.split(1)
-        return torch.cat([_directly(image, norm, own) for image, own in zip(x.split(1), adds)])
-    return _by_moments(x, norm, add)
+    if way == "moments" or x.shape[1] * x.shape[2] > PIXELS:
+        return _by_moments(x, norm, add)
+    if len(x) == 1:
+        return _directly(x, norm, add)
+    return torch.cat([_directly(image, norm, own) for image, own in zip(x.split(1), _adds(add, len(x)))])
+
+
+def _adds(add: torch.Tensor | None, batch: int) -> Sequence[torch.Tensor | None]:
+    """What is added to each image."""
+    return [add] * batch if add is None or len(add) == 1 else add.split(1)
 
 
 def _by_contiguous(x: torch.Tensor, norm: _Norm, add: torch.Tensor | None) -> torch.Tensor:
@@ -167,88 +174,90 @@ def _by_contiguous(x: torch.Tensor, norm: _Norm, add: torch.Tensor | None) -> to
 
 
 def _directly(x: torch.Tensor, norm: _Norm, add: torch.Tensor | None) -> torch.Tensor:
-    """PyTorch's norm of one channels-last image, where it is accurate (`_largest_mean`).
-
-    Otherwise in fp32 that of the image less the mean which it found, which is near enough; else by moments.
-    """
+    """PyTorch's norm of one channels-last image where it is accurate (`_largest_mean`), else by moments."""
     _, height, width, channels = x.shape
-    groups = norm.groups
-    shifted = x if add is None else x + add[:, None, None, :]
-    for _ in range(2 if x.dtype == torch.float32 else 1):
-        chw = shifted.permute(0, 3, 1, 2)
-        y, mean, r = torch.native_group_norm(chw, norm.weight, norm.bias, 1, channels, height * width, groups, norm.eps)
-        if float((mean * r).abs_().max()) <= _largest_mean(height * width):
-            y = y.permute(0, 2, 3, 1)
-            return (F.silu(y, inplace=True) if norm.silu else y).contiguous()
-        shifted = shifted - mean.view(groups, 1).expand(groups, channels // groups).reshape(channels)
-    return _by_moments(x, norm, add)
+    total = x if add is None else x + add[:, None, None, :]
+    y, mean, r = torch.native_group_norm(
+        total.permute(0, 3, 1, 2), norm.weight, norm.bias, 1, channels, height * width, norm.groups, norm.eps
+    )
+    ratios, limit = (mean * r)[0].tolist(), _largest_mean(height * width, channels // norm.groups)
+    if min(ratios) < -limit or max(ratios) > limit:
+        return _by_moments(x, norm, add)
+    return (F.silu(y, inplace=True) if norm.silu else y).permute(0, 2, 3, 1).contiguous()
 
 
 @functools.lru_cache(maxsize=1024)
-def _largest_mean(pixels: int) -> float:
-    """|mean| / deviation of a group up to which E[x^2] - E[x]^2 is as accurate as moments of short sums.
+def _largest_mean(pixels: int, channels: int) -> float:
+    """|mean| / deviation of a group of `channels` up to which E[x^2] - E[x]^2 is as accurate as moments of short sums.
 
-    A sum of n terms in one chain is off by about s = 2 sqrt(n) u of the terms' sizes (the probabilistic bound of Higham
-    and Mary 2019 with lambda = 2). With m = |mean| / deviation and in variances, E[x^2] is off by s (1 + m^2) and
-    E[x]^2 by 2 s m sqrt(1 + m^2), together less than s (m + sqrt(1 + m^2))^2 = s exp(2 asinh(m)). Half of that, the
-    share of the deviation, shall be at most 3 / 2 TERMS u, what short sums and their merging are allowed.
+    PyTorch adds up a group in one chain for each channel or, from LANES channels on, in LANES chains. A sum of n terms
+    in k chains, whose roundings are independent, is off by about s = 2 sqrt(n) / k u of the terms' sizes (the
+    probabilistic bound of Higham and Mary 2019 with lambda = 2). With m = |mean| / deviation and in variances, E[x^2]
+    is off by s (1 + m^2) and E[x]^2 by 2 s m sqrt(1 + m^2), together less than s (m + sqrt(1 + m^2))^2 =
+    s exp(2 asinh(m)). Half of that, the share of the deviation, shall be at most 3 / 2 TERMS u, what short sums and
+    their merging are allowed.
     """
-    return math.sinh(0.5 * math.log(1.5 * TERMS / pixels**0.5))
+    chains = min(channels, LANES)
+    return math.sinh(0.5 * math.log(1.5 * TERMS * chains / (pixels * channels) ** 0.5))
 
 
 def _by_moments(x: torch.Tensor, norm: _Norm, add: torch.Tensor | None) -> torch.Tensor:
-    """Moments of short sums, merged; then one pass for the normalisation of each image, and one for SiLU in place."""
-    batch, channels = len(x), x.shape[-1]
-    weight, bias, groups = norm.weight.float(), norm.bias.float(), norm.groups
-    rows = x.reshape(batch, -1, channels).contiguous()
-    shift = None if add is None else add.float().view(len(add), groups, -1)
-    mean, variance = _moments(rows, groups, shift)
-    if shift is not None:
-        mean = mean - shift
-    if x.dtype == torch.float32:
-        scale = variance.add_(norm.eps).rsqrt_() * weight.view(groups, -1)
-        offset = torch.addcmul(bias.view(groups, -1), mean, scale, value=-1)
-        scale, offset = scale.view(batch, 1, channels), offset.view(batch, 1, channels)
-        out = torch.empty_like(rows)
-        parts = (rows, out, scale, offset)
-        for image, y, a, b in [parts] if batch == 1 or undivided(rows) else zip(*(part.split(1) for part in parts)):
-            torch.addcmul(b, image, a, out=y)
-            if norm.silu:
-                F.silu(y, inplace=True)
-        return out.view(x.shape)
+    """Image by image: moments of short sums, merged; one pass for the normalisation, and one for SiLU in place."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    mean, variance = (m.expand(batch, groups, channels // groups).reshape(batch, channels) for m in (mean, variance))
-    for i in range(batch):
-        # With statistics for every channel, this is batch normalisation, which computes in fp32.
-        y = F.batch_norm(x[i : i + 1].permute(0, 3, 1, 2), mean[i], variance[i], weight, bias, eps=norm.eps)
-        y = y.permute(0, 2, 3, 1)
-        out[i : i + 1] = F.silu(y, inplace=True) if norm.silu else y
+    for image, own, y in zip(x.split(1), _adds(add, len(x)), out.split(1)):
+        _normalise(image, norm, own, y)
     return out
 
 
-def _moments(rows: torch.Tensor, groups: int, shift: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance of the groups of `rows + shift`, `[B, S, C]` and `[B or 1, G, C / G]`: `[B, G, 1]` fp32 each.
+def _normalise(x: torch.Tensor, norm: _Norm, add: torch.Tensor | None, out: torch.Tensor) -> None:
+    """`_by_moments` of one image, into `out`."""
+    weight, bias = norm.weight.float(), norm.bias.float()
+    mean, variance = _moments(x.contiguous(), norm.groups, None if add is None else add.float())
+    if x.dtype == torch.float32:
+        scale = variance.add_(norm.eps).rsqrt_().mul_(weight)
+        torch.addcmul(torch.addcmul(bias, mean, scale, value=-1), x, scale, out=out)
+        if norm.silu:
+            F.silu(out, inplace=True)
+    else:  # with statistics for every channel, this is batch normalisation, which computes in fp32
+        y = F.batch_norm(x.permute(0, 3, 1, 2), mean, variance, weight, bias, eps=norm.eps)
+        out.copy_((F.silu(y, inplace=True) if norm.silu else y).permute(0, 2, 3, 1))
+
+
+def _moments(x: torch.Tensor, groups: int, add: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean, less `add`, and variance of each channel's group of `x + add`, `[1, H, W, C]` and `[1, C]`: `[C]` in fp32.
 
     For channels-last maps, PyTorch's group norm computes E[x^2] - E[x]^2 in fp32 sums over all pixels. Its error is
     3e-4 at 512 x 512, and unbounded if |mean| >> std. Here sums of `terms` pixels take two passes each, the second
-    while they are in the cache, and are merged pairwise (Chan, Golub and LeVeque 1983, equation 2.1).
+    while they are in the cache. The variance of all is the mean of theirs and of their means' squared distances.
     """
-    batch, size, channels = rows.shape
-    terms, width = _division(size, channels)
-    unused = rows.new_empty(width * channels, dtype=torch.float32)
-    # `width` pixels are read as one of more channels: as many more sums in parallel.
-    blocks = rows.view(-1, 1, terms, width * channels).permute(0, 3, 1, 2)
-    if len(blocks) == 1:
-        means, variances = torch.batch_norm_update_stats(blocks, unused, unused, 0.0)
-    else:
-        parts = [torch.batch_norm_update_stats(block, unused, unused, 0.0) for block in blocks.split(1)]
-        means, variances = (torch.cat(part) for part in zip(*parts))
-    means, variances = (part.view(batch, -1, groups, channels // groups) for part in (means, variances))
-    if shift is not None:
-        means = means + shift[:, None]
-    between, mean = torch.var_mean(means, (1, 3), correction=0, keepdim=True)
-    variance = variances.mean((1, 3), keepdim=True).add_(between)
-    return mean.view(batch, groups, 1), variance.view(batch, groups, 1)
+    _, height, width, channels = x.shape
+    terms, side = _division(height * width, channels)
+    unused = None if x.dtype == torch.float32 else x.new_empty(side * channels, dtype=torch.float32)
+    # `side` pixels are read as one of more channels: as many more sums in parallel.
+    blocks = x.view(-1, 1, terms, side * channels).permute(0, 3, 1, 2)
+    parts = [torch.batch_norm_update_stats(block, unused, unused, 0.0) for block in blocks.split(1)]
+    means, variances = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts))
+    means = means.view(-1, channels) if add is None else means.view(-1, channels) + add
+    mean = _group_means(means, groups)
+    variance = _group_means((means - mean).square_().add_(variances.view(-1, channels)), groups)
+    return (mean if add is None else mean - add[0]), variance
+
+
+def _group_means(values: torch.Tensor, groups: int) -> torch.Tensor:
+    """`[N, C]` to `[C]`: for each channel, the mean of its group's values."""
+    count, channels = values.shape
+    if count * channels**2 <= PRODUCT:
+        return torch.mv(_averaging(count, channels, groups), values.flatten())
+    means = values.view(count, groups, -1).mean((0, 2))
+    return means[:, None].expand(groups, channels // groups).flatten()
+
+
+@functools.lru_cache(maxsize=64)
+def _averaging(count: int, channels: int, groups: int) -> torch.Tensor:
+    """The matrix of `_group_means`, `[C, N * C]`: of few values, one product takes a third of the calls' time."""
+    with torch.inference_mode(False):
+        group = torch.arange(channels, dtype=torch.int64, device="cpu") // (channels // groups)
+        return (group[:, None] == group).float().div_(count * channels // groups).repeat(1, count)
 
 
 @functools.lru_cache(maxsize=1024)

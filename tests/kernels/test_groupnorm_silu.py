@@ -16,6 +16,7 @@ SHAPES = [  # batch, height, width, channels, groups, mean, standard deviation
     (2, 48, 48, 32, 8, 0.0, 1.0),  # enough pixels for several threads
     (1, 1, 1, 64, 32, 0.0, 1.0),  # groups of two values
     (1, 16, 16, 32, 32, 30.0, 1e-3),  # E[x^2] - E[x]^2 would cancel
+    (1, 12, 12, 320, 32, 30.0, 1.0),  # the same, with many channels
     (1, 16, 16, 32, 8, 0.0, 1e-6),  # eps decides
     (1, 110, 90, 16, 2, 1.0, 1.0),  # long sums, in several blocks of pixels, the last one short
     (1, 16, 16, 32, 8, 0.0, 1e4),  # large activations of the autoencoder

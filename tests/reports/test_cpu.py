@@ -60,13 +60,15 @@ def test_group_norm_is_as_accurate_as_its_sums_whatever_the_mean(name: str, way:
     assert bool((error <= allowed).all()), f"{(error / allowed).max():.2f} of what is allowed"
 
 
-@pytest.mark.parametrize("pixels", [(8, 8), (32, 32)])
+@pytest.mark.parametrize(("pixels", "channels"), [((8, 8), 16), ((32, 32), 16), ((32, 32), 4), ((8, 8), 80)])
 @torch.no_grad()
-def test_group_norm_takes_pytorchs_channels_last_norm_only_where_the_mean_is_small(pixels: tuple[int, int]) -> None:
+def test_group_norm_takes_pytorchs_channels_last_norm_only_where_the_mean_is_small(
+    pixels: tuple[int, int], channels: int
+) -> None:
     """Just below the mean that is allowed, and above it, the variance is within the same 192 roundings of float64's."""
-    limit, groups = norm._largest_mean(pixels[0] * pixels[1]), 4
+    limit, groups = norm._largest_mean(pixels[0] * pixels[1], channels), 4
     for factor in (0.0, 0.95, 1.05, 30.0):
-        x = rand(1, *pixels, 64, dtype=torch.float32)
+        x = rand(1, *pixels, groups * channels, dtype=torch.float32)
         wide = x.double().unflatten(-1, (groups, -1))
         variance, mean = torch.var_mean(wide, (1, 2, 4), correction=0, keepdim=True)
         x = ((wide - mean) * variance.rsqrt() + factor * limit).flatten(-2).float()
@@ -74,7 +76,8 @@ def test_group_norm_takes_pytorchs_channels_last_norm_only_where_the_mean_is_sma
         variance, mean = torch.var_mean(wide, (1, 2, 4), correction=0, keepdim=True)
         truth = ((wide - mean) * (variance + 1e-5).rsqrt()).flatten(-2)
         with choices.forced("groupnorm_silu", "direct"):
-            result = norm.groupnorm_silu(x, torch.ones(64), torch.zeros(64), groups, 1e-5, silu=False)
+            weight, bias = torch.ones(groups * channels), torch.zeros(groups * channels)
+            result = norm.groupnorm_silu(x, weight, bias, groups, 1e-5, silu=False)
         share = (norm.TERMS + MERGING) * HALF_ULP
         allowed = share * (x.abs().max() + truth.abs()) + 4 * HALF_ULP * x.abs().max()
         assert bool(((result - truth).abs() <= allowed).all()), factor
