@@ -35,9 +35,14 @@ def reason(error: OSError) -> str:
     """The operating system's error in plain words."""
     if error.errno == errno.ENOENT:
         return "no such file or folder"
-    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
+    if is_full(error):
         return "the disk is full"
     return (error.strerror or str(error) or type(error).__name__).lower()
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that a disk, or what its user may have of it, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 def check_path(path: str | Path) -> None:

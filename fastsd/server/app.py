@@ -16,12 +16,13 @@ from starlette.exceptions import HTTPException
 
 from fastsd import __version__
 from fastsd.errors import FastsdError, describe
+from fastsd.files import is_full
 from fastsd.server.a1111.lists import controlnet_routes, list_routes
 from fastsd.server.a1111.routes import generation_routes
 from fastsd.server.app_state import State
 from fastsd.server.bad_body import explain, unreadable
 from fastsd.server.guard import Guard, error_body
-from fastsd.server.jobs import Cancelled, JobError, QueueFull, ShuttingDown
+from fastsd.server.jobs import DISK_FULL, Cancelled, JobError, QueueFull, ShuttingDown
 from fastsd.server.openai.routes import openai_routes
 from fastsd.server.page import page_routes
 from fastsd.server.settings import ServerSettings
@@ -144,6 +145,13 @@ def _add_errors(app: FastAPI) -> None:
     async def by_status(request: Request, error: HTTPException) -> JSONResponse:
         message = unreadable(error.__cause__) or str(error.detail)
         return answer(request, error.status_code, message, **dict(error.headers or {}))
+
+    @app.exception_handler(OSError)
+    async def no_room(request: Request, error: OSError) -> JSONResponse:
+        if not is_full(error):  # a large upload waits on the disk, for example
+            raise error
+        LOG.error("no room", extra={"path": request.url.path, "reason": str(error)})
+        return answer(request, 500, DISK_FULL)
 
     @app.exception_handler(Exception)
     async def mistake(request: Request, error: Exception) -> JSONResponse:

@@ -217,6 +217,9 @@ class BatchFailed:
     reason: str = ""
 
 
+DISK_FULL = "the disk of the server is full"
+
+
 class JobError(Exception):
     """Why a job gives no images, in words for the client."""
 

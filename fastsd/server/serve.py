@@ -48,7 +48,9 @@ async def serve(settings: ServerSettings) -> int:
     server = HttpServer(app, drain, settings.drain)
     logs.set_up()
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    print(f"fastsd serves at http://{host}:{opened.getsockname()[1]}/ (Ctrl-C ends it)", file=sys.stderr, flush=True)
+    address = f"http://{host}:{opened.getsockname()[1]}/"
+    with contextlib.suppress(OSError):  # the log may be on a full disk
+        print(f"fastsd serves at {address} (Ctrl-C ends it)", file=sys.stderr, flush=True)
     watching = asyncio.create_task(_watch_first(state, server))
     await server.serve(sockets=[opened])
     watching.cancel()

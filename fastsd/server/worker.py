@@ -27,7 +27,9 @@ from typing import Any, Protocol
 from PIL import Image
 
 from fastsd.errors import FastsdError
+from fastsd.files import is_full
 from fastsd.server.jobs import (
+    DISK_FULL,
     BatchDone,
     BatchFailed,
     Begun,
@@ -206,11 +208,12 @@ def _answer(connection: Connection, engine: WorkerEngine, message: LoadModel | R
     except (EOFError, BrokenPipeError, ConnectionResetError):
         raise
     except Exception as error:
-        traceback.print_exc()
-        short = None
+        with contextlib.suppress(OSError):  # the log may be on a full disk
+            traceback.print_exc()
+        short, why = None, DISK_FULL if is_full(error) else f"{type(error).__name__} in the worker; its log says more"
         if engine.ran_out_of_memory(error):
             short = FastsdError("not enough memory; ask for smaller or fewer images")
-        connection.send(BatchFailed(message.batch, short, f"{type(error).__name__} in the worker; its log says more"))
+        connection.send(BatchFailed(message.batch, short, why))
         if short is None and "CUDA error" in str(error):  # which every later call would meet again
             sys.stderr.flush()
             os._exit(LOST_DEVICE)

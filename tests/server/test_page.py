@@ -131,6 +131,24 @@ def test_images_survive_a_reload_with_their_settings(page: Any) -> None:
 
 
 @pytest.mark.heavy
+@pytest.mark.parametrize("fails", ["add", "open"])
+def test_an_image_that_the_browser_cannot_keep_is_shown_and_said_to_be_lost_by_a_reload(page: Any, fails: str) -> None:
+    """The disk is full, or the browser gives the page no storage."""
+    full = "throw new DOMException('full', 'QuotaExceededError')"
+    of = {"add": "IDBObjectStore.prototype.add", "open": "IDBFactory.prototype.open"}[fails]
+    page.add_init_script(f"{of} = () => {{ {full}; }}")
+    page.reload()
+    page.locator("body[data-ready]").wait_for()
+    fill(page, prompt="a handwritten eight", steps=1)
+    assert generate(page) == 1
+    page.get_by_text("The browser has no room to keep this image.").wait_for(timeout=5000)
+    page.locator("#gallery li button").click()
+    page.get_by_role("button", name="Delete").click()
+    page.locator("#viewer").wait_for(state="hidden")
+    assert page.locator("#gallery li").count() == 0
+
+
+@pytest.mark.heavy
 def test_a_run_shows_its_steps_and_is_cancelled(page: Any) -> None:
     fill(page, prompt="a handwritten eight", steps=1000)
     page.get_by_role("button", name="Generate").click()

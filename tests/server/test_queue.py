@@ -132,16 +132,24 @@ def test_a_preview_comes_when_it_is_asked_for() -> None:
     with_queue(scenario, seconds=0.02)
 
 
-@pytest.mark.parametrize("prompt", ["kill", "lost", "mistake"])
+FAILURES = {
+    "kill": "SIGKILL",
+    "lost": "RuntimeError",
+    "mistake": "ZeroDivisionError",
+    "full": "^the disk of the server is full$",
+}
+
+
+@pytest.mark.parametrize("prompt", FAILURES)
 def test_a_worker_that_fails_costs_its_request_alone(prompt: str) -> None:
     async def scenario(queue: Queue) -> None:
         good = queue.submit(order(seed=4))
         bad, after = queue.submit(order(prompt, width=16)), queue.submit(order(seed=5, width=24))
         assert (await result(good))[0] == [colour(4)]
-        with pytest.raises(WorkerFailed, match="SIGKILL" if prompt == "kill" else "ZeroDivision|RuntimeError"):
+        with pytest.raises(WorkerFailed, match=FAILURES[prompt]):
             await bad.result
         assert (await result(after))[0] == [colour(5)]
-        assert queue.supervisor.restarts == (0 if prompt == "mistake" else 1) and queue.ready
+        assert queue.supervisor.restarts == (1 if prompt in ("kill", "lost") else 0) and queue.ready
 
     with_queue(scenario)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -57,6 +58,8 @@ class EmptyEngine:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         if prompt == "mistake":
             raise ZeroDivisionError("division by zero")
+        if prompt == "full":
+            raise OSError(errno.ENOSPC, "No space left on device", "/secret/folder/cache")
         if prompt == "bad":
             raise FastsdError("it should be good", argument="prompt", value=prompt)
         steps = orders[0].arguments.get("num_inference_steps") or self.settings.steps

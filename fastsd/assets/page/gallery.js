@@ -3,6 +3,7 @@
 const NAME = "fastsd";
 const STORE = "images";
 const MOST = 500; // the oldest go first
+let unkept = 0;
 
 function opened() {
   return new Promise((done, failed) => {
@@ -27,18 +28,25 @@ async function inStore(mode, work) {
   }
 }
 
-// Each: {id, image: Blob, settings: text, time}.
-export const all = () => inStore("readonly", (store) => store.getAll());
+// Each: {id, image: Blob, settings: text, time}; none where the browser gives this page no storage.
+export const all = () => inStore("readonly", (store) => store.getAll()).catch(() => []);
 
+// The entry of an image. It has a text as its id where it could not be kept, since the disk is full, for example.
 export async function add(image, settings) {
   const entry = { image, settings, time: Date.now() };
-  entry.id = await inStore("readwrite", (store) => store.add(entry));
-  const keys = await inStore("readonly", (store) => store.getAllKeys());
-  for (const key of keys.slice(0, Math.max(keys.length - MOST, 0))) await forget(key);
+  try {
+    entry.id = await inStore("readwrite", (store) => store.add(entry));
+    const keys = await inStore("readonly", (store) => store.getAllKeys());
+    for (const key of keys.slice(0, Math.max(keys.length - MOST, 0))) await forget(key);
+  } catch {
+    entry.id ??= `unkept-${++unkept}`;
+  }
   return entry;
 }
 
-export const forget = (id) => inStore("readwrite", (store) => store.delete(id));
+export const isKept = (entry) => typeof entry.id === "number";
+
+export const forget = async (id) => typeof id === "number" && inStore("readwrite", (store) => store.delete(id));
 
 export function blobOf(base64, type = "image/png") {
   const text = atob(base64);

@@ -139,7 +139,9 @@ $("form").addEventListener("submit", async (event) => {
     const answer = await post(path, body, job.abort.signal);
     const info = JSON.parse(answer.info);
     for (const [k, image] of answer.images.entries()) {
-      show(await gallery.add(gallery.blobOf(image), info.infotexts[k] || ""));
+      const entry = await gallery.add(gallery.blobOf(image), info.infotexts[k] || "");
+      show(entry);
+      if (!gallery.isKept(entry)) say("The browser has no room to keep this image. Download it: a reload loses it.");
     }
     $("notes").textContent = info.notes.join(" · ");
   } catch (error) {

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import json
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -119,6 +121,25 @@ def test_edits(client: TestClient) -> None:
     assert opened(answer["data"][0]["b64_json"]).getpixel((0, 0)) == colour(5)
     files = [("image[]", file()), ("mask", file("RGBA", (0, 0, 0, 0)))]
     assert client.post(EDITS, data=data, files=files).status_code == 200
+
+
+def test_a_full_disk_costs_the_upload_that_waits_there_and_nothing_else(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Uploads of more than a megabyte wait in a temporary file."""
+    large = "image.png", file()[1] + b"x" * 2**20, "image/png"
+
+    def full(_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile.SpooledTemporaryFile, "rollover", full)
+        answer = client.post(EDITS, data={"prompt": "a cat", "size": "16x16"}, files={"image": large})
+        assert answer.status_code == 500
+        assert answer.json()["error"]["message"] == "the disk of the server is full"
+        small = client.post(EDITS, data={"prompt": "a cat", "size": "16x16"}, files={"image": file()})
+        assert small.status_code == 200
+    assert client.post(EDITS, data={"prompt": "a cat"}, files={"image": large}).status_code == 200
 
 
 def test_a_masks_transparent_pixels_are_edited_and_without_a_mask_the_images_own() -> None:
