@@ -1,4 +1,4 @@
-"""`fastsd convert IN OUT`: a checkpoint between a folder and a single file, or to another precision."""
+"""`fastsd convert IN OUT`: a checkpoint between a folder and a single file, or to another precision; an upscaler."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from fastsd.parameters import PARAMETERS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="IN", help="a diffusers folder, a .safetensors file, a .ckpt or a hub id")
+    parser.add_argument(
+        "source", metavar="IN", help="a diffusers folder, a .safetensors file, a .ckpt, an upscaler's .pth, a hub id"
+    )
     parser.add_argument("target", metavar="OUT", help="a file that ends in .safetensors, or a folder")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="of the weights (default: as they are)")
     parser.add_argument(

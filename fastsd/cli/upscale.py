@@ -16,7 +16,7 @@ from fastsd.cli.flags import flag_of
 from fastsd.cli.output import Output
 from fastsd.cli.parser import one_line
 from fastsd.errors import FastsdError, about, describe
-from fastsd.image.files import LONGEST_SIDE, READABLE, WHITE, WRITABLE, flatten, image_size, open_layers
+from fastsd.image.files import LONGEST_SIDE, READABLE, WHITE, WRITABLE, count_frames, flatten, image_size, open_layers
 from fastsd.image.infotext import with_upscale
 from fastsd.parameters import PARAMETERS
 from fastsd.upscale import SCALES, TILES
@@ -161,6 +161,8 @@ def _upscale_one(
             raise FastsdError(f"{size[0]}x{size[1]} pixels are more than {suffix} holds; use .png", argument="output")
         image, texts = open_layers(path, None)
         notes = list(image.info.get("notes", ()))
+        if (frames := count_frames(path)) > 1:
+            notes.append(f"it holds {frames} images, of which the first is taken")
         result = upscaler(image, scale, tile=tile, progress=progress)
     if result.mode == "RGBA" and suffix in (".jpg", ".jpeg"):
         result = flatten(result, "RGB", WHITE)

@@ -76,6 +76,12 @@ def open_layers(source: str | Path | bytes, argument: str | None = "image") -> t
     return _read(source, argument, "RGBA", WHITE)
 
 
+def count_frames(path: str | Path, argument: str | None = None) -> int:
+    """How many images a file holds: those of an animation, the pages of a TIFF. Raises as `image_size`."""
+    with about(argument, Path(path)), _decoding(), Image.open(path, formats=READABLE) as opened:
+        return int(getattr(opened, "n_frames", 1))
+
+
 def image_size(path: str | Path, argument: str | None = None) -> tuple[int, int]:
     """Width and height of an image file, upright, by its header alone.
 

@@ -25,6 +25,7 @@ from fastsd.weights.layouts.ldm_names import OriginalKey, openclip_key, unet_key
 from fastsd.weights.layouts.names import sources, stored_form
 from fastsd.weights.layouts.save import weights_file, write_configs
 from fastsd.weights.layouts.single_file import outline_file, tokenizer_for
+from fastsd.weights.layouts.upscaler_file import upscaler_entries
 from fastsd.weights.load import error_path, pop_entry, read_finite, read_headers, refuse_unused
 
 # Settings that a single file does not store, because they are the same in every family.
@@ -63,7 +64,7 @@ def convert(
     overwrite: bool = False,
     ema: bool = False,
 ) -> list[str]:
-    """Write a checkpoint in the other layout, or in another precision.
+    """Write a checkpoint in the other layout, or in another precision; or an upscaler as a `.safetensors` file.
 
     Memory holds one tensor at a time. The target appears only when it is complete. Converting a checkpoint and
     converting it back preserves every bit; what the target's layout cannot express is refused.
@@ -85,6 +86,12 @@ def convert(
     """
     source, target = Path(source), Path(target)
     _check_target(source, target, overwrite)
+    network = upscaler_entries(source, allow_pickle) if source.is_file() else None
+    if network is not None:
+        for name, given in (("prediction", prediction), ("ema", ema)):
+            if given:
+                raise FastsdError("an upscaler has none; leave it out", argument=name)
+        return _convert_upscaler(network, target, dtype)
     checkpoint = _open(source, dtype, prediction, allow_pickle, ema)
     if target.suffix.lower() == ".safetensors":
         tensors, metadata, notes = _as_file(checkpoint, dtype)
@@ -100,6 +107,19 @@ def convert(
         for name, _ in checkpoint.components.networks():
             tensors = list(_as_folder(checkpoint, name, dtype))
             write_safetensors(temporary / weights_file(name), tensors, {"format": "pt"})
+    return []
+
+
+def _convert_upscaler(network: dict[str, TensorEntry], target: Path, dtype: torch.dtype | None) -> list[str]:
+    """Write an upscaler as one file, by the names of Real-ESRGAN's."""
+    if target.suffix.lower() != ".safetensors" or target.is_dir():
+        raise FastsdError("an upscaler is one file; give a name that ends in .safetensors", path=target)
+    tensors = [
+        OutputTensor(key, dtype or entry.dtype, entry.shape, (partial(_read, entry, dtype or entry.dtype),))
+        for key, entry in network.items()
+    ]
+    with _replacing(target, folder=False) as temporary:
+        write_safetensors(temporary, tensors, {"format": "pt"})
     return []
 
 

@@ -159,6 +159,16 @@ def test_mistakes(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_of_an_animation_the_first_image_is_taken(
+    upscaler: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frames = [Image.new("L", (8, 6), 40 * i) for i in range(3)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert upscale(tmp_path / "a.gif", "--upscaler", upscaler, "-o", tmp_path / "out") == 0
+    assert "note: a.gif: it holds 3 images, of which the first is taken" in capsys.readouterr().err
+    assert pixels(tmp_path / "out" / "a.png").shape == (12, 16, 3)
+
+
 def test_a_pickle_that_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"params_ema": random_state(TINY_COMPACT)}, tmp_path / "x.pth")

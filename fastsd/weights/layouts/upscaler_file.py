@@ -27,7 +27,7 @@ from fastsd.weights.formats.safetensors_file import TensorEntry
 from fastsd.weights.layouts.names import sources
 from fastsd.weights.layouts.single_file import read_file
 from fastsd.weights.layouts.upscaler_names import OLD_BLOCK, has_key, other_kind, upscaler_kind
-from fastsd.weights.load import fill, pop_entry
+from fastsd.weights.load import fill, pop_entry, refuse_unused
 from fastsd.weights.recognise import recognise
 
 Entries = dict[str, TensorEntry]
@@ -51,15 +51,32 @@ def load_upscaler(
             large for the memory.
     """
     path, device = Path(path), torch.device(device)
-    config, entries = _outline(path, read_entries(path, allow_pickle))
+    module, entries = _checked(path, read_entries(path, allow_pickle))
+    memory.check_weights(path, sum(math.prod(entry.shape) for entry in entries.values()), dtype, device)
+    return fill(module, entries, path, dtype, device)
+
+
+def upscaler_entries(path: Path, allow_pickle: bool = False) -> Entries | None:
+    """An upscaler's tensors by the names of Real-ESRGAN's files; None of a file that is none.
+
+    Raises:
+        FastsdError: as `load_upscaler`, where it is one.
+    """
+    entries = read_entries(path, allow_pickle)
+    return None if upscaler_kind(entries) is None else _checked(path, entries)[1]
+
+
+def _checked(path: Path, entries: Entries) -> tuple[UpscalerNetwork, Entries]:
+    """A file's network on the meta device and its tensors by the network's names; all are there, in their shapes."""
+    config, entries = _outline(path, entries)
     with torch.device("meta"):
         module = make_network(config)
-    memory.check_weights(path, sum(math.prod(entry.shape) for entry in entries.values()), dtype, device)
     unchecked = dict(entries)
-    for _, _, parts in sources(module):  # all shapes are checked before memory is allocated
+    for _, _, parts in sources(module):
         for source in parts:
             pop_entry(unchecked, source, path)
-    return fill(module, entries, path, dtype, device)
+    refuse_unused(unchecked)
+    return module, entries
 
 
 def read_entries(path: Path, allow_pickle: bool) -> Entries:
@@ -111,7 +128,9 @@ def _what_else(path: Path, entries: Entries) -> str:
     facts = dict(recognise(path, entries, allow_pickle=True))  # it has been read, so it may be
     if "kind" in facts:
         return f"not an upscaler but {facts['kind']}"
-    return f"not an upscaler that fastsd knows: its keys are like {min(entries, default='none')[:80]!r}"
+    if not entries:
+        return "not an upscaler: it holds no tensors"
+    return f"not an upscaler that fastsd knows: its keys are like {min(entries)[:80]!r}"
 
 
 def _renamed(entries: Entries) -> Entries:

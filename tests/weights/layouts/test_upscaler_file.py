@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from fastsd.errors import FastsdError
 from fastsd.model.upscalers import CompactConfig, UpscalerConfig
 from fastsd.runtime import memory
+from fastsd.weights.convert import convert
 from fastsd.weights.inspect import inspect
 from fastsd.weights.layouts.upscaler_file import load_upscaler
 from fastsd.weights.layouts.upscaler_names import OTHERS, describe_upscaler
@@ -160,7 +161,13 @@ def test_no_table_and_half_a_file(tmp_path: Path) -> None:
     whole = write_upscaler(tmp_path / "x.safetensors")
     (tmp_path / "half.safetensors").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     (tmp_path / "empty.safetensors").write_bytes(b"")
-    for file, message in {"list.pth": "it holds a list", "half": "download it again", "empty": "empty"}.items():
+    torch.save({}, tmp_path / "nothing.pth")
+    for file, message in {
+        "nothing.pth": "it holds no tensors",
+        "list.pth": "it holds a list",
+        "half": "download it again",
+        "empty": "empty",
+    }.items():
         with pytest.raises(FastsdError, match=message):
             load_upscaler(tmp_path / (file if "." in file else f"{file}.safetensors"), FP32, allow_pickle=True)
     with pytest.raises(FastsdError, match="no such"):
@@ -187,3 +194,22 @@ def test_each_kind_has_a_name_of_its_own() -> None:
     names = [name for name, _ in OTHERS]
     assert len(set(names)) == len(names)
     assert describe_upscaler(["text_model.encoder.layers.0.self_attn.q_proj.weight"]) is None
+
+
+@pytest.mark.parametrize("layout", ["new", "old"])
+def test_it_is_converted(layout: str, tmp_path: Path) -> None:
+    """To safetensors, by the names of Real-ESRGAN's files, in the precision that is asked for; every bit is kept."""
+    state = random_state(TINY_RRDB)
+    torch.save({"params_ema": in_layout(state, layout), "iter": 3}, tmp_path / "x.pth")
+    assert convert(tmp_path / "x.pth", tmp_path / "x.safetensors", allow_pickle=True) == []
+    assert is_the_same(load_upscaler(tmp_path / "x.safetensors", FP32), TINY_RRDB, state)
+    convert(tmp_path / "x.safetensors", tmp_path / "half.safetensors", torch.float16)
+    found = load_file(tmp_path / "half.safetensors")
+    assert all(torch.equal(found[key], tensor.half()) for key, tensor in state.items()) and set(found) == set(state)
+    for target, options, message in (
+        ("folder", {}, "one file"),
+        ("y.safetensors", {"ema": True}, "has none; leave it out"),
+    ):
+        with pytest.raises(FastsdError, match=message):
+            convert(tmp_path / "x.safetensors", tmp_path / target, **options)
+        assert not (tmp_path / target).exists()
