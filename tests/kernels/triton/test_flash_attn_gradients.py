@@ -66,7 +66,7 @@ CASES = {
     "primes": Case(1, 37, 67, 3, 37, launch=small(37)),
     "a head narrower than any product": Case(2, 40, 35, 3, 8, launch=small(8)),
     "one query": Case(2, 1, 70, 2, 32, launch=small(32)),
-    "a text": Case(2, 100, 77, 2, 40, launch=small(40, run=32)),
+    "a text": Case(1, 70, 77, 2, 40, launch=small(40, run=32)),
     "a text, one part of queries is short": Case(1, 65, 77, 1, 64, launch=small(64, run=32)),
     "CLIP": Case(1, 77, 77, 2, 64, causal=True, launch=small(64)),
     "causal, in parts of the queries": Case(1, 77, 77, 1, 16, causal=True, launch=small(16, run=32)),
@@ -142,7 +142,7 @@ def test_gradients_of_a_fused_projection() -> None:
 
 
 def test_gradients_do_not_depend_on_the_batch() -> None:
-    case = CASES["a text"]._replace(batch=3)
+    case = Case(3, 37, 35, 2, 24, launch=small(24, run=32))
     q, k, v, gradient = (x.to(DEVICE) for x in inputs(case))
     out, lse = module.forward(q, k, v)
     whole = module.backward(gradient, q, k, v, out, lse, False, case.launch)
