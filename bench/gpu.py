@@ -31,7 +31,7 @@ import torch
 from bench import progress, record
 from bench.clocks import state_text
 from bench.measure import time_text
-from bench.options import COMPILED, MIN_BUDGET
+from bench.options import COMPILED, MIN_BUDGET, above_zero
 from fastsd.errors import FastsdError
 
 MAX_LINES = 80
@@ -126,10 +126,12 @@ STAGES = (
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--minutes", type=above_zero, default=9.0)
     parser.add_argument("--results", type=Path)
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with a tiny model")
     options = parser.parse_args(arguments)
+    if 60 * options.minutes < SUMMARY_SECONDS + MIN_BUDGET:
+        parser.error(f"argument --minutes: {options.minutes:g}; the summary alone takes {SUMMARY_SECONDS:.0f} s")
     if not options.rehearse and not torch.cuda.is_available():
         print(
             "error: no GPU: torch sees no CUDA device; `make test` and `pytest bench/` run without one, and "
@@ -141,10 +143,13 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.rehearse:
         device, stages, (major, minor) = torch.device("cuda"), STAGES, torch.cuda.get_device_capability()
     path = (options.results or record.default_path(device)).resolve()
+    unwritable = record.why_unwritable(path)
+    if unwritable is not None:
+        parser.error(f"argument --results: {path}: {unwritable}")
     print("\n".join(preflight_lines(record.environment(device))), flush=True)
     outcomes = run_stages(stages, path, time.monotonic() + 60 * options.minutes - SUMMARY_SECONDS, 10 * major + minor)
     print("\n".join(summary(outcomes, _records(path))))
-    print(f"written to {path}")
+    print(f"written to {path}" if path.exists() else "nothing was measured, nothing was written")
     return 0 if all(passed for passed, _ in outcomes) else 1
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,26 @@ SWITCHES = {
     "benchmark": "measure; without it every benchmark runs once at a tiny size, as a check",
     "profile": "also write a profile of a step of each network",
 }
+
+
+def above_zero(text: str) -> float:
+    """A flag's number of seconds, minutes and the like, for argparse."""
+    return float(_above_zero(text, float))
+
+
+def count(text: str) -> int:
+    """A flag's count of things, for argparse: 1 or more."""
+    return int(_above_zero(text, int))
+
+
+def _above_zero(text: str, kind: type[float] | type[int]) -> float:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}; it should be a {'whole ' if kind is int else ''}number above 0")
+    return value
 
 
 @dataclass(frozen=True)

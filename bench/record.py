@@ -31,6 +31,7 @@ import torch
 from bench.measure import Limit, Outcome
 from bench.memory import open_nvml
 from fastsd.errors import FastsdError
+from fastsd.files import reason
 
 FORMAT = 1
 ROOT = Path(__file__).parent.parent
@@ -186,6 +187,18 @@ def write(data: dict[str, Any], path: Path) -> None:
         file.write(text)
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
+
+
+def why_unwritable(path: Path) -> str | None:
+    """Why no result file can be written there; None if one can. Makes its folder."""
+    if path.is_dir():
+        return "it is a folder; a result file is meant"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            return None
+    except OSError as error:
+        return reason(error)
 
 
 def read(path: Path) -> dict[str, Any]:

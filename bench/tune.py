@@ -23,6 +23,7 @@ import torch
 from bench import models
 from bench.families import FAMILIES
 from bench.gpu import AGAIN
+from bench.options import above_zero, count
 from bench.session import pipeline_components
 from fastsd.errors import FastsdError
 from fastsd.kernels.candidates import ChoiceMode
@@ -85,8 +86,8 @@ def run(pipe: Pipeline, size: int, batch: int, seconds: float, export: Exporter)
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(FAMILIES), default="sd15")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=75.0, help="after them no more launches are tried")
+    parser.add_argument("--batch", type=count, default=1)
+    parser.add_argument("--seconds", type=above_zero, default=75.0, help="after them no more launches are tried")
     parser.add_argument("--results", type=Path, help="of the run; the choices are written beside it")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():

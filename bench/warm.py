@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from bench.intercept import KernelLaunch, intercepted_launches
+from bench.options import above_zero, count
 from fastsd.kernels import candidates, dispatch
 from fastsd.kernels.choice import decide
 from fastsd.kernels.choice.op import GpuOp, Key
@@ -142,8 +143,8 @@ def warm_all(
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sm", type=int, required=True, help="the compute capability, as 90")
-    parser.add_argument("--seconds", type=float, default=600.0, help="the rest is compiled at its first use")
-    parser.add_argument("--first", type=int, metavar="N", help="only the first N launches")
+    parser.add_argument("--seconds", type=above_zero, default=600.0, help="the rest is compiled at its first use")
+    parser.add_argument("--first", type=count, metavar="N", help="only the first N launches")
     options = parser.parse_args(arguments)
     if options.sm < OLDEST:
         parser.error(f"argument --sm: {options.sm}; the kernels need {OLDEST} or newer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,31 @@ def test_without_a_gpu_the_error_is_one_line(capsys: Any) -> None:
     assert gpu.main([]) == 2
     output = capsys.readouterr()
     assert output.out == "" and output.err.startswith("error: no GPU") and output.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf", "soon", "0.1"])
+def test_minutes_that_are_no_time_are_refused(minutes: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(["--rehearse", f"--minutes={minutes}"])
+    assert ended.value.code == 2 and "argument --minutes: " in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("name", "reason"), [("", "it is a folder"), ("file/r.json", "not a directory|file exists")])
+def test_results_that_cannot_be_written_end_before_anything_runs(
+    name: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(gpu, "run_stages", None)
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(["--rehearse", "--results", str(tmp_path / name)])
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and re.search(f"argument --results: {tmp_path}.*: ({reason})", told)
+
+
+def test_a_run_that_measured_nothing_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(gpu, "STAGES", ())
+    assert gpu.main(["--rehearse", "--results", str(tmp_path / "r.json")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "nothing was measured, nothing was written"
 
 
 def test_the_summary_has_at_most_80_lines_and_counts_the_others() -> None:

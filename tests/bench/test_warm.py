@@ -109,6 +109,15 @@ def test_a_gpu_that_the_kernels_do_not_know_is_refused(capsys: pytest.CaptureFix
     assert ended.value.code == 2 and "--sm: 42; the kernels need 75 or newer" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--seconds", "0"), ("--seconds", "nan"), ("--first", "0"), ("--first", "1.5")]
+)
+def test_flags_that_are_no_number_above_0_are_named(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        warm.main(["--sm", "90", f"{flag}={value}"])
+    assert ended.value.code == 2 and f"argument {flag}: '{value}'; it should be" in capsys.readouterr().err
+
+
 def test_numbers_that_the_compiler_does_not_tell_apart_are_one_launch() -> None:
     def key(**arguments: Any) -> str:
         return warm.compiler_key(_no_kernel, {"x_ptr": torch.float16, "SIZE": 4} | arguments)
