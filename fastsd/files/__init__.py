@@ -20,10 +20,16 @@ def cache_folder() -> Path:
     """Where fastsd keeps what it measured on this machine.
 
     $FASTSD_CACHE, else $XDG_CACHE_HOME/fastsd, else ~/.cache/fastsd. The folder may not exist yet.
+
+    Raises:
+        FastsdError: there is none of these, as for a user without a home folder.
     """
     if os.environ.get("FASTSD_CACHE"):
         return Path(os.environ["FASTSD_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastsd"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastsd"
+    except RuntimeError as error:
+        raise FastsdError("this user has no home folder: set FASTSD_CACHE to a folder for what is measured") from error
 
 
 def fingerprint(data: bytes) -> str:

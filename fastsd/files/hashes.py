@@ -15,6 +15,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from fastsd.errors import FastsdError
 from fastsd.files import cache_folder, write_whole
 
 LIMIT = 1000  # the number of files remembered, latest first
@@ -30,13 +31,13 @@ def known_sha256(path: Path) -> str | None:
                 return blob.name
         record = _remembered().get(str(path.resolve()))
         return record["sha256"] if isinstance(record, dict) and record == _record(path, record.get("sha256")) else None
-    except OSError:
+    except (OSError, FastsdError):
         return None
 
 
 def remember_sha256(path: Path, digest: str) -> None:
     """Store the SHA-256 of a file for `known_sha256`; if the cache cannot be written, the hash stays unknown."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, FastsdError):
         name = str(path.resolve())
         known = {key: value for key, value in _remembered().items() if key != name} | {name: _record(path, digest)}
         content = json.dumps(dict(list(known.items())[-LIMIT:]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ from fastsd.kernels import dispatch
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FP8 = ("fp8", "fp8-emulated")
+_computed_in: int | None = None  # the process that last did
 OLDEST_FP8 = (8, 9)  # compute capability of the first GPUs that multiply e4m3
 
 
@@ -122,7 +125,19 @@ def gpu_has_bf16(device: torch.device) -> bool:
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Without the caller's autocast and inference mode, which would change the precision of our arithmetic, and make
-    weights that no adapter can change later."""
+    weights that no adapter can change later.
+
+    Raises:
+        FastsdError: this is a fork of a process that has computed, with several threads: OpenMP would wait without end
+            for those of the parent.
+    """
+    global _computed_in
+    if sys.platform == "linux" and _computed_in not in (None, os.getpid()) and torch.get_num_threads() > 1:
+        raise FastsdError(
+            "this process was forked from one that had computed, whose threads it lacks: start processes by spawn, or "
+            "call torch.set_num_threads(1) here"
+        )
+    _computed_in = os.getpid()
     with ExitStack() as stack:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):

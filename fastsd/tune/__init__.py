@@ -46,15 +46,20 @@ def run(args: argparse.Namespace) -> int:
     from fastsd.errors import FastsdError
     from fastsd.kernels import dispatch
     from fastsd.kernels.choice import decide, table
+    from fastsd.runtime.devices import resolve_device
 
     if args.minutes is not None and not 0 < args.minutes < math.inf:
         raise FastsdError("it should be a number of minutes above 0", argument="--minutes", value=args.minutes)
     if args.import_ is not None:
         print(_imported(table.import_file(Path(args.import_))))
         return 0
-    if not args.device.startswith("cuda") or not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         raise FastsdError("tune: needs a CUDA GPU, and none is available; PyTorch's own ops are used")
-    device = torch.device(args.device)
+    device = resolve_device(args.device)
+    if device.type != "cuda":
+        raise FastsdError(
+            "tune: it should be a CUDA GPU; on a CPU nothing is timed", argument="device", value=args.device
+        )
     if args.export is not None:
         count = table.export(decide.machine.identity(device), Path(args.export))
         print(f"{args.export}: {count} choices")

@@ -10,6 +10,7 @@ import pytest
 
 from fastsd.errors import FastsdError
 from fastsd.files import cache_folder, check_path, replace_whole, write_whole
+from fastsd.files.hashes import known_sha256, remember_sha256
 
 
 def test_paths_that_cannot_be_looked_up(tmp_path: Path) -> None:
@@ -20,6 +21,19 @@ def test_paths_that_cannot_be_looked_up(tmp_path: Path) -> None:
     for name, message in (("a" * 300, "name too long"), ("a\0b", "null")):
         with pytest.raises(FastsdError, match=message):
             check_path(tmp_path / name)
+
+
+def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("FASTSD_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    with pytest.raises(FastsdError, match="set FASTSD_CACHE"):
+        cache_folder()
+    assert known_sha256(Path(__file__)) is None
+    remember_sha256(Path(__file__), "0" * 64)  # it stays unknown
 
 
 def test_writing_never_replaces_unasked(tmp_path: Path) -> None:

@@ -2,11 +2,47 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from fastsd.errors import FastsdError
 from fastsd.runtime.devices import autoencoder_dtype, resolve_device
+
+FORKED = """
+import os
+import torch
+from fastsd.errors import FastsdError
+from fastsd.runtime.devices import undisturbed
+
+def compute():
+    with undisturbed():
+        torch.randn(2000, 2000).relu_()
+
+torch.set_num_threads(2)
+compute()
+child = os.fork()
+if child:
+    compute()
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+try:
+    compute()
+except FastsdError as error:
+    assert "set_num_threads(1)" in str(error)
+    torch.set_num_threads(1)
+    compute()
+    os._exit(0)
+os._exit(1)
+"""
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU OpenMP's threads")
+def test_a_fork_of_a_process_that_computed_is_refused_instead_of_waiting_without_end() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKED], timeout=300, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture

@@ -26,6 +26,21 @@ def test_without_a_gpu_the_error_is_one_line(words: list[str], capsys: pytest.Ca
     assert "needs a CUDA GPU" in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("words", [[], ["--export", "table.json"]])
+@pytest.mark.parametrize(
+    ("device", "told"),
+    [("cuda:9", "has 1 CUDA devices"), ("cudax", "auto, cpu, cuda or cuda:N"), ("cpu", "a CUDA GPU")],
+)
+def test_a_gpu_that_is_not_there_is_named(
+    device: str, told: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert main(["tune", "--device", device, *words]) == 2
+    error = capsys.readouterr().err
+    assert f"--device is '{device}'; " in error and told in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("minutes", ["nan", "0", "-1", "inf"])
 def test_minutes_that_are_no_time_are_refused(minutes: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", f"--minutes={minutes}"]) == 2

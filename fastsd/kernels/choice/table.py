@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import sys
 import warnings
@@ -189,8 +190,9 @@ def read_file(path: Path) -> ChoiceTable:
 def load(identity: dict[str, Any]) -> ChoiceTable:
     """The table of this GPU and these versions: empty if there is none, and, with one warning, if it is damaged."""
     path = table_path(identity)
-    if not path.exists():
-        others = sorted(path.parent.glob(f"choices-{_slug(identity)}-????????.json"))
+    if not os.path.exists(path):  # nor can it be looked up: `save` says so
+        names = f"choices-{_slug(identity)}-????????.json"
+        others = sorted(path.parent.glob(names)) if os.path.isdir(path.parent) else []
         if others:
             _tell_other_version(others[-1], identity)
         return ChoiceTable(identity)
@@ -226,7 +228,7 @@ def shared(identity: Mapping[str, Any], committed_only: bool = False, proven: bo
     found: dict[Place, TableEntry] = {}
     imported = [] if committed_only else [imported_path(identity)]
     for path in [*sorted(COMMITTED.glob("*.json")), *imported]:
-        if path.exists():
+        if os.path.exists(path):
             try:
                 table = read_file(path)
             except FastsdError as error:

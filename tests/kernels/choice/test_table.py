@@ -50,6 +50,14 @@ def test_a_saved_table_loads_exactly(cache: Path) -> None:
     assert file.name.startswith("choices-nvidia-h200-played-") and not list(cache.glob("*.tmp"))
 
 
+def test_a_cache_that_cannot_be_looked_up_is_an_empty_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As a folder that others may not read. Writing to it says why (`GpuChoices.save`)."""
+    monkeypatch.setenv("FASTSD_CACHE", str(tmp_path / ("a" * 300)))
+    assert tables.load(IDENTITY).entries == {} and tables.shared(IDENTITY) == {}
+    with pytest.raises(OSError, match="too long"):
+        tables.save(TABLE)
+
+
 def test_it_can_be_read_by_people(cache: Path) -> None:
     text = tables.save(TABLE).read_text()
     for value in (*IDENTITY.values(), "fastsd choices 1"):
