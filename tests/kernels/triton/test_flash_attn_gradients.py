@@ -217,12 +217,13 @@ MUTATIONS: dict[str, tuple[Any, str, str]] = {
     "blocks of keys of another size": (module, "tl.cdiv(T, BLOCK_N), tl.num", "tl.cdiv(T, BLOCK_N) + 1, tl.num"),
 }
 # fmt: on
-PARTS = Case(2, 37, 35, 2, 40, launch=small(40, run=32))
+PARTS = Case(1, 37, 35, 1, 40, launch=small(40, run=32))
 NOTICING = [
     PARTS,
-    PARTS._replace(batch=1, causal=True),
+    PARTS._replace(causal=True),
     Case(1, 17, 40, 1, 16, launch=small(16)),  # an extra row would end in the guard zone
     Case(1, 20, 40, 1, 16, launch=small(16), low=150.0),  # an extra key would be infinite
+    PARTS._replace(batch=2, heads=2),
 ]
 
 
