@@ -18,6 +18,7 @@ from fastsd.train import checkpoint
 from fastsd.train.figures import Figures
 from fastsd.train.optimisers import Average, learning_rate, make_optimiser
 from fastsd.train.parts import Part, split, training_numerics
+from fastsd.train.sharding import divided, divided_state, shard, whole
 from fastsd.train.stage import Batch, Metrics, Stage
 from fastsd.train.stall import StallWatch
 
@@ -28,20 +29,26 @@ class Player:
     """A network that a stage trains: its parameters that require a gradient, their averages, their optimiser."""
 
     def __init__(self, module: nn.Module, stage: Stage):
+        self.sharded, self.main = stage.sharded, stage.job.processes.main
+        if self.sharded:
+            shard(module, stage.job.device, stage.job.processes.count)
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.module, self.names, self.parameters = module, list(named), list(named.values())
         self.average = Average(self.parameters, stage.fit.average)
         self.optimiser = make_optimiser(stage.fit, self.parameters, stage.job.device)
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next step depends on."""
+        """Everything that the next step depends on. With divided weights, all processes have to call it."""
         average = dict(zip(self.names, self.average.values)) if self.average.decay else {}
-        return {
-            "model": {name: p.detach() for name, p in zip(self.names, self.parameters)},
-            "buffers": dict(self.module.named_buffers()),
-            "average": average,
-            "optimiser": self.optimiser.state_dict(),
-        }
+        return whole(
+            {
+                "model": {name: p.detach() for name, p in zip(self.names, self.parameters)},
+                "buffers": dict(self.module.named_buffers()),
+                "average": average,
+                "optimiser": self.optimiser.state_dict(),
+            },
+            kept=self.main,
+        )
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
@@ -54,7 +61,8 @@ class Player:
         _copy(state["model"] | state["buffers"], tensors)
         if self.average.decay:
             _copy(state["average"], dict(zip(self.names, self.average.values)))
-        self.optimiser.load_state_dict(state["optimiser"])
+        optimiser = state["optimiser"]
+        self.optimiser.load_state_dict(divided_state(optimiser, self.parameters) if self.sharded else optimiser)
 
 
 class Trainer:
@@ -68,6 +76,10 @@ class Trainer:
 
     def __init__(self, stage: Stage, file: Path):
         self.stage, self.job, self.fit, self.file = stage, stage.job, stage.fit, file
+        if stage.sharded and self.fit.sample_every:
+            raise FastsdError(
+                f"{stage.name}.fit.sample_every should be 0 with shard: no process has the whole network to sample with"
+            )
         self.players = {name: Player(module, stage) for name, module in stage.trained.items()}
         self.step, self.minutes, self.skipped, self.finished = 0, 0.0, 0, False
         self.skipped_in_a_row = 0
@@ -79,6 +91,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint atomically, in the main process."""
+        players = {name: player.state() for name, player in self.players.items()}
         if not self.job.processes.main:
             return
         counts = {
@@ -89,7 +102,7 @@ class Trainer:
             "skipped_in_a_row": self.skipped_in_a_row,
             "seed": self.job.settings.seed,
         }
-        checkpoint.save(counts | {name: player.state() for name, player in self.players.items()}, self.file)
+        checkpoint.save(counts | players, self.file)
 
     def restore(self) -> bool:
         """Load the checkpoint; returns whether there is one.
@@ -148,10 +161,12 @@ class Trainer:
                 self.finished = self.job.processes.any(self._limit_reached(), self.job.device)
                 if self.job.processes.any(self.job.stop.is_set(), self.job.device):
                     self.job.stop.set()
+                metrics |= self._validated()
                 if self.job.processes.main:
-                    metrics |= self._look()
+                    self._show_samples()
                     figures.add(metrics)
-                if self.finished or self.job.stop.is_set() or time.monotonic() - saved > save_minutes * 60:
+                due = self.finished or self.job.stop.is_set() or time.monotonic() - saved > save_minutes * 60
+                if self.job.processes.any(due, self.job.device):  # each may hold a share of what is saved
                     self.save()
                     saved = time.monotonic()
                 if not self.finished:
@@ -205,8 +220,11 @@ class Trainer:
                 value, metrics = self.stage.loss(name, batches[part.index], part)
             if not value.requires_grad:  # the network takes no part in this step
                 return (None,) * len(player.parameters), metrics
-            gradients = torch.autograd.grad(value * weight, player.parameters, allow_unused=True)
-            return gradients, {k: v * weight for k, v in metrics.items()}
+            metrics = {k: v * weight for k, v in metrics.items()}
+            if player.sharded:  # the backward pass sums up into `grad` the mean over the processes
+                (value * weight * self.job.processes.count).backward()
+                return (None,) * len(player.parameters), metrics
+            return torch.autograd.grad(value * weight, player.parameters, allow_unused=True), metrics
 
         totals: Metrics = {}
         processes, workers = self.job.processes, self.job.workers
@@ -219,13 +237,14 @@ class Trainer:
                         parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
                 for key, value in metrics.items():
                     totals[key] = totals.get(key, 0.0) + value
-        processes.add_up_gradients(player.parameters)
+        if not player.sharded:
+            processes.add_up_gradients(player.parameters)
         return processes.sums(totals, self.job.device)
 
     def _clip(self, player: Player) -> float:
         """Limit the gradient's norm; returns what it was."""
         limit = self.fit.clip or math.inf
-        return float(torch.nn.utils.clip_grad_norm_(player.parameters, limit))
+        return float(whole(torch.nn.utils.clip_grad_norm_(player.parameters, limit)))
 
     def _count_skipped(self, finite: bool, batches: dict[int, Batch]) -> None:
         """Stop where too many steps in a row were not finite."""
@@ -244,12 +263,17 @@ class Trainer:
                 path=path,
             )
 
-    def _look(self) -> Metrics:
-        """Validate and show samples, where it is time."""
-        fit, metrics = self.fit, {}
-        if fit.validate_every and (self.step % fit.validate_every == 0 or self.finished):
-            with self.averaged():
-                metrics = {f"val_{name}": value for name, value in self.validate().items()}
+    def _validated(self) -> Metrics:
+        """The figures of the validation, where it is time for one."""
+        fit = self.fit
+        if not fit.validate_every or not (self.step % fit.validate_every == 0 or self.finished):
+            return {}
+        with self.averaged():
+            return {f"val_{name}": value for name, value in self.validate().items()}
+
+    def _show_samples(self) -> None:
+        """Write a sample grid, where it is time for one."""
+        fit = self.fit
         if fit.sample_every and (self.step % fit.sample_every == 0 or self.finished):
             with self.averaged(), torch.no_grad():
                 image = self.stage.grid()
@@ -257,7 +281,6 @@ class Trainer:
                 folder = self.job.out / "samples"
                 folder.mkdir(exist_ok=True)
                 image.save(folder / f"{self.stage.name}-{self.step:07d}.png")
-        return metrics
 
     @torch.no_grad()
     def validate(self) -> Metrics:
@@ -271,8 +294,9 @@ class Trainer:
                 _, metrics = self.stage.loss(name, self.stage.batch(part), part)
             return {k: v * part.size / part.of for k, v in metrics.items()}
 
-        results = self.job.workers.map(work, parts)
-        return {key: sum(result[key] for result in results) for key in results[0]}
+        processes = self.job.processes
+        results = self.job.workers.map(work, parts[processes.rank :: processes.count])
+        return processes.sums({key: sum(r[key] for r in results) for key in results[0]}, self.job.device)
 
     def _limit_reached(self) -> bool:
         return self.step >= self.fit.steps or 0 < self.fit.max_minutes <= self.minutes
@@ -286,4 +310,4 @@ def _copy(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> N
     for name, tensor in target.items():
         if tensor.shape != source[name].shape:
             raise ValueError(f"{name} is {list(source[name].shape)} there and {list(tensor.shape)} here")
-        tensor.copy_(source[name])
+        tensor.copy_(divided(source[name], tensor))

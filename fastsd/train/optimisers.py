@@ -11,6 +11,7 @@ from torch import nn
 
 from fastsd.errors import FastsdError
 from fastsd.train.settings import Fit
+from fastsd.train.sharding import is_divided
 
 
 def learning_rate(fit: Fit, step: int) -> float:
@@ -71,8 +72,14 @@ class Average:
         finally:
             self.exchange()
 
+    @torch.no_grad()
     def exchange(self) -> None:
-        """Exchange the weights and their averages, without a copy."""
+        """Exchange the weights and their averages, without a copy where the weights are whole."""
         if self.decay:
             for i, parameter in enumerate(self.parameters):
-                parameter.data, self.values[i] = self.values[i], parameter.data
+                if is_divided(parameter):  # FSDP reads the memory that its share has had from the beginning
+                    kept = parameter.detach().clone()
+                    parameter.copy_(self.values[i])
+                    self.values[i] = kept
+                else:
+                    parameter.data, self.values[i] = self.values[i], parameter.data

@@ -21,7 +21,7 @@ from fastsd.train.settings import TrainingSettings
 CONFIG = "config.toml"  # the resolved config, in the run's folder
 # Keys that a resumed run may change: they decide when and where, not what is computed. More steps stretch the
 # schedule, which is what they are for.
-FREE = ("out", "export", "checkpoint_minutes", "stall_minutes", "data.path")
+FREE = ("out", "export", "checkpoint_minutes", "stall_minutes", "shard", "data.path")
 FREE_OF_A_STAGE = ("fit.steps", "fit.max_minutes", "fit.sample_every", "fit.validate_every", "fit.max_nonfinite")
 
 

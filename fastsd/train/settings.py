@@ -108,6 +108,7 @@ class TrainingSettings:
     seed: int = 0
     device: str = "auto"  # auto (a GPU where there is one), cpu, cuda
     threads: int = 0  # on the CPU, workers that split each batch; the count affects the result. 0: one per core
+    shard: bool = False  # processes divide weights and optimiser state, for a model that does not fit into one (FSDP2)
     precision: str = "auto"  # of matrix products: auto (bf16 where the processor supports it), bf16 or fp32
     checkpoint_minutes: float = 3.0
     stall_minutes: float = 10.0  # without a finished step, before the log says where the run stands; 0: never

@@ -87,17 +87,25 @@ class Stage(ABC):
         name: of its table in the config, its checkpoint and its figures.
         table: the dataclass of its table; it has a field `fit`.
         stream: what its random numbers are keyed by.
+        shardable: whether its networks may be divided over the processes: it trains one player, and the losses call
+            whole networks.
         trained: the networks in training, by name, each with its own optimiser, in the order of their updates.
     """
 
     name: ClassVar[str]
     table: ClassVar[type]
     stream: ClassVar[str]
+    shardable: ClassVar[bool] = False
 
     def __init__(self, settings: Any, job: TrainingJob):
         self.settings, self.job = settings, job
         self.fit: Fit = settings.fit
         self.trained: dict[str, nn.Module] = {}
+
+    @property
+    def sharded(self) -> bool:
+        """Whether its networks are divided over the processes."""
+        return self.shardable and self.job.settings.shard and self.job.processes.count > 1
 
     @abstractmethod
     def build(self) -> None:

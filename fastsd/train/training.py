@@ -79,6 +79,8 @@ class TrainingRun:
         images = open_images(settings, self.report)
         device = torch.device("cuda", processes.local) if uses_cuda(settings) else torch.device("cpu")
         workers = Workers((settings.threads or torch.get_num_threads()) if device.type == "cpu" else 1)
+        if settings.shard and processes.count > 1 and workers.count > 1:
+            raise FastsdError(f"threads is {workers.count}; with shard it should be 1", argument="threads")
         self.job = TrainingJob(settings, out, images, workers, self.report, device, processes=processes)
         torch.manual_seed(settings.seed)  # the initial weights
         self.trainers: list[Trainer] = []
@@ -87,6 +89,10 @@ class TrainingRun:
             with torch.device("cpu"), processes.main_first():
                 stage.build()
             self.trainers.append(Trainer(stage, out / f"{name}.pt"))
+            if settings.shard and processes.count > 1 and not stage.shardable:
+                self.report(
+                    f"{name}: every process keeps the whole of what it trains; shard has no effect on this stage"
+                )
 
     def report(self, line: str) -> None:
         """Print a line with the time, and append it to log.txt."""
@@ -239,6 +245,16 @@ def _run(
                 run.report("resumed: " + ", ".join(f"{t.stage.name} at step {t.step}" for t in run.trainers))
             run.train()
         if processes.main:
+            if any(trainer.stage.sharded for trainer in run.trainers):
+                run = _whole_run(settings, out)
             run.export(export)
     except Stopped:
         run.report("stopped by SIGTERM, and saved; continue with --resume")
+
+
+def _whole_run(settings: TrainingSettings, out: Path) -> TrainingRun:
+    """The finished run in this process alone, from the checkpoints: what can be exported."""
+    run = TrainingRun(settings, out, Processes())
+    run.restore()
+    run.use_averages()
+    return run

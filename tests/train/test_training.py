@@ -39,17 +39,17 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train_until(config: Path, stage: str, step: int, resume: bool) -> None:
     """Train, save at `step` of `stage`, and interrupt the run two steps later."""
-    look = loop.Trainer._look
+    validated = loop.Trainer._validated
 
     def interrupted(self: loop.Trainer) -> dict[str, float]:
         if self.stage.name == stage and self.step == step:
             self.save()
         if self.stage.name == stage and self.step == step + 2:
             raise KeyboardInterrupt
-        return look(self)
+        return validated(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Trainer, "_look", interrupted)
+        patch.setattr(loop.Trainer, "_validated", interrupted)
         train(config, resume=resume)
 
 

@@ -25,6 +25,7 @@ class FinetuneStage(TuningStage):
     name = "finetune"
     table = FinetuneSettings
     stream = "finetune"
+    shardable = True
     settings: FinetuneSettings
 
     @property

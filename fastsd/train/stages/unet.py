@@ -84,6 +84,7 @@ class UNetStage(Stage):
     name = "unet"
     table = UNetSettings
     stream = "diffusion"
+    shardable = True
     settings: UNetSettings
     latents: Latents
 

@@ -138,10 +138,11 @@ class LoadedStage(Stage):
         """Refuse what cannot fit: weights are loaded; gradients and AdamW's state are to come."""
         trained = sum(p.numel() for m in self.trained.values() for p in m.parameters() if p.requires_grad)
         free = available(self.job.device)
-        needed = trained * (ADAM_BYTES - 4)
+        shares = self.job.processes.count if self.sharded else 1
+        needed = trained * (ADAM_BYTES - 4) // shares
         if free is not None and needed > free:
             raise FastsdError(
-                f"gradients and AdamW's state of {trained:,} trained parameters take {needed / GIB:.1f} GiB,"
+                f"gradients and AdamW's state of {trained // shares:,} trained parameters take {needed / GIB:.1f} GiB,"
                 f" {free / GIB:.1f} GiB are free on {self.job.device}; a LoRA takes a hundredth"
                 ' (configs/lora-sd15.toml), and fit.optimiser = "adamw8bit" a third less on a GPU'
             )
