@@ -39,6 +39,7 @@ from fastsd.model.taesd import TAESD, Autoencoder
 from fastsd.parameters import describe
 from fastsd.runtime import memory
 from fastsd.runtime.devices import autoencoder_dtype, dtype_name, resolve_device, resolve_precision, undisturbed
+from fastsd.text.syntax import composed
 from fastsd.upscale.upscaler import Upscaler
 from fastsd.weights import count_parameters, load_checkpoint, load_preview
 from fastsd.weights.adapters.apply import Adapter, Adapters
@@ -186,11 +187,11 @@ class Pipeline(Asynchronous, Portable, NetworkLoader, DiffusersNames):
         has_refiner, few_step = self.refiner is not None, self.few_step is not None
         request = plan(self.components, self.defaults, {"prompt": prompt, **arguments}, has_refiner, few_step)
         notes = [few_step_note(self.few_step, self.defaults)] if self.few_step is not None else []
-        known = {adapter.path.stem for adapter in self.adapters.active}
+        known = {composed(name) for one in self.adapters.active for name in (one.path.stem, one.path.name)}
         missing = [
             f"<lora:{tag.name}> is left out of the prompt: no such adapter is set"
             for tag in request.passes[0].prompts.loras
-            if tag.name not in known
+            if composed(tag.name).replace("\\", "/").rpartition("/")[2] not in known  # `<lora:folder/name>`
         ]
         callback = StepCallback.of(request.settings)
         return self._turns(replace(request, notes=(*notes, *request.notes, *missing)), callback, self._changes)

@@ -35,8 +35,9 @@ _warned: set[tuple[str, str]] = set()
 def backend(*inputs: torch.Tensor | None, op: str = "", gradients: Sequence[torch.dtype] = ()) -> str:
     """Name of the backend for an op with these inputs: "reference", "torch", "onednn" or "triton".
 
-    Where gradients are recorded, that is "torch", unless kernels of the op compute them in this dtype. A forced backend
-    is returned even then; a launcher without gradients refuses.
+    Where gradients are recorded, that is "torch", unless kernels of the op compute them in this dtype; where autocast
+    lets the inputs differ in dtype, it is "torch" too. A forced backend is returned even then; a launcher without
+    gradients refuses.
 
     Args:
         inputs: the activation first, then the op's other tensors.
@@ -66,6 +67,9 @@ def _natural(inputs: tuple[torch.Tensor | None, ...], op: str = "", gradients: S
     assert x is not None
     recorded = records(*inputs)
     if recorded and x.dtype not in gradients:
+        return "torch"
+    device = "cuda" if x.is_cuda else "cpu"
+    if torch.is_autocast_enabled(device) and any(t is not None and t.dtype != x.dtype for t in inputs):
         return "torch"
     if not x.is_cpu or interpreted():
         ours = (x.is_cuda or interpreted()) and x.dtype in TRITON_DTYPES and _can_run_triton(x.device)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastsd.kernels import dispatch
+from fastsd.kernels.linear import linear
 
 
 def test_forced_backends_nest_and_end():
@@ -37,6 +38,14 @@ def test_gradients_take_the_torch_backend():
     assert dispatch.backend(x, None, w) == "torch"
     with torch.no_grad():
         assert dispatch.backend(x, None, w) == dispatch.backend(x)
+
+
+def test_autocast_takes_the_torch_backend():
+    """There an input may be bf16 where the weights are fp32; a training's frozen layers are called so."""
+    x, w = torch.ones(2, 2, dtype=torch.bfloat16), torch.ones(2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dispatch.backend(x, w) == "torch"
+        assert linear(x, w).dtype == torch.bfloat16
 
 
 def test_tensors_that_onednn_does_not_take_use_the_torch_backend():

@@ -107,11 +107,12 @@ def test_a_resumed_run_is_the_same_bit_for_bit(folder: Path) -> None:
         ("lora.adapter.kind=lokr", "lora.adapter.dora=true", "lora.recompute=true", "lora.fit.accumulate=2"),
         ('lora.adapter.networks=["unet", "text_encoder"]', "lora.loss.min_snr=5", "lora.loss.noise_offset=0.1"),
         ("lora.dtype=bf16", "precision=bf16", 'lora.save.formats=["kohya", "diffusers", "peft"]'),
+        ("precision=bf16", "lora.fit.validate_every=1", "lora.fit.validate_share=0.25"),  # the checkpoint stays in fp32
         ("model={folder}/xl", 'lora.adapter.networks=["unet", "text_encoder", "text_encoder_2"]'),
         ("lora.prior.prompt=a digit", "lora.prior.images=2", "lora.prior.steps=1", 'lora.sample.prompts=["a", "b"]',
          "lora.fit.sample_every=2", "lora.fit.validate_every=2", "lora.fit.validate_share=0.25"),
     ],
-    ids=["lokr", "text", "bf16", "sdxl", "prior"],
+    ids=["lokr", "text", "bf16", "bf16 products", "sdxl", "prior"],
 )  # fmt: skip
 def test_other_settings_train_too(changes: tuple[str, ...], folder: Path, tmp_path: Path) -> None:
     changes = tuple(change.replace("{folder}", folder.as_posix()) for change in changes)

@@ -40,8 +40,9 @@ average = 0.0
 """
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", ["sd1", "sdxl"])
-def test_a_run_and_its_file(model: str, tmp_path: Path) -> None:
+def test_a_run_and_its_file(model: str, precision: str, tmp_path: Path) -> None:
     """The vectors begin as those of the initial words, the last one twice, and move; ours and others' readers take the
     file: one key, the token, of SD 1, and clip_l with clip_g of SDXL."""
     components = {"sd1": tiny.sd1, "sdxl": tiny.sdxl}[model]()
@@ -49,7 +50,7 @@ def test_a_run_and_its_file(model: str, tmp_path: Path) -> None:
     save_folder(components, tmp_path / model, torch.float32)
     write_data(tmp_path)
     (tmp_path / "config.toml").write_text(CONFIG.format(folder=tmp_path.as_posix(), model=model))
-    train(tmp_path / "config.toml")
+    train(tmp_path / "config.toml", changes=[f"precision={precision}"])
     file = tmp_path / "run" / "model" / "bar.safetensors"
     assert list(load_file(file)) == (["<bar>"] if model == "sd1" else ["clip_g", "clip_l"])
     components = load_folder(tmp_path / model, torch.float32)
