@@ -190,6 +190,12 @@ def draw(pipe: fastsd.Pipeline, prompt: str) -> fastsd.Result:
     return asyncio.run(pipe.generate(prompt, on_step=lambda step: print(step.index, step.total)))
 
 
+def enlarge(pipe: fastsd.Pipeline, image: Image.Image) -> tuple[int, int]:
+    upscaler: fastsd.Upscaler = pipe.load_upscaler("4x.safetensors")
+    pipe("a handwritten one", hires_scale=2, hires_upscaler=upscaler)
+    return upscaler(image, scale=1.5, progress=lambda done, total: print(done, total)).size
+
+
 def accelerated(pipe: object) -> object:
     return fastsd.restore(fastsd.accelerate(pipe))
 

@@ -13,7 +13,7 @@ FIGURES = {
     function.__name__: function
     for function in (
         *(diffusion.forward, diffusion.flow, model.between, model.unet, model.guidance),
-        *(sampling.samplers, images.resizing, speed.roofline),
+        *(sampling.samplers, images.resizing, images.upscaling, speed.roofline),
     )
 }
 
