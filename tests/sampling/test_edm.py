@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
+import inspect
+from dataclasses import fields, replace
 from typing import Any
 
 import diffusers
@@ -64,6 +65,7 @@ CASES = [
     ("euler", "EDMEulerScheduler", PLAYGROUND, {}),
     ("euler", "EDMEulerScheduler", COSXL, {}),
     ("euler", "EDMEulerScheduler", replace(PLAYGROUND, edm=EDMConfig(rho=5.0, ramp="exponential")), {}),
+    ("euler", "EDMEulerScheduler", PLAYGROUND, {"final_sigmas_type": "sigma_min"}),
     ("dpm++2m", "EDMDPMSolverMultistepScheduler", PLAYGROUND, {}),
     ("dpm++2m", "EDMDPMSolverMultistepScheduler", COSXL, {}),
     ("dpm++2m", "EDMDPMSolverMultistepScheduler", PLAYGROUND, {"solver_order": 3, "solver_type": "heun"}),
@@ -84,6 +86,18 @@ def test_agrees_with_diffusers(
         assert found[0] == pytest.approx(expected[0], abs=1e-6)
         for x, y in zip([*found[1], found[2]], [*expected[1], expected[2]], strict=True):
             assert float((x - y).abs().max() / y.abs().max()) < 1e-5
+
+
+def test_every_setting_of_diffusers_is_tried() -> None:
+    """A setting that a later diffusers adds fails here until it is followed, noted or refused."""
+    levels = {"sigma_schedule" if field.name == "ramp" else field.name for field in fields(EDMConfig)}
+    tried = levels | {key for case in CASES for key in case[3]} | {"prediction_type"}
+    refused = {"algorithm_type"}  # values of other models: fastsd/weights/layouts/scheduler.py
+    noted = {"thresholding", "dynamic_thresholding_ratio", "sample_max_value"}
+    idle = {"num_train_timesteps"}  # the levels have their own count
+    for name in {case[1] for case in CASES}:
+        known = set(inspect.signature(getattr(diffusers, name).__init__).parameters) - {"self", "args", "kwargs"}
+        assert known <= tried | refused | noted | idle, name
 
 
 @pytest.mark.parametrize("config", [PLAYGROUND, COSXL], ids=["Playground", "CosXL"])

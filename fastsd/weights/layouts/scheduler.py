@@ -53,7 +53,7 @@ def read_scheduler(path: Path, as_stated: bool = False) -> SchedulerConfig:
         sampler = "dpm++2m_sde"
     r.one_of("use_flow_sigmas", (False,), False)
     r.one_of("use_dynamic_shifting", (False,), False)
-    for key in ("solver_p", "shift_terminal", "tau_func"):
+    for key in ("solver_p", "shift_terminal", "tau_func", "noise_sampler_seed"):
         r.one_of(key, (None,), None)
     for key in ("predictor_order", "corrector_order"):  # SA-Solver's
         r.one_of(key, (2,), 2)

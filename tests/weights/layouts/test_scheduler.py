@@ -80,15 +80,15 @@ VALUES: dict[str, list[dict[str, Any]]] = {
     "predictor_order": [{"predictor_order": 3}],
     "corrector_order": [{"corrector_order": 1}],
     "tau_func": [{"tau_func": "?"}],
+    "noise_sampler_seed": [{"noise_sampler_seed": 3}],  # the noise is the call's seed's
 }
-# They act only beside another setting, whose case covers them, or say how diffusers draws its noise.
+# They act only beside another setting, whose case covers them.
 IDLE = {
     "dynamic_thresholding_ratio": "thresholding",
     "sample_max_value": "thresholding",
     "clip_sample_range": "clip_sample",
     "flow_shift": "use_flow_sigmas",
     "time_shift_type": "use_dynamic_shifting",
-    "noise_sampler_seed": "the Brownian tree of DPMSolverSDEScheduler",
 }
 CASES = [
     (class_name, setting, values)
