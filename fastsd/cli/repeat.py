@@ -21,6 +21,8 @@ from fastsd.sampling.samplers import SAMPLERS, SCHEDULES, resolve, spellings
 
 PROGRAMS = {"a1111": "A1111", "comfy": "ComfyUI", "diffusers": "diffusers"}
 UNKNOWN = "its precision and its GPU are not stored, so pixels may differ"
+LISTS = ("timesteps", "sigmas")  # which say where the steps are, and what else says that or counts them:
+PLACING = ("num_inference_steps", "hires_steps", "schedule", "spacing")
 IMAGES = [PARAMETERS[name] for name in ("image", "mask_image", "depth_image")]
 
 
@@ -60,8 +62,9 @@ def fill_in(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         models.fill_in(args, settings, notes)
         _check_names(args, settings)
         kind_changed = args.few_step not in (None, settings.get("few_step"))
+        outdated = _outdated(args, settings, notes)
         for row in PARAMETERS.values():
-            value = settings.get(row.name)
+            value = None if row.name in outdated else settings.get(row.name)
             if row.is_repeated and value is not None and getattr(args, row.name) is None:
                 if value != row.default and (lacking := _lacking(row, args)):
                     notes.append(f"not repeated: {row.flag}, as there is no {lacking}")
@@ -133,6 +136,17 @@ def _is_met(needed: str, args: argparse.Namespace) -> bool:
     """Whether a parameter that others need is given, or one that counts as it."""
     names = [needed, *(row.name for row in PARAMETERS.values() if row.counts_as == needed)]
     return any(getattr(args, name) is not None for name in names)
+
+
+def _outdated(args: argparse.Namespace, settings: dict[str, Any], notes: list[str]) -> tuple[str, ...]:
+    """The settings that no longer hold since a flag says in another way where the steps are. Of a list that is not
+    repeated there is a note."""
+    if any(getattr(args, name) is not None for name in LISTS):
+        return (*LISTS, *PLACING)
+    given = [name for name in PLACING if getattr(args, name) not in (None, settings.get(name))]
+    for name in (name for name in LISTS if given and settings.get(name) is not None):
+        notes.append(f"not repeated: {PARAMETERS[name].flag}, as {PARAMETERS[given[0]].flag} is given")
+    return LISTS if given else ()
 
 
 def _applies(row: Parameter, args: argparse.Namespace, settings: dict[str, Any], kind_changed: bool) -> bool:

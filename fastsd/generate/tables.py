@@ -19,6 +19,13 @@ def make_table(settings: Settings, scheduler: SchedulerConfig, total: int, run: 
     rules, start = LIKE[settings.like], total - run
     last = min(start, total - 1)
     listed = {name: numbers_of(settings[name]) for name in ("timesteps", "sigmas")}
+    for name, numbers in listed.items():
+        if numbers and len(numbers) - (name == "sigmas") != total:
+            raise FastsdError(
+                f"{{like}} {settings.like} takes the last {run} of {total} steps for this strength; leave it out",
+                argument=name,
+                value=settings[name],
+            )
     follows = rules.levels is not None and settings.spacing in (None, rules.levels.spacing(settings.sampler))
     table = build(
         settings.sampler,

@@ -109,6 +109,8 @@ def _check_listed(
         return
     name, count = ("timesteps", len(timesteps)) if timesteps else ("sigmas", len(sigmas) - 1)
     total = config.num_train_timesteps
+    if timesteps and timesteps[0] >= total and config.edm is None:
+        raise FastsdError(f"the model has the timesteps 0 to {total - 1}", argument=name, value=int(timesteps[0]))
     if not entry.takes_levels or (sigmas and not entry.takes_schedule):
         raise FastsdError(f"{entry.name} spaces its own steps; use euler, dpm++2m or unipc", argument=name)
     if count != steps:
@@ -118,8 +120,6 @@ def _check_listed(
         raise FastsdError(f"the {name} say where the steps are; leave it out", argument=other)
     if timesteps and config.edm is not None:
         raise FastsdError("an EDM model has no training timesteps; give {sigmas}", argument=name)
-    if timesteps and timesteps[0] >= total:
-        raise FastsdError(f"the model has the timesteps 0 to {total - 1}", argument=name, value=int(timesteps[0]))
 
 
 def _at_levels(

@@ -54,7 +54,8 @@ class Limits:
             if side > self.side or side * scale > self.side:
                 larger = f" (times {{hires_scale}} {scale:g})" if scale > 1 else ""
                 raise FastsdError(f"at most {self.side} pixels{larger} are generated", argument=name, value=side)
-        steps = arguments.get("num_inference_steps") or default_steps
+        listed = arguments.get("timesteps") or arguments.get("sigmas")
+        steps = arguments.get("num_inference_steps") or (len(listed.split(",")) if listed else default_steps)
         steps += (arguments.get("hires_steps") or steps) * scale**2 if scale > 1 else 0
         work = sides["width"] * sides["height"] * count * steps
         if work > self.work:

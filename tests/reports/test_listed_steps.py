@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 import fastsd
+from fastsd.cli import repeat
 from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
 from fastsd.generate.request import plan
@@ -72,13 +74,63 @@ def test_the_settings_hold_the_list_and_repeat_it(pipe: fastsd.Pipeline) -> None
         ({"timesteps": FIVE, "schedule": "karras"}, "schedule is 'karras'; timesteps say where the steps are"),
         ({"timesteps": FIVE, "spacing": "leading"}, "spacing is 'leading'; timesteps say where the steps are"),
         ({"timesteps": FIVE, "sampler": "ddim"}, "timesteps: ddim spaces its own steps; use euler"),
+        ({"timesteps": [1000, 10], "sampler": "ddim"}, "timesteps is .*the model has the timesteps 0 to 999"),
         ({"sigmas": [3, 0], "sampler": "lcm"}, "sigmas: lcm spaces its own steps; use euler"),
         ({"timesteps": FIVE, "sigmas": [3, 0]}, "timesteps: given with sigmas"),
         ({"sigmas": [3]}, "sigmas is .*at least 2"),
         ({"sigmas": [3, -1]}, "sigmas is .*the last 0 or above"),
         ({"timesteps": FIVE, "hires_scale": 2, "hires_steps": 9}, "hires_steps is 9; timesteps are those of 5 steps"),
+        (
+            {"timesteps": FIVE, "hires_scale": 2, "hires_strength": 0.5, "like": "comfy"},
+            "timesteps is .*like comfy takes the last 5 of 10 steps for this strength; leave it out",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(pipe: fastsd.Pipeline, arguments: dict, message: str) -> None:
     with pytest.raises(FastsdError, match=message):
         table_of(pipe, **arguments)
+
+
+@pytest.mark.parametrize("like", ["none", "diffusers", "a1111", "comfy"])
+@pytest.mark.parametrize("second", [False, True], ids=["image", "hires"])
+def test_an_image_and_the_second_pass_run_the_last_of_the_list_or_are_refused(
+    pipe: fastsd.Pipeline, like: str, second: bool
+) -> None:
+    """As many as each program runs of a strength; ComfyUI's are those of a longer schedule, which the list is not."""
+    image = Image.new("RGB", (32, 32))
+    given: dict[str, Any] = {"hires_scale": 2, "hires_strength": 0.5} if second else {"image": image, "strength": 0.5}
+    if like == "comfy":
+        with pytest.raises(FastsdError, match="timesteps is .*the last 5 of 10 steps"):
+            table_of(pipe, timesteps=FIVE, like=like, **given)
+        return
+    run = {"none": 2, "diffusers": 2, "a1111": 3}[like]
+    assert table_of(pipe, timesteps=FIVE, like=like, **given).timesteps.tolist() == FIVE[-run:]
+
+
+def flags(**given: object) -> Namespace:
+    return Namespace(**{name: given.get(name) for name in (*repeat.LISTS, *repeat.PLACING)})
+
+
+@pytest.mark.parametrize(
+    ("given", "stored", "outdated", "notes"),
+    [
+        ({}, {"timesteps": "999,10", "num_inference_steps": 2}, (), []),
+        ({"timesteps": "900,1"}, {"timesteps": "999,10"}, (*repeat.LISTS, *repeat.PLACING), []),
+        ({"sigmas": "9,0"}, {"timesteps": "999,10"}, (*repeat.LISTS, *repeat.PLACING), []),
+        ({"timesteps": "900,1"}, {"spacing": "trailing"}, (*repeat.LISTS, *repeat.PLACING), []),
+        ({"num_inference_steps": 2}, {"timesteps": "999,10", "num_inference_steps": 2}, (), []),
+        (
+            {"num_inference_steps": 8},
+            {"timesteps": "999,10", "num_inference_steps": 2},
+            repeat.LISTS,
+            ["not repeated: --timesteps, as --steps is given"],
+        ),
+        ({"schedule": "karras"}, {"sigmas": "9,0"}, repeat.LISTS, ["not repeated: --sigmas, as --schedule is given"]),
+        ({"schedule": "karras"}, {"num_inference_steps": 2}, repeat.LISTS, []),
+    ],
+)
+def test_what_a_flag_says_of_the_steps_takes_the_place_of_what_the_image_says(
+    given: dict[str, Any], stored: dict[str, Any], outdated: tuple[str, ...], notes: list[str]
+) -> None:
+    said: list[str] = []
+    assert repeat._outdated(flags(**given), stored, said) == outdated and said == notes

@@ -49,3 +49,11 @@ def test_without_sides_those_of_the_image_count_and_what_is_painted_around_it() 
         with pytest.raises(FastsdError, match="pixels; at most 2048") as refused:
             own.check({"image": Image.new("L", (8, 2000)), "outpaint": added, "width": 64, "height": 64})
         assert refused.value.argument == "image"
+
+
+@pytest.mark.parametrize("name", ["timesteps", "sigmas"])
+def test_a_list_of_steps_counts_as_many(name: str) -> None:
+    size = {"width": 2048, "height": 2048}  # 2^22 pixels: 512 steps are the bound
+    Limits().check(size | {name: ",".join(map(str, range(512, 0, -1)))})
+    with pytest.raises(FastsdError, match="at most"):
+        Limits().check(size | {name: ",".join(map(str, range(513, 0, -1)))})

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from fastsd.errors import FastsdError
 from fastsd.server.catalogue import Catalogue
 from fastsd.server.limits import Limits
 from fastsd.server.openai.bodies import ImageEdit, ImageGeneration
@@ -80,6 +81,16 @@ def test_parameters_of_a_call_stand_at_top_level() -> None:
     }
     form = ImageEdit.model_validate({"prompt": "x", "strength": "0.4", "steps": "7", "n": "2", "stream": "false"})
     assert form.parameters() == {"strength": 0.4, "num_inference_steps": 7} and form.n == 2
+
+
+def test_timesteps_are_a_list_or_a_text_and_checked() -> None:
+    for given in ([999, 500.0, 1], "999, 500,1"):
+        body = ImageGeneration(prompt="a cat", timesteps=given)
+        assert translate(body, Catalogue(ServerSettings()), Limits()).arguments["timesteps"] == "999,500,1"
+    for wrong in ([1, 2], [0.5], "x", 5, [[1]], {"a": 1}, True):
+        with pytest.raises(FastsdError, match="whole numbers, each below the one before") as refused:
+            translate(ImageGeneration(prompt="a cat", timesteps=wrong), Catalogue(ServerSettings()), Limits())
+        assert refused.value.argument == "timesteps"
 
 
 @pytest.mark.parametrize(
