@@ -91,7 +91,9 @@ def way_for(op: GpuOp, key: Key, args: Sequence[Any], excluded: dict[str, str]) 
     if machine.measures(x):
         if machine.capturing():  # nothing can be compared now: PyTorch's own op is right, and no slower than itself
             return op.own, False
-        with lock, torch.cuda.device_of(x), torch.inference_mode():
+        # A training's autocast would compute the specification, the truth, in 16 bits.
+        exact = torch.autocast(x.device.type, enabled=False)
+        with lock, torch.cuda.device_of(x), torch.inference_mode(), exact:
             return gpu_of(x.device).way_for(op, key_text(key), args, excluded)
     return next(Way(one) for one in taking(op, args) if not one.measured and one.name not in excluded), True
 

@@ -9,13 +9,14 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fastsd.errors import FastsdError
 from fastsd.kernels import candidates, dispatch
-from fastsd.kernels.candidates import ChoiceMode, choosing
+from fastsd.kernels.candidates import ChoiceMode, GpuOp, OpCandidate, choosing
 from fastsd.kernels.choice import decide, table
 from fastsd.kernels.choice.table import ChoiceTable, TableEntry
 from tests.support.played_gpu import IDENTITY, PlayedGpu, doubling, played, restart, way
@@ -51,6 +52,26 @@ def test_the_fastest_right_way_is_chosen_and_stays(gpu: PlayedGpu) -> None:
     calls.clear()
     candidates.run(op, X)
     assert calls == ["fast"] and gpu.sampled == sampled
+
+
+def test_autocast_does_not_change_what_is_right(gpu: PlayedGpu) -> None:
+    """Under it a product of fp32, as in a specification, is one of bf16, which is no truth to compare fp16 with."""
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        return (x.float()[:, None] @ x.float()[None, :4]).to(x.dtype)
+
+    def off_by(share: float, seconds: float) -> Any:
+        def run(x: torch.Tensor) -> torch.Tensor:
+            gpu.takes = seconds
+            return (x.double()[:, None] * x.double()[None, :4] * (1 + share)).to(x.dtype)
+
+        return run
+
+    # Three ulps of the largest result, 1; a half and one are allowed.
+    ways = OpCandidate("ours", off_by(3 * 2**-10, 1e-5)), OpCandidate("torch", off_by(0.0, 2e-5))
+    with torch.autocast("cpu", torch.bfloat16), pytest.warns(RuntimeWarning, match="it is wrong"):
+        candidates.run(GpuOp("played", product, ways), X)
+    assert entry().candidate == "torch"
 
 
 @pytest.mark.parametrize("seed", range(20))
