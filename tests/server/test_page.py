@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from starlette.testclient import TestClient
 
 from fastsd.server.page import FOLDER
@@ -146,6 +148,29 @@ def test_an_image_that_the_browser_cannot_keep_is_shown_and_said_to_be_lost_by_a
     page.get_by_role("button", name="Delete").click()
     page.locator("#viewer").wait_for(state="hidden")
     assert page.locator("#gallery li").count() == 0
+
+
+@pytest.mark.heavy
+def test_another_programs_sampler_is_chosen_by_its_name_or_said_to_be_missing(page: Any, tmp_path: Path) -> None:
+    """A1111 before 1.9 writes "DPM++ 2M Karras"; since then it writes the schedule, Automatic too, by itself."""
+    for sampler, chosen, said in (
+        ("DPM++ 2M Karras", ["DPM++ 2M", "Karras"], ""),
+        ("Euler a, Schedule type: Automatic", ["Euler a", ""], ""),
+        ("Euler a", ["Euler a", ""], ""),
+        ("Wondrous", ["", ""], "Its Wondrous cannot be chosen here; the model's own is."),
+    ):
+        texts = PngInfo()
+        texts.add_text("parameters", f"a cat\nSteps: 20, Sampler: {sampler}, CFG scale: 7, Seed: 5, Size: 64x64")
+        Image.new("RGB", (64, 64)).save(tmp_path / "old.png", pnginfo=texts)
+        fill(page, steps=1)
+        page.locator("#image-file").set_input_files(tmp_path / "old.png")
+        deadline = time.monotonic() + 30
+        while page.locator("#steps").input_value() != "20" and time.monotonic() < deadline:
+            page.wait_for_timeout(50)
+        assert [page.locator(f"#{name}").input_value() for name in ("sampler_name", "scheduler")] == chosen
+        assert page.locator("#error").inner_text() == said
+        page.reload()
+        page.locator("body[data-ready]").wait_for()
 
 
 @pytest.mark.heavy

@@ -254,13 +254,28 @@ async function readSettings(blob) {
   if (found.info) useSettings(found.parameters);
 }
 
+const offers = (id, value) => [...$(id).options].some((option) => option.value === value);
+
+// A sampler and a schedule as this server calls them; of those that it lacks the page says so. Older versions of A1111
+// have the schedule at the end of the sampler's name.
+function offered(sampler = "", schedule = "") {
+  if (!offers("sampler_name", sampler)) {
+    const names = [...$("scheduler").options].map((option) => option.value);
+    const ending = names.find((name) => name && sampler.endsWith(` ${name}`));
+    if (ending) [sampler, schedule] = [sampler.slice(0, -ending.length - 1), schedule || ending];
+  }
+  if (schedule === "Automatic") schedule = "";
+  const lacks = [!offers("sampler_name", sampler) && sampler, !offers("scheduler", schedule) && schedule].filter(Boolean);
+  if (lacks.length) say(`Its ${lacks.join(" and ")} cannot be chosen here; the model's own is.`);
+  return [offers("sampler_name", sampler) ? sampler : "", offers("scheduler", schedule) ? schedule : ""];
+}
+
 function useSettings(pairs) {
   set("prompt", pairs["Prompt"]);
   set("negative_prompt", pairs["Negative prompt"]);
   const [width, height] = (pairs["Size"] || "x").split("x");
   const values = { steps: pairs["Steps"], cfg_scale: pairs["CFG scale"], seed: pairs["Seed"], width, height };
-  values.sampler_name = pairs["Sampler"];
-  values.scheduler = pairs["Schedule type"];
+  [values.sampler_name, values.scheduler] = offered(pairs["Sampler"], pairs["Schedule type"]);
   for (const [id, value] of Object.entries(values)) set(id, value);
   set("enable_hr", "Hires upscale" in pairs);
   if ("Hires upscale" in pairs) {
