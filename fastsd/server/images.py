@@ -9,15 +9,13 @@ import hashlib
 import io
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from PIL import Image
 
 from fastsd.errors import FastsdError
 from fastsd.image.files import READABLE, encode, open_image, open_mask
-from fastsd.image.metadata import write_texts
-from fastsd.server.jobs import Finished
 
 FEW_PIXELS = 2**14  # whose file is made in half a millisecond
 T = TypeVar("T")
@@ -71,14 +69,13 @@ def check_pixels(data: bytes, argument: str, pixels: int) -> None:
         raise FastsdError(message, argument=argument)
 
 
-async def encode_all(finished: Finished, suffix: str = ".png") -> list[str]:
-    """An image file of each image with its settings in it, as base64."""
+async def encode_all(images: Sequence[Image.Image], texts: Sequence[dict[str, str]], suffix: str = ".png") -> list[str]:
+    """An image file of each image with its texts in it, as base64."""
 
     def encoded() -> list[str]:
-        pairs = zip(finished.images, finished.settings, strict=True)
-        return [_base64(image, suffix, write_texts(own)) for image, own in pairs]
+        return [_base64(image, suffix, own) for image, own in zip(images, texts, strict=True)]
 
-    return await _apart(sum(image.width * image.height for image in finished.images), encoded)
+    return await _apart(sum(image.width * image.height for image in images), encoded)
 
 
 async def encode_plain(image: Image.Image, suffix: str = ".png") -> str:

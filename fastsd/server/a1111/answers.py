@@ -7,14 +7,16 @@ import time
 from typing import Any
 
 from fastsd import __version__
-from fastsd.image.infotext import write_parameters
 from fastsd.sampling.samplers import SAMPLERS
 from fastsd.server.catalogue import Listed
 from fastsd.server.jobs import Finished
 
 
-def make_info(finished: Finished, model: Listed, notes: list[str]) -> str:
-    """The answer's `info`: JSON as a text. Clients read nearly all of A1111's keys (`Processed.js`)."""
+def make_info(finished: Finished, texts: list[dict[str, str]], model: Listed, notes: list[str]) -> str:
+    """The answer's `info`: JSON as a text. Clients read nearly all of A1111's keys (`Processed.js`).
+
+    texts: of each image, as they stand in its file.
+    """
     each = finished.settings
     first = each[0] if each else {}
     sampler = first.get("sampler")
@@ -45,7 +47,7 @@ def make_info(finished: Finished, model: Listed, notes: list[str]) -> str:
         "denoising_strength": first.get("strength", first.get("hires_strength")),
         "extra_generation_params": {},
         "index_of_first_image": 0,
-        "infotexts": [write_parameters(one) for one in each],
+        "infotexts": [one["parameters"] for one in texts],
         "styles": [],
         "job_timestamp": time.strftime("%Y%m%d%H%M%S"),
         "clip_skip": first.get("clip_skip", 1),

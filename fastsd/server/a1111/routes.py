@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+from fastsd.image.metadata import write_texts
 from fastsd.server.a1111.answers import make_info
 from fastsd.server.a1111.bodies import Generation, ImageToImage, TextToImage
 from fastsd.server.a1111.translate import NAMES, translate
@@ -65,12 +66,13 @@ async def generate(state: State, request: Request, body: Generation) -> dict[str
     model = draft.model or state.current
     if body.override_settings_restore_afterwards is False and draft.model is not None:
         state.keep(draft.model)
-    images = await encode_all(finished) if body.send_images is not False else []
+    texts = [write_texts(own) for own in finished.settings]
+    images = await encode_all(finished.images, texts) if body.send_images is not False else []
     echo = body.model_dump(exclude=set() if getattr(body, "include_init_images", True) else {"init_images", "mask"})
     return {
         "images": images,
         "parameters": echo,
-        "info": make_info(finished, model, [*draft.notes, *finished.notes]),
+        "info": make_info(finished, texts, model, [*draft.notes, *finished.notes]),
     }
 
 

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
 from fastsd.errors import FastsdError, describe
+from fastsd.image.metadata import write_texts
 from fastsd.server.app_state import State
 from fastsd.server.guard import error_body
 from fastsd.server.images import encode_all, encode_plain
@@ -138,7 +139,8 @@ async def answer(state: State, request: Request, body: ImageRequest, draft: Draf
         at_once = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the second is for nginx
         return StreamingResponse(events, media_type="text/event-stream", headers=at_once)
     finished = await state.wait(request, job)
-    encoded = await encode_all(finished, body.suffix)
+    texts = [write_texts(own) for own in finished.settings]
+    encoded = await encode_all(finished.images, texts, body.suffix)
     data = [_datum(body, text, own["seed"]) for text, own in zip(encoded, finished.settings, strict=True)]
     found = _described(body, finished) | {"created": int(time.time()), "data": data}
     return JSONResponse(found | {"notes": [*draft.notes, *finished.notes]})
@@ -182,7 +184,8 @@ async def stream(
             number += 1
         finished = await waiting
         found = _described(body, finished) | {"created_at": int(time.time())}
-        for encoded, own in zip(await encode_all(finished, body.suffix), finished.settings, strict=True):
+        texts = [write_texts(own) for own in finished.settings]
+        for encoded, own in zip(await encode_all(finished.images, texts, body.suffix), finished.settings, strict=True):
             own_notes = [*notes, *finished.notes]
             yield _event(f"{kind}.completed", b64_json=encoded, seed=own["seed"], notes=own_notes, **found)
     except FastsdError as error:
