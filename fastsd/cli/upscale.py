@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         from fastsd.upscale.upscaler import Upscaler
 
-        upscaler = Upscaler.from_file(args.upscaler, device, args.dtype, args.allow_pickle)
+        with about("upscaler"):
+            upscaler = Upscaler.from_file(args.upscaler, device, args.dtype, args.allow_pickle)
         return _upscale_all(upscaler, images, output, scale, tile, args.progress)
     finally:
         output.remove_empty_folders()

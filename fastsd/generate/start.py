@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from fastsd.components import Components
+from fastsd.errors import about
 from fastsd.generate.beside import depth_latent, edited_latent
 from fastsd.generate.latents import Codec, enlarge, image_tensor, to_channels_last
 from fastsd.generate.noise import Noise
@@ -130,7 +131,8 @@ def second_pass(codec: Codec, stage: Pass, noise: Noise, first: torch.Tensor) ->
     if upscaler == "lanczos":
         images = [image.resize(size, Image.Resampling.LANCZOS) for image in images]
     else:
-        images = [upscaler(image, size=size) for image in images]
+        with about("hires_upscaler"):
+            images = [upscaler(image, size=size) for image in images]
     image = encode_each(codec, images, noise, stage.vae_tiling)  # draws before the noise, as image to image does
     return Start(noise.first(), image)
 

@@ -151,29 +151,15 @@ class RRDBNet(nn.Module):
         self.conv_last = Conv2d(features, config.channels)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """`[B, H, W, C]` to `[B, scale H, scale W, C]`. Sides that `unshuffle` does not divide are mirrored further."""
-        height, width, scale = image.shape[1], image.shape[2], self.config.scale
-        x = self.conv_first(_unshuffled(image, self.config.unshuffle))
-        y = x
+        """`[B, H, W, C]`, whose sides `unshuffle` divides, to `[B, scale H, scale W, C]`."""
+        x = F.pixel_unshuffle(image.permute(0, 3, 1, 2), self.config.unshuffle).permute(0, 2, 3, 1).contiguous()
+        x = y = self.conv_first(x)
         for block in self.body:
             y = block(y)
         x = x + self.conv_body(y)
         for i in range(1, self.config.doublings + 1):
             x = F.leaky_relu_(getattr(self, f"conv_up{i}").after_doubling(x), SLOPE)
-        x = self.conv_last(F.leaky_relu_(self.conv_hr(x), SLOPE))
-        return x[:, : height * scale, : width * scale]
-
-
-def _unshuffled(image: torch.Tensor, factor: int) -> torch.Tensor:
-    """Squares of `factor` pixels a side as channels."""
-    if factor == 1:
-        return image
-    x = image.permute(0, 3, 1, 2)
-    below, right = (-side % factor for side in image.shape[1:3])
-    if below or right:  # a mirror has no more pixels than the image
-        mode = "reflect" if below < image.shape[1] and right < image.shape[2] else "replicate"
-        x = F.pad(x, (0, right, 0, below), mode)
-    return F.pixel_unshuffle(x, factor).permute(0, 2, 3, 1).contiguous()
+        return self.conv_last(F.leaky_relu_(self.conv_hr(x), SLOPE))
 
 
 class ChannelSlopes(nn.Module):

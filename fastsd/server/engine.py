@@ -91,7 +91,8 @@ class PipelineEngine:
             described = [{"name": choice.name, "edges": choice.edges, **choice.parts} for choice in first.controls]
             facts = [one | {"controls": described} for one in facts]
         if first.upscaler is not None:
-            arguments["hires_upscaler"] = self._load_upscaler(first.upscaler)
+            with about("hires_upscaler"):
+                arguments["hires_upscaler"] = self._load_upscaler(first.upscaler)
         result = None
         stream = pipe.stream(**arguments)
         for step in stream:
@@ -108,7 +109,8 @@ class PipelineEngine:
 
     def upscale(self, order: UpscaleOrder, watch: Watch) -> list[Finished]:
         """The image of an order, enlarged; none where it was stopped."""
-        upscaler, started = self._load_upscaler(order.upscaler), time.perf_counter()
+        with about("upscaler_1"):
+            upscaler, started = self._load_upscaler(order.upscaler), time.perf_counter()
         for (width, height), _ in upscaler.check_memory(order.image.size, size=order.size):
             made = width * height * upscaler.scale**2
             if made > order.pixels:

@@ -71,9 +71,8 @@ class Upscaler:
         """
         place = resolve_device(device)
         precision = torch.float32 if dtype == "auto" and place.type == "cpu" else resolve_dtype(dtype, place)
-        with about("upscaler"):
-            found = locate_file(path).path
-            return cls(load_upscaler(found, precision, place, allow_pickle), found.stem)
+        found = locate_file(path).path
+        return cls(load_upscaler(found, precision, place, allow_pickle), found.stem)
 
     @property
     def config(self) -> UpscalerConfig:
@@ -202,10 +201,9 @@ class Upscaler:
             needed = width * height * self.config.numbers_a_pixel * self.dtype.itemsize
             if free is None or needed <= free:
                 return side
-        advice = "close other programs" if sides in (None, seam.smallest) else "a smaller {tile} takes less"
+        advice = "close other programs" if sides is None else "a smaller {tile} takes less"
         raise FastsdError(
-            f"a tile takes {needed / GIB:.1f} GiB, {(free or 0) / GIB:.1f} GiB are free on {self.device}; {advice}",
-            argument="tile" if sides is not None else "upscaler",
+            f"a tile takes {needed / GIB:.1f} GiB, {(free or 0) / GIB:.1f} GiB are free on {self.device}; {advice}"
         )
 
     def _check_result(self, passes: list[tuple[int, int]], target: tuple[int, int]) -> None:
@@ -216,8 +214,7 @@ class Upscaler:
         if free is not None and needed > free:
             raise FastsdError(
                 f"the result is computed at {largest[0]}x{largest[1]}, which takes {needed / GIB:.1f} GiB; "
-                f"{free / GIB:.1f} GiB are free: a smaller {{scale}} or image takes less",
-                argument="image",
+                f"{free / GIB:.1f} GiB are free: a smaller factor or image takes less"
             )
 
     @property
@@ -266,25 +263,28 @@ class Upscaler:
         return np.ascontiguousarray(result[: height * self.scale, : width * self.scale])
 
     @undisturbed()
-    @torch.inference_mode()
     def _run(self, part: np.ndarray) -> np.ndarray:
         """One tile, uint8, to `[h, w, C]` fp32 from 0 to 255. What overflows in 16 bits runs in fp32 from then on.
 
         Raises:
             FastsdError: it is not finite even in fp32.
         """
+        result = self._computed(part)
+        if result is None and self.dtype != torch.float32:
+            self._notes.append(f"the upscaler overflowed in {dtype_name(self.dtype)}; it runs in fp32 from now on")
+            self.network.float()
+            result = self._computed(part)
+        if result is None:
+            raise FastsdError("the upscaler's result is not finite: its file holds weights that are of no use")
+        return result
+
+    @torch.inference_mode()
+    def _computed(self, part: np.ndarray) -> np.ndarray | None:
+        """What `_run` returns; None where it is not finite."""
         pixels = torch.from_numpy(np.array(part)).to(self.device).to(self.dtype).div_(255)[None]
         with fixed_convolutions(self.device):
             result = self.network(pixels).float()
-        if bool(torch.isfinite(result).all()):
-            return result[0].clamp_(0, 1).mul_(255).cpu().numpy()
-        if self.dtype == torch.float32:
-            raise FastsdError(
-                "its result is not finite: the file holds weights that are of no use", argument="upscaler"
-            )
-        self._notes.append(f"the upscaler overflowed in {dtype_name(self.dtype)}; it runs in fp32 from now on")
-        self.network.float()
-        return self._run(part)
+        return result[0].clamp_(0, 1).mul_(255).cpu().numpy() if bool(torch.isfinite(result).all()) else None
 
 
 @contextmanager
@@ -296,8 +296,8 @@ def _fitting(size: tuple[int, int]) -> Iterator[None]:
         if not ran_out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)  # whoever keeps the error would keep their arrays
-        message = f"not enough memory to enlarge {size[0]}x{size[1]}; a smaller {{tile}} or {{scale}} takes less"
-        raise FastsdError(message, argument="image") from error
+        message = f"not enough memory to enlarge {size[0]}x{size[1]}; a smaller tile, factor or image takes less"
+        raise FastsdError(message) from error
 
 
 def mirrored(image: np.ndarray, step: int) -> np.ndarray:

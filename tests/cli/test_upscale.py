@@ -188,6 +188,9 @@ def test_a_very_wide_image(upscaler: str, tmp_path: Path) -> None:
 def test_the_hires_fix_with_a_file(cli: Callable[..., Any], model: Path, upscaler: str, tmp_path: Path) -> None:
     """It is read once the flags are right; the image holds its name, and is repeated when the file is given again."""
     flags = ["-p", "a cat", "-m", model, "--device", "cpu", "--seed", 3, "--hires", 1.5]
+    damaged = tmp_path / "half.safetensors"
+    damaged.write_bytes(Path(upscaler).read_bytes()[:-9])
+    refused(cli(*flags, "--hires-upscaler", damaged), f"--hires-upscaler {damaged}: not a complete safetensors file")
     refused(
         cli(*flags, "--hires-upscaler", "none.pth"), "--hires-upscaler none.pth: no such file; give latent, lanczos"
     )
