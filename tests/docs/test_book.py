@@ -72,6 +72,8 @@ def test_every_chapter_ends_with_its_code_and_its_references(page: Path) -> None
     assert "\n## In the code\n" in text and "\n## References\n" in text
     own = text.split("\n## In the code\n")[1]
     assert len([link for link in links(own, f"docs/book/{page.name}") if link.symbol]) >= 2
+    use, engine = " ".join(own.split("\n## ")[0].split()).split(" Use it: ")[1].split(" In the engine: ")
+    assert all(re.search(r"\]\(\.\./[\w-]+\.md", part) for part in (use, engine))
 
 
 def test_every_link_leads_somewhere() -> None:

@@ -60,6 +60,7 @@ DATA_SETS = ("photos", "FOLDER", "data/emoji/train", "data/emoji/held_out")
 OF_THE_REPOSITORY = {
     "configs": "configs",
     "data/mnist": "data/mnist",
+    "tests": "tests",
     "digit_reader.safetensors": "tests/data/digit_reader.safetensors",
 }
 A1111 = "a red cat\nNegative prompt: fog\nSteps: 2, Sampler: Euler a, CFG scale: 3, Seed: 8, Size: 64x64"
