@@ -106,10 +106,11 @@ def _outcomes_of(args: argparse.Namespace, store: Store | None) -> Iterator[Outc
         yield partial(engine.outcomes, args, store=store)
     else:
         from fastsd.batch import cluster
+        from fastsd.runtime.ray_cluster import connected
 
         if (args.store or "").startswith("memory:"):
             raise FastsdError(
                 "it is the memory of one process, and --ray has several", argument="--store", path=args.store
             )
-        with cluster.connected(args.ray):
+        with connected(args.ray):
             yield partial(cluster.outcomes, args)

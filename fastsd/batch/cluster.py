@@ -7,124 +7,26 @@ that died to another. The manifest is written by the job's own process alone, so
 from __future__ import annotations
 
 import argparse
-import contextlib
-import logging
 import os
 import pickle
 import socket
 import traceback
 import warnings
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastsd import __version__
 from fastsd.batch.engine import BatchEngine, BatchOutcome, failure
-from fastsd.batch.job import LinesLeft
+from fastsd.batch.job import LinesLeft, number_of
 from fastsd.batch.lines import BadLine
-from fastsd.batch.requests import in_batches
+from fastsd.batch.requests import BatchRequest, in_batches
 from fastsd.batch.store import open_store
 from fastsd.errors import FastsdError
-from fastsd.files import reason
 from fastsd.parameters.rows import DEFAULT_BATCH
+from fastsd.runtime.ray_cluster import PoolSize, machines, pool_size
 
-HERE = "local"  # an address: a cluster of this machine alone, which ends with the job
 RETRIES = 3  # of lines whose worker died; then they count as failed
-OBJECTS = 256 * 2**20  # bytes of the object store of a local cluster: some batches of images
-SECONDS = 5.0  # to wait for the cluster's port
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
-
-
-@contextlib.contextmanager
-def connected(address: str) -> Iterator[None]:
-    """A cluster, while the context lasts.
-
-    Args:
-        address: HOST:PORT of a cluster of which this machine is a part; "local": a new one, of this machine alone.
-
-    Raises:
-        FastsdError: Ray is not installed, or there is no such cluster.
-    """
-    if address != HERE:
-        _check_port(address)
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    try:
-        import ray
-        import ray.data  # also what it needs: pandas, pyarrow
-    except ImportError as error:
-        raise FastsdError(f"it needs {error.name}; pip install 'fastsd[ray]'", argument="--ray") from None
-    own: dict[str, Any] = {"object_store_memory": OBJECTS, "include_dashboard": False} if address == HERE else {}
-    try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise FastsdError(
-            f"no cluster of Ray there that this machine is part of: {said}", argument="--ray", path=address
-        ) from error
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _check_port(address: str) -> None:
-    """Refuse an address where nobody listens, which Ray would try for a minute."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or "/" in host:
-        raise FastsdError("it should be HOST:PORT, such as 10.0.0.1:6379", argument="--ray", value=address)
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), SECONDS).close()
-    except (OSError, OverflowError) as error:
-        said = reason(error) if isinstance(error, OSError) else str(error)
-        raise FastsdError(f"no cluster of Ray there: {said}", argument="--ray", path=address) from error
-
-
-@dataclass(frozen=True)
-class PoolSize:
-    """How many workers, and what each of them takes: CPU cores, each a thread, and GPUs."""
-
-    workers: int
-    threads: int
-    gpus: int
-
-
-def pool_size(
-    machines: list[dict[str, float]], device: str | None, workers: int | None, threads: int | None
-) -> PoolSize:
-    """The workers of a job: by default one for each GPU, and without GPUs one for each machine, with all of its cores.
-
-    Args:
-        machines: what each has, "CPU" and "GPU".
-        device, workers, threads: flags.
-
-    Raises:
-        FastsdError: no machine has as much, or a device that is of one machine alone.
-    """
-    if device is not None and ":" in device:
-        raise FastsdError(
-            "each worker of Ray has a GPU of its own; it should be auto, cpu or cuda", argument="device", value=device
-        )
-    total = sum(int(each.get("GPU", 0)) for each in machines)
-    on_gpus = total > 0 and device != "cpu"
-    if device == "cuda" and not total:
-        raise FastsdError("the cluster has no GPU", argument="device", value=device)
-    cores = [int(each.get("CPU", 0)) for each in machines if not on_gpus or each.get("GPU", 0) >= 1]
-    if workers is None:
-        workers = total if on_gpus else max(1, sum(each // threads for each in cores) if threads else len(cores))
-    if threads is None:
-        threads = 1 if on_gpus else max(1, min(cores, default=1) * len(cores) // max(workers, len(cores)))
-    if threads > max(cores, default=0):
-        raise FastsdError(
-            f"the largest machine offers {max(cores, default=0)} cores", argument="--threads", value=threads
-        )
-    if on_gpus and workers > total:
-        raise FastsdError(f"each takes a GPU, and the cluster has {total}", argument="--workers", value=workers)
-    if workers > (room := sum(each // threads for each in cores)):
-        raise FastsdError(f"the cluster has room for {room} of {threads} cores", argument="--workers", value=workers)
-    return PoolSize(workers, threads, int(on_gpus))
 
 
 class RayWorker:
@@ -177,17 +79,32 @@ def outcomes(args: argparse.Namespace, left: LinesLeft, begun_with: dict[str, An
         FastsdError: the model cannot be loaded, a store cannot be written to, a flag asks for more than there is.
         RuntimeError: a mistake in a worker.
     """
-    import ray
-    from ray.data import ActorPoolStrategy, DataContext
+    size = pool_size(machines(), args.device, args.workers, args.threads)
+    one_by_one()
+    seen: set[int] = set()
+    missed: list[BatchRequest | BadLine] = []
+    while True:
+        before = len(seen)
+        for found in _one_pass(args, LinesLeft(left.path, left.seed, left.done | seen), begun_with, size):
+            seen.update(record["line"] for record in found.records)
+            yield found
+        missed = [line for line in left if number_of(line) not in seen]
+        if not missed or len(seen) == before:  # what a lost machine had done and not sent is done again
+            break
+    for line in missed:
+        why = FastsdError(f"its worker died, and {RETRIES} others that tried it")
+        yield BatchOutcome(None, [failure(BadLine(number_of(line), why, line.fields))])
 
-    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    size = pool_size(machines, args.device, args.workers, args.threads)
-    context = DataContext.get_current()
-    context.target_max_block_size = 1  # byte: each batch, and each outcome, goes its way at once
-    context.max_errored_blocks = -1  # lines whose workers died cost no others
+
+def _one_pass(
+    args: argparse.Namespace, left: LinesLeft, begun_with: dict[str, Any] | None, size: PoolSize
+) -> Iterator[BatchOutcome]:
+    """The outcomes of lines, without those whose workers or machines died."""
+    from ray.data import ActorPoolStrategy
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `max_task_retries` has no name of its own there yet
-        rows = _read(left, args.batch_size or DEFAULT_BATCH).map(
+        rows = read_batches(left, args.batch_size or DEFAULT_BATCH).map(
             RayWorker,
             fn_constructor_args=(args, begun_with, os.getcwd(), __version__, size.threads),
             compute=ActorPoolStrategy(min_size=1, max_size=size.workers, initial_size=size.workers),
@@ -195,23 +112,25 @@ def outcomes(args: argparse.Namespace, left: LinesLeft, begun_with: dict[str, An
             num_gpus=size.gpus,
             max_task_retries=RETRIES,
         )
-    seen: set[int] = set()
     for row in rows.iter_rows():
         found = pickle.loads(row["outcome"])
         if isinstance(found, FastsdError):
             raise found
         if isinstance(found, str):
             raise RuntimeError(f"a mistake in a worker:\n{found}")
-        seen.update(record["line"] for record in found.records)
         yield found
-    for line in left:
-        number = line.number if isinstance(line, BadLine) else line.line
-        if number not in seen:
-            why = FastsdError(f"its worker died, and {RETRIES} others that tried it")
-            yield BatchOutcome(None, [failure(BadLine(number, why, line.fields))])
 
 
-def _read(left: LinesLeft, size: int) -> Any:
+def one_by_one() -> None:
+    """Have Ray Data send each batch, and each outcome, at once; lines whose workers died cost no others."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.target_max_block_size = 1  # byte
+    context.max_errored_blocks = -1
+
+
+def read_batches(left: LinesLeft, size: int) -> Any:
     """The batches of a job's lines as rows of Ray Data, read on this machine as they are wanted."""
     import pyarrow
     import ray

@@ -80,8 +80,13 @@ class LinesLeft:
 
     def __iter__(self) -> Iterator[BatchRequest | BadLine]:
         for line in requests(self.path, self.seed):
-            if (line.number if isinstance(line, BadLine) else line.line) not in self.done:
+            if number_of(line) not in self.done:
                 yield line
+
+
+def number_of(line: BatchRequest | BadLine) -> int:
+    """The number of a line."""
+    return line.number if isinstance(line, BadLine) else line.line
 
 
 def count_lines(path: Path) -> int | None:

@@ -30,6 +30,10 @@ def run(args: argparse.Namespace) -> int:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise FastsdError(f"it needs {error.name}, which is missing; pip install 'fastsd[server]'") from None
+    if own.ray is not None:
+        from fastsd.server.replicas import serve_replicas
+
+        return serve_replicas(own)
     from fastsd.server.serve import serve
 
     return asyncio.run(serve(own))

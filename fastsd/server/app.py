@@ -23,6 +23,7 @@ from fastsd.server.app_state import State
 from fastsd.server.bad_body import explain, unreadable
 from fastsd.server.guard import Guard, error_body
 from fastsd.server.jobs import DISK_FULL, Cancelled, JobError, QueueFull, ShuttingDown
+from fastsd.server.one_of_several import OneOfSeveral
 from fastsd.server.openai.routes import openai_routes
 from fastsd.server.page import page_routes
 from fastsd.server.settings import ServerSettings
@@ -85,7 +86,8 @@ def make_app(settings: ServerSettings, make_engine: Callable[[Any], WorkerEngine
     )
     app.state.shared = state
     inner = app.build_middleware_stack
-    app.build_middleware_stack = lambda: Guard(inner(), settings, state.metrics)  # type: ignore[assignment,arg-type,return-value]
+    layered: Any = (lambda: OneOfSeveral(inner())) if settings.shared else inner
+    app.build_middleware_stack = lambda: Guard(layered(), settings, state.metrics)  # type: ignore[assignment,return-value]
     _add_basics(app, state)
     for routes in (generation_routes, list_routes, controlnet_routes, openai_routes, page_routes):
         app.include_router(routes(state))

@@ -14,6 +14,7 @@ from typing import Any
 from fastsd.errors import FastsdError, about
 from fastsd.parameters import PARAMETERS
 from fastsd.parameters.kinds import File, Kind, Number, Switch, Text, Whole
+from fastsd.runtime.ray_cluster import HERE
 from fastsd.server.limits import Limits
 
 MIN_KEY = 12  # characters of a key or a password
@@ -66,6 +67,10 @@ FLAGS = (
     ServerFlag("max_body", Whole(low=1, high=1024), "MiB of a request", 64),
     ServerFlag("keep", Whole(low=1, high=64), "models that stay in memory, while they fit", 1),
     ServerFlag("drain", Number(low=0, high=3600), "seconds that running work may take after SIGTERM", 30.0),
+    ServerFlag("ray", Text(metavar="HOST:PORT"), "replicas on a cluster of Ray (default: this machine)"),
+    ServerFlag("min_replicas", Whole(low=1, high=10000), "that --ray keeps", 1),
+    ServerFlag("max_replicas", Whole(low=1, high=10000), "that --ray has while many wait", 1),
+    ServerFlag("threads", Whole(low=1, high=1024), "cores of each (default: 1 beside a GPU, else all)"),
     ServerFlag("log_prompts", Switch(), "write prompts to the log", False),
 )
 
@@ -78,6 +83,8 @@ class ServerSettings:
         options: of `Pipeline.from_pretrained`, for every model.
         model: the path or hub id of the first model; None: the bundled one, or the folder's first.
         tiling: of every call, see `fastsd.server.engine.EngineSettings`.
+        ray: the address of a cluster, which has replicas of the server; None: this process serves.
+        threads: cores of a replica; None: see `fastsd.runtime.ray_cluster.pool_size`.
         cors: origins of web sites that may call. hosts: names by which the server is called, besides its address.
         root_path: what stands before every path where a proxy offers the server under one; else "".
     """
@@ -103,8 +110,17 @@ class ServerSettings:
     max_batch: int = 4
     keep: int = 1
     drain: float = 30.0
+    ray: str | None = None
+    min_replicas: int = 1
+    max_replicas: int = 1
+    threads: int | None = None
     log_prompts: bool = False
     limits: Limits = Limits()
+
+    @property
+    def shared(self) -> bool:
+        """A request may come to one replica of several."""
+        return self.ray is not None and self.max_replicas > 1
 
     @property
     def locked(self) -> bool:
@@ -119,6 +135,8 @@ def add_arguments(parser: argparse.ArgumentParser, used: Collection[str] | None 
         options: dict[str, Any] = {"metavar": row.kind.metavar, "action": "append" if row.several else "store"}
         if isinstance(row.kind, Switch):
             options = {"action": "store_const", "const": True}
+        if row.name == "ray":
+            options |= {"nargs": "?", "const": HERE}
         parser.add_argument(row.flag, dest=row.name, help=f"{row.help}{usual}", **options)
     for parameter in (PARAMETERS[name] for name in LOADING):
         options = {"metavar": parameter.kind.metavar}
@@ -148,6 +166,7 @@ def read(args: argparse.Namespace) -> ServerSettings:
         found[name] = found[name] or os.environ.get(variable) or None
     _check_access(found)
     found["root_path"] = _check_root_path(found["root_path"])
+    _check_replicas(args, found)
     for name in FOLDERS:
         _check_folder(f"--{name.replace('_', '-')}", found[name])
     limits = Limits(
@@ -192,6 +211,22 @@ def _check_root_path(path: str) -> str:
             "this server has paths of its own that begin so; take another", argument="--root-path", value=path
         )
     return path.rstrip("/")
+
+
+def _check_replicas(args: argparse.Namespace, found: dict[str, Any]) -> None:
+    for name in ("min_replicas", "max_replicas", "threads"):
+        if found["ray"] is None and getattr(args, name, None) is not None:
+            raise FastsdError("given without --ray", argument=f"--{name.replace('_', '-')}", value=found[name])
+    if found["min_replicas"] > found["max_replicas"]:
+        raise FastsdError(
+            f"it should be --max-replicas ({found['max_replicas']}) at most",
+            argument="--min-replicas",
+            value=found["min_replicas"],
+        )
+    if found["ray"] is not None and found["port"] == 0:
+        raise FastsdError("with --ray it should be a number of your choice", argument="--port", value=0)
+    if found["ray"] is not None and found["root_path"]:
+        raise FastsdError("not supported with --ray", argument="--root-path", value=found["root_path"])
 
 
 def is_loopback(host: str) -> bool:

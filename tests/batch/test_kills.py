@@ -56,7 +56,7 @@ class Job:
 
     def start(self, out: str, *words: str, inside: tuple[str, ...] = (), lines: str = "prompts.jsonl") -> Any:
         command = [*inside, sys.executable, "-m", "fastsd", "batch", lines, "--out", out, "-m", str(self.model)]
-        command += ["-b", "2", "--dtype", "fp32", *words]
+        command += ["-b", "1", "--dtype", "fp32", *words]
         with (self.folder / f"{out}.log").open("ab") as log:
             return subprocess.Popen(command, cwd=self.folder, env=self.environment, stdout=log, stderr=log)
 

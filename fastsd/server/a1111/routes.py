@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+from fastsd.errors import FastsdError
 from fastsd.image.metadata import write_texts
 from fastsd.server.a1111.answers import make_info
 from fastsd.server.a1111.bodies import Generation, ImageToImage, TextToImage
@@ -57,6 +58,8 @@ async def generate(state: State, request: Request, body: Generation) -> dict[str
     """Translate, wait, answer."""
     request.state.names, request.state.statuses = NAMES, {"sampler": 404}  # as in A1111
     state.queue.check_room()  # before images are decoded
+    if state.settings.shared and body.override_settings_restore_afterwards is False:
+        raise FastsdError("not supported with several replicas", argument="override_settings_restore_afterwards")
     own = state.settings.limits
     given = (body, state.options, state.catalogue, state.styles, own)
     holds_images = isinstance(body, ImageToImage) or body.alwayson_scripts
