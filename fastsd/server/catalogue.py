@@ -22,6 +22,7 @@ from fastsd.server.settings import ServerSettings
 
 SUFFIX = ".safetensors"
 DIGITS = "digits"
+VISION = "image_encoder"  # the folder of the vision tower beside IP-Adapters
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class Catalogue:
         self.models = self._first() + [
             one for one in self._files(own.models_dir, folders="model_index.json") if one.path != self._first()[0].path
         ]
-        self.controlnets = self._files(own.controlnet_dir, folders="config.json")
+        nets = self._files(own.controlnet_dir, folders="config.json")
+        self.controlnets = [one for one in nets if one.name.rpartition("/")[2] != VISION]
         self.loras = self._files(own.lora_dir)
         self.embeddings = self._files(own.embedding_dir)
         self.upscalers = self._files(own.upscaler_dir)

@@ -19,11 +19,13 @@ from fastsd.cuda.capture import ran_out_of_memory
 from fastsd.errors import FastsdError, about
 from fastsd.files.hashes import known_sha256
 from fastsd.generate.control import Control
+from fastsd.generate.image_prompts import ImagePrompt
 from fastsd.generate.together import join, split
 from fastsd.model.controlnet import ControlNet
+from fastsd.model.ip_adapter import IPAdapter
 from fastsd.pipeline import BUNDLED, Pipeline
 from fastsd.runtime import memory
-from fastsd.server.jobs import Finished, ModelChoice, Order, UpscaleOrder, UpscalerChoice
+from fastsd.server.jobs import Finished, ImagePromptChoice, ModelChoice, Order, UpscaleOrder, UpscalerChoice
 from fastsd.server.worker import EngineSettings, Watch
 from fastsd.upscale.upscaler import Upscaler
 from fastsd.weights import count_parameters
@@ -33,11 +35,12 @@ ROOM = 1.25  # times a model's weights should be free before it is loaded beside
 
 @dataclass
 class _LoadedModel:
-    """A pipeline, what files say of its model, and the ControlNets that were loaded for it, by their paths."""
+    """A pipeline, what files say of its model, and the ControlNets and IP-Adapters loaded for it, by their paths."""
 
     pipe: Pipeline
     facts: dict[str, Any]
     controlnets: dict[str, ControlNet] = field(default_factory=dict)
+    ip_adapters: dict[str, IPAdapter] = field(default_factory=dict)
 
 
 class _Stopped(Exception):
@@ -90,6 +93,10 @@ class PipelineEngine:
             arguments["controls"] = [self._control(loaded, k, first) for k in range(len(first.controls))]
             described = [{"name": choice.name, "edges": choice.edges, **choice.parts} for choice in first.controls]
             facts = [one | {"controls": described} for one in facts]
+        if first.image_prompts:
+            arguments["image_prompts"] = [self._image_prompt(loaded, choice) for choice in first.image_prompts]
+            shown = [{"name": choice.name, "scale": choice.scale} for choice in first.image_prompts]
+            facts = [one | {"image_prompts": shown} for one in facts]
         if first.upscaler is not None:
             with about("hires_upscaler"):
                 arguments["hires_upscaler"] = self._load_upscaler(first.upscaler)
@@ -190,6 +197,11 @@ class PipelineEngine:
             with about(f"controls[{k}].net"):
                 loaded.controlnets[choice.path] = loaded.pipe.load_controlnet(choice.path)
         return Control(loaded.controlnets[choice.path], choice.image, **choice.parts)
+
+    def _image_prompt(self, loaded: _LoadedModel, choice: ImagePromptChoice) -> ImagePrompt:
+        if choice.path not in loaded.ip_adapters:
+            loaded.ip_adapters[choice.path] = loaded.pipe.load_ip_adapter(choice.path)
+        return ImagePrompt(loaded.ip_adapters[choice.path], choice.image, choice.scale, choice.mask)
 
 
 def _facts(model: ModelChoice, pipe: Pipeline) -> dict[str, Any]:

@@ -56,6 +56,17 @@ class UpscalerChoice:
 
 
 @dataclass(frozen=True)
+class ImagePromptChoice:
+    """An IP-Adapter of an order: its file, the image that it reads, its scale and its mask."""
+
+    name: str
+    path: str
+    image: Image.Image
+    scale: float
+    mask: Image.Image | None = None
+
+
+@dataclass(frozen=True)
 class Order:
     """Images that a client asks for, checked as far as that needs no model.
 
@@ -63,6 +74,7 @@ class Order:
         model: what generates them.
         arguments: of `fastsd.Pipeline.__call__`; one prompt, `num_images_per_prompt` images.
         controls: ControlNets, in order.
+        image_prompts: IP-Adapters, in order.
         api: the API through which it came; orders of different APIs do not share a batch, so that an interrupt of one
             ends no work of another.
         loras: (name, strength, strength of the text) of the prompt's tags.
@@ -79,6 +91,7 @@ class Order:
     previews: tuple[float, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict, hash=False)
     upscaler: UpscalerChoice | None = None
+    image_prompts: tuple[ImagePromptChoice, ...] = ()
 
     @property
     def count(self) -> int:
@@ -89,7 +102,7 @@ class Order:
     def key(self) -> tuple[Any, ...] | None:
         """Orders with equal keys may share a batch; None: it runs alone."""
         shape = shape_of(self.arguments)
-        if shape is None or self.controls or self.previews:
+        if shape is None or self.controls or self.image_prompts or self.previews:
             return None
         return (self.model, self.api, self.loras, self.upscaler, shape)
 

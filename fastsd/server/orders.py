@@ -12,7 +12,7 @@ from fastsd.parameters import check_call
 from fastsd.parameters.rows import RANDOM_SEED
 from fastsd.sampling.samplers import resolve
 from fastsd.server.catalogue import Catalogue, Listed
-from fastsd.server.jobs import ControlChoice, Order, UpscalerChoice
+from fastsd.server.jobs import ControlChoice, ImagePromptChoice, Order, UpscalerChoice
 from fastsd.server.limits import Limits
 from fastsd.text.syntax import take_loras
 
@@ -30,6 +30,7 @@ class Draft:
 
     arguments: dict[str, Any] = field(default_factory=dict)
     controls: list[ControlChoice] = field(default_factory=list)
+    image_prompts: list[ImagePromptChoice] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     model: Listed | None = None
@@ -66,6 +67,7 @@ def make_order(draft: Draft, api: str, current: Listed, catalogue: Catalogue, li
         loras=_loras(given, catalogue),
         previews=draft.previews,
         facts=draft.facts,
+        image_prompts=tuple(draft.image_prompts),
         upscaler=draft.upscaler,
     )
 

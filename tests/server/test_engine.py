@@ -11,16 +11,26 @@ from safetensors.torch import save_file
 
 from fastsd.errors import FastsdError
 from fastsd.generate.control import Control
+from fastsd.generate.image_prompts import ImagePrompt
 from fastsd.image.metadata import read_texts, write_texts
 from fastsd.pipeline import Pipeline
 from fastsd.server.engine import PipelineEngine
-from fastsd.server.jobs import ControlChoice, Finished, ModelChoice, Order, UpscaleOrder, UpscalerChoice
+from fastsd.server.jobs import (
+    ControlChoice,
+    Finished,
+    ImagePromptChoice,
+    ModelChoice,
+    Order,
+    UpscaleOrder,
+    UpscalerChoice,
+)
 from fastsd.server.worker import EngineSettings, Watch
 from fastsd.upscale.upscaler import Upscaler
 from fastsd.weights.adapters.apply import Adapter
 from tests.support import tiny
 from tests.support.adapter_writers import small_lora
-from tests.support.pipelines import PHOTO
+from tests.support.ip_adapters import write_adapter
+from tests.support.pipelines import MASK, PHOTO, tiny_components
 from tests.support.upscalers import write_upscaler
 
 OPTIONS = {"dtype": "fp32", "device": "cpu"}
@@ -175,3 +185,18 @@ def test_the_hires_fix_by_an_upscaler(engine: PipelineEngine, choice: ModelChoic
     expected = pipe("a cat", seed=5, hires_upscaler=Upscaler.from_file(path, device="cpu"), **arguments).images[0]
     assert np.array_equal(np.asarray(own.images[0]), np.asarray(expected))
     assert own.settings[0]["hires_upscaler"] == "sharp"
+
+
+def test_ip_adapters_act_as_in_python(tmp_path: Path, model: Path, choice: ModelChoice) -> None:
+    file = write_adapter(tmp_path, tiny_components().unet)
+    asked = order(choice, "a cat", 1)
+    shown = replace(asked, image_prompts=(ImagePromptChoice("face", str(file), PHOTO, 0.6, MASK),))
+    engine = PipelineEngine(EngineSettings(OPTIONS))
+    (finished,) = engine.run((shown,), 4, Quiet())
+    pipe = Pipeline.from_pretrained(model, **OPTIONS)
+    prompt = ImagePrompt(pipe.load_ip_adapter(file), PHOTO, 0.6, MASK)
+    expected = pipe(**asked.arguments, image_prompts=[prompt])
+    np.testing.assert_array_equal(pixels(finished)[0], np.asarray(expected.images[0]))
+    assert finished.settings[0]["image_prompts"] == [{"name": "face", "scale": 0.6}]
+    (without,) = engine.run((asked,), 4, Quiet())
+    np.testing.assert_array_equal(pixels(without)[0], np.asarray(pipe(**asked.arguments).images[0]))

@@ -1,22 +1,25 @@
-"""ControlNets as clients of A1111's extension send them, in `alwayson_scripts`."""
+"""ControlNets and IP-Adapters as clients of A1111's extension send them, in `alwayson_scripts`."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from fastsd.errors import FastsdError
+from fastsd.cli.image_prompts import SCALE
+from fastsd.errors import FastsdError, about
 from fastsd.image.files import find_edges
-from fastsd.server.catalogue import Catalogue
+from fastsd.server.catalogue import Catalogue, Listed
 from fastsd.server.images import decode_base64, read_image
-from fastsd.server.jobs import ControlChoice
+from fastsd.server.jobs import ControlChoice, ImagePromptChoice
 from fastsd.server.limits import Limits
 from fastsd.server.orders import Draft
 
 MAX_UNITS = 8
-MODULES = ["none", "canny"]  # how an image is prepared
+# What reads the image of an IP-Adapter; the file says which tower it is, whatever the name. Without those of faces.
+OF_IP_ADAPTERS = ("ip-adapter-auto", "ip-adapter_clip_sd15", "ip-adapter_clip_sdxl", "ip-adapter_clip_sdxl_plus_vith")
+MODULES = ["none", "canny", *OF_IP_ADAPTERS]  # how an image is prepared
 BALANCED = (None, 0, "Balanced")
 RESIZE = {"Just Resize": 0, "Crop and Resize": 1, "Resize and Fill": 2}
 # Fields of a unit that fastsd acts on, and those that say how an image is prepared, which none and canny do not need.
@@ -30,7 +33,7 @@ IDLE = frozenset(
 
 
 def read_controls(draft: Draft, scripts: dict[str, Any], catalogue: Catalogue, limits: Limits) -> None:
-    """Add the ControlNets that a request asks for.
+    """Add the ControlNets and IP-Adapters that a request asks for.
 
     Raises:
         FastsdError: another script that is always on and has arguments; a unit with something that is not supported.
@@ -45,27 +48,79 @@ def read_controls(draft: Draft, scripts: dict[str, Any], catalogue: Catalogue, l
             message = f"ControlNet's args should be a list of objects, {MAX_UNITS} at most"
             raise FastsdError(message, argument="alwayson_scripts")
         for k, unit in enumerate(units):
-            if unit.get("enabled", True):
-                draft.controls.append(_read_unit(draft, f"controlnet[{k}]", unit, catalogue, limits))
+            where = f"controlnet[{k}]"
+            if not unit.get("enabled", True):
+                continue
+            if str(unit.get("module")).lower().startswith("ip-adapter"):
+                draft.image_prompts.append(_read_ip_adapter(draft, where, unit, catalogue, limits))
+            else:
+                draft.controls.append(_read_control(draft, where, unit, catalogue, limits))
 
 
-def _read_unit(draft: Draft, where: str, unit: dict[str, Any], catalogue: Catalogue, limits: Limits) -> ControlChoice:
+def _read_ip_adapter(
+    draft: Draft, where: str, unit: dict[str, Any], catalogue: Catalogue, limits: Limits
+) -> ImagePromptChoice:
+    _check_fields(draft, where, unit)
+    module = str(unit["module"]).lower()
+    if module not in OF_IP_ADAPTERS:
+        message = f"not supported; {', '.join(OF_IP_ADAPTERS)} are: no network of faces is here"
+        raise FastsdError(message, argument=f"{where}.module", value=module)
+    for name, usual in (("guidance_start", 0.0), ("guidance_end", 1.0)):
+        if _number(where, unit, name, usual) != usual:
+            raise FastsdError(
+                f"not supported: an IP-Adapter acts in all steps; it should be {usual:g}",
+                argument=f"{where}.{name}",
+                value=unit[name],
+            )
+    if unit.get("mask") or unit.get("mask_image"):
+        raise FastsdError("not supported; effective_region_mask is", argument=f"{where}.mask")
+    mask = None
+    if unit.get("effective_region_mask"):
+        mask = _decode(unit["effective_region_mask"], f"{where}.effective_region_mask", limits, mask=True)
+    listed = _find(where, unit, catalogue, "an IP-Adapter")
+    with about(f"{where}.weight"):
+        scale = SCALE.check(_number(where, unit, "weight", 1.0))
+    return ImagePromptChoice(listed.name, str(listed.path), _read_image(draft, where, unit, limits), scale, mask)
+
+
+def _check_fields(draft: Draft, where: str, unit: dict[str, Any]) -> None:
+    """Refuse another mode, and note fields that nobody knows."""
     unknown = [str(name) for name in unit if name not in KNOWN and name not in IDLE]
     if unknown:
         draft.notes.append(f"{where}: fields that are not known and have no effect: {', '.join(unknown)[:300]}")
     if unit.get("control_mode") not in BALANCED:
         raise FastsdError("not supported; Balanced is", argument=f"{where}.control_mode", value=unit["control_mode"])
-    if unit.get("mask") or unit.get("mask_image") or unit.get("effective_region_mask"):
-        raise FastsdError("not supported: a ControlNet acts on the whole image", argument=f"{where}.mask")
+
+
+def _read_image(draft: Draft, where: str, unit: dict[str, Any], limits: Limits) -> Image.Image:
+    """The unit's image, or the request's."""
     sent = unit.get("image") or unit.get("input_image")
     if isinstance(sent, dict):
         sent = sent.get("image")
     if sent is None and "image" in draft.arguments:
-        image = draft.arguments["image"]
-    elif isinstance(sent, str):
-        image, _ = read_image(decode_base64(sent, f"{where}.image"), f"{where}.image", limits.pixels)
-    else:
-        raise FastsdError("it should be an image, as base64", argument=f"{where}.image")
+        return cast(Image.Image, draft.arguments["image"])
+    return _decode(sent, f"{where}.image", limits)
+
+
+def _decode(sent: Any, argument: str, limits: Limits, mask: bool = False) -> Image.Image:
+    if not isinstance(sent, str):
+        raise FastsdError("it should be an image, as base64", argument=argument)
+    return read_image(decode_base64(sent, argument), argument, limits.pixels, mask)[0]
+
+
+def _find(where: str, unit: dict[str, Any], catalogue: Catalogue, kind: str) -> Listed:
+    if not isinstance(unit.get("model"), str):
+        raise FastsdError(f"it should be the name of {kind}", argument=f"{where}.model", value=unit.get("model"))
+    return catalogue.find_controlnet(unit["model"])
+
+
+def _read_control(
+    draft: Draft, where: str, unit: dict[str, Any], catalogue: Catalogue, limits: Limits
+) -> ControlChoice:
+    _check_fields(draft, where, unit)
+    if unit.get("mask") or unit.get("mask_image") or unit.get("effective_region_mask"):
+        raise FastsdError("not supported: a ControlNet acts on the whole image", argument=f"{where}.mask")
+    image = _read_image(draft, where, unit, limits)
     module = str(unit.get("module") or "none").lower()
     if module == "canny":
         image = find_edges(image, *(_number(where, unit, f"threshold_{k}", n) for k, n in (("a", 100.0), ("b", 200.0))))
@@ -79,9 +134,7 @@ def _read_unit(draft: Draft, where: str, unit: dict[str, Any], catalogue: Catalo
     width, height = (draft.arguments.get(name) for name in ("width", "height"))
     if width and height and "mask_image" not in draft.arguments:
         image = resize_control(image, (width, height), int(mode))
-    if not isinstance(unit.get("model"), str):
-        raise FastsdError("it should be the name of a ControlNet", argument=f"{where}.model", value=unit.get("model"))
-    listed = catalogue.find_controlnet(unit["model"])
+    listed = _find(where, unit, catalogue, "a ControlNet")
     parts = {
         "weight": _number(where, unit, "weight", 1.0),
         "start": _number(where, unit, "guidance_start", 0.0),

@@ -280,6 +280,38 @@ def test_controlnets(tmp_path: Path) -> None:
             controls(**wrong)
 
 
+def test_ip_adapters(tmp_path: Path) -> None:
+    for name in ("canny.safetensors", "ip-adapter_sd15.safetensors", "image_encoder/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    catalogue = Catalogue(ServerSettings(controlnet_dir=str(tmp_path)))
+    assert [one.name for one in catalogue.controlnets] == ["canny", "ip-adapter_sd15"]
+
+    def asked(**unit: Any) -> Draft:
+        own = {"image": png((64, 64)), "model": "ip-adapter_sd15", "module": "ip-adapter-auto", **unit}
+        return draft(catalogue=catalogue, alwayson_scripts={"ControlNet": {"args": [own]}}, width=32, height=64)
+
+    (plain,) = asked().image_prompts
+    assert (plain.scale, plain.mask, plain.image.size) == (1.0, None, (64, 64)) and not asked().controls
+    assert plain.path == str(tmp_path / "ip-adapter_sd15.safetensors") and not asked(enabled=False).image_prompts
+    (masked,) = asked(module="ip-adapter_clip_sd15", weight=0.5, effective_region_mask=png((8, 8))).image_prompts
+    assert masked.scale == 0.5 and masked.mask is not None and masked.mask.mode == "L"
+    order = make_order(asked(), "a1111", catalogue.models[0], catalogue, Limits())
+    assert len(order.image_prompts) == 1 and order.key is None
+    for wrong, said in (
+        ({"module": "ip-adapter_face_id"}, "no network of faces is here"),
+        ({"guidance_start": 0.2}, "acts in all steps; it should be 0"),
+        ({"guidance_end": 0.8}, "acts in all steps; it should be 1"),
+        ({"weight": 99}, "weight"),
+        ({"mask": png()}, "effective_region_mask is"),
+        ({"effective_region_mask": 3}, "as base64"),
+        ({"image": None}, "as base64"),
+        ({"model": None}, "the name of an IP-Adapter"),
+    ):
+        with pytest.raises(FastsdError, match=said):
+            asked(**wrong)
+
+
 def test_a_control_image_of_another_shape_is_filled_with_the_colour_of_its_border() -> None:
     """A white line across black: its ends are few of the border's pixels, and the median is black."""
     image = Image.new("RGB", (64, 32))
