@@ -21,8 +21,8 @@ from bench.measure import Outcome, check_failed, distance, image_limit, spread
 from bench.memory import in_use
 from bench.models import pipeline_of, vae_dtype
 from bench.session import Session
+from fastsd.bundled import BUNDLED
 from fastsd.kernels import dispatch
-from fastsd.pipeline import BUNDLED
 from fastsd.runtime.devices import dtype_name
 from fastsd.weights.layouts.save import save_folder
 
@@ -38,7 +38,7 @@ def folder(bench: Session, model: str, dtype: torch.dtype, tmp_path: Path) -> Pa
     if bench.options.model is not None:
         return bench.options.model
     if model == "digits":
-        return BUNDLED
+        return BUNDLED["digits"]
     save_folder(bench.components(model, dtype), tmp_path / "model", dtype)
     return tmp_path / "model"
 

@@ -17,9 +17,10 @@ from bench.measure import Candidate, image_limit
 from bench.options import COMPILED
 from bench.roofline import Work, decode_work, encode_work, step_work, text_work
 from bench.session import Session
+from fastsd.bundled import BUNDLED
 from fastsd.components import Components
 from fastsd.kernels import dispatch
-from fastsd.pipeline import BUNDLED, Pipeline
+from fastsd.pipeline import Pipeline
 
 PROMPT = "a lighthouse at dusk"
 GUIDANCE = 7.5
@@ -46,7 +47,7 @@ def image_work(components: Components, batch: int, size: int, steps: int, encode
 
 def load_diffusers(bench: Session, model: str, components: Components, dtype: torch.dtype) -> Any:
     """diffusers' pipeline with the same weights."""
-    folder = bench.options.model or (BUNDLED if model == "digits" else None)
+    folder = bench.options.model or (BUNDLED["digits"] if model == "digits" else None)
     if folder is None:
         return models.peer_pipeline(components)
     import diffusers

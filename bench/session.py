@@ -21,8 +21,8 @@ from bench.measure import Candidate, Limit, Outcome
 from bench.models import random_components
 from bench.options import COMPILED, Options
 from bench.roofline import KINDS, Work, binding
+from fastsd.bundled import BUNDLED
 from fastsd.components import Components
-from fastsd.pipeline import BUNDLED
 from fastsd.runtime.devices import autoencoder_dtype, dtype_name
 from fastsd.weights import load_folder
 
@@ -84,7 +84,7 @@ class Session:
             self._components = None  # freed before the next one is created
             device = self.options.device
             if self.options.model is not None or model == "digits":
-                components = load_folder(self.options.model or BUNDLED, dtype, device)
+                components = load_folder(self.options.model or BUNDLED["digits"], dtype, device)
                 widen(components, dtype, device)
             else:
                 components = pipeline_components(self.family(model), dtype, device)

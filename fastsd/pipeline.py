@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fastsd.bundled import DIGITS
 from fastsd.components import Components
 from fastsd.cuda.capture import CudaRecorder
 from fastsd.errors import FastsdError, about, named_arguments
@@ -45,8 +46,6 @@ from fastsd.weights import count_parameters, load_checkpoint, load_preview
 from fastsd.weights.adapters.apply import Adapter, Adapters
 from fastsd.weights.hub.hub_id import ModelLocation
 from fastsd.weights.hub.locate import locate_model, locate_vae
-
-BUNDLED = Path(__file__).parent / "assets" / "digits"
 
 
 class Pipeline(Asynchronous, Portable, NetworkLoader, DiffusersNames):
@@ -125,7 +124,7 @@ class Pipeline(Asynchronous, Portable, NetworkLoader, DiffusersNames):
 
         Args:
             path: a folder in the diffusers layout, a single file in the original one, or a hub id, `org/name` or
-                `org/name/file.safetensors`; None or "digits" is the bundled model.
+                `org/name/file.safetensors`; or a bundled model, "digits" (the default) or "emoji".
             graphs: on CUDA, capture each shape's work in CUDA graphs at its first use and replay them afterwards.
             max_graphs: how many are kept; an image size takes about four.
             habits: what diffusers' method takes: honoured, or refused with what to use here (docs/python.md).
@@ -141,7 +140,7 @@ class Pipeline(Asynchronous, Portable, NetworkLoader, DiffusersNames):
         precision, fp8 = resolve_precision(dtype, place)
         half = precision != torch.float32
         with about("model"):
-            found = locate_model(BUNDLED if path is None or path == "digits" else path, revision, half)
+            found = locate_model(DIGITS if path is None else path, revision, half)
         with about("vae"):
             own_vae = None if vae is None else locate_vae(vae, half)
         with about("model"):

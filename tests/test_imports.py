@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "fastsd"
 RANKS = {
     "errors": 0,
     "config": 0,
+    "bundled": 0,
     "cuda": 1,
     "few_step": 1,
     "files": 1,

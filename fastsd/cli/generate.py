@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastsd import __version__
+from fastsd.bundled import DIGITS
 from fastsd.cli import controls, embeddings, flags, image_prompts, loras, models, repeat
 from fastsd.cli.output import Output
 from fastsd.cli.parser import one_line
@@ -145,7 +146,7 @@ def load(args: argparse.Namespace, before: dict[str, Any], notes: list[str]) -> 
         raise FastsdError(
             f"not enough memory for the model; {half}close other programs or take a smaller model",
             argument="model",
-            path=args.model or "digits",
+            path=args.model or DIGITS,
         ) from error
     if args.taesd and not isinstance(pipe.components.vae, TAESD):
         raise FastsdError(

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastsd.bundled import BUNDLED, DIGITS
 from fastsd.config import PREDICTIONS
 from fastsd.errors import FastsdError
 
@@ -23,8 +24,9 @@ def settings(pipe: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
     source = pipe.source
     assert source is not None  # the command line loads every model from somewhere
     found: dict[str, Any] = {"prediction": args.prediction, "ema": args.ema, "model_hash": _hash(source.path)}
-    if args.model in (None, "digits"):
-        found |= {"model_path": "digits", "model_fingerprint": fingerprint(source.path)}
+    bundled = args.model or DIGITS
+    if bundled in BUNDLED:
+        found |= {"model_path": bundled, "model_fingerprint": fingerprint(source.path)}
     else:
         found |= _of_place(source, args.model, "model_")
     for name, place in (("vae", pipe.vae_source), ("refiner", pipe.refiner_source)):
@@ -75,13 +77,14 @@ def fill_in(args: argparse.Namespace, before: dict[str, Any], notes: list[str]) 
     """
     path, name = before.get("model_path"), before.get("model")
     if args.model is None:
-        if "digits" in (path, name if path is None else None):
-            args.model = "digits"
+        bundled = name if path is None else path
+        if bundled in BUNDLED:
+            args.model = bundled
         elif path or name:
             _fill_model(args, before)
         else:
             notes.append("the image does not say which model generated it; the digits model does now")
-            args.model = "digits"
+            args.model = DIGITS
     elif not _is_the_same(args, before):
         return
     if args.prediction is None and before.get("prediction") in PREDICTIONS:
@@ -130,8 +133,8 @@ def _here(path: Any, revision: Any, vae: bool = False) -> str | HubId | None:
 def _is_the_same(args: argparse.Namespace, before: dict[str, Any]) -> bool:
     """Whether --model is the image's; then the image's commit is taken where the flags name no revision."""
     path = before.get("model_path")
-    if args.model == "digits":
-        return path == "digits"
+    if args.model in BUNDLED:
+        return bool(path == args.model)
     if os.path.exists(args.model):
         try:
             return args.model == path or before.get("model_fingerprint") == fingerprint(Path(args.model))

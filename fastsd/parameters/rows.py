@@ -104,7 +104,7 @@ ROWS: tuple[Parameter, ...] = (
     Parameter(
         "model",
         File(metavar="PATH"),
-        "a diffusers folder, a single file or a hub id, org/name (default: the bundled digits)",
+        "a diffusers folder, a single file or a hub id, org/name (default: digits, bundled as emoji is)",
         ("-m", "--model"),
         WHAT,
         of="load",

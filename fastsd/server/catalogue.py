@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastsd.bundled import DIGITS
 from fastsd.errors import FastsdError
 from fastsd.files.hashes import known_sha256, remember_sha256
 from fastsd.image.infotext import UPSCALERS
@@ -21,7 +22,6 @@ from fastsd.server.jobs import ModelChoice, UpscalerChoice
 from fastsd.server.settings import ServerSettings
 
 SUFFIX = ".safetensors"
-DIGITS = "digits"
 VISION = "image_encoder"  # the folder of the vision tower beside IP-Adapters
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fastsd import __version__
+from fastsd.bundled import BUNDLED, DIGITS
 from fastsd.cli import embeddings, loras
 from fastsd.cli.models import fingerprint
 from fastsd.cuda.capture import ran_out_of_memory
@@ -23,7 +24,7 @@ from fastsd.generate.image_prompts import ImagePrompt
 from fastsd.generate.together import join, split
 from fastsd.model.controlnet import ControlNet
 from fastsd.model.ip_adapter import IPAdapter
-from fastsd.pipeline import BUNDLED, Pipeline
+from fastsd.pipeline import Pipeline
 from fastsd.runtime import memory
 from fastsd.server.jobs import Finished, ImagePromptChoice, ModelChoice, Order, UpscaleOrder, UpscalerChoice
 from fastsd.server.worker import EngineSettings, Watch
@@ -164,7 +165,7 @@ class PipelineEngine:
         if not self._loaded:
             return
         other = next(iter(self._loaded.values())).pipe
-        path = Path(model.path or BUNDLED)
+        path = Path(model.path or BUNDLED[DIGITS])
         needed = count_parameters(path, other.dtype) * other.dtype.itemsize if path.exists() else 0
         while self._loaded and (memory.available(other.device) or needed * ROOM) < needed * ROOM:
             self._drop_one()
@@ -209,7 +210,7 @@ def _facts(model: ModelChoice, pipe: Pipeline) -> dict[str, Any]:
     assert pipe.source is not None  # every model is loaded from somewhere
     found: dict[str, Any] = {
         "model": model.name,
-        "model_path": "digits" if model.path is None else model.name,
+        "model_path": DIGITS if model.path is None else model.name,
         "model_fingerprint": fingerprint(pipe.source.path),
         "model_hash": _hash(pipe.source.path),
         "version": __version__,

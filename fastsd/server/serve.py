@@ -8,6 +8,7 @@ import os
 import sys
 from typing import Any
 
+from fastsd.bundled import BUNDLED
 from fastsd.errors import FastsdError
 from fastsd.server import logs
 from fastsd.server.app import State, make_app
@@ -76,5 +77,5 @@ async def _watch_first(state: State, server: HttpServer) -> None:
 def check_model(settings: ServerSettings) -> None:
     """Refuse a path that is not there, before anything is started; a hub id is looked up by the worker."""
     given = settings.model
-    if given is not None and given != "digits" and not os.path.exists(given) and given.count("/") != 1:
+    if given is not None and given not in BUNDLED and not os.path.exists(given) and given.count("/") != 1:
         raise FastsdError("no such file or folder", argument="model", path=given)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fastsd.bundled import DIGITS
 from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
 from fastsd.generate.latents import Codec, image_tensor
@@ -67,7 +68,7 @@ class Scene:
             raise FastsdError("it should be a whole number from 0 on", argument="--seed", value=args.seed)
         prompt = args.prompt
         if prompt is None:
-            if args.model != "digits" and args.kind != "schedule" and image is None:
+            if args.model != DIGITS and args.kind != "schedule" and image is None:
                 raise FastsdError("needs what to generate", argument="--prompt")
             prompt = PROMPT
         pipe = Pipeline.from_pretrained(args.model, device=args.device, dtype=args.dtype, graphs=False)

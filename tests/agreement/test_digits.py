@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastsd.pipeline import BUNDLED, Pipeline
+from fastsd.bundled import BUNDLED
+from fastsd.pipeline import Pipeline
 from tests.support.families import TOLERANCE
 
 PROMPTS = ["a thick eight slanted right", "3", "zebra"]  # the last word is in none of its captions
@@ -21,7 +22,7 @@ def theirs() -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(BUNDLED, torch_dtype=torch.float32)
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(BUNDLED["digits"], torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

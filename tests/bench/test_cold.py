@@ -11,7 +11,7 @@ import torch
 
 from bench.cold import dtype_argument
 from bench.record import ROOT
-from fastsd.pipeline import BUNDLED
+from fastsd.bundled import BUNDLED
 
 MIB = 2**20
 
@@ -55,6 +55,6 @@ def test_the_installed_diffusers_loads_without_a_warning_about_dtypes() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         dtype = dtype_argument(diffusers.DiffusionPipeline, torch.bfloat16)
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(BUNDLED, safety_checker=None, **dtype)
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(BUNDLED["digits"], safety_checker=None, **dtype)
     assert pipeline.unet.dtype == torch.bfloat16
     assert not [warning for warning in caught if "dtype" in str(warning.message)]

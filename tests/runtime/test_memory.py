@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fastsd.bundled import BUNDLED
 from fastsd.config import SD15_UNET, SD_VAE
 from fastsd.errors import FastsdError
-from fastsd.pipeline import BUNDLED, Pipeline
+from fastsd.pipeline import Pipeline
 from fastsd.runtime import memory
 from fastsd.weights import count_parameters, load_folder
 
@@ -57,11 +58,11 @@ def test_weights_that_fit_are_accepted(six_gib_free: None, monkeypatch: pytest.M
 
 
 def test_the_parameter_count_is_that_of_the_loaded_weights(tmp_path: Path) -> None:
-    components = load_folder(BUNDLED, torch.float32)
+    components = load_folder(BUNDLED["digits"], torch.float32)
     modules = (components.unet, components.vae, *components.text_encoders)
     loaded = sum(parameter.numel() for module in modules for parameter in module.state_dict().values())
-    assert count_parameters(BUNDLED, torch.float32) == loaded
-    vae = load_file(BUNDLED / "vae/diffusion_pytorch_model.safetensors")
+    assert count_parameters(BUNDLED["digits"], torch.float32) == loaded
+    vae = load_file(BUNDLED["digits"] / "vae/diffusion_pytorch_model.safetensors")
     without_average = sum(tensor.numel() for tensor in vae.values())
     save_file(vae | {"model_ema.weight": torch.zeros(1000)}, tmp_path / "vae.safetensors")
     assert count_parameters(tmp_path / "vae.safetensors", torch.float16) == without_average
@@ -69,7 +70,7 @@ def test_the_parameter_count_is_that_of_the_loaded_weights(tmp_path: Path) -> No
 
 
 def test_a_model_that_does_not_fit_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    half_of_it = 2 * count_parameters(BUNDLED, torch.float32)
+    half_of_it = 2 * count_parameters(BUNDLED["digits"], torch.float32)
     monkeypatch.setattr("fastsd.runtime.memory.available", lambda device: half_of_it)
     with monkeypatch.context() as patched:
         patched.setattr("fastsd.pipeline.load_checkpoint", lambda *_: pytest.fail("loaded"))

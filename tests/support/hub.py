@@ -7,11 +7,12 @@ from pathlib import Path
 
 from safetensors.torch import load, save
 
-from fastsd.pipeline import BUNDLED
+from fastsd.bundled import BUNDLED
 from fastsd.weights.hub import locate
 
 OLD, NEW = "a" * 40, "c" * 40  # commits
-DIGITS = {path.relative_to(BUNDLED).as_posix(): path.read_bytes() for path in BUNDLED.rglob("*") if path.is_file()}
+FOLDER = BUNDLED["digits"]
+DIGITS = {path.relative_to(FOLDER).as_posix(): path.read_bytes() for path in FOLDER.rglob("*") if path.is_file()}
 # Files that repositories hold beside a model's and that must not be fetched.
 UNNEEDED = {
     "README.md": b"# digits",

@@ -11,6 +11,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+from fastsd.bundled import BUNDLED
 from fastsd.errors import FastsdError
 from fastsd.files import check_path
 from fastsd.weights.formats.json_file import MAX_JSON
@@ -23,7 +24,7 @@ def locate_model(text: str | Path, revision: str | None, half: bool) -> ModelLoc
     """A model's folder or file on this machine; an id is fetched from the hub.
 
     Args:
-        text, revision: as `parse_hub_id` takes them.
+        text, revision: as `parse_hub_id` takes them; or the name of a bundled model.
         half: for a folder, fetch the fp16 variant of the weights if there is one, as `find_files` chooses it.
 
     Raises:
@@ -31,7 +32,7 @@ def locate_model(text: str | Path, revision: str | None, half: bool) -> ModelLoc
     """
     hub_id = parse_hub_id(text, revision)
     if hub_id is None:
-        return _here(text)
+        return _here(BUNDLED.get(str(text), text))
     return _fetch(hub_id, one_file(hub_id) if hub_id.file else model_files(hub_id, half), half)
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from fastsd.pipeline import BUNDLED, Pipeline
+from fastsd.bundled import BUNDLED
+from fastsd.pipeline import Pipeline
 from fastsd.weights.hub import locate
 from fastsd.weights.hub.hub_id import HubId
 from tests.support.hub import DIGITS, NEW, UNNEEDED, WEIGHTS, half, model_path, sharded
@@ -74,7 +75,7 @@ def test_an_autoencoder_of_its_own_or_of_a_model(served: Hub, monkeypatch: pytes
     assert sorted(served.files()) == sorted([*vae, "vae/config.json", "vae/diffusion_pytorch_model.safetensors"])
     set_offline(monkeypatch)
     seen = len(served.seen)
-    pipe = Pipeline.from_pretrained(BUNDLED, "cpu", "fp32", vae="org/vae")
+    pipe = Pipeline.from_pretrained(BUNDLED["digits"], "cpu", "fp32", vae="org/vae")
     assert locate.locate_vae("org/digits", False) == location
     assert pipe.vae_source is not None and pipe.vae_source.hub == HubId("org/vae", NEW)
     assert len(served.seen) == seen

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fastsd.bundled import BUNDLED
 from fastsd.errors import FastsdError
 from fastsd.image.files import read_text
 from fastsd.image.metadata import read_texts
-from fastsd.pipeline import BUNDLED, Pipeline
+from fastsd.pipeline import Pipeline
 from fastsd.weights.hub import locate
 from fastsd.weights.hub.hub_id import HubId
 from tests.support.hub import DIGITS, NEW, OLD, UNNEEDED, model_path
@@ -29,7 +30,7 @@ def test_a_model_by_its_id_gives_the_images_of_its_folder(served: Hub) -> None:
     pipe = Pipeline.from_pretrained("org/digits", "cpu", "fp32")
     assert pipe.components.name == "digits" and pipe.source is not None and pipe.source.hub is not None
     arguments: dict[str, Any] = {"seed": 3, "num_inference_steps": 2, "output_type": "np"}
-    expected = Pipeline.from_pretrained(BUNDLED, "cpu", "fp32")("a thick eight", **arguments)
+    expected = Pipeline.from_pretrained(BUNDLED["digits"], "cpu", "fp32")("a thick eight", **arguments)
     np.testing.assert_array_equal(pipe("a thick eight", **arguments).images, expected.images)
 
 
