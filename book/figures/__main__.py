@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parents[2] / "docs" / "book" / "images"
 FIGURES = {
     function.__name__: function
     for function in (
-        *(diffusion.forward, diffusion.flow, model.between, model.unet, model.guidance),
+        *(diffusion.forward, diffusion.flow, model.between, model.emoji, model.unet, model.guidance),
         *(sampling.samplers, images.resizing, images.upscaling, speed.roofline),
     )
 }

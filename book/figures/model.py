@@ -1,6 +1,8 @@
-"""Chapters 2, 4 and 6: between two latents; the UNet by its config; guidance."""
+"""Chapters 2, 4 and 6: between two latents; the UNet by its config; guidance. What the emoji model generates."""
 
 from __future__ import annotations
+
+import textwrap
 
 import numpy as np
 import torch
@@ -11,6 +13,12 @@ import fastsd
 from book.figures.style import COLOURS, figure, show_image
 from fastsd.config import UNetConfig
 
+EMOJI = (
+    *("a red heart", "woman firefighter", "thumbs up with dark skin tone", "pickup truck", "flag of japan"),
+    *("red apple", "cat face", "a rocket", "man dancing with light skin tone", "guard with medium skin tone"),
+    *("couple with heart, dark skin tone, light skin tone", "astronaut with medium skin tone", "grinning face"),
+    *("smiling face with sunglasses", "pizza", "flag of norway"),
+)
 MIXTURE = 0.3  # the deviation of each half of the model in one dimension
 
 
@@ -30,6 +38,15 @@ def between() -> Figure:
         show_image(axes[1, k], mixed)
     for row, name in enumerate(("latents", "pixels")):
         axes[row, 0].text(-0.15, 0.5, name, transform=axes[row, 0].transAxes, rotation=90, va="center", ha="right")
+    return fig
+
+
+def emoji() -> Figure:
+    """Images of the bundled emoji model with their captions, all of seed 0: good ones, the last three bad ones."""
+    pipe = fastsd.Pipeline.from_pretrained("emoji", device="cpu", dtype="fp32")
+    fig, axes = figure(3.7, 2, len(EMOJI) // 2)
+    for one, caption in zip(axes.flat, EMOJI, strict=True):
+        show_image(one, pipe(caption, seed=0).images[0], textwrap.fill(caption, 15))
     return fig
 
 

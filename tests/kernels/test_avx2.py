@@ -31,7 +31,7 @@ SELECTION = [
     "kernels/test_linear.py",
     "kernels/test_upsample2x.py",
     "agreement/test_modules.py",
-    "agreement/test_digits.py",
+    "agreement/test_bundled.py",
     "support/test_precision.py",
 ]
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
