@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastsd.bundled import DIGITS
+from fastsd.bundled import BUNDLED, DIGITS
 from fastsd.errors import FastsdError
 from fastsd.files.hashes import known_sha256, remember_sha256
 from fastsd.image.infotext import UPSCALERS
@@ -85,6 +85,8 @@ class Catalogue:
         given = self.settings.model
         if given is None or given == DIGITS:
             return [Listed(DIGITS, None)]
+        if given in BUNDLED:
+            return [Listed(given, BUNDLED[given])]
         path = Path(given)
         if self.settings.models_dir and path.exists():
             with contextlib.suppress(ValueError):

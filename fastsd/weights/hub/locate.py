@@ -32,7 +32,7 @@ def locate_model(text: str | Path, revision: str | None, half: bool) -> ModelLoc
     """
     hub_id = parse_hub_id(text, revision)
     if hub_id is None:
-        return _here(BUNDLED.get(str(text), text))
+        return _here(BUNDLED.get(text, text) if isinstance(text, str) else text)
     return _fetch(hub_id, one_file(hub_id) if hub_id.file else model_files(hub_id, half), half)
 
 
