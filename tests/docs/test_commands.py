@@ -32,13 +32,13 @@ NOT_RUN = {
 # A flag that stands on the page is left as it is.
 SHORT = {
     "": {"--steps": "2", "--width": "64", "--height": "64"},
-    "evaluate": {"--count": "10", "--bootstrap": "0", "--settings": "steps=2"},
-    "compare": {"--count": "10", "--bootstrap": "0"},
+    "evaluate": {"--count": "10", "--reference": "50", "--bootstrap": "0", "--settings": "steps=2"},
+    "compare": {"--count": "10", "--reference": "50", "--bootstrap": "0"},
 }
 SIZED = ("--image", "--depth", "--control-image", "--control-canny", "--from-image")  # an image sets the size there
 # The same for a training: values of its config, and of each of its stages, as far as it has them.
 SHORT_TRAINING = {"data.limit": "64", "data.passes": "1", "data.resolution": "64"}
-SHORT_STAGE = {"fit.steps": "2", "sample.steps": "2", "pairs.count": "8", "pairs.steps": "2"}
+SHORT_STAGE = {"fit.steps": "2", "fit.batch_size": "4", "sample.steps": "2", "pairs.count": "8", "pairs.steps": "2"}
 # Notes that a page's reader is right to get; another one says that the command does not do what the page promises.
 NOTES = ("few-step model (", "repeated by the rules of A1111", "the model was trained at 64x64; at 320x64")
 WITH_COMMANDS = [page for page in PAGES if commands(page)]
