@@ -40,7 +40,8 @@ def test_replicas_come_with_the_load_and_drain(model: Path, tmp_path: Path) -> N
         port = server.getsockname()[1]
     paths = os.pathsep.join([ROOT, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     own = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
-    words = ["--ray", "--port", str(port), "--max-replicas", "2", "--threads", "1", "--drain", "60", "--model", str(model)]
+    words = ["--ray", "--port", str(port), "--max-replicas", "2", "--threads", "1", "--drain", "60"]
+    words += ["--model", str(model)]
     log = tmp_path / "log"
     with log.open("wb") as file:
         command = [sys.executable, "-m", "fastsd", "serve", *words]
