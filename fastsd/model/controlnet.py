@@ -71,8 +71,7 @@ class ControlNet(ContractingPath):
         Returns:
             A map for each of the UNet's skip connections and, last, one for its lowest level.
         """
-        times = iter(time.split(self.time_sizes, dim=-1))
-        skips, lowest = self.contract(self.conv_in(x) + hint, times, iter(key_values))
+        skips, lowest = self.contract(self.conv_in(x) + hint, iter(self.block_inputs(time, key_values)))
         residuals = [layer(skip) for layer, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
         weight = weight.to(x.dtype)
         return [weight * residual for residual in (*residuals, self.controlnet_mid_block(lowest))]

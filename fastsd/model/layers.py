@@ -9,7 +9,8 @@ are `Linear` here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -219,12 +220,15 @@ class SelfAttention(nn.Module):
         self.to_qkv = Linear(channels, 3 * channels, bias=qkv_bias, parts=("to_q", "to_k", "to_v"))
         self.to_out = nn.ModuleList([Linear(channels, channels)])
 
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None, into: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """`x` `[B, S, C]`. Returns attention(x) `[B, S, C]`, plus the `residual` or `into` of the last `Linear`."""
+    def forward(self, x: torch.Tensor, perturbed: int = 0, **add_to: torch.Tensor) -> torch.Tensor:
+        """`x` `[B, S, C]`. Returns attention(x) `[B, S, C]`, plus the `residual` or `into` of the last `Linear`.
+
+        perturbed: in so many samples, the first, each token attends to itself alone.
+        """
         q, k, v = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # [B, S, heads, D] each
-        return self.to_out[0](flash_attn(q, k, v), residual=residual, into=into)
+        out = flash_attn(q[perturbed:], k[perturbed:], v[perturbed:])
+        out = out if not perturbed else torch.cat([v[:perturbed].flatten(2), out])
+        return self.to_out[0](out, **add_to)
 
 
 class CrossAttention(nn.Module):
@@ -309,14 +313,15 @@ class TransformerBlock(nn.Module):
         self.norm3 = LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: torch.Tensor, key_value: KeyValue) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, key_value: KeyValue, perturbed: int = 0) -> torch.Tensor:
+        """`perturbed`: of the self-attention."""
         if not dispatch.folds(x, self.norm1.weight):
-            x = self.attn1(self.norm1(x), residual=x)
+            x = self.attn1(self.norm1(x), residual=x, perturbed=perturbed)
             x = self.attn2(self.norm2(x), key_value, residual=x)
             return self.ff(self.norm3(x), residual=x)
         biases = self.attn1.to_out[0].bias, self.attn2.to_out[0].bias, self.ff.net["2"].bias
         h, x = self.norm1(x, ahead=biases)
-        x = self.attn1(h, into=x)
+        x = self.attn1(h, into=x, perturbed=perturbed)
         x = self.attn2(self.norm2(x, owed=biases[1:]), key_value, into=x)
         return self.ff(self.norm3(x, owed=biases[2:]), into=x)
 
@@ -333,16 +338,16 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = Linear(channels, channels)
 
-    def forward(self, x: torch.Tensor, key_values: Iterator[KeyValue]) -> torch.Tensor:
-        """`x` `[B, H, W, C]`; takes one entry of `key_values` for each of its blocks."""
+    def forward(self, x: torch.Tensor, key_values: Sequence[KeyValue], perturbed: Sequence[int] = ()) -> torch.Tensor:
+        """`x` `[B, H, W, C]`; `key_values` and `perturbed`, if it is given, have an entry for each of the blocks."""
         if dispatch.folds(x, self.norm.weight):
             h, total = self.norm(x, ahead=self.proj_out.bias)
             add_to = {"into": total.flatten(1, 2)}
         else:
             h, add_to = self.norm(x), {"residual": x.flatten(1, 2)}
         tokens = self.proj_in(h.flatten(1, 2))  # [B, S, C]
-        for block in self.transformer_blocks:
-            tokens = block(tokens, next(key_values))
+        for block, key_value, own in zip(self.transformer_blocks, key_values, perturbed or repeat(0)):
+            tokens = block(tokens, key_value, own)
         return self.proj_out(tokens, **add_to).view(x.shape)
 
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from fastsd.config import UNetConfig
 from fastsd.kernels.linear import activate
+from fastsd.model.call_options import PLAIN, CallOptions, Perturbation
 from fastsd.model.layers import (
     Conv2d,
     CrossAttention,
@@ -24,14 +25,10 @@ from fastsd.model.layers import (
     KeyValue,
     Linear,
     ResBlock,
-    SpatialTransformer,
     Upsample,
     timestep_embedding,
 )
-
-# Precomputed inputs, one for each block that takes one, in order of use.
-BlockInputs = Iterator[torch.Tensor]
-TextInputs = Iterator[KeyValue]
+from fastsd.model.unet_levels import BlockInputs, DownLevel, MidLevel, UNetLevel, UpLevel
 
 
 @dataclass(frozen=True)
@@ -58,93 +55,6 @@ class EmbeddingMLP(nn.Module):
         if self.cond_proj is not None and cond is not None:
             x = x + self.cond_proj(cond)
         return self.linear_2(self.linear_1(x, activation="silu"))
-
-
-class UNetLevel(nn.Module):
-    """One resolution of the UNet: residual blocks, each followed by a transformer where the level has attention.
-
-    Attributes:
-        recompute: where gradients are recorded, keep only the input of each block and transformer, and compute the rest
-            again in the backward pass (Chen et al. 2016): less memory for a third more time.
-    """
-
-    recompute = False
-
-    def __init__(self, config: UNetConfig, inputs: list[int], channels: int, heads: int, depths: tuple[int, ...]):
-        """`inputs`: input widths of the residual blocks; `depths`: blocks of the transformers after the first ones."""
-        super().__init__()
-        groups, self.depths = config.norm_num_groups, depths
-        self.resnets = nn.ModuleList([ResBlock(width, channels, groups, config.norm_eps) for width in inputs])
-        self.attentions = nn.ModuleList(
-            [SpatialTransformer(channels, config.cross_attention_dim, heads, depth, groups) for depth in depths]
-        )
-        self.downsamplers: nn.ModuleList | None = None
-        self.upsamplers: nn.ModuleList | None = None
-
-    def block(
-        self, i: int, x: torch.Tensor, times: BlockInputs, texts: TextInputs, skip: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Residual block `i` and the transformer after it, if any."""
-        if self.recompute and torch.is_grad_enabled():
-            own = [next(texts) for _ in range(self.depths[i] if i < len(self.attentions) else 0)]
-            return checkpoint(self._whole_block, i, x, next(times), skip, *own, use_reentrant=False)
-        x = self.resnets[i](x, next(times), skip)
-        return self.attentions[i](x, texts) if i < len(self.attentions) else x
-
-    def _whole_block(
-        self, i: int, x: torch.Tensor, time: torch.Tensor, skip: torch.Tensor | None, *texts: torch.Tensor
-    ) -> torch.Tensor:
-        x = self.resnets[i](x, time, skip)
-        return self.attentions[i](x, iter(texts)) if texts else x
-
-
-class DownLevel(UNetLevel):
-    """A level of the contracting path. All but the last end by halving the map."""
-
-    def forward(
-        self, x: torch.Tensor, times: BlockInputs, texts: TextInputs, adapter: torch.Tensor | None = None
-    ) -> list[torch.Tensor]:
-        """Returns all maps, which become skip connections; the last one is the next level's input.
-
-        A T2I-Adapter's map is added after the last transformer; without transformers, to the last map.
-        """
-        maps = []
-        for i in range(len(self.resnets)):
-            x = self.block(i, x, times, texts)
-            maps.append(x)
-        if adapter is not None and len(self.attentions):
-            maps[-1] = x = x + adapter
-        if self.downsamplers is not None:
-            maps.append(self.downsamplers[0](x))
-        if adapter is not None and not len(self.attentions):
-            maps[-1] = maps[-1] + adapter
-        return maps
-
-
-class MidLevel(UNetLevel):
-    """The lowest level: residual block, transformer, residual block; or the first alone, or nothing."""
-
-    def forward(self, x: torch.Tensor, times: BlockInputs, texts: TextInputs) -> torch.Tensor:
-        for i in range(len(self.resnets)):
-            x = self.block(i, x, times, texts)
-        return x
-
-
-class UpLevel(UNetLevel):
-    """A level of the expanding path, which reads the skip connections in reverse order."""
-
-    concatenates = True
-
-    def forward(
-        self, x: torch.Tensor, skips: list[torch.Tensor], times: BlockInputs, texts: TextInputs
-    ) -> torch.Tensor:
-        for i in range(len(self.resnets)):
-            skip = skips.pop()
-            if self.concatenates:
-                x = self.block(i, x, times, texts, skip)
-            else:  # add the skip connection to the first channels
-                x = self.block(i, x + F.pad(skip, (0, x.shape[-1] - skip.shape[-1])), times, texts)
-        return x if self.upsamplers is None else self.upsamplers[0](x, skips[-1].shape[1:3])
 
 
 class ContractingPath(nn.Module):
@@ -190,7 +100,9 @@ class ContractingPath(nn.Module):
 
     def _project_times(self) -> None:
         """Stack all blocks' time projections into one product. The last step of making a network."""
-        self.cross_attentions = sum(isinstance(m, CrossAttention) for m in self.modules())
+        levels = [m for m in self.modules() if isinstance(m, UNetLevel)]
+        self.block_depths = tuple(depth for level in levels for depth in level.block_depths)
+        self.cross_attentions = sum(self.block_depths)
         blocks = {name: m for name, m in self.named_modules() if isinstance(m, ResBlock)}
         widths = tuple(block.out_channels for block in blocks.values())
         self.time_sizes = tuple(
@@ -271,26 +183,52 @@ class ContractingPath(nn.Module):
         """Keys and values of every cross-attention for a text `[B, L, cross_attention_dim]`, in order of use."""
         return tuple(m.project_context(context) for m in self.modules() if isinstance(m, CrossAttention))
 
-    def _by_attention(self, key_values: tuple[torch.Tensor, ...]) -> TextInputs:
-        """What each cross-attention reads: the text's keys and values; or a tuple, where there are image prompts."""
-        if len(key_values) == self.cross_attentions:
-            return iter(key_values)
-        return iter([key_values[i :: self.cross_attentions] for i in range(self.cross_attentions)])
+    def block_inputs(
+        self, time: torch.Tensor, key_values: tuple[torch.Tensor, ...], perturbed: Perturbation | None = None
+    ) -> list[BlockInputs]:
+        """What each residual block, with the transformer after it, reads; in order of use.
+
+        time, key_values: as in `UNet.denoise`. With image prompts a cross-attention reads a tuple.
+        """
+        count, texts = self.cross_attentions, list[KeyValue](key_values)
+        if len(texts) != count:
+            texts = [key_values[i::count] for i in range(count)]
+        own = [0] * count
+        if perturbed is not None:
+            for number in perturbed.attentions:
+                own[number] = perturbed.samples
+        found, start = [], 0
+        for block, depth in zip(time.split(self.time_sizes, dim=-1), self.block_depths, strict=True):
+            end = start + depth
+            found.append(BlockInputs(block, tuple(texts[start:end]), tuple(own[start:end])))
+            start = end
+        return found
+
+    def skips(
+        self, x: torch.Tensor, blocks: Iterator[BlockInputs], adapter: Sequence[torch.Tensor] = ()
+    ) -> Iterator[torch.Tensor]:
+        """The skip connections, of which `x` from `conv_in` is the first; each is computed when it is asked for.
+
+        adapter: a T2I-Adapter's maps, as in `contract`.
+        """
+        yield x
+        for i, level in enumerate(self.down_blocks):
+            for skip in level(x, blocks, adapter[i] if i < len(adapter) else None):
+                yield skip
+            x = skip
 
     def contract(
-        self, x: torch.Tensor, times: BlockInputs, texts: TextInputs, adapter: Sequence[torch.Tensor] = ()
+        self, x: torch.Tensor, blocks: Iterator[BlockInputs], adapter: Sequence[torch.Tensor] = ()
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """All skip connections, of which `x` from `conv_in` is the first, and the lowest map.
+        """All skip connections, and the lowest map.
 
         adapter: a T2I-Adapter's maps, one for each level from the first on; one more is for the lowest map, if it has
             its size (Mou et al. 2023, section 3.2).
         """
-        skips = [x]
-        for i, level in enumerate(self.down_blocks):
-            skips += level(skips[-1], times, texts, adapter[i] if i < len(adapter) else None)
-        x = self.mid_block(skips[-1], times, texts)
+        skips = list(self.skips(x, blocks, adapter))
+        x = self.mid_block(skips[-1], blocks)
         last = adapter[len(self.down_blocks)] if len(adapter) > len(self.down_blocks) else None
-        return skips, x if last is None or last.shape != x.shape else x + last
+        return skips, x if last is None or last.shape[1:] != x.shape[1:] else x + last
 
 
 class UNet(ContractingPath):
@@ -352,6 +290,7 @@ class UNet(ContractingPath):
         key_values: tuple[torch.Tensor, ...],
         control: list[torch.Tensor] | None = None,
         adapter: Sequence[torch.Tensor] = (),
+        options: CallOptions = PLAIN,
     ) -> torch.Tensor:
         """The part of `forward` that depends on `x`.
 
@@ -362,13 +301,34 @@ class UNet(ContractingPath):
                 cross-attention, and as many masks, if it has one.
             control: ControlNets' residuals for the skip connections and, last, for the lowest map.
             adapter: a T2I-Adapter's maps, as in `contract`.
+            options: what this call does otherwise.
         """
-        times = iter(time.split(self.time_sizes, dim=-1))
-        texts = self._by_attention(key_values)
-        skips, x = self.contract(self.conv_in(x), times, texts, adapter)
+        inputs, deep = self.block_inputs(time, key_values, options.perturbed), options.deep
+        blocks, x = iter(inputs), self.conv_in(x)
+        if deep is not None and deep.reuses:
+            skips, x = list(islice(self.skips(x, blocks, adapter), deep.branch + 1)), deep.features
+            blocks = iter(inputs[-len(skips) :])
+        else:
+            skips, x = self.contract(x, blocks, adapter)
+            x = x if control is None else x + control[-1]
         if control is not None:
-            skips = [skip + residual for skip, residual in zip(skips, control[:-1], strict=True)]
-            x = x + control[-1]
-        for level in self.up_blocks:
-            x = level(x, skips, times, texts)
+            skips = [skip + residual for skip, residual in zip(skips, control)]
+        first = len(self.skip_channels) - len(skips)  # the expanding block that reads the last of them
+        for number, level in enumerate(cast(list[UpLevel], self.up_blocks)):
+            if first < len(level.resnets):
+                x = level(x, skips, blocks, number, options, max(first, 0))
+            first -= len(level.resnets)
         return self.conv_out(self.conv_norm_out(x))
+
+    def deep_shape(self, branch: int, samples: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """The shape of DeepCache's features for a latent of `height` and `width`.
+
+        branch: the number of a skip connection, 0 to len(skip_channels) - 1.
+        """
+        per_level = self.config.layers_per_block + 1
+        for _ in range(branch // per_level):
+            height, width = (height + 1) // 2, (width + 1) // 2
+        place = len(self.skip_channels) - 1 - branch
+        level = cast(UpLevel, self.up_blocks[place // per_level])
+        channels = len(cast(ResBlock, level.resnets[place % per_level]).norm1.weight)
+        return samples, height, width, channels - (self.skip_channels[branch] if level.concatenates else 0)

@@ -110,8 +110,8 @@ def unet_maps(
     Args:
         x: noised latents `[B, h, w, C]`. The rest: as `UNet.forward` takes it.
     """
-    times = iter(unet.embed_time(t, added).split(unet.time_sizes, dim=-1))
-    skips, lowest = unet.contract(unet.conv_in(x), times, iter(unet.project_context(context)))
+    blocks = unet.block_inputs(unet.embed_time(t, added), unet.project_context(context))
+    skips, lowest = unet.contract(unet.conv_in(x), iter(blocks))
     return [*skips[1:], lowest]
 
 

@@ -64,7 +64,7 @@ def test_every_block_of_the_unet(pair: tuple[Components, Any]) -> None:
         elif isinstance(module, SpatialTransformer):
             x = torch.randn(1, len(module.norm.weight), 6, 5, generator=generator)
             expected = theirs.get_submodule(name)(x, context).sample
-            texts = iter([block.attn2.project_context(context) for block in module.transformer_blocks])
+            texts = [block.attn2.project_context(context) for block in module.transformer_blocks]
             assert relative_error(nchw(module(nhwc(x), texts)), expected) < 1e-5, name
         else:
             continue

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from fastsd.model import clip, layers, unet, vae
+from fastsd.model import clip, layers, unet, unet_levels, vae
 
 Maps = torch.Tensor | list[torch.Tensor]
 
@@ -74,27 +75,29 @@ class UNetRun:
         names = [name for name, m in model.named_modules() if isinstance(m, layers.ResBlock)]
         self.times = dict(zip(names, projected, strict=True))
 
-    def texts(self, module: nn.Module) -> unet.BlockInputs:
+    def texts(self, module: nn.Module) -> tuple[layers.KeyValue, ...]:
         """Keys and values for the cross-attentions in a module."""
-        return iter([m.project_context(self.context) for m in module.modules() if isinstance(m, layers.CrossAttention)])
+        return tuple(m.project_context(self.context) for m in module.modules() if isinstance(m, layers.CrossAttention))
 
-    def times_in(self, name: str) -> unet.BlockInputs:
-        """Time embeddings for the residual blocks in the module of that name."""
-        return iter([time for block, time in self.times.items() if block.startswith(name + ".")])
+    def blocks(self, name: str, level: unet_levels.UNetLevel) -> Iterator[unet_levels.BlockInputs]:
+        """What the residual blocks and transformers of the level of that name read."""
+        texts = iter(self.texts(level))
+        for i, depth in enumerate(level.block_depths):
+            yield unet_levels.BlockInputs(self.times[f"{name}.resnets.{i}"], tuple(islice(texts, depth)))
 
     def run(self, name: str, module: nn.Module, call: Call) -> Maps | None:
         """The module's output for `call`, in their layout; None where the two networks divide the work differently."""
         x = nhwc(call.x) if isinstance(call.x, torch.Tensor) else call.x
-        if isinstance(module, unet.DownLevel):
-            return [nchw(y) for y in module(x, self.times_in(name), self.texts(module))]
-        if isinstance(module, unet.MidLevel):
-            return nchw(module(x, self.times_in(name), self.texts(module)))
-        if isinstance(module, unet.UpLevel):
+        if isinstance(module, unet_levels.DownLevel):
+            return [nchw(y) for y in module(x, self.blocks(name, module))]
+        if isinstance(module, unet_levels.MidLevel):
+            return nchw(module(x, self.blocks(name, module)))
+        if isinstance(module, unet_levels.UpLevel):
             skips = [nhwc(skip) for skip in call.get(1, "res_hidden_states_tuple")]
             if module.upsamplers is not None:  # ours upsamples to the size of the next skip connection
                 size = call.get(4, "upsample_size") or (2 * x.shape[1], 2 * x.shape[2])
                 skips = [x.new_zeros(1, *size, 1), *skips]
-            return nchw(module(x, skips, self.times_in(name), self.texts(module)))
+            return nchw(module(x, skips, self.blocks(name, module)))
         if isinstance(module, layers.ResBlock):
             return nchw(module(x, self.times[name]))
         if isinstance(module, layers.SpatialTransformer):
@@ -113,7 +116,7 @@ def run_layer(module: nn.Module, x: torch.Tensor, call: Call) -> Maps | None:
     ):
         return nchw(module(x))
     if isinstance(module, layers.SelfAttention | layers.FeedForward | clip.CausalAttention | clip.TextMLP):
-        return module(x, torch.zeros_like(x))
+        return module(x, residual=torch.zeros_like(x))
     if isinstance(module, layers.GroupNorm) and x.ndim == 3:  # [B, C, S] in their attention
         return module(x.transpose(1, 2)[:, None])[:, 0].transpose(1, 2)
     if isinstance(module, layers.Upsample):
