@@ -209,6 +209,32 @@ class ControlNetConfig:
 
 
 @dataclass(frozen=True)
+class T2IAdapterConfig:
+    """A T2I-Adapter (Mou et al. 2023): maps for the UNet's levels, made from an image.
+
+    Attributes:
+        in_channels: 3, or 1 for one that reads the image in grey.
+        channels: of the maps.
+        blocks: of each level.
+        downscale: pixels per pixel of the first map, along one side.
+        light: the small kind.
+        halves: of each level, whether its map is half as large as the one before.
+    """
+
+    in_channels: int
+    channels: tuple[int, ...]
+    blocks: int
+    downscale: int
+    light: bool
+    halves: tuple[bool, ...]
+
+    def fits(self, unet: UNetConfig) -> bool:
+        """Whether the maps have the widths of the UNet's levels; one more is for its lowest map."""
+        widths = unet.block_out_channels
+        return self.channels in (widths, (*widths, widths[-1]))
+
+
+@dataclass(frozen=True)
 class VAEConfig:
     """The KL-regularised autoencoder of latent diffusion (Rombach et al. 2022, section 3.1 and appendix G)."""
 

@@ -140,7 +140,7 @@ def _read_controls(given: Any, folder: Path) -> Iterator[dict[str, Any]]:
                     'it should be {"net": PATH, "image": PATH}, or "canny", with "weight", "start", "end"'
                 )
             if not isinstance(one.get("net"), str):
-                raise FastsdError("net should be the path of a ControlNet, or a hub id")
+                raise FastsdError("net should be the path of a ControlNet or T2I-Adapter, or a hub id")
             found = {"net": _file_or_hub_id(one["net"], folder)}
             kind = "image" if "image" in one else "canny"
             found[kind] = _path(one[kind], folder, f"controls[{k}]")

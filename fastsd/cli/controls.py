@@ -1,4 +1,5 @@
-"""--control and related flags: ControlNets with their images. The k-th of each flag belongs to the k-th --control."""
+"""--control and related flags: ControlNets and T2I-Adapters with their images. The k-th of each flag belongs to the
+k-th --control."""
 
 from __future__ import annotations
 

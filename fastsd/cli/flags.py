@@ -76,7 +76,7 @@ CLI: dict[str, Parameter] = {
         _row("lora_dir", FOLDER, WHAT, "a folder of them, for <lora:NAME:X> in the prompt"),
         _row("allow_partial", Switch(), WHAT, "leave out a LoRA's layers that the model lacks", rare=True),
         _row("from_image", File(), WHAT, "repeat an image by the settings in it; flags change them"),
-        _row("control", PATH, CONTROL, "a ControlNet: a folder, a file or a hub id", several=True),
+        _row("control", PATH, CONTROL, "a ControlNet, T2I-Adapter: path or hub id", several=True),
         _row("control_image", File(), CONTROL, "its input: edges, a pose", several=True),
         _row("control_canny", File(), CONTROL, "or an image, of which it gets the edges", several=True),
         _row("control_weight", WEIGHT, CONTROL, "how strongly it steers", default=1.0, several=True),

@@ -6,9 +6,10 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from fastsd.components import Components
@@ -34,6 +35,7 @@ from fastsd.generate.samples import samples_by_row
 from fastsd.generate.start import Start, start_batch
 from fastsd.graph import Graphs
 from fastsd.model.controlnet import ControlNet
+from fastsd.model.t2i_adapter import T2IAdapter
 from fastsd.model.unet import UNet
 from fastsd.sampling import advance
 from fastsd.sampling.edm import precondition
@@ -74,6 +76,14 @@ class ScheduledControl:
     rows: frozenset[int]
 
 
+@dataclass(frozen=True, eq=False)
+class ScheduledAdapter:
+    """A T2I-Adapter's maps, times its weight, and the rows in which they are added."""
+
+    maps: tuple[torch.Tensor, ...]
+    rows: frozenset[int]
+
+
 @dataclass(frozen=True)
 class Segment:
     """The rows of the table that one checkpoint does, with the conditioning of its networks."""
@@ -82,6 +92,8 @@ class Segment:
     unet: UNet
     conditioning: ConditioningSchedule
     controls: tuple[ScheduledControl, ...] = ()
+    adapters: tuple[ScheduledAdapter, ...] = ()
+    _sums: dict[tuple[ScheduledAdapter, ...], tuple[torch.Tensor, ...]] = field(default_factory=dict, repr=False)
 
     def condition(self, inputs: StepInputs, row: int) -> None:
         """Give the networks of a row their conditioning."""
@@ -91,6 +103,14 @@ class Segment:
             for control, conditioning in zip(self.controls, others, strict=True)
             if row in control.rows
         )
+        inputs.adapter = self._sum(tuple(adapter for adapter in self.adapters if row in adapter.rows))
+
+    def _sum(self, active: tuple[ScheduledAdapter, ...]) -> tuple[torch.Tensor, ...]:
+        """What several T2I-Adapters add to each level, made once for each set of them."""
+        if active not in self._sums:
+            levels = zip(*(adapter.maps for adapter in active), strict=True)
+            self._sums[active] = tuple(torch.stack(maps).sum(0) for maps in levels)
+        return self._sums[active]
 
 
 class Estimate(NamedTuple):
@@ -227,14 +247,16 @@ def _extra_channels(extra: torch.Tensor | None, parts: int) -> torch.Tensor | No
 def _segments(engine: Engine, stage: Pass, which: slice) -> Iterator[Segment]:
     """The checkpoint's rows, then the refiner's."""
     rows, own = len(stage.table), engine.components
-    nets = [control.net for control in stage.controls]
+    encoded = [_encode_control(engine, control, stage) for control in stage.controls]
+    controls = tuple(one for one in encoded if isinstance(one, ScheduledControl))
+    adapters = tuple(one for one in encoded if isinstance(one, ScheduledAdapter))
+    nets = [control.net for control in controls]
     first = range(stage.refiner_row)
     images = tuple(
         _image_key_values(own.unet, prompt, stage, own.vae.config.downscale) for prompt in stage.image_prompts
     )
     conditioning = schedule_conditioning(own, stage, which, first, engine.graphs, engine.device, nets, images=images)
-    controls = tuple(_encode_control(engine, control, stage) for control in stage.controls)
-    yield Segment(first, own.unet, conditioning, controls)
+    yield Segment(first, own.unet, conditioning, controls, adapters)
     if engine.refiner is not None and len(first) < rows:
         last = range(len(first), rows)
         conditioning = schedule_conditioning(
@@ -248,7 +270,14 @@ def _image_key_values(unet: UNet, prompt: FittedPrompt, stage: Pass, downscale: 
     return PromptKeyValues(of, prompt.masks(unet, stage.height // downscale, stage.width // downscale))
 
 
-def _encode_control(engine: Engine, control: Control, stage: Pass) -> ScheduledControl:
+def _encode_control(engine: Engine, control: Control, stage: Pass) -> ScheduledControl | ScheduledAdapter:
+    """What a control's net makes of its image, once for all rows."""
+    if isinstance(control.net, T2IAdapter):
+        grey = control.image.convert("L" if control.net.config.in_channels == 1 else "RGB")
+        pixels = torch.from_numpy(np.array(grey, dtype=np.float32)).view(1, grey.height, grey.width, -1) / 255.0
+        with fixed_convolutions(engine.device):
+            maps = control.net(pixels.to(engine.device, engine.dtype))
+        return ScheduledAdapter(tuple(control.weight * one for one in maps), control.rows(stage.table))
     image = (image_tensor(control.image) + 1.0) / 2.0  # [0, 1]
     with fixed_convolutions(engine.device):
         hint = control.net.embed_hint(image.to(engine.device, engine.dtype))

@@ -1,4 +1,4 @@
-"""ControlNets in a call: the control images, checked against the model and the size of the result."""
+"""ControlNets and T2I-Adapters in a call: the control images, checked against the model and the size of the result."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from fastsd.generate.masks import InpaintMask
 from fastsd.generate.sizes import read_image
 from fastsd.image.files import WHITE
 from fastsd.model.controlnet import ControlNet
+from fastsd.model.t2i_adapter import T2IAdapter, adapter_downscale
 from fastsd.parameters.kinds import SHARE, Number
 from fastsd.parameters.rows import MAX_CONTROL_WEIGHT
 from fastsd.runtime.devices import dtype_name
@@ -27,16 +28,16 @@ PARTS = {"weight": WEIGHT, "start": SHARE, "end": SHARE}  # the numbers of a con
 @named_arguments
 @dataclass(frozen=True)
 class Control:
-    """An image that steers the result through a ControlNet.
+    """An image that steers the result through a ControlNet or a T2I-Adapter.
 
     Attributes:
         net: from `Pipeline.load_controlnet`.
-        image: edges, depths, a pose: what the ControlNet was trained to read; scaled to the size of the result.
-        weight: multiplies what the ControlNet adds; 0 turns it off.
+        image: edges, depths, a pose: what the net was trained to read; scaled to the size of the result.
+        weight: multiplies what the net adds; 0 turns it off.
         start, end: the share of the steps in which it takes part, 0 to 1.
     """
 
-    net: ControlNet
+    net: ControlNet | T2IAdapter
     image: Image.Image
     weight: float = 1.0
     start: float = 0.0
@@ -63,7 +64,7 @@ def fit_controls(
     part of them is taken.
 
     Raises:
-        FastsdError: a ControlNet of another family or pipeline, an image that is none, a number out of range.
+        FastsdError: a net of another family or pipeline, an image that is none, a number out of range.
     """
     fitted, notes = [], []
     for k, control in enumerate(controls):
@@ -97,7 +98,7 @@ def resize_control(control: Control, width: int, height: int) -> Control:
 def idle_controls(controls: Sequence[Control], table: Table, refiner_row: int) -> Iterator[str]:
     """A note on each control that takes part in no step, although its weight is not 0.
 
-    refiner_row: the first row of the refiner, which ignores ControlNets.
+    refiner_row: the first row of the refiner, which ignores controls.
     """
     for k, control in enumerate(controls, start=1):
         rows = control.rows(table)
@@ -105,26 +106,28 @@ def idle_controls(controls: Sequence[Control], table: Table, refiner_row: int) -
             continue
         why = f"none of the {table.steps} lies within {control.start:g} and {control.end:g}"
         if rows:
-            why = "the refiner, which ignores ControlNets, does all of its steps"
+            why = "the refiner, which ignores controls, does all of its steps"
         yield f"control {k} takes part in no step: {why}"
 
 
 def _check_net(net: Any, components: Components) -> None:
-    """Refuse a ControlNet that cannot steer this checkpoint's UNet."""
-    if not isinstance(net, ControlNet):
+    """Refuse a ControlNet or a T2I-Adapter that cannot steer this checkpoint's UNet."""
+    wanted, shrinks = components.unet.config, components.vae.config.downscale
+    if isinstance(net, T2IAdapter):
+        fits, downscale, wants = net.config.fits(wanted), net.config.downscale, adapter_downscale(wanted, shrinks)
+        other = f"this model takes 1/{wants}"
+    elif isinstance(net, ControlNet):
+        found, downscale, wants = net.config, net.downscale, shrinks
+        fits = found.block_out_channels == wanted.block_out_channels
+        fits = fits and found.cross_attention_dim == wanted.cross_attention_dim
+        other = f"the model's autoencoder to 1/{shrinks}"
+    else:
         raise FastsdError(f"should come from Pipeline.load_controlnet, not {type(net).__name__}")
-    wanted, found = components.unet.config, net.config
-    if (found.block_out_channels, found.cross_attention_dim) != (
-        wanted.block_out_channels,
-        wanted.cross_attention_dim,
-    ):
+    if not fits:
         raise FastsdError("it was loaded for a model of another family")
-    if net.downscale != components.vae.config.downscale:
-        raise FastsdError(
-            f"it shrinks its image to 1/{net.downscale} and the model's autoencoder to "
-            f"1/{components.vae.config.downscale}; they should be of one family"
-        )
-    own, model = net.conv_in.weight, components.unet.conv_in.weight
+    if downscale != wants:
+        raise FastsdError(f"it shrinks its image to 1/{downscale} and {other}; they should be of one family")
+    own, model = next(net.parameters()), components.unet.conv_in.weight
     if (own.dtype, own.device) != (model.dtype, model.device):
         raise FastsdError(
             f"it is {dtype_name(own.dtype)} on {own.device} and the model {dtype_name(model.dtype)} on {model.device}; "

@@ -91,6 +91,7 @@ class StepInputs:
         extra_channels: what the UNet reads beside the latent, `[UNet samples, h, w, channels]`, or None. A row with
             fewer samples reads the last of them.
         controls: the ControlNets that take part in the current row.
+        adapter: the maps that T2I-Adapters add to the UNet's levels in the current row, `[1, h, w, C]` each.
     """
 
     state: SamplerState
@@ -98,6 +99,7 @@ class StepInputs:
     scales: GuidanceScales = GuidanceScales()
     extra_channels: torch.Tensor | None = None
     controls: tuple[ActiveControl, ...] = ()
+    adapter: tuple[torch.Tensor, ...] = ()
     _keys: dict[Hashable, Hashable] = field(default_factory=dict, repr=False)  # of graphs, by what differs in a row
 
     def constants(self) -> Iterator[torch.Tensor | None]:
@@ -127,7 +129,9 @@ def denoise_row(unet: UNet, inputs: StepInputs, row: int) -> torch.Tensor:
         residuals = added if residuals is None else [a + b for a, b in zip(residuals, added, strict=True)]
     if inputs.extra_channels is not None:
         latent = torch.cat([latent, inputs.extra_channels[-len(latent) :]], dim=-1)
-    out = unet.denoise(latent.to(dtype), inputs.conditioning.time[row], inputs.conditioning.key_values, residuals)
+    out = unet.denoise(
+        latent.to(dtype), inputs.conditioning.time[row], inputs.conditioning.key_values, residuals, inputs.adapter
+    )
     scale = 1.0 if scales.guidance is None else scales.guidance
     image = scales.image_guidance
     rescale = None if scales.rescale is None else guidance_rescale(out, scale, scales.rescale, image)
@@ -160,24 +164,26 @@ class CapturedStep:
             GuidanceScales(*map(copy, inputs.scales.tensors())),
             copy(inputs.extra_channels),
             tuple(map(copy_control, inputs.controls)),
+            tuple(x.clone() for x in inputs.adapter),
         )
         self._owner: Callable[[], StepInputs | None] = lambda: None
         # Whose contents the buffers hold:
         self._key_values: list[tuple[torch.Tensor, ...]] = []
         self._scales: GuidanceScales | None = None
+        self._adapter: tuple[torch.Tensor, ...] = ()
 
     @staticmethod
     def key(unet: UNet, inputs: StepInputs) -> Hashable:
         """Equal for batches that one capture serves: the same networks and backend, tensors of the same shapes."""
         networks = (unet, *(control.net for control in inputs.controls))
-        which = (inputs.scales.parts, *map(id, networks))
+        which = (inputs.scales.parts, len(inputs.adapter), *map(id, networks))
         if which not in inputs._keys:  # a key reads the address of every weight
             inputs._keys[which] = CapturedStep._make_key(networks, inputs)
         return inputs._keys[which]
 
     @staticmethod
     def _make_key(networks: Sequence[nn.Module], inputs: StepInputs) -> Hashable:
-        tensors = (*inputs.scales.tensors(), *inputs.constants())
+        tensors = (*inputs.scales.tensors(), *inputs.constants(), *inputs.adapter)
         shapes: list[Hashable] = [None if x is None else (tuple(x.shape), x.dtype) for x in tensors]
         for conditioning in inputs.conditionings():
             time = conditioning.time[inputs.state.index]
@@ -202,10 +208,13 @@ class CapturedStep:
             buffers.state.load(inputs.state)
             inputs.state = replace(buffers.state, host_table=inputs.state.host_table, index=inputs.state.index)
             self._owner, self._key_values = weakref.ref(inputs), [() for _ in inputs.conditionings()]
-            self._scales = None
+            self._scales, self._adapter = None, ()
         if self._scales is not inputs.scales:
             _copy_all(buffers.scales.tensors(), inputs.scales.tensors())
             self._scales = inputs.scales
+        if self._adapter is not inputs.adapter:
+            _copy_all(buffers.adapter, inputs.adapter)
+            self._adapter = inputs.adapter
         for i, (own, given) in enumerate(zip(buffers.conditionings(), inputs.conditionings(), strict=True)):
             if self._key_values[i] is not given.key_values:
                 _copy_all(own.key_values, given.key_values)

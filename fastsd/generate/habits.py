@@ -32,6 +32,8 @@ CALL: dict[str, str] = {
     "control_guidance_start": f"it is a control's start: {_CONTROL}",
     "control_guidance_end": f"it is a control's end: {_CONTROL}",
     "control_image": _CONTROL,
+    "adapter_conditioning_scale": f"it is a control's weight: {_CONTROL}",
+    "adapter_conditioning_factor": f"it is a control's end: {_CONTROL}",
     "guess_mode": "not supported; without guidance (guidance_scale=1) the control alone steers",
     "padding_mask_crop": "give inpaint_only_masked=True, and inpaint_padding, its pixels",
     "callback": "use callback_on_step_end, or pipe.stream, which gives each step with its preview",

@@ -1,4 +1,4 @@
-"""What a pipeline loads beside its checkpoint: textual inversions, ControlNets, IP-Adapters, upscalers."""
+"""What a pipeline loads beside its checkpoint: textual inversions, nets of controls, IP-Adapters, upscalers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from fastsd.components import Components, TextualInversion
 from fastsd.errors import about, named_arguments
 from fastsd.model.controlnet import ControlNet
 from fastsd.model.ip_adapter import IPAdapter
+from fastsd.model.t2i_adapter import T2IAdapter
 from fastsd.runtime.devices import undisturbed
 from fastsd.upscale.upscaler import Upscaler
 from fastsd.weights.adapters.embeddings import load_embedding
@@ -54,11 +55,13 @@ class NetworkLoader:
 
     @named_arguments
     @undisturbed()
-    def load_controlnet(self, path: str | Path, allow_pickle: bool = False) -> ControlNet:
-        """Load a ControlNet for this checkpoint's UNet, for use in a `Control` (Zhang et al. 2023).
+    def load_controlnet(self, path: str | Path, allow_pickle: bool = False) -> ControlNet | T2IAdapter:
+        """Load a ControlNet (Zhang et al. 2023) or a T2I-Adapter (Mou et al. 2023) for this checkpoint's UNet, for use
+        in a `Control`.
 
         Args:
-            path: a diffusers folder, a single file in diffusers' or the original layout, or a hub id.
+            path: a diffusers folder, a single file in diffusers' or the original layout, or a hub id; the file says
+                which of them it is.
             allow_pickle: read `.pth` files; only tensors and plain values are unpickled.
 
         Raises:

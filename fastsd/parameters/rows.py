@@ -215,7 +215,9 @@ ROWS: tuple[Parameter, ...] = (
         rare=True,
     ),
     *PASS_ROWS,
-    Parameter("controls", Value(stored=list), "`fastsd.Control`s: ControlNets with their images", default=()),
+    Parameter(
+        "controls", Value(stored=list), "`fastsd.Control`s: ControlNets and T2I-Adapters with their images", default=()
+    ),
     Parameter(
         "image_prompts",
         Value(stored=list),

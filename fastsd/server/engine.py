@@ -24,6 +24,7 @@ from fastsd.generate.image_prompts import ImagePrompt
 from fastsd.generate.together import join, split
 from fastsd.model.controlnet import ControlNet
 from fastsd.model.ip_adapter import IPAdapter
+from fastsd.model.t2i_adapter import T2IAdapter
 from fastsd.pipeline import Pipeline
 from fastsd.runtime import memory
 from fastsd.server.jobs import Finished, ImagePromptChoice, ModelChoice, Order, UpscaleOrder, UpscalerChoice
@@ -36,11 +37,11 @@ ROOM = 1.25  # times a model's weights should be free before it is loaded beside
 
 @dataclass
 class _LoadedModel:
-    """A pipeline, what files say of its model, and the ControlNets and IP-Adapters loaded for it, by their paths."""
+    """A pipeline, what files say of its model, and what was loaded for it, by the paths: nets of controls, IP-Adapters."""
 
     pipe: Pipeline
     facts: dict[str, Any]
-    controlnets: dict[str, ControlNet] = field(default_factory=dict)
+    controlnets: dict[str, ControlNet | T2IAdapter] = field(default_factory=dict)
     ip_adapters: dict[str, IPAdapter] = field(default_factory=dict)
 
 

@@ -19,7 +19,7 @@ Signs = tuple[tuple[tuple[str, ...], str], ...]  # patterns, each of which must 
 _BEFORE_ADAPTERS: Signs = (
     ((r"^control_model\.|^controlnet_cond_embedding\.|^input_hint_block\.",), "a ControlNet; use it with --control"),
     ((r"^lora_controlnet$|^control_model\..*lora",), "a ControlLoRA, which fastsd does not read"),
-    ((r"^(adapter\.)?body\.\d+\.(block|in_conv|resnets)",), "a T2I-Adapter, which fastsd does not read"),
+    ((r"^(adapter\.)?body\.\d+\.(block|in_conv|resnets)",), "a T2I-Adapter; use it with --control"),
     ((r"^ip_adapter\.|^image_proj\.",), "an IP-Adapter, which fastsd does not read"),
     ((r"motion_modules\.|temporal_transformer\.",), "AnimateDiff's motion modules, which fastsd does not read"),
     ((r"double_blocks\.|joint_blocks\.|single_transformer_blocks\.",), "a model of Flux or Stable Diffusion 3"),

@@ -62,9 +62,9 @@ def conditioned_texts(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, prompt: s
         texts[layers[0][0].numpy().tobytes()] = last[0]
         return layers
 
-    def denoised(x: torch.Tensor, time: torch.Tensor, key_values: Any, control: Any) -> torch.Tensor:
+    def denoised(x: torch.Tensor, time: torch.Tensor, key_values: Any, *rest: Any) -> torch.Tensor:
         calls.append(texts[key_values[0][-1].contiguous().numpy().tobytes()])
-        return denoise(x, time, key_values, control)
+        return denoise(x, time, key_values, *rest)
 
     monkeypatch.setattr(conditioning, "encode_text", encoded)
     monkeypatch.setattr(unet, "project_context", projected)
@@ -160,9 +160,9 @@ def test_the_shorter_of_prompt_and_negative_is_padded(sd1: Pipeline, monkeypatch
     lengths: list[tuple[int, ...]] = []
     denoise = sd1.components.unet.denoise
 
-    def denoised(x: torch.Tensor, time: torch.Tensor, key_values: Any, control: Any) -> torch.Tensor:
+    def denoised(x: torch.Tensor, time: torch.Tensor, key_values: Any, *rest: Any) -> torch.Tensor:
         lengths.append(tuple(layer.shape[1] for layer in key_values))
-        return denoise(x, time, key_values, control)
+        return denoise(x, time, key_values, *rest)
 
     monkeypatch.setattr(sd1.components.unet, "denoise", denoised)
     for prompt, negative, chunks in (("a", LONG, 2), (LONG, "", 2), ("a", "", 1), ("[a:" + LONG + ":3]", "", 2)):

@@ -17,11 +17,12 @@ import torch
 from PIL import Image
 
 from fastsd import Control
-from fastsd.config import ControlNetConfig, SchedulerConfig
+from fastsd.config import ControlNetConfig, SchedulerConfig, T2IAdapterConfig
 from fastsd.generate.denoiser import MAX_ROWS
 from fastsd.graph import Graphs
 from fastsd.kernels import dispatch
 from fastsd.model.controlnet import ControlNet
+from fastsd.model.t2i_adapter import T2IAdapter
 from fastsd.parameters.kinds import MAX_STEPS
 from fastsd.pipeline import Pipeline
 from fastsd.sampling.build import build
@@ -194,3 +195,31 @@ def test_a_refiner_has_graphs_of_its_own() -> None:
         assert torch.equal(found, latents(eager, **settings))
         assert not torch.equal(found, latents(plain, **{k: v for k, v in settings.items() if k != "refiner_switch"}))
     assert recorder.recorded == 4  # two texts' encoders, two steps
+
+
+def adapters_of(pipe: Pipeline) -> list[Control]:
+    """Two T2I-Adapters of random weights, the first active early and the second late."""
+    found = []
+    for i in range(2):
+        torch.manual_seed(30 + i)
+        net = T2IAdapter(
+            T2IAdapterConfig(3, pipe.components.unet.config.block_out_channels, 1, 8, False, (False, True))
+        )
+        found.append(Control(net.eval().requires_grad_(False), PHOTO, 0.5 + i, start=0.4 * i, end=0.6 + 0.4 * i))
+    return found
+
+
+def test_adapters_that_come_and_go() -> None:
+    """One graph serves every set of T2I-Adapters: what they add is summed before; another one serves none."""
+    pipe, recorder = graphed_pipeline()
+    plain = tiny_pipeline()
+    controls = adapters_of(pipe)
+    settings: dict[str, Any] = {"num_inference_steps": 5, "controls": controls}
+    assert torch.equal(latents(pipe, **settings), latents(plain, **settings))
+    assert recorder.recorded == 2  # the text and the step
+    late = settings | {"controls": controls[1:] + [replace(controls[1], weight=0.1, start=0.8)]}
+    assert torch.equal(latents(pipe, **late), latents(plain, **late))
+    assert recorder.recorded == 3
+    assert not torch.equal(latents(pipe, **late), latents(pipe, **(late | {"controls": []})))
+    both = settings | {"controls": [*controls, *controls_of(pipe, 1)]}
+    assert torch.equal(latents(pipe, **both), latents(plain, **both))

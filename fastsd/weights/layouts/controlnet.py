@@ -1,4 +1,4 @@
-"""ControlNets from a diffusers folder or a single file, in diffusers' or the original layout.
+"""ControlNets from a diffusers folder or a single file, in diffusers' or the original layout; T2I-Adapters beside them.
 
 A ControlNet is a copy of its model's contracting path, so its config is the model's. A file for another family has
 other shapes, and the first that differs is refused.
@@ -16,12 +16,14 @@ import torch
 from fastsd.config import ControlNetConfig, UNetConfig
 from fastsd.errors import FastsdError
 from fastsd.model.controlnet import ControlNet
+from fastsd.model.t2i_adapter import T2IAdapter
 from fastsd.runtime import memory
 from fastsd.weights.formats.json_file import ConfigReader
 from fastsd.weights.formats.safetensors_file import TensorEntry
 from fastsd.weights.layouts.ldm_names import unet_key, unet_table
 from fastsd.weights.layouts.names import folder_keys
 from fastsd.weights.layouts.single_file import read_file
+from fastsd.weights.layouts.t2i_adapter import is_t2i_adapter, load_t2i_adapter
 from fastsd.weights.load import error_path, fill, find_files, read_headers
 
 PREFIX = "control_model."
@@ -34,9 +36,8 @@ _NOT_CONTROLNETS = {
     "lora_controlnet": "a Control-LoRA, which fastsd does not read",
     "task_embedding": "a ControlNet for several tasks (union), which fastsd does not read",
     "control_add_embedding": "a ControlNet for several tasks (union), which fastsd does not read",
-    "adapter.body.": "a T2I adapter, which fastsd does not read",
-    "body.0.resnets": "a T2I adapter, which fastsd does not read",
-    "ip_adapter": "an IP-Adapter, which fastsd does not read",
+    "style_embedding": "a T2I-Adapter for styles, which fastsd does not read",
+    "ip_adapter": "an IP-Adapter, which {ip_adapter} takes",
     "model.diffusion_model.": "a whole checkpoint, which {model} takes",
     "lora": "a LoRA, which {lora} takes",
     "encoder.conv_in": "an autoencoder, which {vae} takes",
@@ -49,8 +50,8 @@ def load_controlnet(
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
     allow_pickle: bool = False,
-) -> ControlNet:
-    """Load a ControlNet for a UNet.
+) -> ControlNet | T2IAdapter:
+    """Load a ControlNet or a T2I-Adapter for a UNet; the file says which of them it is.
 
     Args:
         path: a diffusers folder, or a single file in either layout.
@@ -59,7 +60,7 @@ def load_controlnet(
         allow_pickle: read pickles; only tensors and plain values are unpickled.
 
     Raises:
-        FastsdError: not a ControlNet, malformed, or one for another family of models.
+        FastsdError: neither of them, malformed, or for another family of models.
     """
     path, device = Path(path), torch.device(device)
     bgr = False
@@ -73,6 +74,8 @@ def load_controlnet(
         entries, where = read_headers(files), error_path(files)
     else:
         (entries, _), where = read_file(path, allow_pickle), path
+    if is_t2i_adapter(entries):
+        return load_t2i_adapter(entries, where, model, dtype, device)
     entries = {key.removeprefix(PREFIX): entry for key, entry in entries.items()}
     original = f"{ORIGINAL_HINT}0.weight" in entries
     if not original and f"{HINT}conv_in.weight" not in entries:
@@ -89,6 +92,8 @@ def load_controlnet(
 def _read_config(path: Path, model: UNetConfig) -> bool:
     """Check a folder's config; return what its keys and shapes do not tell: whether images are read as BGR."""
     r = ConfigReader(path)
+    if r.data.get("_class_name") == "T2IAdapter":
+        return False
     if r.data.get("_class_name") not in ("ControlNetModel", None):
         raise r.error("_class_name", "it should be ControlNetModel")
     r.one_of("global_pool_conditions", (False,), False)
