@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -30,10 +30,12 @@ from fastsd.generate.image_prompts import FittedPrompt
 from fastsd.generate.latents import Codec, image_tensor
 from fastsd.generate.masks import free_latents
 from fastsd.generate.noise import Noise
+from fastsd.generate.options import options_by_row
 from fastsd.generate.request import Pass
-from fastsd.generate.samples import samples_by_row
+from fastsd.generate.samples import NEGATIVE, RowSamples, samples_by_row
 from fastsd.generate.start import Start, start_batch
 from fastsd.graph import Graphs
+from fastsd.model.call_options import CallOptions
 from fastsd.model.controlnet import ControlNet
 from fastsd.model.t2i_adapter import T2IAdapter
 from fastsd.model.unet import UNet
@@ -142,13 +144,14 @@ class Estimate(NamedTuple):
 class Batch:
     """One batch on its way through the table.
 
-    scales: of each row.
+    scales, options: of each row.
     """
 
     engine: Engine
     inputs: StepInputs
     segments: tuple[Segment, ...]
     scales: tuple[GuidanceScales, ...]
+    options: tuple[CallOptions, ...]
     noise: Noise
     start: Start
 
@@ -158,7 +161,7 @@ class Batch:
         inputs, row = self.inputs, self.inputs.state.index
         segment = next(segment for segment in self.segments if row in segment.rows)
         segment.condition(inputs, row)
-        inputs.scales = self.scales[row]
+        inputs.scales, inputs.options = self.scales[row], self.options[row]
         x_in, timestep = inputs.state.x_in[:1].clone(), advance.timestep(inputs.state)
         with fixed_convolutions(self.engine.device):
             step = self._load_graph(segment.unet)
@@ -179,8 +182,15 @@ class Batch:
         captured = graphs.captured(CapturedStep.key(unet, self.inputs), lambda: CapturedStep(unet, self.inputs))
         if captured is None:
             return None
-        captured.work.load(self.inputs)
-        return captured.replay
+        step: CapturedStep = captured.work
+        step.load(self.inputs)
+
+        def replay() -> torch.Tensor:
+            out: torch.Tensor = captured.replay()
+            step.give_back(self.inputs)
+            return out
+
+        return replay
 
     @torch.inference_mode()
     def replace_latents(self, latents: torch.Tensor) -> None:
@@ -213,35 +223,40 @@ def prepare(engine: Engine, stage: Pass, which: slice, first: torch.Tensor | Non
     with timed(timings, "encode"):
         start = start_batch(engine.components, engine.codec, stage, which, noise, first)
     state = advance.begin(stage.table, start.noise, None if stage.starts_from_noise else start.image)
+    rows = samples_by_row(stage)
     inputs = StepInputs(
         state,
         Conditioning(()),  # `Segment.condition` replaces it before each row
-        extra_channels=_extra_channels(start.extra_channels, stage.parts),
+        extra_channels=_extra_channels(
+            start.extra_channels, stage.parts, max((len(row.roles) for row in rows), default=1)
+        ),
     )
-    return Batch(engine, inputs, segments, _scales(stage, engine.device), noise, start)
+    options = options_by_row(stage, engine.components.unet, rows, state.x)
+    return Batch(engine, inputs, segments, _scales(stage, rows, engine.device), tuple(options), noise, start)
 
 
-def _scales(stage: Pass, device: torch.device) -> tuple[GuidanceScales, ...]:
+def _scales(stage: Pass, rows: Sequence[RowSamples], device: torch.device) -> tuple[GuidanceScales, ...]:
     """The scales of each row; rows of equal ones share them."""
 
     def tensor(value: float | None) -> torch.Tensor | None:
         return None if value is None else torch.tensor([value], dtype=torch.float32, device=device)
 
-    rows, share = samples_by_row(stage), stage.settings.guidance_rescale or None
+    share = stage.settings.guidance_rescale or None
     made = {
         one: GuidanceScales(
-            tensor(one.guidance), tensor(one.image_guidance), None if one.guidance is None else tensor(share)
+            tensor(one.guidance), tensor(one.image_guidance), tensor(share) if NEGATIVE in one.roles else None
         )
         for one in set(rows)
     }
     return tuple(made[one] for one in rows)
 
 
-def _extra_channels(extra: torch.Tensor | None, parts: int) -> torch.Tensor | None:
-    """Of every UNet sample: the same for each, but for the unconditional one of three, which reads zeros."""
-    if extra is None or parts == 1:
+def _extra_channels(extra: torch.Tensor | None, parts: int, samples: int) -> torch.Tensor | None:
+    """Of every UNet sample: the same for each, but where the image guides too, for the unconditional one, which reads
+    zeros."""
+    if extra is None or samples == 1:
         return extra
-    return torch.cat([extra if parts == 2 else torch.zeros_like(extra)] + [extra] * (parts - 1))
+    return torch.cat([torch.zeros_like(extra) if parts == 3 else extra] + [extra] * (samples - 1))
 
 
 def _segments(engine: Engine, stage: Pass, which: slice) -> Iterator[Segment]:

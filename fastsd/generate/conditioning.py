@@ -13,7 +13,7 @@ from fastsd.components import Components
 from fastsd.generate.denoiser import Conditioning
 from fastsd.generate.prompts import zeros_for_empty
 from fastsd.generate.request import Pass
-from fastsd.generate.samples import POSITIVE, samples_by_row
+from fastsd.generate.samples import PERTURBED, POSITIVE, samples_by_row
 from fastsd.graph import Graphs
 from fastsd.model.controlnet import ControlNet
 from fastsd.model.unet import ContractingPath
@@ -142,7 +142,7 @@ def texts_by_row(stage: Pass, which: slice) -> list[Texts]:
         counts = np.maximum(np.arange(len(stage.table)) - 1, 0)
     found = []
     for row, count in zip(samples_by_row(stage), counts, strict=True):
-        samples = [one for role in row.roles for one in (positives if role == POSITIVE else negatives)]
+        samples = [one for role in row.roles for one in (positives if role in (POSITIVE, PERTURBED) else negatives)]
         found.append(tuple(sample[min(count, len(sample) - 1)] for sample in samples))
     return found
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from fastsd.graph import graph_key
 from fastsd.kernels.advance import advance, guidance_rescale
+from fastsd.model.call_options import PLAIN, CallOptions
 from fastsd.model.controlnet import ControlNet
 from fastsd.model.unet import UNet
 from fastsd.sampling.advance import SamplerState
@@ -92,6 +93,7 @@ class StepInputs:
             fewer samples reads the last of them.
         controls: the ControlNets that take part in the current row.
         adapter: the maps that T2I-Adapters add to the UNet's levels in the current row, `[1, h, w, C]` each.
+        options: what the UNet does otherwise in the current row.
     """
 
     state: SamplerState
@@ -100,11 +102,12 @@ class StepInputs:
     extra_channels: torch.Tensor | None = None
     controls: tuple[ActiveControl, ...] = ()
     adapter: tuple[torch.Tensor, ...] = ()
+    options: CallOptions = PLAIN
     _keys: dict[Hashable, Hashable] = field(default_factory=dict, repr=False)  # of graphs, by what differs in a row
 
     def constants(self) -> Iterator[torch.Tensor | None]:
         """What stays the same over the rows."""
-        yield self.extra_channels
+        yield from (self.extra_channels, self.options.freeu)
         for control in self.controls:
             yield from (control.hint, control.weight)
 
@@ -130,7 +133,12 @@ def denoise_row(unet: UNet, inputs: StepInputs, row: int) -> torch.Tensor:
     if inputs.extra_channels is not None:
         latent = torch.cat([latent, inputs.extra_channels[-len(latent) :]], dim=-1)
     out = unet.denoise(
-        latent.to(dtype), inputs.conditioning.time[row], inputs.conditioning.key_values, residuals, inputs.adapter
+        latent.to(dtype),
+        inputs.conditioning.time[row],
+        inputs.conditioning.key_values,
+        residuals,
+        inputs.adapter,
+        inputs.options,
     )
     scale = 1.0 if scales.guidance is None else scales.guidance
     image = scales.image_guidance
@@ -165,6 +173,7 @@ class CapturedStep:
             copy(inputs.extra_channels),
             tuple(map(copy_control, inputs.controls)),
             tuple(x.clone() for x in inputs.adapter),
+            inputs.options.buffers(),
         )
         self._owner: Callable[[], StepInputs | None] = lambda: None
         # Whose contents the buffers hold:
@@ -176,7 +185,7 @@ class CapturedStep:
     def key(unet: UNet, inputs: StepInputs) -> Hashable:
         """Equal for batches that one capture serves: the same networks and backend, tensors of the same shapes."""
         networks = (unet, *(control.net for control in inputs.controls))
-        which = (inputs.scales.parts, len(inputs.adapter), *map(id, networks))
+        which = (inputs.scales.parts, len(inputs.adapter), inputs.options.key, *map(id, networks))
         if which not in inputs._keys:  # a key reads the address of every weight
             inputs._keys[which] = CapturedStep._make_key(networks, inputs)
         return inputs._keys[which]
@@ -188,7 +197,7 @@ class CapturedStep:
         for conditioning in inputs.conditionings():
             time = conditioning.time[inputs.state.index]
             shapes += [tuple(time.shape), *(tuple(x.shape) for x in conditioning.key_values)]
-        return ("step", *map(graph_key, networks), tuple(inputs.state.x.shape), tuple(shapes))
+        return ("step", inputs.options.key, *map(graph_key, networks), tuple(inputs.state.x.shape), tuple(shapes))
 
     def run(self) -> torch.Tensor:
         """The row that is captured."""
@@ -215,11 +224,19 @@ class CapturedStep:
         if self._adapter is not inputs.adapter:
             _copy_all(buffers.adapter, inputs.adapter)
             self._adapter = inputs.adapter
+        if inputs.options.deep is not None and buffers.options.deep is not None and inputs.options.deep.reuses:
+            buffers.options.deep.features.copy_(inputs.options.deep.features)
         for i, (own, given) in enumerate(zip(buffers.conditionings(), inputs.conditionings(), strict=True)):
             if self._key_values[i] is not given.key_values:
                 _copy_all(own.key_values, given.key_values)
                 self._key_values[i] = given.key_values
             own.time[0].copy_(given.time[inputs.state.index])
+
+    def give_back(self, inputs: StepInputs) -> None:
+        """After a replay: what later rows, of other graphs, read of this one."""
+        own, given = self.buffers.options.deep, inputs.options.deep
+        if own is not None and given is not None and not given.reuses:
+            given.features.copy_(own.features)
 
 
 def _copy_all(buffers: Iterable[torch.Tensor | None], given: Iterable[torch.Tensor | None]) -> None:

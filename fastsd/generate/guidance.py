@@ -8,6 +8,7 @@ from fastsd.components import Components
 from fastsd.errors import FastsdError
 from fastsd.generate.beside import IMAGE_GUIDANCE
 from fastsd.generate.like import LIKE
+from fastsd.model.unet import UNet
 from fastsd.parameters import Settings
 from fastsd.sampling.table import Table
 
@@ -27,6 +28,47 @@ def count_parts(components: Components, settings: Settings) -> int:
         return 3 if settings.guidance_scale > 1.0 and settings.image_guidance_scale >= 1.0 else 1
     guidance = settings.guidance_scale
     return 2 if guidance > 1.0 or (LIKE[settings.like].mixes_below_one and guidance < 1.0) else 1
+
+
+def check_options(components: Components, settings: Settings) -> None:
+    """Refuse what the model's UNet cannot do otherwise.
+
+    Raises:
+        FastsdError: layers or a branch that it does not have; perturbed-attention guidance of a model that edits; or
+            an adaptive scale where noise levels have no timesteps.
+    """
+    unet, last = components.unet, len(components.unet.skip_channels) - 1
+    if settings.pag_scale:
+        if unet.config.reads == "image":
+            raise FastsdError("not supported for a model that edits: its image guides already", argument="pag_scale")
+        perturbed_attentions(unet, settings.pag_layers)
+        if settings.pag_adaptive_scale and components.scheduler.edm is not None:
+            raise FastsdError("this model's noise levels have no timesteps", argument="pag_adaptive_scale")
+    if settings.deepcache_branch > last:
+        raise FastsdError(
+            f"it should be a whole number from 0 to {last}: the model has {last + 1} skip connections",
+            argument="deepcache_branch",
+            value=settings.deepcache_branch,
+        )
+
+
+def perturbed_attentions(unet: UNet, layers: str) -> frozenset[int]:
+    """The numbers of the self-attentions that are perturbed.
+
+    layers: names of modules, with commas between them.
+
+    Raises:
+        FastsdError: one that has no self-attention.
+    """
+    names = [name.strip() for name in layers.split(",")]
+    found = [unet.attentions_in(name) for name in names]
+    for name, own in zip(names, found, strict=True):
+        if not own:
+            raise FastsdError(
+                f"no self-attention is in {name!r:.80}; names are as mid, down_blocks.1, up_blocks.0.attentions.1",
+                argument="pag_layers",
+            )
+    return frozenset().union(*found)
 
 
 class Guidance(NamedTuple):

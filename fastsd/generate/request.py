@@ -15,7 +15,7 @@ from fastsd.errors import FastsdError, about
 from fastsd.generate.beside import fill_editing
 from fastsd.generate.control import Control, idle_controls, resize_control
 from fastsd.generate.defaults import steps_from_image
-from fastsd.generate.guidance import Guidance, guidance_notes, guidance_of_images, one_or_each
+from fastsd.generate.guidance import Guidance, check_options, guidance_notes, guidance_of_images, one_or_each
 from fastsd.generate.habits import without_habits
 from fastsd.generate.image_prompts import FittedPrompt
 from fastsd.generate.inputs import (
@@ -186,6 +186,7 @@ def plan(
     texts = read_prompts(components, settings, has_refiner)
     count = len(texts)
     settings = _fill_counts(settings, count)
+    check_options(components, settings)
     guidance = guidance_of_images(components, settings, count)
     settings = settings.replace(guidance_scale=one_or_each(guidance))
     guided = [one.parts > 1 for one in guidance]
@@ -318,7 +319,7 @@ def _first_pass(
         settings.batch_size,
         weight.dtype,
         tiled,
-        max(parts, 2),
+        max(parts, 2) + bool(settings.pag_scale),
         next(components.vae.parameters()).dtype,
     )
     memory.check_workload(workload, weight.device)

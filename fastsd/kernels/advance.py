@@ -33,7 +33,8 @@ def guided(
     """Classifier-free guidance (Ho and Salimans 2022, equation 6): `uncond + g * (cond - uncond)`, times `rescale`.
 
     With three parts, for a text and an image (Brooks et al. 2023, InstructPix2Pix, equation 3):
-    `uncond + g * (cond - image) + image_guidance * (image - uncond)`.
+    `uncond + g * (cond - image) + image_guidance * (image - uncond)`. Perturbed-attention guidance is brought to this
+    form by `fastsd.generate.samples`.
 
     out: `[2N, ...]`, unconditional first; `[3N, ...]`, then with the image alone, then with both; or `[N, ...]`, which
     is returned unguided. rescale: `[N]` or None. Returns `[N, ...]` in fp32 (float64 stays).

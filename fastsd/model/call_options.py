@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -56,6 +56,15 @@ class CallOptions:
         """Equal for options that one captured graph serves."""
         deep = None if self.deep is None else (self.deep.branch, self.deep.reuses)
         return self.freeu is not None, self.perturbed, deep
+
+    def buffers(self) -> CallOptions:
+        """The same with tensors of its own."""
+        freeu, deep = self.freeu, self.deep
+        return CallOptions(
+            None if freeu is None else freeu.clone(),
+            self.perturbed,
+            None if deep is None else replace(deep, features=deep.features.clone()),
+        )
 
     def enter(self, x: torch.Tensor, skip: torch.Tensor, level: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What an expanding block reads: `x` and `skip` `[B, h, w, C]`, as FreeU weights them.

@@ -25,6 +25,7 @@ from fastsd.model.layers import (
     KeyValue,
     Linear,
     ResBlock,
+    TransformerBlock,
     Upsample,
     timestep_embedding,
 )
@@ -319,6 +320,12 @@ class UNet(ContractingPath):
                 x = level(x, skips, blocks, number, options, max(first, 0))
             first -= len(level.resnets)
         return self.conv_out(self.conv_norm_out(x))
+
+    def attentions_in(self, name: str) -> frozenset[int]:
+        """The numbers, in order of use, of the self-attentions in the module of a name; "mid" is the middle block."""
+        blocks = [name for name, module in self.named_modules() if isinstance(module, TransformerBlock)]
+        inside = (f"{name}.", f"{name}_block.")
+        return frozenset(i for i, block in enumerate(blocks) if f"{block}.".startswith(inside))
 
     def deep_shape(self, branch: int, samples: int, height: int, width: int) -> tuple[int, int, int, int]:
         """The shape of DeepCache's features for a latent of `height` and `width`.

@@ -277,6 +277,27 @@ class Descending(Kind):
 
 
 @dataclass(frozen=True)
+class Numbers(Kind):
+    """`count` numbers from `low` to `high`, as a text "1.5,1.6"; a sequence is brought to it."""
+
+    count: int = 2
+    low: float = 0.0
+    high: float = math.inf
+
+    def check(self, value: Any) -> str:
+        try:
+            found = [float(part) for part in (value.split(",") if isinstance(value, str) else value)]
+        except (TypeError, ValueError):
+            found = []
+        if len(found) != self.count or not all(self.low <= number <= self.high for number in found):
+            raise FastsdError(f"it should be {self}", value=value)
+        return ",".join(map(repr, found))
+
+    def __str__(self) -> str:
+        return f"{self.count} numbers from {self.low:g} to {self.high:g}: {self.metavar}"
+
+
+@dataclass(frozen=True)
 class Pair(Kind):
     """Two whole numbers, (height, width) or (top, left), in diffusers' order."""
 
