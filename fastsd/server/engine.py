@@ -37,7 +37,7 @@ ROOM = 1.25  # times a model's weights should be free before it is loaded beside
 
 @dataclass
 class _LoadedModel:
-    """A pipeline, what files say of its model, and what was loaded for it, by the paths: nets of controls, IP-Adapters."""
+    """A pipeline, what files say of its model, and the nets of controls and IP-Adapters loaded for it, by their paths."""
 
     pipe: Pipeline
     facts: dict[str, Any]
