@@ -37,7 +37,7 @@ ROOM = 1.25  # times a model's weights should be free before it is loaded beside
 
 @dataclass
 class _LoadedModel:
-    """A pipeline, what files say of its model, and the nets of controls and IP-Adapters loaded for it, by their paths."""
+    """A pipeline, what files say of its model, the nets of controls and the IP-Adapters loaded for it, by path."""
 
     pipe: Pipeline
     facts: dict[str, Any]
