@@ -68,9 +68,7 @@ def test_controls_in_the_refiners_steps_alone_are_named(pipe: Pipeline, control:
     both = Pipeline(pipe.components, pipe.device, pipe.dtype, refiner=tiny_pipeline().components)
     settings: dict[str, Any] = {"num_inference_steps": 4, "refiner_switch": 0.5, "output_type": "latent"}
     late = both("a cat", seed=1, controls=[replace(control, start=0.75)], **settings)
-    assert late.notes == [
-        "control 1 takes part in no step: the refiner, which ignores controls, does all of its steps"
-    ]
+    assert late.notes == ["control 1 takes part in no step: the refiner, which ignores controls, does all of its steps"]
     assert both("a cat", seed=1, controls=[control], **settings).notes == []
 
 
