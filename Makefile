@@ -2,7 +2,7 @@
 #
 #   make demo            a handwritten eight from the bundled model; prints the path of the image
 #   make test            lint, then all tests but those marked slow or parity
-#   make quick           the unit tests alone, without those marked heavy: what to run all day, under four minutes on two cores
+#   make quick           the unit tests alone, without those marked heavy: what to run all day, about five minutes on two cores
 #   make lint            ruff (lint, format) and mypy
 #   make parity          full-size models against diffusers (up to 24 GiB of memory; minutes)
 #   make bench           the benchmarks, on this machine (BENCH="--models sd15 --budget 600" and so on)
