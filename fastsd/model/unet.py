@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import cast
 
 import torch
@@ -206,17 +205,23 @@ class ContractingPath(nn.Module):
         return found
 
     def skips(
-        self, x: torch.Tensor, blocks: Iterator[BlockInputs], adapter: Sequence[torch.Tensor] = ()
-    ) -> Iterator[torch.Tensor]:
-        """The skip connections, of which `x` from `conv_in` is the first; each is computed when it is asked for.
+        self,
+        x: torch.Tensor,
+        blocks: Iterator[BlockInputs],
+        adapter: Sequence[torch.Tensor] = (),
+        most: int | None = None,
+    ) -> list[torch.Tensor]:
+        """The skip connections, of which `x` from `conv_in` is the first.
 
         adapter: a T2I-Adapter's maps, as in `contract`.
+        most: only so many, the first, are computed; None: all.
         """
-        yield x
+        most, skips = len(self.skip_channels) if most is None else most, [x]
         for i, level in enumerate(self.down_blocks):
-            for skip in level(x, blocks, adapter[i] if i < len(adapter) else None):
-                yield skip
-            x = skip
+            if len(skips) < most:
+                own = adapter[i] if i < len(adapter) else None
+                skips += level(skips[-1], blocks, own, most - len(skips))
+        return skips
 
     def contract(
         self, x: torch.Tensor, blocks: Iterator[BlockInputs], adapter: Sequence[torch.Tensor] = ()
@@ -226,7 +231,7 @@ class ContractingPath(nn.Module):
         adapter: a T2I-Adapter's maps, one for each level from the first on; one more is for the lowest map, if it has
             its size (Mou et al. 2023, section 3.2).
         """
-        skips = list(self.skips(x, blocks, adapter))
+        skips = self.skips(x, blocks, adapter)
         x = self.mid_block(skips[-1], blocks)
         last = adapter[len(self.down_blocks)] if len(adapter) > len(self.down_blocks) else None
         return skips, x if last is None or last.shape[1:] != x.shape[1:] else x + last
@@ -307,7 +312,7 @@ class UNet(ContractingPath):
         inputs, deep = self.block_inputs(time, key_values, options.perturbed), options.deep
         blocks, x = iter(inputs), self.conv_in(x)
         if deep is not None and deep.reuses:
-            skips, x = list(islice(self.skips(x, blocks, adapter), deep.branch + 1)), deep.features
+            skips, x = self.skips(x, blocks, adapter, deep.branch + 1), deep.features
             blocks = iter(inputs[-len(skips) :])
         else:
             skips, x = self.contract(x, blocks, adapter)

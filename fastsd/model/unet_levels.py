@@ -71,20 +71,28 @@ class DownLevel(UNetLevel):
     """A level of the contracting path. All but the last end by halving the map."""
 
     def forward(
-        self, x: torch.Tensor, blocks: Iterator[BlockInputs], adapter: torch.Tensor | None = None
-    ) -> Iterator[torch.Tensor]:
-        """Yields all maps, which become skip connections; the last one is the next level's input.
+        self,
+        x: torch.Tensor,
+        blocks: Iterator[BlockInputs],
+        adapter: torch.Tensor | None = None,
+        most: int | None = None,
+    ) -> list[torch.Tensor]:
+        """Returns all maps, which become skip connections; the last one is the next level's input.
 
-        A T2I-Adapter's map is added after the last transformer; without transformers, to the last map.
+        adapter: a T2I-Adapter's map, added after the last transformer; without transformers, to the last map.
+        most: only so many maps, the first, are computed; None: all.
         """
-        last = len(self.resnets) - 1 if len(self.attentions) or self.downsamplers is None else len(self.resnets)
-        for i in range(len(self.resnets)):
-            x = self.block(i, x, next(blocks))
-            x = x if adapter is None or i != last else x + adapter
-            yield x
-        if self.downsamplers is not None:
-            x = self.downsamplers[0](x)
-            yield x if adapter is None or last < len(self.resnets) else x + adapter
+        count = len(self.resnets) + (self.downsamplers is not None)
+        adds = (len(self.resnets) if len(self.attentions) else count) - 1
+        maps = []
+        for i in range(count if most is None else min(most, count)):
+            if i < len(self.resnets):
+                x = self.block(i, x, next(blocks))
+            elif self.downsamplers is not None:
+                x = self.downsamplers[0](x)
+            x = x if adapter is None or i != adds else x + adapter
+            maps.append(x)
+        return maps
 
 
 class MidLevel(UNetLevel):

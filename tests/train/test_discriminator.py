@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -68,14 +65,8 @@ def test_the_maps_are_those_of_the_network() -> None:
     torch.manual_seed(0)
     unet = UNet(tiny.UNET).requires_grad_(False)
     seen: list[torch.Tensor] = []
-
-    def noted(_module: Any, _inputs: Any, maps: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-        for x in maps:
-            seen.append(x)
-            yield x
-
     for level in unet.down_blocks:
-        level.register_forward_hook(noted)
+        level.register_forward_hook(lambda _module, _inputs, maps: seen.extend(maps))
     unet.mid_block.register_forward_hook(lambda _module, _inputs, x: seen.append(x))
     x, t, context = torch.randn(2, 8, 8, 4), torch.tensor([3.0, 700.0]), torch.randn(2, 5, 32)
     unet(x, t, context)
