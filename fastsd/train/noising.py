@@ -78,6 +78,11 @@ class NoiseLevels:
         return torch.exp(-(low * time + 0.5 * (high - low) * time.square()))
 
 
+def noised(x: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
+    """`sqrt(ab) x + sqrt(1 - ab) noise` (Ho et al. 2020, equation 4)."""
+    return alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
+
+
 def prediction_target(
     scheduler: SchedulerConfig, x: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor
 ) -> torch.Tensor:

@@ -18,12 +18,12 @@ from fastsd.errors import FastsdError
 from fastsd.model.unet import UNet
 from fastsd.sampling.advance import begin, model_input, step, timestep
 from fastsd.sampling.build import build
-from fastsd.sampling.schedule import alphas_cumprod
 from fastsd.sampling.table import COLUMNS
 from fastsd.text.encode import TextFeatures
 from fastsd.train.discriminator import FeatureDiscriminator, hinge, unet_maps
 from fastsd.train.grids import rows_of_images
 from fastsd.train.images import RowOrder
+from fastsd.train.noising import NoiseLevels, noised
 from fastsd.train.parts import Part
 from fastsd.train.stage import Batch, Metrics
 from fastsd.train.tuning.loaded import LoadedSettings, LoadedStage, TextSettings
@@ -120,7 +120,7 @@ class AdversarialStage(LoadedStage):
     def check_checkpoint(self) -> None:
         scheduler = replace(self.components.scheduler, sampler=SAMPLER, schedule="default", timestep_spacing="trailing")
         self.scheduler, self.sampling = scheduler, build(SAMPLER, self.settings.steps, scheduler)
-        self.alpha_bars = torch.from_numpy(alphas_cumprod(scheduler).copy()).float()
+        self.alpha_bars = NoiseLevels(scheduler).alpha_bars.float()
 
     def make(self) -> nn.Module:
         student = self.components.unet
@@ -215,7 +215,7 @@ class AdversarialStage(LoadedStage):
         """The teacher's maps of latents `x` with the noise that the batch holds for them."""
         t = batch[f"{name}_t"]
         alpha_bar = self.alpha_bars.to(x.device)[t][:, None, None, None]
-        noisy = alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * batch[f"{name}_noise"]
+        noisy = noised(x, batch[f"{name}_noise"], alpha_bar)
         dtype = self.teacher.conv_in.weight.dtype
         added = self.added(text, self.own_sizes(x).to(x.device))
         with torch.autocast(x.device.type, enabled=False):

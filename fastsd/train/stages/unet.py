@@ -27,6 +27,7 @@ from fastsd.train.noising import (
     SDES,
     NoiseLevels,
     min_snr_weight,
+    noised,
     offset_noise,
     prediction_target,
     stratified,
@@ -165,9 +166,8 @@ class UNetStage(Stage):
         """
         x, noise = batch["x"], batch["noise"]
         alpha_bar = batch["alpha_bar"][:, None, None, None]
-        noisy = alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
         context = self._context(batch["ids"])
-        prediction = self.unet(noisy, batch["time"], context).float()
+        prediction = self.unet(noised(x, noise, alpha_bar), batch["time"], context).float()
         error = (prediction - prediction_target(self.scheduler, x, noise, alpha_bar)).square().mean((1, 2, 3))
         # By noise level, since the timesteps rise over the part; nan where a part of one or two leaves a third empty.
         low, middle, high = (part.mean().item() for part in error.detach().tensor_split(3))

@@ -9,8 +9,7 @@ import torch
 
 from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
-from fastsd.sampling.schedule import alphas_cumprod
-from fastsd.train.stages.unet import prediction_target
+from fastsd.train.noising import NoiseLevels, noised, prediction_target
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class NoiseLoss:
         if scheduler.edm is not None:
             raise FastsdError("it has an EDM noise schedule, which these stages do not train", argument="model")
         self.scheduler, self.settings = scheduler, settings
-        self.alpha_bars = torch.from_numpy(alphas_cumprod(scheduler).copy())
+        self.alpha_bars = NoiseLevels(scheduler).alpha_bars
 
     def noise_like(self, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Standard normal noise of the shape of `x` `[B, h, w, C]`, with the offset; drawn on the CPU."""
@@ -68,9 +67,8 @@ class NoiseLoss:
         return (fractions * total).long().clamp_max(total - 1)[order]
 
     def noisy(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """`sqrt(ab) x + sqrt(1 - ab) noise` (Ho et al. 2020, equation 4)."""
-        alpha_bar = self._alpha_bar(t, x)
-        return alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
+        """See `noising.noised`."""
+        return noised(x, noise, self._alpha_bar(t, x))
 
     def errors(
         self,
