@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -122,19 +123,16 @@ class UrlStore:
                 return []
 
 
-class _named:
+@contextmanager
+def _named(url: str) -> Iterator[None]:
     """Errors inside become one that names the URL. Each of fsspec's packages has classes of errors of its own."""
-
-    def __init__(self, url: str):
-        self.url = url
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, FileNotFoundError):
-            said = reason(error) if isinstance(error, OSError) else str(error) or type(error).__name__
-            raise FastsdError(said.splitlines()[0][:200], argument="--store", path=self.url) from error
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        said = reason(error) if isinstance(error, OSError) else str(error) or type(error).__name__
+        raise FastsdError(said.splitlines()[0][:200], argument="--store", path=url) from error
 
 
 def open_store(url: str) -> Store:

@@ -21,6 +21,7 @@ from fastsd.model.upscalers import UpscalerConfig, UpscalerNetwork
 from fastsd.parameters.kinds import Number, Whole
 from fastsd.runtime import memory
 from fastsd.runtime.devices import dtype_name, resolve_device, resolve_dtype, undisturbed
+from fastsd.runtime.memory import GIB
 from fastsd.upscale import SCALES, TILES
 from fastsd.upscale.tiles import Seam, count_tiles, in_tiles
 from fastsd.weights.hub.locate import locate_file
@@ -28,7 +29,6 @@ from fastsd.weights.layouts.upscaler_file import load_upscaler
 
 TRIED = (512, 384, 256, 192, 128, 64)  # tiles, of which the first that fits into memory is taken
 BYTES_A_RESULT = 12  # of a pixel: its colours and transparency as an array, as an image, and enlarged or shrunk
-GIB = 2**30
 
 Progress = Callable[[int, int], Any]
 
