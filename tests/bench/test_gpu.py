@@ -99,6 +99,7 @@ class LostGpu:
 """
 
 
+@pytest.mark.heavy
 def test_a_test_that_hangs_dies_or_loses_the_gpu_does_not_stop_the_others(tmp_path: Path, monkeypatch: Any) -> None:
     """Each is reported, and every test runs exactly once."""
     file = tmp_path / "test_faulty.py"

@@ -57,6 +57,7 @@ def test_the_process_uses_avx2():
     assert dispatch.onednn_dtypes() == (torch.float32,)
 
 
+@pytest.mark.heavy
 def test_on_avx2():
     if (skipped := reason()) is not None:
         pytest.skip(skipped)

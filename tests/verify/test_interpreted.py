@@ -8,6 +8,7 @@ from fastsd.verify.interpreted import DTYPES, check_in_interpreter
 from tests.support.verification import failures
 
 
+@pytest.mark.heavy
 def test_every_kernel_passes() -> None:
     pytest.importorskip("triton", reason="no Triton for this platform")
     results = check_in_interpreter()
