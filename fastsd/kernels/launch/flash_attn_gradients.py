@@ -43,7 +43,8 @@ TABLE: dict[int, dict[int, tuple[Tile, Tile]]] = {
     },
     100: {
         80: (Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-        WIDEST: (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
+        128: (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
+        WIDEST: (Tile(128, 64, 8, 2), Tile(32, 64, 4, 2)),
     },
 }
 TABLE[86] = TABLE[120] = TABLE[80]
