@@ -17,10 +17,11 @@ from bench.dryrun.device import DEVICE
 from bench.dryrun.networks import HALF, components_of, on_gpu
 from bench.dryrun.record import DryRecorder, DryRun
 from bench.families import ModelFamily
-from fastsd.config import ControlNetConfig
+from fastsd.config import ControlNetConfig, T2IAdapterConfig
 from fastsd.generate.control import Control
 from fastsd.graph import Graphs
 from fastsd.model.controlnet import ControlNet
+from fastsd.model.t2i_adapter import T2IAdapter, adapter_downscale
 from fastsd.pipeline import Pipeline
 from fastsd.weights.adapters.apply import Adapter
 
@@ -38,6 +39,14 @@ def _mask(size: int) -> Image.Image:
 def _control(pipe: Pipeline, size: int) -> dict[str, Any]:
     net = on_gpu(ControlNet, ControlNetConfig(replace(pipe.components.unet.config, in_channels=4)))
     return {"controls": [Control(net, _image(size))]}
+
+
+def _t2i_adapter(pipe: Pipeline, size: int) -> dict[str, Any]:
+    """A full adapter of two blocks a level, as TencentARC's for SD 1 are."""
+    unet, shrinks = pipe.components.unet.config, pipe.components.vae.config.downscale
+    halves = tuple(level > 0 for level in range(len(unet.block_out_channels)))
+    config = T2IAdapterConfig(3, unet.block_out_channels, 2, adapter_downscale(unet, shrinks), False, halves)
+    return {"controls": [Control(on_gpu(T2IAdapter, config), _image(size))]}
 
 
 def _lora(pipe: Pipeline, size: int) -> dict[str, Any]:
@@ -80,6 +89,7 @@ WAYS: dict[str, Callable[[Pipeline, int], dict[str, Any]]] = {
     "inpaint": lambda pipe, size: {"image": _image(size), "mask_image": _mask(size), "strength": 1.0},
     "inpaint-model": lambda pipe, size: {"image": _image(size), "mask_image": _mask(size), "strength": 1.0},
     "control": _control,
+    "t2i-adapter": _t2i_adapter,
     "lora": _lora,
     "refiner": lambda pipe, size: {"refiner_switch": 0.5},
     "hires": lambda pipe, size: {"hires_scale": 1.5},

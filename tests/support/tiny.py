@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from fastsd.components import Components
-from fastsd.config import CLIPConfig, ControlNetConfig, SchedulerConfig, UNetConfig, VAEConfig
+from fastsd.config import CLIPConfig, ControlNetConfig, SchedulerConfig, T2IAdapterConfig, UNetConfig, VAEConfig
 from fastsd.model.clip import TextEncoder
 from fastsd.model.controlnet import ControlNet
+from fastsd.model.t2i_adapter import T2IAdapter
 from fastsd.model.tokenizer import Tokenizer
 from fastsd.model.unet import UNet
 from fastsd.model.vae import AutoencoderKL
@@ -84,6 +85,19 @@ def controlnet(unet: UNetConfig, seed: int = 7) -> dict[str, torch.Tensor]:
             if part.key.startswith(("controlnet_down_blocks.", "controlnet_mid_block.")) and rows.ndim == 2:
                 rows = rows[:, :, None, None]
             stored[part.key] = rows.contiguous().clone()
+    return stored
+
+
+def t2i_adapter(unet: UNetConfig, seed: int = 8) -> dict[str, torch.Tensor]:
+    """A random full T2I-Adapter of one block a level in diffusers' form, for a UNet with SD 1's levels."""
+    torch.manual_seed(seed)
+    widths = unet.block_out_channels
+    module = T2IAdapter(T2IAdapterConfig(3, widths, 1, 8, False, tuple(level > 0 for level in range(len(widths)))))
+    stored = {}
+    for _, parameter, parts in sources(module):
+        for part in parts:
+            rows = stored_form(part.key, parameter.detach()[part.rows], False)
+            stored["adapter." + part.key] = (rows[:, :, None, None] if rows.ndim == 2 else rows).contiguous().clone()
     return stored
 
 
