@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from fastsd.server.settings import ServerSettings
 
 SUFFIX = ".safetensors"
 VISION = "image_encoder"  # the folder of the vision tower beside IP-Adapters
+OF_EXTENSION = re.compile(r"(?P<name>.+) \[(?P<hash>[0-9a-f]{8})\]")  # a ControlNet as A1111's extension lists it
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,20 @@ class Catalogue:
         return _find(self.models, name, argument, "model")
 
     def find_controlnet(self, name: str) -> Listed:
-        """The ControlNet that a client names; raises as `find_model`."""
-        return _find(self.controlnets, name, "model", "ControlNet")
+        """The ControlNet, T2I-Adapter or IP-Adapter that a client names; raises as `find_model`.
+
+        A name may end in the hash that A1111's extension lists, `t2iadapter_canny_sd14v1 [80bfd79b]`, which the file
+        then has to have.
+        """
+        plain = OF_EXTENSION.fullmatch(name)
+        if plain is None or any(name in one.spellings for one in self.controlnets):
+            return _find(self.controlnets, name, "model", "ControlNet")
+        found = _find(self.controlnets, plain["name"], "model", "ControlNet")
+        own = _extension_hash(found.path) if found.path is not None and found.path.is_file() else plain["hash"]
+        if own != plain["hash"]:
+            message = f"the file of this name is another one: {found.name} [{own}]"
+            raise FastsdError(message, argument="model", value=name)
+        return found
 
     def find_upscaler(self, name: str, argument: str) -> UpscalerChoice:
         """The file of the upscaler that a client names; raises as `find_model`."""
@@ -171,6 +185,14 @@ def _find(listed: list[Listed], name: str, argument: str, kind: str) -> Listed:
     names = [one.name for one in listed]
     hint = nearest(name, names) or (f"; there are {', '.join(names[:8])}" if names else "; there is none here")
     raise FastsdError(f"no such {kind} is listed{hint}", argument=argument, value=name)
+
+
+def _extension_hash(path: Path) -> str:
+    """A1111's old hash of a file (`model_hash` in its modules/sd_models.py), by which its ControlNet extension names
+    files: of 64 KiB, from 1 MiB on."""
+    with path.open("rb") as file:
+        file.seek(2**20)
+        return hashlib.sha256(file.read(2**16)).hexdigest()[:8]
 
 
 def _hash(path: Path) -> str:

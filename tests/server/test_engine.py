@@ -131,6 +131,19 @@ def test_a_lora_that_is_not_there_is_refused_by_name(tmp_path: Path, choice: Mod
         engine.run((wanted,), 8, Quiet())
 
 
+def test_a_t2i_adapter_acts_as_in_python(tmp_path: Path, model: Path, choice: ModelChoice) -> None:
+    """The file says that it is no ControlNet; its weight and its share of the steps are the unit's."""
+    file = tmp_path / "sketch.safetensors"
+    save_file(tiny.t2i_adapter(tiny.UNET), file)
+    pipe, parts = Pipeline.from_pretrained(model, **OPTIONS), {"weight": 0.8, "start": 0.0, "end": 0.5}
+    steered = pipe("a cat", seed=5, controls=[Control(pipe.load_controlnet(file), PHOTO, **parts)]).images[0]
+    wanted = Order(choice, {"prompt": "a cat", "seed": 5}, (ControlChoice("sketch", str(file), PHOTO, parts),))
+    finished = PipelineEngine(EngineSettings(OPTIONS)).run((wanted,), 8, Quiet())[0]
+    np.testing.assert_array_equal(pixels(finished)[0], np.asarray(steered))
+    assert not np.array_equal(np.asarray(steered), np.asarray(pipe("a cat", seed=5).images[0]))
+    assert finished.settings[0]["controls"] == [{"name": "sketch", "edges": False, **parts}]
+
+
 def test_loras_and_controlnets_act_as_in_python(tmp_path: Path, model: Path, choice: ModelChoice) -> None:
     """A tag's LoRA, and afterwards the model without it; a ControlNet by its file.
 

@@ -1,4 +1,4 @@
-"""ControlNets and IP-Adapters as clients of A1111's extension send them, in `alwayson_scripts`."""
+"""ControlNets, T2I-Adapters and IP-Adapters as clients of A1111's extension send them, in `alwayson_scripts`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ MAX_UNITS = 8
 # What reads the image of an IP-Adapter; the file says which tower it is, whatever the name. Without those of faces.
 OF_IP_ADAPTERS = ("ip-adapter-auto", "ip-adapter_clip_sd15", "ip-adapter_clip_sdxl", "ip-adapter_clip_sdxl_plus_vith")
 MODULES = ["none", "canny", *OF_IP_ADAPTERS]  # how an image is prepared
+OF_STYLES = ("t2ia_style_clipvision", "clip_vision")  # T2I-Adapters that read CLIP's view of an image: two names of one
 BALANCED = (None, 0, "Balanced")
 RESIZE = {"Just Resize": 0, "Crop and Resize": 1, "Resize and Fill": 2}
 # Fields of a unit that fastsd acts on, and those that say how an image is prepared, which none and canny do not need.
@@ -33,7 +34,7 @@ IDLE = frozenset(
 
 
 def read_controls(draft: Draft, scripts: dict[str, Any], catalogue: Catalogue, limits: Limits) -> None:
-    """Add the ControlNets and IP-Adapters that a request asks for.
+    """Add the ControlNets, T2I-Adapters and IP-Adapters that a request asks for.
 
     Raises:
         FastsdError: another script that is always on and has arguments; a unit with something that is not supported.
@@ -118,12 +119,17 @@ def _read_control(
     draft: Draft, where: str, unit: dict[str, Any], catalogue: Catalogue, limits: Limits
 ) -> ControlChoice:
     _check_fields(draft, where, unit)
-    if unit.get("mask") or unit.get("mask_image") or unit.get("effective_region_mask"):
-        raise FastsdError("not supported: a ControlNet acts on the whole image", argument=f"{where}.mask")
+    for name in ("mask", "mask_image", "effective_region_mask"):
+        if unit.get(name):
+            message = "not supported: ControlNets and T2I-Adapters act on the whole image"
+            raise FastsdError(message, argument=f"{where}.{name}")
     image = _read_image(draft, where, unit, limits)
     module = str(unit.get("module") or "none").lower()
     if module == "canny":
         image = find_edges(image, *(_number(where, unit, f"threshold_{k}", n) for k, n in (("a", 100.0), ("b", 200.0))))
+    elif module in OF_STYLES:
+        message = "not supported: no T2I-Adapter of styles is here; an IP-Adapter reads an image's style"
+        raise FastsdError(message, argument=f"{where}.module", value=module)
     elif module != "none":
         message = "not supported: send the map that it would make, with module none; canny is made here"
         raise FastsdError(message, argument=f"{where}.module", value=module)
@@ -134,7 +140,7 @@ def _read_control(
     width, height = (draft.arguments.get(name) for name in ("width", "height"))
     if width and height and "mask_image" not in draft.arguments:
         image = resize_control(image, (width, height), int(mode))
-    listed = _find(where, unit, catalogue, "a ControlNet")
+    listed = _find(where, unit, catalogue, "a ControlNet or T2I-Adapter")
     parts = {
         "weight": _number(where, unit, "weight", 1.0),
         "start": _number(where, unit, "guidance_start", 0.0),

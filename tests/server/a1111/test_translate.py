@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +279,33 @@ def test_controlnets(tmp_path: Path) -> None:
     ):
         with pytest.raises(FastsdError, match="controlnet\\[0\\]|no such ControlNet"):
             controls(**wrong)
+
+
+def test_t2i_adapters(tmp_path: Path) -> None:
+    """They are units like ControlNets', by the names that the extension lists; its other modules are refused."""
+    (tmp_path / "t2iadapter_canny_sd14v1.safetensors").write_bytes(bytes(2**20 + 3))
+    name = f"t2iadapter_canny_sd14v1 [{hashlib.sha256(bytes(3)).hexdigest()[:8]}]"
+
+    def asked(**unit: Any) -> Draft:
+        own = {"image": png((64, 64)), "model": name, "module": "canny", **unit}
+        catalogue = Catalogue(ServerSettings(controlnet_dir=str(tmp_path)))
+        return draft(catalogue=catalogue, alwayson_scripts={"ControlNet": {"args": [own]}}, width=32, height=64)
+
+    (control,) = asked(weight=0.8, guidance_end=0.5).controls
+    assert control.path == str(tmp_path / "t2iadapter_canny_sd14v1.safetensors") and control.edges
+    assert control.parts == {"weight": 0.8, "start": 0.0, "end": 0.5}
+    for wrong, said in (
+        ({"module": "t2ia_style_clipvision"}, "no T2I-Adapter of styles is here"),
+        ({"module": "clip_vision"}, "no T2I-Adapter of styles is here"),
+        ({"module": "t2ia_sketch_pidi"}, "send the map that it would make, with module none"),
+        ({"module": "t2ia_color_grid"}, "send the map that it would make, with module none"),
+        ({"effective_region_mask": png()}, "act on the whole image"),
+        ({"model": "t2iadapter_canny_sd14v1 [80bfd79b]"}, "the file of this name is another one"),
+        ({"model": "t2iadapter_seg_sd14v1 [6387afb5]"}, "no such ControlNet"),
+        ({"model": None}, "the name of a ControlNet or T2I-Adapter"),
+    ):
+        with pytest.raises(FastsdError, match=said):
+            asked(**wrong)
 
 
 def test_ip_adapters(tmp_path: Path) -> None:
