@@ -85,8 +85,9 @@ def read_unet(path: Path, data: dict[str, Any] | None = None) -> tuple[UNetConfi
         time_cond_proj_dim=r.get("time_cond_proj_dim", int, 0),
         skip=r.one_of("fastsd_skip", ("concat", "add"), "concat"),
     )
-    for level_heads, width in zip(config.num_attention_heads, config.block_out_channels, strict=True):
-        if width % level_heads or width % config.norm_num_groups:
+    for level, width in enumerate(config.block_out_channels):
+        attends = level == levels - 1 or any((*config.down_depths(level), *config.up_depths(level)))
+        if width % config.norm_num_groups or (attends and width % config.num_attention_heads[level]):
             raise r.error("block_out_channels", "each should be a multiple of its heads and of norm_num_groups")
     if config.time_cond_proj_dim % 2 or config.time_cond_proj_dim == 2:
         raise r.error("time_cond_proj_dim", "it should be an even number from 4 on")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from fastsd.errors import FastsdError
 from fastsd.weights.layouts import configs, unet_config
 from fastsd.weights.layouts.unet_config import read_unet, write_unet
-from tests.support.tiny import CLIP, UNET, VAE
+from tests.support.tiny import CLIP, UNET, VAE, XL
 
 READ = {
     "unet": {
@@ -134,3 +135,13 @@ def test_values_that_mean_the_default_are_read(tmp_path: Path) -> None:
     }
     path.write_text(json.dumps(write_unet(UNET, 8) | same))
     assert read_unet(path) == (UNET, 8)
+
+
+def test_heads_divide_the_channels_where_there_is_attention(tmp_path: Path) -> None:
+    """diffusers' own small models keep its default of 8 heads on levels of 4 channels that have no attention."""
+    path, unet = tmp_path / "config.json", replace(UNET, **XL)
+    path.write_text(json.dumps(write_unet(unet, 8) | {"attention_head_dim": [3, 4]}))
+    assert read_unet(path)[0].num_attention_heads == (3, 4)
+    path.write_text(json.dumps(write_unet(unet, 8) | {"attention_head_dim": [2, 3]}))
+    with pytest.raises(FastsdError, match="each should be a multiple of its heads"):
+        read_unet(path)
