@@ -1,4 +1,4 @@
-"""The nodes: a checkpoint, LoRAs and ControlNets for it, encode, sample, decode.
+"""The nodes: a checkpoint, LoRAs and ControlNets for it, encode, sample, decode; upscalers.
 
 What passes between them is ComfyUI's own where there is one: an IMAGE is `[B, H, W, 3]` fp32 from 0 to 1, a MASK is
 `[B, H, W]`, 1 where it paints, a LATENT is `{"samples": [B, C, h, w]}` as the autoencoder has it, unscaled. So latents
@@ -95,7 +95,7 @@ class FastsdLora:
 
 
 class FastsdControlNet:
-    """A ControlNet with its image. `before` takes another one; they add up."""
+    """A ControlNet or a T2I-Adapter with its image. `before` takes another one; they add up."""
 
     CATEGORY, FUNCTION, RETURN_TYPES = CATEGORY, "load", ("FASTSD_CONTROL",)
 
@@ -229,6 +229,59 @@ class FastsdDecode:
         return (decoded(model.pipe, samples["samples"], tiled),)
 
 
+class LoadFastsdUpscaler:
+    """A network of ESRGAN's kind, from ComfyUI's folder of upscale models.
+
+    Most of them are `.pth` files, which are pickles: `allow_pickle` reads nothing of one but tensors and plain values.
+    """
+
+    CATEGORY, FUNCTION, RETURN_TYPES = CATEGORY, "load", ("FASTSD_UPSCALER",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model_name": (folder_paths.get_filename_list("upscale_models"),),
+                "dtype": (["auto", "fp16", "bf16", "fp32"],),
+                "allow_pickle": ("BOOLEAN", {"default": False}),
+            }
+        }
+
+    def load(self, model_name: str, dtype: str, allow_pickle: bool) -> tuple[fastsd.Upscaler]:
+        path = folder_paths.get_full_path("upscale_models", model_name)
+        device = comfy.model_management.get_torch_device()
+        return (fastsd.Upscaler.from_file(path, device, dtype, allow_pickle),)
+
+
+class FastsdUpscale:
+    """Images enlarged by an upscaler, in tiles: by `scale_by`, or by the network's own factor where that is 0."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = CATEGORY, "upscale", ("IMAGE",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "upscaler": ("FASTSD_UPSCALER",),
+                "image": ("IMAGE",),
+                "scale_by": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 16.0, "step": 0.25}),
+            }
+        }
+
+    def upscale(self, upscaler: fastsd.Upscaler, image: torch.Tensor, scale_by: float) -> tuple[torch.Tensor]:
+        bar, large = comfy.utils.ProgressBar(len(image)), []
+
+        def progress(done: int, total: int) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            bar.update_absolute(total * len(large) + done, total * len(image))
+
+        for one in image:
+            large.append(np.asarray(upscaler(single_image(one[None], "image"), scale_by or None, progress=progress)))
+        for note in upscaler.take_notes():
+            log.warning(note)
+        return (torch.from_numpy(np.stack(large).astype(np.float32) / 255),)
+
+
 def decoded(pipe: fastsd.Pipeline, samples: torch.Tensor, tiled: bool = False) -> torch.Tensor:
     """Unscaled latents `[B, C, h, w]` as an IMAGE."""
     channels = pipe.components.vae.config.latent_channels
@@ -283,6 +336,8 @@ NODES = {
     "FastsdEncode": (FastsdEncode, "fastsd encode"),
     "FastsdSample": (FastsdSample, "fastsd sample"),
     "FastsdDecode": (FastsdDecode, "fastsd decode"),
+    "FastsdLoadUpscaler": (LoadFastsdUpscaler, "Load fastsd upscaler"),
+    "FastsdUpscale": (FastsdUpscale, "fastsd upscale"),
 }
 NODE_CLASS_MAPPINGS = {name: node for name, (node, _) in NODES.items()}
 NODE_DISPLAY_NAME_MAPPINGS = {name: title for name, (_, title) in NODES.items()}

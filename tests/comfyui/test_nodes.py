@@ -23,6 +23,7 @@ from tests.support import tiny
 from tests.support.adapter_writers import small_lora
 from tests.support.pipelines import tiny_components
 from tests.support.project import ROOT
+from tests.support.upscalers import TINY_COMPACT, random_state, write_upscaler
 
 
 class Interrupted(Exception):
@@ -67,11 +68,14 @@ class Comfy:
 @pytest.fixture
 def comfy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comfy:
     found = Comfy(tmp_path)
-    for kind in ("checkpoints", "vae", "loras", "controlnet"):
+    for kind in ("checkpoints", "vae", "loras", "controlnet", "upscale_models"):
         (tmp_path / kind).mkdir()
     save_folder(tiny_components(steps=2), tmp_path / "checkpoints" / "tiny", torch.float32)
     save_file(small_lora(), tmp_path / "loras" / "ink.safetensors")
     save_file(tiny.controlnet(tiny.UNET), tmp_path / "controlnet" / "canny.safetensors")
+    save_file(tiny.t2i_adapter(tiny.UNET), tmp_path / "controlnet" / "sketch.safetensors")
+    write_upscaler(tmp_path / "upscale_models" / "two.safetensors")
+    torch.save(random_state(TINY_COMPACT), tmp_path / "upscale_models" / "two.pth")
     for name, module in found.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
     return found
@@ -224,6 +228,45 @@ def test_controls_add_up(nodes: dict[str, Any]) -> None:
     assert len({tuple(result["samples"].flatten().tolist()) for result in results}) == 3
     with pytest.raises(FastsdError, match="holds 2 images"):
         call(nodes, "FastsdControlNet", strength=1.0, **(inputs | {"image": PIXELS}))
+
+
+def test_a_t2i_adapter_is_a_control(nodes: dict[str, Any]) -> None:
+    model = load(nodes)
+    inputs = {"strength": 0.8, "start_percent": 0.0, "end_percent": 1.0, "image": PIXELS[:1]}
+    (control,) = call(nodes, "FastsdControlNet", model=model, control_net_name="sketch.safetensors", **inputs)
+    steered = sample(nodes, model, empty(), control=(control,))["samples"]
+    assert not torch.equal(steered, sample(nodes, model, empty())["samples"])
+
+
+def upscaler_of(nodes: dict[str, Any], name: str = "two.safetensors", allow_pickle: bool = False) -> Any:
+    return call(nodes, "FastsdLoadUpscaler", model_name=name, dtype="fp32", allow_pickle=allow_pickle)
+
+
+def test_upscaling_is_the_engines_own_call(nodes: dict[str, Any], comfy: Comfy) -> None:
+    """Of each image of a batch, by the network's own factor or another one; the bar counts the tiles of all."""
+    upscaler = upscaler_of(nodes)
+    for scale_by, side in ((0.0, 128), (1.5, 96)):
+        large = call(nodes, "FastsdUpscale", upscaler=upscaler, image=PIXELS, scale_by=scale_by)
+        assert large.shape == (2, side, side, 3) and large.dtype == torch.float32
+        for one, pixels in zip(large, PIXELS):
+            given = Image.fromarray((pixels.numpy() * 255).round().astype(np.uint8))
+            expected = np.asarray(upscaler(given, scale_by or None))
+            np.testing.assert_array_equal((one.numpy() * 255).round(), expected)
+        assert [(at, total) for at, total, _ in comfy.bars[-1].calls] == [(1, 2), (2, 2)]
+
+
+def test_upscaling_is_cancelled_between_tiles(nodes: dict[str, Any], comfy: Comfy) -> None:
+    comfy.cancel_at = 1
+    with pytest.raises(Interrupted):
+        call(nodes, "FastsdUpscale", upscaler=upscaler_of(nodes), image=PIXELS, scale_by=0.0)
+    comfy.cancel_at = 10**9
+    call(nodes, "FastsdUpscale", upscaler=upscaler_of(nodes), image=PIXELS, scale_by=0.0)
+
+
+def test_a_pickled_upscaler_needs_permission(nodes: dict[str, Any]) -> None:
+    with pytest.raises(FastsdError, match=r"two\.pth: .*allow_pickle"):
+        upscaler_of(nodes, "two.pth")
+    assert upscaler_of(nodes, "two.pth", True).scale == 2
 
 
 def test_latents_of_another_width_are_refused(nodes: dict[str, Any]) -> None:
