@@ -11,11 +11,13 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 from fastsd import __version__
 from fastsd.batch.job import LinesLeft
-from fastsd.batch.lines import ID, BadLine
+from fastsd.batch.lines import ID, UPSCALE, BadLine
 from fastsd.batch.manifest import DONE, FAILED, check_model
-from fastsd.batch.requests import CONTROL_PARTS, IMAGES, BatchRequest, in_batches
+from fastsd.batch.requests import CONTROL_PARTS, HIRES, IMAGES, BatchRequest, in_batches
 from fastsd.batch.store import Store
 from fastsd.cli import controls, embeddings, image_prompts, loras
 from fastsd.cli.generate import READERS, load
@@ -23,13 +25,15 @@ from fastsd.cli.repeat import GivenImage
 from fastsd.errors import FastsdError, about
 from fastsd.files import fingerprint
 from fastsd.generate.together import join, split
-from fastsd.image.files import encode, find_edges, open_image, open_mask
+from fastsd.image.files import check_sides, encode, find_edges, open_image, open_mask
+from fastsd.image.infotext import UPSCALERS, with_upscale
 from fastsd.image.metadata import write_texts
 from fastsd.parameters import PARAMETERS
 from fastsd.parameters.rows import DEFAULT_BATCH
 
 if TYPE_CHECKING:
     from fastsd.pipeline import Pipeline
+    from fastsd.upscale.upscaler import Upscaler
 
 LINES_IN_FOLDER = 1000
 
@@ -75,6 +79,7 @@ class BatchEngine:
         self._adapters: tuple[Any, list[dict[str, Any]]] = (None, [])  # tags, and what files say of them
         self._nets: dict[str, Any] = {}  # ControlNets, by their paths
         self._ip_adapters: dict[tuple[str, str | None], Any] = {}  # by their paths and their encoders'
+        self._upscalers: dict[str, Upscaler] = {}  # by their paths
 
     def outcome(self) -> BatchOutcome:
         """An outcome that is empty yet."""
@@ -108,7 +113,7 @@ class BatchEngine:
         seconds = round((time.perf_counter() - started) / len(batch), 3)
         for request, (images, settings) in zip(batch, outcomes, strict=True):
             files = [
-                self._write(self._name(request, k), image, own, found)
+                self._write(request, k, image, own, found)
                 for k, (image, own) in enumerate(zip(images, settings, strict=True))
             ]
             own_id = {ID: request.fields[ID]} if ID in request.fields else {}
@@ -124,12 +129,37 @@ class BatchEngine:
         calls = [dict(request.arguments) for request in batch]
         for call, own, request in zip(calls, facts, batch, strict=True):
             self._open_images(call, own)
+            if call.get(HIRES) not in (None, *UPSCALERS):
+                call[HIRES] = self._load_upscaler(call[HIRES], HIRES)
+            if request.upscale is not None:  # before anything is generated, since a file may be none
+                self._load_upscaler(request.upscale["upscaler"], f"{UPSCALE}.upscaler")
             if request.controls:
                 call["controls"], own["controls"] = self._open_controls(request)
             if request.image_prompts:
                 call["image_prompts"], own["image_prompts"] = self._open_image_prompts(request)
         result = self.pipe(**join(calls, self.size))
-        return list(split(calls, facts, result)), [*notes, *result.notes]
+        notes += result.notes
+        outcomes = []
+        for request, (images, settings) in zip(batch, split(calls, facts, result), strict=True):
+            outcomes.append(([self._enlarged(image, request.upscale, notes) for image in images], settings))
+        return outcomes, notes
+
+    def _enlarged(self, image: Image.Image, upscale: dict[str, Any] | None, notes: list[str]) -> Image.Image:
+        """An image as its line asks for it."""
+        if upscale is None:
+            return image
+        upscaler, scale = self._upscalers[upscale["upscaler"]], upscale.get("scale")
+        check_sides(upscaler.result_size(image.size, scale), f".{self.args.format}", UPSCALE)
+        with about(UPSCALE):
+            larger = upscaler(image, scale, tile=upscale.get("tile"))
+        notes += upscaler.take_notes()
+        return larger
+
+    def _load_upscaler(self, path: str, argument: str) -> Upscaler:
+        if path not in self._upscalers:
+            with about(argument):
+                self._upscalers[path] = self.pipe.load_upscaler(path, bool(self.args.allow_pickle))
+        return self._upscalers[path]
 
     def _load_named(self, request: BatchRequest, notes: list[str]) -> dict[str, Any]:
         """Load the LoRAs and embeddings of a request; what its files say."""
@@ -174,8 +204,15 @@ class BatchEngine:
         several = f"-{k}" if request.count > 1 else ""
         return f"{request.line // LINES_IN_FOLDER:05d}/{request.line:08d}{several}.{self.args.format}"
 
-    def _write(self, name: str, image: Any, settings: dict[str, Any], found: BatchOutcome) -> dict[str, Any]:
-        data = encode(image, f".{self.args.format}", write_texts(settings))
+    def _write(
+        self, request: BatchRequest, k: int, image: Image.Image, settings: dict[str, Any], found: BatchOutcome
+    ) -> dict[str, Any]:
+        """Keep the request's k-th image; what the manifest says of its file."""
+        name, suffix, texts = self._name(request, k), f".{self.args.format}", write_texts(settings)
+        if request.upscale is not None:
+            upscaler = self._upscalers[request.upscale["upscaler"]]
+            texts = with_upscale(texts, upscaler.name, request.upscale.get("scale") or upscaler.scale, suffix)
+        data = encode(image, suffix, texts)
         if self.store is None:
             found.images[name] = data
         else:

@@ -22,6 +22,7 @@ from fastsd.parameters import PARAMETERS, of_call
 MAX_LINE = 2**20  # bytes of a line of JSON; a prompt has at most 100,000 characters
 PARQUET_ROWS = 1024  # read at a time
 ID = "id"  # a text of the user's own, which the manifest repeats
+UPSCALE = "upscale"  # how the image is enlarged once it is there
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 
 
@@ -48,8 +49,9 @@ class BadLine:
 
 
 def _field_or_flag(argument: str) -> str:
-    row = PARAMETERS.get(argument.partition("[")[0])  # controls[0].weight
-    return argument if row is not None and row.of == "call" else flag_of(argument)
+    name = argument.partition("[")[0].partition(".")[0]  # controls[0].weight, upscale.scale
+    row = PARAMETERS.get(name)
+    return argument if name == UPSCALE or (row is not None and row.of == "call") else flag_of(argument)
 
 
 def read_lines(path: Path) -> Iterator[AskedLine | BadLine]:
@@ -146,6 +148,8 @@ def _parse_cells(number: int, names: list[str], cells: list[str]) -> AskedLine |
 
 def _value_of(name: str, cell: str) -> Any:
     """What a cell stands for; lists and objects are JSON in it."""
+    if name == UPSCALE:
+        return _json_of(name, cell)
     row = PARAMETERS[name]
     if isinstance(row.default, bool) or row.kind.stored is bool:
         words = {"true": True, "false": False, "1": True, "0": False}
@@ -153,11 +157,15 @@ def _value_of(name: str, cell: str) -> Any:
             raise FastsdError("it should be true or false", argument=name, value=cell)
         return words[cell.strip().lower()]
     if cell.lstrip()[:1] in ("[", "{") and name not in ("prompt", "negative_prompt"):
-        try:
-            return json.loads(cell, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError):
-            raise FastsdError("it should be JSON", argument=name, value=cell) from None
+        return _json_of(name, cell)
     return row.parse(cell)
+
+
+def _json_of(name: str, cell: str) -> Any:
+    try:
+        return json.loads(cell, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        raise FastsdError("it should be JSON", argument=name, value=cell) from None
 
 
 def _read_parquet(path: Path) -> Iterator[AskedLine | BadLine]:
@@ -183,7 +191,7 @@ def _read_parquet(path: Path) -> Iterator[AskedLine | BadLine]:
 
 def _check_columns(names: list[str], path: Path) -> None:
     """Refuse a table whose columns are no parameters: each line would be wrong for the same reason."""
-    known = {row.name for row in of_call()} | {ID}
+    known = {row.name for row in of_call()} | {ID, UPSCALE}
     for name in names:
         if name not in known:
             wrong = f"the column {name[:60]!r} is no parameter of a call{nearest(name, known)}"

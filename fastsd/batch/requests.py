@@ -8,14 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastsd.batch.lines import ID, AskedLine, BadLine
+from fastsd.batch.lines import ID, UPSCALE, AskedLine, BadLine
 from fastsd.errors import FastsdError, about
 from fastsd.generate.together import count_of, shape_of
+from fastsd.image.infotext import UPSCALERS
 from fastsd.parameters import PARAMETERS, check_call
 from fastsd.parameters.kinds import MAX_SEED, SHARE, Function, Value
 from fastsd.parameters.rows import RANDOM_SEED
 from fastsd.sampling.samplers import resolve
 from fastsd.text.syntax import LoraTag, take_loras
+from fastsd.upscale import SCALES, TILES
+from fastsd.weights.hub.hub_id import parse_hub_id
 
 IMAGES = ("image", "mask_image", "depth_image")
 OF_JOB = {"batch_size": "--batch-size"}  # parameters of a call that the job has for all
@@ -25,6 +28,7 @@ OF_PYTHON = {"return_dict", "output_type"} | {
     if isinstance(row.kind, Value | Function) and row.name not in ("controls", "image_prompts")
 }
 CONTROL_PARTS = ("weight", "start", "end")
+HIRES = "hires_upscaler"
 WINDOW = 1024  # lines among which those of one shape are sought
 
 
@@ -35,10 +39,11 @@ class BatchRequest:
     Attributes:
         line: its number.
         fields: as they were read, for the manifest.
-        arguments: of the call, with a seed; images are paths.
+        arguments: of the call, with a seed; images and upscalers are paths.
         controls: of each, {"net": PATH, "image" or "canny": PATH, "weight", "start", "end"}.
         loras: the tags in its prompt.
         image_prompts: of each, {"adapter": PATH, "images": [PATH, ...], "encoder": PATH, "mask": PATH, "scale"}.
+        upscale: how each image is enlarged once it is there, {"upscaler": PATH, "scale", "tile"}.
     """
 
     line: int
@@ -47,6 +52,7 @@ class BatchRequest:
     controls: tuple[dict[str, Any], ...] = ()
     loras: tuple[LoraTag, ...] = field(default=())
     image_prompts: tuple[dict[str, Any], ...] = ()
+    upscale: dict[str, Any] | None = None
 
     @property
     def shape(self) -> tuple[Any, ...] | None:
@@ -71,7 +77,7 @@ def make_request(asked: AskedLine, folder: Path, job_seed: int) -> BatchRequest:
         FastsdError: a field that is wrong whatever the model.
     """
     fields = {name: value for name, value in asked.fields.items() if value is not None}
-    given = {name: value for name, value in fields.items() if name != ID}
+    given = {name: value for name, value in fields.items() if name not in (ID, UPSCALE)}
     if not isinstance(fields.get(ID, ""), str | int):
         raise FastsdError("it should be a text or a whole number", argument=ID, value=fields[ID])
     for name in given:
@@ -89,8 +95,13 @@ def make_request(asked: AskedLine, folder: Path, job_seed: int) -> BatchRequest:
         raise FastsdError("the line has none", argument="prompt")
     controls = tuple(_read_controls(given.pop("controls", ()), folder))
     image_prompts = tuple(_read_image_prompts(given.pop("image_prompts", ()), folder))
+    upscale = _read_upscale(fields[UPSCALE], folder) if UPSCALE in fields else None
+    files = {}
+    if given.get(HIRES, "latent") not in tuple(UPSCALERS):
+        files[HIRES] = _upscaler_file(given[HIRES], folder, HIRES, f"; give {', '.join(UPSCALERS)} or a file")
+        given[HIRES] = "lanczos"  # which the rules of a call take as they do a network
     checked = check_call(given, ("refiner",))  # whether the job has one, the call itself checks
-    arguments = {name: checked[name] for name in given}
+    arguments = {name: checked[name] for name in given} | files
     if "sampler" in given or "schedule" in given:
         names = resolve(given.get("sampler", "euler"), given.get("schedule", "default"))
         arguments |= {name: value for name, value in zip(("sampler", "schedule"), names, strict=True) if name in given}
@@ -102,7 +113,7 @@ def make_request(asked: AskedLine, folder: Path, job_seed: int) -> BatchRequest:
         if name in arguments:
             arguments[name] = _path(arguments[name], folder, name)
     tags = () if arguments.get("prompt_syntax") == "plain" else take_loras(arguments["prompt"])[1]
-    return BatchRequest(asked.number, fields, arguments, controls, tuple(tags), image_prompts)
+    return BatchRequest(asked.number, fields, arguments, controls, tuple(tags), image_prompts, upscale)
 
 
 def _check_text(value: Any, name: str) -> None:
@@ -174,6 +185,28 @@ def _read_image_prompts(given: Any, folder: Path) -> Iterator[dict[str, Any]]:
             with about(f"image_prompts[{k}].scale"):
                 found["scale"] = SCALE.check(one.get("scale", 1.0))
             yield found
+
+
+def _read_upscale(given: Any, folder: Path) -> dict[str, Any]:
+    """How a line's images are enlarged, with the path made whole."""
+    kinds = {"scale": SCALES, "tile": TILES}
+    if not isinstance(given, dict) or "upscaler" not in given or not given.keys() <= {"upscaler", *kinds}:
+        raise FastsdError('it should be {"upscaler": PATH}, with "scale", "tile"', argument=UPSCALE)
+    found = {"upscaler": _upscaler_file(given["upscaler"], folder, f"{UPSCALE}.upscaler")}
+    for name, kind in kinds.items():
+        if name in given:
+            with about(f"{UPSCALE}.{name}"):
+                found[name] = kind.check(given[name])
+    return found
+
+
+def _upscaler_file(given: Any, folder: Path, argument: str, hint: str = "") -> str:
+    """The file of an upscaler, or a hub id; refused before the model is loaded where it is neither."""
+    if not isinstance(given, str) or not given or "\0" in given:
+        raise FastsdError("it should be the path of an upscaler, or a hub id", argument=argument, value=given)
+    if not (folder / given).exists() and parse_hub_id(given) is None:
+        raise FastsdError(f"no such file{hint}", argument=argument, path=folder / given)
+    return _file_or_hub_id(given, folder)
 
 
 def _file_or_hub_id(given: str, folder: Path) -> str:

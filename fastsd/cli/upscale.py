@@ -16,7 +16,7 @@ from fastsd.cli.flags import flag_of
 from fastsd.cli.output import Output
 from fastsd.cli.parser import one_line
 from fastsd.errors import FastsdError, about, describe
-from fastsd.image.files import LONGEST_SIDE, READABLE, WHITE, WRITABLE, count_frames, flatten, image_size, open_layers
+from fastsd.image.files import READABLE, WHITE, check_sides, count_frames, flatten, image_size, open_layers
 from fastsd.image.infotext import with_upscale
 from fastsd.parameters import PARAMETERS
 from fastsd.upscale import SCALES, TILES
@@ -158,8 +158,7 @@ def _upscale_one(
     suffix = output.next_suffix
     with about(None, path):
         size = upscaler.result_size(image_size(path), scale)
-        if max(size) > LONGEST_SIDE.get(WRITABLE[suffix], max(size)):
-            raise FastsdError(f"{size[0]}x{size[1]} pixels are more than {suffix} holds; use .png", argument="output")
+        check_sides(size, suffix, "output")
         image, texts = open_layers(path, None)
         notes = list(image.info.get("notes", ()))
         if (frames := count_frames(path)) > 1:

@@ -225,6 +225,12 @@ def _texts(image: Image.Image) -> dict[str, str]:
     return found
 
 
+def check_sides(size: tuple[int, int], suffix: str, argument: str) -> None:
+    """Refuse a (width, height) that a format has no room for."""
+    if max(size) > LONGEST_SIDE.get(WRITABLE[suffix.lower()], max(size)):
+        raise FastsdError(f"{size[0]}x{size[1]} pixels are more than {suffix} holds; use .png", argument=argument)
+
+
 def encode(image: Image.Image, suffix: str, texts: Mapping[str, str]) -> bytes:
     """An image file's bytes, with `texts` in it.
 

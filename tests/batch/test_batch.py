@@ -10,13 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+from safetensors.torch import save_file
 
 from fastsd.batch import manifest as manifests
+from fastsd.generate.control import Control
 from fastsd.generate.image_prompts import ImagePrompt
+from fastsd.image.files import read_text
 from fastsd.pipeline import Pipeline
+from tests.support import tiny
 from tests.support.cli import pixels, refused, settings, write_image
 from tests.support.ip_adapters import write_adapter
 from tests.support.pipelines import MASK, PHOTO, tiny_components
+from tests.support.upscalers import write_upscaler
 
 ASKED: list[dict[str, Any]] = [
     {"prompt": "a cat", "seed": 3, "id": "first"},
@@ -167,6 +173,82 @@ def test_image_prompts_are_the_calls(cli: Callable, model: Path, tmp_path: Path)
     prompt = ImagePrompt(pipe.load_ip_adapter(adapter), [PHOTO, MASK], 0.6, MASK)
     np.testing.assert_array_equal(pixels(path), np.asarray(pipe("x", seed=3, image_prompts=[prompt]).images[0]))
     assert [one["name"] for one in settings(path)["image_prompts"][0]["images"]] == ["photo.png", "mask.png"]
+
+
+@pytest.mark.heavy
+def test_t2i_adapters_are_the_calls(cli: Callable, model: Path) -> None:
+    PHOTO.save("photo.png")
+    save_file(tiny.t2i_adapter(tiny.UNET), "sketch.safetensors")
+    control = {"net": "sketch.safetensors", "image": "photo.png", "weight": 0.8, "end": 0.5}
+    asked = [
+        {"prompt": "x", "seed": 3, "controls": [control]},
+        {"prompt": "x", "controls": [control | {"scale": 1}]},
+        {"prompt": "x", "controls": [control | {"net": "no.safetensors"}]},
+    ]
+    ran = cli("batch", write(asked), "--out", "out", "-m", model, "--dtype", "fp32")
+    for line, why in {2: "it should be {", 3: "no.safetensors: no such"}.items():
+        assert sum(f"line {line}: " in text and why in text for text in ran.err.splitlines()) == 1, ran.err
+    path = files_of(records()[1][0])[0]
+    pipe = Pipeline.from_pretrained(model, dtype="fp32")
+    steered = pipe("x", seed=3, controls=[Control(pipe.load_controlnet("sketch.safetensors"), PHOTO, 0.8, end=0.5)])
+    np.testing.assert_array_equal(pixels(path), np.asarray(steered.images[0]))
+    assert settings(path)["controls"][0]["name"] == "sketch.safetensors"
+    assert not np.array_equal(pixels(path), np.asarray(pipe("x", seed=3).images[0]))
+
+
+@pytest.mark.heavy
+def test_upscalers_are_the_calls(cli: Callable, model: Path) -> None:
+    """In the hires fix, and over the result as `fastsd upscale` does it, where requests still share a call."""
+    write_upscaler(Path("two.safetensors"))
+    hires = {"hires_scale": 1.5, "hires_steps": 2, "hires_upscaler": "two.safetensors"}
+    asked = [
+        {"prompt": "x", "seed": 3, **hires},
+        {"prompt": "x", "seed": 3},
+        {"prompt": "x", "seed": 3, "upscale": {"upscaler": "two.safetensors"}},
+        {"prompt": "x", "seed": 3, "upscale": {"upscaler": "two.safetensors", "scale": 3, "tile": 64}, "id": "large"},
+        {"prompt": "x", "hires_scale": 2, "hires_upscaler": "lanzcos"},
+        {"prompt": "x", "hires_upscaler": "two.safetensors"},
+        {"prompt": "x", "upscale": {"upscaler": "no.safetensors"}},
+        {"prompt": "x", "upscale": "two.safetensors"},
+        {"prompt": "x", "upscale": {"upscaler": "two.safetensors", "scale": 99}},
+        {"prompt": "x", "width": 72, "upscale": {"upscaler": "prompts.jsonl"}},
+    ]
+    said = {
+        5: "lanzcos: no such file; give latent, lanczos or a file",
+        6: "hires_upscaler: given without hires_scale",
+        7: "no.safetensors: no such file",
+        8: "upscale: it should be {",
+        9: "upscale.scale is 99",
+        10: "here/prompts.jsonl: JSON text",
+    }
+    ran = cli("batch", write(asked), "--out", "out", "-m", model, "--dtype", "fp32")
+    for line, why in said.items():
+        assert sum(f"line {line}: " in text and why in text for text in ran.err.splitlines()) == 1, ran.err
+    found = records()
+    first, plain, twice, thrice = (pixels(files_of(found[line][0])[0]) for line in (1, 2, 3, 4))
+    pipe = Pipeline.from_pretrained(model, dtype="fp32")
+    upscaler = pipe.load_upscaler("two.safetensors")
+    made = pipe("x", seed=3, **hires | {"hires_upscaler": upscaler}).images[0]
+    np.testing.assert_array_equal(first, np.asarray(made))
+    np.testing.assert_array_equal(twice, np.asarray(upscaler(Image.fromarray(plain))))
+    np.testing.assert_array_equal(thrice, np.asarray(upscaler(Image.fromarray(plain), 3, tile=64)))
+    assert settings(files_of(found[1][0])[0])["hires_upscaler"] == "two"
+    kept = read_text(files_of(found[4][0])[0])
+    assert kept["postprocessing"] == "Postprocess upscale by: 3, Postprocess upscaler: two"
+    assert settings(files_of(found[4][0])[0])["width"] == 64 and found[4][0]["id"] == "large"
+    assert found[2][0]["seconds"] == found[4][0]["seconds"]  # the share of one call
+
+
+@pytest.mark.heavy
+def test_an_upscaled_image_that_the_format_has_no_room_for(cli: Callable, model: Path) -> None:
+    write_upscaler(Path("two.safetensors"))
+    table = [["prompt", "width", "upscale"], ["x", "1032", json.dumps({"upscaler": "two.safetensors", "scale": 16})]]
+    with Path("prompts.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([*table, ["x", "64", json.dumps({"upscaler": "two.safetensors"})], ["x", "64", "2"]])
+    ran = cli("batch", "prompts.csv", "--out", "out", "-m", model, "--format", "webp")
+    assert ran.code == 1 and "line 2: upscale: 16512x1024 pixels are more than .webp holds; use .png" in ran.err
+    assert "line 4: upscale: it should be {" in ran.err
+    assert pixels(files_of(records()[3][0])[0]).shape == (128, 128, 3)
 
 
 @pytest.mark.heavy
