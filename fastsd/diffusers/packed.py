@@ -74,7 +74,7 @@ class SharedConv2d(Conv2d):
 
     def _set(self, data: torch.Tensor) -> None:
         self._parameters["weight"] = nn.Parameter(data, requires_grad=False)
-        self._packed_for = None
+        self._packed_for = frozenset()
 
 
 class HeldConv:

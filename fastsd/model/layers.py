@@ -31,6 +31,7 @@ from fastsd.model.linear import LayerChange, init_uniform
 from fastsd.model.linear import Linear as Linear
 
 SAME: Padding = (1, 1, 1, 1)
+KNOWN_SHAPES = 64  # of maps that a layer remembers; whoever asks for images of other sizes makes more
 KeyValue = torch.Tensor | tuple[torch.Tensor, ...]  # what a cross-attention reads, see `CrossAttention`
 
 
@@ -41,7 +42,7 @@ class Conv2d(nn.Module):
     whole modules (state_dict, load_state_dict, to, train, copies) see or restore the plain weight.
     """
 
-    _packed_for: tuple[torch.Size, int] | None = None  # the shape of x, and the thread count
+    _packed_for: frozenset[tuple[torch.Size, int]] = frozenset()  # maps that its layout is for: x.shape, thread count
     change: LayerChange | None = None  # as of `Linear`
 
     def __init__(
@@ -66,7 +67,7 @@ class Conv2d(nn.Module):
     ) -> torch.Tensor:
         """Without `add_bias`, the caller adds the bias where it costs nothing."""
         weight = self.weight  # a module takes 0.4 µs to find a parameter
-        if self._packed_for != (x.shape, torch.get_num_threads()) and not (self.training or weight.requires_grad):
+        if (x.shape, torch.get_num_threads()) not in self._packed_for and not (self.training or weight.requires_grad):
             self.pack(x)
             weight = self.weight
         bias = self.bias if add_bias else None
@@ -82,13 +83,13 @@ class Conv2d(nn.Module):
     def pack(self, x: torch.Tensor, scale: int = 1) -> None:
         """Bring the weight into the layout that is fastest for `x`, enlarged by `scale`, where oneDNN runs the layer.
 
-        oneDNN's own depends on the map's shape. In another one each call would rearrange the weight, which for small
-        maps takes a hundred times as long as the convolution. Winograd's reads an ordinary weight, channels last.
+        oneDNN's own depends on the map's shape; only packing tells which, and most batches of a size have the same. In
+        another one each call would rearrange the weight, which for small maps takes a hundred times as long as the
+        convolution. Winograd's reads an ordinary weight, channels last.
         """
-        batch, height, width, channels = x.shape
-        shape = torch.Size((batch, scale * height, scale * width, channels))
+        shape = torch.Size((len(x), scale * x.shape[1], scale * x.shape[2], x.shape[3]))
         packing = (shape, torch.get_num_threads())
-        if packing == self._packed_for or dispatch.backend(x, self.weight, self.bias) != "onednn":
+        if packing in self._packed_for or dispatch.backend(x, self.weight, self.bias) != "onednn":
             return
         if scale == 1:
             packs = wants_packed(shape, self.weight, self.stride, self.padding)
@@ -100,8 +101,10 @@ class Conv2d(nn.Module):
                 weight = onednn.pack(weight, shape, self.stride, self.padding)
             else:
                 weight = weight.contiguous(memory_format=torch.channels_last)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self._packed_for = packing
+        if onednn.layout(weight) == onednn.layout(self.weight) and len(self._packed_for) < KNOWN_SHAPES:
+            self._packed_for |= {packing}
+        else:
+            self.weight, self._packed_for = nn.Parameter(weight, requires_grad=False), frozenset({packing})
 
     def after_doubling(self, x: torch.Tensor) -> torch.Tensor:
         """The 3 x 3 convolution of `x` doubled by nearest neighbour."""
@@ -116,7 +119,7 @@ class Conv2d(nn.Module):
         if self.weight.is_mkldnn:
             plain = onednn.dense(self.weight.detach()).contiguous(memory_format=torch.channels_last)
             self.weight = nn.Parameter(plain, self.weight.requires_grad)
-        self._packed_for = None
+        self._packed_for = frozenset()
 
     def train(self, mode: bool = True) -> Conv2d:
         if mode:
@@ -137,7 +140,7 @@ class Conv2d(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         weight = nn.Parameter(onednn.dense(self.weight.detach()), self.weight.requires_grad)
-        return self.__dict__ | {"_parameters": self._parameters | {"weight": weight}, "_packed_for": None}
+        return self.__dict__ | {"_parameters": self._parameters | {"weight": weight}, "_packed_for": frozenset()}
 
 
 class GroupNorm(nn.Module):

@@ -15,7 +15,7 @@ from fastsd.kernels import dispatch
 from fastsd.kernels.conv2d import Padding, conv2d
 from fastsd.kernels.cpu import onednn
 from fastsd.kernels.launch import architecture
-from fastsd.model.layers import Conv2d
+from fastsd.model.layers import KNOWN_SHAPES, Conv2d
 from tests.support.precision import DTYPES, check, check_batch, rand
 
 SAME: Padding = (1, 1, 1, 1)
@@ -186,24 +186,39 @@ def test_gradients_reach_the_input_of_a_packed_layer():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
-def test_a_weight_is_packed_again_for_another_map(dtype):
+def test_a_weight_is_packed_again_for_a_map_of_another_layout(dtype):
     """If oneDNN does not compute in the dtype, the weight is not packed.
 
     For 96 channels in bf16 on AVX-512, oneDNN chooses blocks of 32 at 4 x 4 and of 48 at 12 x 12.
     """
     layer = Conv2d(96, 96).to(dtype).eval().requires_grad_(False)
-    weight = layer.weight.clone()
-    layouts = []
-    for size in (4, 12, 4):
-        x = rand(2, size, size, 96, dtype=dtype)
+    weight, before = layer.weight.clone(), layer.weight
+    for batch, size in ((2, 4), (2, 12), (2, 4), (1, 4), (5, 4)):
+        x = rand(batch, size, size, 96, dtype=dtype)
         assert torch.equal(layer(x), conv2d(x, weight, layer.bias, 1, SAME))
-        layouts.append(layer.weight)
+        fit = onednn.layout(onednn.pack(weight, x.shape, 1, SAME))
+        assert onednn.layout(layer.weight) == fit
+        assert (layer.weight is before) == (onednn.layout(before) == fit)
+        before = layer.weight
         layer(x)
-        assert layer.weight is layouts[-1]  # not packed twice
-        assert torch.equal(onednn.dense(layer.weight), weight)
-    packed = dtype in dispatch.onednn_dtypes()
-    assert len({id(layout) for layout in layouts}) == (3 if packed else 1)
-    assert layer.weight.is_mkldnn == packed
+        assert layer.weight is before  # not packed twice
+        assert torch.equal(onednn.dense(before), weight)
+    assert before.is_mkldnn == (dtype in dispatch.onednn_dtypes())
+
+
+@needs_onednn
+@torch.inference_mode()
+def test_a_weight_stays_where_batches_of_two_sizes_take_turns(monkeypatch):
+    """As in a server, whose requests come alone and together. A layer remembers a bounded number of shapes."""
+    layer, packed, pack = Conv2d(32, 32).eval().requires_grad_(False), [], onednn.pack
+    monkeypatch.setattr(onednn, "pack", lambda *given: packed.append(pack(*given)) or packed[-1])
+    for batch in (1, 4, 1, 4, 1, 4):
+        layer(rand(batch, 4, 4, 32, dtype=torch.float32))
+    layouts = [onednn.layout(weight) for weight in packed]
+    assert len(packed) == (2 if layouts[0] == layouts[1] else 6)
+    for batch in range(5, 5 + 2 * KNOWN_SHAPES):
+        layer(rand(batch, 4, 4, 32, dtype=torch.float32))
+        assert len(layer._packed_for) <= KNOWN_SHAPES
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64])

@@ -9,6 +9,7 @@ Matrix products gain 3 to 5% from packing and are not packed.
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -45,6 +46,13 @@ def pack(weight: torch.Tensor, shape: torch.Size, stride: int, padding: tuple[in
 def dense(weight: torch.Tensor) -> torch.Tensor:
     """An ordinary tensor with the values of `weight`; `weight` itself if it is ordinary. Differentiable."""
     return weight.to_dense() if weight.is_mkldnn else weight
+
+
+def layout(weight: torch.Tensor) -> Hashable:
+    """How the elements of a weight lie in memory, packed or not: equal for weights of one shape and one layout."""
+    if not weight.is_mkldnn:
+        return weight.stride()
+    return torch.ops.mkldnn._get_mkldnn_serialized_md(weight.detach()).numpy().tobytes()
 
 
 def convolve(
