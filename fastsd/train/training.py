@@ -210,7 +210,7 @@ def train(
             raise
         raise FastsdError(
             "not enough memory; what helps: a smaller fit.batch_size or a larger fit.accumulate (parts one after"
-            " another), a smaller data.resolution, a smaller model"
+            " another), recompute in a table of the UNet's, a smaller data.resolution, a smaller model"
         ) from error
 
 

@@ -57,6 +57,7 @@ class UNetSettings:
     sigma_max: float = 50.0
     min_snr: float = 0.0  # gamma of min-SNR weighting (Hang et al. 2023), usually 5; 0: none
     noise_offset: float = 0.0  # usually 0.05 to 0.1; 0: none
+    recompute: bool = False  # keep less in memory and compute the UNet's blocks twice (gradient checkpointing)
 
     def check(self) -> None:
         """Raises FastsdError where values do not go together."""
@@ -94,6 +95,7 @@ class UNetStage(Stage):
         if "vae" not in job.modules:
             raise FastsdError("the stage unet needs an autoencoder; put the stage vae before it")
         self.unet = UNet(self.settings.model).to(job.device)
+        self.unet.recompute_blocks(self.settings.recompute)
         self.text_encoder = self._text_encoder(job).to(job.device)
         # The network starts by predicting 0, the mean of every target.
         for parameter in self.unet.conv_out.parameters():

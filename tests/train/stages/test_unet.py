@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from fastsd.errors import FastsdError
+from fastsd.model.unet_levels import UNetLevel
 from fastsd.pipeline import Pipeline
 from fastsd.train import checkpoint
 from fastsd.train.figures import read_metrics
@@ -98,6 +100,27 @@ def test_a_text_encoder_that_stays_as_it_is(folder: Path) -> None:
     assert exported.tokenizers[0].ids("all red") == tiny.sd1().tokenizers[0].ids("all red")
     state = checkpoint.load(out / "unet.pt")["denoiser"]["model"]
     assert all(key.startswith("unet.") for key in state)
+
+
+@pytest.mark.heavy
+def test_recomputed_blocks_give_the_same_losses(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []  # the blocks that ran; several threads append
+    run_block = UNetLevel._whole_block
+
+    def counted(self: UNetLevel, i: int, *inputs: Any) -> torch.Tensor:
+        calls.append(i)
+        return run_block(self, i, *inputs)
+
+    monkeypatch.setattr(UNetLevel, "_whole_block", counted)
+    counts, losses = [], []
+    for recompute in ("false", "true"):
+        out = folder / f"recompute-{recompute}"
+        train(folder / "config.toml", out=out, export=out / "model", changes=[f"unet.recompute={recompute}"])
+        counts.append(len(calls))
+        losses.append([line["loss"] for line in read_metrics(out / "metrics.jsonl") if line["stage"] == "unet"])
+        calls.clear()
+    assert losses[0] == losses[1]
+    assert counts[1] == 2 * counts[0]
 
 
 def test_what_does_not_go_together_is_one_line(folder: Path) -> None:
