@@ -41,7 +41,7 @@ def read_bitmaps(font: Path) -> list[Bitmap]:
     except ImportError as error:
         raise FastsdError("needs fontTools: pip install 'fastsd[data]'", argument="--font") from error
     try:
-        with TTFont(font, lazy=True) as opened:
+        with font.open("rb") as file, TTFont(file, lazy=True) as opened:  # TTFont leaves what is no font open
             if "CBDT" not in opened:
                 raise FastsdError(
                     "has no CBDT bitmaps; Debian's fonts-noto-color-emoji has", argument="--font", path=font
