@@ -1,4 +1,4 @@
-"""A description of a single file, line by line: family, precision, prediction, keys, metadata, hashes."""
+"""A description of a model, line by line: family, precision, prediction, keys, metadata, hashes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from fastsd.components import Components
+from fastsd.config import UNetConfig
 from fastsd.errors import FastsdError
 from fastsd.few_step import Detection
 from fastsd.files.hashes import remember_sha256
@@ -16,8 +18,10 @@ from fastsd.weights.formats.pickle_file import is_pickle, open_pickle, tensors_i
 from fastsd.weights.formats.safetensors_file import DTYPES, TensorEntry
 from fastsd.weights.layouts.edm_markers import MARKERS, with_markers
 from fastsd.weights.layouts.family import CheckpointFamily, find_family
+from fastsd.weights.layouts.folder import outline_folder
 from fastsd.weights.layouts.names import same_matrix, sources
 from fastsd.weights.layouts.single_file import EMA_PREFIX, file_networks, read_file
+from fastsd.weights.load import read_headers
 from fastsd.weights.recognise import embedding_kind, recognise
 
 MAX_KEYS, MAX_TEXT = 10, 200  # keys shown of a list, characters shown of a value
@@ -32,26 +36,23 @@ _TRAINING_PREFIXES = (
 _UNUSED_SUFFIXES = ("position_ids", "logit_scale", "attn_mask", "text_projection", "text_projection.weight")
 
 Facts = list[tuple[str, str]]
+ComparedKeys = tuple[list[str], list[str], list[str]]  # missing, extra, of a wrong shape
 
 
 def inspect(path: Path, allow_pickle: bool = False) -> Facts:
-    """The facts about a file as (name, value); an empty name continues the fact before.
+    """The facts about a file or a folder in the diffusers layout as (name, value); an empty name continues the fact
+    before.
 
-    Reads the whole file once for its hash, which is stored for later (`fastsd.files.hashes`).
+    Reads a file whole, once, for its hash, which is stored for later (`fastsd.files.hashes`).
 
     Raises:
         FastsdError: no file, malformed, or a pickle that is not allowed.
     """
+    if path.is_dir():
+        return _inspect_folder(path)
     other = _other_pickle(path, allow_pickle)
     entries, metadata = ({}, {}) if other else read_file(path, allow_pickle)
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    sizes: Counter[str] = Counter()
-    for entry in entries.values():
-        sizes[names.get(entry.dtype, str(entry.dtype))] += entry.nbytes
-    total = path.stat().st_size
-    facts = [("file", str(path)), ("size", f"{total} bytes ({total / 2**30:.2f} GiB), {len(entries)} tensors")]
-    shares = (f"{name} {size / max(1, sum(sizes.values())):.0%}" for name, size in sizes.most_common())
-    facts += [("dtype", ", ".join(shares) or "none")]
+    facts = [("file", str(path)), *_sizes([path], list(entries.values()))]
     if other:
         return facts + [("kind", other), *_hashes(path)]
     try:
@@ -67,6 +68,56 @@ def inspect(path: Path, allow_pickle: bool = False) -> Facts:
             facts += [("few steps", _few_step(detection))]
     facts += _named("metadata", _metadata(metadata))
     return facts + _hashes(path)
+
+
+def _inspect_folder(path: Path) -> Facts:
+    """What `load_folder` would load; where a network has files of two precisions, those of half precision."""
+    model, files = outline_folder(path, half=True)
+    headers = {name: read_headers(own) for name, own in files.items()}
+    entries = [entry for own in headers.values() for entry in own.values()]
+    facts = [("folder", str(path)), *_sizes([file for own in files.values() for file in own], entries)]
+    for name, network in model.networks():
+        count = sum(parameter.numel() for parameter in network.parameters())
+        facts += [(name, f"{count:,} parameters in {', '.join(file.name for file in files[name])}")]
+    scheduler, side = model.scheduler, model.sample_size * model.vae.config.downscale
+    facts += [
+        ("family", f"text of {model.unet.config.cross_attention_dim} features{', as SDXL' if model.xl else ''}"),
+        ("prediction", f"{scheduler.prediction_type} (scheduler/scheduler_config.json)"),
+        ("zero SNR", "yes" if scheduler.rescale_betas_zero_snr else "no"),
+        ("sampler", f"{scheduler.sampler}, schedule {scheduler.schedule}"),
+        ("few steps", _few_step(model.few_step)),
+        ("UNet", _unet(model.unet.config)),
+        ("size of images", f"{side} x {side} in training"),
+    ]
+    facts += _named("defaults", (f"{name} = {value}" for name, value in model.defaults.items()))
+    return facts + _key_facts(*_compare_folder(model, headers))
+
+
+def _compare_folder(model: Components, headers: dict[str, dict[str, TensorEntry]]) -> ComparedKeys:
+    """As `compare_keys`, with the network's folder before each key."""
+    missing, extra, wrong = [], [], []
+    for folder, network in model.networks():
+        entries = headers[folder]
+        shapes = {part.key: part.shape for _, _, parts in sources(network) for part in parts}
+        missing += [f"{folder}/{key}" for key in shapes if key not in entries]
+        extra += [f"{folder}/{entry.key}" for key, entry in entries.items() if key not in shapes]
+        for key in shapes.keys() & entries.keys():
+            if not same_matrix(entries[key].shape, shapes[key]):
+                wrong.append(f"{folder}/{entries[key].key} {list(entries[key].shape)}")
+    return sorted(missing), sorted(extra), sorted(wrong)
+
+
+def _sizes(files: list[Path], entries: list[TensorEntry]) -> Facts:
+    total = sum(file.stat().st_size for file in files)
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    sizes: Counter[str] = Counter()
+    for entry in entries:
+        sizes[names.get(entry.dtype, str(entry.dtype))] += entry.nbytes
+    shares = (f"{name} {size / max(1, sum(sizes.values())):.0%}" for name, size in sizes.most_common())
+    return [
+        ("size", f"{total} bytes ({total / 2**30:.2f} GiB), {len(entries)} tensors"),
+        ("dtype", ", ".join(shares) or "none"),
+    ]
 
 
 def _other_pickle(path: Path, allow_pickle: bool) -> str | None:
@@ -95,17 +146,23 @@ def _family_facts(family: CheckpointFamily, entries: dict[str, TensorEntry]) -> 
         ("prediction", f"{family.prediction or 'unknown, set it with --prediction'} ({family.prediction_reason})"),
         ("zero SNR", "yes (marker key ztsnr)" if family.zero_snr else "no (no marker key ztsnr)"),
         ("few steps", _few_step(family.few_step)),
-        ("UNet", f"{unet.in_channels} input channels, level widths {', '.join(map(str, unet.block_out_channels))}"),
+        ("UNet", _unet(unet)),
         ("autoencoder", "in the file" if family.vae else "not in the file; add one with --vae"),
         ("EMA", "in the file; --ema uses it" if has_ema else "no"),
     ]
-    missing, extra, wrong = compare_keys(family, entries)
-    for name, keys in (("missing keys", missing), ("extra keys", extra), ("wrong shapes", wrong)):
-        facts += _named(name, _shortened(keys))
-    return facts
+    return facts + _key_facts(*compare_keys(family, entries))
 
 
-def compare_keys(family: CheckpointFamily, entries: dict[str, TensorEntry]) -> tuple[list[str], list[str], list[str]]:
+def _unet(config: UNetConfig) -> str:
+    return f"{config.in_channels} input channels, level widths {', '.join(map(str, config.block_out_channels))}"
+
+
+def _key_facts(missing: list[str], extra: list[str], wrong: list[str]) -> Facts:
+    named = {"missing keys": missing, "extra keys": extra, "wrong shapes": wrong}
+    return [fact for name, keys in named.items() for fact in _named(name, _shortened(keys))]
+
+
+def compare_keys(family: CheckpointFamily, entries: dict[str, TensorEntry]) -> ComparedKeys:
     """The keys that the file lacks, those that no network has, and those with wrong shapes."""
     missing, wrong, known = [], [], set()
     for network in file_networks(family, entries):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fastsd.cli import main
 from fastsd.image.files import read_text
@@ -101,9 +103,33 @@ def test_pickles_only_if_allowed(tmp_path: Path, originals: Any, capsys: Any) ->
     assert facts(tmp_path / "x.ckpt", capsys, "--allow-pickle")["family"][0].startswith("SD 1 (")
 
 
-def test_a_folder_is_refused(originals: Any, capsys: Any) -> None:
-    assert main(["inspect", str(originals.folder("sd1"))]) == 2
-    assert "a folder; a .safetensors file is expected" in capsys.readouterr().err
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_a_folder(originals: Any, family: str, capsys: Any) -> None:
+    folder = originals.folder(family)
+    found = facts(folder, capsys)
+    files = list(folder.rglob("*.safetensors"))
+    assert found["size"][0].startswith(f"{sum(file.stat().st_size for file in files)} bytes")
+    assert found["missing keys"] == found["extra keys"] == found["wrong shapes"] == ["none"]
+    assert found["unet"][0].endswith(" parameters in diffusion_pytorch_model.safetensors")
+    assert ("text_encoder_2" in found) == found["family"][0].endswith("as SDXL") == (family == "sdxl")
+
+
+def test_a_folder_whose_keys_do_not_fit(originals: Any, tmp_path: Path, capsys: Any) -> None:
+    shutil.copytree(originals.folder("sd1"), tmp_path / "model")
+    file = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    del tensors["conv_out.bias"]
+    save_file(tensors | {"conv_norm_out.bias": torch.ones(31), "stranger": torch.ones(1)}, file)
+    found = facts(tmp_path / "model", capsys)
+    assert found["missing keys"] == ["unet/conv_out.bias"] and found["extra keys"] == ["unet/stranger"]
+    assert found["wrong shapes"] == ["unet/conv_norm_out.bias [31]"]
+
+
+def test_a_bundled_model_by_its_name(capsys: Any) -> None:
+    found = facts(Path("digits"), capsys)
+    assert found["prediction"][0].startswith("v_prediction") and found["zero SNR"] == ["yes"]
+    assert found["size of images"] == ["64 x 64 in training"] and found["dtype"] == ["F16 100%"]
+    assert "num_inference_steps = 25" in found["defaults"]
 
 
 def test_an_image_holds_the_hash_of_an_inspected_model(originals: Any, capsys: Any, tmp_path: Path) -> None:
