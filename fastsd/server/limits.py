@@ -45,6 +45,7 @@ class Limits:
         count = arguments.get("num_images_per_prompt") or 1
         if count > self.images:
             raise FastsdError(f"at most {self.images} images a request", argument="num_images_per_prompt", value=count)
+        self._check_noise(arguments)
         scale = arguments.get("hires_scale") or 1.0
         sides = _sides(arguments, default_side)
         for name, side in sides.items():
@@ -63,6 +64,18 @@ class Limits:
                 f"{{width}} x {{height}} x images x {{num_inference_steps}} is {work:.3g}; at most {self.work:.3g} are "
                 "done for one request"
             )
+
+    def _check_noise(self, arguments: Mapping[str, Any]) -> None:
+        """Noise may be drawn for more images than are generated, and for larger ones."""
+        for name, images in (("noise_count", 0), ("noise_index", 1)):
+            images += arguments.get(name) or 0
+            if images > self.images:
+                message = f"noise is drawn for at most {self.images} images"
+                raise FastsdError(message, argument=name, value=arguments[name])
+        size = arguments.get("seed_resize_from")
+        if size and max(map(int, size.split("x"))) > self.side:
+            message = f"noise is drawn for at most {self.side} pixels of a side"
+            raise FastsdError(message, argument="seed_resize_from", value=size)
 
 
 def _sides(arguments: Mapping[str, Any], default: int) -> dict[str, int]:

@@ -17,12 +17,19 @@ from fastsd.server.limits import MAX_PROMPT, Limits
         ({"height": 1032, "hires_scale": 2.0}, "height"),
         ({"prompt": "x" * (MAX_PROMPT + 1)}, "prompt"),
         ({"negative_prompt": "x" * (MAX_PROMPT + 1)}, "negative_prompt"),
+        ({"noise_count": 17}, "noise_count"),
+        ({"noise_index": 16}, "noise_index"),
+        ({"seed_resize_from": "8x2049"}, "seed_resize_from"),
     ],
 )
 def test_each_number_has_a_bound(arguments: dict[str, Any], about: str) -> None:
     with pytest.raises(FastsdError) as refused:
         Limits().check(arguments)
     assert refused.value.argument == about
+
+
+def test_noise_may_be_drawn_for_as_much_as_is_generated() -> None:
+    Limits().check({"noise_count": 16, "noise_index": 15, "seed_resize_from": "2048x2048"})
 
 
 def test_all_together_have_one_too() -> None:
