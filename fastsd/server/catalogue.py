@@ -124,6 +124,13 @@ class Catalogue:
         """
         return _find(self.models, name, argument, "model")
 
+    def find_refiner(self, name: str, argument: str) -> Listed:
+        """The model for the last steps that a client names; raises as `find_model`."""
+        found = self.find_model(name, argument)
+        if found.path is None:
+            raise FastsdError("it is no refiner", argument=argument, value=name)
+        return found
+
     def find_controlnet(self, name: str) -> Listed:
         """The ControlNet, T2I-Adapter or IP-Adapter that a client names; raises as `find_model`.
 

@@ -46,7 +46,8 @@ def make_order(draft: Draft, api: str, current: Listed, catalogue: Catalogue, li
         FastsdError: an argument that is wrong whatever the model.
     """
     given = {name: value for name, value in draft.arguments.items() if value is not None}
-    check_call(given, ("refiner",) if draft.refiner is not None else ())
+    files = {"refiner": draft.refiner, "hires_upscaler": draft.upscaler}
+    check_call(given, [name for name, file in files.items() if file is not None])
     if "sampler" in given or "schedule" in given:
         names = resolve(given.get("sampler", "euler"), given.get("schedule", "default"))
         given |= {name: value for name, value in zip(("sampler", "schedule"), names, strict=True) if name in given}

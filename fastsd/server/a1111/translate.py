@@ -199,9 +199,7 @@ def _add_refiner(draft: Draft, body: Generation, catalogue: Catalogue) -> None:
     name = body.refiner_checkpoint or ""
     if name.lower() in NOTHING:
         return
-    draft.refiner = catalogue.find_model(name, "refiner_checkpoint")
-    if draft.refiner.path is None:
-        raise FastsdError("it is no refiner", argument="refiner_checkpoint", value=name)
+    draft.refiner = catalogue.find_refiner(name, "refiner_checkpoint")
     draft.arguments["refiner_switch"] = body.refiner_switch_at
 
 

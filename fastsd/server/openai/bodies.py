@@ -35,6 +35,7 @@ class ImageRequest(BaseModel):
 
     prompt: Prompt
     model: Name | None = None
+    refiner: Name | None = None
     n: Annotated[WholeField, Field(ge=1, le=10)] | None = 1
     size: Annotated[str, StringConstraints(max_length=20)] | None = "auto"
     response_format: Literal["b64_json", "url"] | None = None
