@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from fastsd.errors import FastsdError, about
 from fastsd.files import fingerprint
+from fastsd.generate.lora_flags import adapters_of
 from fastsd.parameters import nearest
-from fastsd.parameters.kinds import Number
-from fastsd.text.syntax import MAX_WEIGHT, composed, take_loras
+from fastsd.text.syntax import composed, take_loras
 
 if TYPE_CHECKING:
     from fastsd.pipeline import Pipeline
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 SUFFIX = ".safetensors"
 SUFFIXES = (SUFFIX, ".pt", ".bin", ".ckpt")  # of adapters in a folder; all but the first are pickles
-STRENGTH = Number(low=-MAX_WEIGHT, high=MAX_WEIGHT)
 
 
 def load(pipe: Pipeline, args: argparse.Namespace, before: dict[str, Any], notes: list[str]) -> list[dict[str, Any]]:
@@ -38,13 +37,10 @@ def load(pipe: Pipeline, args: argparse.Namespace, before: dict[str, Any], notes
             generated with and that is not given.
     """
     from fastsd.weights.adapters.apply import Adapter
-    from fastsd.weights.hub.locate import locate_file
 
     if args.lora_dir is not None and not os.path.isdir(args.lora_dir):
         raise FastsdError("no such folder", argument="lora_dir", path=args.lora_dir)
-    with about("lora"):
-        files = [(locate_file(str(path)).path, strength) for path, strength in map(split, args.lora or ())]
-    chosen = [Adapter(path, strength, strength) for path, strength in files]
+    chosen = adapters_of(args.lora or ())
     tags = () if args.prompt_syntax == "plain" else take_loras(args.prompt)[1]
     chosen += [Adapter(find_in_folder(args.lora_dir, tag.name, notes), tag.unet, tag.text) for tag in tags]
     with about("lora"):
@@ -73,21 +69,6 @@ def _others(hashes: dict[str, str], used: list[dict[str, Any]]) -> list[str]:
         for lora, digits in named
         if is_another(digits, lora["hash"], lora["sha256"])
     ]
-
-
-def split(given: str) -> tuple[Path, float]:
-    """`FILE` or `FILE:strength`; a colon in the name of an existing file belongs to the name.
-
-    Raises:
-        FastsdError: the strength is not a number from -100 to 100.
-    """
-    path, colon, text = given.rpartition(":")
-    if not colon or os.path.exists(given):
-        return Path(given), 1.0
-    try:
-        return Path(path), STRENGTH.parse(text)
-    except FastsdError:
-        raise FastsdError(f"{text[:40]!r} should be a strength, {STRENGTH}", argument="lora", path=given) from None
 
 
 def find_in_folder(folder: str | None, name: str, notes: list[str]) -> Path:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsd.evaluate.digits.limits import DEFAULT_SEEDS, MAX_SEEDS, QUICK_SEEDS, STYLE_SEEDS
+from fastsd.generate.lora_flags import adapters_of, add_lora_arguments, put_on, titled_with
 
 if TYPE_CHECKING:
     from fastsd.evaluate.measure import Measurement
+    from fastsd.pipeline import Pipeline
 
 
 # What the flags of the metrics are where they are not given.
@@ -29,6 +31,7 @@ METRIC_DEFAULTS: dict[str, Any] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `fastsd evaluate`."""
     parser.add_argument("--model", default="digits", metavar="PATH", help="the model (default: the bundled digits)")
+    add_lora_arguments(parser)
     parser.add_argument(
         "--data",
         default="data/mnist",
@@ -131,7 +134,6 @@ def _run_metrics(args: argparse.Namespace, measurement: Measurement) -> int:
     from fastsd.files import write_whole
     from fastsd.generate.settings_text import parse_settings
     from fastsd.image.files import encode
-    from fastsd.pipeline import Pipeline
 
     folder = Path(args.out) if args.out else None
     files = {name: folder / name for name in ("report.json", "report.md", "grid.png")} if folder else {}
@@ -139,9 +141,9 @@ def _run_metrics(args: argparse.Namespace, measurement: Measurement) -> int:
     for flag, file in (*(("--out", file) for file in files.values()), ("--json", args.json and Path(args.json))):
         if file:
             check_writable(flag, file, args.overwrite)
-    pipe = Pipeline.from_pretrained(args.model, device=args.device, dtype=args.dtype)
+    pipe, title = _load(args)
     generated = measurement.generate(pipe, settings, say)
-    report = measurement.take(pipe, generated, settings, str(args.model))
+    report = measurement.take(pipe, generated, settings, title)
     print(report.to_markdown(), end="")
     if files:
         texts = {"report.json": report.to_json(), "report.md": report.to_markdown()}
@@ -163,7 +165,6 @@ def _run_digits(args: argparse.Namespace) -> int:
     from fastsd.evaluate.digits.samples import contact_sheet
     from fastsd.files import write_whole
     from fastsd.image.files import encode
-    from fastsd.pipeline import Pipeline
 
     seeds = (QUICK_SEEDS if args.quick else DEFAULT_SEEDS) if args.seeds is None else args.seeds
     if not 2 <= seeds <= MAX_SEEDS:
@@ -173,7 +174,7 @@ def _run_digits(args: argparse.Namespace) -> int:
     for flag, file in (("--out", image_file), ("--json", json_file)):
         if file is not None:
             check_writable(flag, file, args.overwrite)
-    pipe = Pipeline.from_pretrained(args.model, device=args.device, dtype=args.dtype)
+    pipe, title = _load(args)
     reader_file = Path(args.reader) if args.reader else None
     results = []
     for check in report.evaluate(pipe, args.data, seeds, args.quick, reader_file, say):
@@ -183,9 +184,21 @@ def _run_digits(args: argparse.Namespace) -> int:
         write_whole(image_file, encode(contact_sheet(pipe), ".png", {}), args.overwrite)
         print(image_file)
     if json_file is not None:
-        write_whole(json_file, report.to_json(results, str(args.model), seeds).encode(), args.overwrite)
+        write_whole(json_file, report.to_json(results, title, seeds).encode(), args.overwrite)
         print(json_file)
     return 0 if all(check.passed for check in results) else 1
+
+
+def _load(args: argparse.Namespace) -> tuple[Pipeline, str]:
+    """The model with its LoRAs, and its name for reports."""
+    from fastsd.pipeline import Pipeline
+
+    adapters = adapters_of(args.lora or ())
+    pipe = Pipeline.from_pretrained(args.model, device=args.device, dtype=args.dtype)
+    if adapters:
+        for note in put_on(pipe, adapters, args):
+            say(f"note: {note}")
+    return pipe, titled_with(str(args.model), adapters)
 
 
 def say(text: str) -> None:

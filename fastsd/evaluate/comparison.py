@@ -20,14 +20,17 @@ from fastsd.evaluate.measure import Measurement
 from fastsd.evaluate.pairs import psnr, ssim
 from fastsd.evaluate.report import Report, better, check_comparable, interval, read_report, shown
 from fastsd.files import write_whole
+from fastsd.generate.lora_flags import adapters_of, add_lora_arguments, put_on, titled_with
 from fastsd.generate.settings_text import parse_settings
 from fastsd.image.drawing import enlarged, labelled, shrunk, stacked, titled
 from fastsd.image.files import encode
 
 if TYPE_CHECKING:
     from fastsd.pipeline import Pipeline
+    from fastsd.weights.adapters.apply import Adapter
 
 IMAGES = 8  # without --metrics
+DEFAULT_OUT = "compare.png"
 MAX_ROWS, MIN_CELL, MAX_CELL = 12, 128, 256
 AMPLIFIED = 4  # the difference that is shown
 
@@ -48,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--b", default="", metavar="TEXT", help="settings of B")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="what to generate; may be given again")
     parser.add_argument("--data", metavar="DIR", help="captions in place of --prompt, and the real images of --metrics")
-    parser.add_argument("--out", default="compare.png", metavar="FILE", help="the image (default: %(default)s)")
+    add_lora_arguments(parser, "a", "b")
+    parser.add_argument("--out", metavar="FILE", help=f"the image (default: {DEFAULT_OUT})")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files of --out and --json")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
@@ -67,20 +71,24 @@ def run(args: argparse.Namespace) -> int:
     if any(reports):
         if not all(reports):
             raise FastsdError("a report is compared with a report, a model with a model")
+        _refuse_flags_of_models(args)
         return _compare_reports(Path(first), Path(second))
     settings = [parse_settings(args.a, "--a"), parse_settings(args.b, "--b")]
-    if second == first and settings[0] == settings[1]:
+    flags = {"--lora": args.lora, "--lora-a": args.lora_a, "--lora-b": args.lora_b}
+    both, *own = (adapters_of(given or (), flag) for flag, given in flags.items())
+    adapters = [both + side for side in own]
+    if second == first and settings[0] == settings[1] and adapters[0] == adapters[1]:
         raise FastsdError("A and B are the same; name another model, or settings: --a steps=4 --b steps=20")
     if args.count is None:
         args.count = IMAGES if args.metrics is None else 500
-    out, json_file = Path(args.out), Path(args.json) if args.json else None
+    out, json_file = Path(args.out or DEFAULT_OUT), Path(args.json) if args.json else None
     if out.suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
         raise FastsdError("it should end in .png, .webp or .jpg", argument="--out", path=out)
     for flag, file in (("--out", out), ("--json", json_file)):
         if file is not None:
             check_writable(flag, file, args.overwrite)
     measurement, prompts = _prompts(args)
-    sides = _sides(args, (first, second), settings, prompts, measurement)
+    sides = _sides(args, (first, second), settings, adapters, prompts, measurement)
     pairs = compare_images(sides[0].images, sides[1].images)
     print(to_markdown(sides, pairs), end="")
     canvas = draw([side.images for side in sides], [side.label for side in sides], prompts, pairs)
@@ -99,6 +107,16 @@ class Side:
     label: str
     images: list[Pixels]
     report: Report | None
+
+
+def _refuse_flags_of_models(args: argparse.Namespace) -> None:
+    """Refuse flags of models beside two reports, whose figures are there already."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    for name, value in vars(args).items():
+        if name not in ("first", "second") and value != parser.get_default(name):
+            flag = f"--{name.replace('_', '-')}"
+            raise FastsdError("has an effect between models alone; two reports are printed as a table", argument=flag)
 
 
 def _prompts(args: argparse.Namespace) -> tuple[Measurement | None, list[str]]:
@@ -124,6 +142,7 @@ def _sides(
     args: argparse.Namespace,
     models: tuple[str, str],
     settings: list[dict[str, Any]],
+    adapters: list[list[Adapter]],
     prompts: list[str],
     measurement: Measurement | None,
 ) -> list[Side]:
@@ -132,13 +151,17 @@ def _sides(
 
     sides: list[Side] = []
     pipe: Pipeline | None = None
-    for model, own in zip(models, settings):
+    for model, own, put in zip(models, settings, adapters):
         if pipe is None or model != models[0]:
             pipe = Pipeline.from_pretrained(model, device=args.device, dtype=args.dtype)
-        name = " ".join([str(model), *(f"{k.replace('num_inference_', '')}={v}" for k, v in own.items())])
+        if any(adapters):
+            for note in put_on(pipe, put, args):
+                say(f"note: {note}")
+        title = titled_with(str(model), put)
+        name = " ".join([title, *(f"{k.replace('num_inference_', '')}={v}" for k, v in own.items())])
         say(f"{'AB'[len(sides)]}: {name}")
         images = generate(pipe, prompts, args.seed, own, say)
-        report = None if measurement is None else measurement.take(pipe, images, own, str(model))
+        report = None if measurement is None else measurement.take(pipe, images, own, title)
         sides.append(Side(f"{'AB'[len(sides)]}: {name}", images, report))
     return sides
 

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from fastsd.generate.lora_flags import add_lora_arguments
+
 KINDS = {
     "forward": "an image dissolves into noise; its signal-to-noise ratio",
     "reverse": "noise becomes an image: a filmstrip and an animation",
@@ -20,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "; ".join(f"{kind}: {what}" for kind, what in KINDS.items())
     parser.add_argument("kind", metavar="WHAT", help=", ".join(KINDS))
     parser.add_argument("--model", default="digits", metavar="PATH", help="the model (default: the bundled digits)")
+    add_lora_arguments(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="what to generate (default: a prompt that fits the digits)")
     parser.add_argument("--image", metavar="FILE", help="forward, latents: this image in place of a generated one")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the image (default: %(default)s)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
+import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from fastsd.bundled import DIGITS
 from fastsd.config import SchedulerConfig
 from fastsd.errors import FastsdError
 from fastsd.generate.latents import Codec, image_tensor
+from fastsd.generate.lora_flags import adapters_of, put_on, titled_with
 from fastsd.generate.progress import Step
 from fastsd.generate.settings_text import parse_settings
 from fastsd.graph import Graphs
@@ -71,7 +73,11 @@ class Scene:
             if args.model != DIGITS and args.kind != "schedule" and image is None:
                 raise FastsdError("needs what to generate", argument="--prompt")
             prompt = PROMPT
+        adapters = adapters_of(args.lora or ())
         pipe = Pipeline.from_pretrained(args.model, device=args.device, dtype=args.dtype, graphs=False)
+        if adapters:
+            for note in put_on(pipe, adapters, args):
+                print(f"note: {note}", file=sys.stderr)
         unet = pipe.components.unet.config
         if unet.in_channels != unet.out_channels and image is None and args.kind != "schedule":
             raise FastsdError(
@@ -79,9 +85,8 @@ class Scene:
                 argument="--model",
                 path=args.model,
             )
-        return cls(
-            pipe, pipe.components.name, prompt, image, args.seed, settings, pixel, THEMES[args.theme], args.palette
-        )
+        title = titled_with(pipe.components.name, adapters)
+        return cls(pipe, title, prompt, image, args.seed, settings, pixel, THEMES[args.theme], args.palette)
 
     def png(self, image: Image.Image) -> bytes:
         """The bytes of a PNG."""

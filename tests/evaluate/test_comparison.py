@@ -9,10 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from fastsd.evaluate.comparison import compare_images, means
+from fastsd.evaluate.generated import generate
 from fastsd.pipeline import Pipeline
+from fastsd.weights.adapters.apply import Adapter
+from tests.support.adapter_writers import small_lora
 from tests.support.cli import refused
 from tests.support.measuring import Painter, stand_in, write_shapes
 
@@ -64,6 +69,31 @@ def test_two_settings_of_one_model(cli: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert "A: any steps=4" in ran.out
 
 
+@pytest.mark.heavy
+def test_one_model_without_a_lora_and_with_it(model: Path, cli: Any) -> None:
+    """A stays the plain model though B is loaded with it; a LoRA of both changes both."""
+    numbers = torch.Generator().manual_seed(0)
+    save_file({key: torch.randn(x.shape, generator=numbers) for key, x in small_lora().items()}, "ink.safetensors")
+    words = ("compare", model, "--dtype", "fp32", "--prompt", "a cat", "--count", 2, "--json", "x.json", "--overwrite")
+    ran = cli(*words, "--lora-b", "ink.safetensors:0.8")
+    assert ran.code == 0, ran.err
+    found = json.loads(Path("x.json").read_text())
+    assert found["labels"] == [f"A: {model}", f"B: {model} + ink.safetensors:0.8"]
+    pipe = Pipeline.from_pretrained(model, dtype="fp32")
+    images = [generate(pipe, ["a cat"] * 2, 0, {}, str)]
+    pipe.set_adapters([Adapter(Path("ink.safetensors"), 0.8, 0.8)])
+    images.append(generate(pipe, ["a cat"] * 2, 0, {}, str))
+    for pair, expected in zip(found["pairs"], compare_images(*images), strict=True):
+        assert pair["psnr"] == pytest.approx(expected.psnr) and math.isfinite(expected.psnr)
+    ran = cli(*words, "--lora", "ink.safetensors:0.8", "--lora-b", "ink.safetensors:-0.8")
+    assert ran.code == 0, ran.err
+    labels = json.loads(Path("x.json").read_text())["labels"]
+    assert [label.count("ink") for label in labels] == [1, 2]
+    refused(cli(*words, "--lora", "ink.safetensors"), "A and B are the same")
+    refused(cli(*words, "--lora-b", "no.safetensors"), "--lora-b", "no.safetensors: no such adapter")
+    refused(cli(*words, "--lora-a", "ink.safetensors:x"), "--lora-a", "should be a strength")
+
+
 def report(path: Path, cli: Any, *words: object) -> Path:
     ran = cli(
         "evaluate", "--model", "0", "--metrics", "fid", "--count", "10", "--bootstrap", "9", "--json", path, *words
@@ -92,6 +122,9 @@ def test_two_reports_and_two_that_measure_other_things(
     (tmp_path / "none.json").write_text('{"format": "other"}')
     refused(cli("compare", one, tmp_path / "none.json"), "no report")
     refused(cli("compare", one, "digits"), "compared with a report")
+    for words in (("--out", "x.png"), ("--json", "x.json"), ("--overwrite",), ("--count", "3"), ("--lora-b", "x")):
+        refused(cli("compare", one, same, *words), words[0], "has an effect between models alone")
+    assert not Path("x.png").exists() and not Path("x.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from fastsd.pipeline import Pipeline
+from fastsd.weights.adapters.apply import Adapter
 from tests.support.cli import refused
 from tests.support.measuring import COLOURS, Painter, stand_in, write_shapes
 
@@ -50,6 +51,23 @@ def test_a_seed_and_a_caption_for_each_image(data: Path, cli: Any, monkeypatch: 
     assert len(set(prompts)) == 40, "every caption once before any comes again"
     assert [seed for _, seed, _ in model.calls] == [7, 32]
     assert all(settings == {"prompt_syntax": "plain", "num_inference_steps": 4} for _, _, settings in model.calls)
+
+
+def test_a_lora_is_put_on_and_named(data: Path, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, put = Painter(), []
+
+    def set_adapters(adapters: list[Adapter], allow_partial: bool, allow_pickle: bool) -> list[str]:
+        put.append((adapters, allow_partial, allow_pickle))
+        return ["a layer is left out"]
+
+    monkeypatch.setattr(model, "set_adapters", set_adapters, raising=False)
+    monkeypatch.setattr(Pipeline, "from_pretrained", stand_in(model))
+    Path("ink.safetensors").write_bytes(b"")
+    words = ("--data", data, "--metrics", "fid", "--count", "10", "--bootstrap", "9", "--json", "found.json")
+    ran = cli("evaluate", "--model", "0", *words, "--lora", "ink.safetensors:0.5", "--allow-partial")
+    assert ran.code == 0 and "note: a layer is left out" in ran.err
+    assert put == [([Adapter(Path("ink.safetensors"), 0.5, 0.5)], True, False)]
+    assert json.loads(Path("found.json").read_text())["model"] == "0 + ink.safetensors:0.5"
 
 
 def test_the_files_of_a_folder(data: Path, tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:

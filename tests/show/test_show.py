@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from fastsd.image.drawing import DARK, LIGHT
 from fastsd.show import KINDS
 from fastsd.weights import save_folder
+from tests.support.adapter_writers import small_lora
 from tests.support.cli import refused
 from tests.support.tiny import UNET, sd1
 
@@ -61,6 +63,22 @@ def test_another_family_of_another_shape(tmp_path: Path, cli: Any) -> None:
     settings = "steps=2 width=24 height=40"
     ran = cli("show", "attention", "--model", tmp_path / "tiny", "--prompt", "a red cat", "--settings", settings)
     assert ran.code == 0, ran.err
+
+
+@pytest.mark.heavy
+def test_a_lora_is_in_the_image(model: Path, cli: Any) -> None:
+    numbers = torch.Generator().manual_seed(0)
+    save_file({key: torch.randn(x.shape, generator=numbers) for key, x in small_lora().items()}, "ink.safetensors")
+    words = ("show", "reverse", "--model", model, "--prompt", "a cat", "--dtype", "fp32", *QUICK)
+    drawn = {}
+    for name, lora in (("plain", ()), ("inked", ("--lora", "ink.safetensors:0.8"))):
+        ran = cli(*words, *lora, "--out", f"{name}.png")
+        assert ran.code == 0, ran.err
+        with Image.open(f"{name}.webp") as film:
+            film.seek(2)
+            drawn[name] = np.asarray(film.convert("RGB"), int)
+    assert drawn["plain"].shape == drawn["inked"].shape and np.abs(drawn["plain"] - drawn["inked"]).max() > 8
+    refused(cli(*words, "--lora", "no.safetensors", "--out", "none.png"), "--lora", "no.safetensors: no such adapter")
 
 
 @pytest.mark.heavy
