@@ -7,7 +7,7 @@ memory pool: they never run at the same time, and each result is copied out befo
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ from torch import nn
 
 from fastsd.cuda.capture import Recorder, ran_out_of_memory
 from fastsd.kernels import dispatch
+
+log = logging.getLogger(__name__)
 
 MAX_GRAPHS = 16  # a resolution takes about four: text, step, decoder, and with an image the encoder
 
@@ -169,7 +171,7 @@ class Graphs:
         self._failed.add(key)
         if not self._warned:
             self._warned = True
-            warnings.warn(f"fastsd runs without CUDA graphs, slower: the capture failed ({reason})", stacklevel=2)
+            log.warning("fastsd runs without CUDA graphs, slower: the capture failed (%s)", reason)
 
 
 def graph_key(weights: nn.Module) -> Hashable:

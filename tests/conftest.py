@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.support import told
+
 WORKER_MEMORY = 3 * 2**30  # 2 GiB were the most that a process of the tests took, and it starts others
 
 # Set before anything imports them: no test may reach for the network.
@@ -23,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What fastsd keeps between runs is not the user's here; the folder goes when the tests have ended.
 _cache = tempfile.TemporaryDirectory(prefix="fastsd-tests-")
 os.environ["FASTSD_CACHE"] = _cache.name
+told.be_strict()
 with contextlib.suppress(ImportError):  # the GPU tests run without it
     import hypothesis
 

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import logging
 import os
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
 from fastsd.errors import FastsdError
+
+log = logging.getLogger(__name__)
 
 OLDEST_TRITON = (3, 6)
 OLDEST_GPU = (7, 5)
@@ -90,7 +92,7 @@ def _can_run_triton(device: torch.device) -> bool:
     """Whether our kernels run on `device`; one warning if they do not, because PyTorch's are slower."""
     reason = why_no_triton(device)
     if reason is not None:
-        warnings.warn(f"fastsd's kernels do not run here: {reason}; PyTorch's are used, which are slower", stacklevel=2)
+        log.warning("fastsd's kernels do not run here: %s; PyTorch's are used, which are slower", reason)
     return reason is None
 
 
@@ -159,7 +161,7 @@ def fall_back(op: str, reason: str) -> None:
         raise FastsdError(f"{op}: {reason}")
     if (op, reason) not in _warned:
         _warned.add((op, reason))
-        warnings.warn(f"{op}: {reason}; PyTorch computes it instead", RuntimeWarning, stacklevel=3)
+        log.warning("%s: %s; PyTorch computes it instead", op, reason)
 
 
 def widen(x: torch.Tensor) -> torch.Tensor:

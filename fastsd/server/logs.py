@@ -30,7 +30,13 @@ def set_up() -> None:
     """Write the server's log, and what its libraries complain of, to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name, level in (("fastsd.server", logging.INFO), ("uvicorn", logging.ERROR), ("asyncio", logging.ERROR)):
+    levels = {
+        "fastsd": logging.WARNING,
+        "fastsd.server": logging.INFO,
+        "uvicorn": logging.ERROR,
+        "asyncio": logging.ERROR,
+    }
+    for name, level in levels.items():
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 
 from bench.bench_images import pixels
 from bench.measure import distance, image_limit
 from fastsd.pipeline import Pipeline
+from tests.support.told import heard
 
 pytestmark = pytest.mark.gpu
 GUIDANCE = 3.0
@@ -17,10 +16,10 @@ GUIDANCE = 3.0
 
 def image_of(pipe: Pipeline) -> torch.Tensor:
     """`[1, H, W, 3]` in [0, 1]. A warning (a graph that is not captured, a candidate that fails) is an error."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message=".* is new here: every way")  # of a GPU's first use
-        return pixels(pipe("a handwritten eight", seed=1, num_inference_steps=8, guidance_scale=GUIDANCE).images)
+    with heard() as lines:
+        images = pipe("a handwritten eight", seed=1, num_inference_steps=8, guidance_scale=GUIDANCE).images
+    assert all(" is new here: every way" in line for line in lines), lines  # of a GPU's first use
+    return pixels(images)
 
 
 def test_the_first_image_is_that_of_the_cpu() -> None:

@@ -13,6 +13,7 @@ from fastsd.errors import FastsdError
 from fastsd.kernels import candidates, dispatch
 from fastsd.kernels.candidates import GpuOp, OpCandidate
 from fastsd.kernels.choice.op import GPU_OPS, Way
+from tests.support.told import told
 
 
 @pytest.fixture(autouse=True)
@@ -67,18 +68,18 @@ FAULTS = {
 def test_a_candidate_that_fails_is_replaced_and_said_once(kind: str) -> None:
     fault, words = FAULTS[kind]
     op = op_of(("ours", fault), ("torch", None))
-    with pytest.warns(RuntimeWarning, match=re.escape(words)) as caught:
+    with told(match=re.escape(words)) as caught:
         assert torch.equal(candidates.run(op, X), X + 1)
     assert len(caught) == 1
-    assert "played: candidate 'ours' fails on this machine" in str(caught[0].message)
-    assert "'torch' computes it instead" in str(caught[0].message)
+    assert "played: candidate 'ours' fails on this machine" in caught[0]
+    assert "'torch' computes it instead" in caught[0]
     assert torch.equal(candidates.run(op, X), X + 1)  # a second warning would be an error here
     assert calls == ["ours", "torch", "torch"]  # and the first is not tried again
 
 
 def test_other_sizes_are_tried_again_without_a_second_warning() -> None:
     op = op_of(("ours", CompilationError("no")), ("torch", None))
-    with pytest.warns(RuntimeWarning):
+    with told():
         candidates.run(op, X)
     candidates.run(op, torch.ones(4))
     assert calls == ["ours", "torch", "ours", "torch"]
@@ -86,9 +87,9 @@ def test_other_sizes_are_tried_again_without_a_second_warning() -> None:
 
 def test_each_candidate_that_fails_is_said() -> None:
     op = op_of(("one", CompilationError("no")), ("two", OutOfResources("large")), ("torch", None))
-    with pytest.warns(RuntimeWarning) as caught:
+    with told() as caught:
         assert torch.equal(candidates.run(op, X), X + 2)
-    assert [re.findall("'(.*?)'", str(one.message))[0] for one in caught] == ["one", "two"]
+    assert [re.findall("'(.*?)'", one)[0] for one in caught] == ["one", "two"]
 
 
 def test_a_call_that_no_candidate_takes_raises_the_first_error_without_a_warning() -> None:
@@ -123,7 +124,7 @@ def refusing(reason: str, partial: bool) -> OpCandidate:
 
 
 def test_a_refusal_is_said_once_and_that_of_a_partial_candidate_not() -> None:
-    with pytest.warns(RuntimeWarning, match="played: it needs heads of 64; PyTorch computes it instead"):
+    with told(match="played: it needs heads of 64; PyTorch computes it instead"):
         candidates.run(op_of(refusing("it needs heads of 64", False), ("torch", None)), X)
     assert torch.equal(candidates.run(op_of(refusing("not for 3 x 3", True), ("torch", None)), X), X + 1)
 

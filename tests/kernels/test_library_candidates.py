@@ -34,6 +34,7 @@ from fastsd.kernels.triton import geglu as geglu_triton
 from fastsd.kernels.triton import linear_fp8 as linear_fp8_triton
 from tests.support.played_gpu import PlayedGpu, played, restart
 from tests.support.precision import rand
+from tests.support.told import told
 
 HALF = torch.float16
 SAME = (1, 1, 1, 1)
@@ -203,7 +204,7 @@ def test_a_wrong_result_is_told_and_never_used(
 ) -> None:
     gpu.wrong = True
     op, args = op_with(call, monkeypatch), call.args()
-    with pytest.warns(RuntimeWarning, match=f"{op.name}: candidate '{call.candidate}' is excluded: it is wrong"):
+    with told(match=f"{op.name}: candidate '{call.candidate}' is excluded: it is wrong"):
         assert torch.equal(candidates.run(op, *args), op.own.run(args))
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import atexit
 import functools
+import logging
 import math
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -33,6 +33,8 @@ from fastsd.kernels.choice.op import GpuOp, Key, OpCandidate, Way, key_text
 from fastsd.kernels.choice.probe import Prober
 from fastsd.kernels.choice.table import Place, TableEntry
 
+log = logging.getLogger(__name__)
+
 SAVED_EVERY = 2.0  # seconds between two writes of the table, and once more when the process ends
 PAUSE = 10.0  # seconds without a new call, after which the next one belongs to another image size
 BUDGET = 1.0  # seconds that the clock may take for an image size before it hurries
@@ -41,6 +43,7 @@ machine: Machine = CudaMachine()  # tests put a played one here
 lock = threading.RLock()
 said: set[tuple[str, ...]] = set()  # what was warned of
 _gpus: dict[str, GpuChoices] = {}  # by device
+_current = threading.local()  # has `mode`, the thread's ChoiceMode
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,6 @@ class ChoiceMode:
     thorough: bool = False
     ends: float = math.inf
     tell: Callable[[Place, TableEntry], None] | None = None
-
-
-_current = threading.local()
 
 
 def mode() -> ChoiceMode:
@@ -151,7 +151,7 @@ def say(message: str, *about: str) -> None:
     """Warn once of each subject."""
     if about not in said:
         said.add(about)
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        log.warning("%s", message)
 
 
 def tell_incomplete(error: Exception) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import sys
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -22,6 +22,8 @@ from typing import Any
 from fastsd.errors import FastsdError
 from fastsd.files import cache_folder, reason, write_whole
 from fastsd.kernels.choice.op import GpuOp, Way
+
+log = logging.getLogger(__name__)
 
 FORMAT = "fastsd choices 1"
 COMMITTED = Path(__file__).parent.parent / "tables"
@@ -199,7 +201,7 @@ def load(identity: dict[str, Any]) -> ChoiceTable:
     try:
         table = read_file(path)
     except FastsdError as error:
-        warnings.warn(f"{error}; the ops are measured anew, at their first use", stacklevel=2)
+        log.warning("%s; the ops are measured anew, at their first use", error)
         return ChoiceTable(identity)
     return ChoiceTable(identity, table.entries)
 
@@ -212,7 +214,7 @@ def _tell_other_version(other: Path, identity: Mapping[str, Any]) -> None:
     changed = [f"{name} {before[name]}, now {identity[name]}" for name in IDENTITY if before[name] != identity[name]]
     if changed:
         what = "; ".join(changed)
-        warnings.warn(f"the ops of {identity['gpu']} are measured anew, at their first use: {what}", stacklevel=2)
+        log.warning("the ops of %s are measured anew, at their first use: %s", identity["gpu"], what)
 
 
 def shared(identity: Mapping[str, Any], committed_only: bool = False, proven: bool = False) -> dict[Place, TableEntry]:
@@ -232,7 +234,7 @@ def shared(identity: Mapping[str, Any], committed_only: bool = False, proven: bo
             try:
                 table = read_file(path)
             except FastsdError as error:
-                warnings.warn(f"{error}; it is not used", stacklevel=2)
+                log.warning("%s; it is not used", error)
                 continue
             if all(table.identity[name] == identity[name] for name in same):
                 found |= {place: _unchecked(entry) for place, entry in table.entries.items()}

@@ -16,6 +16,7 @@ from fastsd.kernels.choice.op import OpCandidate, Way, decoded, encoded, key_tex
 from fastsd.kernels.choice.probe import ProbeFault, Prober
 from tests.support import dying
 from tests.support.played_gpu import PlayedGpu, doubling, played, restart, way
+from tests.support.told import told
 
 CPU, X = torch.device("cpu"), torch.ones(4)
 
@@ -64,9 +65,9 @@ def test_on_a_gpu_never_seen_before_the_child_dies_and_not_we(tmp_path: Path, mo
         deadly = candidates.GpuOp(
             "dying", dying.double_ref, (OpCandidate("leaves", dying.leaves), dying.OP.own.candidate)
         )
-        with pytest.warns(RuntimeWarning) as told:
+        with told() as lines:
             assert torch.equal(candidates.run(deadly, X), 2 * X)
-        new, dead = (str(one.message) for one in told)
+        new, dead = lines
         assert "NVIDIA H200 (played) is new here" in new and "--no-probe" in new
         assert "'leaves' is excluded: it fails in a process of its own: it ended the process (exit code 3)" in dead
         restart()
@@ -99,10 +100,10 @@ def test_where_no_child_can_start_it_is_said_once_and_the_image_comes(
     monkeypatch.setattr(probe.subprocess, "Popen", fail)
     with played(tmp_path, PlayedGpu(), monkeypatch) as gpu:
         op = doubling(way(gpu, "ours", 1e-6), way(gpu, "torch", 1e-5))
-        with pytest.warns(RuntimeWarning) as told:
+        with told() as lines:
             assert torch.equal(candidates.run(op, X), 2 * X)
             candidates.run(op, torch.ones(5))
-        new, broken = (str(one.message) for one in told)
+        new, broken = lines
         assert "is new here" in new and broken.endswith("which cannot start: processes are not allowed")
 
 
@@ -141,12 +142,9 @@ def test_what_may_lie_elsewhere_is_tried_once_more_by_the_next_process(
             assert torch.equal(candidates.run(op, X), 2 * X)
             return decide.gpu_of(CPU).table.entries["played", key_text(op.key_of((X,)))]
 
-        with pytest.warns(RuntimeWarning) as told:
+        with told() as lines:
             entry = chosen()
-        assert (
-            sum("is left out for now: it ended the process (SIGKILL); the next start" in str(w.message) for w in told)
-            == 2
-        )
+        assert sum("is left out for now: it ended the process (SIGKILL); the next start" in line for line in lines) == 2
         assert entry.candidate == "torch" and set(entry.doubted) == {"ours", "other"} and not entry.excluded
         chosen()  # not in this process
         restart()
@@ -155,7 +153,7 @@ def test_what_may_lie_elsewhere_is_tried_once_more_by_the_next_process(
         assert tried == [["ours", "other"]]
         restart()
         del ends["ours"]
-        with pytest.warns(RuntimeWarning, match="'other' is excluded: it fails in a process of its own again"):
+        with told(match="'other' is excluded: it fails in a process of its own again"):
             entry = chosen()
         assert entry.candidate == "ours" and set(entry.excluded) == {"other"} and not entry.doubted
         restart()

@@ -18,6 +18,7 @@ from fastsd.kernels.choice.op import GpuOp, OpCandidate, Way
 from fastsd.kernels.choice.table import ChoiceTable, TableEntry, entry_of
 from fastsd.kernels.launch.flash_attn import FewKeys, Tile
 from tests.support.played_gpu import IDENTITY
+from tests.support.told import told
 
 OP = GpuOp(
     "played_table",
@@ -75,9 +76,9 @@ def test_other_versions_have_a_file_of_their_own(name: str) -> None:
     if name == "gpu":
         assert tables.load(other).entries == {}
     else:
-        with pytest.warns(UserWarning, match=f"measured anew, at their first use: {name} .*, now other") as told:
+        with told(match=f"measured anew, at their first use: {name} .*, now other") as lines:
             assert tables.load(other).entries == {}
-        assert len(told) == 1
+        assert len(lines) == 1
     tables.save(ChoiceTable(other, {}))
     assert tables.load(other).entries == {} and tables.load(IDENTITY).entries == ENTRIES
 
@@ -113,10 +114,10 @@ def test_a_damaged_table_is_told_in_a_line_and_replaced(kind: str) -> None:
     damage, words = DAMAGE[kind]
     file = tables.save(TABLE)
     file.write_text(damage(file.read_text()))
-    with pytest.warns(UserWarning, match=words) as told:
+    with told(match=words) as lines:
         assert tables.load(IDENTITY).entries == {}
-    (line,) = told
-    assert str(file) in str(line.message) and "measured anew" in str(line.message) and "\n" not in str(line.message)
+    (line,) = lines
+    assert str(file) in line and "measured anew" in line and "\n" not in line
     tables.save(TABLE)
     assert tables.load(IDENTITY).entries == ENTRIES
 
@@ -183,7 +184,7 @@ def test_committed_tables_hold_for_their_gpu_and_imported_ones_come_first(tmp_pa
     (tmp_path / "committed" / "h200.json").write_text(ChoiceTable(IDENTITY, {place: TableEntry("torch")}).text())
     (tmp_path / "committed" / "bad.json").write_text("{")
     (tmp_path / "shared.json").write_text(ChoiceTable(IDENTITY, {place: TableEntry("triton")}).text())
-    with pytest.warns(UserWarning, match="bad.json: it is cut off or damaged.*; it is not used"):
+    with told(match="bad.json: it is cut off or damaged.*; it is not used"):
         assert tables.shared(IDENTITY)[place].candidate == "torch"
     tables.import_file(tmp_path / "shared.json")
     (tmp_path / "committed" / "bad.json").unlink()

@@ -23,6 +23,7 @@ from fastsd.kernels.triton import flash_attn as forward_module
 from fastsd.kernels.triton import flash_attn_gradients as module
 from fastsd.kernels.triton import flash_attn_tiles as tiles
 from tests.support.played_gpu import PlayedGpu, played
+from tests.support.told import told
 from tests.support.triton_checks import (
     DEVICE,
     LAYOUTS,
@@ -283,7 +284,7 @@ def test_the_way_of_both_passes_is_compared_and_timed(
     monkeypatch.setattr(module, "backward", played_backward)
     with played(tmp_path, gpu, monkeypatch), choosing(ChoiceMode(probe=False)):
         given = inputs_of()
-        with pytest.warns(RuntimeWarning, match="'triton' is excluded: it is wrong") if error else nullcontext():
+        with told(match="'triton' is excluded: it is wrong") if error else nullcontext():
             out = op.flash_attn(*given)
         ((place, entry),) = decide.gpu_of(torch.device("cpu")).table.entries.items()
         compared = len(ran)
