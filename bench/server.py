@@ -4,8 +4,10 @@ The same requests, at 1, 4 and 16 clients at once, each of one image with its ow
 in batches of as many images as the server's. The server's time is that until the client has its answer: a PNG, as
 base64, in JSON, over HTTP. The pipeline alone leaves its images in memory. Both run in processes of their own with the
 same settings, in turns.
+A batch of each size comes before the first figure, since oneDNN compiles code for a shape at its first call.
 Clients, server and worker share the processors; the table therefore also has the processor time that an image takes in
-the worker and in the server, beside that of the pipeline alone (on Linux; elsewhere nan).
+the worker and in the server, beside that of the pipeline alone (on Linux; elsewhere nan), and how many images the
+server's batches had: a client that comes too late for its batch costs more than all else.
 """
 
 from __future__ import annotations
@@ -66,9 +68,9 @@ class Clients:
         self.answers: list[bytes] = []
         self._own = threading.local()
 
-    def ask(self, seed: int) -> float:
-        """One image; returns the seconds until it was there."""
-        body = {"prompt": f"a handwritten {DIGITS[seed % 10]}", "seed": seed, "steps": self.steps}
+    def ask(self, seed: int, images: int = 1) -> float:
+        """An answer of so many images; returns the seconds until it was there."""
+        body = {"prompt": f"a handwritten {DIGITS[seed % 10]}", "seed": seed, "steps": self.steps, "batch_size": images}
         encoded = json.dumps(body | {"sampler_name": "DPM++ 2M"}).encode()
         started = time.perf_counter()
         if not hasattr(self._own, "connection"):
@@ -101,13 +103,29 @@ def worker_of(pid: int) -> int:
     return max(map(int, children), key=processor_seconds, default=0)
 
 
+def counted(url: str) -> tuple[float, float]:
+    """How many images a server has made, and in how many batches."""
+    with urllib.request.urlopen(f"{url}metrics") as answer:
+        text = answer.read().decode()
+    names = ("fastsd_images_total", r'fastsd_stage_seconds_count\{stage="total"\}')
+    images, batches = (float(re.search(f"^{name} (.+)$", text, re.M)[1]) for name in names)  # type: ignore[index]
+    return images, batches
+
+
+def warm_up(url: str, steps: int) -> None:
+    """A batch of each size."""
+    for images in range(1, BATCH + 1):
+        Clients(url, steps).ask(0, images)
+
+
 @dataclass(frozen=True)
 class ServedPace:
-    """What a number of clients got: images a second, the median of the seconds of one, and the processor seconds that
-    an image took in the worker and in the server."""
+    """What a number of clients got: images a second, the median of the seconds of one, the images of a batch, and the
+    processor seconds that an image took in the worker and in the server."""
 
     images: float
     seconds: float
+    batch: float
     worker: float
     server: float
 
@@ -115,7 +133,7 @@ class ServedPace:
 def serve_images(url: str, pid: int, images: int, clients: int, steps: int) -> ServedPace:
     """So many images, by so many clients at once."""
     processes = worker_of(pid), pid
-    before = [processor_seconds(one) for one in processes]
+    before, made = [processor_seconds(one) for one in processes], counted(url)
     asking = Clients(url, steps)
     started = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
@@ -123,7 +141,8 @@ def serve_images(url: str, pid: int, images: int, clients: int, steps: int) -> S
     pace = images / (time.perf_counter() - started)
     took = [(processor_seconds(one) - old) / images for one, old in zip(processes, before, strict=True)]
     asking.check()
-    return ServedPace(pace, statistics.median(spent), *took)
+    own, batches = (now - old for now, old in zip(counted(url), made, strict=True))
+    return ServedPace(pace, statistics.median(spent), own / batches, *took)
 
 
 PIPELINE = """if True:
@@ -154,15 +173,15 @@ def pipeline_images(images: int, batch: int, steps: int) -> tuple[float, float]:
 def table(served: dict[int, list[ServedPace]], alone: dict[int, list[tuple[float, float]]]) -> str:
     """Medians of the rounds as a table of Markdown, a row for each number of clients."""
     lines = [
-        "| clients | server, images/s | seconds of one | pipeline alone, images/s | share"
+        "| clients | server, images/s | seconds of one | images of a batch | pipeline alone, images/s | share"
         " | processor ms of an image: worker | server | pipeline alone |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for clients, runs in served.items():
-        pace, spent, worker, own = (statistics.median(column) for column in zip(*map(astuple, runs), strict=True))
+        pace, spent, size, worker, own = (statistics.median(column) for column in zip(*map(astuple, runs), strict=True))
         best, used = (statistics.median(column) for column in zip(*alone[min(clients, BATCH)], strict=True))
         lines.append(
-            f"| {clients} | {pace:.1f} | {spent:.3f} | {best:.1f} | {pace / best:.2f}"
+            f"| {clients} | {pace:.1f} | {spent:.3f} | {size:.1f} | {best:.1f} | {pace / best:.2f}"
             f" | {1000 * worker:.0f} | {1000 * own:.0f} | {1000 * used:.0f} |"
         )
     return "\n".join(lines)
@@ -178,7 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
     alone: dict[int, list[tuple[float, float]]] = {1: [], BATCH: []}
     for _ in range(args.rounds):
         with server() as (url, pid):
-            serve_images(url, pid, 2 * BATCH, BATCH, args.steps)
+            warm_up(url, args.steps)
             for clients in CLIENTS:
                 served[clients].append(serve_images(url, pid, args.images, clients, args.steps))
         for batch, found in alone.items():
