@@ -61,7 +61,7 @@ class Limits:
         work = sides["width"] * sides["height"] * count * steps
         if work > self.work:
             raise FastsdError(
-                f"{{width}} x {{height}} x images x {{num_inference_steps}} is {work:.3g}; at most {self.work:.3g} are "
+                f"pixels x images x {{num_inference_steps}} is {work:.3g}; at most {self.work:.3g} are "
                 "done for one request"
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -73,6 +74,14 @@ class ImageRequest(BaseModel):
             except FastsdError as error:
                 raise FastsdError(error.message, argument=field, value=error.value) from None
         return found
+
+    @property
+    def spellings(self) -> dict[str, str]:
+        """The parameters that this body gives once, and what it calls them."""
+        fields = list(self.model_extra or {})
+        names = [ALIASES.get(field, field) for field in fields]
+        given = Counter(names)
+        return {name: field for name, field in zip(names, fields, strict=True) if given[name] == 1}
 
     @property
     def without_effect(self) -> list[str]:

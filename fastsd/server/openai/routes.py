@@ -72,7 +72,7 @@ def openai_routes(state: State) -> APIRouter:
     @router.post("/images/generations", responses=EVENTS)
     async def generations(request: Request, body: ImageGeneration) -> Response:
         """Text to image."""
-        request.state.names, request.state.statuses = NAMES, {"model": 404}
+        request.state.names, request.state.statuses = NAMES | body.spellings, {"model": 404}
         state.queue.check_room()
         draft = translate(body, state.catalogue, state.settings.limits)
         return await answer(state, request, body, draft, "image_generation")
@@ -83,6 +83,7 @@ def openai_routes(state: State) -> APIRouter:
         request.state.names, request.state.statuses = NAMES, {"model": 404}
         state.queue.check_room()
         body, files = await read_form(request)
+        request.state.names = NAMES | body.spellings
         mask = files["mask"][0] if "mask" in files else None
         draft = await asyncio.to_thread(
             translate, body, state.catalogue, state.settings.limits, files["image"][0], mask
@@ -189,8 +190,9 @@ async def stream(
             own_notes = [*notes, *finished.notes]
             yield _event(f"{kind}.completed", b64_json=encoded, seed=own["seed"], notes=own_notes, **found)
     except FastsdError as error:
-        message = describe(error, lambda name: NAMES.get(name, name))
-        yield _event("error", **error_body("/v1/", 422, message, NAMES.get(error.argument or "", error.argument)))
+        names = request.state.names
+        message = describe(error, lambda name: names.get(name, name))
+        yield _event("error", **error_body("/v1/", 422, message, names.get(error.argument or "", error.argument)))
     except JobError as error:
         yield _event("error", **error_body("/v1/", 500, str(error)))
     finally:

@@ -104,6 +104,7 @@ def test_timesteps_are_a_list_or_a_text_and_checked() -> None:
         ({"size": "99999x8"}, 422, "size", "a whole number from 8 to 8192"),
         ({"size": "4096x64"}, 422, "size", "at most 2048 pixels"),
         ({"steps": 0}, 422, "steps", "a whole number from 1 to 1000"),
+        ({"steps": 1000, "size": "2048x2048"}, 422, None, "pixels x images x steps is"),
         ({"stepps": 5}, 422, "stepps", "did you mean steps?"),
         ({"image": "x"}, 422, "image", "no such parameter"),
         ({"controls": []}, 422, "controls", "no such parameter"),
