@@ -12,7 +12,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bench.compiled import Unaligned
+from bench.compiled import Compiled, Unaligned, compile_kernel
 from fastsd.kernels.launch import architecture
 
 OnLaunch = Callable[[Any, dict[str, Any]], None]  # gets a kernel, and its arguments and compiler options by name
@@ -25,6 +25,11 @@ class KernelLaunch:
     case: str
     kernel: Any
     arguments: dict[str, Any]
+
+    def compiled(self, capability: int) -> Compiled:
+        """Compile it for sm_`capability`."""
+        options = {name: self.arguments[name] for name in ("num_stages", "maxnreg") if self.arguments.get(name)}
+        return compile_kernel(self.kernel, capability, self.arguments.get("num_warps", 4), self.arguments, **options)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from bench.intercept import KernelLaunch, intercepted_launches
+from bench.model_calls import ChannelsLast, encoders, steps, unets
 from bench.options import above_zero, count
 from fastsd.kernels import candidates, dispatch
 from fastsd.kernels.choice import decide
@@ -52,8 +53,6 @@ class CompilerDriver:
 
 def every_launch(sm: int, fp8: bool = False) -> list[KernelLaunch]:
     """Each launch of every way of each op of the models and of the sampler's step, once; `fp8`: of UNets in fp8 too."""
-    from tests.support.launches import ChannelsLast, encoders, steps, unets
-
     found: dict[str, KernelLaunch] = {}
     tried: set[tuple[str, Key]] = set()
 

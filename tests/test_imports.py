@@ -1,4 +1,7 @@
-"""Imports run one way: errors, config -> kernels -> model, sampling, graph -> weights -> pipeline -> what uses it."""
+"""Imports run one way: errors, config -> kernels -> model, sampling, graph -> weights -> pipeline -> what uses it.
+
+Those of bench/ too, in no circle.
+"""
 
 from __future__ import annotations
 
@@ -54,8 +57,8 @@ ALLOWED = {
 FACE = {"diffusers", "errors", "generate", "pipeline", "upscale", "weights"}
 
 
-def imported_modules(source: str, module: str, is_package: bool) -> list[str]:
-    """Absolute names of everything under fastsd that `source` imports, inside functions too.
+def imported_modules(source: str, module: str, is_package: bool, top: str = "fastsd") -> list[str]:
+    """Absolute names of everything under `top` that `source` imports, inside functions too.
 
     `module` is the dotted name of the source, which relative imports start from. `from a import b` gives `a.b`, since
     b may be a module. What stands under `if TYPE_CHECKING:` counts too: it is an edge in the design.
@@ -71,7 +74,7 @@ def imported_modules(source: str, module: str, is_package: bool) -> list[str]:
                 parents = module.split(".")[: len(module.split(".")) - drop]
                 base = ".".join([*parents, *([node.module] if node.module else [])])
             found += [f"{base}.{alias.name}" for alias in node.names]
-    return [name for name in found if name == "fastsd" or name.startswith("fastsd.")]
+    return [name for name in found if name == top or name.startswith(f"{top}.")]
 
 
 def room(module: str) -> str:
@@ -96,9 +99,9 @@ def bad_edges(source: str, module: str, is_package: bool = False) -> list[str]:
     return bad
 
 
-def sources() -> list[tuple[str, Path]]:
+def sources(top: str = "fastsd") -> list[tuple[str, Path]]:
     files = []
-    for file in sorted(PACKAGE.rglob("*.py")):
+    for file in sorted((PACKAGE.parent / top).rglob("*.py")):
         parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
         files.append((".".join(part for part in parts if part != "__init__"), file))
     return files
@@ -115,9 +118,10 @@ def test_imports_run_one_way(module: str, file: Path) -> None:
     assert not edges, "against the order of the modules: " + "; ".join(edges)
 
 
-def test_modules_import_one_another_in_no_circle() -> None:
+@pytest.mark.parametrize(("top", "known_module"), [("fastsd", "fastsd.pipeline"), ("bench", "bench.intercept")])
+def test_modules_import_one_another_in_no_circle(top: str, known_module: str) -> None:
     """Within a subpackage too, and inside functions; a package's `__init__` stands for the package."""
-    names = {module for module, _ in sources()}
+    names = {module for module, _ in sources(top)}
 
     def known(name: str) -> str:
         return name if name in names else name.rpartition(".")[0]
@@ -125,11 +129,11 @@ def test_modules_import_one_another_in_no_circle() -> None:
     edges = {
         module: {
             known(name)
-            for name in imported_modules(file.read_text(encoding="utf-8"), module, file.name == "__init__.py")
+            for name in imported_modules(file.read_text(encoding="utf-8"), module, file.name == "__init__.py", top)
         }
-        - {module, "fastsd"}
-        for module, file in sources()
-        if module != "fastsd"  # it hands out names of all of them
+        - {module, top}
+        for module, file in sources(top)
+        if module != top  # it hands out names of all of them
     }
     order: list[str] = []
     while edges:
@@ -138,7 +142,16 @@ def test_modules_import_one_another_in_no_circle() -> None:
         order += free
         for module in free:
             del edges[module]
-    assert "fastsd.pipeline" in order
+    assert known_module in order
+
+
+def test_what_is_measured_knows_neither_tests_nor_what_measures_it() -> None:
+    """tests -> bench -> fastsd."""
+    for top, others in {"fastsd": ("bench", "tests"), "bench": ("tests",)}.items():
+        for module, file in sources(top):
+            for other in others:
+                found = imported_modules(file.read_text(encoding="utf-8"), module, file.name == "__init__.py", other)
+                assert not found, f"{module} imports {found[0]}"
 
 
 def replaced_functions() -> set[str]:

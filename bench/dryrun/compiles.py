@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -20,10 +19,10 @@ from pathlib import Path
 import torch
 import triton
 
-from bench import compile_report
 from bench.compiled import SHARED
 from bench.dryrun.launches import loads
 from bench.intercept import KernelLaunch
+from bench.machine_code import spills_in_a_loop
 
 ROOT = Path(__file__).parents[2]
 EVERY: list[KernelLaunch] = []  # what processes that are forked from this one find here: kernels cannot be sent to them
@@ -47,7 +46,7 @@ class CodeSize:
 def size_of(launch: KernelLaunch, sm: int) -> CodeSize:
     """Compile a launch for sm_`sm`."""
     try:
-        made = compile_report.compiled(launch, sm)
+        made = launch.compiled(sm)
     except Exception as error:  # of any kind: the compiler's own, and those of the tools that it calls
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -57,28 +56,6 @@ def size_of(launch: KernelLaunch, sm: int) -> CodeSize:
     return CodeSize(
         made.registers, made.spills, made.shared, looped=bool(made.spills) and spills_in_a_loop(made.machine)
     )
-
-
-def spills_in_a_loop(machine: str) -> bool:
-    """Whether local memory is accessed between a label and a later branch to it.
-
-    What is never read was not spilled: under Triton 3.6 each TMA copy of sm_120 has a branch to another block of a
-    cluster, which is never taken; it would call a function, with an argument of 8 bytes in local memory.
-    """
-    if not re.search(r"\bLDL\b", machine):
-        return False
-    labels: dict[str, int] = {}
-    accesses: list[int] = []
-    for i, line in enumerate(machine.splitlines()):
-        label = compile_report.LABEL.match(line)
-        target = re.search(r"\bBRA[.\w]* .*`\((\.L_\w+)\)", line)
-        if label:
-            labels[label[1]] = i
-        elif re.search(r"\b(?:LDL|STL)\b", line):
-            accesses.append(i)
-        elif target and any(labels.get(target[1], i) < access for access in accesses):
-            return True
-    return False
 
 
 def wrong(launch: KernelLaunch, size: CodeSize, sm: int) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import triton
 
-from bench import compile_report
+from bench import kernel_calls
 from bench.dryrun.device import DEVICE, why_not
 from bench.dryrun.gpus import Gpu
 from bench.dryrun.record import DryRun, dry_run
@@ -54,15 +54,15 @@ def launches(sm: int) -> list[KernelLaunch]:
                 generate(run, FAMILIES[name], way)
             found += met(run, f"{name} {way}")
         found += of_steps(sm)
-    return distinct([*found, *every_launch(sm, fp8=sm >= compile_report.FP8), *of_report(sm)])
+    return distinct([*found, *every_launch(sm, fp8=sm >= kernel_calls.FP8), *of_report(sm)])
 
 
 def of_report(sm: int) -> list[KernelLaunch]:
     """The launches of the compile report, the same in fp32, and those of training."""
     dtypes = (torch.float16, *((torch.bfloat16,) if sm >= 80 else ()), torch.float32)
-    named = ((dtype, launch) for dtype in dtypes for launch in compile_report.launches(sm, dtype))
+    named = ((dtype, launch) for dtype in dtypes for launch in kernel_calls.launches(sm, dtype))
     found = [replace(launch, case=f"{launch.case} {dtype}") for dtype, launch in named]
-    return [*found, *compile_report.training_launches(sm)]
+    return [*found, *kernel_calls.training_launches(sm)]
 
 
 def of_steps(sm: int) -> list[KernelLaunch]:

@@ -13,7 +13,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton
 
-from bench.compile_report import DTYPES, REPORT, SHARED, Loop, bound, counts, heading, launches, line, lines, main_loop
+from bench.compile_report import DTYPES, REPORT, SHARED, bound, heading, line, lines
+from bench.kernel_calls import launches
+from bench.machine_code import Loop, counts, main_loop
 
 QUICK = ("groupnorm_silu 64x1280", "layernorm 320", "geglu 1280", "advance", "flash_attn 4096x4096x40")
 COMMITTED = REPORT.read_text().splitlines()

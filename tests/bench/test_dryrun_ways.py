@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="no Triton for this platform")
 
 import torch
 
-from bench import warm
+from bench import model_calls, warm
 from bench.compiled import SHARED
 from bench.dryrun import docs, launches
 from bench.dryrun.compiles import CompiledLaunches
@@ -32,7 +32,6 @@ from bench.intercept import KernelLaunch
 from fastsd.generate import batch as batches
 from fastsd.generate.noise import Noise
 from fastsd.kernels import dispatch
-from tests.support import launches as support
 from tests.support.project import OLDEST_TRITON, ROOT, TRITON_FOLDER
 
 pytestmark = [
@@ -126,7 +125,7 @@ def other_candidates(known: Path) -> list[KernelLaunch]:
     each tile of a kernel."""
     keys = {warm.compiler_key(launch.kernel, launch.arguments) for launch in launches.loads(known.read_bytes())}
     found = {}
-    with patch.object(support, "UNETS", support.UNETS[:1]), patch.object(support, "ENCODERS", {}):
+    with patch.object(model_calls, "UNETS", model_calls.UNETS[:1]), patch.object(model_calls, "ENCODERS", {}):
         for launch in warm.every_launch(SM, fp8=True):
             name, arguments = launch.kernel.fn.__name__, launch.arguments
             tile = tuple(arguments.get(key) for key in TILE)

@@ -14,13 +14,12 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from bench import warm
+from bench import model_calls, warm
 from bench.intercept import KernelLaunch, intercepted_launches
 from fastsd import config
 from fastsd.kernels import dispatch
 from fastsd.kernels.launch import architecture
 from fastsd.kernels.triton import layernorm as layernorm_triton
-from tests.support import launches as support
 
 pytestmark = [
     pytest.mark.heavy,
@@ -92,8 +91,8 @@ def test_every_way_of_every_op_is_found_for_the_class_that_is_asked_for(monkeypa
 
     sm_80 has no copy engine: nothing that is found for it reads boxes. Products of fp8 begin with sm_89.
     """
-    monkeypatch.setattr(support, "UNETS", [("SD1.5", config.SD15_UNET, ((64, 64),))])
-    monkeypatch.setattr(support, "ENCODERS", {})
+    monkeypatch.setattr(model_calls, "UNETS", [("SD1.5", config.SD15_UNET, ((64, 64),))])
+    monkeypatch.setattr(model_calls, "ENCODERS", {})
     found = {sm: warm.every_launch(sm, fp8=sm == 90) for sm in (80, 90)}
     names = {sm: {launch.kernel.fn.__name__ for launch in some} for sm, some in found.items()}
     assert {"_flash_attn_kernel", "_groupnorm_silu_kernel", "_layernorm_kernel", "_advance_kernel"} <= names[80]

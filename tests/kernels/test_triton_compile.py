@@ -19,7 +19,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 from triton.backends.compiler import GPUTarget
 
-from bench.compile_report import compiled
 from bench.compiled import SHARED, compile_kernel, source_of
 from bench.intercept import KernelLaunch, intercepted_launches
 from fastsd.kernels.launch import OPTIONS, groupnorm_silu
@@ -207,10 +206,10 @@ def test_conv2d_compiles(case, capability, dtype):
         if capability == AMD:
             examine_amd(launch.kernel, launch.arguments["num_warps"], launch.arguments, wide=False)
             continue
-        made = compiled(launch, capability)
+        made = launch.compiled(capability)
         assert made.spills == 0 and made.shared <= SHARED[capability], (case, capability, made)
     if capability >= 90 and capability != AMD:
-        assert ("UTMALDG" in compiled(found[0], capability).machine) == boxes
+        assert ("UTMALDG" in found[0].compiled(capability).machine) == boxes
     elif capability != AMD:
-        assert max(compiled(found[0], capability).copies) == (64 if inputs == 4 else 128)
-    assert capability != 90 or "HGMMA" in compiled(found[0], capability).machine
+        assert max(found[0].compiled(capability).copies) == (64 if inputs == 4 else 128)
+    assert capability != 90 or "HGMMA" in found[0].compiled(capability).machine

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton", reason="no Triton for this platform")
 
+from bench.model_calls import ChannelsLast, built, empty
 from fastsd import config
 from fastsd.kernels import candidates, dispatch
 from fastsd.kernels.candidates import GpuOp
@@ -25,7 +26,6 @@ from fastsd.kernels.choice.measure import ROUNDS, SLOW, SLOW_ROUNDS
 from fastsd.model.clip import TextEncoder
 from fastsd.model.unet import AddedConditioning, UNet
 from fastsd.model.vae import AutoencoderKL
-from tests.support.launches import ChannelsLast, built, empty
 
 FLOPS, BYTES, LAUNCH, HOST = 100e12, 1e12, 4e-6, 2e-3
 MOST = 6  # ways of a call at its first use
