@@ -83,7 +83,7 @@ def wants_packed(shape: torch.Size, weight: torch.Tensor, stride: int, padding: 
         return True
     outputs, inputs = weight.shape[:2]
     mean = 2 * inputs * outputs // (inputs + outputs)
-    height, width = _size(shape, weight, stride, padding)
+    height, width = size_of(shape, weight, stride, padding)
     return choices.way("conv2d", weight.dtype, min(mean, height * width // 3)) == "direct"
 
 
@@ -192,14 +192,14 @@ def _launches(
     padding: Padding,
     *_: Any,
 ) -> list[ConvBoxes | ConvPointers]:
-    height, width = _size(x.shape, weight, stride, padding)
+    height, width = size_of(x.shape, weight, stride, padding)
     outputs, inputs, *kernel = weight.shape
     key = architecture.class_of(x.device)
     return variants.convolutions(thorough, key, height, width, inputs, outputs, math.prod(kernel), stride, 1)
 
 
-def _size(shape: torch.Size, weight: torch.Tensor, stride: int, padding: Padding) -> tuple[int, int]:
-    """Height and width of the result."""
+def size_of(shape: torch.Size, weight: torch.Tensor, stride: int, padding: Padding) -> tuple[int, int]:
+    """Height and width of the result for `x` of this shape."""
     left, right, top, bottom = padding
     kernel = weight.shape[2:]
     height, width = ((n - k) // stride + 1 for n, k in zip((shape[1] + top + bottom, shape[2] + left + right), kernel))
@@ -236,7 +236,7 @@ def _first(
     if inputs % VECTOR or outputs % VECTOR:
         return "triton"
     left, right, top, bottom = padding
-    height, width = _size(x.shape, weight, stride, padding)
+    height, width = size_of(x.shape, weight, stride, padding)
     passes = 0.0 if bias is None and residual is None and not relu else 2.0 if residual is None else 3.0
     if (left, top) != (right, bottom):  # cuDNN needs a padded copy
         passes += 2 * stride**2 * inputs / outputs

@@ -25,9 +25,11 @@ LARGEST = 448.0  # of e4m3
 def row_scales(x: torch.Tensor) -> torch.Tensor:
     """The smallest power of two s with max|x| / s <= 448, for each row of `x` `[..., K]`. Returns `[...]` fp32.
 
-    It is 2^k between the limits of normal fp32 numbers; k follows from the bits of max|x|: 448 = 1.75 * 2^8.
+    It is 2^k between the limits of normal fp32 numbers; k follows from the bits of max|x|: 448 = 1.75 * 2^8. A number
+    that is none counts as infinity.
     """
-    bits = x.abs().amax(dim=-1).float().view(torch.int32)
+    bits = x.abs().amax(dim=-1).float().view(torch.int32) & 0x7FFFFFFF
+    bits = bits.clamp(max=0x7F800000)
     exponent = ((bits + 0x1FFFFF) >> 23) - 8  # biased; the sum carries where the significand exceeds 1.75
     return (exponent.clamp(1, 253) << 23).view(torch.float32)
 

@@ -17,7 +17,7 @@ OPS = {"add_product", "advance", "conv2d", "flash_attn", "geglu", "groupnorm_sil
 
 
 def test_every_op_is_found() -> None:
-    assert set(ops()) == OPS | {"upsample2x_conv", "geglu_fp8", "linear_fp8"}
+    assert set(ops()) == OPS | {"upsample2x_conv", "conv2d_fp8", "geglu_fp8", "linear_fp8"}
     assert ops()["linear"].run is linear
 
 

@@ -10,6 +10,8 @@ import functools
 import math
 from dataclasses import dataclass
 
+from fastsd.kernels.launch.linear import EXACT
+
 
 @dataclass(frozen=True)
 class ConvBoxes:
@@ -80,14 +82,22 @@ TABLE: dict[int, ConvSettings] = {
 }
 
 PIXELS = 128  # of a tile; twice as many where that leaves two programs for each multiprocessor
-ALIGNED = 8  # input channels whose 16 bits make the 16 bytes that the copy engine counts in
+ALIGNED = 16  # bytes of input channels, in which the copy engine counts
 IMAGES = 2  # in a batch, as guidance has; the number of programs is estimated for them
 STEPS = 12  # the fewest of one program of a split
 
 
 @functools.lru_cache(maxsize=1024)
 def choose(
-    architecture: int, height: int, width: int, inputs: int, outputs: int, taps: int, stride: int, phases: int
+    architecture: int,
+    height: int,
+    width: int,
+    inputs: int,
+    outputs: int,
+    taps: int,
+    stride: int,
+    phases: int,
+    itemsize: int = 2,
 ) -> ConvBoxes | ConvPointers:
     """The launch for `[B, height, width, outputs]`, of each phase. It does not depend on B: a batch changes no sums.
 
@@ -95,16 +105,20 @@ def choose(
         inputs, outputs: channels.
         taps: of the kernel: 9 of 3 x 3.
         phases: 4 for the upsampling by two, whose maps are of height x width each; otherwise 1.
+        itemsize: 1 for fp8, with twice the channels in the bytes of a step, unless an eighth of them would be zeros.
     """
     settings = TABLE[architecture]
-    boxes = settings.boxes and stride == 1 and inputs % ALIGNED == 0
+    boxes = settings.boxes and stride == 1 and inputs * itemsize % ALIGNED == 0
     groups = boxes and architecture < 120  # of warps multiply together, from shared memory
     channels, pixels = _channels(outputs, two_parts=groups), PIXELS
     narrow = sum(channels) <= 64
     depth, warps, stages = settings.narrow if narrow else (settings.depth, settings.warps, settings.stages)
-    depth = min(depth, max(_power_of_two(inputs), 16))
+    depth = min(depth * 2 // itemsize, max(_power_of_two(inputs), 32 // itemsize))
+    if itemsize == 1 and 8 * (-inputs % depth) > inputs:
+        depth //= 2
     many = 2 * settings.programs * 2 * PIXELS * 128
-    if groups and outputs % 128 == 0 and IMAGES * height * width * outputs * phases >= many:
+    spills = itemsize == 1 and architecture in EXACT  # sums of fp8 products stand twice in registers
+    if groups and not spills and outputs % 128 == 0 and IMAGES * height * width * outputs * phases >= many:
         channels, pixels = (128, 0), 2 * PIXELS  # fewer bytes for each product
     swapped = groups and channels == (128, 0)
     tiles = -(-outputs // sum(channels)) * phases * -(-IMAGES * height * width // pixels)

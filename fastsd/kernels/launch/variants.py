@@ -134,17 +134,20 @@ def _convolutions(
     taps: int,
     stride: int,
     phases: int,
+    itemsize: int = 2,
 ) -> Iterator[conv2d.ConvBoxes | conv2d.ConvPointers]:
-    """Tiles of other sizes, other depths of the pipeline, and sums in more or fewer parts."""
-    steps = taps * -(-inputs // committed.depth)
-    splits = [n for n in sorted({1, 2, 4, 8, committed.split}) if n <= max(steps // 4, 1)]
+    """Tiles of other sizes, other depths of the pipeline and, in fp8, of a step, and sums in more or fewer parts."""
+    depths = sorted({committed.depth, 64, 128}) if itemsize == 1 and committed.depth >= 64 else [committed.depth]
     tiles = [(128, 0), (64, 0)] if outputs > 64 else []
-    for split, stages, pixels in itertools.product(splits, (2, 3, 4), (64, 128, 256)):
-        if isinstance(committed, conv2d.ConvPointers):
-            for columns in dict.fromkeys([committed.channels, *(first for first, _ in tiles)]):
-                yield replace(committed, pixels=pixels, channels=columns, stages=stages, split=split)
-            continue
-        box = conv2d.box_of(height, width, pixels)
-        for channels in dict.fromkeys([committed.channels, *tiles]):
-            for swapped in {False, committed.swapped and channels == committed.channels}:
-                yield replace(committed, box=box, channels=channels, stages=stages, split=split, swapped=swapped)
+    for depth, stages, pixels in itertools.product(depths, (2, 3, 4), (64, 128, 256)):
+        steps = taps * -(-inputs // depth)
+        for split in (n for n in sorted({1, 2, 4, 8, committed.split}) if n <= max(steps // 4, 1)):
+            near = replace(committed, depth=depth, stages=stages, split=split)
+            if isinstance(near, conv2d.ConvPointers):
+                for columns in dict.fromkeys([near.channels, *(first for first, _ in tiles)]):
+                    yield replace(near, pixels=pixels, channels=columns)
+                continue
+            box = conv2d.box_of(height, width, pixels)
+            for channels in dict.fromkeys([near.channels, *tiles]):
+                for swapped in {False, near.swapped and channels == near.channels}:
+                    yield replace(near, box=box, channels=channels, swapped=swapped)

@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastsd.kernels import dispatch
 from fastsd.kernels.launch import OPTIONS, architecture
 from fastsd.kernels.launch.conv2d import OFFSETS, UNUSED, ConvBoxes, ConvPointers, choose, widest_offset
+from fastsd.kernels.launch.linear import EXACT
 from fastsd.kernels.triton.conv2d_pointers import _conv2d_pointers_kernel
 from fastsd.kernels.triton.conv2d_tiles import _conv2d_sum_kernel
 from fastsd.kernels.triton.conv2d_tma import _conv2d_tma_kernel
@@ -32,9 +33,11 @@ class Convolution(NamedTuple):
     """One call that the kernels take.
 
     Attributes:
-        weight: `[phases, N, kh, kw, C]`.
+        x: `[B, H, W, C]`; weight: `[phases, N, kh, kw, C]`; both in fp8 if there are `scales`.
+        dtype: of the result, bias and residual.
         size: rows and columns of the result, or of each of its phases.
         corner: rows and columns of zeros above and left of the map.
+        scales: of fp8 operands, `[B]` and `[N]` fp32.
     """
 
     x: torch.Tensor
@@ -45,6 +48,8 @@ class Convolution(NamedTuple):
     size: tuple[int, int]
     stride: int
     corner: tuple[int, int]
+    dtype: torch.dtype
+    scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
 
     @property
     def up(self) -> int:
@@ -53,10 +58,10 @@ class Convolution(NamedTuple):
     def run(self, launch: ConvBoxes | ConvPointers | None) -> torch.Tensor:
         phases, outputs, kh, kw, inputs = self.weight.shape
         (height, width), x = self.size, self.x
-        out = torch.empty(len(x), self.up * height, self.up * width, outputs, dtype=x.dtype, device=x.device)
+        out = torch.empty(len(x), self.up * height, self.up * width, outputs, dtype=self.dtype, device=x.device)
         if out.numel() == 0:
             return out
-        key = (height, width, inputs, outputs, kh * kw, self.stride, phases)
+        key = (height, width, inputs, outputs, kh * kw, self.stride, phases, x.element_size())
         launch = launch or choose(architecture.class_of(x.device), *key)
         if isinstance(launch, ConvBoxes) and not all(map(_aligned, (x, self.weight))):
             launch = launch.by_address()
@@ -91,7 +96,7 @@ class Convolution(NamedTuple):
         )
         x = TensorDescriptor(self.x, list(self.x.shape), list(self.x.stride()), [*launch.box, launch.depth])
         _conv2d_tma_kernel[(tiles * -(-outputs // sum(launch.channels)), phases, launch.split)](
-            *(x, first, second, self.bias, self.residual, out, len(self.x), *self.size, *self.corner),
+            *(x, first, second, self.bias, self.residual, *self.scales, out, len(self.x), *self.size, *self.corner),
             **self._constants(launch),
             IMAGES=images,
             ROWS=rows,
@@ -106,18 +111,21 @@ class Convolution(NamedTuple):
         batch, height, width, _ = self.x.shape
         tiles = -(-batch * self.size[0] * self.size[1] // launch.pixels) * -(-outputs // launch.channels)
         _conv2d_pointers_kernel[(tiles, phases, launch.split)](
-            *(self.x, self.weight, self.bias, self.residual, out, batch, height, width, *self.size, *self.corner),
+            *(self.x, self.weight, self.bias, self.residual, *self.scales, out),
+            *(batch, height, width, *self.size, *self.corner),
             **self._constants(launch),
             STRIDE=self.stride,
             BM=launch.pixels,
             BN=launch.channels,
         )
 
-    def _constants(self, launch: ConvBoxes | ConvPointers) -> dict[str, int | str | bool]:
+    def _constants(self, launch: ConvBoxes | ConvPointers) -> dict[str, int | str | bool | None]:
         _, outputs, kh, kw, inputs = self.weight.shape
         sizes = {"C": inputs, "N": outputs, "KH": kh, "KW": kw, "UP": self.up, "BK": launch.depth}
         options = {"SPLITS": launch.split, "num_warps": launch.warps, "num_stages": launch.stages}
-        return {**sizes, **options, "ACTIVATION": self.activation, **OPTIONS}
+        exact = EXACT.get(architecture.class_of(self.x.device)) if self.x.element_size() == 1 else None
+        sums = {"EXACT": None if exact is None else min(exact, launch.depth)}
+        return {**sizes, **sums, **options, "ACTIVATION": self.activation, **OPTIONS}
 
 
 def conv2d(
@@ -152,8 +160,8 @@ def conv2d(
     if reason is not None:
         raise ValueError(f"conv2d: {reason}")
     taps = weight.permute(0, 2, 3, 1)[None]
-    corner, size = (padding[2], padding[0]), _size(x, weight, stride, padding)
-    return Convolution(x, taps, bias, residual, activation, size, stride, corner).run(launch)
+    corner, size = (padding[2], padding[0]), size_of(x, weight, stride, padding)
+    return Convolution(x, taps, bias, residual, activation, size, stride, corner, x.dtype).run(launch)
 
 
 def refusal(
@@ -177,9 +185,23 @@ def refusal(
             return f"{name} is {str(t.dtype)[6:]}; the kernel takes {names} for all tensors"
     if activation not in ACTIVATIONS:
         return f"activation {activation!r}; it must be {', '.join(ACTIVATIONS)}"
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
+        return "the kernel has no gradients; use the torch backend for training"
+    return misplaced(x, weight, bias, stride, padding, residual)
+
+
+def misplaced(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: int,
+    padding: Padding,
+    residual: torch.Tensor | None,
+) -> str | None:
+    """Why the kernels cannot read or write these tensors: their sizes, or where they are in memory."""
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1] != x.shape[3]:
         return f"x is {list(x.shape)}, weight is {list(weight.shape)}; they need [B, H, W, C] and [N, C, kh, kw]"
-    size = _size(x, weight, stride, padding)
+    size = size_of(x, weight, stride, padding)
     result = [len(x), *size, len(weight)]
     if min(size) < 1 or not weight.numel():
         return f"the result is {result}; it needs a pixel and a channel"
@@ -192,14 +214,11 @@ def refusal(
         return f"bias is {list(bias.shape)}; it needs [{len(weight)}], contiguous"
     if residual is not None and list(residual.shape) != result:
         return f"residual is {list(residual.shape)}; it needs the shape of the result, {result}"
-    for name in {"x", "residual"} & set(tensors):
-        if not tensors[name].is_contiguous():
-            strides = list(tensors[name].stride())
-            return f"{name} {list(tensors[name].shape)} has strides {strides}; the kernel needs it contiguous"
+    for name, t in (("x", x), ("residual", residual)):
+        if t is not None and not t.is_contiguous():
+            return f"{name} {list(t.shape)} has strides {list(t.stride())}; the kernel needs it contiguous"
     if not weight.is_contiguous(memory_format=torch.channels_last):
         return f"weight has strides {list(weight.stride())}; the kernel needs channels-last memory"
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
-        return "the kernel has no gradients; use the torch backend for training"
     return None
 
 
@@ -208,7 +227,7 @@ def _aligned(x: torch.Tensor) -> bool:
     return x.storage_offset() * x.element_size() % 16 == 0
 
 
-def _size(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: Padding) -> tuple[int, int]:
+def size_of(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: Padding) -> tuple[int, int]:
     """Rows and columns of the result."""
     left, right, top, bottom = padding
     height, width = x.shape[1] + top + bottom - weight.shape[2], x.shape[2] + left + right - weight.shape[3]

@@ -17,6 +17,8 @@ def _conv2d_pointers_kernel(
     w_ptr,  # [PHASES, N, KH, KW, C]
     bias_ptr,  # [N] or None
     residual_ptr,  # like out_ptr, or None
+    scale_x_ptr,  # [B] fp32, of operands in fp8; otherwise None
+    scale_w_ptr,  # [N], the same
     out_ptr,  # [B, UP * OH, UP * OW, N]; with SPLITS above 1 fp32 parts, [SPLITS, ...]
     B,
     H,
@@ -36,6 +38,7 @@ def _conv2d_pointers_kernel(
     BK: tl.constexpr,
     SPLITS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    EXACT: tl.constexpr,  # of `multiply`
 ):
     TAPS: tl.constexpr = KH * KW
     STEPS: tl.constexpr = TAPS * ((C + BK - 1) // BK)
@@ -71,7 +74,7 @@ def _conv2d_pointers_kernel(
         x_offset = ((corner + dy * W + dx) * C + channel)[:, None] + c[None, :]
         tile = tl.load(x_ptr + x_offset, mask=x_mask, other=0.0)
         weights = tl.load(w_ptr + (tap * C + channel) + w_offset, mask=w_mask, other=0.0)
-        acc = multiply(tile, weights, acc, False)
+        acc = multiply(tile, weights, acc, False, EXACT)
 
     height, width = UP * OH, UP * OW
     origin = (start // (OH * OW) * height + start // OW % OH * UP) * width
@@ -79,4 +82,7 @@ def _conv2d_pointers_kernel(
     origin = origin.to(tl.int64)
     if SPLITS > 1:
         origin += split.to(tl.int64) * B * height * width
-    finish(acc, out_ptr, bias_ptr, residual_ptr, origin, pixel, live, n, N, SPLITS, ACTIVATION, False)
+    # fmt: off
+    finish(acc, out_ptr, bias_ptr, residual_ptr, scale_x_ptr, scale_w_ptr, origin, pixel, live, b, n,
+           N, SPLITS, ACTIVATION, False)
+    # fmt: on

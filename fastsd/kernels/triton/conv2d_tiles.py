@@ -9,14 +9,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastsd.kernels.triton.linear_tiles import scaled
+
 
 @triton.jit
-def multiply(x, w, acc, SWAPPED: tl.constexpr):
-    """acc + the product of pixels x `[BM, BK]` and weights w `[BN, BK]`, as `[BM, BN]`, or transposed."""
+def multiply(x, w, acc, SWAPPED: tl.constexpr, EXACT: tl.constexpr):
+    """acc + the product of pixels x `[BM, BK]` and weights w `[BN, BK]`, as `[BM, BN]`, or transposed.
+
+    EXACT: columns after which sums of fp8 products move to fp32 registers; None in 16 bits.
+    """
     if SWAPPED:
-        return tl.dot(w, tl.trans(x), acc)
+        return tl.dot(w, tl.trans(x), acc, max_num_imprecise_acc=EXACT)
     else:
-        return tl.dot(x, tl.trans(w), acc)
+        return tl.dot(x, tl.trans(w), acc, max_num_imprecise_acc=EXACT)
 
 
 @triton.jit
@@ -34,9 +39,12 @@ def finish(
     out_ptr,  # [pixels, N]; with SPLITS above 1 fp32 parts, [SPLITS, pixels, N]
     bias_ptr,  # [N] or None
     residual_ptr,  # [pixels, N] or None
+    scale_x_ptr,  # [B] fp32, of operands in fp8; otherwise None
+    scale_w_ptr,  # [N], the same
     origin,  # a pixel near the tile's, 64-bit
     pixel,  # [BM] pixels of the tile, relative to `origin`
     live,  # [BM]
+    image,  # [BM] of each pixel
     column,  # [BN] output channels
     N: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -46,6 +54,7 @@ def finish(
     """Write a tile, with bias, residual and activation unless it is a part of a split."""
     if SWAPPED:
         acc = tl.trans(acc)
+    acc = scaled(acc, scale_x_ptr, scale_w_ptr, image, column, live, column < N)
     mask = live[:, None] & (column < N)[None, :]
     offset = pixel[:, None] * N + column[None, :]
     out_ptr += origin * N

@@ -20,6 +20,8 @@ def _conv2d_tma_kernel(
     w2_desc,  # the same; box [N2, BK]. None if N2 is 0
     bias_ptr,  # [N] or None
     residual_ptr,  # like out_ptr, or None
+    scale_x_ptr,  # [B] fp32, of operands in fp8; otherwise None
+    scale_w_ptr,  # [N], the same
     out_ptr,  # [B, UP * OH, UP * OW, N]; with SPLITS above 1 fp32 parts, [SPLITS, ...]
     B,
     OH,
@@ -40,6 +42,7 @@ def _conv2d_tma_kernel(
     SPLITS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SWAPPED: tl.constexpr,
+    EXACT: tl.constexpr,  # of `multiply`
 ):
     BM: tl.constexpr = IMAGES * ROWS * COLUMNS
     TAPS: tl.constexpr = KH * KW
@@ -65,9 +68,9 @@ def _conv2d_tma_kernel(
     for k in tl.range(first, end):
         tap, c = k % TAPS, k // TAPS * BK  # neighbouring taps read the same lines
         x = x_desc.load([b0, row + tap // KW, column + tap % KW, c]).reshape(BM, BK)
-        acc1 = multiply(x, w1_desc.load([phase * N + n0, tap * C + c]), acc1, SWAPPED)
+        acc1 = multiply(x, w1_desc.load([phase * N + n0, tap * C + c]), acc1, SWAPPED, EXACT)
         if N2 > 0:
-            acc2 = multiply(x, w2_desc.load([phase * N + n0 + N1, tap * C + c]), acc2, SWAPPED)
+            acc2 = multiply(x, w2_desc.load([phase * N + n0 + N1, tap * C + c]), acc2, SWAPPED, EXACT)
 
     m = tl.arange(0, BM)
     b, y, x = m // (ROWS * COLUMNS), m // COLUMNS % ROWS, m % COLUMNS
@@ -78,9 +81,9 @@ def _conv2d_tma_kernel(
     if SPLITS > 1:
         origin += tl.cast(split, tl.int64) * B * height * width
     # fmt: off
-    finish(acc1, out_ptr, bias_ptr, residual_ptr, origin, pixel, live, n0 + tl.arange(0, N1),
-           N, SPLITS, ACTIVATION, SWAPPED)
+    finish(acc1, out_ptr, bias_ptr, residual_ptr, scale_x_ptr, scale_w_ptr, origin, pixel, live, b0 + b,
+           n0 + tl.arange(0, N1), N, SPLITS, ACTIVATION, SWAPPED)
     if N2 > 0:
-        finish(acc2, out_ptr, bias_ptr, residual_ptr, origin, pixel, live, n0 + N1 + tl.arange(0, N2),
-               N, SPLITS, ACTIVATION, SWAPPED)
+        finish(acc2, out_ptr, bias_ptr, residual_ptr, scale_x_ptr, scale_w_ptr, origin, pixel, live, b0 + b,
+               n0 + N1 + tl.arange(0, N2), N, SPLITS, ACTIVATION, SWAPPED)
     # fmt: on

@@ -44,11 +44,8 @@ def _quantize_rows_kernel(
         for k in range(0, K2, BLOCK):
             x = tl.load(skip_ptr + k + column, mask=k + column < K2, other=0.0)
             largest = tl.maximum(largest, tl.abs(x.to(tl.float32)))
-    bits = tl.max(largest, 0).to(tl.int32, bitcast=True)
-    exponent = ((bits + 0x1FFFFF) >> 23) - 8
-    exponent = tl.minimum(tl.maximum(exponent, 1), 253)
-    tl.store(scale_ptr + row, (exponent << 23).to(tl.float32, bitcast=True))
-    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    scale, inverse = scale_of(tl.max(largest, 0).to(tl.int32, bitcast=True))
+    tl.store(scale_ptr + row, scale)
     for k in range(0, K1, BLOCK):  # again, from the cache
         x = tl.load(x_ptr + k + column, mask=k + column < K1, other=0.0)
         tl.store(out_ptr + k + column, rounded(x, inverse), mask=k + column < K1)
@@ -56,6 +53,14 @@ def _quantize_rows_kernel(
         for k in range(0, K2, BLOCK):
             x = tl.load(skip_ptr + k + column, mask=k + column < K2, other=0.0)
             tl.store(out_ptr + K1 + k + column, rounded(x, inverse), mask=k + column < K2)
+
+
+@triton.jit
+def scale_of(bits):
+    """`fastsd.kernels.linear_fp8.row_scales` of the bits of the largest absolute value, and 1 / scale."""
+    exponent = ((bits + 0x1FFFFF) >> 23) - 8
+    exponent = tl.minimum(tl.maximum(exponent, 1), 253)
+    return (exponent << 23).to(tl.float32, bitcast=True), ((254 - exponent) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -109,6 +114,15 @@ def linear_fp8(
     return multiply(Product(values, weight, x.dtype, bias, activation, residual, scales=(scales, scale)), launch)
 
 
+def not_here(x: torch.Tensor) -> str | None:
+    """Why there are no products of fp8 on the device of `x`, or none for its dtype."""
+    if x.device.type == "cuda":
+        capability = torch.cuda.get_device_capability(x.device)
+        if torch.version.hip is not None or capability < OLDEST_GPU:
+            return f"products of fp8 need sm_89 or newer, this is sm_{capability[0]}{capability[1]}"
+    return None if x.dtype in DTYPES else f"x is {x.dtype}; the kernel takes 16 bits"
+
+
 def refuses(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -120,12 +134,9 @@ def refuses(
     gated: bool = False,
 ) -> str | None:
     """Why the kernels do not take these arguments of `linear_fp8` or, `gated`, of `geglu_fp8`; None if they do."""
-    if x.device.type == "cuda":
-        capability = torch.cuda.get_device_capability(x.device)
-        if torch.version.hip is not None or capability < OLDEST_GPU:
-            return f"products of fp8 need sm_89 or newer, this is sm_{capability[0]}{capability[1]}"
-    if x.dtype not in DTYPES:
-        return f"x is {x.dtype}; the kernel takes 16 bits"
+    reason = not_here(x)
+    if reason is not None:
+        return reason
     depth = x.shape[-1] + (0 if skip is None else skip.shape[-1])
     rows, columns = x.numel() // max(x.shape[-1], 1), len(weight) // (2 if gated else 1)
     if not rows or not columns or (gated and len(weight) % 2):

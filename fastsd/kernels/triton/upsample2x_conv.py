@@ -82,4 +82,4 @@ def upsample2x_conv(
     if reason is not None:
         raise ValueError(f"upsample2x_conv: {reason}")
     size = (x.shape[1], x.shape[2])
-    return Convolution(x, sum_phases(weight), bias, None, "none", size, 1, (1, 1)).run(launch)
+    return Convolution(x, sum_phases(weight), bias, None, "none", size, 1, (1, 1), x.dtype).run(launch)

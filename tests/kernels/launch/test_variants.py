@@ -26,6 +26,10 @@ CASES: list[tuple[str, Any, tuple[int, ...], Any]] = [
     ("conv2d", variants.convolutions, (8, 8, 1280, 1280, 9, 1, 1), conv2d.choose),
     ("conv2d", variants.convolutions, (32, 32, 320, 320, 9, 2, 1), conv2d.choose),
     ("conv2d", variants.convolutions, (512, 512, 128, 3, 9, 1, 1), conv2d.choose),
+    ("conv2d_fp8", variants.convolutions, (64, 64, 320, 320, 9, 1, 1, 1), conv2d.choose),
+    ("conv2d_fp8", variants.convolutions, (8, 8, 1280, 1280, 9, 1, 1, 1), conv2d.choose),
+    ("conv2d_fp8", variants.convolutions, (32, 32, 320, 320, 9, 2, 1, 1), conv2d.choose),
+    ("conv2d_fp8", variants.convolutions, (8, 8, 96, 96, 9, 1, 1, 1), conv2d.choose),
     ("upsample2x_conv", variants.convolutions, (32, 32, 640, 640, 4, 1, 4), conv2d.choose),
 ]
 
