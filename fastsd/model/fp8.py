@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 from fastsd.kernels.launch.linear import UNIT_FP8
-from fastsd.model.layers import Linear
+from fastsd.model.layers import Conv2d, Linear
 from fastsd.model.unet import UNet
 
-SMALLEST = 64  # columns of an activation whose quantisation costs less than its product saves
+SMALLEST = 64  # columns or channels of an activation whose quantisation costs less than its product saves
 
 
-def layers_in_fp8(unet: UNet) -> dict[str, Linear]:
-    """The products of the step with many columns: those of the transformers, and the shortcuts of wide maps.
+def layers_in_fp8(unet: UNet) -> dict[str, Linear | Conv2d]:
+    """The wide products and convolutions of the step: those of the transformers, of the residual blocks and their
+    shortcuts, and the ones that halve a map.
 
     The others stay in the dtype of the UNet: the time embedding and the text's keys and values, which are computed once
-    for all steps, and the convolutions, of which one pixel is read under nine positions of the kernel, so that they
-    would need one scale for a whole map.
+    for all steps; the first and the last convolution, which have four channels on one side; and those of doubled maps,
+    which in 16 bits take four products of nine (`upsample2x_conv`), the time of eight in fp8.
     """
-    return {
-        name: module
-        for name, module in unet.named_modules()
-        if isinstance(module, Linear)
-        and (".attentions." in f".{name}" or name.endswith("conv_shortcut"))
-        and not name.endswith("to_kv")
-        and module.weight.shape[1] >= SMALLEST
-        and module.weight.shape[1] % UNIT_FP8 == 0
-    }
+    return {name: module for name, module in unet.named_modules() if _takes(f".{name}", module)}
+
+
+def _takes(name: str, module: object) -> bool:
+    if isinstance(module, Linear):
+        chosen = (".attentions." in name or name.endswith("conv_shortcut")) and not name.endswith("to_kv")
+    elif isinstance(module, Conv2d):
+        chosen = (".resnets." in name or ".downsamplers." in name) and len(module.weight) >= SMALLEST
+    else:
+        return False
+    inputs = module.weight.shape[1]
+    return chosen and inputs >= SMALLEST and inputs % UNIT_FP8 == 0
 
 
 def quantize_unet(unet: UNet) -> None:

@@ -15,7 +15,7 @@ from fastsd.kernels import dispatch
 from fastsd.kernels.conv2d import Padding, conv2d
 from fastsd.kernels.cpu import onednn
 from fastsd.kernels.launch import architecture
-from fastsd.model.layers import KNOWN_SHAPES, Conv2d
+from fastsd.model.conv2d import KNOWN_SHAPES, Conv2d
 from tests.support.precision import DTYPES, check, check_batch, rand
 
 SAME: Padding = (1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""A UNet whose products are fp8."""
+"""A UNet whose products and convolutions are fp8."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fastsd import Adapter, FastsdError, Pipeline
 from fastsd.config import UNetConfig
 from fastsd.kernels.linear_fp8 import FP8
 from fastsd.model.fp8 import layers_in_fp8, quantize_unet
+from fastsd.model.layers import Conv2d
 from fastsd.model.unet import UNet
 from fastsd.runtime import devices
 
@@ -36,12 +37,14 @@ def inputs() -> tuple[torch.Tensor, ...]:
     return torch.randn(2, 8, 8, 4), torch.tensor([3.0, 801.0]), torch.randn(2, 77, 64)
 
 
-def test_the_transformers_and_the_shortcuts_are_fp8() -> None:
+def test_the_transformers_and_the_convolutions_of_wide_maps_are_fp8() -> None:
     names = layers_in_fp8(unet())
     assert {name.rpartition(".")[2] for name in names} == {
         *("to_qkv", "to_q", "0", "proj", "2"),
         *("proj_in", "proj_out", "conv_shortcut"),
+        *("conv1", "conv2", "conv"),
     }
+    assert "down_blocks.0.downsamplers.0.conv" in names and not any("upsamplers" in name for name in names)
     assert not any("to_kv" in name or "time" in name or name.startswith("conv") for name in names)
     narrow = UNet(replace(CONFIG, block_out_channels=(32, 48)))
     assert all(layer.weight.shape[1] >= 64 for layer in layers_in_fp8(narrow).values())
@@ -72,6 +75,19 @@ def test_weights_stay_fp8_when_a_network_moves_or_is_copied() -> None:
             weight, scale = layer.in_fp8()
             assert weight.dtype == FP8 and scale.dtype == torch.float32
         assert torch.equal(moved(*inputs()), before)
+
+
+@torch.no_grad()
+def test_a_convolution_that_was_packed_for_the_cpu_is_quantised_too() -> None:
+    torch.manual_seed(0)
+    plain, x = Conv2d(64, 64).requires_grad_(False).eval(), torch.randn(1, 5, 6, 64)
+    packed = copy.deepcopy(plain)
+    packed(x)
+    for conv in (plain, packed):
+        conv.quantize()
+        assert conv.in_fp8()[0].is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(plain(x), packed(x)) and not torch.equal(plain(x, add_bias=False), plain(x))
+    assert torch.equal(plain(x, residual=x, relu=True), (plain(x) + x).clamp(min=0))
 
 
 def test_fp8_needs_a_gpu_or_the_word_for_it() -> None:

@@ -79,8 +79,8 @@ FACTORIES = frozenset(
 LAYERS = ("Linear", "Conv2d", "Embedding", "LayerNorm", "GroupNorm", "BatchNorm2d")
 # Weights are made where `with torch.device(...)` says: on no device for loading, on the CPU for training.
 FOLLOW_THE_CONTEXT = (
-    *("model/layers.py", "model/linear.py", "model/clip.py", "model/vision.py", "model/ip_adapter.py"),
-    *("model/upscalers.py", "evaluate/inception.py"),
+    *("model/layers.py", "model/linear.py", "model/conv2d.py", "model/clip.py", "model/vision.py"),
+    *("model/ip_adapter.py", "model/upscalers.py", "evaluate/inception.py"),
 )
 
 
