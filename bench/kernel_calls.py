@@ -12,6 +12,7 @@ from bench.intercept import KernelLaunch, intercepted_launches
 from fastsd.kernels.triton import add_bias_residual as add_bias_residual_triton
 from fastsd.kernels.triton import advance as advance_triton
 from fastsd.kernels.triton import conv2d as conv2d_triton
+from fastsd.kernels.triton import conv2d_fp8 as conv2d_fp8_triton
 from fastsd.kernels.triton import flash_attn as flash_attn_triton
 from fastsd.kernels.triton import flash_attn_gradients as flash_attn_gradients_triton
 from fastsd.kernels.triton import geglu as geglu_triton
@@ -39,6 +40,10 @@ CONVOLUTION = [  # side of the map, input and output channels, stride, phases of
     (64, 320, 320, 2, 1),
     (512, 256, 128, 1, 1),
     (128, 512, 512, 1, 4),
+]
+CONVOLUTION_FP8 = [  # side of the map, input and output channels, stride
+    *((64, 320, 320, 1), (32, 640, 640, 1), (16, 2560, 1280, 1), (8, 1280, 1280, 1)),
+    *((64, 320, 320, 2), (96, 640, 640, 1)),
 ]
 SAME = (1, 1, 1, 1)  # padding
 ATTENTION = [  # queries, keys, heads, head size
@@ -139,7 +144,7 @@ def _product_calls(dtype: torch.dtype) -> Iterator[Call]:
 
 
 def _fp8_calls(dtype: torch.dtype) -> Iterator[Call]:
-    """The products with an activation in `dtype`; its rows are quantised by a launch of their own."""
+    """Products and convolutions of an activation in `dtype`, which is quantised by launches of its own."""
     e4m3 = linear_fp8_triton.FP8
     for rows, columns, depth in GATED:
         x, weight = _meta(rows, depth, dtype=dtype), _meta(2 * columns, depth, dtype=e4m3)
@@ -152,6 +157,12 @@ def _fp8_calls(dtype: torch.dtype) -> Iterator[Call]:
         arguments = weight, _meta(columns), _meta(columns, dtype=dtype), "none", residual, second
         name = f"linear_fp8 {rows}x{columns}x{depth}" + (f"+{skip}" if skip else "")
         yield name, partial(linear_fp8_triton.linear_fp8, x, *arguments)
+    for side, inputs, outputs, stride in CONVOLUTION_FP8:
+        x, weight = _meta(2, side, side, inputs, dtype=dtype), _meta(outputs, 3, 3, inputs, dtype=e4m3)
+        residual = _meta(2, side, side, outputs, dtype=dtype) if stride == 1 else None
+        arguments = weight.permute(0, 3, 1, 2), _meta(outputs), _meta(outputs, dtype=dtype), stride, SAME, residual
+        name = f"conv2d_fp8 {side}x{side}x{inputs} " + ("halved" if stride == 2 else f"to {outputs}")
+        yield name, partial(conv2d_fp8_triton.conv2d_fp8, x, *arguments)
 
 
 def _advance_calls(dtype: torch.dtype) -> Iterator[Call]:

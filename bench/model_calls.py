@@ -45,7 +45,7 @@ def built(kind: Callable[..., nn.Module], settings: Any, dtype: torch.dtype = to
 
 
 def unets(fp8: bool = False) -> Calls:
-    """Each UNet's name and calls of it; `fp8`: with the products that `--dtype fp8` computes so."""
+    """Each UNet's name and calls of it; `fp8`: with the products and convolutions that `--dtype fp8` computes so."""
     for name, settings, sizes in UNETS:
         unet, time = built(UNet, settings), empty(2, dtype=torch.float32)
         if fp8:

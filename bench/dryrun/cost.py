@@ -76,8 +76,10 @@ def kind_of_kernel(kernel: Any, op: str, values: dict[str, Any]) -> str:
     """The kind of a launch of one of our kernels."""
     if op in BY_OP:
         return BY_OP[op]
+    if kernel.fn.__module__.endswith("_fp8"):  # what quantises an activation
+        return "elementwise"
     if multiplies(kernel) or op == "linear":
-        return "convolution" if op in ("conv2d", "upsample2x") else "linear"
+        return "convolution" if op in ("conv2d", "conv2d_fp8", "upsample2x") else "linear"
     if op == "geglu":
         return "geglu"
     return "residual" if isinstance(values.get("residual_ptr"), torch.Tensor) else "bias"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
 from bench.dryrun.cost import KINDS
 from bench.dryrun.gpus import LAUNCH, REACHED, Gpu
 from bench.dryrun.record import DryRun, RecordedLaunch, Section
@@ -23,9 +25,13 @@ class Row:
 
 
 def seconds(launch: RecordedLaunch, gpu: Gpu) -> float:
-    """The modelled time of a launch: the longest of its operations, bytes and exponentials, and at least `LAUNCH`."""
+    """The modelled time of a launch: the longest of its operations, bytes and exponentials, and at least `LAUNCH`.
+
+    A product of fp8 takes half the time of one of 16 bits.
+    """
     reachable = gpu.reachable
     products = gpu.tflops * 1e12 * REACHED["attention"] if launch.kind == "attention" else reachable.flops
+    products *= 2 if any(x.dtype == torch.float8_e4m3fn for x in launch.tensors) else 1
     times = launch.flops / products, launch.bytes / reachable.bytes, launch.exps / reachable.exps
     return max(LAUNCH, *times)
 

@@ -18,11 +18,13 @@ from bench.dryrun.networks import HALF, components_of, on_gpu
 from bench.dryrun.record import DryRecorder, DryRun
 from bench.families import ModelFamily
 from fastsd.config import ControlNetConfig, T2IAdapterConfig
+from fastsd.errors import FastsdError
 from fastsd.generate.control import Control
 from fastsd.graph import Graphs
 from fastsd.model.controlnet import ControlNet
 from fastsd.model.t2i_adapter import T2IAdapter, adapter_downscale
 from fastsd.pipeline import Pipeline
+from fastsd.runtime.devices import why_no_fp8
 from fastsd.weights.adapters.apply import Adapter
 
 
@@ -82,6 +84,15 @@ def _embedding(pipe: Pipeline, size: int) -> dict[str, Any]:
     return {"prompt": "a cat in style"}
 
 
+def _fp8(pipe: Pipeline, size: int) -> dict[str, Any]:
+    """Raises `FastsdError` where the GPU does not multiply fp8."""
+    reason = why_no_fp8(DEVICE)
+    if reason is not None:
+        raise FastsdError(reason)
+    pipe._in_fp8()
+    return {}
+
+
 # The arguments of a call, and what is done to the pipeline before it.
 WAYS: dict[str, Callable[[Pipeline, int], dict[str, Any]]] = {
     "text": lambda pipe, size: {},
@@ -96,6 +107,7 @@ WAYS: dict[str, Callable[[Pipeline, int], dict[str, Any]]] = {
     "tiled": lambda pipe, size: {"vae_tiling": True},
     "embedding": _embedding,
     "taesd": lambda pipe, size: {},
+    "fp8": _fp8,
 }
 
 

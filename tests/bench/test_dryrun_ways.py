@@ -25,13 +25,18 @@ from bench.compiled import SHARED
 from bench.dryrun import docs, launches
 from bench.dryrun.compiles import CompiledLaunches
 from bench.dryrun.device import why_not
+from bench.dryrun.gpus import GPUS
 from bench.dryrun.record import DryRun, DryRunFault, dry_run
 from bench.dryrun.ways import WAYS, generate
 from bench.families import FAMILIES
 from bench.intercept import KernelLaunch
+from fastsd.errors import FastsdError
 from fastsd.generate import batch as batches
 from fastsd.generate.noise import Noise
 from fastsd.kernels import dispatch
+from fastsd.model.fp8 import layers_in_fp8
+from fastsd.model.layers import Conv2d
+from fastsd.model.unet import UNet
 from tests.support.project import OLDEST_TRITON, ROOT, TRITON_FOLDER
 
 pytestmark = [
@@ -66,6 +71,19 @@ def test_nothing_waits_for_the_host_and_nothing_is_copied(name: str, way: str) -
     for section in run.sections[1:]:
         assert not section.hidden, section.name
     assert run.memory.live < run.memory.peak <= run.memory.reserved
+
+
+@needs_dry_run
+def test_convolutions_of_wide_maps_are_fp8_on_a_gpu_that_has_it() -> None:
+    run, _ = once("sd15", "fp8")
+    with torch.device("meta"):
+        chosen = layers_in_fp8(UNet(FAMILIES["sd15"].unet)).items()
+    found = [launch for launch in run.of("step").launches if launch.op == "conv2d_fp8"]
+    convolved = [launch.layer for launch in found if launch.kind == "convolution" and launch.flops]
+    assert sorted(convolved) == sorted(f"unet.{name}" for name, layer in chosen if isinstance(layer, Conv2d))
+    assert len([launch for launch in found if launch.kind == "elementwise"]) == 2 * len(convolved)
+    with dry_run(GPUS["a100"]) as old, pytest.raises(FastsdError, match="does not multiply fp8"):
+        generate(old, FAMILIES["tiny"], "fp8")
 
 
 @needs_dry_run
