@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.measure import Candidate, rotation
-from bench.roofline import Work, attention_work, conv_work, linear_work, norm_work
+from bench.roofline import Work, attention_gradients_work, attention_work, conv_work, linear_work, norm_work
 from bench.session import Session
 from fastsd.cuda.capture import CudaRecorder, Recorder
 from fastsd.cuda.cudnn import fixed_convolutions
@@ -34,13 +34,17 @@ Tensors = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape: the shapes of its inputs, the op, PyTorch's ops for the same work, and that work."""
+    """One op at one shape: the shapes of its inputs, the op, PyTorch's ops for the same work, and that work.
+
+    read: the tensor to compare, of what an op returns.
+    """
 
     name: str
     shapes: tuple[tuple[int, ...], ...]
-    run: Callable[..., torch.Tensor]
-    plain: dict[str, Callable[..., torch.Tensor]]
+    run: Callable[..., Any]
+    plain: dict[str, Callable[..., Any]]
     work: Work
+    read: Callable[[Any], torch.Tensor] = lambda output: output
 
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -65,6 +69,26 @@ def attention(batch: int, queries: int, keys: int, heads: int, size: int) -> Cas
         plain |= {f"SDPA, {name}": sdpa_by(name) for name in BACKENDS}
     work = attention_work(batch, queries, keys, heads * size, heads)
     return Case(f"flash_attn-{batch}x{queries}x{keys}x{heads}x{size}", shapes, flash_attn, plain, work)
+
+
+def attention_gradients(batch: int, queries: int, keys: int, heads: int, size: int) -> Case:
+    """Both passes of attention in training; the gradient of the result is q."""
+
+    def both_passes(attend: Callable[..., torch.Tensor]) -> Callable[..., Tensors]:
+        def run(*tensors: torch.Tensor) -> Tensors:
+            with torch.inference_mode(False), torch.enable_grad():
+                given = [x.detach().requires_grad_() for x in tensors]
+                return torch.autograd.grad(attend(*given), given, tensors[0].flatten(2))
+
+        return run
+
+    case = attention(batch, queries, keys, heads, size)
+    plain = {f"{name}, both passes": both_passes(attend) for name, attend in case.plain.items()}
+    work = attention_gradients_work(batch, queries, keys, heads * size, heads)
+    name = case.name.replace("flash_attn", "flash_attn_gradients")
+    return Case(
+        name, case.shapes, both_passes(flash_attn), plain, work, lambda found: torch.cat([x.flatten() for x in found])
+    )
 
 
 def group_norm(batch: int, side: int, channels: int, silu: bool) -> Case:
@@ -125,6 +149,10 @@ CASES = [
     attention(2, 4096, 4096, 10, 64),  # SDXL, first level with attention
     attention(2, 4096, 77, 8, 40),  # SD1.5, to the text
     attention(1, 4096, 4096, 1, 512),  # VAE
+    attention_gradients(1, 4096, 4096, 8, 40),  # training of SD1.5, first level
+    attention_gradients(1, 4096, 77, 8, 40),  # to the text
+    attention_gradients(1, 1024, 1024, 20, 64),  # of SDXL
+    attention_gradients(1, 256, 256, 8, 160),
     group_norm(2, 64, 320, True),  # SD1.5, first level
     group_norm(2, 16, 1280, True),  # SD1.5, launch bound
     group_norm(2, 64, 320, False),  # before a transformer
@@ -191,17 +219,17 @@ def bench_kernel(bench: Session, publish: Any, case: Case, dtype: torch.dtype) -
 
     def reference() -> torch.Tensor:
         with torch.inference_mode(), dispatch.reference_only():
-            return case.run(*inputs(0))
+            return case.read(case.run(*inputs(0)))
 
-    def candidate(name: str, run: Callable[..., torch.Tensor]) -> Candidate:
-        def once(i: int) -> torch.Tensor:
+    def candidate(name: str, run: Callable[..., Any]) -> Candidate:
+        def once(i: int) -> Any:
             with torch.inference_mode(), fixed_convolutions(device) if name == "fastsd" else nullcontext():
                 return run(*inputs(i))
 
         if device.type != "cuda" or not bench.options.measuring:
-            return Candidate(name, once)
+            return Candidate(name, once, read=case.read)
         replayed = Replayed(lambda: [once(i) for i in range(sets)], CudaRecorder(device))
-        return Candidate(name, once, replayed.prepare, timed=replayed, repeats=sets)
+        return Candidate(name, once, replayed.prepare, case.read, timed=replayed, repeats=sets)
 
     candidates = [candidate("fastsd", case.run)] + [candidate(name, run) for name, run in case.plain.items()]
     outcomes = bench.run_benchmark("kernel", reference, candidates, dtype, DEPTH, [case.work], model=case.name)

@@ -99,6 +99,15 @@ def attention_work(batch: int, queries: int, keys: int, channels: int, heads: in
     return Work("attention", 4 * scores * (channels // heads), elements, scores)
 
 
+def attention_gradients_work(batch: int, queries: int, keys: int, channels: int, heads: int) -> Work:
+    """Both passes: two products and five more, and the exponentials in each.
+
+    q, k and v are read twice, the result and its gradient once; the result and three gradients are written.
+    """
+    forward = attention_work(batch, queries, keys, channels, heads)
+    return Work("attention", 3.5 * forward.flops, 3 * forward.elements, 2 * forward.exps)
+
+
 def norm_work(elements: int, exps: bool) -> Work:
     """One read and one write per element, and an exponential for SiLU. Its operations never limit it."""
     return Work("norm", 0.0, 2 * elements, elements if exps else 0.0)

@@ -15,6 +15,7 @@ from fastsd.kernels.candidates import GpuOp, OpCandidate
 from fastsd.kernels.cpu import choices, onednn
 from fastsd.kernels.launch import architecture, variants
 from fastsd.kernels.launch.flash_attn import FewKeys, Tile, Wide
+from fastsd.kernels.launch.flash_attn_gradients import AttentionGradients
 
 HALF = (torch.float16, torch.bfloat16)  # in these our kernels compute gradients
 
@@ -87,8 +88,10 @@ def flash_attn(
     if backend == "reference":
         return flash_attn_ref(q, k, v, causal)
     if backend == "triton" and dispatch.records(q, k, v):
-        by_triton = candidates.chosen(GRADIENTS, q, k, v, causal) != GRADIENTS.own
-        return AttentionByTriton.apply(q, k, v, causal) if by_triton else _sdpa(q, k, v, causal)
+        way = candidates.chosen(GRADIENTS, q, k, v, causal)
+        if way == GRADIENTS.own:
+            return _sdpa(q, k, v, causal)
+        return AttentionByTriton.apply(q, k, v, causal, way.launch)
     if backend == "triton":
         return candidates.run(OP, q, k, v, causal)
     if backend == "onednn" and not causal and _by_products(q, k):
@@ -166,15 +169,17 @@ OP = GpuOp(
 
 
 class AttentionByTriton(torch.autograd.Function):
-    """`flash_attn` by our kernels in both passes."""
+    """`flash_attn` by our kernels in both passes; `launch` is of the backward one, None the committed."""
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, launch: AttentionGradients | None
+    ) -> torch.Tensor:
         from fastsd.kernels.triton import flash_attn_gradients as gradients_triton
 
         out, lse = gradients_triton.forward(q, k, v, causal)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.causal = causal
+        ctx.causal, ctx.launch = causal, launch
         return out
 
     @staticmethod
@@ -183,14 +188,21 @@ class AttentionByTriton(torch.autograd.Function):
         from fastsd.kernels.triton import flash_attn_gradients as gradients_triton
 
         q, k, v, out, lse = ctx.saved_tensors
-        return *gradients_triton.backward(gradient, q, k, v, out, lse, ctx.causal), None
+        return *gradients_triton.backward(gradient, q, k, v, out, lse, ctx.causal, ctx.launch), None, None
 
 
-def _gradients_by_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple[torch.Tensor, ...]:
+def _gradients_by_triton(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, launch: AttentionGradients | None = None
+) -> tuple[torch.Tensor, ...]:
     from fastsd.kernels.triton import flash_attn_gradients as gradients_triton
 
     out, lse = gradients_triton.forward(q, k, v, causal)
-    return out, *gradients_triton.backward(q.flatten(2), q, k, v, out, lse, causal)
+    return out, *gradients_triton.backward(q.flatten(2), q, k, v, out, lse, causal, launch)
+
+
+def _gradients_launches(thorough: bool, q: torch.Tensor, k: torch.Tensor, *_: Any) -> list[AttentionGradients]:
+    queries, heads, size = q.shape[1:]
+    return variants.attention_gradients(thorough, architecture.class_of(q.device), queries, k.shape[1], heads, size)
 
 
 def _gradients_refused_by_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> str | None:
@@ -210,7 +222,13 @@ GRADIENTS = GpuOp(
     "flash_attn_gradients",
     flash_attn_gradients_ref,
     (
-        OpCandidate("triton", _gradients_by_triton, _gradients_refused_by_triton),
+        OpCandidate(
+            "triton",
+            _gradients_by_triton,
+            _gradients_refused_by_triton,
+            launches=_gradients_launches,
+            launch_types=(AttentionGradients,),
+        ),
         OpCandidate("torch", _gradients_by_pytorch),
     ),
 )

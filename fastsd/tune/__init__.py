@@ -7,7 +7,16 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from fastsd.kernels.choice.call import Call
+    from fastsd.kernels.choice.decide import ChoiceMode
+    from fastsd.kernels.choice.op import Key
     from fastsd.kernels.choice.table import ChoiceTable, Place, TableEntry
+
+    Attention = list[object]  # the arguments of an attention, as `encoded` gives them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", default="a handwritten eight", help=argparse.SUPPRESS)
     parser.add_argument(
         "--no-probe", action="store_false", dest="probe", help="run kernels here, not in a process of their own first"
+    )
+    parser.add_argument(
+        "--gradients", action="store_true", help="also the gradients of attention, as training in 16 bits needs them"
     )
     parser.add_argument("--minutes", type=float, metavar="N", help="after them no more launches are tried")
     files = parser.add_mutually_exclusive_group()
@@ -74,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
 def _tune(args: argparse.Namespace) -> None:
     """Run the model once, while every op times all its ways."""
     import time
+    from contextlib import nullcontext
     from dataclasses import replace
 
     from fastsd.errors import FastsdError
@@ -81,16 +94,42 @@ def _tune(args: argparse.Namespace) -> None:
     from fastsd.kernels.choice import decide, table
     from fastsd.pipeline import Pipeline
     from fastsd.verify.drive import drive
+    from fastsd.verify.watch import observed
 
     pipe = Pipeline.from_pretrained(args.model, device=args.device, dtype=args.dtype, graphs=False)
     ends = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
     pipe.choice_mode = replace(pipe.choice_mode, thorough=True, probe=args.probe, ends=ends, tell=tell)
-    drive(pipe, args.prompt, pipe.defaults["width"], pipe.defaults["height"])
+    attention: dict[Key, Attention] = {}
+    with observed(lambda call: note_attention(call, attention)) if args.gradients else nullcontext():
+        drive(pipe, args.prompt, pipe.defaults["width"], pipe.defaults["height"])
+    tune_gradients(list(attention.values()), pipe.device, pipe.choice_mode)
     gpu = decide.gpu_of(next(pipe.components.unet.parameters()).device)
     try:
         print(table.save(gpu.table, gpu.table.entries))
     except OSError as error:
         raise FastsdError(reason(error), path=table.table_path(gpu.identity).parent) from error
+
+
+def note_attention(call: Call, found: dict[Key, Attention]) -> None:
+    """Keep the sizes of an attention with a key of its own."""
+    from fastsd.kernels.choice.op import encoded
+
+    if call.op.name == "flash_attn" and call.key not in found:
+        found[call.key] = encoded(list(call.arguments.values()))
+
+
+def tune_gradients(calls: Sequence[Attention], device: torch.device, mode: ChoiceMode) -> None:
+    """Time every way of both passes of these attentions. It comes last, since it holds all scores, to compare."""
+    import torch
+
+    from fastsd.kernels.candidates import choosing
+    from fastsd.kernels.choice.op import decoded
+    from fastsd.kernels.flash_attn import flash_attn
+
+    with choosing(mode), torch.enable_grad():
+        for call in calls:
+            q, *others = decoded(call, device)
+            flash_attn(q.requires_grad_(), *others)
 
 
 def tell(place: Place, entry: TableEntry) -> None:

@@ -88,14 +88,57 @@ print("tuned")
 """
 
 
+GRADIENTS = """
+import torch
+from fastsd.kernels.candidates import ChoiceMode
+from fastsd.kernels.choice import decide
+from fastsd.kernels.choice.call import Call
+from fastsd.kernels.flash_attn import GRADIENTS, flash_attn
+from fastsd.kernels.triton import flash_attn_gradients as ours
+from fastsd.tune import note_attention, tune_gradients
+from fastsd.verify.watch import ops
+from tests.support.played_gpu import PlayedGpu
+
+gpu = decide.machine = PlayedGpu()
+tried, correct = [], ours.backward
+def observed(*args):
+    tried.append(args[-1])
+    gpu.takes = args[-1].of_queries.keys + args[-1].of_keys.warps
+    return correct(*args)
+ours.backward = observed
+backward, torch.autograd.grad = torch.autograd.grad, lambda *args: (setattr(gpu, "takes", 99.0), backward(*args))[1]
+candidate = GRADIENTS.candidates[0]
+few = [one for i, one in enumerate(candidate.launches(True, *[torch.zeros(1, 20, 2, 16)] * 3)) if i % 16 == 0]
+object.__setattr__(candidate, "launches", lambda thorough, *args: few if thorough else few[:1])
+q, k, v = torch.randn(1, 20, 3, 2, 16).half().unbind(2)
+found, told = {}, []
+for width in (16, 16, 8):
+    note_attention(Call.bind(ops()["flash_attn"], q[..., :width], k[..., :width], v[..., :width], key_length=17), found)
+note_attention(Call.bind(ops()["linear"], q[0, 0], k[0, 0]), found)
+assert len(found) == 2, found
+mode = ChoiceMode(probe=False, thorough=True, tell=lambda *one: told.append(one))
+tune_gradients(list(found.values())[:1], torch.device("cpu"), mode)
+((place, entry),) = told
+assert place[0] == "flash_attn_gradients" and place[1].startswith("float16 1x20x2x16 strides"), place
+assert set(few) <= set(tried) and not entry.excluded, entry
+best = min(few, key=lambda one: one.of_queries.keys + one.of_keys.warps)
+assert entry.way(GRADIENTS).launch == best, entry
+tried.clear()
+flash_attn(q.detach().requires_grad_(), k, v, key_length=17).sum().backward()
+assert tried == [best], tried
+print("tuned")
+"""
+
+
 @pytest.mark.heavy
-def test_the_launches_of_a_kernel_are_searched(tmp_path: Path) -> None:
-    """In the interpreter, in a separate process, with a clock that is played and one launch that is wrong."""
+@pytest.mark.parametrize("script", [TUNE, GRADIENTS], ids=["forward", "gradients"])
+def test_the_launches_of_a_kernel_are_searched(script: str, tmp_path: Path) -> None:
+    """In the interpreter, in a separate process, with a clock that is played; of the forward one a launch is wrong."""
     pytest.importorskip("triton", reason="no Triton for this platform")
     environment = {
         **os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "FASTSD_CACHE": str(tmp_path),
         "PYTHONPATH": str(ROOT),
     }  # fmt: skip
-    command = [sys.executable, "-W", "ignore", "-c", TUNE]
+    command = [sys.executable, "-W", "ignore", "-c", script]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert process.stdout == "tuned\n", process.stderr

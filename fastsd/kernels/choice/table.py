@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from fastsd.errors import FastsdError
 from fastsd.files import cache_folder, reason, write_whole
@@ -63,10 +63,21 @@ class TableEntry:
         fields = dict(self.launch)
         kinds = {kind.__name__: kind for kind in candidate.launch_types}
         try:
-            kind = kinds[fields.pop("kind")]
-            return Way(candidate, kind(**{name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}))
+            return Way(candidate, _launch(kinds[fields.pop("kind")], fields))
         except SPOILT:
             return None
+
+
+def _launch(kind: Any, fields: dict[str, Any]) -> Any:
+    """The launch of a class with these fields, some of which may be launches themselves."""
+    kinds = get_type_hints(kind)
+
+    def read(name: str, x: Any) -> Any:
+        if isinstance(x, dict):
+            return _launch(kinds[name], x)
+        return tuple(x) if isinstance(x, list) else x
+
+    return kind(**{name: read(name, x) for name, x in fields.items()})
 
 
 def entry_of(way: Way, microseconds: dict[str, float], excluded: dict[str, str], doubted: dict[str, str]) -> TableEntry:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from fastsd.kernels.launch import conv2d, flash_attn, linear, rowwise
+from fastsd.kernels.launch import conv2d, flash_attn, flash_attn_gradients, linear, rowwise
 from fastsd.kernels.launch import groupnorm_silu as norm
 from fastsd.kernels.launch.groupnorm_silu import power_of_two
 
@@ -41,6 +41,15 @@ def attention(
     if isinstance(committed, flash_attn.FewKeys) and thorough:
         return _distinct(committed, _few_keys(committed))
     return [committed]
+
+
+def attention_gradients(
+    thorough: bool, architecture: int, *sizes: int
+) -> list[flash_attn_gradients.AttentionGradients]:
+    """Launches of the gradients of `flash_attn`, for queries, keys, heads, size. A first use has one: its two kernels
+    are compiled."""
+    committed = flash_attn_gradients.choose(architecture, *sizes)
+    return _distinct(committed, _attention_gradients(committed, *sizes) if thorough else ())
 
 
 def products(
@@ -104,6 +113,25 @@ def _tiles(committed: flash_attn.Tile, size: int) -> Iterator[flash_attn.Tile]:
                 committed, rows=queries, keys=keys, warps=warps, stages=stages, padded=padded, registers=registers,
                 parts=parts[padded],
             )  # fmt: skip
+
+
+def _attention_gradients(
+    committed: flash_attn_gradients.AttentionGradients, queries: int, keys: int, heads: int, size: int
+) -> Iterator[flash_attn_gradients.AttentionGradients]:
+    """One of the two kernels in another tile, or the queries in other parts, beside what is committed of the rest."""
+    in_two_parts = flash_attn.split(size)[1] > 0
+    for held, passed, warps, stages, padded in itertools.product(
+        (64, 128), (16, 32, 64, 128), (4, 8), (2, 3), (True, False) if in_two_parts else (committed.of_keys.padded,)
+    ):
+        tile = flash_attn.in_parts(flash_attn.Tile(held, passed, warps, stages, padded), size)
+        yield replace(committed, of_queries=tile)
+        run = -(-committed.run // passed) * passed
+        yield replace(committed, of_keys=replace(tile, rows=passed, keys=held), run=run)
+    rows = committed.of_keys.rows
+    blocks = -(-queries // rows)
+    for parts in (1, 2, 4, 8):
+        if parts <= max(blocks // flash_attn_gradients.FEWEST_BLOCKS, 1):
+            yield replace(committed, run=-(-blocks // parts) * rows)
 
 
 def _few_keys(committed: flash_attn.FewKeys) -> Iterator[flash_attn.FewKeys]:

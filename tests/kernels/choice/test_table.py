@@ -17,17 +17,22 @@ from fastsd.kernels.choice import table as tables
 from fastsd.kernels.choice.op import GpuOp, OpCandidate, Way
 from fastsd.kernels.choice.table import ChoiceTable, TableEntry, entry_of
 from fastsd.kernels.launch.flash_attn import FewKeys, Tile
+from fastsd.kernels.launch.flash_attn_gradients import AttentionGradients
 from tests.support.played_gpu import IDENTITY
 from tests.support.told import told
 
 OP = GpuOp(
     "played_table",
     lambda x: x,
-    (OpCandidate("triton", lambda x: x, launch_types=(Tile, FewKeys)), OpCandidate("torch", lambda x: x)),
+    (
+        OpCandidate("triton", lambda x: x, launch_types=(Tile, FewKeys, AttentionGradients)),
+        OpCandidate("torch", lambda x: x),
+    ),
 )
 WAYS = [
     Way(OP.candidates[0], Tile(128, 64, 8, 3, True, 128, (64, 0))),
     Way(OP.candidates[0], FewKeys(64, 2, 4, 2, (32, 16), (64, 16))),
+    Way(OP.candidates[0], AttentionGradients(Tile(64, 32, 4, 2), Tile(32, 64, 8, 2, parts=(32, 16)), 128)),
     Way(OP.candidates[0]),
     OP.own,
 ]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fastsd.kernels.launch import conv2d, flash_attn, groupnorm_silu, linear, rowwise, variants
+from fastsd.kernels.launch import conv2d, flash_attn, flash_attn_gradients, groupnorm_silu, linear, rowwise, variants
 
 SM = 90
 CASES: list[tuple[str, Any, tuple[int, ...], Any]] = [
@@ -19,6 +19,10 @@ CASES: list[tuple[str, Any, tuple[int, ...], Any]] = [
     ("flash_attn", variants.attention, (4096, 4096, 8, 40, 2), flash_attn.choose),
     ("flash_attn", variants.attention, (4096, 77, 8, 40, 2), flash_attn.choose),
     ("flash_attn", variants.attention, (4096, 4096, 1, 512, 2), flash_attn.choose),
+    *(
+        ("flash_attn_gradients", variants.attention_gradients, sizes, flash_attn_gradients.choose)
+        for sizes in ((4096, 4096, 8, 40), (4096, 77, 8, 40), (256, 256, 8, 160), (77, 77, 12, 64))
+    ),
     ("linear", variants.products, (2048, 1280, 1280, 0, 2), linear.choose),
     ("linear", variants.products, (128, 1280, 5120, 0, 2), linear.choose),
     ("linear", variants.products, (8192, 1280, 320, 1, 2), linear.choose),
@@ -54,6 +58,9 @@ def test_all_are_valid_launches_of_one_kind_and_the_committed_one_is_first(
             assert launch.split_pixels % launch.block_p == 0
         if isinstance(launch, flash_attn.Tile):
             assert sum(launch.parts) >= sizes[3]
+        if isinstance(launch, flash_attn_gradients.AttentionGradients):
+            assert min(sum(launch.of_queries.parts), sum(launch.of_keys.parts)) >= sizes[3]
+            assert launch.run % launch.of_keys.rows == 0
         if isinstance(launch, conv2d.ConvBoxes):
             assert launch.channels == committed.channels or not launch.swapped
         if isinstance(launch, linear.Gemm) and sizes[3]:
