@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench.families import TINY
-from bench.fp8_distance import BEGIN, END, PAGE, digits, psnr, unet_error
+from bench.fp8_distance import BEGIN, END, KINDS, PAGE, images, psnr, unet_errors
 
 
 def test_psnr() -> None:
@@ -19,14 +19,16 @@ def test_psnr() -> None:
 
 @pytest.mark.heavy
 def test_distances_are_measured() -> None:
-    (distance,) = digits(("a thick 8",), 1, num_inference_steps=2)
-    assert 20 < distance < 60  # neither another image nor the same
+    found = images("digits", ("a thick 8",), 1, num_inference_steps=2)
+    assert set(found) == set(KINDS) and len({distance for (distance,) in found.values()}) == len(KINDS)
+    assert all(20 < distance < 60 for (distance,) in found.values())  # neither another image nor the same
     wide = replace(TINY.unet, block_out_channels=(64, 128), norm_num_groups=16)
-    error, layers, share = unet_error(wide, 8)
-    assert 0 < error < 1 and layers and 0 < share < 1
+    (error, layers, share), (more_error, more_layers, more_share) = unet_errors(wide, 8).values()
+    assert 0 < error < 1 and 0 < more_error < 1 and 0 < layers < more_layers and 0 < share < more_share < 1
 
 
 def test_the_page_has_the_table() -> None:
     text = PAGE.read_text(encoding="utf-8")
     rows = text[text.index(BEGIN) + len(BEGIN) : text.index(END)].splitlines()
-    assert len(rows) == 4 and "dB" in rows[2] and "relative error" in rows[3]
+    assert len(rows) == 5 and all(row.count("|") == 2 + len(KINDS) for row in rows)
+    assert all(row.count("dB") == 4 for row in rows[2:4]) and rows[4].count("relative error") == 2
