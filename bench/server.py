@@ -1,4 +1,4 @@
-"""Images a second of the server beside the pipeline alone: `python -m bench.server [--images 64] [--steps 10]`.
+"""Images a second of the server beside the pipeline alone: `python -m bench.server [--images 256] [--steps 10]`.
 
 The same requests, at 1, 4 and 16 clients at once, each of one image with its own prompt and seed; the pipeline has them
 in batches of as many images as the server's. The server's time is that until the client has its answer: a PNG, as
@@ -189,7 +189,7 @@ def table(served: dict[int, list[ServedPace]], alone: dict[int, list[tuple[float
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args(arguments)
