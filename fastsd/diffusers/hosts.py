@@ -24,6 +24,16 @@ class Accelerated:
         return object.__new__, (type(self).__mro__[2],), state
 
 
+class EqualToOwn(type):
+    """The type of accelerated classes: one is equal to its host's own class, which `from_pipe` looks for by `==`."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.__mro__[2]
+
+    def __hash__(cls) -> int:
+        return hash(cls.__mro__[2])
+
+
 @functools.cache
 def _accelerated_class(own: Any) -> type:
     signature = inspect.signature(own.forward)
@@ -42,7 +52,7 @@ def _accelerated_class(own: Any) -> type:
         return self.__dict__[ATTRIBUTE].answer(given, call)
 
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    return type(own.__name__, (Accelerated, own), {**names, "forward": forward})
+    return EqualToOwn(own.__name__, (Accelerated, own), {**names, "forward": forward})
 
 
 def twin_of(module: Any) -> Twin | None:

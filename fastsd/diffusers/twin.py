@@ -20,6 +20,7 @@ from fastsd.runtime.devices import undisturbed
 
 log = logging.getLogger("fastsd.diffusers")
 LIBRARIES = ("torch", "diffusers", "transformers")  # whose layers compute what their names say
+FUSED = ("to_qkv", "to_kv")  # what `unfuse_qkv_projections` leaves behind; an attention that reads them is not plain
 
 
 @dataclass(eq=False)
@@ -139,7 +140,7 @@ class Twin:
         wrapped: dict[nn.Module, nn.Module] = {}
         inside: set[nn.Module] = set()
         for path, module in self.host.named_modules():
-            if module in inside:
+            if module in inside or path.rpartition(".")[2] in FUSED:
                 continue
             base = adapters.base_of(module)
             if base is not module:
