@@ -27,6 +27,7 @@ from fastsd.kernels.launch.conv2d import UNUSED
 from fastsd.kernels.triton import add_bias_residual as add_bias_residual_triton
 from fastsd.kernels.triton import advance as advance_triton
 from fastsd.kernels.triton import conv2d as conv2d_triton
+from fastsd.kernels.triton import conv2d_fp8 as conv2d_fp8_triton
 from fastsd.kernels.triton import geglu as geglu_triton
 from fastsd.kernels.triton import groupnorm_silu as groupnorm_silu_triton
 from fastsd.kernels.triton import groupnorm_silu_split as groupnorm_silu_split_triton
@@ -213,3 +214,24 @@ def test_conv2d_compiles(case, capability, dtype):
     elif capability != AMD:
         assert max(found[0].compiled(capability).copies) == (64 if inputs == 4 else 128)
     assert capability != 90 or "HGMMA" in found[0].compiled(capability).machine
+
+
+FP8_PRODUCTS = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA", 120: "QMMA"}  # of the instruction
+
+
+@pytest.mark.parametrize("capability", FP8_PRODUCTS)
+def test_conv2d_fp8_multiplies_fp8(capability):
+    """Neither in 16 bits nor by single numbers; of SD1.5's first level, where a step is 64 channels deep."""
+    e4m3 = conv2d_fp8_triton.FP8
+    x = torch.empty(2, 64, 64, 320, dtype=torch.float16, device="meta")
+    weight = torch.empty(320, 3, 3, 320, dtype=e4m3, device="meta").permute(0, 3, 1, 2)
+    scale, bias = torch.empty(320, dtype=torch.float32, device="meta"), x.new_empty(320)
+    found: list[KernelLaunch] = []
+    with intercepted_launches(class_of(capability), lambda *launch: found.append(KernelLaunch("", *launch))):
+        conv2d_fp8_triton.conv2d_fp8(x, weight, scale, bias, 1, (1, 1, 1, 1), x)
+    *quantising, convolving = [launch.compiled(capability) for launch in found]
+    assert len(quantising) == 2 and all(made.spills == 0 for made in (*quantising, convolving))
+    assert convolving.shared <= SHARED[capability]
+    products = set(re.findall(r"\b(\w*MMA)\b", convolving.machine))
+    assert products == {FP8_PRODUCTS[capability]}
+    assert ("UTMALDG" in convolving.machine) == (capability >= 90)
