@@ -78,6 +78,8 @@ def shortened(words: list[str]) -> list[str]:
             if isinstance(table, dict) and "fit" in table:
                 values |= {f"{stage}.{key}": value for key, value in SHORT_STAGE.items() if key.split(".")[0] in table}
         return words + [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+    if command == "compare" and words[1].endswith(".json"):  # reports, beside which flags of models are refused
+        return words
     more = {flag: value for flag, value in SHORT.get(command, {}).items() if flag not in words}
     if any(flag in words for flag in SIZED):
         more = {flag: value for flag, value in more.items() if flag not in ("--width", "--height")}
