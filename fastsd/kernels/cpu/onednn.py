@@ -66,12 +66,17 @@ def convolve(
 ) -> torch.Tensor:
     """`conv(x) + bias + residual`, with `relu` then clamped at zero.
 
+    In fp32 a pass over the result adds the residual in less time than the epilogue (measured); in 16 bits the epilogue
+    rounds once instead of twice.
+
     x: `[B, Cin, H, W]`; residual: `[B, Cout, H', W']`; both in channels-last memory.
     """
     shape = (padding, (stride, stride), (1, 1), 1)
     convolution, convolution_and_sum, *_ = _operators()
     if residual is None:
         return convolution(x, weight, bias, *shape, "relu" if relu else "none", [], "")
+    if x.dtype == torch.float32 and not relu:
+        return convolution(x, weight, bias, *shape, "none", [], "").add_(residual)
     return convolution_and_sum(x, residual, weight, bias, *shape, "add", 1.0, "relu" if relu else None, [], None)
 
 
