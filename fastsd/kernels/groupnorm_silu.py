@@ -15,11 +15,12 @@ from fastsd.kernels.candidates import GpuOp, OpCandidate
 from fastsd.kernels.cpu import choices
 from fastsd.kernels.launch import architecture, variants
 from fastsd.kernels.launch.groupnorm_silu import GroupNormLaunch
-from fastsd.kernels.linear import activate_by_image
+from fastsd.kernels.linear import activate_by_image, undivided
 
 # The CPU path.
 TERMS = 128  # of one fp32 sum
 PIXELS = 1024  # of one sum in PyTorch's norm; with more, few maps have a mean as small as `_largest_mean`
+SHARED = 1024  # pixels of an image from which on PyTorch's norm divides those of a batch among the threads
 WIDTH = 4096  # sums in parallel, which stay in the first cache
 LANES = 8  # of a vector of AVX2; AVX-512 has twice as many
 PRODUCT = 2**16  # elements of a matrix that averages
@@ -151,14 +152,20 @@ class _Norm(NamedTuple):
 
 def _groupnorm_silu_cpu(x: torch.Tensor, norm: _Norm, add: torch.Tensor | None) -> torch.Tensor:
     """The CPU path. No sum of an image depends on its batch."""
-    way = choices.way("groupnorm_silu", x.dtype, x.numel() // len(x))
+    batch, pixels = len(x), x.shape[1] * x.shape[2]
+    way = choices.way("groupnorm_silu", x.dtype, x.numel() // batch)
     if way == "contiguous":
         return _by_contiguous(x, norm, add)
-    if way == "moments" or x.shape[1] * x.shape[2] > PIXELS:
+    if way == "moments" or pixels > PIXELS:
         return _by_moments(x, norm, add)
-    if len(x) == 1:
+    if batch == 1 or pixels < SHARED:
         return _directly(x, norm, add)
-    return torch.cat([_directly(image, norm, own) for image, own in zip(x.split(1), _adds(add, len(x)))])
+    return torch.cat([_directly(image, norm, own) for image, own in zip(x.split(1), _adds(add, batch))])
+
+
+def _images(x: torch.Tensor) -> Sequence[torch.Tensor]:
+    """`x` as batches of one."""
+    return (x,) if len(x) == 1 else x.split(1)
 
 
 def _adds(add: torch.Tensor | None, batch: int) -> Sequence[torch.Tensor | None]:
@@ -174,16 +181,23 @@ def _by_contiguous(x: torch.Tensor, norm: _Norm, add: torch.Tensor | None) -> to
 
 
 def _directly(x: torch.Tensor, norm: _Norm, add: torch.Tensor | None) -> torch.Tensor:
-    """PyTorch's norm of one channels-last image where it is accurate (`_largest_mean`), else by moments."""
-    _, height, width, channels = x.shape
+    """PyTorch's norm of channels-last images, and moments for those where it is not accurate (`_largest_mean`)."""
+    batch, height, width, channels = x.shape
     total = x if add is None else x + add[:, None, None, :]
     y, mean, r = torch.native_group_norm(
-        total.permute(0, 3, 1, 2), norm.weight, norm.bias, 1, channels, height * width, norm.groups, norm.eps
+        total.permute(0, 3, 1, 2), norm.weight, norm.bias, batch, channels, height * width, norm.groups, norm.eps
     )
-    ratios, limit = (mean * r)[0].tolist(), _largest_mean(height * width, channels // norm.groups)
-    if min(ratios) < -limit or max(ratios) > limit:
+    limit = _largest_mean(height * width, channels // norm.groups)
+    inaccurate = [k for k, ratios in enumerate((mean * r).tolist()) if min(ratios) < -limit or max(ratios) > limit]
+    if len(inaccurate) == batch:
         return _by_moments(x, norm, add)
-    return (F.silu(y, inplace=True) if norm.silu else y).permute(0, 2, 3, 1).contiguous()
+    y = y.permute(0, 2, 3, 1).contiguous()
+    if norm.silu:
+        for part in (y,) if batch == 1 or undivided(y) else y.split(1):
+            F.silu(part, inplace=True)
+    for k in inaccurate:
+        _normalise(x[k : k + 1], norm, _adds(add, batch)[k], y[k : k + 1])
+    return y
 
 
 @functools.lru_cache(maxsize=1024)
@@ -204,7 +218,7 @@ def _largest_mean(pixels: int, channels: int) -> float:
 def _by_moments(x: torch.Tensor, norm: _Norm, add: torch.Tensor | None) -> torch.Tensor:
     """Image by image: moments of short sums, merged; one pass for the normalisation, and one for SiLU in place."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for image, own, y in zip(x.split(1), _adds(add, len(x)), out.split(1)):
+    for image, own, y in zip(_images(x), _adds(add, len(x)), _images(out)):
         _normalise(image, norm, own, y)
     return out
 
@@ -235,11 +249,12 @@ def _moments(x: torch.Tensor, groups: int, add: torch.Tensor | None) -> tuple[to
     unused = None if x.dtype == torch.float32 else x.new_empty(side * channels, dtype=torch.float32)
     # `side` pixels are read as one of more channels: as many more sums in parallel.
     blocks = x.view(-1, 1, terms, side * channels).permute(0, 3, 1, 2)
-    parts = [torch.batch_norm_update_stats(block, unused, unused, 0.0) for block in blocks.split(1)]
+    parts = [torch.batch_norm_update_stats(block, unused, unused, 0.0) for block in _images(blocks)]
     means, variances = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts))
     means = means.view(-1, channels) if add is None else means.view(-1, channels) + add
     mean = _group_means(means, groups)
-    variance = _group_means((means - mean).square_().add_(variances.view(-1, channels)), groups)
+    distances = means - mean
+    variance = _group_means(torch.addcmul(variances.view(-1, channels), distances, distances), groups)
     return (mean if add is None else mean - add[0]), variance
 
 
