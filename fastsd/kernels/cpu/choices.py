@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -88,14 +89,20 @@ TABLE = {
     **_rows("upsample2x_conv, kept weights", {("avx512", FP32): 2**6, ("avx512", BF16): 2**6, ("avx2", FP32): 2**4}),
 }
 
-_forced = threading.local()
+
+class _ForcedWays(threading.local):
+    """The ways that are forced in this thread, by op."""
+
+    ways: Mapping[str, str] = MappingProxyType({})
+
+
+_forced = _ForcedWays()
 
 
 def way(op: str, dtype: torch.dtype, size: int) -> str:
     """The way of `op` for activations of `dtype`, where one image has `size` of what `OPS[op].size` names."""
-    forced: dict[str, str] | None = getattr(_forced, "ways", None)
-    if forced and op in forced:
-        return forced[op]
+    if op in _forced.ways:
+        return _forced.ways[op]
     for least, name in TABLE.get((op, processor(), dtype), ()):
         if size >= least:
             return name
@@ -105,8 +112,8 @@ def way(op: str, dtype: torch.dtype, size: int) -> str:
 @contextmanager
 def forced(op: str, name: str) -> Iterator[None]:
     """Inside this context, `op` goes the way `name` in this thread, whatever the table says."""
-    previous = getattr(_forced, "ways", {})
-    _forced.ways = previous | {op: name}
+    previous = _forced.ways
+    _forced.ways = {**previous, op: name}
     try:
         yield
     finally:
