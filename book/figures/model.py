@@ -17,7 +17,7 @@ EMOJI = (
     *("a red heart", "woman firefighter", "thumbs up with dark skin tone", "pickup truck", "flag of japan"),
     *("red apple", "cat face", "a rocket", "man dancing with light skin tone", "guard with medium skin tone"),
     *("couple with heart, dark skin tone, light skin tone", "astronaut with medium skin tone", "grinning face"),
-    *("smiling face with sunglasses", "pizza", "flag of norway"),
+    *("smiling face with sunglasses", "flag of norway", "pizza"),
 )
 MIXTURE = 0.3  # the deviation of each half of the model in one dimension
 
@@ -42,7 +42,7 @@ def between() -> Figure:
 
 
 def emoji() -> Figure:
-    """Images of the bundled emoji model with their captions, all of seed 0: good ones, the last three bad ones."""
+    """Images of the bundled emoji model with their captions, all of seed 0; the last one is not right."""
     pipe = fastsd.Pipeline.from_pretrained("emoji", device="cpu", dtype="fp32")
     fig, axes = figure(3.7, 2, len(EMOJI) // 2)
     for one, caption in zip(axes.flat, EMOJI, strict=True):
