@@ -55,6 +55,18 @@ def adapter_hash(data: bytes) -> str:
     return hashlib.sha256(memoryview(data)[start:]).hexdigest()[:12]
 
 
+def legacy_hash(path: Path) -> str:
+    """A1111's hash of a file from before November 2022 (`model_hash` in its modules/sd_models.py), by which its
+    ControlNet extension still names files: the first 8 digits of the SHA-256 of 64 KiB that start at 1 MiB.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        file.seek(2**20)
+        return hashlib.sha256(file.read(2**16)).hexdigest()[:8]
+
+
 def _file() -> Path:
     return cache_folder() / "hashes.json"
 

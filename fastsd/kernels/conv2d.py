@@ -64,7 +64,7 @@ def conv2d(
     if backend == "triton":
         return candidates.run(OP, x, weight, bias, stride, padding, residual, relu)
     if backend == "torch":
-        return _by_torch(x, weight, bias, stride, padding, residual, relu)
+        return by_torch(x, weight, bias, stride, padding, residual, relu)
     if not (weight.is_mkldnn or wants_packed(x.shape, weight, stride, padding)):
         return winograd.convolve(x, weight, bias, padding, residual, relu)
     x, (top, left) = _padded(x, padding)
@@ -94,15 +94,16 @@ def _padded(x: torch.Tensor, padding: Padding) -> tuple[torch.Tensor, tuple[int,
     return (x, (top, left)) if (left, top) == (right, bottom) else (F.pad(x, padding), (0, 0))
 
 
-def _by_torch(
+def by_torch(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     stride: int,
     padding: Padding,
     residual: torch.Tensor | None,
-    relu: bool,
+    relu: bool = False,
 ) -> torch.Tensor:
+    """`conv2d` by PyTorch's own operations."""
     x, (top, left) = _padded(x, padding)
     y = F.conv2d(x, onednn.dense(weight), bias, stride, (top, left)).permute(0, 2, 3, 1)
     y = y if residual is None else y + residual
@@ -121,7 +122,7 @@ def _by_cudnn(
     """By the plan that cuDNN measured to be the fastest (`fastsd.cuda.cudnn`), and one pass in place for all that
     follows. PyTorch would add the bias in one pass and the residual in another.
     """
-    y = _by_torch(*_whole_vectors(x, weight), None, stride, padding, None, False)[..., : len(weight)]
+    y = by_torch(*_whole_vectors(x, weight), None, stride, padding, None, False)[..., : len(weight)]
     return _finished(y, bias, residual, relu)
 
 
@@ -262,7 +263,7 @@ OP = GpuOp(
             launch_types=(ConvBoxes, ConvPointers),
         ),
         OpCandidate("cudnn, first plan", _by_first_plan, measured=True, tuned=True),
-        OpCandidate("torch", _by_torch),
+        OpCandidate("torch", by_torch),
     ),
     first=_first,
 )

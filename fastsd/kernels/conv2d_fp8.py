@@ -12,11 +12,10 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from fastsd.kernels import candidates, dispatch
 from fastsd.kernels.candidates import GpuOp, OpCandidate
-from fastsd.kernels.conv2d import Padding, conv2d, conv2d_ref, size_of
+from fastsd.kernels.conv2d import Padding, by_torch, conv2d, conv2d_ref, size_of
 from fastsd.kernels.launch import architecture, variants
 from fastsd.kernels.launch.conv2d import ConvBoxes, ConvPointers
 from fastsd.kernels.linear_fp8 import dequantized, quantize
@@ -134,11 +133,7 @@ def _by_torch(
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
     """The same by PyTorch alone, which has no convolution of fp8."""
-    maps, taps = _in_16_bits(x, weight, scale)
-    left, right, top, bottom = padding
-    maps = F.pad(maps, (0, 0, left, right, top, bottom)).permute(0, 3, 1, 2)
-    y = F.conv2d(maps, taps, bias, stride).permute(0, 2, 3, 1)
-    return y if residual is None else y + residual
+    return by_torch(*_in_16_bits(x, weight, scale), bias, stride, padding, residual)
 
 
 OP = GpuOp(

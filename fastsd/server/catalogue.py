@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fastsd.bundled import BUNDLED, DIGITS
 from fastsd.errors import FastsdError
-from fastsd.files.hashes import known_sha256, remember_sha256
+from fastsd.files.hashes import known_sha256, legacy_hash, remember_sha256
 from fastsd.image.infotext import UPSCALERS
 from fastsd.parameters import nearest
 from fastsd.server.jobs import ModelChoice, UpscalerChoice
@@ -141,7 +141,7 @@ class Catalogue:
         if plain is None or any(name in one.spellings for one in self.controlnets):
             return _find(self.controlnets, name, "model", "ControlNet")
         found = _find(self.controlnets, plain["name"], "model", "ControlNet")
-        own = _extension_hash(found.path) if found.path is not None and found.path.is_file() else plain["hash"]
+        own = legacy_hash(found.path) if found.path is not None and found.path.is_file() else plain["hash"]
         if own != plain["hash"]:
             message = f"the file of this name is another one: {found.name} [{own}]"
             raise FastsdError(message, argument="model", value=name)
@@ -192,14 +192,6 @@ def _find(listed: list[Listed], name: str, argument: str, kind: str) -> Listed:
     names = [one.name for one in listed]
     hint = nearest(name, names) or (f"; there are {', '.join(names[:8])}" if names else "; there is none here")
     raise FastsdError(f"no such {kind} is listed{hint}", argument=argument, value=name)
-
-
-def _extension_hash(path: Path) -> str:
-    """A1111's old hash of a file (`model_hash` in its modules/sd_models.py), by which its ControlNet extension names
-    files: of 64 KiB, from 1 MiB on."""
-    with path.open("rb") as file:
-        file.seek(2**20)
-        return hashlib.sha256(file.read(2**16)).hexdigest()[:8]
 
 
 def _hash(path: Path) -> str:

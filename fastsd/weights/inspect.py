@@ -11,7 +11,7 @@ from fastsd.components import Components
 from fastsd.config import UNetConfig
 from fastsd.errors import FastsdError
 from fastsd.few_step import Detection
-from fastsd.files.hashes import remember_sha256
+from fastsd.files.hashes import legacy_hash, remember_sha256
 from fastsd.weights.adapters.embeddings import vectors_of
 from fastsd.weights.few_step import detect_in_metadata
 from fastsd.weights.formats.pickle_file import is_pickle, open_pickle, tensors_in
@@ -228,19 +228,15 @@ def _cut(text: str) -> str:
 
 
 def _hashes(path: Path) -> Facts:
-    """The SHA-256, A1111's short hash (its first ten digits), and A1111's hash from before November 2022.
-
-    The last is the first eight digits of the SHA-256 of 64 KiB that start at 1 MiB.
-    """
-    digest, legacy = hashlib.sha256(), hashlib.sha256()
+    """The SHA-256, A1111's short hash (its first ten digits), and its older one."""
+    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             while block := file.read(2**20):
                 digest.update(block)
-            file.seek(2**20)
-            legacy.update(file.read(2**16))
+        legacy = legacy_hash(path)
     except OSError as error:
         raise FastsdError(f"cannot be read ({error.strerror})", path=path) from error
     digits = digest.hexdigest()
     remember_sha256(path, digits)
-    return [("sha256", digits), ("short hash", digits[:10]), ("legacy hash", legacy.hexdigest()[:8])]
+    return [("sha256", digits), ("short hash", digits[:10]), ("legacy hash", legacy)]
