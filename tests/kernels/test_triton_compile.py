@@ -216,6 +216,25 @@ def test_conv2d_compiles(case, capability, dtype):
     assert capability != 90 or "HGMMA" in found[0].compiled(capability).machine
 
 
+@pytest.mark.parametrize("capability", [75, 100])
+def test_the_launches_for_which_a_class_has_its_own_tiles_spill_nothing(capability):
+    """With the tiles of other classes each of these spills: a norm of 8 x 8 pixels in two parts on sm_75; on sm_100 the
+    encoder's first convolution, and the last pass of a norm with two results."""
+    image = torch.empty(1, 512, 512, 3, dtype=torch.float16, device="meta")
+    found: list[KernelLaunch] = []
+    with intercepted_launches(capability, lambda *launch: found.append(KernelLaunch("", *launch))):
+        if capability == 75:
+            x, vector = image.new_empty(2, 8, 8, 1280), image.new_empty(2560)
+            groupnorm_silu_triton.groupnorm_silu(x, vector, vector, 32, 1e-5, skip=x)
+        else:
+            weight = image.new_empty(128, 3, 3, 3).permute(0, 3, 1, 2)
+            conv2d_triton.conv2d(image, weight, image.new_empty(128), 1, (1, 1, 1, 1))
+            x, vector = image.new_empty(1, 128, 128, 512), image.new_empty(512)
+            groupnorm_silu_triton.groupnorm_silu(x, vector, vector, 32, 1e-6, silu=False, ahead=vector)
+    assert len(found) == {75: 1, 100: 3}[capability]
+    assert not any(launch.compiled(capability).spills for launch in found)
+
+
 FP8_PRODUCTS = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA", 120: "QMMA"}  # of the instruction
 
 

@@ -60,6 +60,7 @@ class ConvSettings:
         boxes: whether the copy engine reads boxes.
         depth, warps, stages: of tiles of 128 pixels x 128 or 160 channels.
         narrow: the same of tiles of 128 x 64 and fewer.
+        least_depth: of maps with fewer channels, as the first convolution's; twice that in fp8.
     """
 
     programs: int
@@ -68,6 +69,7 @@ class ConvSettings:
     warps: int
     stages: int
     narrow: tuple[int, int, int]
+    least_depth: int = 16
 
 
 # Classes on which PyTorch's convolution takes every call, and why.
@@ -77,7 +79,7 @@ TABLE: dict[int, ConvSettings] = {
     80: ConvSettings(108, False, 32, 8, 4, (32, 4, 4)),
     86: ConvSettings(84, False, 32, 8, 4, (32, 4, 4)),
     90: ConvSettings(132, True, 64, 8, 4, (64, 4, 4)),
-    100: ConvSettings(148, True, 64, 8, 4, (64, 4, 4)),
+    100: ConvSettings(148, True, 64, 8, 4, (64, 4, 4), least_depth=32),  # with 16 it would spill under Triton 3.7
     120: ConvSettings(170, True, 32, 8, 4, (32, 4, 4)),
 }
 
@@ -113,7 +115,7 @@ def choose(
     channels, pixels = _channels(outputs, two_parts=groups), PIXELS
     narrow = sum(channels) <= 64
     depth, warps, stages = settings.narrow if narrow else (settings.depth, settings.warps, settings.stages)
-    depth = min(depth * 2 // itemsize, max(_power_of_two(inputs), 32 // itemsize))
+    depth = min(depth * 2 // itemsize, max(_power_of_two(inputs), settings.least_depth * 2 // itemsize))
     if itemsize == 1 and 8 * (-inputs % depth) > inputs:
         depth //= 2
     many = 2 * settings.programs * 2 * PIXELS * 128

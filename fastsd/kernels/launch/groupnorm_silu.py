@@ -38,11 +38,13 @@ class GroupNormSettings:
 
 # Chosen by compiled code (registers, spills, width of the loads) and estimates; none is timed yet.
 TABLE: dict[int, GroupNormSettings] = {
-    75: GroupNormSettings(whole=24576, programs=160),  # 32 KiB of first-level cache
+    # 32 KiB of first-level cache; tiles of 8192 would spill under Triton 3.7.
+    75: GroupNormSettings(whole=24576, whole_tile=4096, programs=160),
     80: GroupNormSettings(),
     86: GroupNormSettings(residual_warps=8),  # four would spill on sm_86
     90: GroupNormSettings(whole=131072),  # half of 256 KiB
-    100: GroupNormSettings(whole=131072),
+    # As sm_90; tiles of 8192 would spill under Triton 3.6, and four warps of the split path under 3.7.
+    100: GroupNormSettings(whole=131072, whole_tile=4096, warps=8),
     120: GroupNormSettings(),
 }
 
@@ -105,4 +107,5 @@ def choose(architecture: int, pixels: int, channels: int, groups: int, itemsize:
 def _whole(settings: GroupNormSettings, pixels: int, groups: int, size: int) -> GroupNormLaunch:
     columns = power_of_two(groups * size)
     block_p = min(max(settings.whole_tile // columns, 1), power_of_two(pixels))
-    return GroupNormLaunch(groups, block_p, max(settings.whole_warps * block_p * columns // settings.whole_tile, 1))
+    warps = settings.whole_warps * block_p * columns // settings.whole_tile
+    return GroupNormLaunch(groups, block_p, min(max(warps, 1), settings.whole_warps))

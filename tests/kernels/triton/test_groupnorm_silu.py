@@ -235,7 +235,7 @@ def test_launches_of_groupnorm_silu_fit(architecture: int, itemsize: int):
     """Every launch covers its channels with tiles of a sensible size, at the shapes of the models and odd ones."""
     sizes = [(p * p, c, 32) for p in (1, 8, 15, 16, 32, 64, 128) for c in (320, 640, 960, 1280, 1920, 2560)]
     sizes += [(p * p, c, 32) for p in (64, 512, 1024, 2048) for c in (128, 256, 512)]
-    sizes += [(1, 1, 1), (7, 33, 3), (81, 10007, 1), (10**6, 3, 3)]
+    sizes += [(1, 1, 1), (1, 10007, 1), (7, 33, 3), (81, 10007, 1), (10**6, 3, 3)]
     for pixels, channels, groups in sizes:
         launch = choose(architecture, pixels, channels, groups, itemsize)
         class_settings = TABLE[architecture]
