@@ -17,7 +17,7 @@ import pytest
 from fastsd.cli import COMMANDS, command_module, flags, main
 from fastsd.cli.parser import Parser
 from tests.support import page_files
-from tests.support.pages import PAGES, commands, page_name
+from tests.support.pages import PAGES, SHELL, blocks, commands, is_command, page_name
 from tests.support.project import ROOT, tomllib
 
 # Not run, only read by the real parser: the command, or a flag in it, and why.
@@ -130,6 +130,14 @@ def test_commands_run(
 def test_every_reason_is_needed() -> None:
     found = {why_not_run(line) for page in WITH_COMMANDS for line in commands(page)} - {None}
     assert found == set(NOT_RUN.values())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_no_command_is_misspelt(page: Path) -> None:
+    """A line that begins with an interpreter and names fastsd, but is none of its commands, no test above reads."""
+    lines = [line.strip() for text in blocks(page, SHELL) for line in text.splitlines()]
+    starts = [line for line in lines if re.match(r"(\w+=\S+ )*python\S* .*\bfastsd\b", line)]
+    assert [line for line in starts if not is_command(line) and "-m pip " not in line] == []
 
 
 def test_pages_with_commands_are_found() -> None:

@@ -27,4 +27,9 @@ def commands(page: Path) -> list[str]:
     """Every command line of fastsd in a block of a page; continued lines are one."""
     text = "\n".join(blocks(page, SHELL)).replace("\\\n", " ")
     lines = [line.strip().removeprefix("$ ") for line in text.splitlines()]
-    return [line for line in lines if _PROGRAM.match(line)]
+    return [line for line in lines if is_command(line)]
+
+
+def is_command(line: str) -> bool:
+    """Whether a line runs fastsd."""
+    return _PROGRAM.match(line) is not None
