@@ -147,6 +147,7 @@ def serve_images(url: str, pid: int, images: int, clients: int, steps: int) -> S
 
 PIPELINE = """if True:
     import sys, time, fastsd, torch  # fastsd first: it says how threads wait before torch starts them, as in the server
+    from fastsd.generate.threads import suited_threads
     images, batch, steps = map(int, sys.argv[1:4])
     pipe, words = fastsd.Pipeline.from_pretrained(), sys.argv[4].split()
     def run(start):
@@ -154,10 +155,11 @@ PIPELINE = """if True:
         prompts = [f"a handwritten {words[seed % 10]}" for seed in seeds]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         pipe(prompts, generator=generators, num_inference_steps=steps, sampler="dpm++2m", batch_size=batch)
-    run(0)
-    started, used = time.perf_counter(), time.process_time()
-    for start in range(0, images, batch):
-        run(start)
+    with suited_threads(pipe.components, pipe.device):
+        run(0)
+        started, used = time.perf_counter(), time.process_time()
+        for start in range(0, images, batch):
+            run(start)
     print(images / (time.perf_counter() - started), (time.process_time() - used) / images)
 """
 

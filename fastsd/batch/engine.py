@@ -124,6 +124,8 @@ class BatchEngine:
 
     def _generate(self, batch: list[BatchRequest]) -> tuple[list[tuple[list[Any], list[dict[str, Any]]]], list[str]]:
         """The images of each request with their settings, and notes."""
+        from fastsd.generate.threads import suited_threads
+
         notes: list[str] = []
         facts = [self._load_named(request, notes) for request in batch]
         calls = [dict(request.arguments) for request in batch]
@@ -137,7 +139,8 @@ class BatchEngine:
                 call["controls"], own["controls"] = self._open_controls(request)
             if request.image_prompts:
                 call["image_prompts"], own["image_prompts"] = self._open_image_prompts(request)
-        result = self.pipe(**join(calls, self.size))
+        with suited_threads(self.pipe.components, self.pipe.device):
+            result = self.pipe(**join(calls, self.size))
         notes += result.notes
         outcomes = []
         for request, (images, settings) in zip(batch, split(calls, facts, result), strict=True):

@@ -186,6 +186,7 @@ def generate_batches(
 
     from fastsd.generate.like import LIKE
     from fastsd.generate.noise import of_image
+    from fastsd.generate.threads import suited_threads
 
     count = args.num_images_per_prompt or 1
     batch = min(args.batch_size or DEFAULT_BATCH, count)
@@ -196,7 +197,8 @@ def generate_batches(
     wanted = sys.stderr.isatty() if args.progress is None else args.progress
     shown: set[str] = set()
     columns, rows = shutil.get_terminal_size()  # tqdm alone shows nothing on a terminal that reports no size
-    with tqdm(file=sys.stderr, disable=not wanted, ncols=min(columns, 100), nrows=rows, unit="it") as bar:
+    bar = tqdm(file=sys.stderr, disable=not wanted, ncols=min(columns, 100), nrows=rows, unit="it")
+    with suited_threads(pipe.components, pipe.device), bar:
         timing = TimingNote(bar)
         pipe.choice_mode = replace(pipe.choice_mode, tell=timing)
         for i, start in enumerate(starts):

@@ -21,6 +21,8 @@ from fastsd.errors import FastsdError, about
 from fastsd.files.hashes import known_sha256
 from fastsd.generate.control import Control
 from fastsd.generate.image_prompts import ImagePrompt
+from fastsd.generate.result import Result
+from fastsd.generate.threads import suited_threads
 from fastsd.generate.together import join, split
 from fastsd.model.controlnet import ControlNet
 from fastsd.model.ip_adapter import IPAdapter
@@ -102,16 +104,10 @@ class PipelineEngine:
         if first.upscaler is not None:
             with about("hires_upscaler"):
                 arguments["hires_upscaler"] = self._load_upscaler(first.upscaler)
-        result = None
-        stream = pipe.stream(**arguments)
-        for step in stream:
-            result = step.result
-            if watch.step(step.index, step.total, step.preview) and result is None:
-                if watch.stopped:
-                    stream.close()  # type: ignore[attr-defined]
-                    return []
-                pipe._interrupt = True
-        assert result is not None  # the last step has it
+        with suited_threads(pipe.components, pipe.device):
+            result = _generate(pipe, arguments, watch)
+        if result is None:
+            return []
         result.notes[:0] = notes
         own = split(calls, facts, result)
         return [Finished(images, settings, list(result.notes), dict(result.timings)) for images, settings in own]
@@ -204,6 +200,21 @@ class PipelineEngine:
         if choice.path not in loaded.ip_adapters:
             loaded.ip_adapters[choice.path] = loaded.pipe.load_ip_adapter(choice.path)
         return ImagePrompt(loaded.ip_adapters[choice.path], choice.image, choice.scale, choice.mask)
+
+
+def _generate(pipe: Pipeline, arguments: dict[str, Any], watch: Watch) -> Result | None:
+    """The images of a call; none where it was stopped."""
+    result = None
+    stream = pipe.stream(**arguments)
+    for step in stream:
+        result = step.result
+        if watch.step(step.index, step.total, step.preview) and result is None:
+            if watch.stopped:
+                stream.close()  # type: ignore[attr-defined]
+                return None
+            pipe._interrupt = True
+    assert result is not None  # the last step has it
+    return result
 
 
 def _facts(model: ModelChoice, pipe: Pipeline) -> dict[str, Any]:
