@@ -83,7 +83,7 @@ def test_tests_mirror_the_package() -> None:
 # What is tested of a whole folder, by the folder.
 ABOUT: dict[str, tuple[str, ...]] = {
     ".": ("imports", "layout", "package"),
-    "batch": ("kills",),
+    "batch": ("kills", "objects"),
     "cli": ("few_step", "prompts"),  # features that several of its modules share
     "evaluate/digits": ("bundled_model",),
     "train": ("kills",),

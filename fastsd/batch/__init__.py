@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastsd.cli import flags
 from fastsd.errors import FastsdError
@@ -16,11 +16,8 @@ from fastsd.parameters import PARAMETERS
 from fastsd.parameters.kinds import MAX_SEED, Parameter, Whole
 
 if TYPE_CHECKING:
-    from fastsd.batch.engine import BatchOutcome
-    from fastsd.batch.job import LinesLeft
     from fastsd.batch.store import Store
-
-    OutcomesOf = Callable[[LinesLeft, dict[str, Any] | None], Generator[BatchOutcome]]
+    from fastsd.batch.work import OutcomesOf
 
 FORMATS = ("png", "jpg", "webp")
 USED = ("embedding", "embedding_dir", "lora", "lora_dir", "allow_partial", "progress")  # of the flags beside parameters

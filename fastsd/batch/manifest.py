@@ -7,6 +7,7 @@ killed at any moment, or lost its power, goes on from its manifest: what has a l
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -20,6 +21,7 @@ from fastsd.errors import FastsdError
 from fastsd.files import reason, remove_leftovers, write_whole
 
 NAME, LOCK = "manifest.jsonl", ".fastsd-batch.lock"
+OWNER = "job.json"  # in a store: whose images it holds
 FORM = 1  # of the manifest
 DONE, FAILED = "done", "failed"
 
@@ -66,6 +68,35 @@ class Manifest:
             write_whole(self.path, _line(self.head), overwrite=not self.is_new)
         elif kept is not None:
             check_model(self.head["model"], kept, self.path)
+
+    @contextlib.contextmanager
+    def claimed(self, store: Store) -> Iterator[None]:
+        """Have a store say that its images are this job's.
+
+        A run writes that first, so a store that cannot be written to is known before a model is loaded. A job that
+        fails before its first image has not begun, and may begin with another model or store.
+
+        Raises:
+            FastsdError: it cannot be written to.
+        """
+        if self.is_new:
+            self.begin(None)
+        try:
+            store.write(OWNER, _owner(self.head))
+            yield
+        except FastsdError:
+            if self.head.get("model") is None and not self.failed:
+                with contextlib.suppress(FastsdError):
+                    self._forget(store)
+            raise
+
+    def _forget(self, store: Store) -> None:
+        """Have nothing of the job, where the store holds no image."""
+        there = set(store.names())
+        if there <= {OWNER}:
+            if there:
+                store.remove(OWNER)
+            self.path.unlink()
 
     def add(self, records: list[dict[str, Any]]) -> None:
         """Append lines; they are on the disk when this returns."""
@@ -125,6 +156,8 @@ def open_manifest(folder: Path, head: dict[str, Any], store: Store | None = None
                     found.head["seed"] = secrets.randbelow(2**63)
             else:
                 _read(found, head, images)
+                if store is not None:
+                    _check_owner(store, found.head)
             yield found
     except OSError as error:
         raise FastsdError(f"cannot write there: {reason(error)}", argument="--out", path=folder) from error
@@ -154,8 +187,24 @@ def _check_empty(folder: Path, store: Store | None) -> None:
         raise FastsdError(
             f"the folder holds other files ({others[0][:60]!r}); name a new one", argument="--out", path=folder
         )
-    if store is not None and not store.is_empty():
+    if store is not None and store.names():
         raise FastsdError("it holds other files; name a new place", argument="--store", path=str(store))
+
+
+def _owner(head: dict[str, Any]) -> bytes:
+    """What a store says of the job whose images it holds: the same for every run of the job."""
+    told = json.dumps([head.get(name) for name in ("sha256", "seed", "settings")], sort_keys=True, default=str)
+    return _line(
+        {"fastsd_batch": FORM, "prompts": head.get("prompts"), "job": hashlib.sha256(told.encode()).hexdigest()}
+    )
+
+
+def _check_owner(store: Store, head: dict[str, Any]) -> None:
+    """Refuse a store that another job took meanwhile: this one had written nothing there."""
+    if store.read(OWNER) not in (None, _owner(head)):
+        raise FastsdError(
+            "it holds the images of another job; name a new place and folder", argument="--store", path=str(store)
+        )
 
 
 def _read(manifest: Manifest, head: dict[str, Any], store: Store) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -11,6 +12,8 @@ from urllib.parse import unquote, urlsplit
 
 from fastsd.errors import FastsdError
 from fastsd.files import reason, remove_leftovers, write_whole
+
+SMALL = 2**16  # bytes
 
 
 class Store(Protocol):
@@ -26,8 +29,22 @@ class Store(Protocol):
     def lacks(self, names: Iterable[str]) -> set[str]:
         """Those of the names that are not there."""
 
-    def is_empty(self) -> bool:
-        """Nothing is there."""
+    def read(self, name: str) -> bytes | None:
+        """A small file, of at most `SMALL` bytes; None: it is not there.
+
+        Raises:
+            FastsdError: it cannot be read.
+        """
+
+    def names(self) -> list[str]:
+        """Those of the files and folders that are there, without what is in folders."""
+
+    def remove(self, name: str) -> None:
+        """Have no file of that name.
+
+        Raises:
+            FastsdError: it cannot be removed.
+        """
 
     def remove_leftovers(self) -> None:
         """Remove files that killed processes had not given their names yet."""
@@ -50,17 +67,32 @@ class FolderStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, data, overwrite=True)
         except OSError as error:
-            raise FastsdError(
-                f"cannot write: {reason(error)}", argument=self.argument, path=str(self.folder)
-            ) from error
+            raise self._failed("cannot write", error) from error
 
     def lacks(self, names: Iterable[str]) -> set[str]:
         """See `Store`."""
         return {name for name in names if not (self.folder / name).is_file()}
 
-    def is_empty(self) -> bool:
+    def read(self, name: str) -> bytes | None:
         """See `Store`."""
-        return not self.folder.exists() or next(self.folder.iterdir(), None) is None
+        try:
+            with (self.folder / name).open("rb") as file:
+                return file.read(SMALL)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise self._failed(f"cannot read {name}", error) from error
+
+    def names(self) -> list[str]:
+        """See `Store`."""
+        return os.listdir(self.folder) if self.folder.exists() else []
+
+    def remove(self, name: str) -> None:
+        """See `Store`."""
+        try:
+            (self.folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise self._failed(f"cannot remove {name}", error) from error
 
     def remove_leftovers(self) -> None:
         """See `Store`."""
@@ -70,10 +102,16 @@ class FolderStore:
     def __str__(self) -> str:
         return str(self.folder)
 
+    def _failed(self, doing: str, error: OSError) -> FastsdError:
+        return FastsdError(f"{doing}: {reason(error)}", argument=self.argument, path=str(self.folder))
+
 
 class UrlStore:
     """What a URL of fsspec names. A store of objects has each whole or not at all; elsewhere a kill may leave half a
     file, which no manifest names and the next run replaces.
+
+    Attributes:
+        root: the place in fsspec's words: "bucket/folder" in a store of objects, "/folder" elsewhere.
 
     Raises:
         FastsdError: a protocol that nobody knows, a missing package, a place that cannot be reached.
@@ -87,15 +125,33 @@ class UrlStore:
         with _named(url):
             self.files: Any
             self.files, self.root = fsspec.core.url_to_fs(url)
+            self.files.invalidate_cache()  # fsspec keeps listings, and others write to the place
+        if self._has_buckets and "" in self.root.split("/"):
+            raise FastsdError(
+                f"it should be {urlsplit(url).scheme}://bucket/folder, without empty parts",
+                argument="--store",
+                path=url,
+            )
+
+    @property
+    def _has_buckets(self) -> bool:
+        """Whether it is a store of objects: folders need not be made there, and fsspec would make a bucket too."""
+        return not self.root.startswith("/")
 
     def write(self, name: str, data: bytes) -> None:
         """See `Store`."""
         folder = str(PurePosixPath(self.root, name).parent)
-        with _named(self.url):
-            if folder not in self._made:
+        with _named(self.url, "cannot write: "):
+            if not self._has_buckets and folder not in self._made:
                 self.files.makedirs(folder, exist_ok=True)
                 self._made.add(folder)
-            self.files.pipe_file(f"{self.root}/{name}", data)
+            try:
+                self.files.pipe_file(f"{self.root}/{name}", data)
+            except FileNotFoundError as error:
+                if not self._has_buckets:
+                    raise
+                said = f"there is no bucket {self.root.split('/')[0]!r}; make it, or name another"
+                raise FastsdError(said, argument="--store", path=self.url) from error
 
     def lacks(self, names: Iterable[str]) -> set[str]:
         """See `Store`. Each folder is listed once."""
@@ -105,9 +161,23 @@ class UrlStore:
             lacking |= {name for name in group if PurePosixPath(name).name not in there}
         return lacking
 
-    def is_empty(self) -> bool:
+    def read(self, name: str) -> bytes | None:
         """See `Store`."""
-        return not self._list(self.root)
+        with _named(self.url, f"cannot read {name}: "):
+            try:
+                with self.files.open(f"{self.root}/{name}", "rb") as file:
+                    return bytes(file.read(SMALL))
+            except FileNotFoundError:
+                return None
+
+    def names(self) -> list[str]:
+        """See `Store`."""
+        return self._list(self.root)
+
+    def remove(self, name: str) -> None:
+        """See `Store`."""
+        with _named(self.url, f"cannot remove {name}: "), contextlib.suppress(FileNotFoundError):
+            self.files.rm_file(f"{self.root}/{name}")
 
     def remove_leftovers(self) -> None:
         """See `Store`. There are none."""
@@ -116,23 +186,30 @@ class UrlStore:
         return self.url
 
     def _list(self, folder: str) -> list[str]:
-        with _named(self.url):
+        """The names in a folder. Consoles of stores of objects mark an empty folder by an object of its name."""
+        with _named(self.url, "cannot list: "):
             try:
-                return [PurePosixPath(path).name for path in self.files.ls(folder, detail=False)]
+                paths = self.files.ls(folder, detail=False)
             except FileNotFoundError:
                 return []
+        return [PurePosixPath(path).name for path in paths if path.rstrip("/") != folder]
 
 
-@contextmanager
-def _named(url: str) -> Iterator[None]:
-    """Errors inside become one that names the URL. Each of fsspec's packages has classes of errors of its own."""
+@contextlib.contextmanager
+def _named(url: str, doing: str = "") -> Iterator[None]:
+    """Errors inside become one that names the URL. Each of fsspec's packages has classes of errors of its own.
+
+    Args:
+        doing: what the message begins with.
+    """
     try:
         yield
-    except FileNotFoundError:
+    except FastsdError:
         raise
     except Exception as error:
         said = reason(error) if isinstance(error, OSError) else str(error) or type(error).__name__
-        raise FastsdError(said.splitlines()[0][:200], argument="--store", path=url) from error
+        said = said.splitlines()[0][:200].rstrip(".")
+        raise FastsdError(f"{doing}{said}", argument="--store", path=url) from error
 
 
 def open_store(url: str) -> Store:

@@ -21,6 +21,8 @@ from fastsd.cli.parser import one_line
 from fastsd.errors import FastsdError
 from fastsd.files import reason
 
+OutcomesOf = Callable[[LinesLeft, dict[str, Any] | None], Generator[BatchOutcome]]
+
 
 class BatchWork:
     """One run of a job.
@@ -36,7 +38,7 @@ class BatchWork:
         self.args, self.path, self.manifest, self.store = args, path, manifest, store
         self._shown: set[str] = set()
 
-    def run(self, outcomes_of: Callable[[LinesLeft, dict[str, Any] | None], Generator[BatchOutcome]]) -> None:
+    def run(self, outcomes_of: OutcomesOf) -> None:
         """Do the lines that are not done.
 
         Args:
@@ -50,15 +52,14 @@ class BatchWork:
         left = LinesLeft(self.path.absolute(), self.manifest.head["seed"], frozenset(self.manifest.done))
         if next(iter(left), None) is None:
             return
-        if self.args.store and self.manifest.is_new:
-            self.manifest.begin(None)  # before anything is in the store, which is empty where a job is new
+        claimed = self.manifest.claimed(self.store) if self.args.store else contextlib.nullcontext()
         outcomes = outcomes_of(left, self.manifest.head.get("model"))
         wanted = sys.stderr.isatty() if self.args.progress is None else self.args.progress
         from tqdm import tqdm
 
         columns, lines = shutil.get_terminal_size()
         bar = tqdm(file=sys.stderr, disable=not wanted, ncols=min(columns, 100), nrows=lines, unit="line")
-        with bar, contextlib.closing(outcomes):
+        with claimed, bar, contextlib.closing(outcomes):
             bar.total = count_lines(self.path)
             bar.update(len(self.manifest.done))
             for outcome in outcomes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,11 +23,11 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def test_what_is_written_is_there(url: str) -> None:
     store: Store = open_store(url)
     assert isinstance(store, FolderStore if url.startswith("file") else UrlStore)
-    assert store.is_empty() and store.lacks(["00000/1.png"]) == {"00000/1.png"}
+    assert not store.names() and store.lacks(["00000/1.png"]) == {"00000/1.png"}
     store.write("00000/1.png", b"old")
     store.write("00000/1.png", b"new")
     store.write("00001/2.png", b"two")
-    assert not store.is_empty()
+    assert sorted(store.names()) == ["00000", "00001"]
     assert store.lacks(["00001/2.png", "00000/2.png", "00002/1.png", "00000/1.png"]) == {"00000/2.png", "00002/1.png"}
     path = f"{store.root}/00000/1.png" if isinstance(store, UrlStore) else store.folder / "00000" / "1.png"
     with fsspec.open(f"memory://{path}" if isinstance(store, UrlStore) else path) as file:
@@ -79,3 +80,30 @@ def test_an_error_of_the_store_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(store.files, "pipe_file", refuse)
     with pytest.raises(FastsdError, match="^--store memory:.*: no credentials$"):
         store.write("00000/1.png", b"x")
+
+
+@pytest.mark.heavy
+def test_a_store_that_another_job_took_meanwhile(cli: Callable, model: Path, url: str) -> None:
+    Path("prompts.jsonl").write_text('{"prompt": "a"}\n')
+    words = ("batch", "prompts.jsonl", "-m", model, "--store", url)
+    assert cli(*words, "--out", "first").code == 0
+    head, _ = Path("first/manifest.jsonl").read_text().splitlines()
+    Path("first/manifest.jsonl").write_text(head + "\n")  # as if it had been killed before its first image
+    store = open_store(url)
+    if isinstance(store, UrlStore):
+        store.files.rm(store.root, recursive=True)
+    else:
+        shutil.rmtree(store.folder)
+    assert cli(*words, "--out", "second").code == 0
+    image = store.read("00000/00000001.png")
+    refused(cli(*words, "--out", "first"), "--store", "it holds the images of another job")
+    assert store.read("00000/00000001.png") == image
+
+
+@pytest.mark.heavy
+def test_a_job_without_a_model_has_not_begun(cli: Callable, model: Path, url: str) -> None:
+    Path("prompts.jsonl").write_text('{"prompt": "a"}\n')
+    words = ("batch", "prompts.jsonl", "--out", "out", "--store", url, "-m")
+    refused(cli(*words, "none-such"), "--model none-such")
+    assert not open_store(url).names()
+    assert cli(*words, model).code == 0
