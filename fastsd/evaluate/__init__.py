@@ -30,7 +30,9 @@ METRIC_DEFAULTS: dict[str, Any] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `fastsd evaluate`."""
-    parser.add_argument("--model", default="digits", metavar="PATH", help="the model (default: the bundled digits)")
+    parser.add_argument(
+        "-m", "--model", default="digits", metavar="PATH", help="the model (default: the bundled digits)"
+    )
     add_lora_arguments(parser)
     parser.add_argument(
         "--data",

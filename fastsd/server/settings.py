@@ -142,7 +142,7 @@ def add_arguments(parser: argparse.ArgumentParser, used: Collection[str] | None 
         options = {"metavar": parameter.kind.metavar}
         if hasattr(parameter.kind, "value"):
             options = {"action": "store_const", "const": parameter.kind.value}
-        parser.add_argument(parameter.flag, dest=parameter.name, help=parameter.text, **options)
+        parser.add_argument(*parameter.flags, dest=parameter.name, help=parameter.text, **options)
 
 
 def read(args: argparse.Namespace) -> ServerSettings:

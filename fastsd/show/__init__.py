@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `fastsd show`."""
     parser.epilog = "; ".join(f"{kind}: {what}" for kind, what in KINDS.items())
     parser.add_argument("kind", metavar="WHAT", help=", ".join(KINDS))
-    parser.add_argument("--model", default="digits", metavar="PATH", help="the model (default: the bundled digits)")
+    parser.add_argument(
+        "-m", "--model", default="digits", metavar="PATH", help="the model (default: the bundled digits)"
+    )
     add_lora_arguments(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="what to generate (default: a prompt that fits the digits)")
     parser.add_argument("--image", metavar="FILE", help="forward, latents: this image in place of a generated one")

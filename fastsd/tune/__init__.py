@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `fastsd tune`."""
     parser.add_argument(
+        "-m",
         "--model",
         default="digits",
         metavar="FOLDER",

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `fastsd verify`."""
-    parser.add_argument("--model", default="digits", metavar="FOLDER", help="a checkpoint (default: the bundled model)")
+    parser.add_argument(
+        "-m", "--model", default="digits", metavar="FOLDER", help="a checkpoint (default: the bundled model)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="auto, fp32, fp16 or bf16 (default: %(default)s)")
     parser.add_argument("--prompt", default="a handwritten eight", help="of the test image (default: %(default)s)")

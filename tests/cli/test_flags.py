@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import fastsd
-from fastsd.cli import COMMANDS, flags, main
-from fastsd.cli.parser import one_line
+from fastsd.cli import COMMANDS, command_module, flags, main
+from fastsd.cli.parser import Parser, one_line
 from fastsd.errors import FastsdError, describe
 from fastsd.sampling.samplers import RARE, SAMPLERS, SCHEDULES
 from tests.support.cli import refused, write_image
@@ -35,6 +35,14 @@ def test_help_names_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     long = " ".join(flags.make_parser(COMMANDS, everything=True).format_help().split())
     assert all(f" {name} " in f"{long} " for name in (*SAMPLERS, *SCHEDULES)) and {*SAMPLERS, *SCHEDULES} >= RARE
     assert "examples:" in text and all(f"fastsd {command}" in text for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_model_has_its_short_flag_in_every_command(command: str) -> None:
+    parser = Parser(prog=command)
+    command_module(command).add_arguments(parser)
+    named = [action.option_strings for action in parser._actions if "--model" in action.option_strings]
+    assert all("-m" in names for names in named)
 
 
 def test_rare_flags_are_in_the_long_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
