@@ -49,10 +49,10 @@ class Components:
         embeddings: textual inversions, by each of their names.
     """
 
-    unet: UNet
-    vae: Autoencoder
-    text_encoders: tuple[TextEncoder, ...]
-    tokenizers: tuple[Tokenizer, ...]
+    unet: UNet = field(repr=False)
+    vae: Autoencoder = field(repr=False)
+    text_encoders: tuple[TextEncoder, ...] = field(repr=False)
+    tokenizers: tuple[Tokenizer, ...] = field(repr=False)
     scheduler: SchedulerConfig
     sample_size: int
     name: str = "model"
@@ -62,7 +62,7 @@ class Components:
     defaults: dict[str, Any] = field(default_factory=dict)
     known_words: frozenset[str] = frozenset()
     few_step: Detection | None = None
-    embeddings: dict[str, TextualInversion] = field(default_factory=dict)
+    embeddings: dict[str, TextualInversion] = field(default_factory=dict, repr=False)
 
     @property
     def xl(self) -> bool:

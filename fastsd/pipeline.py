@@ -89,6 +89,12 @@ class Pipeline(Asynchronous, Portable, NetworkLoader, DiffusersNames):
         if refiner is not None:
             check_refiner(self.components, refiner)
 
+    def __repr__(self) -> str:
+        return f"<Pipeline of {self.components.name}, {self._dtype_name()} on {self.device}>"
+
+    def _dtype_name(self) -> str:
+        return "fp8" if self.fp8 else dtype_name(self.dtype)
+
     def _take_defaults(self) -> None:
         """The settings of the checkpoint with its active adapters."""
         self.few_step = self._own.few_step(self.adapters.active)
@@ -298,7 +304,7 @@ class Pipeline(Asynchronous, Portable, NetworkLoader, DiffusersNames):
         used = {
             "model": self.components.name,
             "device": self.device.type,
-            "dtype": "fp8" if self.fp8 else dtype_name(self.dtype),
+            "dtype": self._dtype_name(),
             "refiner": {"name": self.refiner.name} if self.refiner is not None else None,
             "few_step": self.few_step.kind.name if self.few_step is not None else self._own.asked,
         }

@@ -41,6 +41,12 @@ def pixels(result: fastsd.pipeline.Result) -> np.ndarray:
     return np.stack([np.asarray(image) for image in result.images])
 
 
+def test_a_pipeline_says_what_it_is_in_a_line(pipe: Pipeline) -> None:
+    """Its components too, without every layer of the networks."""
+    assert repr(pipe) == f"<Pipeline of {pipe.components.name}, fp32 on cpu>"
+    assert "Conv2d" not in repr(pipe.components) and "sample_size=" in repr(pipe.components)
+
+
 def test_result_says_what_was_done(pipe: Pipeline) -> None:
     result = pipe(["a cat", "a dog"], num_images_per_prompt=2, seed=5)
     assert [image.size for image in result.images] == [(64, 64)] * 4
