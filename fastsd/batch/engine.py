@@ -17,7 +17,7 @@ from fastsd import __version__
 from fastsd.batch.job import LinesLeft
 from fastsd.batch.lines import ID, UPSCALE, BadLine
 from fastsd.batch.manifest import DONE, FAILED, check_model
-from fastsd.batch.requests import CONTROL_PARTS, HIRES, IMAGES, BatchRequest, in_batches
+from fastsd.batch.requests import CONTROL_IMAGES, CONTROL_PARTS, HIRES, IMAGES, BatchRequest, in_batches
 from fastsd.batch.store import Store
 from fastsd.cli import controls, embeddings, image_prompts, loras
 from fastsd.cli.generate import READERS, load
@@ -25,7 +25,7 @@ from fastsd.cli.repeat import GivenImage
 from fastsd.errors import FastsdError, about
 from fastsd.files import fingerprint
 from fastsd.generate.together import join, split
-from fastsd.image.files import check_sides, encode, find_edges, open_image, open_mask
+from fastsd.image.files import check_sides, encode, open_image, open_mask
 from fastsd.image.infotext import UPSCALERS, with_upscale
 from fastsd.image.metadata import write_texts
 from fastsd.parameters import PARAMETERS
@@ -184,12 +184,10 @@ class BatchEngine:
     def _open_controls(self, request: BatchRequest) -> tuple[list[Any], list[dict[str, Any]]]:
         chosen = []
         for k, one in enumerate(request.controls):
-            kind = "image" if "image" in one else "canny"
-            argument = f"controls[{k}].image"
-            image, given = _open(one[kind], argument, open_image)
-            image = find_edges(image) if kind == "canny" else image
+            (name,) = (name for name in CONTROL_IMAGES if name in one)
+            image, given = _open(one[name], f"controls[{k}].image", open_image)
             parts = {part: one[part] for part in CONTROL_PARTS if part in one}
-            chosen.append(controls.ChosenControl(one["net"], image, given, kind == "canny", parts))
+            chosen.append(controls.ChosenControl.make(one["net"], image, given, name, parts))
         return controls.load(self.pipe, chosen, bool(self.args.allow_pickle), self._nets)
 
     def _open_image_prompts(self, request: BatchRequest) -> tuple[list[Any], list[dict[str, Any]]]:

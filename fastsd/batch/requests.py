@@ -11,6 +11,7 @@ from typing import Any
 from fastsd.batch.lines import ID, UPSCALE, AskedLine, BadLine
 from fastsd.errors import FastsdError, about
 from fastsd.generate.together import count_of, shape_of
+from fastsd.image.control_maps import MAPS
 from fastsd.image.infotext import UPSCALERS
 from fastsd.parameters import PARAMETERS, check_call
 from fastsd.parameters.kinds import MAX_SEED, SHARE, Function, Value
@@ -27,6 +28,7 @@ OF_PYTHON = {"return_dict", "output_type"} | {
     for row in PARAMETERS.values()
     if isinstance(row.kind, Value | Function) and row.name not in ("controls", "image_prompts")
 }
+CONTROL_IMAGES = ("image", *MAPS)  # of a control: its map, or an image of which one is made
 CONTROL_PARTS = ("weight", "start", "end")
 HIRES = "hires_upscaler"
 WINDOW = 1024  # lines among which those of one shape are sought
@@ -40,7 +42,7 @@ class BatchRequest:
         line: its number.
         fields: as they were read, for the manifest.
         arguments: of the call, with a seed; images and upscalers are paths.
-        controls: of each, {"net": PATH, "image" or "canny": PATH, "weight", "start", "end"}.
+        controls: of each, {"net": PATH, "image", "canny" or "color": PATH, "weight", "start", "end"}.
         loras: the tags in its prompt.
         image_prompts: of each, {"adapter": PATH, "images": [PATH, ...], "encoder": PATH, "mask": PATH, "scale"}.
         upscale: how each image is enlarged once it is there, {"upscaler": PATH, "scale", "tile"}.
@@ -145,16 +147,16 @@ def _read_controls(given: Any, folder: Path) -> Iterator[dict[str, Any]]:
     kinds = {"weight": WEIGHT, "start": SHARE, "end": SHARE}
     for k, one in enumerate(given):
         with about(f"controls[{k}]"):
-            known = {"net", "image", "canny", *CONTROL_PARTS}
-            if not isinstance(one, dict) or not one.keys() <= known or ("image" in one) == ("canny" in one):
-                raise FastsdError(
-                    'it should be {"net": PATH, "image": PATH}, or "canny", with "weight", "start", "end"'
-                )
+            right = '{"net": PATH, "image": PATH}, or "canny" or "color", with "weight", "start", "end"'
+            if not isinstance(one, dict) or not one.keys() <= {"net", *CONTROL_IMAGES, *CONTROL_PARTS}:
+                raise FastsdError(f"it should be {right}")
+            images = [name for name in CONTROL_IMAGES if name in one]
+            if len(images) != 1:
+                raise FastsdError(f"it should have one of {', '.join(CONTROL_IMAGES)}: {right}")
             if not isinstance(one.get("net"), str):
                 raise FastsdError("net should be the path of a ControlNet or T2I-Adapter, or a hub id")
             found = {"net": _file_or_hub_id(one["net"], folder)}
-            kind = "image" if "image" in one else "canny"
-            found[kind] = _path(one[kind], folder, f"controls[{k}]")
+            found[images[0]] = _path(one[images[0]], folder, f"controls[{k}]")
             yield found | {part: kinds[part].check(one[part]) for part in CONTROL_PARTS if part in one}
 
 

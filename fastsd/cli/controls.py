@@ -13,7 +13,8 @@ from fastsd.cli import models
 from fastsd.cli.flags import CLI
 from fastsd.cli.repeat import GivenImage
 from fastsd.errors import FastsdError, about
-from fastsd.image.files import find_edges, open_image
+from fastsd.image.control_maps import MAPS
+from fastsd.image.files import open_image
 
 if TYPE_CHECKING:
     from fastsd.generate.control import Control
@@ -29,8 +30,19 @@ class ChosenControl:
     net: str
     image: Image.Image
     given: GivenImage
-    edges: bool  # the image was made into its edges
+    map_kind: str | None  # of `MAPS`, which was made of the image; None: the image is the map
     parts: dict[str, float]
+
+    @classmethod
+    def make(cls, net: str, image: Image.Image, given: GivenImage, name: str, parts: dict[str, float]) -> ChosenControl:
+        """With the map that its image's name asks for: "image" is one, and of the images of `MAPS` it is made.
+
+        Raises:
+            FastsdError: it cannot be made.
+        """
+        if name not in MAPS:
+            return cls(net, image, given, None, parts)
+        return cls(net, MAPS[name](image), given, name, parts)
 
 
 def read(args: argparse.Namespace, before: dict[str, Any]) -> list[ChosenControl]:
@@ -54,8 +66,8 @@ def read(args: argparse.Namespace, before: dict[str, Any]) -> list[ChosenControl
         )
     if len(images) != len(nets):
         raise FastsdError(
-            f"{len(nets)} given with {len(images)} images; each needs a {{control_image}} (or {{control_canny}}), in "
-            "the same order",
+            f"{len(nets)} given with {len(images)} images; each needs a {{control_image}} (or "
+            "{{control_canny}}, {{control_color}}), in the same order",
             argument="control",
         )
     for part in PARTS:
@@ -73,10 +85,6 @@ def _earlier(before: dict[str, Any]) -> list[dict[str, Any]]:
 def _choose(args: argparse.Namespace, k: int, old: dict[str, Any]) -> ChosenControl:
     argument, path = args.control_images[k]
     given = GivenImage.read(path, argument)
-    edges = argument == "control_canny"
-    with about(argument, path):
-        image = open_image(given.data, argument)
-        image = find_edges(image) if edges else image
     parts = {}
     for part in PARTS:
         values = getattr(args, f"control_{part}") or []
@@ -84,7 +92,9 @@ def _choose(args: argparse.Namespace, k: int, old: dict[str, Any]) -> ChosenCont
             parts[part] = values[k]
         elif isinstance(old.get(part), int | float):
             parts[part] = _earlier_part(args, f"control_{part}", old[part])
-    return ChosenControl(args.control[k], image, given, edges, parts)
+    with about(argument, path):
+        image = open_image(given.data, argument)
+        return ChosenControl.make(args.control[k], image, given, argument.removeprefix("control_"), parts)
 
 
 def _earlier_part(args: argparse.Namespace, name: str, value: Any) -> Any:
@@ -125,7 +135,7 @@ def load(
             {
                 **models.named(place, choice.net),
                 "image": choice.given.as_setting(),
-                "edges": choice.edges,
+                "map": choice.map_kind,
                 **{part: getattr(control, part) for part in PARTS},
             }
         )
@@ -140,6 +150,11 @@ def differences(before: dict[str, Any], settings: list[dict[str, Any]]) -> list[
             notes.append(f"--control is another file than {str(old.get('name'))[:80]!r}, which was used the first time")
         image = old.get("image")
         other = isinstance(image, dict) and image.get("sha256") != now["image"]["sha256"]
-        if other or old.get("edges") != now["edges"]:
+        if other or _map_kind(old) != now["map"]:
             notes.append("--control-image is another image than the first time")
     return notes
+
+
+def _map_kind(old: dict[str, Any]) -> Any:
+    """Of a stored control. Earlier versions made edges alone, and stored whether they had."""
+    return old["map"] if "map" in old else "canny" if old.get("edges") else None

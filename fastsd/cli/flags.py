@@ -79,6 +79,7 @@ CLI: dict[str, Parameter] = {
         _row("control", PATH, CONTROL, "a ControlNet, T2I-Adapter: path or hub id", several=True),
         _row("control_image", File(), CONTROL, "its input: edges, a pose", several=True),
         _row("control_canny", File(), CONTROL, "or an image, of which it gets the edges", several=True),
+        _row("control_color", File(), CONTROL, "or one, of which it gets the colours", several=True, rare=True),
         _row("control_weight", WEIGHT, CONTROL, "how strongly it steers", default=1.0, several=True),
         _row("control_start", SHARE, CONTROL, "from this share of the steps on", default=0.0, several=True),
         _row("control_end", SHARE, CONTROL, "up to this share of the steps", default=1.0, several=True),
@@ -247,7 +248,7 @@ class _Autoencoder(argparse.Action):
 
 
 class _ControlImage(argparse.Action):
-    """Collects (argument, file) of --control-image and --control-canny in the order in which they are given."""
+    """Collects (argument, file) of --control-image and its kin in the order in which they are given."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
@@ -268,6 +269,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "vae": {"nargs": "+", "action": _Autoencoder},
     "control_image": {"action": _ControlImage},
     "control_canny": {"action": _ControlImage},
+    "control_color": {"action": _ControlImage},
     **{name: {"action": _OfImagePrompt} for name in ("ip_adapter", "ip_image", "ip_mask", "ip_encoder")},
     "progress": {"action": argparse.BooleanOptionalAction},
     "version": {"action": "version", "version": f"fastsd {__version__}"},

@@ -107,24 +107,6 @@ def read_text(source: str | Path | bytes, argument: str | None = "image") -> dic
     return _read(source, argument, "RGB", WHITE)[1]
 
 
-def find_edges(image: Image.Image, low: float = 100, high: float = 200) -> Image.Image:
-    """An image's edges, white on black, as ControlNets for edges were trained on (Canny 1986; OpenCV's, with L1 norm).
-
-    Args:
-        image: RGB.
-        low, high: thresholds of the gradient: above `high` is an edge, and above `low` what is connected to one.
-
-    Raises:
-        FastsdError: OpenCV is not installed.
-    """
-    try:
-        import cv2
-    except ImportError:
-        raise FastsdError("edges are found by OpenCV, which is missing; pip install 'fastsd[control]'") from None
-    edges = cv2.Canny(np.asarray(image.convert("RGB")), low, high)
-    return Image.fromarray(edges).convert("RGB")
-
-
 def read_file(path: str | Path, argument: str | None = None) -> bytes:
     """All of a regular file, up to `MAX_BYTES`.
 

@@ -22,7 +22,7 @@ MAX_TEXT = 2**18  # characters of A1111's text; a prompt has at most 100,000
 # What metadata holds besides parameters. `embeddings` is a list of {"name", "sha256", "token"}, `loras` a list of
 # {"name", "sha256", "strength", "hash"}. Of the parameters, `image` and `mask` are {"name", "sha256"}; `vae` and
 # `refiner` {"name", "path"} with "fingerprint" (or "revision", for the hub) and "hash"; `controls` a list of such with
-# "image", "edges", "weight", "start", "end"; `image_prompts` with "images", "mask", "scale".
+# "image", "map", "weight", "start", "end"; `image_prompts` with "images", "mask", "scale".
 RECORDS: dict[str, type] = {
     "model": str,
     "model_path": str,

@@ -95,7 +95,7 @@ class PipelineEngine:
             arguments["vae_tiling"] = self.settings.tiling
         if first.controls:
             arguments["controls"] = [self._control(loaded, k, first) for k in range(len(first.controls))]
-            described = [{"name": choice.name, "edges": choice.edges, **choice.parts} for choice in first.controls]
+            described = [{"name": choice.name, "map": choice.map_kind, **choice.parts} for choice in first.controls]
             facts = [one | {"controls": described} for one in facts]
         if first.image_prompts:
             arguments["image_prompts"] = [self._image_prompt(loaded, choice) for choice in first.image_prompts]

@@ -37,14 +37,14 @@ class ModelChoice:
 class ControlChoice:
     """A ControlNet of an order: its file, its image, and its numbers by the names of `fastsd.Control`.
 
-    edges: the image holds the edges of the one that was sent.
+    map_kind: which map was made of the image that was sent, by its name in `MAPS`; None: it came as a map.
     """
 
     name: str
     path: str
     image: Image.Image
     parts: dict[str, float]
-    edges: bool = False
+    map_kind: str | None = None
 
 
 @dataclass(frozen=True)

@@ -184,9 +184,11 @@ def test_t2i_adapters_are_the_calls(cli: Callable, model: Path) -> None:
         {"prompt": "x", "seed": 3, "controls": [control]},
         {"prompt": "x", "controls": [control | {"scale": 1}]},
         {"prompt": "x", "controls": [control | {"net": "no.safetensors"}]},
+        {"prompt": "x", "controls": [control | {"color": "photo.png"}]},
+        {"prompt": "x", "seed": 3, "controls": [{"net": "sketch.safetensors", "color": "photo.png"}]},
     ]
     ran = cli("batch", write(asked), "--out", "out", "-m", model, "--dtype", "fp32")
-    for line, why in {2: "it should be {", 3: "no.safetensors: no such"}.items():
+    for line, why in {2: "it should be {", 3: "no.safetensors: no such", 4: "it should have one of image,"}.items():
         assert sum(f"line {line}: " in text and why in text for text in ran.err.splitlines()) == 1, ran.err
     path = files_of(records()[1][0])[0]
     pipe = Pipeline.from_pretrained(model, dtype="fp32")
@@ -194,6 +196,8 @@ def test_t2i_adapters_are_the_calls(cli: Callable, model: Path) -> None:
     np.testing.assert_array_equal(pixels(path), np.asarray(steered.images[0]))
     assert settings(path)["controls"][0]["name"] == "sketch.safetensors"
     assert not np.array_equal(pixels(path), np.asarray(pipe("x", seed=3).images[0]))
+    coloured = files_of(records()[5][0])[0]
+    assert settings(coloured)["controls"][0]["map"] == "color"
 
 
 @pytest.mark.heavy

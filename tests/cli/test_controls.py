@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from fastsd import Control, Pipeline
+from fastsd.cli.controls import differences
 from tests.support import tiny
 from tests.support.cli import refused
 
@@ -93,7 +94,7 @@ def test_edges(cli: Callable, model: Path, nets: list[Path], tmp_path: Path) -> 
     Image.fromarray(area).save(tmp_path / "square.png")
     words = ("-p", "x", "-m", model, "-s", 1, "--control", nets[0])
     found = cli(*words, "--control-canny", tmp_path / "square.png").paths[0]
-    from fastsd.image.files import find_edges
+    from fastsd.image.control_maps import find_edges
 
     edges = find_edges(Image.fromarray(area))
     drawn = np.asarray(edges)[..., 0]
@@ -106,6 +107,29 @@ def test_edges(cli: Callable, model: Path, nets: list[Path], tmp_path: Path) -> 
     edges.save(tmp_path / "edges.png")
     given = cli(*words, "--control-image", tmp_path / "edges.png").paths[0]
     np.testing.assert_array_equal(pixels(found), pixels(given))
+
+
+def test_colours(cli: Callable, model: Path, nets: list[Path], maps: list[Path], tmp_path: Path) -> None:
+    pytest.importorskip("cv2")
+    from fastsd.image.control_maps import color_grid
+
+    words = ("-p", "x", "-m", model, "-s", 1, "--control", nets[0])
+    found = cli(*words, "--control-color", maps[0]).paths[0]
+    assert stored(found)["controls"][0]["map"] == "color"
+    with Image.open(maps[0]) as image:
+        color_grid(image).save(tmp_path / "grid.png")
+    given = cli(*words, "--control-image", tmp_path / "grid.png").paths[0]
+    np.testing.assert_array_equal(pixels(found), pixels(given))
+    other = cli("--from-image", found, "--control", nets[0], "--control-image", maps[0])
+    assert "--control-image is another image than" in other.err
+
+
+def test_edges_of_earlier_versions() -> None:
+    """They stored whether edges were made, and made no other map."""
+    image = {"sha256": "1"}
+    for old, now, same in ((True, "canny", True), (False, None, True), (True, None, False), (False, "color", False)):
+        notes = differences({"controls": [{"image": image, "edges": old}]}, [{"image": image, "map": now}])
+        assert (notes == []) == same
 
 
 def test_edges_without_opencv(

@@ -35,7 +35,7 @@ SHORT = {
     "evaluate": {"--count": "10", "--reference": "50", "--bootstrap": "0", "--settings": "steps=2"},
     "compare": {"--count": "10", "--reference": "50", "--bootstrap": "0"},
 }
-SIZED = ("--image", "--depth", "--control-image", "--control-canny", "--from-image")  # an image sets the size there
+SIZED = ("--image", "--depth", "--control-image", "--control-canny", "--control-color", "--from-image")  # by an image
 # The same for a training: values of its config, and of each of its stages, as far as it has them.
 SHORT_TRAINING = {"data.limit": "64", "data.passes": "1", "data.resolution": "64"}
 SHORT_STAGE = {"fit.steps": "2", "fit.batch_size": "4", "sample.steps": "2", "pairs.count": "8", "pairs.steps": "2"}

@@ -141,7 +141,7 @@ def test_a_t2i_adapter_acts_as_in_python(tmp_path: Path, model: Path, choice: Mo
     finished = PipelineEngine(EngineSettings(OPTIONS)).run((wanted,), 8, Quiet())[0]
     np.testing.assert_array_equal(pixels(finished)[0], np.asarray(steered))
     assert not np.array_equal(np.asarray(steered), np.asarray(pipe("a cat", seed=5).images[0]))
-    assert finished.settings[0]["controls"] == [{"name": "sketch", "edges": False, **parts}]
+    assert finished.settings[0]["controls"] == [{"name": "sketch", "map": None, **parts}]
 
 
 def test_loras_and_controlnets_act_as_in_python(tmp_path: Path, model: Path, choice: ModelChoice) -> None:
@@ -173,7 +173,7 @@ def test_loras_and_controlnets_act_as_in_python(tmp_path: Path, model: Path, cho
     np.testing.assert_array_equal(pixels(third)[0], np.asarray(steered.images[0]))
     assert not np.array_equal(inked, plain) and not np.array_equal(np.asarray(steered.images[0]), plain)
     assert first.settings[0]["loras"][0]["name"] == "ink.safetensors" and second.settings[0]["loras"] is None
-    assert third.settings[0]["controls"] == [{"name": "net", "edges": False, **parts}]
+    assert third.settings[0]["controls"] == [{"name": "net", "map": None, **parts}]
 
 
 def test_images_are_enlarged(engine: PipelineEngine, tmp_path: Path) -> None:

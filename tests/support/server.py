@@ -119,13 +119,18 @@ def walk(routes: list[Any]) -> Iterator[Any]:
 
 def png(size: tuple[int, int] = (64, 64), colour: object = (9, 8, 7), mode: str = "RGB") -> str:
     """An image of one colour, as base64."""
+    return encoded(Image.new(mode, size, colour))  # type: ignore[arg-type]
+
+
+def encoded(image: Image.Image) -> str:
+    """An image as a PNG file, as base64."""
     buffer = io.BytesIO()
-    Image.new(mode, size, colour).save(buffer, "PNG")  # type: ignore[arg-type]
+    image.save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def opened(encoded: str) -> Image.Image:
+def opened(sent: str) -> Image.Image:
     """An image that the server sent as base64."""
-    image = Image.open(io.BytesIO(base64.b64decode(encoded)))
+    image = Image.open(io.BytesIO(base64.b64decode(sent)))
     image.load()
     return image

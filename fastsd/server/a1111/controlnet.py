@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from fastsd.cli.image_prompts import SCALE
 from fastsd.errors import FastsdError, about
-from fastsd.image.files import find_edges
+from fastsd.image.control_maps import GRID_RESOLUTION, SQUARE, color_grid, find_edges
 from fastsd.server.catalogue import Catalogue, Listed
 from fastsd.server.images import decode_base64, read_image
 from fastsd.server.jobs import ControlChoice, ImagePromptChoice
@@ -19,11 +19,16 @@ from fastsd.server.orders import Draft
 MAX_UNITS = 8
 # What reads the image of an IP-Adapter; the file says which tower it is, whatever the name. Without those of faces.
 OF_IP_ADAPTERS = ("ip-adapter-auto", "ip-adapter_clip_sd15", "ip-adapter_clip_sdxl", "ip-adapter_clip_sdxl_plus_vith")
-MODULES = ["none", "canny", *OF_IP_ADAPTERS]  # how an image is prepared
+OF_COLOURS = ("t2ia_color_grid", "color")  # two names of one
+MADE = ("canny", OF_COLOURS[0])  # maps of an image
+MODULES = ["none", *MADE, *OF_IP_ADAPTERS]  # how an image is prepared
 OF_STYLES = ("t2ia_style_clipvision", "clip_vision")  # T2I-Adapters that read CLIP's view of an image: two names of one
 BALANCED = (None, 0, "Balanced")
-RESIZE = {"Just Resize": 0, "Crop and Resize": 1, "Resize and Fill": 2}
-# Fields of a unit that fastsd acts on, and those that say how an image is prepared, which none and canny do not need.
+STRETCH, CROP, FILL = 0, 1, 2
+RESIZE = {"Just Resize": STRETCH, "Crop and Resize": CROP, "Resize and Fill": FILL}
+MEANT_AS_USUAL = ("processor_res", "threshold_a", "threshold_b")  # where they are -1
+MAX_RESOLUTION = 2048  # pixels; the extension's
+# Fields of a unit that fastsd acts on, and those that say how an image is prepared, which few modules need.
 KNOWN = ("enabled", "image", "input_image", "model", "module", "weight", "guidance_start", "guidance_end")
 IDLE = frozenset(
     ("processor_res", "threshold_a", "threshold_b", "pixel_perfect", "low_vram", "lowvram", "save_detected_map")
@@ -123,50 +128,75 @@ def _read_control(
         if unit.get(name):
             message = "not supported: ControlNets and T2I-Adapters act on the whole image"
             raise FastsdError(message, argument=f"{where}.{name}")
-    image = _read_image(draft, where, unit, limits)
-    module = str(unit.get("module") or "none").lower()
-    if module == "canny":
-        image = find_edges(image, *(_number(where, unit, f"threshold_{k}", n) for k, n in (("a", 100.0), ("b", 200.0))))
-    elif module in OF_STYLES:
-        message = "not supported: no T2I-Adapter of styles is here; an IP-Adapter reads an image's style"
-        raise FastsdError(message, argument=f"{where}.module", value=module)
-    elif module != "none":
-        message = "not supported: send the map that it would make, with module none; canny is made here"
-        raise FastsdError(message, argument=f"{where}.module", value=module)
     mode = unit.get("resize_mode", 1)
     mode = RESIZE.get(mode, mode) if isinstance(mode, str) else mode
     if mode not in RESIZE.values() or isinstance(mode, bool):
         raise FastsdError(f"it should be one of {', '.join(RESIZE)}", argument=f"{where}.resize_mode", value=mode)
     width, height = (draft.arguments.get(name) for name in ("width", "height"))
-    if width and height and "mask_image" not in draft.arguments:
-        image = resize_control(image, (width, height), int(mode))
+    size = (int(width), int(height)) if width and height else None
+    image, map_kind = _make_map(where, unit, _read_image(draft, where, unit, limits), size, int(mode))
+    if size and "mask_image" not in draft.arguments:
+        image = resize_control(image, size, int(mode), in_squares=map_kind == "color")
     listed = _find(where, unit, catalogue, "a ControlNet or T2I-Adapter")
     parts = {
         "weight": _number(where, unit, "weight", 1.0),
         "start": _number(where, unit, "guidance_start", 0.0),
         "end": _number(where, unit, "guidance_end", 1.0),
     }
-    return ControlChoice(listed.name, str(listed.path), image, parts, module == "canny")
+    return ControlChoice(listed.name, str(listed.path), image, parts, map_kind)
 
 
-def resize_control(image: Image.Image, size: tuple[int, int], mode: int) -> Image.Image:
+def _make_map(
+    where: str, unit: dict[str, Any], image: Image.Image, size: tuple[int, int] | None, mode: int
+) -> tuple[Image.Image, str | None]:
+    """The map that a unit's `module` makes of its image, and which of `MAPS` that is."""
+    module = str(unit.get("module") or "none").lower()
+    with about(f"{where}.module"):
+        if module == "none":
+            return image, None
+        if module == "canny":
+            low, high = (_number(where, unit, f"threshold_{k}", usual) for k, usual in (("a", 100.0), ("b", 200.0)))
+            return find_edges(image, low, high), "canny"
+        if module in OF_COLOURS:
+            return color_grid(image, _resolution(where, unit, image, size, mode)), "color"
+        message = f"not supported: send the map that it would make, with module none; {', '.join(MADE)} are made here"
+        if module in OF_STYLES:
+            message = "not supported: no T2I-Adapter of styles is here; an IP-Adapter reads an image's style"
+        raise FastsdError(message, value=module)
+
+
+def _resolution(where: str, unit: dict[str, Any], image: Image.Image, size: tuple[int, int] | None, mode: int) -> int:
+    """The pixels of the shorter side that a map is made at: `processor_res`, or what the result needs where
+    `pixel_perfect` is set (`pixel_perfect_resolution` in the extension)."""
+    if unit.get("pixel_perfect"):
+        scales = [to / side for to, side in zip(size or image.size, image.size, strict=True)]
+        needed = round((min(scales) if mode == FILL else max(scales)) * min(image.size))
+        return min(max(needed, SQUARE), MAX_RESOLUTION)
+    resolution = _number(where, unit, "processor_res", GRID_RESOLUTION)
+    if not SQUARE <= resolution <= MAX_RESOLUTION:
+        message = f"it should be from {SQUARE} to {MAX_RESOLUTION}"
+        raise FastsdError(message, argument=f"{where}.processor_res", value=resolution)
+    return int(resolution)
+
+
+def resize_control(image: Image.Image, size: tuple[int, int], mode: int, in_squares: bool = False) -> Image.Image:
     """The extension's `resize_mode` (`detectmap_proc` in its scripts/controlnet.py): 0 leaves the stretching to the
-    call, 1 crops, 2 fills with the median colour of the border."""
-    if mode == 1:
-        return ImageOps.fit(image, size)
-    if mode == 2 and image.width * size[1] != image.height * size[0]:
+    call, 1 crops, 2 fills with the median colour of the border. A map in squares of one colour keeps them."""
+    if mode == CROP:
+        return ImageOps.fit(image, size, Image.Resampling.NEAREST if in_squares else Image.Resampling.BICUBIC)
+    if mode == FILL and image.width * size[1] != image.height * size[0]:
         pixels = np.asarray(image)
         border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
         colour = np.median(border, axis=0).astype(np.uint8)
-        inside = ImageOps.contain(image, size, Image.Resampling.LANCZOS)
+        inside = ImageOps.contain(image, size, Image.Resampling.NEAREST if in_squares else Image.Resampling.LANCZOS)
         result = Image.new(image.mode, size, tuple(map(int, colour)))
         result.paste(inside, ((size[0] - inside.width) // 2, (size[1] - inside.height) // 2))
         return result
-    return image
+    return image.resize(size, Image.Resampling.NEAREST) if in_squares else image
 
 
 def _number(where: str, unit: dict[str, Any], name: str, default: float) -> float:
     value = default if unit.get(name) is None else unit[name]
     if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= 4096:
         raise FastsdError("it should be a number", argument=f"{where}.{name}", value=value)
-    return float(default if value == -1 and name.startswith("threshold") else value)
+    return float(default if value == -1 and name in MEANT_AS_USUAL else value)

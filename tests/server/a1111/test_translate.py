@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -17,7 +18,7 @@ from fastsd.server.limits import Limits
 from fastsd.server.orders import Draft, make_order
 from fastsd.server.settings import ServerSettings
 from fastsd.server.styles import Styles
-from tests.support.server import png
+from tests.support.server import encoded, png
 
 WEBUIAPI = {  # what webuiapi 0.9.17 sends besides the caller's own
     "eta": 1.0,
@@ -261,10 +262,10 @@ def test_controlnets(tmp_path: Path) -> None:
 
     (control,) = controls(weight=0.5, guidance_start=0.1, guidance_end=0.9, pixel_perfect=True)
     assert control.parts == {"weight": 0.5, "start": 0.1, "end": 0.9} and control.image.size == (32, 64)
-    assert control.path == str(tmp_path / "canny.safetensors") and not control.edges
+    assert control.path == str(tmp_path / "canny.safetensors") and control.map_kind is None
     for mode in ("Just Resize", "Crop and Resize", "Resize and Fill", 0, 1, 2):
         assert controls(resize_mode=mode)[0].image.size == ((64, 64) if mode in ("Just Resize", 0) else (32, 64))
-    assert controls(module="canny", threshold_a=-1)[0].edges and controls(enabled=False) == []
+    assert controls(module="canny", threshold_a=-1)[0].map_kind == "canny" and controls(enabled=False) == []
     for wrong in (
         {"module": "openpose"},
         {"model": "../canny"},
@@ -281,6 +282,33 @@ def test_controlnets(tmp_path: Path) -> None:
             controls(**wrong)
 
 
+def test_maps_of_colours(tmp_path: Path) -> None:
+    """The extension's `t2ia_color_grid`: a square is 64 pixels where the shorter side has `processor_res`."""
+    pytest.importorskip("cv2")
+    (tmp_path / "color.safetensors").write_bytes(b"")
+    catalogue = Catalogue(ServerSettings(controlnet_dir=str(tmp_path)))
+    pixels = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+
+    def colours(width: int = 128, height: int = 128, **unit: Any) -> np.ndarray:
+        own = {"image": encoded(Image.fromarray(pixels)), "model": "color", "module": "t2ia_color_grid", **unit}
+        scripts = {"ControlNet": {"args": [own]}}
+        (control,) = draft(catalogue=catalogue, alwayson_scripts=scripts, width=width, height=height).controls
+        assert control.map_kind == "color" and control.image.size == (width, height)
+        return np.unique(np.asarray(control.image).reshape(-1, 3), axis=0)
+
+    usual = colours()
+    assert len(usual) == 8 * 8
+    for same in ({"processor_res": -1}, {"processor_res": 512}, {"module": "color"}, {"threshold_a": 64}):
+        np.testing.assert_array_equal(colours(**same), usual)
+    for resize_mode in ("Just Resize", "Crop and Resize", "Resize and Fill"):  # which add no colours at borders
+        np.testing.assert_array_equal(colours(256, 256, resize_mode=resize_mode), usual)
+    assert len(colours(processor_res=128)) == 2 * 2 == len(colours(pixel_perfect=True))
+    assert len(colours(256, 128, pixel_perfect=True)) == 4 * 4 // 2  # 256 pixels, of which the middle is kept
+    for wrong in (63, 2049, "512"):
+        with pytest.raises(FastsdError, match=r"controlnet\[0\].processor_res"):
+            colours(processor_res=wrong)
+
+
 def test_t2i_adapters(tmp_path: Path) -> None:
     """They are units like ControlNets', by the names that the extension lists; its other modules are refused."""
     (tmp_path / "t2iadapter_canny_sd14v1.safetensors").write_bytes(bytes(2**20 + 3))
@@ -292,13 +320,12 @@ def test_t2i_adapters(tmp_path: Path) -> None:
         return draft(catalogue=catalogue, alwayson_scripts={"ControlNet": {"args": [own]}}, width=32, height=64)
 
     (control,) = asked(weight=0.8, guidance_end=0.5).controls
-    assert control.path == str(tmp_path / "t2iadapter_canny_sd14v1.safetensors") and control.edges
+    assert control.path == str(tmp_path / "t2iadapter_canny_sd14v1.safetensors") and control.map_kind == "canny"
     assert control.parts == {"weight": 0.8, "start": 0.0, "end": 0.5}
     for wrong, said in (
         ({"module": "t2ia_style_clipvision"}, "no T2I-Adapter of styles is here"),
         ({"module": "clip_vision"}, "no T2I-Adapter of styles is here"),
         ({"module": "t2ia_sketch_pidi"}, "send the map that it would make, with module none"),
-        ({"module": "t2ia_color_grid"}, "send the map that it would make, with module none"),
         ({"effective_region_mask": png()}, "act on the whole image"),
         ({"model": "t2iadapter_canny_sd14v1 [80bfd79b]"}, "the file of this name is another one"),
         ({"model": "t2iadapter_seg_sd14v1 [6387afb5]"}, "no such ControlNet"),
