@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import io
 import os
 import sys
 import traceback
@@ -12,7 +11,9 @@ from typing import Any
 
 from fastsd.cli import flags
 from fastsd.cli.parser import Parser, one_line
+from fastsd.cli.said import UnsaidError, checked_output, silence
 from fastsd.errors import FastsdError, describe
+from fastsd.files import reason
 from fastsd.parameters import nearest
 
 # A command is the module of that name, in fastsd or, for those in BESIDE, in fastsd.cli; or the one that CALLED names.
@@ -34,7 +35,7 @@ COMMANDS = {
 }
 BESIDE = ("inspect", "convert", "upscale")
 CALLED = {"compare": "evaluate.comparison", "serve": "server", "mcp": "server.mcp"}  # modules of another name
-BAD_INPUT, INTERRUPTED = 2, 130
+UNSAID, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,17 +46,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, or 2 for bad input with one line on stderr (`FASTSD_DEBUG=1` shows the traceback too), or 130
-        after Ctrl-C. A mistake in fastsd itself is an exception, and stays one.
+        after Ctrl-C, or 1 where standard output cannot be written, and where a command says so. A mistake in fastsd
+        itself is an exception, and stays one.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a path may hold characters that the terminal's encoding lacks
-            stream.reconfigure(errors="backslashreplace")
+    with checked_output():
+        return _exit_code(list(sys.argv[1:] if argv is None else argv))
+
+
+def _exit_code(words: list[str]) -> int:
+    """`main`, with streams that can be written to or say why not."""
     try:
-        code = _run(list(sys.argv[1:] if argv is None else argv))
+        try:
+            code = _run(words)
+        except SystemExit as stop:  # --help and --version
+            code = stop.code if isinstance(stop.code, int) else 0
         sys.stdout.flush()
         return code
-    except SystemExit as stop:  # --help and --version
-        return stop.code if isinstance(stop.code, int) else 0
     except FastsdError as error:
         return _complain(describe(error, flags.flag_of))
     except MemoryError:
@@ -63,9 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastsd: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
-        return 1
+    except (UnsaidError, BrokenPipeError) as error:
+        silence()
+        if isinstance(error, UnsaidError) and not isinstance(error.error, BrokenPipeError):  # else its reader has gone
+            _complain(f"standard output cannot be written: {reason(error.error)}")
+        return UNSAID
 
 
 def _run(words: list[str]) -> int:

@@ -184,6 +184,7 @@ def generate_batches(
     """Generate all images. Each batch is a call of its own, and saved before the next."""
     from tqdm import tqdm
 
+    from fastsd.cli.said import PathsSaid
     from fastsd.generate.like import LIKE
     from fastsd.generate.noise import of_image
     from fastsd.generate.threads import suited_threads
@@ -195,7 +196,7 @@ def generate_batches(
     noise = {name: getattr(args, name) for name in OF_NOISE} | {"noise": source, "seed": seed}
     starts = range(0, count, batch)
     wanted = sys.stderr.isatty() if args.progress is None else args.progress
-    shown: set[str] = set()
+    shown, said = set[str](), PathsSaid()
     columns, rows = shutil.get_terminal_size()  # tqdm alone shows nothing on a terminal that reports no size
     bar = tqdm(file=sys.stderr, disable=not wanted, ncols=min(columns, 100), nrows=rows, unit="it")
     with suited_threads(pipe.components, pipe.device), bar:
@@ -215,8 +216,8 @@ def generate_batches(
                     shown.add(note)
             for image, each in zip(result.images, result.own, strict=True):
                 path = output.save(image, each["seed"], args.prompt, write_texts(shared | each))
-                tqdm.write(str(path), file=sys.stdout)
-                sys.stdout.flush()
+                said.say(path)
+    said.end()
 
 
 def generate_batch(

@@ -118,9 +118,11 @@ def _upscale_all(
 ) -> int:
     from tqdm import tqdm
 
+    from fastsd.cli.said import PathsSaid
+
     wanted = sys.stderr.isatty() if bar is None else bar
     columns, rows = shutil.get_terminal_size()
-    failed = 0
+    failed, said = 0, PathsSaid()
     for path in images:
         with tqdm(file=sys.stderr, disable=not wanted, ncols=min(columns, 100), nrows=rows, unit="tile") as shown:
 
@@ -131,14 +133,14 @@ def _upscale_all(
             try:
                 saved = _upscale_one(upscaler, path, output, scale, tile, progress)
                 shown.close()
-                tqdm.write(str(saved), file=sys.stdout)
-                sys.stdout.flush()
+                said.say(saved)
             except FastsdError as error:
                 if len(images) == 1 or error.argument == "output":
                     raise
                 failed += 1
                 output.skip()
                 tqdm.write(f"fastsd: error: {one_line(describe(error, flag_of))}", file=sys.stderr)
+    said.end()
     return FAILED if failed else 0
 
 

@@ -374,16 +374,6 @@ def test_ctrl_c_stops_a_real_run(model: Path, tmp_path: Path) -> None:
         assert images.open_image(tmp_path / "a" / name).size == (64, 64)
 
 
-def test_a_reader_that_has_gone(model: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fastsd", "-p", "x", "-m", model, "--count", "3", "-b", "1"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    read, write = os.pipe()
-    os.close(read)
-    done = subprocess.run(command, cwd=tmp_path, env=env, stdout=write, stderr=subprocess.PIPE, check=False)
-    os.close(write)
-    assert (done.returncode, done.stderr) == (1, b"")
-
-
 @pytest.mark.skipif(
     not (ROOT / "fastsd" / "assets" / "digits" / "model_index.json").is_file(), reason="needs the model"
 )
