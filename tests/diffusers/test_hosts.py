@@ -15,7 +15,7 @@ import torch
 
 import fastsd
 from tests.support.families import Families
-from tests.support.hosts import TOLERANCE, accelerated, make, networks, pixels
+from tests.support.hosts import PHOTO, TOLERANCE, accelerated, make, networks, pixels
 
 OWN = " runs in diffusers' own code: "
 
@@ -94,6 +94,21 @@ def test_it_is_as_before(act: Callable[[Any], list[torch.Tensor]], pipe: Any, ca
     for one, same in zip(found, expected, strict=True):
         assert one.std() > 0.01 and (one - same).abs().max() < TOLERANCE
     assert [r.message for r in caplog.records if r.name == "fastsd.diffusers"] == KINDS[act]
+
+
+def test_two_t2i_adapters_at_odd_sizes(families: Families) -> None:
+    """The last level's maps have an odd side, which the UNet halves and doubles again."""
+    import diffusers
+
+    name = "StableDiffusionAdapterPipeline"
+    pipe = make(families, name)
+    pipe.adapter = diffusers.MultiAdapter([pipe.adapter, copy.deepcopy(pipe.adapter)])
+    photos = [PHOTO.resize((72, 72)), PHOTO.rotate(90).resize((72, 72))]
+    call = {"image": photos, "adapter_conditioning_scale": [0.4, 0.9], "height": 72, "width": 72}
+    expected = pixels(pipe, name, **call)
+    with accelerated(pipe):
+        assert (pixels(pipe, name, **call) - expected).abs().max() < TOLERANCE
+    assert expected.std() > 0.01 and (pixels(pipe, name, **call) == expected).all()
 
 
 def test_an_autoencoder_that_fastsd_lacks(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
