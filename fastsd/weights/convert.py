@@ -176,7 +176,7 @@ def _as_file(
     """The tensors and metadata of a single file, and notes on the settings it does not store."""
     components, path = checkpoint.components, checkpoint.path
     if not isinstance(components.vae, AutoencoderKL):
-        raise FastsdError("its autoencoder is TAESD, which single files cannot hold; convert to a folder", path=path)
+        raise _only_a_folder(path, "its autoencoder is TAESD, which single files cannot hold")
     layout = _layout(path, components)
     linear = components.unet.config.use_linear_projection
     tensors = []
@@ -207,8 +207,13 @@ def _layout(path: Path, components: Components) -> FileLayout:
     few_step = components.few_step.kind.name if components.few_step is not None else None
     layout = layout_for(folders, components.xl, openclip, components.vae.config.scaling_factor, few_step)
     if layout is None:
-        raise FastsdError(f"no single-file layout has the text encoders {', '.join(folders)} with this UNet", path=path)
+        raise _only_a_folder(path, f"no single-file layout has the text encoders {', '.join(folders)} with this UNet")
     return layout
+
+
+def _only_a_folder(path: Path, why: str) -> FastsdError:
+    """The refusal of a model that a single file cannot hold."""
+    return FastsdError(f"{why}; convert to a folder, whose configs say it", path=path)
 
 
 def _naming(components: Components, layout: FileLayout, name: str) -> tuple[str, Callable[[str], OriginalKey]]:
@@ -261,7 +266,11 @@ def _compare(
 
     A single file holds no configs, so this derives them from the tensors that would be written, and compares.
     """
-    family = find_family(path, shapes, metadata)
+    try:
+        family = find_family(path, shapes, metadata)
+    except FastsdError as error:
+        why = f"a single file says by its tensors' shapes what it is, and {error.message}"
+        raise _only_a_folder(path, why) from error
     assert family.vae is not None
     pairs: list[tuple[str, object, object]] = [
         ("UNet", components.unet.config, family.unet),
@@ -276,23 +285,23 @@ def _compare(
     for network, config, read_back in pairs:
         for field, value in vars(config).items():
             if field not in skipped and value != getattr(read_back, field):
-                raise FastsdError(
-                    f"a single file cannot store that its {network} has {field} {value!r}; it would be read as "
-                    f"{getattr(read_back, field)!r}",
-                    path=path,
+                raise _only_a_folder(
+                    path,
+                    f"a single file cannot store that its {network} has {field} {value!r} (it would be read as "
+                    f"{getattr(read_back, field)!r})",
                 )
     if components.scaled_image != family.scaled_image:
-        raise FastsdError("a single file cannot store that its UNet reads the image to edit scaled", path=path)
+        raise _only_a_folder(path, "a single file cannot store that its UNet reads the image to edit scaled")
     prediction = components.scheduler.prediction_type
     if prediction not in ("epsilon", "v_prediction"):
-        raise FastsdError(f"a single file cannot store that its network predicts {prediction!r}", path=path)
+        raise _only_a_folder(path, f"a single file cannot store that its network predicts {prediction!r}")
     standard = SchedulerConfig()
     for field in _SCHEDULE:
         if getattr(components.scheduler, field) != getattr(standard, field):
-            raise FastsdError(
-                f"a single file cannot store that {field} is {getattr(components.scheduler, field)!r}; every "
-                f"family has {getattr(standard, field)!r}",
-                path=path,
+            raise _only_a_folder(
+                path,
+                f"a single file cannot store that {field} is {getattr(components.scheduler, field)!r} (every "
+                f"family has {getattr(standard, field)!r})",
             )
     return list(_notes(components, family))
 

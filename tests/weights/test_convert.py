@@ -271,3 +271,13 @@ def test_a_folder_that_reads_its_image_scaled_is_kept_as_a_folder(originals: Any
     assert load_folder(tmp_path / "half", torch.float32).scaled_image
     with pytest.raises(FastsdError, match="cannot store that its UNet reads the image to edit scaled"):
         convert(source, tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("name, network", [("digits", "autoencoder"), ("emoji", "UNet")])
+def test_a_bundled_model_is_no_single_file(name: str, network: str, tmp_path: Path, capsys: Any) -> None:
+    """The groups of its norms and its heads are not told by shapes, and no published model has its widths."""
+    assert main(["convert", name, str(tmp_path / "x.safetensors")]) == 2
+    said = capsys.readouterr().err
+    assert f"no known {network} has levels of" in said and "convert to a folder" in said and said.count("\n") == 1
+    assert main(["convert", name, str(tmp_path / "folder")]) == 0
+    assert os.listdir(tmp_path) == ["folder"]
