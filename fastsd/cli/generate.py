@@ -44,7 +44,15 @@ def generate(args: argparse.Namespace) -> int:
     Raises:
         FastsdError: bad input.
     """
-    before, notes = repeat.fill_in(args) if args.from_image is not None else ({}, [])
+    if args.from_image is None:
+        return _generate(args, {}, [])
+    before, notes, filled = repeat.fill_in(args)
+    with repeat.naming(args.from_image, filled):
+        return _generate(args, before, notes)
+
+
+def _generate(args: argparse.Namespace, before: dict[str, Any], notes: list[str]) -> int:
+    """`generate`, with the settings of a repeated image in `args`, and as they were in it: `before`."""
     check(args)
     given = {name: GivenImage.read(getattr(args, name), name) for name in READERS if getattr(args, name) is not None}
     arguments = _arguments(args) | {name: _open(image, name) for name, image in given.items()}

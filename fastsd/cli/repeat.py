@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastsd.cli import models
-from fastsd.errors import FastsdError, about
+from fastsd.errors import FastsdError, about, describe
 from fastsd.files import fingerprint
 from fastsd.image.files import read_file, read_text
 from fastsd.image.infotext import UPSCALERS
@@ -43,19 +45,21 @@ class GivenImage:
         return {"name": Path(self.path).name, "sha256": self.sha256}
 
 
-def fill_in(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+def fill_in(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], set[str]]:
     """Fill in what `args` leaves open from the image `args.from_image`.
 
     Returns:
-        The image's settings, to compare with, and notes for the user.
+        The image's settings, to compare with; notes for the user; and the names of what was filled in.
 
     Raises:
         FastsdError: it holds no settings, or they are out of range, or its model or starting image must be given.
     """
+    filled: set[str] = set()
     with about("from_image", args.from_image):
         settings, others = read_texts(read_text(args.from_image, "from_image"))
         notes = _notes_on(settings, others)
         _check_images(args, settings)
+        _check_unread(args, settings.get("unread", {}))
         _check_upscaler(args, settings)
         if settings.get("hires_scale") is not None and args.image is not None:
             notes.append("not repeated: --hires, as --image starts from an image")
@@ -70,7 +74,21 @@ def fill_in(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
                     notes.append(f"not repeated: {row.flag}, as there is no {lacking}")
                 if _applies(row, args, settings, kind_changed):
                     setattr(args, row.name, _checked(row, value))
-    return settings, notes
+                    filled.add(row.name)
+    return settings, notes, filled
+
+
+@contextmanager
+def naming(path: str, filled: set[str]) -> Iterator[None]:
+    """Errors raised inside about a setting that came from an image name the image, in place of a flag that nobody
+    gave."""
+    try:
+        yield
+    except FastsdError as error:
+        if error.argument not in filled:
+            raise
+        message = f"its {describe(error)}"
+        raise FastsdError(message, argument="from_image", path=path) from error
 
 
 def _notes_on(settings: dict[str, Any], others: dict[str, str]) -> list[str]:
@@ -88,16 +106,36 @@ def _check_images(args: argparse.Namespace, settings: dict[str, Any]) -> None:
     for row in IMAGES:
         if settings.get(row.key) and getattr(args, row.name) is None:
             raise FastsdError(f"it was generated with {{{row.name}}} {_named(settings[row.key])}; give that file again")
-    if settings.get("strength") is not None and args.image is None:
+    has_strength = settings.get("strength") is not None or "strength" in settings.get("unread", {})
+    if has_strength and args.image is None:
         raise FastsdError("it was generated from another image; give that with {image}")
 
 
+def _check_unread(args: argparse.Namespace, unread: dict[str, str]) -> None:
+    """Refuse to guess a setting that a graph leaves open, unless a flag says it or makes it superfluous."""
+    for name, reason in unread.items():
+        placed = name in PLACING and any(getattr(args, other) is not None for other in LISTS)
+        if getattr(args, name) is None and not placed and not (name == "schedule" and args.sampler is not None):
+            raise FastsdError(f"{reason}; give {{{name}}}")
+
+
 def _check_upscaler(args: argparse.Namespace, settings: dict[str, Any]) -> None:
-    """Refuse to repeat a second pass without the file that enlarged between the two."""
+    """Refuse to repeat a second pass without the file that enlarged between the two, or what stands for it."""
     name = settings.get("hires_upscaler")
     repeats = settings.get("hires_scale") is not None and args.image is None
-    if repeats and name not in (None, *UPSCALERS) and args.hires_upscaler is None:
-        raise FastsdError(f"it was generated with {{hires_upscaler}} {str(name)[:80]!r}; give that file, or lanczos")
+    if not repeats or name is None or name in UPSCALERS or args.hires_upscaler is not None:
+        return
+    if name.startswith("Latent (") or name == "None":
+        raise FastsdError(_lacks("hires_upscaler", name, "lanczos" if name == "None" else "latent"))
+    raise FastsdError(f"it was generated with {{hires_upscaler}} {name[:80]!r}; give that file, or lanczos")
+
+
+def _lacks(what: str, wanted: str, near: str) -> str:
+    """That fastsd lacks a thing of that name, and which one is the nearest."""
+    thing = what.replace("_", " ")
+    return (
+        f"it was generated with the {thing} {wanted[:60]!r}, which fastsd lacks; the nearest is {near}: give {{{what}}}"
+    )
 
 
 def _check_names(args: argparse.Namespace, settings: dict[str, Any]) -> None:
@@ -116,10 +154,7 @@ def _check_names(args: argparse.Namespace, settings: dict[str, Any]) -> None:
             found = {text.lower(): name for name, label in labels.items() for text in (name, label)}
             near = found[difflib.get_close_matches(wanted.lower(), found, n=1, cutoff=0)[0]]
             why, near = (refusal(wanted, spellings()) if what == "sampler" else None) or ("", near)
-            raise FastsdError(
-                f"it was generated with the {what} {wanted[:60]!r}, which fastsd lacks; the nearest is {near}: "
-                f"give {{{what}}}{f' ({why})' if why else ''}"
-            ) from None
+            raise FastsdError(f"{_lacks(what, wanted, near)}{f' ({why})' if why else ''}") from None
 
 
 def _lacking(row: Parameter, args: argparse.Namespace) -> str:

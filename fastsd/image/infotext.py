@@ -246,9 +246,10 @@ _SAME = {"Hires sampler": "Sampler", "Hires schedule type": "Schedule type", "Hi
 
 
 def _second_pass(pairs: Mapping[str, str]) -> dict[str, Any] | None:
-    """A1111's second pass as settings; None with an upscaler or another shape of image, which are not known here.
+    """A1111's second pass as settings; None without its upscaler, or with another shape of image.
 
-    An upscaler that is a file has the name that A1111 shows, by which it is asked for where the image is repeated.
+    An upscaler that fastsd lacks, or that is a file, has the name that A1111 shows, by which another, or the file, is
+    asked for where the image is repeated.
 
     A1111's "Hires steps" all run, on the last part of a schedule that is as much longer (`setup_img2img_steps` in its
     modules/sd_samplers_common.py), and so they do where `like` is in `ALL_STEPS_RUN`. Elsewhere `hires_steps` are that
@@ -258,12 +259,7 @@ def _second_pass(pairs: Mapping[str, str]) -> dict[str, Any] | None:
     label = pairs.get("Hires upscaler", "")
     upscaler = _by_label(UPSCALERS, label) or label
     scale = _hires_scale(pairs)
-    if (
-        upscaler.startswith(("Latent", "None"))
-        or not upscaler
-        or scale is None
-        or not {"Steps", "Denoising strength"} <= pairs.keys()
-    ):
+    if not upscaler or scale is None or not {"Steps", "Denoising strength"} <= pairs.keys():
         return None
     strength, given = _finite(pairs["Denoising strength"]), int(pairs.get("Hires steps", 0))
     found = {"hires_scale": scale, "hires_strength": strength, "hires_upscaler": upscaler}

@@ -51,7 +51,8 @@ def read_texts(texts: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]
     """The settings in an image's text chunks.
 
     Returns:
-        The settings that were found; and the pairs of A1111's form that fastsd does not act on.
+        The settings that were found, with `unread` from a ComfyUI graph (`read_graph`); and the pairs of A1111's form
+        that fastsd does not act on.
 
     Raises:
         FastsdError: there are none.
@@ -68,6 +69,12 @@ def read_texts(texts: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]
     if graph is not None:
         return graph
     program = program_of(texts)
+    if program == "ComfyUI" and "prompt" in texts:
+        raise FastsdError("ComfyUI's graph in it (`prompt`) is damaged; give {prompt} and the others")
+    if program == "ComfyUI":
+        raise FastsdError(
+            "it holds only ComfyUI's workflow; the graph (`prompt`) is missing; give {prompt} and the others"
+        )
     if program is not None:
         raise FastsdError(f"its settings are {program}'s, which fastsd does not read; give {{prompt}} and the others")
     raise FastsdError("no settings are stored in this image (a PNG text `parameters` or `fastsd`)")

@@ -87,6 +87,77 @@ def test_an_image_to_image_needs_its_image() -> None:
     assert settings["strength"] == 0.6 and "width" not in settings and others == {}
 
 
+def test_values_of_other_nodes_are_followed() -> None:
+    graph = changed(
+        "3", seed=["20", 0], steps=["21", 0], cfg=["22", 0], sampler_name=["24", 0], scheduler="karras", denoise="1.0"
+    )
+    graph |= {
+        "5": changed("5", width=["23", 0])["5"],
+        "20": {"class_type": "Seed (rgthree)", "inputs": {"seed": 7}},
+        "21": {"class_type": "PrimitiveInt", "inputs": {"value": 30, "control_after_generate": "increment"}},
+        "22": {"class_type": "PrimitiveFloat", "inputs": {"value": "6.5"}},
+        "23": {"class_type": "Reroute", "inputs": {"": ["25", 0]}},
+        "24": {"class_type": "PrimitiveString", "inputs": {"value": "heun"}},
+        "25": {"class_type": "PrimitiveInt", "inputs": {"value": 640}},
+    }
+    settings, others = read(graph)
+    wanted = {"seed": 7, "num_inference_steps": 30, "guidance_scale": 6.5, "width": 640, "sampler": "heun"}
+    assert settings == EXPECTED | wanted | {"schedule": "karras"} and others == {}
+
+
+SUM = {"20": {"class_type": "SimpleMath+", "inputs": {"value": "a + 1", "a": 5}}}
+
+
+@pytest.mark.parametrize(
+    ("node", "key", "ours"),
+    [
+        ("3", "seed", "seed"),
+        ("3", "steps", "num_inference_steps"),
+        ("3", "cfg", "guidance_scale"),
+        ("3", "sampler_name", "sampler"),
+        ("3", "scheduler", "schedule"),
+        ("4", "ckpt_name", "model"),
+        ("5", "width", "width"),
+        ("5", "height", "height"),
+        ("5", "batch_size", "noise_count"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (["20", 0], "comes from node 20, SimpleMath+"),
+        (["99", 0], "comes from node 99, which is missing"),
+        (None, "is missing"),
+        ({"a": 1}, "is {'a': 1}"),
+    ],
+)
+def test_a_setting_that_the_graph_leaves_open_is_named(node: str, key: str, ours: str, value: Any, reason: str) -> None:
+    settings, others = read(changed(node, **{key: value}) | SUM)
+    assert settings.pop("unread") == {ours: f"its '{key}' {reason}"}
+    assert settings == {name: each for name, each in EXPECTED.items() if name != ours}
+    assert list(others) == ([] if reason.endswith("+") else ["SimpleMath+"])
+
+
+@pytest.mark.parametrize(("key", "value"), [("cfg", "abc"), ("seed", -1), ("steps", True)])
+def test_what_is_no_number_is_none(key: str, value: Any) -> None:
+    assert list(read(changed("3", **{key: value}))[0]["unread"].values()) == [f"its {key!r} is {value!r}"]
+
+
+def test_a_text_that_is_put_together_is_left_open() -> None:
+    joined = {"class_type": "StringConcatenate", "inputs": {"string_a": "a", "string_b": "b", "delimiter": ""}}
+    settings, _ = read(changed("6", text=["20", 0]) | {"20": joined})
+    assert settings["unread"] == {"prompt": "its 'positive text' comes from node 20, StringConcatenate"}
+    assert "prompt" not in settings
+
+
+@pytest.mark.parametrize(
+    ("denoise", "said"), [(0.5, "is 0.5"), ("much", "is 'much'"), (["20", 0], "comes from node 20, SimpleMath+")]
+)
+def test_a_part_of_a_schedule_from_an_empty_latent_is_named(denoise: Any, said: str) -> None:
+    settings, others = read(changed("3", denoise=denoise) | SUM)
+    assert settings == EXPECTED and f"an empty latent's denoise, which {said}" in others
+
+
 @pytest.mark.parametrize(
     ("graph", "said"),
     [
@@ -95,7 +166,6 @@ def test_an_image_to_image_needs_its_image() -> None:
         (DEFAULT | {"3": {"class_type": "SamplerCustom", "inputs": {}}}, "its samplers are: SamplerCustom"),
         (changed("3", positive=["5", 0]), "CLIPTextEncode is its positive input, not EmptyLatentImage"),
         (changed("3", negative=None), "CLIPTextEncode is its negative input, not nothing"),
-        (changed("6", text=["3", 0]), "the positive text of its ComfyUI graph is put together by other nodes"),
     ],
 )
 def test_other_graphs_are_one_line(graph: Any, said: str) -> None:

@@ -274,6 +274,11 @@ KEYS = {
         "hires_strength": 0.5,
         "hires_upscaler": "ESRGAN_4x",  # a file, which is asked for
     },
+    "Hires upscale: 2, Denoising strength: 0.5, Hires upscaler: Latent (antialiased)": {
+        "hires_scale": 2.0,
+        "hires_strength": 0.5,
+        "hires_upscaler": "Latent (antialiased)",  # which fastsd lacks; the nearest is asked for
+    },
     "Schedule type: Karras": {"schedule": "karras"},
     "Refiner switch at: 0.8": {"refiner_switch": 0.8},
     'Lora hashes: "a: 1", TI hashes: "b: 2", Init image hash: 3, Styles: x, Batch size: 2, Batch pos: 1': {
@@ -305,7 +310,6 @@ KEYS = {
         "Hires sampler: Heun",
         "Skip Early CFG: 0.1",
         "ADetailer model: face",
-        "Hires upscale: 2, Denoising strength: 0.5, Hires upscaler: Latent (antialiased)",
         "Hires resize: 100x96, Denoising strength: 0.5, Hires upscaler: Latent",
     )
 )

@@ -87,6 +87,18 @@ def test_other_programs_are_named(texts: dict[str, str], program: str) -> None:
         metadata.read_texts(texts)
 
 
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        ({"workflow": "{}"}, "^it holds only ComfyUI's workflow; the graph .* is missing"),
+        ({"workflow": "{}", "prompt": '{"3": {"class_type": "KSam'}, "^ComfyUI's graph in it .* is damaged"),
+    ],
+)
+def test_without_its_graph_an_image_of_comfyui_says_so(texts: dict[str, str], said: str) -> None:
+    with pytest.raises(FastsdError, match=said):
+        metadata.read_texts(texts)
+
+
 def test_an_empty_prompt_is_a_prompt() -> None:
     found, _ = metadata.read_texts({"parameters": "Steps: 2, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 64x64"})
     assert found["prompt"] == "" and found["seed"] == 1
