@@ -315,7 +315,8 @@ class Pipeline(Asynchronous, Portable, NetworkLoader, DiffusersNames):
         own = list(request.own)[: len(images)]
         if done < request.total_steps:
             notes.append(f"interrupted after step {done} of {request.total_steps}")
-        return Result(images, [one["seed"] for one in own], timings, notes, used_settings(request) | used, own)
+        seeds, own_notes = [one["seed"] for one in own], list(request.passes[0].prompts.own_notes)
+        return Result(images, seeds, timings, notes, used_settings(request) | used, own, own_notes)
 
     @named_arguments
     @undisturbed()

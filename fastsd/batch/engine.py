@@ -76,7 +76,8 @@ class BatchEngine:
         self.facts = facts | {"version": __version__}
         if begun_with is not None:
             check_model(begun_with, self.facts, args.out)
-        self._adapters: tuple[Any, list[dict[str, Any]]] = (None, [])  # tags, and what files say of them
+        # Tags, what files say of them, and notes on them.
+        self._adapters: tuple[Any, list[dict[str, Any]], list[str]] = (None, [], [])
         self._nets: dict[str, Any] = {}  # ControlNets, by their paths
         self._ip_adapters: dict[tuple[str, str | None], Any] = {}  # by their paths and their encoders'
         self._upscalers: dict[str, Upscaler] = {}  # by their paths
@@ -102,7 +103,7 @@ class BatchEngine:
     def _do(self, batch: list[BatchRequest], found: BatchOutcome) -> None:
         started = time.perf_counter()
         try:
-            outcomes, notes = self._generate(batch)
+            outcomes = self._generate(batch)
         except FastsdError as error:
             if len(batch) > 1:
                 for request in batch:
@@ -111,7 +112,7 @@ class BatchEngine:
                 found.records.append(failure(BadLine(batch[0].line, error, batch[0].fields)))
             return
         seconds = round((time.perf_counter() - started) / len(batch), 3)
-        for request, (images, settings) in zip(batch, outcomes, strict=True):
+        for request, (images, settings, notes) in zip(batch, outcomes, strict=True):
             files = [
                 self._write(request, k, image, own, found)
                 for k, (image, own) in enumerate(zip(images, settings, strict=True))
@@ -120,14 +121,14 @@ class BatchEngine:
             record = {"line": request.line, **own_id, "state": DONE, "request": request.fields}
             record |= {"seed": request.arguments["seed"], "files": files, "notes": notes}
             found.records.append(record | {"device": self.pipe.device.type, "seconds": seconds})
-        found.notes += notes
+            found.notes += notes
 
-    def _generate(self, batch: list[BatchRequest]) -> tuple[list[tuple[list[Any], list[dict[str, Any]]]], list[str]]:
-        """The images of each request with their settings, and notes."""
+    def _generate(self, batch: list[BatchRequest]) -> list[tuple[list[Any], list[dict[str, Any]], list[str]]]:
+        """The images of each request with their settings, and the request's notes."""
         from fastsd.generate.threads import suited_threads
 
-        notes: list[str] = []
-        facts = [self._load_named(request, notes) for request in batch]
+        named = [self._load_named(request) for request in batch]
+        facts = [own for own, _ in named]
         calls = [dict(request.arguments) for request in batch]
         for call, own, request in zip(calls, facts, batch, strict=True):
             self._open_images(call, own)
@@ -141,11 +142,12 @@ class BatchEngine:
                 call["image_prompts"], own["image_prompts"] = self._open_image_prompts(request)
         with suited_threads(self.pipe.components, self.pipe.device):
             result = self.pipe(**join(calls, self.size))
-        notes += result.notes
         outcomes = []
-        for request, (images, settings) in zip(batch, split(calls, facts, result), strict=True):
-            outcomes.append(([self._enlarged(image, request.upscale, notes) for image in images], settings))
-        return outcomes, notes
+        each = zip(batch, named, split(calls, facts, result), strict=True)
+        for request, (_, of_files), (images, settings, of_call) in each:
+            notes = [*of_files, *of_call]
+            outcomes.append(([self._enlarged(image, request.upscale, notes) for image in images], settings, notes))
+        return outcomes
 
     def _enlarged(self, image: Image.Image, upscale: dict[str, Any] | None, notes: list[str]) -> Image.Image:
         """An image as its line asks for it."""
@@ -164,16 +166,19 @@ class BatchEngine:
                 self._upscalers[path] = self.pipe.load_upscaler(path, bool(self.args.allow_pickle))
         return self._upscalers[path]
 
-    def _load_named(self, request: BatchRequest, notes: list[str]) -> dict[str, Any]:
-        """Load the LoRAs and embeddings of a request; what its files say."""
+    def _load_named(self, request: BatchRequest) -> tuple[dict[str, Any], list[str]]:
+        """Load the LoRAs and embeddings of a request; what its files say, and notes."""
+        notes: list[str] = []
         texts = {name: request.arguments.get(name) or "" for name in ("prompt", "negative_prompt")}
         given = vars(self.args) | texts | {"prompt_syntax": request.arguments.get("prompt_syntax"), "from_image": None}
         args = argparse.Namespace(**given)
         found = embeddings.load(self.pipe, args, {}, notes)
         if self._adapters[0] != request.loras:
-            self._adapters = (None, [])  # where loading fails, nothing is known of the weights
-            self._adapters = (request.loras, loras.load(self.pipe, args, {}, notes))
-        return self.facts | {"embeddings": found or None, "loras": self._adapters[1] or None}
+            self._adapters = (None, [], [])  # where loading fails, nothing is known of the weights
+            on_loras: list[str] = []
+            self._adapters = (request.loras, loras.load(self.pipe, args, {}, on_loras), on_loras)
+        _, adapters, on_loras = self._adapters
+        return self.facts | {"embeddings": found or None, "loras": adapters or None}, [*notes, *on_loras]
 
     def _open_images(self, call: dict[str, Any], own: dict[str, Any]) -> None:
         for name in IMAGES:

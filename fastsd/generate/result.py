@@ -27,6 +27,7 @@ class Result:
         parameters: the settings that the images depend on, as used: what a file stores of a call. Starting latents,
             SDXL's sizes and scores, and what a callback changed are not among them.
         own: of each image, the settings that it has for itself: its seed, and with some noise more.
+        own_notes: of each image, those of `notes` that are on its own texts.
     """
 
     images: Any
@@ -35,6 +36,7 @@ class Result:
     notes: list[str]
     parameters: dict[str, Any]
     own: list[dict[str, Any]] = field(default_factory=list)
+    own_notes: list[tuple[str, ...]] = field(default_factory=list)
 
     @property
     def nsfw_content_detected(self) -> None:

@@ -1,4 +1,4 @@
-"""Calls that share a batch: which may, the one call that stands for them, and whose images are whose.
+"""Calls that share a batch: which may, the one call that stands for them, and whose images and notes are whose.
 
 The server's queue and a batch job decide by the same rule. An image is the one that its own call gives, since noise and
 conditioning depend on nothing else (docs/architecture.md). torch is imported where a call is made, not before.
@@ -72,18 +72,22 @@ def join(calls: Sequence[Mapping[str, Any]], size: int) -> dict[str, Any]:
 
 def split(
     calls: Sequence[Mapping[str, Any]], facts: Sequence[Mapping[str, Any]], result: Result
-) -> Iterator[tuple[list[Any], list[dict[str, Any]]]]:
-    """The images of each call, with the settings of each image; an interrupted call has fewer.
+) -> Iterator[tuple[list[Any], list[dict[str, Any]], list[str]]]:
+    """The images of each call, the settings of each image, and the call's notes; an interrupted call has fewer images.
+
+    Calls may come from different users: none gets a note on another's texts.
 
     Args:
         facts: of each call, what its images' files say besides the arguments.
         result: of the call that `join` gave.
     """
-    start = 0
+    on_texts, start = {note for each in result.own_notes for note in each}, 0
     for own, said in zip(calls, facts, strict=True):
         end = start + count_of(own)
         images = result.images[start:end]
         texts = {name: own.get(name) or "" for name in ("prompt", "negative_prompt")}
         shared = {**result.parameters, **said, **texts, "batch_size": min(count_of(own), len(result.images))}
-        yield images, [shared | each for each in result.own[start:end]]
+        on_own_texts = {note for each in result.own_notes[start:end] for note in each}
+        notes = [note for note in result.notes if note not in on_texts or note in on_own_texts]
+        yield images, [shared | each for each in result.own[start:end]], notes
         start = end

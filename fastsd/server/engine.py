@@ -108,9 +108,10 @@ class PipelineEngine:
             result = _generate(pipe, arguments, watch)
         if result is None:
             return []
-        result.notes[:0] = notes
-        own = split(calls, facts, result)
-        return [Finished(images, settings, list(result.notes), dict(result.timings)) for images, settings in own]
+        return [
+            Finished(images, settings, [*notes, *own], dict(result.timings))
+            for images, settings, own in split(calls, facts, result)
+        ]
 
     def upscale(self, order: UpscaleOrder, watch: Watch) -> list[Finished]:
         """The image of an order, enlarged; none where it was stopped."""

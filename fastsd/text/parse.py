@@ -80,13 +80,18 @@ class ParsedPrompts:
         positive, negative: parsed; images with equal prompts share them.
         lengths: chunks that an image's conditioning fills. The negative prompt counts where there is guidance. Shorter
             texts are filled up with empty chunks, or repeated where the length is a multiple of theirs.
-        notes: what the user should know.
+        own_notes: what the user should know of each image's own texts.
     """
 
     positive: tuple[ParsedPrompt, ...]
     negative: tuple[ParsedPrompt, ...]
     lengths: tuple[int, ...]
-    notes: tuple[str, ...]
+    own_notes: tuple[tuple[str, ...], ...]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Those of all images, each once."""
+        return tuple(dict.fromkeys(note for own in self.own_notes for note in own))
 
     @property
     def loras(self) -> tuple[LoraTag, ...]:
@@ -137,11 +142,13 @@ def parse_prompts(
     negative = tuple(parsed[prompt] for prompt in negatives)
     images = zip(positive, negative, guided, strict=True)
     lengths = [_length((prompt, other) if steers else (prompt,), repeats) for prompt, other, steers in images]
-    notes = dict.fromkeys(note for each in parsed.values() for note in each.notes)
-    if any(text and not steers for text, steers in zip(negatives, guided, strict=True)):
-        where = " on some images" if any(guided) else ""
-        notes[f"the negative prompt has no effect{where}: without guidance nothing steers away from it"] = None
-    return ParsedPrompts(positive, negative, tuple(lengths), tuple(notes))
+    where = " on some images" if any(guided) else ""
+    idle = f"the negative prompt has no effect{where}: without guidance nothing steers away from it"
+    own_notes = tuple(
+        (*prompt.notes, *other.notes, *([idle] if other.prompt and not steers else []))
+        for prompt, other, steers in zip(positive, negative, guided, strict=True)
+    )
+    return ParsedPrompts(positive, negative, tuple(lengths), own_notes)
 
 
 def _length(prompts: Sequence[ParsedPrompt], repeats: bool) -> int:

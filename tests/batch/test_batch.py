@@ -71,6 +71,17 @@ def test_each_image_is_the_one_of_a_run_alone(cli: Callable, model: Path) -> Non
 
 
 @pytest.mark.heavy
+def test_a_line_has_the_notes_on_its_own_text_alone(cli: Callable) -> None:
+    steps = {"num_inference_steps": 1}
+    asked = [{"prompt": text} | steps for text in ("eight", "seven blorb", "two zorb")]
+    ran = cli("batch", write(asked), "--out", "out", "--seed", 1)
+    assert ran.code == 0 and ran.err.count("note: ") == 2
+    notes = [records()[line][0]["notes"] for line in (1, 2, 3)]
+    assert notes[0] == [] and "know 'blorb';" in notes[1][0] and "know 'zorb';" in notes[2][0]
+    assert len(notes[1]) == len(notes[2]) == 1
+
+
+@pytest.mark.heavy
 def test_requests_of_one_shape_run_in_one_call(cli: Callable, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[Any] = []
     run = Pipeline.__call__

@@ -89,6 +89,25 @@ def test_images_of_a_shared_batch_are_those_of_a_run_alone(engine: PipelineEngin
         assert finished.settings[0]["prompt"] == one.arguments["prompt"]
 
 
+def test_no_client_gets_a_word_of_another_clients_text(engine: PipelineEngine) -> None:
+    """Three requests are one batch; the notes, the settings and the file of each are about its own texts."""
+    digits = ModelChoice("digits", None)
+    shared: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 1.0}
+    orders = (
+        order(digits, "eight", 1, **shared),
+        order(digits, "seven blorb", 2, count=2, **shared),
+        order(digits, "two zorb", 3, negative_prompt="one", **shared),
+    )
+    assert len({one.key for one in orders}) == 1
+    plain, blorb, zorb = engine.run(orders, 8, Quiet())
+    assert plain.notes == []
+    assert len(blorb.notes) == 1 and "does not know 'blorb'; its words" in blorb.notes[0]
+    assert len(zorb.notes) == 2 and "does not know 'zorb'; its words" in zorb.notes[0]
+    assert zorb.notes[1].startswith("the negative prompt has no effect")
+    for finished, other in ((plain, "blorb"), (blorb, "zorb"), (zorb, "blorb")):
+        assert all(other not in str(write_texts(each)) for each in finished.settings)
+
+
 def test_one_order_gives_the_pixels_of_the_pipeline(engine: PipelineEngine, choice: ModelChoice) -> None:
     arguments = {"sampler": "dpm++2m", "schedule": "karras", "guidance_scale": 4.0, "width": 64, "height": 32}
     own = engine.run((order(choice, "a cat", 5, **arguments),), 8, Quiet())[0]
