@@ -90,10 +90,14 @@ def named_arguments(function: F) -> F:
     parameters = inspect.signature(function).parameters
     takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     known = [name for name in parameters if name != "self"]
+    placed = [name for name, each in parameters.items() if each.kind is each.POSITIONAL_OR_KEYWORD]
     types = {name: _TYPES[own.annotation] for name, own in parameters.items() if own.annotation in _TYPES}
 
     @functools.wraps(function)
     def checked(*arguments: Any, **named: Any) -> Any:
+        if len(arguments) > len(placed):
+            own = ", ".join(name for name in placed if name not in ("self", "cls"))
+            raise FastsdError(f"only {own} may stand without a name; name the other arguments")
         for name in named:
             if name not in known and not takes_more:
                 raise FastsdError(f"no such argument{nearest(name, known)}", argument=name)

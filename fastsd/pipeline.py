@@ -138,7 +138,7 @@ class Pipeline(Asynchronous, Portable, NetworkLoader, DiffusersNames):
         Raises:
             FastsdError: no such model, damaged files, no such device or dtype, too little memory, an unfit refiner.
         """
-        own = loading_habits(habits, list(inspect.signature(cls.from_pretrained).parameters))
+        own = loading_habits(habits, dtype, list(inspect.signature(cls.from_pretrained).parameters))
         dtype, allow_pickle = own.get("dtype", dtype), own.get("allow_pickle", allow_pickle)
         if few_step is not None:
             kind_named(few_step)  # before the weights are read
@@ -167,6 +167,7 @@ class Pipeline(Asynchronous, Portable, NetworkLoader, DiffusersNames):
         pipe.choice_mode = ChoiceMode(reproducible, probe)
         return pipe._in_fp8() if fp8 else pipe
 
+    @named_arguments
     def __call__(self, prompt: str | list[str] | None = None, **arguments: Any) -> Any:
         """Generate images.
 
@@ -187,6 +188,7 @@ class Pipeline(Asynchronous, Portable, NetworkLoader, DiffusersNames):
             return last.result
         return (last.result.images,) if self.components.xl else (last.result.images, None)
 
+    @named_arguments
     def stream(self, prompt: str | list[str] | None = None, **arguments: Any) -> Iterator[Step]:
         """The same work as `__call__`, step by step. Arguments are checked at once, before the first step."""
         has_refiner, few_step = self.refiner is not None, self.few_step is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -261,3 +262,34 @@ def test_loading_says_how_ops_are_chosen() -> None:
     assert Pipeline.from_pretrained("digits", device="cpu").choice_mode == ChoiceMode()
     given = Pipeline.from_pretrained("digits", device="cpu", reproducible=True, probe=False)
     assert given.choice_mode == ChoiceMode(reproducible=True, probe=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"generator": [torch.Generator()]}, "generator: it should be a torch.Generator, or a list of 2"),
+        ({"noise": "batch", "noise_index": 2, "noise_count": 2}, "noise_index is 2; it should be below noise_count, 2"),
+        ({"noise_count": 2}, "noise_count: noise cpu draws for each image alone"),
+        ({"mask_blur": 2}, "mask_blur: given without mask_image"),
+        ({"inpaint_only_masked": True}, "inpaint_only_masked: given without mask_image"),
+    ],
+)
+def test_what_a_call_cannot_mean(pipe: Pipeline, arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(FastsdError, match=re.escape(said)):
+        pipe(["a cat", "a dog"], **arguments)
+
+
+def test_what_asks_for_nothing_needs_nothing(pipe: Pipeline) -> None:
+    """Programs pass all their settings, those that are off too."""
+    off = {"mask_blur": 0, "mask_invert": False, "inpaint_only_masked": False}
+    np.testing.assert_array_equal(pixels(pipe("a cat", seed=1, **off)), pixels(pipe("a cat", seed=1)))
+
+
+def test_arguments_after_the_prompt_have_names(pipe: Pipeline) -> None:
+    with pytest.raises(FastsdError, match="^only prompt may stand without a name; name the other arguments$"):
+        pipe("a cat", "a dog")
+
+
+def test_two_dtypes_contradict() -> None:
+    with pytest.raises(FastsdError, match="torch_dtype is torch.float16; given with dtype fp32; leave one out"):
+        Pipeline.from_pretrained(dtype="fp32", torch_dtype=torch.float16)

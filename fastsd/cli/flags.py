@@ -11,7 +11,7 @@ from typing import Any
 from fastsd import __version__
 from fastsd.cli.parser import Parser
 from fastsd.errors import about
-from fastsd.parameters import PARAMETERS, check_needs
+from fastsd.parameters import PARAMETERS, asks, check_needs
 from fastsd.parameters.kinds import (
     CONTROL,
     HOW,
@@ -196,7 +196,7 @@ def parse(parser: Parser, words: list[str]) -> argparse.Namespace:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse flags that have no effect beside the others; `fastsd.parameters.check_needs` states which."""
-    check_needs({row.name for row in known() if getattr(args, row.name, None) is not None})
+    check_needs({row.name for row in known() if asks(row, getattr(args, row.name, None))})
 
 
 def help_text(row: Parameter, everything: bool = True) -> str:

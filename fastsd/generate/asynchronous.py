@@ -31,16 +31,25 @@ class Asynchronous:
 
         Args:
             prompt, arguments: as in a call.
-            on_step: called in the event loop after each step. An error that it raises is the loop's to report.
+            on_step: called in the event loop after each step. An error that it raises ends the call.
 
         Raises:
             FastsdError: as a call does.
         """
         loop, cancelled = asyncio.get_running_loop(), threading.Event()
+        failures: list[Exception] = []
+
+        def call(step: Step) -> None:
+            if on_step is not None and not failures:
+                try:
+                    on_step(step)
+                except Exception as error:
+                    failures.append(error)
+                    cancelled.set()
 
         def tell(step: Step) -> None:
-            if on_step is not None and not cancelled.is_set() and not loop.is_closed():
-                loop.call_soon_threadsafe(on_step, step)
+            if not cancelled.is_set() and not loop.is_closed():
+                loop.call_soon_threadsafe(call, step)
 
         def work() -> Result | None:
             result, steps = None, self.stream(prompt, **arguments)
@@ -59,6 +68,8 @@ class Asynchronous:
         except asyncio.CancelledError:
             cancelled.set()
             raise
+        if failures:
+            raise failures[0]
         assert result is not None
         return result
 

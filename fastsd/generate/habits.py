@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from fastsd.errors import FastsdError, nearest
 
 _CONTROL = "give controls=[fastsd.Control(net, image, weight, start, end)], with net from pipe.load_controlnet(path)"
@@ -216,11 +218,12 @@ def without_habits(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name not in CALL}
 
 
-def loading_habits(arguments: Mapping[str, Any], known: list[str]) -> dict[str, Any]:
+def loading_habits(arguments: Mapping[str, Any], dtype: str | torch.dtype, known: list[str]) -> dict[str, Any]:
     """The arguments of `Pipeline.from_pretrained` that diffusers' names stand for.
 
     Args:
         arguments: that `from_pretrained` does not have.
+        dtype: its own argument.
         known: those that it has.
 
     Raises:
@@ -229,6 +232,8 @@ def loading_habits(arguments: Mapping[str, Any], known: list[str]) -> dict[str, 
     found: dict[str, Any] = {}
     for name, value in arguments.items():
         if name == "torch_dtype":
+            if value is not None and dtype not in ("auto", value):
+                raise FastsdError(f"given with dtype {dtype}; leave one out", argument=name, value=value)
             found |= {} if value is None else {"dtype": value}
         elif name == "use_safetensors" and value is False:
             found["allow_pickle"] = True

@@ -97,9 +97,10 @@ def fit_generators(settings: Settings, count: int) -> dict[str, Any]:
         FastsdError: something else, or with another source of noise.
     """
     given = settings.generator
-    found = [given] if isinstance(given, torch.Generator) else given
+    alone = isinstance(given, torch.Generator)
+    found = [given] if alone else given
     whole = isinstance(found, list | tuple) and all(isinstance(one, torch.Generator) for one in found)
-    if not whole or len(found) not in (1, count):
+    if not whole or not (alone or len(found) == count):
         raise FastsdError(
             f"it should be a torch.Generator, or a list of {count}, one for each image", argument="generator"
         )

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from fastsd.errors import FastsdError
 from fastsd.generate.philox import Philox
 
 FACTOR = 8  # A1111 takes pixels to latents by 8 for "Seed resize from"
@@ -125,6 +126,22 @@ class NoisePlan:
             count=max(settings["noise_count"] or 0, (settings["noise_index"] or 0) + images),
             from_mean=from_mean,
             given=tuple((one, one.get_state()) for one in settings.get("generator") or ()),
+        )
+
+
+def check_place(settings: Mapping[str, Any]) -> None:
+    """Refuse a place in noise that is drawn for several images, where it is not so drawn, or has fewer places.
+
+    Raises:
+        FastsdError: it names the setting.
+    """
+    for name in ("noise_index", "noise_count"):
+        if settings[name] is not None and not SOURCES[settings["noise"]].batched:
+            raise FastsdError(f"{{noise}} {settings['noise']} draws for each image alone", argument=name)
+    index, count = settings["noise_index"], settings["noise_count"]
+    if index is not None and count is not None and index >= count:
+        raise FastsdError(
+            f"it should be below {{noise_count}}, {count}: the first is 0", argument="noise_index", value=index
         )
 
 

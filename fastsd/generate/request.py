@@ -28,7 +28,7 @@ from fastsd.generate.inputs import (
 )
 from fastsd.generate.like import LIKE, Rules, fill, rules_notes
 from fastsd.generate.masks import InpaintMask
-from fastsd.generate.noise import SOURCES, NoisePlan, of_image
+from fastsd.generate.noise import NoisePlan, check_place, of_image
 from fastsd.generate.prompts import Prompts, parse, read_prompts
 from fastsd.generate.tables import listed_steps, make_table, refiner_row
 from fastsd.model.taesd import DECODES_ONLY
@@ -288,10 +288,7 @@ def _fill_counts(settings: Settings, count: int) -> Settings:
         settings = settings.replace(seed=seed)
     if settings.subseed_strength and settings.subseed is None:
         raise FastsdError("given without {subseed}, the seed of the second noise", argument="subseed_strength")
-    if not SOURCES[settings.noise].batched:
-        for name in ("noise_index", "noise_count"):
-            if settings[name] is not None:
-                raise FastsdError(f"{{noise}} {settings.noise} draws for each image alone", argument=name)
+    check_place(settings)
     return settings.replace(batch_size=batch_size)
 
 

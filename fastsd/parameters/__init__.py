@@ -64,7 +64,7 @@ def check_call(arguments: Mapping[str, Any], loaded: Collection[str] = ()) -> Se
             hint = f"; did you mean {flags[name]}?" if name in flags else nearest(name, known)
             raise FastsdError(f"no such argument{hint}", argument=name)
     given = {name: value for name, value in arguments.items() if value is not None}
-    check_needs({*given, *loaded})
+    check_needs({*(name for name, value in given.items() if asks(known[name], value)), *loaded})
     return Settings(
         {
             name: parameter.check(given[name]) if name in given else parameter.default
@@ -92,6 +92,13 @@ def recorded(settings: Settings) -> dict[str, Any]:
 def not_stored(names: Iterable[str]) -> list[str]:
     """A note on each of the arguments that change the image and that its metadata does not hold."""
     return [f"{name} is not stored: the image does not repeat from its settings alone" for name in names]
+
+
+def asks(parameter: Parameter, value: object) -> bool:
+    """Whether a value asks for something: None does not, nor do False and 0 where they are the default."""
+    return value is not None and not (
+        parameter.default in (False, 0) and type(value) in (bool, int, float) and not value
+    )
 
 
 def check_needs(given: Collection[str]) -> None:

@@ -48,6 +48,19 @@ def test_bad_input_is_told_to_the_one_who_waits(pipe: fastsd.Pipeline) -> None:
         asyncio.run(pipe.generate("a cat", width=63))
 
 
+def test_an_error_of_on_step_ends_the_call(pipe: fastsd.Pipeline) -> None:
+    seen: list[int] = []
+
+    def on_step(step: fastsd.Step) -> None:
+        seen.append(step.index)
+        raise LookupError("of the caller")
+
+    with pytest.raises(LookupError, match="of the caller"):
+        asyncio.run(pipe.generate("a cat", num_inference_steps=9, on_step=on_step))
+    assert seen == [1]
+    assert len(pipe("a cat", num_inference_steps=2).images) == 1
+
+
 class Steps:
     """A callback of a call that counts, and holds a step up until it may end."""
 
