@@ -1,4 +1,6 @@
-"""The server's log: a JSON object a line, on stderr. Prompts are in it only where a flag asks for them."""
+"""The log of the server and its worker: a JSON object a line, on stderr. Prompts are in it only where a flag asks for
+them.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ class JsonLines(logging.Formatter):
 
 
 def set_up() -> None:
-    """Write the server's log, and what its libraries complain of, to stderr."""
+    """Write this process's log, and what its libraries complain of, to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     levels = {

@@ -8,7 +8,7 @@ import logging
 import sys
 
 from fastsd.errors import FastsdError
-from fastsd.server import settings
+from fastsd.server import logs, settings
 
 # The flags of `fastsd serve` that concern models and requests, not the network.
 USED = ("models_dir", "lora_dir", "embedding_dir", "max_batch", "max_images", "max_side", "max_work", "keep")
@@ -35,5 +35,6 @@ def run(args: argparse.Namespace) -> int:
     from fastsd.server.assistant import make_server
 
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING)  # standard output is the assistant's
+    logs.set_up()
     asyncio.run(make_server(own).run_stdio_async())
     return 0

@@ -13,10 +13,8 @@ import multiprocessing
 import os
 import select
 import signal
-import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +26,7 @@ from PIL import Image
 
 from fastsd.errors import FastsdError
 from fastsd.files import is_full
+from fastsd.server import logs
 from fastsd.server.jobs import (
     DISK_FULL,
     BatchDone,
@@ -48,6 +47,7 @@ from fastsd.server.jobs import (
 
 NEWS_SECONDS = 0.1  # between two messages of steps; each costs both processes a tenth of a millisecond
 PREVIEW_SHARE = 0.2  # of the time, at most, goes into previews that were asked for
+LOG = logging.getLogger("fastsd.server")
 LOST_DEVICE = 3  # exit code: CUDA reported an error after which the process can do nothing more
 
 
@@ -169,7 +169,7 @@ def main(connection: Connection, make_engine: Callable[[Any], WorkerEngine], set
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_server, name="fastsd-server-watch", daemon=True).start()
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    logs.set_up()
     engine, kept = make_engine(settings), deque[Any]()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         connection.send(Started())
@@ -208,14 +208,12 @@ def _answer(connection: Connection, engine: WorkerEngine, message: LoadModel | R
     except (EOFError, BrokenPipeError, ConnectionResetError):
         raise
     except Exception as error:
-        with contextlib.suppress(OSError):  # the log may be on a full disk
-            traceback.print_exc()
+        LOG.error("mistake in the worker", exc_info=error)
         short, why = None, DISK_FULL if is_full(error) else f"{type(error).__name__} in the worker; its log says more"
         if engine.ran_out_of_memory(error):
             short = FastsdError("not enough memory; ask for smaller or fewer images")
         connection.send(BatchFailed(message.batch, short, why))
         if short is None and "CUDA error" in str(error):  # which every later call would meet again
-            sys.stderr.flush()
             os._exit(LOST_DEVICE)
 
 

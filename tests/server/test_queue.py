@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import statistics
@@ -152,6 +153,19 @@ def test_a_worker_that_fails_costs_its_request_alone(prompt: str) -> None:
         assert queue.supervisor.restarts == (1 if prompt in ("kill", "lost") else 0) and queue.ready
 
     with_queue(scenario)
+
+
+def test_the_worker_logs_as_the_server_does(capfd: pytest.CaptureFixture[str]) -> None:
+    async def scenario(queue: Queue) -> None:
+        with pytest.raises(WorkerFailed):
+            await queue.submit(order("mistake")).result
+        await queue.submit(order("warn")).result
+
+    with_queue(scenario)
+    mistake, warning = (json.loads(line) for line in capfd.readouterr().err.splitlines())
+    assert (mistake["level"], mistake["event"]) == ("error", "mistake in the worker")
+    assert mistake["error"].endswith("ZeroDivisionError: division by zero")
+    assert (warning["level"], warning["event"], warning["kernel"]) == ("warning", "a kernel is slow", "linear")
 
 
 def test_a_worker_that_is_killed_while_nothing_runs_is_replaced() -> None:

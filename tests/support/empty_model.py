@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import time
@@ -58,6 +59,8 @@ class EmptyEngine:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         if prompt == "mistake":
             raise ZeroDivisionError("division by zero")
+        if prompt == "warn":
+            logging.getLogger("fastsd.kernels").warning("a kernel is slow", extra={"kernel": "linear"})
         if prompt == "full":
             raise OSError(errno.ENOSPC, "No space left on device", "/secret/folder/cache")
         if prompt == "bad":
