@@ -4,7 +4,8 @@ The same requests, at 1, 4 and 16 clients at once, each of one image with its ow
 in batches of as many images as the server's. The server's time is that until the client has its answer: a PNG, as
 base64, in JSON, over HTTP. The pipeline alone leaves its images in memory. Both run in processes of their own with the
 same settings, in turns.
-A batch of each size comes before the first figure, since oneDNN compiles code for a shape at its first call.
+A batch of each size comes before the first figure, since oneDNN compiles code for a shape at its first call. Each
+client asks twice before the clock starts: its connection is open then, and the queue knows how many clients to expect.
 Clients, server and worker share the processors; the table therefore also has the processor time that an image takes in
 the worker and in the server, beside that of the pipeline alone (on Linux; elsewhere nan), and how many images the
 server's batches had: a client that comes too late for its batch costs more than all else.
@@ -131,14 +132,14 @@ class ServedPace:
 
 
 def serve_images(url: str, pid: int, images: int, clients: int, steps: int) -> ServedPace:
-    """So many images, by so many clients at once."""
-    processes = worker_of(pid), pid
-    before, made = [processor_seconds(one) for one in processes], counted(url)
-    asking = Clients(url, steps)
-    started = time.perf_counter()
+    """So many images, by so many clients at once, each of which has asked twice before."""
+    asking, processes = Clients(url, steps), (worker_of(pid), pid)
     with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(asking.ask, range(2 * clients)))
+        before, made = [processor_seconds(one) for one in processes], counted(url)
+        started = time.perf_counter()
         spent = list(pool.map(asking.ask, range(images)))
-    pace = images / (time.perf_counter() - started)
+        pace = images / (time.perf_counter() - started)
     took = [(processor_seconds(one) - old) / images for one, old in zip(processes, before, strict=True)]
     asking.check()
     own, batches = (now - old for now, old in zip(counted(url), made, strict=True))
