@@ -23,8 +23,8 @@ from fastsd.image.files import open_depth, open_image, open_mask
 from fastsd.image.infotext import UPSCALERS
 from fastsd.image.metadata import write_texts
 from fastsd.parameters import PARAMETERS, of_call
-from fastsd.parameters.kinds import MAX_SEED
-from fastsd.parameters.rows import DEFAULT_BATCH, RANDOM_SEED
+from fastsd.parameters.kinds import MAX_SEED, RANDOM_SEED
+from fastsd.parameters.rows import DEFAULT_BATCH
 from fastsd.sampling.samplers import resolve
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def generate_batches(
 
     from fastsd.cli.said import PathsSaid
     from fastsd.generate.like import LIKE
-    from fastsd.generate.noise import of_image
+    from fastsd.generate.noise import fill_subseed, of_image
     from fastsd.generate.threads import suited_threads
 
     count = args.num_images_per_prompt or 1
@@ -202,6 +202,7 @@ def generate_batches(
     seed = secrets.randbelow(2**32) if args.seed in (None, RANDOM_SEED) else args.seed
     source = args.noise or LIKE[args.like or "none"].settings["noise"]
     noise = {name: getattr(args, name) for name in OF_NOISE} | {"noise": source, "seed": seed}
+    noise["subseed"] = fill_subseed(args.subseed, args.subseed_strength)
     starts = range(0, count, batch)
     wanted = sys.stderr.isatty() if args.progress is None else args.progress
     shown, said = set[str](), PathsSaid()

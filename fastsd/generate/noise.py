@@ -6,6 +6,7 @@ states; docs/migration.md compares them.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ import torch
 
 from fastsd.errors import FastsdError
 from fastsd.generate.philox import Philox
+from fastsd.parameters.kinds import RANDOM_SEED
 
 FACTOR = 8  # A1111 takes pixels to latents by 8 for "Seed resize from"
 
@@ -143,6 +145,13 @@ def check_place(settings: Mapping[str, Any]) -> None:
         raise FastsdError(
             f"it should be below {{noise_count}}, {count}: the first is 0", argument="noise_index", value=index
         )
+
+
+def fill_subseed(subseed: int | None, strength: float | None) -> int | None:
+    """The seed of the second noise; a random one where there is such noise and its seed is left to chance."""
+    if subseed not in (None, RANDOM_SEED):
+        return subseed
+    return secrets.randbelow(2**32) if strength else None
 
 
 def of_image(settings: Mapping[str, Any], i: int, images: int) -> dict[str, Any]:

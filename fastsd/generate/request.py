@@ -28,14 +28,14 @@ from fastsd.generate.inputs import (
 )
 from fastsd.generate.like import LIKE, Rules, fill, rules_notes
 from fastsd.generate.masks import InpaintMask
-from fastsd.generate.noise import NoisePlan, check_place, of_image
+from fastsd.generate.noise import NoisePlan, check_place, fill_subseed, of_image
 from fastsd.generate.prompts import Prompts, parse, read_prompts
 from fastsd.generate.tables import listed_steps, make_table, refiner_row
 from fastsd.model.taesd import DECODES_ONLY
 from fastsd.parameters import PARAMETERS, Settings, check_call
-from fastsd.parameters.kinds import MAX_SEED, MAX_SIDE
+from fastsd.parameters.kinds import MAX_SEED, MAX_SIDE, RANDOM_SEED
 from fastsd.parameters.passes import REFINER_SWITCH
-from fastsd.parameters.rows import DEFAULT_BATCH, RANDOM_SEED
+from fastsd.parameters.rows import DEFAULT_BATCH
 from fastsd.runtime import memory
 from fastsd.sampling.build import spacing_counts
 from fastsd.sampling.samplers import UNFOLLOWED, complete, resolve
@@ -286,8 +286,7 @@ def _fill_counts(settings: Settings, count: int) -> Settings:
         if seed > MAX_SEED - count:
             raise FastsdError(f"it leaves no seeds for {count} images below {MAX_SEED}", argument="seed", value=seed)
         settings = settings.replace(seed=seed)
-    if settings.subseed_strength and settings.subseed is None:
-        raise FastsdError("given without {subseed}, the seed of the second noise", argument="subseed_strength")
+    settings = settings.replace(subseed=fill_subseed(settings.subseed, settings.subseed_strength))
     check_place(settings)
     return settings.replace(batch_size=batch_size)
 

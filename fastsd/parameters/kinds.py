@@ -11,6 +11,7 @@ from typing import Any
 
 from fastsd.errors import FastsdError, about
 
+RANDOM_SEED = -1
 MAX_SEED = 2**63 - 1
 MAX_IMAGES = 1000
 MAX_STEPS = 1000

@@ -7,6 +7,7 @@ from fastsd.parameters.kinds import (
     HOW,
     MAX_IMAGES,
     MAX_SEED,
+    RANDOM_SEED,
     SHARE,
     WHERE,
     Choice,
@@ -56,8 +57,9 @@ PROGRAM_ROWS: tuple[Parameter, ...] = (
     ),
     Parameter(
         "subseed",
-        Whole(low=0, high=MAX_SEED),
-        "a second noise, mixed into that of the seed; the next image has one more, but {noise} batch or comfy the same",
+        Whole(low=RANDOM_SEED, high=MAX_SEED),
+        "a second noise, mixed into that of the seed; the next image has one more, but {noise} batch or comfy the "
+        "same; -1: random",
         ("--subseed",),
         HOW,
         needs=("subseed_strength", "the share of it"),

@@ -10,6 +10,7 @@ from fastsd.parameters.kinds import (
     MAX_SEED,
     MAX_SIDE,
     MAX_STEPS,
+    RANDOM_SEED,
     SHARE,
     START,
     WHAT,
@@ -35,7 +36,6 @@ from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
 MAX_CONTROL_WEIGHT = 10.0
 MAX_IMAGE_PROMPT_SCALE = 10.0
 DEFAULT_BATCH = 8
-RANDOM_SEED = -1
 
 
 ROWS: tuple[Parameter, ...] = (

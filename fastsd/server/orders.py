@@ -9,7 +9,7 @@ from typing import Any
 
 from fastsd.errors import FastsdError
 from fastsd.parameters import check_call
-from fastsd.parameters.rows import RANDOM_SEED
+from fastsd.parameters.kinds import RANDOM_SEED
 from fastsd.sampling.samplers import resolve
 from fastsd.server.catalogue import Catalogue, Listed
 from fastsd.server.jobs import ControlChoice, ImagePromptChoice, Order, UpscalerChoice

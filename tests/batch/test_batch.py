@@ -14,6 +14,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fastsd.batch import manifest as manifests
+from fastsd.batch.lines import AskedLine
+from fastsd.batch.requests import make_request
 from fastsd.generate.control import Control
 from fastsd.generate.image_prompts import ImagePrompt
 from fastsd.image.files import read_text
@@ -79,6 +81,14 @@ def test_a_line_has_the_notes_on_its_own_text_alone(cli: Callable) -> None:
     notes = [records()[line][0]["notes"] for line in (1, 2, 3)]
     assert notes[0] == [] and "know 'blorb';" in notes[1][0] and "know 'zorb';" in notes[2][0]
     assert len(notes[1]) == len(notes[2]) == 1
+
+
+def test_a_second_seed_left_to_chance_is_the_same_where_the_job_goes_on() -> None:
+    asked = {"prompt": "a cat", "subseed_strength": 0.5}
+    drawn = [make_request(AskedLine(n, asked), Path(), 7).arguments for n in (1, 2, 1)]
+    assert drawn[0] == drawn[2] and len({*(one["subseed"] for one in drawn), *(one["seed"] for one in drawn)}) == 4
+    given = make_request(AskedLine(1, asked | {"subseed": 3}), Path(), 7)
+    assert given.arguments["subseed"] == 3
 
 
 @pytest.mark.heavy

@@ -72,6 +72,16 @@ def test_a_random_seed_is_a_new_one_and_is_written_down(cli: Callable, model: Pa
     assert len(set(seeds)) == 2 and all(0 <= seed < 2**32 for seed in seeds)
 
 
+@pytest.mark.parametrize("left", [(), ("--subseed", -1)])
+def test_a_random_second_seed_is_written_down(cli: Callable, model: Path, left: tuple[str, int]) -> None:
+    varied = ("-p", "x", "-m", model, "--seed", 1, "--subseed-strength", 0.5)
+    assert cli(*varied, *left, "-o", "a.png", "-b", 1, "--count", 2).code == 0
+    first, second = (settings(f"a-{k}.png")["subseed"] for k in (0, 1))
+    assert second == first + 1
+    assert cli(*varied, "--subseed", first, "-o", "b.png").code == 0
+    np.testing.assert_array_equal(pixels("a-0.png"), pixels("b.png"))
+
+
 def test_output_is_a_file_a_folder_or_several_files(cli: Callable, model: Path) -> None:
     base = ("-p", "x", "-m", model, "-s", 1)
     assert cli(*base, "-o", "new/a.png").paths == [Path("new/a.png")]

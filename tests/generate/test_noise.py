@@ -150,6 +150,15 @@ def test_what_has_no_effect_is_refused() -> None:
     pipe = tiny_pipeline()
     with pytest.raises(FastsdError, match="^subseed: given without subseed_strength"):
         pipe("x", subseed=3)
+
+
+@pytest.mark.parametrize("left", [{}, {"subseed": -1}])
+def test_a_second_seed_left_to_chance_is_said_and_repeats_the_image(left: dict[str, int]) -> None:
+    pipe, settings = tiny_pipeline(), {"seed": 1, "subseed_strength": 0.5, "num_inference_steps": 1}
+    one, other = (pipe("a cat", **settings, **left) for _ in range(2))
+    assert one.own[0]["subseed"] != other.own[0]["subseed"]
+    again = pipe("a cat", **settings, subseed=one.own[0]["subseed"])
+    np.testing.assert_array_equal(np.asarray(one.images[0]), np.asarray(again.images[0]))
     with pytest.raises(FastsdError, match="^noise_index: noise cpu draws for each image alone"):
         pipe("x", noise_index=3)
     with pytest.raises(FastsdError, match="^seed_resize_from is '7x512'; it should be a width and a height"):
