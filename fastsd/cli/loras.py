@@ -84,19 +84,18 @@ def find_in_folder(folder: str | None, name: str, notes: list[str]) -> Path:
     """
     if folder is None:
         raise FastsdError(f"<lora:{name}> needs {{lora_dir}}, the folder that holds {name}{SUFFIX}", argument="prompt")
-    with about("lora_dir", folder):
-        known: dict[str, list[Path]] = {}
-        for path in _adapters_in(Path(folder)):
-            inside = composed(str(path.relative_to(folder).as_posix()))
-            inside = inside if path.is_dir() else inside.removesuffix(path.suffix)
-            parts = inside.split("/")
-            for start in range(len(parts)):
-                known.setdefault("/".join(parts[start:]), []).append(path)
-        found = known.get(composed(name).replace("\\", "/"), [])
-        if not found:
-            short = sorted(key for key in known if "/" not in key)
-            hint = nearest(name, short) or f", but {', '.join(short[:5]) or 'no such files'}"
-            raise FastsdError(f"no {name}{SUFFIX} in it{hint}")
+    known: dict[str, list[Path]] = {}
+    for path in _adapters_in(Path(folder)):
+        inside = composed(str(path.relative_to(folder).as_posix()))
+        inside = inside if path.is_dir() else inside.removesuffix(path.suffix)
+        parts = inside.split("/")
+        for start in range(len(parts)):
+            known.setdefault("/".join(parts[start:]), []).append(path)
+    found = known.get(composed(name).replace("\\", "/"), [])
+    if not found:
+        short = sorted(key for key in known if "/" not in key)
+        hint = nearest(name, short) or f"; there are {', '.join(short[:5]) or 'none'}"
+        raise FastsdError(f"<lora:{name}>: no such LoRA in {{lora_dir}}{hint}", argument="prompt")
     if len(found) > 1:
         others = ", ".join(str(path.relative_to(folder)) for path in found[1:4])
         notes.append(

@@ -146,8 +146,11 @@ def test_no_more_models_are_kept_than_asked_for(model: Path) -> None:
 def test_a_lora_that_is_not_there_is_refused_by_name(tmp_path: Path, choice: ModelChoice) -> None:
     engine = PipelineEngine(EngineSettings(OPTIONS, lora_dir=str(tmp_path)))
     wanted = Order(choice, {"prompt": "a <lora:sketch:0.5> cat", "seed": 1}, loras=(("sketch", 0.5, 0.5),))
-    with pytest.raises(FastsdError, match="no sketch.safetensors in it"):
+    with pytest.raises(
+        FastsdError, match="^prompt: <lora:sketch>: no such LoRA in lora_dir; there are none"
+    ) as refused:
         engine.run((wanted,), 8, Quiet())
+    assert refused.value.path is None  # which says where the folder lies
 
 
 def test_a_t2i_adapter_acts_as_in_python(tmp_path: Path, model: Path, choice: ModelChoice) -> None:
