@@ -39,8 +39,13 @@ def fit_image(image: Any, width: int | None, height: int | None, factor: int) ->
     read, notes = read_image(image, "image", "RGB", WHITE)
     if read.size == size:
         return read, notes
-    notes.append(f"the image was resized from {read.width}x{read.height} to {size[0]}x{size[1]}")
+    notes.append(resized_note(read.size, size))
     return read.resize(size, Image.Resampling.LANCZOS), notes
+
+
+def resized_note(before: tuple[int, int], after: tuple[int, int]) -> str:
+    """What a user should know of an image that was brought to another size."""
+    return f"the image was resized from {before[0]}x{before[1]} to {after[0]}x{after[1]}"
 
 
 def read_image(image: Any, argument: str, mode: str, background: int) -> tuple[Image.Image, list[str]]:

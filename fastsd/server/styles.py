@@ -50,7 +50,7 @@ class Styles:
         Raises:
             FastsdError: there is no such style.
         """
-        for name in names:
+        for name in filter(None, names):  # an empty box of a page sends an empty name
             if name not in self.styles:
                 hint = nearest(name, self.styles) or f"; there are {', '.join(list(self.styles)[:8]) or 'none'}"
                 raise FastsdError(f"no such style{hint}", argument="styles", value=name)

@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from fastsd.errors import FastsdError
+from fastsd.generate.sizes import resized_note
 from fastsd.image.infotext import UPSCALERS
 from fastsd.image.programs import EMPHASIS, RNG
 from fastsd.parameters import check_call
@@ -119,8 +120,8 @@ def _sampling(body: Generation) -> dict[str, Any]:
     sampler = body.sampler_name or body.sampler_index
     schedule = body.scheduler if (body.scheduler or "").lower() not in AUTOMATIC else None
     found: dict[str, Any] = {"sampler": sampler, "schedule": schedule}
-    if sampler is None:
-        return found
+    if sampler is None:  # the model's own, which the worker knows: it refuses an eta that this one has no use for
+        return found | ({"eta": body.eta} if body.eta else {})
     name, own = resolve(sampler, schedule or "default")
     if not SAMPLERS[name].takes_schedule:
         found["schedule"] = None
@@ -144,6 +145,8 @@ def _apply_options(draft: Draft, options: dict[str, Any], catalogue: Catalogue) 
         if value is None:
             continue
         match name:
+            case "sd_model_checkpoint" if value == "":  # an empty box
+                pass
             case "sd_model_checkpoint":
                 draft.model = catalogue.find_model(_text(name, value), name)
             case "CLIP_stop_at_last_layers":
@@ -208,6 +211,7 @@ def _second_pass(draft: Draft, body: TextToImage, catalogue: Catalogue) -> dict[
     if not body.enable_hr:
         return {}
     names, given = {label.lower(): name for name, label in UPSCALERS.items()}, body.hr_upscaler or "Latent"
+    names["none"] = "lanczos"  # `resize_image` of A1111's modules/images.py
     if given.lower() not in names:
         draft.upscaler = catalogue.find_upscaler(given, "hr_upscaler")
     strength = 0.75 if body.denoising_strength is None else body.denoising_strength
@@ -240,15 +244,18 @@ def _add_images(draft: Draft, body: ImageToImage, limits: Limits) -> None:
     own = draft.arguments
     own["width"], own["height"] = (side or _fitting(n) for side, n in zip((own["width"], own["height"]), image.size))
     draft.facts["image"] = fact
-    own["image"] = resize(image, (own["width"], own["height"]), body.resize_mode or 0)
+    size = own["width"], own["height"]
+    own["image"] = resize(image, size, body.resize_mode or 0)
     own["strength"] = 0.75 if body.denoising_strength is None else body.denoising_strength
     own["image_guidance_scale"] = body.image_cfg_scale
     if body.mask:
         mask, draft.facts["mask"] = read_image(decode_base64(body.mask, "mask"), "mask", limits.pixels, mask=True)
-        own["mask_image"] = resize(mask, (own["width"], own["height"]), body.resize_mode or 0)
+        own["mask_image"] = resize(mask, size, body.resize_mode or 0)
         own |= _inpainting(body)
         if own["inpaint_only_masked"]:  # that part of the images as they were sent
             own["image"], own["mask_image"] = image, mask
+    if own["image"].size != image.size:
+        draft.notes.append(resized_note(image.size, size))
 
 
 def _inpainting(body: ImageToImage) -> dict[str, Any]:

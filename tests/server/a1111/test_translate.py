@@ -131,6 +131,7 @@ def test_sampler_and_scheduler_are_read_as_clients_name_them(
 
 def test_eta_reaches_the_sampler_that_has_one() -> None:
     assert arguments(sampler_name="DDIM", eta=1.0)["eta"] == 1.0
+    assert arguments(eta=0.5)["eta"] == 0.5  # the model's own sampler may have one
     with pytest.raises(FastsdError, match="eta is 0.5; not supported"):
         arguments(sampler_name="Euler a", eta=0.5)
 
@@ -139,6 +140,7 @@ def test_the_hires_fix() -> None:
     found = arguments(enable_hr=True, hr_scale=1.5, hr_upscaler="Lanczos", denoising_strength=0.4)
     assert (found["hires_scale"], found["hires_upscaler"], found["hires_strength"]) == (1.5, "lanczos", 0.4)
     assert "hires_steps" not in found
+    assert arguments(enable_hr=True, hr_upscaler="None")["hires_upscaler"] == "lanczos"
     # A1111 runs all 8 steps of the second pass: the last 8 of a schedule of 20, of which 0.4 are 8.
     assert arguments(enable_hr=True, hr_second_pass_steps=8, denoising_strength=0.4)["hires_steps"] == 20
     resized = arguments(enable_hr=True, width=64, height=32, hr_resize_x=96, hr_resize_y=48)
@@ -171,6 +173,19 @@ def test_what_is_not_supported_is_refused_by_its_name(name: str) -> None:
     with pytest.raises(FastsdError, match="not supported") as refused:
         arguments(**{name: other}, **churn)
     assert refused.value.argument == name or churn
+
+
+def test_a_second_seed_that_is_left_out_is_drawn() -> None:
+    catalogue = Catalogue(ServerSettings())
+    for left in ({}, {"subseed": -1}, {"subseed": None}):
+        order = make_order(draft(subseed_strength=0.5, **left), "a1111", catalogue.models[0], catalogue, Limits())
+        assert 0 <= order.arguments["subseed"] < 2**32
+
+
+def test_empty_boxes_have_no_effect() -> None:
+    body = TextToImage(prompt="a cat", styles=[""], override_settings={"sd_model_checkpoint": ""})
+    found = translate(body, {}, Catalogue(ServerSettings()), Styles(None), Limits())
+    assert found.arguments["prompt"] == "a cat" and found.model is None and not found.notes
 
 
 def test_other_scripts_and_settings_are_refused_and_empty_ones_are_not() -> None:
@@ -224,6 +239,14 @@ def test_inpainting_has_the_defaults_of_a1111s_api() -> None:
     found = draft(ImageToImage, init_images=[png()], mask=png(mode="L", colour=255), **own).arguments
     assert (found["mask_blur"], found["inpaint_fill"], found["inpaint_only_masked"]) == (8, "noise", False)
     assert found["inpaint_padding"] is None and found["mask_invert"] is True
+
+
+def test_an_image_that_is_resized_is_noted() -> None:
+    wide = png((60, 40))
+    assert draft(ImageToImage, init_images=[wide]).notes == ["the image was resized from 60x40 to 56x40"]
+    assert draft(ImageToImage, init_images=[wide], width=64, height=64).notes == [
+        "the image was resized from 60x40 to 64x64"
+    ]
 
 
 def test_an_image_of_another_shape_is_stretched_cropped_or_filled() -> None:
