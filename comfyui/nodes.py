@@ -184,7 +184,7 @@ class FastsdSample:
                 log.warning(note)
         settings = {
             "negative_prompt": negative,
-            "seed": seed % 2**63,
+            "seed": seed,
             "num_inference_steps": steps,
             "guidance_scale": cfg,
             "sampler": sampler_name,

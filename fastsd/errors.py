@@ -70,6 +70,11 @@ def nearest(word: str, known: Collection[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def nearest_or_all(word: str, known: Collection[str], also: Collection[str] = ()) -> str:
+    """As `nearest`; where none is near: "; it takes path, unet, text". `also`: names that are not listed."""
+    return nearest(word, [*known, *also]) or f"; it takes {', '.join(known)}"
+
+
 # What an argument may be, by its annotation; arguments of other annotations are checked where they are used.
 _PATH, _NONE = (str, os.PathLike), type(None)
 _TYPES: dict[object, tuple[tuple[type, ...], str]] = {
@@ -89,7 +94,7 @@ def named_arguments(function: F) -> F:
         return cast(F, function)
     parameters = inspect.signature(function).parameters
     takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    known = [name for name in parameters if name != "self"]
+    known = [name for name in parameters if name not in ("self", "cls")]
     placed = [name for name, each in parameters.items() if each.kind is each.POSITIONAL_OR_KEYWORD]
     types = {name: _TYPES[own.annotation] for name, own in parameters.items() if own.annotation in _TYPES}
 
@@ -100,7 +105,7 @@ def named_arguments(function: F) -> F:
             raise FastsdError(f"only {own} may stand without a name; name the other arguments")
         for name in named:
             if name not in known and not takes_more:
-                raise FastsdError(f"no such argument{nearest(name, known)}", argument=name)
+                raise FastsdError(f"no such argument{nearest_or_all(name, known)}", argument=name)
         for name, value in (*zip(parameters, arguments, strict=False), *named.items()):
             if name in types and not isinstance(value, types[name][0]):
                 raise FastsdError(f"it should be {types[name][1]}", argument=name, value=value)

@@ -138,7 +138,7 @@ class Pipeline(Asynchronous, Portable, NetworkLoader, DiffusersNames):
         Raises:
             FastsdError: no such model, damaged files, no such device or dtype, too little memory, an unfit refiner.
         """
-        own = loading_habits(habits, dtype, list(inspect.signature(cls.from_pretrained).parameters))
+        own = loading_habits(habits, dtype, list(inspect.signature(cls.from_pretrained).parameters)[:-1])
         dtype, allow_pickle = own.get("dtype", dtype), own.get("allow_pickle", allow_pickle)
         if few_step is not None:
             kind_named(few_step)  # before the weights are read

@@ -175,7 +175,7 @@ BAD = {
     "guidance_rescale": [-0.1, 1.1],
     "width": [0, 63, 8200, 64.0],
     "height": [-8, 65, None.__class__],
-    "seed": [-2, 2**63, 1.5],
+    "seed": [-2, 2**64, 1.5],
     "sampler": ["eular", 3],
     "schedule": ["karas"],
     "num_images_per_prompt": [0, 1001],

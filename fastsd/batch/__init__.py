@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fastsd.cli import flags
 from fastsd.errors import FastsdError
-from fastsd.parameters import PARAMETERS
+from fastsd.parameters import PARAMETERS, of_call
 from fastsd.parameters.kinds import MAX_SEED, Parameter, Whole
 
 if TYPE_CHECKING:
@@ -37,6 +37,14 @@ def rows() -> list[Parameter]:
     """The parameters of the job: those of loading, and some that the command line alone has."""
     load = [row for row in PARAMETERS.values() if row.of == "load" and row.flags and row.name != "preview"]
     return [*load, PARAMETERS["batch_size"], *(flags.CLI[name] for name in USED)]
+
+
+def elsewhere() -> dict[str, str]:
+    """The flags of a call, and the fields of a line that stand for them."""
+    known = {flag for row in (*rows(), *OWN) for flag in row.flags}
+    return {
+        flag: f"a line of the file has it as {row.name}" for row in of_call() for flag in row.flags if flag not in known
+    }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,8 +13,8 @@ from fastsd.errors import FastsdError, about
 from fastsd.generate.together import count_of, shape_of
 from fastsd.image.control_maps import MAPS
 from fastsd.image.infotext import UPSCALERS
-from fastsd.parameters import PARAMETERS, check_call
-from fastsd.parameters.kinds import MAX_SEED, RANDOM_SEED, SHARE, Function, Value
+from fastsd.parameters import PARAMETERS, check_call, check_seeds
+from fastsd.parameters.kinds import RANDOM_SEED, SHARE, Function, Value
 from fastsd.sampling.samplers import resolve
 from fastsd.text.syntax import LoraTag, take_loras
 from fastsd.upscale import SCALES, TILES
@@ -110,8 +110,7 @@ def make_request(asked: AskedLine, folder: Path, job_seed: int) -> BatchRequest:
         arguments["seed"] = own_seed(job_seed, asked.number)
     if arguments.get("subseed_strength") and arguments.get("subseed", RANDOM_SEED) == RANDOM_SEED:
         arguments["subseed"] = own_seed(own_seed(job_seed, 0), asked.number)  # lines count from 1: no line has that one
-    if arguments["seed"] + count_of(arguments) > MAX_SEED:
-        raise FastsdError("it leaves no seeds for so many images", argument="seed", value=arguments["seed"])
+    check_seeds(arguments["seed"], count_of(arguments))
     for name in IMAGES:
         if name in arguments:
             arguments[name] = _path(arguments[name], folder, name)

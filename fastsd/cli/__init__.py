@@ -17,7 +17,7 @@ from fastsd.files import reason
 from fastsd.parameters import nearest
 
 # A command is the module of that name, in fastsd or, for those in BESIDE, in fastsd.cli; or the one that CALLED names.
-# It has add_arguments(parser) and run(args), and is imported when it is called.
+# It has add_arguments(parser) and run(args), may have elsewhere() (see `Parser`), and is imported when it is called.
 COMMANDS = {
     "batch": "what each line of a file asks for; goes on after a kill",
     "serve": "a web page, and the APIs of A1111 and OpenAI",
@@ -90,7 +90,8 @@ def _run(words: list[str]) -> int:
             f'{words[0]!r} is no command{nearest(words[0], COMMANDS)}; to generate an image: fastsd --prompt "..."'
         )
     command = command_module(words[0])
-    parser = Parser(prog=f"fastsd {words[0]}", description=COMMANDS[words[0]])
+    elsewhere: dict[str, str] = getattr(command, "elsewhere", dict)()
+    parser = Parser(elsewhere, prog=f"fastsd {words[0]}", description=COMMANDS[words[0]])
     command.add_arguments(parser)
     return command.run(parser.parse(words[1:])) or 0
 

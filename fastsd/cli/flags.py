@@ -101,7 +101,7 @@ CLI: dict[str, Parameter] = {
             several=True,
             rare=True,
         ),
-        _row("output", PATH, WHERE, OUTPUT_HELP, "-o", "--output"),
+        _row("output", PATH, WHERE, OUTPUT_HELP, "-o", "--output", "--out"),
         _row("overwrite", Switch(), WHERE, "replace a file of that name"),
         _row("progress", Switch(), WHERE, "a progress bar (default: on a terminal)"),
         _row(

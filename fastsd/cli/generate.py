@@ -22,8 +22,8 @@ from fastsd.errors import FastsdError, about
 from fastsd.image.files import open_depth, open_image, open_mask
 from fastsd.image.infotext import UPSCALERS
 from fastsd.image.metadata import write_texts
-from fastsd.parameters import PARAMETERS, of_call
-from fastsd.parameters.kinds import MAX_SEED, RANDOM_SEED
+from fastsd.parameters import PARAMETERS, check_seeds, of_call
+from fastsd.parameters.kinds import RANDOM_SEED
 from fastsd.parameters.rows import DEFAULT_BATCH
 from fastsd.sampling.samplers import resolve
 
@@ -121,9 +121,8 @@ def check(args: argparse.Namespace) -> None:
         except UnicodeEncodeError:
             raise FastsdError("the text is not valid UTF-8", argument=name) from None
     flags.check_flags(args)
-    count = args.num_images_per_prompt or 1
-    if args.seed is not None and args.seed + count > MAX_SEED:
-        raise FastsdError(f"it leaves no seeds for {count} images below {MAX_SEED}", argument="seed", value=args.seed)
+    if args.seed is not None:
+        check_seeds(args.seed, args.num_images_per_prompt or 1)
     if args.sampler is not None or args.schedule is not None:
         sampler = "euler" if args.sampler is None else args.sampler
         resolve(sampler, "default" if args.schedule is None else args.schedule)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastsd.errors import FastsdError, about
 from fastsd.files import fingerprint
-from fastsd.generate.lora_flags import adapters_of
+from fastsd.generate.lora_flags import STRENGTH, adapters_of
 from fastsd.parameters import nearest
 from fastsd.text.syntax import composed, take_loras
 
@@ -44,18 +44,36 @@ def load(pipe: Pipeline, args: argparse.Namespace, before: dict[str, Any], notes
     tags = () if args.prompt_syntax == "plain" else take_loras(args.prompt)[1]
     chosen += [Adapter(find_in_folder(args.lora_dir, tag.name, notes), tag.unet, tag.text) for tag in tags]
     with about("lora"):
-        notes += pipe.set_adapters(chosen, bool(args.allow_partial), bool(args.allow_pickle))
-    used = [_describe(adapter) for adapter in chosen]
+        used = [_describe(adapter) for adapter in chosen]
+    given = {lora["sha256"] for lora in used}
+    stored = [old for old in before.get("loras") or () if isinstance(old, dict) and old.get("sha256") not in given]
+    with about("from_image", args.from_image):
+        again = [_find_again(args.lora_dir, old) for old in stored]
+    with about("lora"):
+        notes += pipe.set_adapters([*again, *chosen], bool(args.allow_partial), bool(args.allow_pickle))
     notes += _others(before.get("lora_hashes") or {}, used)
-    for old in before.get("loras") or ():
-        if isinstance(old, dict) and not any(lora["sha256"] == old.get("sha256") for lora in used):
-            raise FastsdError(
-                f"it was generated with {{lora}} {str(old.get('name'))[:80]!r} "
-                f"(sha256 {str(old.get('sha256'))[:12]}...); give that file again",
-                argument="from_image",
-                path=args.from_image,
-            )
-    return used
+    return [_describe(adapter) for adapter in again] + used
+
+
+def _find_again(folder: str | None, old: dict[str, Any]) -> Adapter:
+    """The adapter that an image's metadata describes, from the folder of them: the file of its name and hash.
+
+    Raises:
+        FastsdError: no folder was given, or it does not hold that file; or its strength is none.
+    """
+    from fastsd.weights.adapters.apply import Adapter
+    from fastsd.weights.adapters.locate import adapter_bytes
+
+    name, digits = str(old.get("name")), old.get("sha256")
+    for path in () if folder is None else _adapters_in(Path(folder)):
+        if composed(path.name) == composed(name) and fingerprint(adapter_bytes(path)) == digits:
+            with about(None, path):
+                strength = STRENGTH.check(old.get("strength"))
+                return Adapter(path, strength, STRENGTH.check(old.get("text_strength", strength)))
+    lacking = "" if folder is None else "{lora_dir} does not hold it, "
+    raise FastsdError(
+        f"it was generated with {{lora}} {name[:80]!r} (sha256 {str(digits)[:12]}...); {lacking}give that file again"
+    )
 
 
 def _others(hashes: dict[str, str], used: list[dict[str, Any]]) -> list[str]:

@@ -3,28 +3,49 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from fastsd.errors import FastsdError
 from fastsd.parameters import nearest
 
+OUTPUTS = ("out", "output")  # the flags that say where a command writes
+
 
 class Parser(argparse.ArgumentParser):
-    """Raises `FastsdError` where argparse would print its usage and exit. Flags are never abbreviated."""
+    """Raises `FastsdError` where argparse would print its usage and exit. Flags are never abbreviated.
 
-    def __init__(self, **options: Any):
+    Args:
+        elsewhere: flags of other commands, and where this one has what they say.
+    """
+
+    def __init__(self, elsewhere: Mapping[str, str] | None = None, **options: Any):
         super().__init__(allow_abbrev=False, **options)
+        self._elsewhere = elsewhere or {}
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
-        """Like `parse_args`; the error about an unknown flag names the nearest one."""
+        """Like `parse_args`; the error about an unknown flag comes before those about missing ones, and names the
+        nearest. A text with a space is no flag, as in argparse."""
+        for word in itertools.takewhile(lambda word: word != "--", words):
+            if word.startswith("--") and " " not in word:
+                self._check_known(word.split("=")[0])
         found, unknown = self.parse_known_args(words)
+        for name in OUTPUTS:
+            if getattr(found, name, None) == "-":
+                raise FastsdError("nothing is written to stdout; name a folder or a file", argument=f"--{name}")
         if unknown:
-            flag = next((word.split("=")[0] for word in unknown if word.startswith("-")), None)
-            if flag is not None:
-                raise FastsdError(f"unknown flag{nearest(flag, self._option_string_actions)}", argument=flag)
+            for word in unknown:
+                if word.startswith("-"):
+                    self._check_known(word.split("=")[0])
             raise FastsdError(f"{unknown[0]!r} belongs to no flag; a text of several words needs quotes around it")
         return found
+
+    def _check_known(self, flag: str) -> None:
+        if flag in self._elsewhere:
+            raise FastsdError(f"unknown flag; {self._elsewhere[flag]}", argument=flag)
+        if flag not in self._option_string_actions:
+            raise FastsdError(f"unknown flag{nearest(flag, self._option_string_actions)}", argument=flag)
 
     def error(self, message: str) -> NoReturn:
         """argparse calls this with "argument -s/--steps: ..."."""

@@ -16,6 +16,7 @@ from fastsd.cli.flags import flag_of
 from fastsd.cli.output import Output
 from fastsd.cli.parser import one_line
 from fastsd.errors import FastsdError, about, describe
+from fastsd.files import check_path
 from fastsd.image.files import READABLE, WHITE, check_sides, count_frames, flatten, image_size, open_layers
 from fastsd.image.infotext import with_upscale
 from fastsd.parameters import PARAMETERS
@@ -84,7 +85,9 @@ def find_images(given: list[str]) -> Iterator[Path]:
         FastsdError: a path that is not there, or a folder without images.
     """
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in READABLE}
-    for path in map(Path, given):
+    for text in given:
+        check_path(text)
+        path = Path(text)
         if not path.is_dir():
             if not path.exists():
                 raise FastsdError("no such file or folder", path=path)

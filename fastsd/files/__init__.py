@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -52,7 +53,7 @@ def is_full(error: BaseException) -> bool:
 
 
 def check_path(path: str | Path) -> None:
-    """Refuse a path that cannot be looked up, such as one with a name that is too long; it need not exist.
+    """Refuse a path that cannot be looked up, such as one with a name that is too long, and a URL; it need not exist.
 
     Raises:
         FastsdError: it says why.
@@ -60,7 +61,8 @@ def check_path(path: str | Path) -> None:
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
-        pass
+        if re.match(r"https?:/", str(path), re.IGNORECASE):  # a `Path` has one slash
+            raise FastsdError("URLs are not fetched; download the file and give its path", path=path) from None
     except OSError as error:
         raise FastsdError(reason(error), path=path) from error
     except ValueError as error:  # a null character

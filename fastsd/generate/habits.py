@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastsd.errors import FastsdError, nearest
+from fastsd.errors import FastsdError, nearest_or_all
 
 _CONTROL = "give controls=[fastsd.Control(net, image, weight, start, end)], with net from pipe.load_controlnet(path)"
 _ENCODE = "the call encodes its prompt; features made elsewhere are prompt_embeds"
@@ -227,7 +227,7 @@ def loading_habits(arguments: Mapping[str, Any], dtype: str | torch.dtype, known
         known: those that it has.
 
     Raises:
-        FastsdError: it says what to use, or the nearest name.
+        FastsdError: it says what to use, or the nearest name, or all.
     """
     found: dict[str, Any] = {}
     for name, value in arguments.items():
@@ -238,7 +238,7 @@ def loading_habits(arguments: Mapping[str, Any], dtype: str | torch.dtype, known
         elif name == "use_safetensors" and value is False:
             found["allow_pickle"] = True
         elif name not in LOAD:
-            raise FastsdError(f"no such argument{nearest(name, [*known, *LOAD])}", argument=name)
+            raise FastsdError(f"no such argument{nearest_or_all(name, known, (*LOAD, 'torch_dtype'))}", argument=name)
         elif not any(value is one or value == one for one in LOAD[name][0] if type(value) is type(one)):
             raise FastsdError(LOAD[name][1], argument=name)
     return found

@@ -53,7 +53,7 @@ def split_strength(given: str) -> tuple[Path, float]:
         FastsdError: the strength is not a number from -100 to 100.
     """
     path, colon, text = given.rpartition(":")
-    if not colon or os.path.exists(given):
+    if not colon or os.path.exists(given) or text.startswith("//"):  # a URL is refused as a path
         return Path(given), 1.0
     try:
         return Path(path), STRENGTH.parse(text)

@@ -15,8 +15,9 @@ import torch
 
 from fastsd.errors import FastsdError
 from fastsd.generate.philox import Philox
-from fastsd.parameters.kinds import RANDOM_SEED
+from fastsd.parameters.kinds import MAX_SEED, RANDOM_SEED
 
+SEEDS = MAX_SEED + 1  # sums of seeds count modulo this
 FACTOR = 8  # A1111 takes pixels to latents by 8 for "Seed resize from"
 
 
@@ -164,7 +165,7 @@ def of_image(settings: Mapping[str, Any], i: int, images: int) -> dict[str, Any]
     generators = settings.get("generator") or ()
     varied = bool(settings.get("subseed_strength")) and subseed is not None
     batched = SOURCES[settings.get("noise") or "cpu"].batched
-    own: dict[str, Any] = {"subseed": (subseed or 0) + (0 if batched else i)} if varied else {}
+    own: dict[str, Any] = {"subseed": ((subseed or 0) + (0 if batched else i)) % SEEDS} if varied else {}
     if len(generators) > 1:
         return own | {"seed": generators[i].initial_seed()}
     if batched:
@@ -201,7 +202,7 @@ class Noise:
         """The noise that a run starts from, `[N, h, w, C]` fp32."""
         noise = [self._first(i) for i in range(len(self.generators))]
         if self.plan.ensd or self.source.restarts:
-            self.generators = [self.source.steps(seed + self.plan.ensd) for seed in self.seeds]
+            self.generators = [self.source.steps((seed + self.plan.ensd) % SEEDS) for seed in self.seeds]
         return self._on_device(noise)
 
     def sample(self) -> torch.Tensor:

@@ -28,12 +28,12 @@ from fastsd.generate.inputs import (
 )
 from fastsd.generate.like import LIKE, Rules, fill, rules_notes
 from fastsd.generate.masks import InpaintMask
-from fastsd.generate.noise import NoisePlan, check_place, fill_subseed, of_image
+from fastsd.generate.noise import SOURCES, NoisePlan, check_place, fill_subseed, of_image
 from fastsd.generate.prompts import Prompts, parse, read_prompts
 from fastsd.generate.tables import listed_steps, make_table, refiner_row
 from fastsd.model.taesd import DECODES_ONLY
-from fastsd.parameters import PARAMETERS, Settings, check_call
-from fastsd.parameters.kinds import MAX_SEED, MAX_SIDE, RANDOM_SEED
+from fastsd.parameters import PARAMETERS, Settings, check_call, check_seeds
+from fastsd.parameters.kinds import MAX_SIDE, RANDOM_SEED
 from fastsd.parameters.passes import REFINER_SWITCH
 from fastsd.parameters.rows import DEFAULT_BATCH
 from fastsd.runtime import memory
@@ -283,8 +283,7 @@ def _fill_counts(settings: Settings, count: int) -> Settings:
         settings = settings.replace(**fit_generators(settings, count))
     else:
         seed = secrets.randbelow(2**32) if settings.seed in (None, RANDOM_SEED) else settings.seed
-        if seed > MAX_SEED - count:
-            raise FastsdError(f"it leaves no seeds for {count} images below {MAX_SEED}", argument="seed", value=seed)
+        check_seeds(seed, 1 if SOURCES[settings.noise].batched else count)
         settings = settings.replace(seed=seed)
     settings = settings.replace(subseed=fill_subseed(settings.subseed, settings.subseed_strength))
     check_place(settings)

@@ -13,7 +13,7 @@ from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from fastsd.errors import FastsdError, about
-from fastsd.files import reason
+from fastsd.files import check_path, reason
 from fastsd.image import modes
 
 MAX_PIXELS = 2**27  # 134 million: 384 MiB as RGB
@@ -113,6 +113,8 @@ def read_file(path: str | Path, argument: str | None = None) -> bytes:
     Raises:
         FastsdError: it is missing, empty, too large or cannot be read.
     """
+    with about(argument, path):
+        check_path(path)
     path = Path(path)
     with about(argument, path):
         try:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from fastsd.errors import FastsdError, nearest
-from fastsd.parameters.kinds import Constant, Parameter
+from fastsd.parameters.kinds import MAX_SEED, Constant, Parameter
 from fastsd.parameters.rows import ROWS
 
 PARAMETERS: dict[str, Parameter] = {row.name: row for row in ROWS}
@@ -120,6 +120,16 @@ def check_needs(given: Collection[str]) -> None:
             raise FastsdError(
                 f"given with {{{parameter.excludes[0]}}}; {parameter.excludes[1]}", argument=parameter.name
             )
+
+
+def check_seeds(seed: int, count: int) -> None:
+    """Refuse a seed that leaves none for each of `count` images, which have one more from one to the next.
+
+    Raises:
+        FastsdError: it says so.
+    """
+    if seed > MAX_SEED - count + 1:
+        raise FastsdError(f"it leaves no seeds for {count} images up to {MAX_SEED}", argument="seed", value=seed)
 
 
 def _counted(given: Collection[str]) -> set[str]:

@@ -12,7 +12,7 @@ from typing import Any
 from fastsd.errors import FastsdError, about
 
 RANDOM_SEED = -1
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**64 - 1  # as ComfyUI has it, and as PyTorch and Philox take it
 MAX_IMAGES = 1000
 MAX_STEPS = 1000
 MAX_SIDE = 8192

@@ -122,7 +122,7 @@ ROWS: tuple[Parameter, ...] = (
     Parameter(
         "vae",
         File(metavar="PATH", stored=dict),
-        "replaces the model's autoencoder; --vae taesd PATH: TAESD, the tiny one, and no other",
+        "replaces the model's autoencoder; `taesd PATH` takes TAESD, the tiny one, alone",
         ("--vae",),
         WHAT,
         of="load",

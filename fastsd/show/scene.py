@@ -25,6 +25,7 @@ from fastsd.generate.settings_text import parse_settings
 from fastsd.graph import Graphs
 from fastsd.image.drawing import THEMES, Theme
 from fastsd.image.files import open_image
+from fastsd.parameters.kinds import MAX_SEED
 from fastsd.pipeline import Pipeline
 from fastsd.runtime.devices import undisturbed
 
@@ -66,7 +67,7 @@ class Scene:
         settings = parse_settings(args.settings, "--settings")
         pixel = None if args.pixel is None else _pixel(args.pixel)
         image = None if args.image is None else open_image(args.image, "--image")
-        if not 0 <= args.seed < 2**63:
+        if not 0 <= args.seed <= MAX_SEED:
             raise FastsdError("it should be a whole number from 0 on", argument="--seed", value=args.seed)
         prompt = args.prompt
         if prompt is None:

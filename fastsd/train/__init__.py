@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """Train as the flags say; returns the exit code.
 
     Raises:
-        FastsdError: invalid config, missing data, an existing run without `--resume`.
+        FastsdError: invalid config, missing data, an existing run without `--resume`, none with it.
     """
     from fastsd.train.training import train
 

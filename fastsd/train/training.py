@@ -185,7 +185,7 @@ def train(
         changes: texts "key=value" that replace values of the config.
 
     Raises:
-        FastsdError: invalid config, missing data, an existing run without `resume`, nothing to export.
+        FastsdError: invalid config, missing data, an existing run without `resume`, none with it, nothing to export.
     """
     settings = read_config(config, changes)
     folder = Path(out or settings.out)
@@ -195,6 +195,8 @@ def train(
         raise FastsdError(
             f"--out {folder}: already contains a run; continue it with --resume, or choose another folder"
         )
+    if resume and not exists:
+        raise FastsdError(f"--out {folder}: no run there to resume; without --resume one begins")
     if export_only and not exists:
         raise FastsdError("nothing to export yet; nothing is trained", path=folder)
     if exists and (before := folder / record.CONFIG).is_file():

@@ -75,8 +75,20 @@ def test_an_image_remembers_its_loras(cli: Callable, model: Path, lora: Path) ->
     stored = json.loads(Image.open(given).text["fastsd"])["loras"]
     assert [(one["name"], one["strength"]) for one in stored] == [("ink.safetensors", 0.5)]
     refused(cli("--from-image", given), "it was generated with --lora 'ink.safetensors'", "give that file again")
-    again = cli("--from-image", given, "--lora", f"{lora}:0.5")
-    assert pixels(again.paths[0]) == pixels(given)
+    for words in (("--lora", f"{lora}:0.5"), ("--lora-dir", lora.parent)):
+        again = cli("--from-image", given, *words).paths[0]
+        assert pixels(again) == pixels(given)
+        assert json.loads(Image.open(again).text["fastsd"])["loras"] == stored
+
+
+def test_a_lora_of_the_same_name_is_not_taken_for_an_images(cli: Callable, model: Path, lora: Path) -> None:
+    given = cli("-p", "a cat", "-m", model, "--seed", "1", "--lora", f"{lora}:0.5").paths[0]
+    (lora.parent / "old").mkdir()
+    lora.rename(lora.parent / "old" / lora.name)  # which a file of another style takes the place of
+    save_file({"lora_unet_conv_in.alpha": torch.tensor(1.0)}, lora)
+    assert pixels(cli("--from-image", given, "--lora-dir", lora.parent).paths[0]) == pixels(given)
+    (lora.parent / "old" / lora.name).unlink()
+    refused(cli("--from-image", given, "--lora-dir", lora.parent), "--lora-dir does not hold it, give that file again")
 
 
 def test_loras_that_cannot_be(cli: Callable, model: Path, lora: Path) -> None:

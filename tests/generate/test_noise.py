@@ -163,3 +163,30 @@ def test_a_second_seed_left_to_chance_is_said_and_repeats_the_image(left: dict[s
         pipe("x", noise_index=3)
     with pytest.raises(FastsdError, match="^seed_resize_from is '7x512'; it should be a width and a height"):
         pipe("x", seed_resize_from="7x512")
+
+
+@pytest.mark.parametrize("seed", [2**63, 2**64 - 1])
+def test_the_largest_seeds_are_pytorchs(seed: int) -> None:
+    """PyTorch takes a seed as 64 bits: those from 2^63 on are its negative ones."""
+    settings = {"noise": "cpu", "seed": seed, "subseed_strength": 0.0, "seed_resize_from": None}
+    settings |= dict.fromkeys(("ensd", "noise_index", "noise_count", "subseed"))
+    noise = Noise(NoisePlan.of(settings, 1, False), slice(0, 1), 4, 2, 3, torch.device("cpu")).first()
+    expected = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(seed - 2**64))
+    assert torch.equal(noise[0], expected.permute(1, 2, 0))
+
+
+@pytest.mark.parametrize("source", ["cpu", "gpu", "comfy"])
+def test_sums_with_the_largest_seed_begin_at_0_again(source: str) -> None:
+    def drawn(**settings: int | float) -> list[torch.Tensor]:
+        own = {"noise": source, "seed_resize_from": None, "subseed_strength": 0.5}
+        own |= dict.fromkeys(("ensd", "noise_index", "noise_count"))
+        noise = Noise(NoisePlan.of(own | settings, 2, False), slice(0, 2), 4, 2, 3, torch.device("cpu"))
+        return [noise.first(), noise.sample()]
+
+    most = 2**64 - 1
+    varied = drawn(seed=1, subseed=most)[0]
+    again = drawn(seed=1, subseed=0)[0]
+    if source != "comfy":  # whose variation seed is one for all images
+        assert torch.equal(varied[1], again[0])
+    delayed, direct = drawn(seed=most, subseed=3, ensd=6), drawn(seed=5, subseed=3, ensd=2**64)
+    assert torch.equal(delayed[1], direct[1]) and not torch.equal(delayed[0], direct[0])

@@ -128,11 +128,24 @@ def test_an_unknown_argument_is_an_error_with_the_nearest_name(folder: Path) -> 
         ("alow_pickle", lambda: pipe.load_controlnet("x", alow_pickle=True)),
         ("tokn", lambda: pipe.load_embedding("x", tokn="a")),
         ("alow_partial", lambda: pipe.set_adapters([], alow_partial=True)),
+        ("torch_dytpe", lambda: Pipeline.from_pretrained(folder, torch_dytpe=torch.float16)),
     ]
     for name, run in tries:
         with pytest.raises(FastsdError, match=f"^{name}: no such argument; did you mean") as caught:
             run()
         assert caught.value.argument == name
+
+
+def test_where_no_name_is_near_all_are_named(folder: Path) -> None:
+    pipe = tiny_pipeline()
+    tries: list[tuple[str, str, Any]] = [
+        ("weight", "path, unet, text$", lambda: Adapter("ink.safetensors", weight=1)),
+        ("dtyp", "path, allow_pickle$", lambda: pipe.load_controlnet("x", dtyp=1)),
+        ("zzz", "path, device, .*, probe$", lambda: Pipeline.from_pretrained(folder, zzz=1)),
+    ]
+    for name, names, run in tries:
+        with pytest.raises(FastsdError, match=f"^{name}: no such argument; it takes {names}"):
+            run()
 
 
 # ---- what is taken

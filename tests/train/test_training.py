@@ -122,6 +122,12 @@ def test_existing_run_and_unusable_checkpoints_are_errors(uninterrupted: Path, t
         train(config, resume=True)
 
 
+def test_no_run_is_resumed_where_there_is_none(tmp_path: Path) -> None:
+    with pytest.raises(FastsdError, match="no run there to resume; without --resume one begins"):
+        train(write_config(tmp_path), out=tmp_path / "new", resume=True)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_run_of_a_version_with_fewer_keys_is_resumed(uninterrupted: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path)
     shutil.copytree(uninterrupted / "run", tmp_path / "run")

@@ -17,7 +17,7 @@ from safetensors.torch import save
 
 from fastsd.components import TextualInversion
 from fastsd.errors import FastsdError
-from fastsd.files import write_whole
+from fastsd.files import check_path, write_whole
 from fastsd.model.clip import TextEncoder
 from fastsd.weights.formats.pickle_file import is_pickle, open_pickle, tensors_in
 from fastsd.weights.formats.pickle_globals import ParameterTable
@@ -47,6 +47,7 @@ def load_embedding(
     if path.suffix.lower() not in SUFFIXES:
         raise FastsdError(f"not an embedding; expected a file that ends in {', '.join(SUFFIXES)}", path=path)
     if not path.is_file():
+        check_path(path)
         raise FastsdError("no such file" if not path.exists() else "not a file", path=path)
     if path.stat().st_size > MAX_BYTES:
         raise FastsdError(f"{path.stat().st_size >> 20} MB; an embedding has at most {MAX_BYTES >> 20} MB", path=path)
