@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         FastsdError: a file or a flag that is wrong, a store or cluster that is not there; with --strict, a bad line.
     """
     from fastsd.batch.job import identity, requests
-    from fastsd.batch.lines import BadLine
+    from fastsd.batch.lines import BadLine, read_lines
     from fastsd.batch.manifest import open_manifest
     from fastsd.batch.store import FolderStore, open_store
     from fastsd.batch.work import BatchWork
@@ -85,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
         flags.read_value(args, own)
     path = Path(args.prompts)
     head = identity(args, path)
+    if next(read_lines(path), None) is None:
+        raise FastsdError("no line in it asks for an image", argument="prompts", path=path)
     if args.strict:
         for line in requests(path, 0):
             if isinstance(line, BadLine):

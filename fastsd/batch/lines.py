@@ -7,7 +7,9 @@ takes the memory of one, or of one group of Parquet's.
 from __future__ import annotations
 
 import csv
+import inspect
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +20,13 @@ from fastsd.cli.parser import one_line
 from fastsd.errors import FastsdError, describe, nearest
 from fastsd.files import reason
 from fastsd.parameters import PARAMETERS, of_call
+from fastsd.parameters.kinds import Whole
 
 MAX_LINE = 2**20  # bytes of a line of JSON; a prompt has at most 100,000 characters
 PARQUET_ROWS = 1024  # read at a time
 ID = "id"  # a text of the user's own, which the manifest repeats
 UPSCALE = "upscale"  # how the image is enlarged once it is there
+_WHOLE_AS_FLOAT = re.compile(r"\s*([+-]?\d+)\.0*\s*", re.A)  # as pandas writes a column that has empty cells
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 
 
@@ -64,9 +68,26 @@ def read_lines(path: Path) -> Iterator[AskedLine | BadLine]:
     if path.suffix.lower() not in SUFFIXES:
         raise FastsdError(f"the file should end in {', '.join(SUFFIXES)}", argument="prompts", path=path)
     try:
-        yield from readers.get(path.suffix.lower(), _read_jsonl)(path)
+        yield from map(_storable, readers.get(path.suffix.lower(), _read_jsonl)(path))
     except OSError as error:
         raise FastsdError(reason(error), argument="prompts", path=path) from error
+
+
+def _storable(line: AskedLine | BadLine) -> AskedLine | BadLine:
+    """The line; a bad one without fields where the manifest, which is JSON in UTF-8, cannot hold them."""
+    for name, value in (line.fields or {}).items():
+        try:
+            json.dumps({name: value}, allow_nan=False, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            error = FastsdError("the text is not valid UTF-8", argument=name.encode(errors="replace").decode())
+        except ValueError:
+            error = FastsdError("it should be a finite number", argument=name)
+        except TypeError:
+            error = FastsdError("it should be a text, a number, true, false, a list or an object", argument=name)
+        else:
+            continue
+        return BadLine(line.number, error)
+    return line
 
 
 def _read_jsonl(path: Path) -> Iterator[AskedLine | BadLine]:
@@ -117,8 +138,14 @@ def _read_csv(path: Path) -> Iterator[AskedLine | BadLine]:
     """A header of parameters, then a line each; an empty cell is not given. Bytes that are no UTF-8 stay recognisable
     (surrogates), so that the line that holds them is named."""
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file)
+        feed = (line for line in file)
+        reader = csv.reader(feed)
         names = next(reader, [])
+        for separator, said in ((";", "';'"), ("\t", "tabs")):
+            if len(names) == 1 and separator in names[0]:
+                raise FastsdError(
+                    f"its columns are separated by {said}; commas are read", argument="prompts", path=path
+                )
         _check_columns(names, path)
         while True:
             number = reader.line_num + 1
@@ -129,7 +156,12 @@ def _read_csv(path: Path) -> Iterator[AskedLine | BadLine]:
             except csv.Error as error:
                 yield BadLine(number, FastsdError(f"not CSV: {error}"))
                 continue
-            if cells:
+            # The reader asks for more lines than there are inside quotes alone.
+            if inspect.getgeneratorstate(feed) == inspect.GEN_CLOSED:
+                opened = reader.line_num - cells[-1].count("\n") + cells[-1].endswith("\n")
+                message = f"the quote that opens in line {opened} is not closed; the rest of the file is in it"
+                yield BadLine(number, FastsdError(message))
+            elif cells:
                 yield _parse_cells(number, names, cells)
 
 
@@ -158,6 +190,8 @@ def _value_of(name: str, cell: str) -> Any:
         return words[cell.strip().lower()]
     if cell.lstrip()[:1] in ("[", "{") and name not in ("prompt", "negative_prompt"):
         return _json_of(name, cell)
+    if isinstance(row.kind, Whole) and (written := _WHOLE_AS_FLOAT.fullmatch(cell)):
+        return row.parse(written[1])
     return row.parse(cell)
 
 

@@ -14,7 +14,7 @@ from fastsd.generate.together import count_of, shape_of
 from fastsd.image.control_maps import MAPS
 from fastsd.image.infotext import UPSCALERS
 from fastsd.parameters import PARAMETERS, check_call, check_seeds
-from fastsd.parameters.kinds import RANDOM_SEED, SHARE, Function, Value
+from fastsd.parameters.kinds import RANDOM_SEED, SHARE, Function, Value, Whole
 from fastsd.sampling.samplers import resolve
 from fastsd.text.syntax import LoraTag, take_loras
 from fastsd.upscale import SCALES, TILES
@@ -78,7 +78,7 @@ def make_request(asked: AskedLine, folder: Path, job_seed: int) -> BatchRequest:
         FastsdError: a field that is wrong whatever the model.
     """
     fields = {name: value for name, value in asked.fields.items() if value is not None}
-    given = {name: value for name, value in fields.items() if name not in (ID, UPSCALE)}
+    given = {name: _as_whole(name, value) for name, value in fields.items() if name not in (ID, UPSCALE)}
     if not isinstance(fields.get(ID, ""), str | int):
         raise FastsdError("it should be a text or a whole number", argument=ID, value=fields[ID])
     for name in given:
@@ -116,6 +116,13 @@ def make_request(asked: AskedLine, folder: Path, job_seed: int) -> BatchRequest:
             arguments[name] = _path(arguments[name], folder, name)
     tags = () if arguments.get("prompt_syntax") == "plain" else take_loras(arguments["prompt"])[1]
     return BatchRequest(asked.number, fields, arguments, controls, tuple(tags), image_prompts, upscale)
+
+
+def _as_whole(name: str, value: Any) -> Any:
+    """7.0 as 7 where a parameter takes whole numbers: tables hold such a column as floats where some cells are empty.
+    Above 2^53 a float stands for several whole numbers, and is left to be refused."""
+    whole = name in PARAMETERS and isinstance(PARAMETERS[name].kind, Whole)
+    return int(value) if whole and isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
 
 def _check_text(value: Any, name: str) -> None:

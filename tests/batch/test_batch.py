@@ -14,8 +14,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fastsd.batch import manifest as manifests
-from fastsd.batch.lines import AskedLine
+from fastsd.batch.engine import failure
+from fastsd.batch.lines import AskedLine, BadLine, read_lines
 from fastsd.batch.requests import make_request
+from fastsd.errors import FastsdError
 from fastsd.generate.control import Control
 from fastsd.generate.image_prompts import ImagePrompt
 from fastsd.image.files import read_text
@@ -170,6 +172,65 @@ def test_tables_ask_the_same(cli: Callable, model: Path, tmp_path: Path) -> None
     assert settings(files_of(found[6][0])[0])["image"]["name"] == photo.name
     Path("prompts.csv").write_text("prompt,url\nx,y\n")
     refused(cli("batch", "prompts.csv", "--out", "b", "-m", model), "the column 'url' is no parameter")
+
+
+def lines_of(text: str | bytes, path: str) -> list[AskedLine | BadLine]:
+    """What a file of this text asks for."""
+    Path(path).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return list(read_lines(Path(path)))
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "line", "said"),
+    [
+        ('{"prompt": "a", "guidance_scale": 1e400}', "a.jsonl", 1, "guidance_scale: it should be a finite number"),
+        ('{"prompt": "a", "controls": [{"weight": 1e999}]}', "a.jsonl", 1, "controls: it should be a finite number"),
+        ('{"prompt": "a\\ud800"}', "a.jsonl", 1, "prompt: the text is not valid UTF-8"),
+        ("prompt,guidance_scale\na,3\nb,1e400\n", "a.csv", 3, None),
+        (b"prompt,seed\na,1\nb,2\ncaf\xe9,x\n", "a.csv", 4, "prompt: the text is not valid UTF-8"),
+        ('prompt,seed\na,1\n"b,2\nc,3\n', "a.csv", 3, "the quote that opens in line 3 is not closed"),
+        ('prompt,id\na,1\n"b\n",2"\nc,"3\nd,4', "a.csv", 5, "the quote that opens in line 5 is not closed"),
+    ],
+)
+def test_a_line_that_the_manifest_could_not_hold_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | bytes, path: str, line: int, said: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (bad,) = [one for one in lines_of(text, path) if isinstance(one, BadLine)]
+    assert bad.number == line and (said or "guidance_scale") in bad.said
+    json.dumps(failure(bad), allow_nan=False, ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [("prompt,seed,subseed\na,7.0,\n", "a.csv"), ('{"prompt": "a", "seed": 7.0}', "a.jsonl")],
+)
+def test_a_whole_number_may_be_written_as_a_float(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (one,) = lines_of(text, path)
+    assert isinstance(one, AskedLine) and repr(make_request(one, Path(), 1).arguments["seed"]) == "7"
+    (half,) = lines_of(text.replace("7.0", "7.5"), path)
+    with pytest.raises(FastsdError, match="seed"):
+        raise half.error if isinstance(half, BadLine) else make_request(half, Path(), 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "said"),
+    [
+        ("prompt;seed\na;1\n", "a.csv", "its columns are separated by ';'; commas are read"),
+        ("prompt\tseed\na\t1\n", "a.csv", "its columns are separated by tabs; commas are read"),
+        ("", "a.csv", "there is no column prompt"),
+        ("prompt,seed\n", "a.csv", "no line in it asks for an image"),
+        ("", "a.jsonl", "no line in it asks for an image"),
+        ("\n \n", "a.jsonl", "no line in it asks for an image"),
+    ],
+)
+def test_a_file_that_asks_for_nothing_is_refused(cli: Callable, text: str, path: str, said: str) -> None:
+    Path(path).write_text(text)
+    refused(cli("batch", path, "--out", "out"), path, said)
+    assert not Path("out").exists()
 
 
 @pytest.mark.heavy
