@@ -210,7 +210,7 @@ def test_labels_of_samplers_and_schedules_are_read() -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(model=HOSTILE, scale=st.floats(0, 100), seed=st.integers(0, 2**63 - 1))
+@given(model=HOSTILE, scale=st.floats(0, 100), seed=st.integers(0, 2**64 - 1))
 def test_a1111s_form_holds_any_value(model: str, scale: float, seed: int) -> None:
     given_settings = FULL | {"model": model, "guidance_scale": scale, "seed": seed}
     found, _ = infotext.parse_parameters(infotext.write_parameters(given_settings))

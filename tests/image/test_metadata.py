@@ -18,7 +18,7 @@ def test_our_text_is_read_without_our_chunk() -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(prompt=HOSTILE, negative=HOSTILE, model=HOSTILE, scale=st.floats(0, 100), seed=st.integers(0, 2**63 - 1))
+@given(prompt=HOSTILE, negative=HOSTILE, model=HOSTILE, scale=st.floats(0, 100), seed=st.integers(0, 2**64 - 1))
 def test_every_setting_comes_back(prompt: str, negative: str, model: str, scale: float, seed: int) -> None:
     given_settings = FULL | {
         "prompt": prompt,
