@@ -29,6 +29,7 @@ from fastsd.model.ip_adapter import IPAdapter
 from fastsd.model.t2i_adapter import T2IAdapter
 from fastsd.pipeline import Pipeline
 from fastsd.runtime import memory
+from fastsd.sampling.samplers import SAMPLERS
 from fastsd.server.jobs import Finished, ImagePromptChoice, ModelChoice, Order, UpscaleOrder, UpscalerChoice
 from fastsd.server.worker import EngineSettings, Watch
 from fastsd.upscale.upscaler import Upscaler
@@ -91,6 +92,9 @@ class PipelineEngine:
         facts = [loaded.facts | own | order.facts for order, own in zip(orders, used, strict=True)]
         calls = [order.arguments for order in orders]
         arguments = join(calls, size)
+        own_sampler = SAMPLERS[pipe.defaults["sampler"]]
+        if arguments.get("eta") == 1 and "sampler" not in arguments and not own_sampler.takes_eta:
+            del arguments["eta"]  # A1111's clients send 1, which leaves such a sampler as it is
         if self.settings.tiling is not None:
             arguments["vae_tiling"] = self.settings.tiling
         if first.controls:

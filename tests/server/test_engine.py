@@ -134,6 +134,23 @@ def test_a_run_ends_after_the_step_in_which_it_is_stopped(engine: PipelineEngine
     assert len(finished.images) == 1 and "interrupted after step 3 of 9" in finished.notes
 
 
+def test_an_eta_of_1_leaves_a_sampler_without_one_as_it_is(engine: PipelineEngine, choice: ModelChoice) -> None:
+    """The model's own: A1111's clients send an eta with every request."""
+    pipe = engine._get(choice).pipe
+    asked = order(choice, "a cat", 1, eta=1.0)
+    with_noise = pixels(engine.run((asked,), 8, Quiet())[0])
+    plain = pixels(engine.run((order(choice, "a cat", 1),), 8, Quiet())[0])
+    assert pipe.defaults["sampler"] == "ddim" and not np.array_equal(with_noise, plain)
+    pipe.defaults["sampler"] = "dpm++2m"
+    try:
+        expected = pixels(engine.run((order(choice, "a cat", 1),), 8, Quiet())[0])
+        np.testing.assert_array_equal(pixels(engine.run((asked,), 8, Quiet())[0]), expected)
+        with pytest.raises(FastsdError, match="eta: only ddim and tcd use it"):
+            engine.run((order(choice, "a cat", 1, eta=0.5),), 8, Quiet())
+    finally:
+        pipe.defaults["sampler"] = "ddim"
+
+
 def test_no_more_models_are_kept_than_asked_for(model: Path) -> None:
     engine = PipelineEngine(EngineSettings(OPTIONS, keep=2))
     for name in ("a", "b", "a", "c"):
