@@ -67,7 +67,7 @@ def read(args: argparse.Namespace, before: dict[str, Any]) -> list[ChosenControl
     if len(images) != len(nets):
         raise FastsdError(
             f"{len(nets)} given with {len(images)} images; each needs a {{control_image}} (or "
-            "{{control_canny}}, {{control_color}}), in the same order",
+            "{control_canny}, {control_color}), in the same order",
             argument="control",
         )
     for part in PARTS:

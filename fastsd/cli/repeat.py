@@ -125,8 +125,8 @@ def _check_upscaler(args: argparse.Namespace, settings: dict[str, Any]) -> None:
     repeats = settings.get("hires_scale") is not None and args.image is None
     if not repeats or name is None or name in UPSCALERS or args.hires_upscaler is not None:
         return
-    if name.startswith("Latent (") or name == "None":
-        raise FastsdError(_lacks("hires_upscaler", name, "lanczos" if name == "None" else "latent"))
+    if name.startswith("Latent ("):
+        raise FastsdError(_lacks("hires_upscaler", name, "latent"))
     raise FastsdError(f"it was generated with {{hires_upscaler}} {name[:80]!r}; give that file, or lanczos")
 
 

@@ -256,8 +256,7 @@ def _second_pass(pairs: Mapping[str, str]) -> dict[str, Any] | None:
     schedule's.
     Without them, or 0: as many as of the first pass.
     """
-    label = pairs.get("Hires upscaler", "")
-    upscaler = _by_label(UPSCALERS, label) or label
+    upscaler = upscaler_named(pairs.get("Hires upscaler", ""))
     scale = _hires_scale(pairs)
     if not upscaler or scale is None or not {"Steps", "Denoising strength"} <= pairs.keys():
         return None
@@ -327,6 +326,12 @@ def unquote(text: str) -> str:
         return str(json.loads(text))
     except (ValueError, RecursionError):
         return text
+
+
+def upscaler_named(label: str) -> str:
+    """Our name for the upscaler that A1111's hires fix calls so; a file's stays as it is. None resizes as Lanczos does
+    (`resize_image` of A1111's modules/images.py)."""
+    return "lanczos" if label.lower() == "none" else _by_label(UPSCALERS, label)
 
 
 def _by_label(labels: Mapping[str, str], label: str) -> str:

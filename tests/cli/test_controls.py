@@ -143,7 +143,7 @@ def test_edges_without_opencv(
 def test_controls_that_cannot_be(cli: Callable, model: Path, nets: list[Path], maps: list[Path]) -> None:
     base = ("-p", "x", "-m", model)
     one = (*base, "--control", nets[0], "--control-image", maps[0])
-    refused(cli(*base, "--control", nets[0]), "--control: 1 given with 0 images")
+    refused(cli(*base, "--control", nets[0]), "each needs a --control-image (or --control-canny, --control-color), in")
     refused(cli(*base, "--control-image", maps[0]), "--control: 0 given with 1 images")
     refused(cli(*one, "--control-weight", 1, "--control-weight", 2), "--control-weight: given 2 times for 1")
     refused(cli(*one, "--control-weight", 11), "--control-weight is '11'; it should be a number from -10 to 10")

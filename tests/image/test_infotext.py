@@ -279,6 +279,11 @@ KEYS = {
         "hires_strength": 0.5,
         "hires_upscaler": "Latent (antialiased)",  # which fastsd lacks; the nearest is asked for
     },
+    "Hires upscale: 2, Denoising strength: 0.5, Hires upscaler: None": {
+        "hires_scale": 2.0,
+        "hires_strength": 0.5,
+        "hires_upscaler": "lanczos",  # A1111's `resize_image` without an upscaler
+    },
     "Schedule type: Karras": {"schedule": "karras"},
     "Refiner switch at: 0.8": {"refiner_switch": 0.8},
     'Lora hashes: "a: 1", TI hashes: "b: 2", Init image hash: 3, Styles: x, Batch size: 2, Batch pos: 1': {

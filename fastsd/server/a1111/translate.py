@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from fastsd.errors import FastsdError
 from fastsd.generate.sizes import resized_note
-from fastsd.image.infotext import UPSCALERS
+from fastsd.image.infotext import UPSCALERS, upscaler_named
 from fastsd.image.programs import EMPHASIS, RNG
 from fastsd.parameters import check_call
 from fastsd.parameters.kinds import MAX_STEPS
@@ -210,12 +210,12 @@ def _second_pass(draft: Draft, body: TextToImage, catalogue: Catalogue) -> dict[
     """The hires fix. A1111's steps of the second pass all run; ours are those of the schedule that they end."""
     if not body.enable_hr:
         return {}
-    names, given = {label.lower(): name for name, label in UPSCALERS.items()}, body.hr_upscaler or "Latent"
-    names["none"] = "lanczos"  # `resize_image` of A1111's modules/images.py
-    if given.lower() not in names:
+    given = body.hr_upscaler or "Latent"
+    own = upscaler_named(given) if upscaler_named(given) in UPSCALERS else None
+    if own is None:
         draft.upscaler = catalogue.find_upscaler(given, "hr_upscaler")
     strength = 0.75 if body.denoising_strength is None else body.denoising_strength
-    found = {"hires_scale": _scale(body), "hires_strength": strength, "hires_upscaler": names.get(given.lower())}
+    found = {"hires_scale": _scale(body), "hires_strength": strength, "hires_upscaler": own}
     if run := body.hr_second_pass_steps or 0:
         steps = int(run / strength) if strength > 0 else run
         found["hires_steps"] = min(steps + (int(steps * strength) < run), MAX_STEPS)
