@@ -21,7 +21,7 @@ from fastsd.kernels.linear import activate_by_image, undivided
 TERMS = 128  # of one fp32 sum
 PIXELS = 1024  # of one sum in PyTorch's norm; with more, few maps have a mean as small as `_largest_mean`
 SHARED = 1024  # pixels of an image from which on PyTorch's norm divides those of a batch among the threads
-WIDTH = 4096  # sums in parallel, which stay in the first cache
+WIDTH = 2048  # sums in parallel: they, and the row that is added to them, stay in the first cache
 LANES = 8  # of a vector of AVX2; AVX-512 has twice as many
 PRODUCT = 2**16  # elements of a matrix that averages
 
@@ -160,7 +160,10 @@ def _groupnorm_silu_cpu(x: torch.Tensor, norm: _Norm, add: torch.Tensor | None) 
         return _by_moments(x, norm, add)
     if batch == 1 or pixels < SHARED:
         return _directly(x, norm, add)
-    return torch.cat([_directly(image, norm, own) for image, own in zip(x.split(1), _adds(add, batch))])
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for image, own, y in zip(_images(x), _adds(add, batch), _images(out)):
+        _directly(image, norm, own, y)
+    return out
 
 
 def _images(x: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -180,8 +183,14 @@ def _by_contiguous(x: torch.Tensor, norm: _Norm, add: torch.Tensor | None) -> to
     return (activate_by_image(y, "silu") if norm.silu else y).permute(0, 2, 3, 1).contiguous()
 
 
-def _directly(x: torch.Tensor, norm: _Norm, add: torch.Tensor | None) -> torch.Tensor:
-    """PyTorch's norm of channels-last images, and moments for those where it is not accurate (`_largest_mean`)."""
+def _directly(
+    x: torch.Tensor, norm: _Norm, add: torch.Tensor | None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """PyTorch's norm of channels-last images, and moments for those where it is not accurate (`_largest_mean`).
+
+    Args:
+        out: for the result, of one image; None: a new tensor.
+    """
     batch, height, width, channels = x.shape
     total = x if add is None else x + add[:, None, None, :]
     y, mean, r = torch.native_group_norm(
@@ -190,8 +199,10 @@ def _directly(x: torch.Tensor, norm: _Norm, add: torch.Tensor | None) -> torch.T
     limit = _largest_mean(height * width, channels // norm.groups)
     inaccurate = [k for k, ratios in enumerate((mean * r).tolist()) if min(ratios) < -limit or max(ratios) > limit]
     if len(inaccurate) == batch:
-        return _by_moments(x, norm, add)
+        return _by_moments(x, norm, add, out)
     y = y.permute(0, 2, 3, 1).contiguous()
+    if out is not None:
+        return torch.ops.aten.silu.out(y, out=out) if norm.silu else out.copy_(y)
     if norm.silu:
         for part in (y,) if batch == 1 or undivided(y) else y.split(1):
             F.silu(part, inplace=True)
@@ -215,9 +226,11 @@ def _largest_mean(pixels: int, channels: int) -> float:
     return math.sinh(0.5 * math.log(1.5 * TERMS * chains / (pixels * channels) ** 0.5))
 
 
-def _by_moments(x: torch.Tensor, norm: _Norm, add: torch.Tensor | None) -> torch.Tensor:
+def _by_moments(
+    x: torch.Tensor, norm: _Norm, add: torch.Tensor | None, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Image by image: moments of short sums, merged; one pass for the normalisation, and one for SiLU in place."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     for image, own, y in zip(_images(x), _adds(add, len(x)), _images(out)):
         _normalise(image, norm, own, y)
     return out
