@@ -1,11 +1,14 @@
-"""Images a second of the server beside the pipeline alone: `python -m bench.server [--images 256] [--steps 10]`.
+"""Images a second of the server beside the pipeline alone: `python -m bench.server [--turns 30] [--steps 25]`.
 
 The same requests, at 1, 4 and 16 clients at once, each of one image with its own prompt and seed; the pipeline has them
 in batches of as many images as the server's. The server's time is that until the client has its answer: a PNG, as
 base64, in JSON, over HTTP. The pipeline alone leaves its images in memory. Both run in processes of their own with the
-same settings, in turns.
+same settings, the model's own.
+The two take turns of a second or a few, and the other waits meanwhile: a machine that is shared with others may be a
+third slower for a minute, which then both have. Figures are of all turns together; the range of the share holds the
+middle half of the turns.
 A batch of each size comes before the first figure, since oneDNN compiles code for a shape at its first call. Each
-client asks twice before the clock starts: its connection is open then, and the queue knows how many clients to expect.
+client asks twice before a turn's clock starts: its connection is open then, and the queue knows how many to expect.
 Clients, server and worker share the processors; the table therefore also has the processor time that an image takes in
 the worker and in the server, beside that of the pipeline alone (on Linux; elsewhere nan), and how many images the
 server's batches had: a client that comes too late for its batch costs more than all else.
@@ -25,15 +28,16 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
 
 CLIENTS, BATCH = (1, 4, 16), 4
+IMAGES = {1: 4, 4: 16, 16: 48}  # of a turn
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -72,7 +76,7 @@ class Clients:
     def ask(self, seed: int, images: int = 1) -> float:
         """An answer of so many images; returns the seconds until it was there."""
         body = {"prompt": f"a handwritten {DIGITS[seed % 10]}", "seed": seed, "steps": self.steps, "batch_size": images}
-        encoded = json.dumps(body | {"sampler_name": "DPM++ 2M"}).encode()
+        encoded = json.dumps(body).encode()
         started = time.perf_counter()
         if not hasattr(self._own, "connection"):
             self._own.connection = HTTPConnection(self.url.hostname or "", self.url.port)
@@ -104,13 +108,12 @@ def worker_of(pid: int) -> int:
     return max(map(int, children), key=processor_seconds, default=0)
 
 
-def counted(url: str) -> tuple[float, float]:
-    """How many images a server has made, and in how many batches."""
+def batches_of(url: str) -> float:
+    """How many batches a server has made."""
     with urllib.request.urlopen(f"{url}metrics") as answer:
-        text = answer.read().decode()
-    names = ("fastsd_images_total", r'fastsd_stage_seconds_count\{stage="total"\}')
-    images, batches = (float(re.search(f"^{name} (.+)$", text, re.M)[1]) for name in names)  # type: ignore[index]
-    return images, batches
+        found = re.search(r'^fastsd_stage_seconds_count\{stage="total"\} (.+)$', answer.read().decode(), re.M)
+    assert found is not None
+    return float(found[1])
 
 
 def warm_up(url: str, steps: int) -> None:
@@ -120,92 +123,143 @@ def warm_up(url: str, steps: int) -> None:
 
 
 @dataclass(frozen=True)
-class ServedPace:
-    """What a number of clients got: images a second, the median of the seconds of one, the images of a batch, and the
-    processor seconds that an image took in the worker and in the server."""
+class Turn:
+    """What a turn took.
 
-    images: float
+    Attributes:
+        seconds: by the clock.
+        used: processor seconds of the process that generates.
+        median: seconds until a client had its image; of the pipeline alone: of a batch.
+        batches: how many there were.
+        server: processor seconds of the server's own process.
+    """
+
     seconds: float
-    batch: float
-    worker: float
-    server: float
+    used: float
+    median: float
+    batches: float
+    server: float = 0.0
 
 
-def serve_images(url: str, pid: int, images: int, clients: int, steps: int) -> ServedPace:
+def serve_images(url: str, pid: int, images: int, clients: int, steps: int) -> Turn:
     """So many images, by so many clients at once, each of which has asked twice before."""
     asking, processes = Clients(url, steps), (worker_of(pid), pid)
     with ThreadPoolExecutor(clients) as pool:
         list(pool.map(asking.ask, range(2 * clients)))
-        before, made = [processor_seconds(one) for one in processes], counted(url)
+        before, made = [processor_seconds(one) for one in processes], batches_of(url)
         started = time.perf_counter()
         spent = list(pool.map(asking.ask, range(images)))
-        pace = images / (time.perf_counter() - started)
-    took = [(processor_seconds(one) - old) / images for one, old in zip(processes, before, strict=True)]
+        seconds = time.perf_counter() - started
+    worker, own = (processor_seconds(one) - old for one, old in zip(processes, before, strict=True))
     asking.check()
-    own, batches = (now - old for now, old in zip(counted(url), made, strict=True))
-    return ServedPace(pace, statistics.median(spent), own / batches, *took)
+    return Turn(seconds, worker, statistics.median(spent), batches_of(url) - made, own)
 
 
 PIPELINE = """if True:
     import sys, time, fastsd, torch  # fastsd first: it says how threads wait before torch starts them, as in the server
     from fastsd.generate.threads import suited_threads
-    images, batch, steps = map(int, sys.argv[1:4])
-    pipe, words = fastsd.Pipeline.from_pretrained(), sys.argv[4].split()
-    def run(start):
+    steps = int(sys.argv[1])
+    pipe, words = fastsd.Pipeline.from_pretrained(), sys.argv[2].split()
+    def run(start, batch):
         seeds = range(start, start + batch)
         prompts = [f"a handwritten {words[seed % 10]}" for seed in seeds]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        pipe(prompts, generator=generators, num_inference_steps=steps, sampler="dpm++2m", batch_size=batch)
+        started = time.perf_counter()
+        pipe(prompts, generator=generators, num_inference_steps=steps, batch_size=batch)
+        return time.perf_counter() - started
     with suited_threads(pipe.components, pipe.device):
-        run(0)
-        started, used = time.perf_counter(), time.process_time()
-        for start in range(0, images, batch):
-            run(start)
-    print(images / (time.perf_counter() - started), (time.process_time() - used) / images)
+        for line in sys.stdin:
+            images, batch = map(int, line.split())
+            started, used = time.perf_counter(), time.process_time()
+            spent = sorted(run(start, batch) for start in range(0, images, batch))
+            seconds, used = time.perf_counter() - started, time.process_time() - used
+            print(seconds, used, spent[len(spent) // 2], len(spent), flush=True)
 """
 
 
-def pipeline_images(images: int, batch: int, steps: int) -> tuple[float, float]:
-    """Images a second of the pipeline alone, in batches, and the processor seconds of one."""
-    command = [sys.executable, "-c", PIPELINE, str(images), str(batch), str(steps), " ".join(DIGITS)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
-    pace, used = map(float, done.stdout.split())
-    return pace, used
+@contextmanager
+def pipeline(steps: int) -> Iterator[Callable[[int, int], Turn]]:
+    """The pipeline alone, in a process of its own; gives what makes so many images there, in batches of so many."""
+    command = [sys.executable, "-c", PIPELINE, str(steps), " ".join(DIGITS)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def run(images: int, batch: int) -> Turn:
+            assert process.stdin is not None and process.stdout is not None
+            print(images, batch, file=process.stdin, flush=True)
+            return Turn(*map(float, process.stdout.readline().split()))
+
+        yield run
 
 
-def table(served: dict[int, list[ServedPace]], alone: dict[int, list[tuple[float, float]]]) -> str:
-    """Medians of the rounds as a table of Markdown, a row for each number of clients."""
-    lines = [
-        "| clients | server, images/s | seconds of one | images of a batch | pipeline alone, images/s | share"
-        " | processor ms of an image: worker | server | pipeline alone |",
-        "|---|---|---|---|---|---|---|---|---|",
+@dataclass(frozen=True)
+class Pair:
+    """A turn of the server and one of the pipeline alone, of as many images."""
+
+    images: int
+    served: Turn
+    alone: Turn
+
+    @property
+    def share(self) -> float:
+        return self.alone.seconds / self.served.seconds
+
+
+def row(clients: int, pairs: list[Pair]) -> str:
+    """The turns of a number of clients as a row of Markdown."""
+    images = sum(pair.images for pair in pairs)
+    served, alone = [pair.served for pair in pairs], [pair.alone for pair in pairs]
+    seconds = [sum(turn.seconds for turn in turns) for turns in (served, alone)]
+    low, high = quartiles([pair.share for pair in pairs])
+    used = [
+        sum(getattr(turn, name) for turn in turns)
+        for turns, name in ((served, "used"), (served, "server"), (alone, "used"))
     ]
-    for clients, runs in served.items():
-        pace, spent, size, worker, own = (statistics.median(column) for column in zip(*map(astuple, runs), strict=True))
-        best, used = (statistics.median(column) for column in zip(*alone[min(clients, BATCH)], strict=True))
-        lines.append(
-            f"| {clients} | {pace:.1f} | {spent:.3f} | {size:.1f} | {best:.1f} | {pace / best:.2f}"
-            f" | {1000 * worker:.0f} | {1000 * own:.0f} | {1000 * used:.0f} |"
-        )
-    return "\n".join(lines)
+    cells = [
+        str(clients),
+        f"{images / seconds[0]:.1f}",
+        f"{statistics.median(turn.median for turn in served):.3f}",
+        f"{images / sum(turn.batches for turn in served):.1f}",
+        f"{images / seconds[1]:.1f}",
+        f"{seconds[1] / seconds[0]:.3f} ({low:.2f} to {high:.2f})",
+        *(f"{1000 * each / images:.0f}" for each in used),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def quartiles(values: list[float]) -> tuple[float, float]:
+    """The first and the third."""
+    if len(values) < 2:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
+
+
+def table(pairs: dict[int, list[Pair]]) -> str:
+    """A row of Markdown for each number of clients."""
+    head = (
+        "| clients | server, images/s | seconds of one | images of a batch | pipeline alone, images/s | share"
+        " | processor ms of an image: worker | server | pipeline alone |"
+    )
+    return "\n".join([head, "|---" * 9 + "|", *(row(clients, found) for clients, found in pairs.items())])
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=30, help="of each number of clients")
+    parser.add_argument("--steps", type=int, default=25, help="of an image; the default is the model's own")
     args = parser.parse_args(arguments)
-    served: dict[int, list[ServedPace]] = {clients: [] for clients in CLIENTS}
-    alone: dict[int, list[tuple[float, float]]] = {1: [], BATCH: []}
-    for _ in range(args.rounds):
-        with server() as (url, pid):
-            warm_up(url, args.steps)
-            for clients in CLIENTS:
-                served[clients].append(serve_images(url, pid, args.images, clients, args.steps))
-        for batch, found in alone.items():
-            found.append(pipeline_images(args.images, batch, args.steps))
-    print(table(served, alone))
+    pairs: dict[int, list[Pair]] = {clients: [] for clients in CLIENTS}
+    with server() as (url, pid), pipeline(args.steps) as alone:
+        warm_up(url, args.steps)
+        for batch in (1, BATCH):
+            alone(batch, batch)
+        for turn in range(args.turns):
+            for clients, images in IMAGES.items():
+                batch = min(clients, BATCH)
+                before = alone(images, batch) if turn % 2 else None  # each comes first in half of the turns
+                served = serve_images(url, pid, images, clients, args.steps)
+                pairs[clients].append(Pair(images, served, before or alone(images, batch)))
+    print(table(pairs))
 
 
 if __name__ == "__main__":

@@ -6,18 +6,16 @@ import time
 import pytest
 
 from bench import server
-from bench.server import ServedPace, processor_seconds, table, worker_of
+from bench.server import Pair, Turn, processor_seconds, table, worker_of
 
 
-def test_the_table_has_medians_and_the_share_at_the_same_batch() -> None:
-    served = {
-        1: [ServedPace(8, 0.1, 1, 0.05, 0.01), ServedPace(9, 0.2, 1, 0.06, 0.02), ServedPace(10, 0.3, 1, 0.07, 0.03)],
-        16: [ServedPace(19, 0.5, 3.9, 0.04, 0.01)],
-    }
-    alone = {1: [(10.0, 0.08), (10.0, 0.08), (20.0, 0.02)], 4: [(20.0, 0.05)]}
-    assert table(served, alone).splitlines()[2:] == [
-        "| 1 | 9.0 | 0.200 | 1.0 | 10.0 | 0.90 | 60 | 20 | 80 |",
-        "| 16 | 19.0 | 0.500 | 3.9 | 20.0 | 0.95 | 40 | 10 | 50 |",
+def test_the_table_has_sums_of_the_turns_and_the_range_of_the_share() -> None:
+    alone = [Turn(2.0, 1.6, 0.2, 8), Turn(1.0, 0.8, 0.2, 8), Turn(1.0, 0.8, 0.2, 8)]
+    served = [Turn(2.0, 2.0, 0.2, 4, 0.1), Turn(2.0, 2.0, 0.3, 4, 0.2), Turn(1.0, 1.0, 0.4, 8, 0.3)]
+    pairs = [Pair(8, mine, own) for mine, own in zip(served, alone, strict=True)]
+    assert table({4: pairs, 1: pairs[:1]}).splitlines()[2:] == [
+        "| 4 | 4.8 | 0.300 | 1.5 | 6.0 | 0.800 (0.75 to 1.00) | 208 | 25 | 133 |",
+        "| 1 | 4.0 | 0.200 | 2.0 | 4.0 | 1.000 (1.00 to 1.00) | 250 | 12 | 200 |",
     ]
 
 
@@ -33,9 +31,12 @@ def test_processor_seconds_are_those_of_the_process() -> None:
 
 
 @pytest.mark.heavy
-def test_it_measures_a_server_and_the_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
-    server.main(["--images", "2", "--steps", "1", "--rounds", "1"])
+def test_it_measures_a_server_and_the_pipeline(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(server, "IMAGES", {1: 2, 4: 4, 16: 16})
+    server.main(["--turns", "2", "--steps", "1"])
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [int(row[0]) for row in rows] == list(server.CLIENTS)
-    assert all(float(cell) > 0 for row in rows for cell in row[1:6])
+    assert all(float(cell.split()[0]) > 0 for row in rows for cell in row[1:6])
     assert [row[3] for row in rows][0] == "1.0"  # one client: every batch is of one image
