@@ -135,7 +135,20 @@ def is_finite(tensors: Any) -> bool:
     return all(bool(torch.isfinite(x).all()) for x in (tensors if isinstance(tensors, tuple) else (tensors,)))
 
 
-def enlarge(latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """`[n, h, w, C]` to `[n, height, width, C]`, bilinear with aligned pixel centres, as A1111's "Latent" does."""
-    maps = torch.nn.functional.interpolate(latents.permute(0, 3, 1, 2), size=(height, width), mode="bilinear")
-    return to_channels_last(maps)
+# The hires upscalers of latents: a mode of PyTorch's interpolation, and whether it is antialiased
+# (`latent_upscale_modes` in A1111's modules/shared_items.py).
+LATENT_UPSCALERS = {
+    "latent": ("bilinear", False),
+    "latent-antialiased": ("bilinear", True),
+    "latent-bicubic": ("bicubic", False),
+    "latent-bicubic-antialiased": ("bicubic", True),
+    "latent-nearest": ("nearest", False),
+    "latent-nearest-exact": ("nearest-exact", False),
+}
+
+
+def enlarge(latents: torch.Tensor, height: int, width: int, upscaler: str) -> torch.Tensor:
+    """`[n, h, w, C]` to `[n, height, width, C]` by one of `LATENT_UPSCALERS`, as A1111 does."""
+    mode, antialias = LATENT_UPSCALERS[upscaler]
+    maps = latents.permute(0, 3, 1, 2)
+    return to_channels_last(torch.nn.functional.interpolate(maps, size=(height, width), mode=mode, antialias=antialias))

@@ -34,7 +34,7 @@ from fastsd.generate.tables import listed_steps, make_table, refiner_row
 from fastsd.model.taesd import DECODES_ONLY
 from fastsd.parameters import PARAMETERS, Settings, check_call, check_seeds
 from fastsd.parameters.kinds import MAX_SIDE, RANDOM_SEED
-from fastsd.parameters.passes import REFINER_SWITCH
+from fastsd.parameters.passes import LATENT_UPSCALERS, REFINER_SWITCH
 from fastsd.parameters.rows import DEFAULT_BATCH
 from fastsd.runtime import memory
 from fastsd.sampling.build import spacing_counts
@@ -349,7 +349,7 @@ def _first_pass(
 def _second_pass(components: Components, first: Pass) -> Pass:
     """The hires fix: image-to-image over the enlarged result of the first pass."""
     settings, weight = first.settings, components.unet.conv_in.weight
-    if settings.hires_upscaler != "latent" and components.vae.encoder is None:
+    if settings.hires_upscaler not in LATENT_UPSCALERS and components.vae.encoder is None:
         raise FastsdError(DECODES_ONLY, argument="hires_upscaler")
     steps, strength = settings.hires_steps or settings.num_inference_steps, settings.hires_strength
     parsed = first.prompts

@@ -12,6 +12,9 @@ from fastsd.image.modes import flatten
 from fastsd.parameters import PARAMETERS
 from fastsd.parameters.kinds import MAX_SIDE
 
+# The hires upscalers of images (`fastsd.parameters.passes.IMAGE_UPSCALERS`).
+RESAMPLING = {"lanczos": Image.Resampling.LANCZOS, "nearest": Image.Resampling.NEAREST}
+
 
 def check_side(argument: str, value: Any, factor: int) -> int:
     """A width or height: a multiple of `factor` within range; the error names the nearest ones."""

@@ -11,9 +11,10 @@ from PIL import Image
 from fastsd.components import Components
 from fastsd.errors import about
 from fastsd.generate.beside import depth_latent, edited_latent
-from fastsd.generate.latents import Codec, enlarge, image_tensor, to_channels_last
+from fastsd.generate.latents import LATENT_UPSCALERS, Codec, enlarge, image_tensor, to_channels_last
 from fastsd.generate.noise import Noise
 from fastsd.generate.request import Pass
+from fastsd.generate.sizes import RESAMPLING
 
 
 @dataclass(frozen=True)
@@ -125,11 +126,11 @@ def inpaint_by_unet(codec: Codec, stage: Pass, which: slice, noise: Noise) -> St
 def second_pass(codec: Codec, stage: Pass, noise: Noise, first: torch.Tensor) -> Start:
     """The first pass's latents, enlarged; or its decoded images, enlarged and encoded again."""
     upscaler, size = stage.settings.hires_upscaler, (stage.width, stage.height)
-    if upscaler == "latent":
-        return Start(noise.first(), enlarge(first, *noise.shape[1:]))
+    if upscaler in LATENT_UPSCALERS:
+        return Start(noise.first(), enlarge(first, *noise.shape[1:], upscaler))
     images = [Image.fromarray(codec.decode(latent[None], stage.vae_tiling)[0]) for latent in first]
-    if upscaler == "lanczos":
-        images = [image.resize(size, Image.Resampling.LANCZOS) for image in images]
+    if upscaler in RESAMPLING:
+        images = [image.resize(size, RESAMPLING[upscaler]) for image in images]
     else:
         with about("hires_upscaler"):
             images = [upscaler(image, size=size) for image in images]

@@ -28,7 +28,16 @@ from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
 FILLS = {"fill": "fill", "noise": "latent noise", "blank": "latent nothing"}  # A1111's "Masked content"
 ALL_STEPS_RUN = ("a1111", "comfy")  # programs by whose rules the second pass runs all of its own steps
 HASHES = {"Lora hashes": "lora_hashes", "TI hashes": "embedding_hashes"}
-UPSCALERS = {"latent": "Latent", "lanczos": "Lanczos"}
+UPSCALERS = {
+    "latent": "Latent",
+    "latent-antialiased": "Latent (antialiased)",
+    "latent-bicubic": "Latent (bicubic)",
+    "latent-bicubic-antialiased": "Latent (bicubic antialiased)",
+    "latent-nearest": "Latent (nearest)",
+    "latent-nearest-exact": "Latent (nearest-exact)",
+    "lanczos": "Lanczos",
+    "nearest": "Nearest",
+}
 
 
 def write_parameters(settings: Mapping[str, Any]) -> str:

@@ -183,9 +183,7 @@ def _by_contiguous(x: torch.Tensor, norm: _Norm, add: torch.Tensor | None) -> to
     return (activate_by_image(y, "silu") if norm.silu else y).permute(0, 2, 3, 1).contiguous()
 
 
-def _directly(
-    x: torch.Tensor, norm: _Norm, add: torch.Tensor | None, out: torch.Tensor | None = None
-) -> torch.Tensor:
+def _directly(x: torch.Tensor, norm: _Norm, add: torch.Tensor | None, out: torch.Tensor | None = None) -> torch.Tensor:
     """PyTorch's norm of channels-last images, and moments for those where it is not accurate (`_largest_mean`).
 
     Args:

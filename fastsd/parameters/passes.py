@@ -6,6 +6,16 @@ from fastsd.parameters.kinds import HOW, MAX_STEPS, SHARE, Enlarger, File, Numbe
 
 HIRES = ("hires_scale", "which says by how much to enlarge")
 REFINER_SWITCH = 0.8
+# Those of latents and those of images, as A1111 has them; an ESRGAN's file may stand in their place.
+LATENT_UPSCALERS = (
+    "latent",
+    "latent-antialiased",
+    "latent-bicubic",
+    "latent-bicubic-antialiased",
+    "latent-nearest",
+    "latent-nearest-exact",
+)
+IMAGE_UPSCALERS = ("lanczos", "nearest")
 
 PASS_ROWS: tuple[Parameter, ...] = (
     Parameter(
@@ -29,8 +39,8 @@ PASS_ROWS: tuple[Parameter, ...] = (
     ),
     Parameter(
         "hires_upscaler",
-        Enlarger(options=("latent", "lanczos")),
-        "latent, lanczos or an ESRGAN",
+        Enlarger(options=LATENT_UPSCALERS + IMAGE_UPSCALERS),
+        "a way to enlarge latents, or images: lanczos, nearest or an ESRGAN",
         ("--hires-upscaler",),
         HOW,
         "latent",

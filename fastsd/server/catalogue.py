@@ -152,7 +152,7 @@ class Catalogue:
         try:
             found = _find(self.upscalers, name, argument, "upscaler")
         except FastsdError as error:
-            error.message += f"; without a file there are {' and '.join(UPSCALERS.values())}"
+            error.message += f"; without a file there are {', '.join(UPSCALERS.values())}"
             raise
         return UpscalerChoice(found.name, str(found.path))
 

@@ -300,7 +300,7 @@ def test_upscalers_are_the_calls(cli: Callable, model: Path) -> None:
         {"prompt": "x", "width": 72, "upscale": {"upscaler": "prompts.jsonl"}},
     ]
     said = {
-        5: "lanzcos: no such file; give latent, lanczos or a file",
+        5: "latent-nearest-exact, lanczos, nearest or a file",
         6: "hires_upscaler: given without hires_scale",
         7: "no.safetensors: no such file",
         8: "upscale: it should be {",

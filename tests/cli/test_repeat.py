@@ -46,7 +46,7 @@ def test_settings_that_a_graph_leaves_open_are_asked_for(cli: Callable, model: P
 A1111 = "a cat\nSteps: 2, Sampler: Euler, CFG scale: 2, Seed: 1, {}"
 
 
-@pytest.mark.parametrize("upscaler", ["Latent (nearest-exact)", "Latent (bicubic)"])
+@pytest.mark.parametrize("upscaler", ["Latent (area)", "Latent (bislerp)"])
 def test_an_upscaler_that_fastsd_lacks_is_refused_with_the_nearest(
     cli: Callable, tmp_path: Path, upscaler: str
 ) -> None:

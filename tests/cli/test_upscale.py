@@ -191,9 +191,7 @@ def test_the_hires_fix_with_a_file(cli: Callable[..., Any], model: Path, upscale
     damaged = tmp_path / "half.safetensors"
     damaged.write_bytes(Path(upscaler).read_bytes()[:-9])
     refused(cli(*flags, "--hires-upscaler", damaged), f"--hires-upscaler {damaged}: not a complete safetensors file")
-    refused(
-        cli(*flags, "--hires-upscaler", "none.pth"), "--hires-upscaler none.pth: no such file; give latent, lanczos"
-    )
+    refused(cli(*flags, "--hires-upscaler", "none.pth"), "--hires-upscaler none.pth: no such file; give latent, ")
     (first,) = cli(*flags, "--hires-upscaler", upscaler).paths
     assert settings(first)["hires_upscaler"] == "4x-Sharp, v2" and pixels(first).shape == (96, 96, 3)
     assert 'Hires upscaler: "4x-Sharp, v2"' in read_text(first)["parameters"]

@@ -1,4 +1,4 @@
-"""What the hires fix's second pass starts from, where an upscaler enlarges between the two."""
+"""What the hires fix's second pass starts from: how latents and images are enlarged between the two."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 import fastsd
 from fastsd.errors import FastsdError
+from fastsd.generate.latents import LATENT_UPSCALERS, enlarge
+from fastsd.generate.sizes import RESAMPLING
+from fastsd.image.infotext import UPSCALERS
+from fastsd.parameters import passes
 from fastsd.runtime import memory
 from tests.support.pipelines import PHOTO, tiny_pipeline
 from tests.support.upscalers import write_upscaler
@@ -53,5 +59,40 @@ def test_its_memory_is_checked_before_the_first_pass(
 
 @pytest.mark.parametrize("wrong", ["bicubic", 3, PHOTO], ids=["a name", "a number", "an image"])
 def test_what_enlarges_nothing(wrong: Any) -> None:
-    with pytest.raises(FastsdError, match="it should be one of latent, lanczos, or a fastsd.Upscaler"):
+    with pytest.raises(FastsdError, match="it should be one of latent, .*, lanczos, nearest, or a fastsd.Upscaler"):
         tiny_pipeline()("a cat", hires_upscaler=wrong, **HIRES)
+
+
+def test_every_way_to_enlarge_has_its_name_at_a1111() -> None:
+    assert passes.LATENT_UPSCALERS == tuple(LATENT_UPSCALERS) and passes.IMAGE_UPSCALERS == tuple(RESAMPLING)
+    assert list(UPSCALERS) == [*LATENT_UPSCALERS, *RESAMPLING]
+
+
+@pytest.mark.parametrize(
+    ("upscaler", "expected"),
+    [
+        ("latent", [0, 0.5, 1]),
+        ("latent-antialiased", [0, 0.5, 1]),  # which changes what is made smaller
+        ("latent-bicubic", [-0.0868, 0.5, 1.0868]),  # Keys' kernel with a = -0.75; edges are repeated
+        ("latent-bicubic-antialiased", [-0.0658, 0.5, 1.0658]),  # a = -0.5; what lies outside has no weight
+        ("latent-nearest", [0, 0, 1]),  # floor(2 i / 3)
+        ("latent-nearest-exact", [0, 1, 1]),  # floor(2 (i + 1 / 2) / 3)
+    ],
+)
+def test_two_latents_become_three(upscaler: str, expected: list[float]) -> None:
+    column = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1).expand(1, 2, 2, 4)
+    found = enlarge(column, 3, 3, upscaler)
+    assert found.shape == (1, 3, 3, 4) and found.is_contiguous()
+    torch.testing.assert_close(found[0, :, 1, 2], torch.tensor(expected, dtype=torch.float32), rtol=0, atol=1e-4)
+
+
+def test_the_second_pass_is_that_of_the_way_that_is_asked_for() -> None:
+    pipe = tiny_pipeline()
+    arguments: dict[str, Any] = {"seed": 3, "sampler": "euler_a", "num_inference_steps": 5}
+    made = {name: pipe("a cat", hires_upscaler=name, **HIRES, **arguments) for name in UPSCALERS}
+    assert [one.parameters["hires_upscaler"] for one in made.values()] == list(UPSCALERS)
+    large = pipe("a cat", **arguments).images[0].resize((96, 96), Image.Resampling.NEAREST)
+    expected = pipe("a cat", image=large, strength=0.6, **arguments).images[0]
+    assert np.array_equal(np.asarray(made["nearest"].images[0]), np.asarray(expected))
+    different = {one.images[0].tobytes() for name, one in made.items() if name != "latent-antialiased"}
+    assert len(different) == len(UPSCALERS) - 1

@@ -277,7 +277,7 @@ KEYS = {
     "Hires upscale: 2, Denoising strength: 0.5, Hires upscaler: Latent (antialiased)": {
         "hires_scale": 2.0,
         "hires_strength": 0.5,
-        "hires_upscaler": "Latent (antialiased)",  # which fastsd lacks; the nearest is asked for
+        "hires_upscaler": "latent-antialiased",
     },
     "Hires upscale: 2, Denoising strength: 0.5, Hires upscaler: None": {
         "hires_scale": 2.0,

@@ -10,8 +10,10 @@ from fastapi import APIRouter, HTTPException, Request
 from PIL import Image
 
 from fastsd.errors import FastsdError
+from fastsd.generate.sizes import RESAMPLING
 from fastsd.image.files import read_text
-from fastsd.image.infotext import UPSCALERS, parse_parameters, split_pairs
+from fastsd.image.infotext import UPSCALERS, parse_parameters, split_pairs, upscaler_named
+from fastsd.parameters.passes import LATENT_UPSCALERS
 from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
 from fastsd.server.a1111.answers import memory, sd_model
 from fastsd.server.a1111.bodies import EncodedImage, Upscaling
@@ -126,7 +128,7 @@ def _add_names(router: APIRouter, state: State) -> None:
     @router.get("/upscalers")
     async def upscalers() -> list[dict[str, Any]]:
         """What enlarges pixels. The scale is what A1111's page offers; a request names its own."""
-        names = dict.fromkeys(("None", *(label for name, label in UPSCALERS.items() if name != "latent")))
+        names = dict.fromkeys(("None", *(UPSCALERS[name] for name in RESAMPLING)))
         files = names | {one.name: one.file_name for one in state.catalogue.upscalers}
         return [
             {"name": name, "model_name": file and name, "model_path": file, "model_url": None, "scale": 4.0}
@@ -136,7 +138,7 @@ def _add_names(router: APIRouter, state: State) -> None:
     @router.get("/latent-upscale-modes")
     async def latent_modes() -> list[dict[str, str]]:
         """What enlarges latents."""
-        return [{"name": UPSCALERS["latent"]}]
+        return [{"name": UPSCALERS[name]} for name in LATENT_UPSCALERS]
 
     @router.get("/prompt-styles")
     async def styles() -> list[dict[str, Any]]:
@@ -213,9 +215,9 @@ def _add_tools(router: APIRouter, state: State) -> None:
 
     @router.post("/extra-single-image")
     async def upscale(request: Request, body: Upscaling) -> dict[str, Any]:
-        """Enlarge an image by Lanczos, or by an upscaler that is listed."""
+        """Enlarge an image by an upscaler that is listed."""
         pixels, name = state.settings.limits.pixels, body.upscaler_1 or "None"
-        if name in ("None", UPSCALERS["lanczos"]):
+        if name == "None" or upscaler_named(name) in RESAMPLING:
             image = await asyncio.to_thread(enlarge, body, pixels)
             return {"html_info": "", "image": await encode_plain(image)}
         upscaler = state.catalogue.find_upscaler(name, "upscaler_1")
@@ -259,10 +261,10 @@ def read_upscaling(body: Upscaling, pixels: int) -> tuple[Image.Image, tuple[int
 
 
 def enlarge(body: Upscaling, pixels: int) -> Image.Image:
-    """The image enlarged by Lanczos, or as it was where no upscaler is named."""
+    """The image enlarged by Lanczos or to the nearest, or as it was where no upscaler is named."""
     image, size = read_upscaling(body, pixels)
     if body.upscaler_1 not in (None, "None"):
-        return image.resize(size, Image.Resampling.LANCZOS)
+        return image.resize(size, RESAMPLING[upscaler_named(body.upscaler_1)])
     return image
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fastsd.errors import FastsdError
 from fastsd.image.files import READABLE
-from fastsd.image.infotext import UPSCALERS
+from fastsd.image.infotext import UPSCALERS, upscaler_named
 from fastsd.server.catalogue import Catalogue
 from fastsd.server.images import check_pixels, read_image
 from fastsd.server.limits import Limits
@@ -41,10 +41,12 @@ def translate(
     if body.refiner:
         draft.refiner = catalogue.find_refiner(body.refiner, "refiner")
     upscaler = draft.arguments.pop("hires_upscaler", None)
-    if upscaler is not None and upscaler.lower() not in UPSCALERS:
-        draft.upscaler = catalogue.find_upscaler(upscaler, "hires_upscaler")
-    elif upscaler is not None:
-        draft.arguments["hires_upscaler"] = upscaler.lower()
+    if upscaler is not None:
+        own = upscaler.lower() if upscaler.lower() in UPSCALERS else upscaler_named(upscaler)
+        if own in UPSCALERS:
+            draft.arguments["hires_upscaler"] = own
+        else:
+            draft.upscaler = catalogue.find_upscaler(upscaler, "hires_upscaler")
     if body.size not in (None, "auto"):
         found = re.fullmatch(r"([1-9]\d{0,4})[xX×]([1-9]\d{0,4})", str(body.size), re.A)
         if found is None:

@@ -6,11 +6,12 @@ import zlib
 from collections.abc import Iterator
 
 import pytest
+from PIL import Image
 from starlette.testclient import TestClient
 
 from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
 from fastsd.server.settings import ServerSettings
-from tests.support.server import called, opened, png
+from tests.support.server import called, encoded, opened, png
 
 API = "/sdapi/v1"
 
@@ -76,8 +77,9 @@ def test_names(client: TestClient) -> None:
     schedulers = client.get(f"{API}/schedulers").json()
     assert {"automatic", *SCHEDULES} == {one["name"] for one in schedulers}
     upscalers = {one["name"]: one["model_path"] for one in client.get(f"{API}/upscalers").json()}
-    assert upscalers == {"None": None, "Lanczos": None, "deep/4x-Sharp": "deep/4x-Sharp.safetensors"}
-    assert client.get(f"{API}/latent-upscale-modes").json() == [{"name": "Latent"}]
+    assert upscalers == {"None": None, "Lanczos": None, "Nearest": None, "deep/4x-Sharp": "deep/4x-Sharp.safetensors"}
+    modes = [one["name"] for one in client.get(f"{API}/latent-upscale-modes").json()]
+    assert modes[0] == "Latent" and "Latent (nearest-exact)" in modes and len(modes) == 6
     assert [one["alias"] for one in client.get(f"{API}/loras").json()] == ["ink"]
     for name in ("sd-vae", "sd-modules", "hypernetworks", "face-restorers", "prompt-styles"):
         assert client.get(f"{API}/{name}").json() == []
@@ -112,8 +114,11 @@ def test_png_info_reads_what_the_server_wrote(client: TestClient) -> None:
 
 
 def test_images_are_enlarged(client: TestClient) -> None:
-    body = {"image": png((8, 4)), "upscaler_1": "Lanczos", "upscaling_resize": 4}
-    assert opened(client.post(f"{API}/extra-single-image", json=body).json()["image"]).size == (32, 16)
+    given = encoded(Image.linear_gradient("L").resize((8, 4)))
+    body = {"image": given, "upscaler_1": "Lanczos", "upscaling_resize": 4}
+    made = [opened(client.post(f"{API}/extra-single-image", json=body).json()["image"])]
+    made.append(opened(client.post(f"{API}/extra-single-image", json=body | {"upscaler_1": "Nearest"}).json()["image"]))
+    assert [one.size for one in made] == [(32, 16)] * 2 and made[0].tobytes() != made[1].tobytes()
     for wrong in ({"upscaler_1": "ESRGAN"}, {"image": "http://x/y.png"}, {"upscaling_resize": 1000}):
         assert client.post(f"{API}/extra-single-image", json=body | wrong).status_code == 422
 
@@ -127,7 +132,7 @@ def test_images_are_enlarged_by_a_listed_upscaler(client: TestClient) -> None:
     assert opened(client.post(f"{API}/extra-single-image", json=sized).json()["image"]).size == (5, 6)
     answer = client.post(f"{API}/extra-single-image", json=body | {"upscaler_1": "4x-Sharq"})
     assert answer.status_code == 422
-    assert answer.json()["detail"].endswith("did you mean deep/4x-Sharp?; without a file there are Latent and Lanczos")
+    assert answer.json()["detail"].endswith("(nearest-exact), Lanczos, Nearest")
     assert str(client.root) not in client.get(f"{API}/upscalers").text  # type: ignore[attr-defined]
 
 
