@@ -15,7 +15,7 @@ from typing import TypeVar
 from PIL import Image
 
 from fastsd.errors import FastsdError
-from fastsd.image.files import READABLE, encode, open_image, open_mask
+from fastsd.image.files import READABLE, encode, open_image, open_layers, open_mask
 
 FEW_PIXELS = 2**14  # whose file is made in half a millisecond
 T = TypeVar("T")
@@ -53,6 +53,13 @@ def read_image(data: bytes, argument: str, pixels: int, mask: bool = False) -> t
     check_pixels(data, argument, pixels)
     reader: Callable[[bytes, str], Image.Image] = open_mask if mask else open_image
     return reader(data, argument), {"name": argument, "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def read_painted(data: bytes, argument: str) -> Image.Image | None:
+    """What is opaque in a mask with transparency, whatever its colour; None: it has none (`create_binary_mask` in
+    A1111's modules/processing.py)."""
+    layers, _ = open_layers(data, argument)
+    return layers.getchannel("A").point(lambda alpha: 255 * (alpha > 128)) if layers.mode == "RGBA" else None
 
 
 def check_pixels(data: bytes, argument: str, pixels: int) -> None:

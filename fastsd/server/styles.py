@@ -11,6 +11,7 @@ from fastsd.files import reason
 
 MAX_BYTES = 2**22
 PLACE = "{prompt}"
+NO_STYLE = "None"  # A1111's name of it
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,11 @@ class Styles:
             if Path(path).stat().st_size > MAX_BYTES:
                 raise FastsdError(f"at most {MAX_BYTES >> 20} MiB are read", argument="--styles", path=path)
             with open(path, encoding="utf-8-sig", newline="") as file:
-                for row in csv.DictReader(file):
+                table = csv.DictReader(file)
+                if "name" not in (table.fieldnames or ["name"]):
+                    message = "not a table of styles: its first line should be name,prompt,negative_prompt"
+                    raise FastsdError(message, argument="--styles", path=path)
+                for row in table:
                     texts = [(row.get(key) or "") for key in ("name", "prompt", "negative_prompt")]
                     if texts[0]:
                         self.styles[texts[0]] = Style(*texts)
@@ -52,6 +57,8 @@ class Styles:
         """
         for name in filter(None, names):  # an empty box of a page sends an empty name
             if name not in self.styles:
+                if name == NO_STYLE:
+                    continue
                 hint = nearest(name, self.styles) or f"; there are {', '.join(list(self.styles)[:8]) or 'none'}"
                 raise FastsdError(f"no such style{hint}", argument="styles", value=name)
             style = self.styles[name]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from fastsd.parameters.kinds import MAX_SEED, MAX_SIDE, MAX_STEPS
 from fastsd.server.bad_body import check_depth
@@ -24,6 +24,8 @@ Steps = Annotated[WholeField, Field(ge=1, le=MAX_STEPS)]
 Share = Annotated[NumberField, Field(ge=0, le=1)]
 Guidance = Annotated[NumberField, Field(ge=0, le=100)]
 Count = Annotated[WholeField, Field(ge=1, le=1000)]
+Named = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value == [] else value)]  # PHP writes {} as []
+Flag = Annotated[WholeField, BeforeValidator(lambda value: int(value) if isinstance(value, bool) else value)]  # 0 or 1
 Encoded = str  # an image: base64 or a data URI
 TaskId = Annotated[str, StringConstraints(max_length=64, pattern=r"^[\w():.-]*$")]
 
@@ -53,9 +55,9 @@ class Generation(BaseModel):
     eta: Share | None = None
     refiner_checkpoint: Name | None = None
     refiner_switch_at: Share | None = None
-    override_settings: dict[str, Any] | None = None
+    override_settings: Named | None = None
     override_settings_restore_afterwards: bool | None = True
-    alwayson_scripts: dict[str, Any] | None = None
+    alwayson_scripts: Named | None = None
     script_name: Name | None = None
     script_args: list[Any] | None = None
     send_images: bool | None = True
@@ -100,7 +102,7 @@ class ImageToImage(Generation):
     inpainting_fill: Annotated[WholeField, Field(ge=0, le=3)] | None = 0
     inpaint_full_res: bool | None = True
     inpaint_full_res_padding: Annotated[WholeField, Field(ge=0, le=MAX_SIDE)] | None = 0
-    inpainting_mask_invert: Annotated[WholeField, Field(ge=0, le=1)] | None = 0
+    inpainting_mask_invert: Annotated[Flag, Field(ge=0, le=1)] | None = 0
     include_init_images: bool | None = False
 
 
@@ -150,3 +152,15 @@ class Upscaling(BaseModel):
     upscaling_resize_h: Annotated[WholeField, Field(ge=1, le=MAX_SIDE)] | None = 512
     upscaling_crop: bool | None = True
     upscaler_1: Name | None = "None"
+    upscaler_2: Name | None = "None"
+    extras_upscaler_2_visibility: Share | None = 0
+    gfpgan_visibility: Share | None = 0
+    codeformer_visibility: Share | None = 0
+
+    @property
+    def unknown(self) -> list[str]:
+        """Fields that neither A1111 nor fastsd has."""
+        return [name for name in self.model_extra or {} if name not in HARMLESS_BESIDE_UPSCALING]
+
+
+HARMLESS_BESIDE_UPSCALING = frozenset(("show_extras_results", "codeformer_weight", "upscale_first"))

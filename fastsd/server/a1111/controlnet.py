@@ -48,6 +48,9 @@ def read_controls(draft: Draft, scripts: dict[str, Any], catalogue: Catalogue, l
         units = script.get("args") if isinstance(script, dict) else script
         if not units or (isinstance(units, list) and not any(units)):
             continue
+        if isinstance(units, list) and str(units[0]).lower() == "false":  # by custom the first one switches a script on
+            draft.notes.append(f"the script {name!r:.80} is off by its first argument")
+            continue
         if name.lower() != "controlnet":
             raise FastsdError(f"not supported: the script {name!r:.80}; ControlNet is", argument="alwayson_scripts")
         if not isinstance(units, list) or len(units) > MAX_UNITS or not all(isinstance(unit, dict) for unit in units):

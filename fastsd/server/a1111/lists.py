@@ -7,7 +7,6 @@ import os
 from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
-from PIL import Image
 
 from fastsd.errors import FastsdError
 from fastsd.generate.sizes import RESAMPLING
@@ -18,10 +17,11 @@ from fastsd.sampling.samplers import SAMPLERS, SCHEDULES
 from fastsd.server.a1111.answers import memory, sd_model
 from fastsd.server.a1111.bodies import EncodedImage, Upscaling
 from fastsd.server.a1111.controlnet import MAX_UNITS, MODULES
+from fastsd.server.a1111.extras import enlarge, read_upscaling, refuse_unsupported, unknown_fields
 from fastsd.server.a1111.routes import API
 from fastsd.server.a1111.translate import NAMES, SETTABLE, check_options
 from fastsd.server.app_state import State
-from fastsd.server.images import check_pixels, decode_base64, encode_plain, read_image
+from fastsd.server.images import check_pixels, decode_base64, encode_plain
 from fastsd.server.jobs import UpscaleOrder
 
 MAX_TEXT = 2**20  # characters of an image's texts that are sent back
@@ -216,14 +216,18 @@ def _add_tools(router: APIRouter, state: State) -> None:
     @router.post("/extra-single-image")
     async def upscale(request: Request, body: Upscaling) -> dict[str, Any]:
         """Enlarge an image by an upscaler that is listed."""
-        pixels, name = state.settings.limits.pixels, body.upscaler_1 or "None"
+        refuse_unsupported(body)
+        notes, pixels, name = unknown_fields(body), state.settings.limits.pixels, body.upscaler_1 or "None"
+        enlarging = await asyncio.to_thread(read_upscaling, body, pixels)
         if name == "None" or upscaler_named(name) in RESAMPLING:
-            image = await asyncio.to_thread(enlarge, body, pixels)
-            return {"html_info": "", "image": await encode_plain(image)}
-        upscaler = state.catalogue.find_upscaler(name, "upscaler_1")
-        order = UpscaleOrder(upscaler, *await asyncio.to_thread(read_upscaling, body, pixels), pixels, API)
-        finished = await state.generate(request, order)
-        return {"html_info": "; ".join(finished.notes), "image": await encode_plain(finished.images[0])}
+            image = await asyncio.to_thread(enlarge, body, enlarging)
+        else:
+            upscaler = state.catalogue.find_upscaler(name, "upscaler_1")
+            order = UpscaleOrder(upscaler, enlarging.image, enlarging.size, pixels, API)
+            finished = await state.generate(request, order)
+            notes += finished.notes
+            image = enlarging.cut(finished.images[0])
+        return {"html_info": "; ".join(notes), "image": await encode_plain(image)}
 
 
 def read_settings(encoded: str, pixels: int) -> dict[str, Any]:
@@ -244,28 +248,6 @@ def read_settings(encoded: str, pixels: int) -> dict[str, Any]:
         "items": {name: text for name, text in texts.items() if name != "parameters"},
         "parameters": found,
     }
-
-
-def read_upscaling(body: Upscaling, pixels: int) -> tuple[Image.Image, tuple[int, int]]:
-    """The image, and the size that it is brought to; both have at most so many pixels."""
-    image, _ = read_image(decode_base64(body.image, "image"), "image", pixels)
-    if body.resize_mode == 1:
-        size = (body.upscaling_resize_w or 512, body.upscaling_resize_h or 512)
-    else:
-        scale = body.upscaling_resize or 2.0
-        size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
-    if size[0] * size[1] > pixels:
-        message = f"{size[0]}x{size[1]} pixels; at most {pixels / 10**6:.0f} million are made"
-        raise FastsdError(message, argument="upscaling_resize")
-    return image, size
-
-
-def enlarge(body: Upscaling, pixels: int) -> Image.Image:
-    """The image enlarged by Lanczos or to the nearest, or as it was where no upscaler is named."""
-    image, size = read_upscaling(body, pixels)
-    if body.upscaler_1 not in (None, "None"):
-        return image.resize(size, RESAMPLING[upscaler_named(body.upscaler_1)])
-    return image
 
 
 def _ram() -> dict[str, int]:

@@ -16,8 +16,9 @@ from fastsd.parameters.kinds import MAX_STEPS
 from fastsd.sampling.samplers import SAMPLERS, resolve
 from fastsd.server.a1111.bodies import REFUSED, Generation, ImageToImage, TextToImage
 from fastsd.server.a1111.controlnet import read_controls
+from fastsd.server.a1111.idle import OPTIONS_OF_FILES, REFUSED_OPTIONS, is_idle
 from fastsd.server.catalogue import Catalogue
-from fastsd.server.images import decode_base64, read_image
+from fastsd.server.images import decode_base64, read_image, read_painted
 from fastsd.server.json_numbers import as_whole
 from fastsd.server.limits import Limits
 from fastsd.server.orders import Draft
@@ -98,8 +99,8 @@ def refuse_unsupported(body: Generation) -> None:
     given = body.model_dump(include=set(REFUSED)) | dict(body.model_extra or {})
     for name, (without_effect, message) in REFUSED.items():
         value = given.get(name)
-        if value is not None and value not in without_effect:
-            if name == "s_tmax" and not given.get("s_churn"):
+        if value is not None and not is_idle(value, without_effect):
+            if name == "s_tmax" and is_idle(given.get("s_churn", 0), (0, None)):
                 continue  # it bounds the churn
             raise FastsdError(f"not supported: {message}", argument=name, value=value)
 
@@ -157,12 +158,12 @@ def _apply_options(draft: Draft, options: dict[str, Any], catalogue: Catalogue) 
                 draft.arguments["noise"] = RNG[value]
             case "emphasis" if value in EMPHASIS.values():
                 draft.arguments["emphasis"] = next(key for key, label in EMPHASIS.items() if label == value)
-            case "sd_vae" if str(value).lower() in NOTHING:
-                pass
-            case "samples_format" if value == "png":
-                pass
             case "like":
                 draft.arguments["like"] = _text(name, value)
+            case _ if is_idle(value, REFUSED_OPTIONS.get(name, ())):
+                pass
+            case _ if name.startswith(OPTIONS_OF_FILES) and name not in REFUSED_OPTIONS:
+                draft.notes.append(f"{name:.60} has no effect: the server keeps no files; images come in the answer")
             case _:
                 known = ", ".join(SETTABLE)
                 raise FastsdError(f"not supported, or not with this value; {known} are", argument=name, value=value)
@@ -249,7 +250,9 @@ def _add_images(draft: Draft, body: ImageToImage, limits: Limits) -> None:
     own["strength"] = 0.75 if body.denoising_strength is None else body.denoising_strength
     own["image_guidance_scale"] = body.image_cfg_scale
     if body.mask:
-        mask, draft.facts["mask"] = read_image(decode_base64(body.mask, "mask"), "mask", limits.pixels, mask=True)
+        data = decode_base64(body.mask, "mask")
+        mask, draft.facts["mask"] = read_image(data, "mask", limits.pixels, mask=True)
+        mask = read_painted(data, "mask") or mask
         own["mask_image"] = resize(mask, size, body.resize_mode or 0)
         own |= _inpainting(body)
         if own["inpaint_only_masked"]:  # that part of the images as they were sent
