@@ -14,7 +14,7 @@ from fastsd.config import SD_VAE, SDXL_VAE
 from fastsd.errors import FastsdError, about
 from fastsd.generate.latents import Codec, image_tensor, to_channels_last
 from fastsd.generate.sizes import check_image
-from fastsd.image.files import as_depth
+from fastsd.image.files import as_depth, load
 from fastsd.model.taesd import TAESD
 from fastsd.parameters import Settings
 
@@ -60,6 +60,7 @@ def check_beside(components: Components, settings: Settings) -> Image.Image | No
         if reads != "depth":
             raise FastsdError("the model reads no depth map; a ControlNet for depth can take it with {controls}")
         check_image(depth)
+        load(depth)
         depth = as_depth(depth)
         values = np.asarray(depth)
         if not np.isfinite(values).all() or values.min() == values.max():

@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from fastsd.errors import FastsdError, about
-from fastsd.image.files import WHITE
+from fastsd.image.files import WHITE, load
 from fastsd.image.modes import flatten
 from fastsd.parameters import PARAMETERS
 from fastsd.parameters.kinds import MAX_SIDE
@@ -55,13 +55,16 @@ def read_image(image: Any, argument: str, mode: str, background: int) -> tuple[I
     """A PIL image in `mode`, see `fastsd.image.files.flatten`; and notes."""
     with about(argument):
         check_image(image)
+        load(image)
         before = image.info.get("notes")  # of `fastsd.image.files.flatten`, where it read the file
         read, notes = flatten(image, mode, background)
         return read, [*(before if isinstance(before, tuple) else ()), *notes]
 
 
 _ARRAY = "; Image.fromarray makes one of an array [H, W, 3] of 8 bits"
-_HINTS = {"ndarray": _ARRAY, "Tensor": _ARRAY, "list": "; one is for all images of a call"}
+_FILE = "; PIL.Image.open reads one from a file"
+_HINTS = {"ndarray": _ARRAY, "Tensor": _ARRAY, "list": "; one is for all images of a call", "str": _FILE}
+_HINTS |= {"PosixPath": _FILE, "WindowsPath": _FILE, "bytes": "; PIL.Image.open(io.BytesIO(data)) reads one"}
 
 
 def check_image(image: Any) -> None:

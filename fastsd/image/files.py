@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -99,7 +100,7 @@ def image_size(path: str | Path, argument: str | None = None) -> tuple[int, int]
 
 
 def read_text(source: str | Path | bytes, argument: str | None = "image") -> dict[str, str]:
-    """The texts stored in an image: a PNG's text chunks; "parameters" and "fastsd" from the EXIF of others.
+    """The texts stored in an image: a PNG's text chunks; those of `_exif_texts` from others.
 
     Raises:
         FastsdError: as `open_image`.
@@ -183,30 +184,65 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
+def load(image: Image.Image) -> None:
+    """Read the pixels of an image that a caller opened, which Pillow puts off until they are needed.
+
+    Raises:
+        FastsdError: its file is damaged, cut short or closed.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image.load()
+    except MemoryError:
+        raise
+    except Exception as error:
+        cause = str(error) or type(error).__name__
+        raise FastsdError(f"its file is damaged, cut short or was closed before it was read ({cause})") from error
+
+
 def flatten(image: Image.Image, mode: str, background: int) -> Image.Image:
     """`image` in `mode`, see `fastsd.image.modes.flatten`; notes on its profile are in its `info`."""
     return modes.flatten(image, mode, background)[0]
 
 
 def _texts(image: Image.Image) -> dict[str, str]:
-    """A PNG's text chunks, or what `encode` put into the EXIF of another format."""
+    """A PNG's text chunks, or the texts in the EXIF of another format."""
     texts = getattr(image, "text", None)
-    if isinstance(texts, dict):
+    if isinstance(texts, dict) and texts:
         return {str(key): str(value) for key, value in texts.items()}
+    return _exif_texts(image)
+
+
+def _exif_texts(image: Image.Image) -> dict[str, str]:
+    """What `encode` and A1111 put into EXIF ("parameters", "fastsd"), and ComfyUI ("prompt", "workflow")."""
     try:
         exif = image.getexif()
         comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
-        own = exif.get(ExifTags.Base.ImageDescription, "")
+        tags = {tag: text for tag, text in exif.items() if isinstance(text, str)}
     except Exception:  # a broken EXIF block holds no texts
         return {}
     found = {}
-    if isinstance(comment, bytes) and comment[:8] == b"UNICODE\0":
-        found["parameters"] = comment[8:].decode("utf-16-be", errors="replace")
-    elif isinstance(comment, bytes) and comment[:8] == b"ASCII\0\0\0":
-        found["parameters"] = comment[8:].decode("ascii", errors="replace")
-    if isinstance(own, str) and own.startswith("{"):
-        found["fastsd"] = own
+    if isinstance(comment, bytes) and comment[:8] in (b"UNICODE\0", b"ASCII\0\0\0", bytes(8)) and comment[8:]:
+        found["parameters"] = _comment(comment[8:])
+    if tags.get(ExifTags.Base.ImageDescription, "").startswith("{"):
+        found["fastsd"] = tags[ExifTags.Base.ImageDescription]
+    for text in tags.values():
+        named = re.match(r"(prompt|workflow):\s*(?=\{)", text, re.IGNORECASE)
+        if named:  # ComfyUI's nodes for WebP and JPEG take any tags, of the camera's make for one
+            found[named[1].lower()] = text[named.end() :]
     return found
+
+
+def _comment(data: bytes) -> str:
+    """An EXIF comment without its eight bytes of charset: UTF-16 in either order, or UTF-8.
+
+    EXIF does not say which order. A1111 writes the high byte first; a program that rewrites the file, such as exiftool,
+    may turn it. A line of settings has ASCII letters, whose high byte is 0.
+    """
+    high, low = data[::2].count(0), data[1::2].count(0)
+    code = "utf-8" if b"\0" not in data else "utf-16-be" if high >= low else "utf-16-le"
+    return data.decode(code, errors="replace").removeprefix("\ufeff")
 
 
 def check_sides(size: tuple[int, int], suffix: str, argument: str) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from fastsd.cuda.capture import ran_out_of_memory
 from fastsd.cuda.cudnn import fixed_convolutions
 from fastsd.errors import FastsdError, about, named_arguments
-from fastsd.image.files import flatten
+from fastsd.image.files import flatten, load
 from fastsd.model.upscalers import UpscalerConfig, UpscalerNetwork
 from fastsd.parameters.kinds import Number, Whole
 from fastsd.runtime import memory
@@ -130,6 +130,8 @@ class Upscaler:
             raise FastsdError("it should be a PIL image with pixels", argument="image", value=type(image).__name__)
         width, height = self.result_size(image.size, scale, size)
         passes = self.check_memory(image.size, scale, size, tile)
+        with about("image"):
+            load(image)
         image = flatten(image, "RGBA", 0)
         done, total = 0, self._layers(image) * sum(self._count(own, each) for own, each in passes)
         with self._lock, _fitting(image.size):

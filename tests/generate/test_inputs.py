@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -117,3 +119,21 @@ def test_images_of_other_modes_are_read_as_from_files(pipe: Pipeline, control: C
     assert read_image(clear, "mask_image", "L", BLACK)[0].getpixel((0, 0)) == 0
     with pytest.raises(FastsdError, match=r"controls\[0\].image: its floating-point pixels"):
         pipe("a cat", controls=[replace(control, image=Image.new("F", (64, 64), 0.5))])
+
+
+@pytest.mark.parametrize("argument", ["image", "mask_image", "controls"])
+def test_an_opened_file_that_is_cut_short_is_an_error_of_its_argument(
+    pipe: Pipeline, control: Control, argument: str
+) -> None:
+    data = io.BytesIO()
+    PHOTO.save(data, "PNG")
+    cut: Any = Image.open(io.BytesIO(data.getvalue()[: len(data.getvalue()) // 2]))
+    arguments = {"image": PHOTO, argument: [replace(control, image=cut)] if argument == "controls" else cut}
+    with pytest.raises(FastsdError, match=rf"{argument}.*: its file is damaged, cut short or was closed"):
+        pipe("a cat", num_inference_steps=2, **arguments)
+
+
+@pytest.mark.parametrize("file", ["a.png", Path("a.png"), b"PNG"])
+def test_a_path_in_place_of_an_image_is_told_how_to_open_it(pipe: Pipeline, file: Any) -> None:
+    with pytest.raises(FastsdError, match=r"image: should be a PIL image, not \w+; PIL.Image.open"):
+        pipe("a cat", image=file)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from fastsd.errors import FastsdError
 from fastsd.image import files as images
-from fastsd.image.files import encode, open_image, open_mask, read_text
+from fastsd.image.files import encode, load, open_image, open_mask, read_text
 
 
 def png_chunk(kind: bytes, data: bytes) -> bytes:
@@ -168,3 +168,49 @@ def test_texts_come_back(suffix: str) -> None:
 def test_a_jpeg_without_room_for_the_text_keeps_its_pixels() -> None:
     data = encode(gradient(), ".jpg", {"parameters": "a" * 70_000})
     assert read_text(data) == {} and open_image(data).size == (16, 24)
+
+
+LINES = "a café, 猫\nSteps: 1, Sampler: Euler, Seed: 5"
+
+
+def with_exif(comment: bytes = b"", tags: dict[int, str] | None = None, kind: str = "JPEG") -> bytes:
+    exif = Image.Exif()
+    for tag, text in (tags or {}).items():
+        exif[tag] = text
+    exif[ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: comment}
+    return saved(gradient(), kind, exif=exif)
+
+
+@pytest.mark.parametrize(
+    "comment",
+    [
+        b"UNICODE\0" + LINES.encode("utf-16-be"),
+        b"UNICODE\0" + LINES.encode("utf-16-le"),
+        b"UNICODE\0" + LINES.encode("utf-16"),
+        b"UNICODE\0" + LINES.encode(),
+        b"ASCII\0\0\0" + LINES.encode(),
+        bytes(8) + LINES.encode(),
+    ],
+)
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG"])
+def test_settings_in_exif_are_read_in_each_encoding(comment: bytes, kind: str) -> None:
+    assert read_text(with_exif(comment, kind=kind)) == {"parameters": LINES}
+
+
+@pytest.mark.parametrize("make, model, word", [(0x10F, 0x110, "Workflow"), (0x110, 0x10E, "workflow")])
+def test_comfyuis_graph_in_the_exif_of_webp(make: int, model: int, word: str) -> None:
+    graph, prompt = '{"nodes": []}', '{"3": {"class_type": "KSampler", "inputs": {}}}'
+    tags = {make: f"{word}:{graph}", model: f"Prompt: {prompt}", 0x131: "prompt: none"}
+    assert read_text(with_exif(tags=tags, kind="WEBP")) == {"workflow": graph, "prompt": prompt}
+
+
+def test_an_image_that_a_caller_opened_is_read_whole_or_refused(tmp_path: Path) -> None:
+    whole = saved(gradient().resize((160, 240)))
+    (tmp_path / "whole.png").write_bytes(whole)
+    load(Image.open(tmp_path / "whole.png"))
+    cut = Image.open(io.BytesIO(whole[: len(whole) // 2]))
+    with Image.open(tmp_path / "whole.png") as closed:
+        pass
+    for image in (cut, closed):
+        with pytest.raises(FastsdError, match="damaged, cut short or was closed before it was read"):
+            load(image)

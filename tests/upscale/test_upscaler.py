@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import threading
 from dataclasses import replace
@@ -161,6 +162,13 @@ def test_bad_arguments(name: str) -> None:
 def test_what_is_no_image(image: Any) -> None:
     with pytest.raises(FastsdError, match="a PIL image with pixels"):
         doubling()(image)
+
+
+def test_an_opened_file_that_is_cut_short() -> None:
+    data = io.BytesIO()
+    noise(64, 64).save(data, "PNG")
+    with pytest.raises(FastsdError, match="image: its file is damaged, cut short"):
+        doubling()(Image.open(io.BytesIO(data.getvalue()[:600])))
 
 
 def test_memory_bounds_the_tile_and_the_result(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,7 +160,7 @@ class Adapters:
         for layer in [*file.layers, *self._named(adapter, file)]:
             found = self._places(layer)
             if found is None:
-                unknown.append(layer.name)
+                unknown.append(f"{layer.name} (a bias)" if self._lacks_bias(layer) else layer.name)
                 continue
             network, keys = found
             for key in keys:
@@ -195,6 +195,11 @@ class Adapters:
             keys = [(network, f"{module}.{kind}") for kind in kinds]
             return (network, keys) if all(key in self._targets for key in keys) else None
         return None
+
+    def _lacks_bias(self, layer: AdapterLayer) -> bool:
+        """Whether the model has this layer, without the bias that the file changes (PEFT's `lora_bias`)."""
+        modules = self._names.get(layer.name, {}).items()
+        return "bias" in layer_roles(layer) and any((net, f"{name}.weight") in self._targets for net, name in modules)
 
     def _bundled_with(self, adapter: Adapter, file: AdapterFile) -> dict[str, TextualInversion]:
         """The embeddings that a file brings along, by name."""

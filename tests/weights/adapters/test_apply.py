@@ -116,6 +116,10 @@ UNKNOWN = {
 }
 BAD: dict[str, tuple[Tensors, str]] = {
     "a layer of another model": (GOOD | UNKNOWN, "1 of its layers are not in this model: unet.nowhere; .*skips them"),
+    "a bias that the model lacks": (
+        GOOD | {f"{LAYER}.lora_B.bias": torch.ones(64)},
+        rf"1 of its layers are not in this model: {LAYER} \(a bias\); .*skips them",
+    ),
     "too many outputs": (
         GOOD | {f"{LAYER}.lora_B.weight": torch.ones(65, 2)},
         r"to_q \(.*\) does not fit the model's \[64, 64\]",
