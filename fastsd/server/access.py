@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import hmac
 from collections.abc import Mapping
@@ -19,12 +20,13 @@ def refusal_of_site(settings: ServerSettings, headers: Headers) -> str | None:
 
     A page of another site can make a browser call this server. Such a call carries an Origin that is not our Host, or
     Sec-Fetch-Site: cross-site. With DNS rebinding the two agree, but then Host is that site's name: a server that
-    listens on loopback knows its own names.
+    listens on loopback knows its own names. Browsers always send a Host, which HTTP/1.0 can leave out.
     """
-    host = headers.get("host", "")
+    stated = headers.get("host")
+    host = stated or ""
     name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-    known = {*LOOPBACK, *settings.hosts, settings.host, f"[{settings.host}]"}
-    if is_loopback(settings.host) and name.lower() not in known:
+    known = {*LOOPBACK, *settings.hosts, settings.host.lower(), f"[{settings.host}]"}
+    if is_loopback(settings.host) and stated is not None and name.lower() not in known:
         return f"Host is {host!r}, which is not a name of this server; --allow-host adds one"
     origin = headers.get("origin")
     if origin is not None and origin.rstrip("/") in settings.cors:
@@ -45,16 +47,16 @@ def is_known(settings: ServerSettings, headers: Headers) -> bool:
     if not settings.locked:
         return True
     scheme, _, given = headers.get("authorization", "").partition(" ")
-    keys, pairs = [headers.get("x-api-key", "")], []
+    keys, pairs = [headers.get("x-api-key", "").encode("latin-1")], []
     if scheme.lower() == "bearer":
-        keys.append(given.strip())
+        keys.append(given.strip().encode("latin-1"))
     elif scheme.lower() == "basic":
         try:
-            user, _, word = base64.b64decode(given.strip(), validate=True).decode().partition(":")
+            pair = base64.b64decode(given.strip(), validate=True)
         except (binascii.Error, ValueError):
-            user = word = ""
-        keys.append(word)
-        pairs.append(f"{user}:{word}")
+            pair = b""
+        keys.append(pair.partition(b":")[2])
+        pairs.append(pair)
     known = False
     if settings.api_key is not None:
         for key in keys:
@@ -65,7 +67,13 @@ def is_known(settings: ServerSettings, headers: Headers) -> bool:
     return known
 
 
-def _same(given: str, wanted: str) -> bool:
-    """In a time that depends on neither: digests have one length."""
-    digests = [hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest() for text in (given, wanted)]
-    return hmac.compare_digest(*digests)
+def _same(given: bytes, wanted: str) -> bool:
+    """In a time that depends on neither: digests have one length. Clients send letters as UTF-8 or, as requests for
+    Python does, as Latin-1."""
+    spellings = [wanted.encode("utf-8", "surrogateescape")]
+    with contextlib.suppress(UnicodeEncodeError):
+        spellings.append(wanted.encode("latin-1"))
+    found, same = hashlib.sha256(given).digest(), False
+    for own in spellings:
+        same |= hmac.compare_digest(found, hashlib.sha256(own).digest())
+    return same

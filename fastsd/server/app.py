@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from fastsd import __version__
-from fastsd.errors import FastsdError, describe
+from fastsd.errors import FastsdError, describe, nearest
 from fastsd.files import is_full
 from fastsd.server.a1111.lists import controlnet_routes, list_routes
 from fastsd.server.a1111.routes import generation_routes
@@ -82,7 +82,7 @@ def make_app(settings: ServerSettings, make_engine: Callable[[Any], WorkerEngine
         redoc_url=None,
         responses=ERRORS,
         servers=[{"url": settings.root_path}] if settings.root_path else None,  # in openapi.json
-        redirect_slashes=not settings.root_path,  # a redirect would lead out of it
+        redirect_slashes=False,  # the guard takes slashes away
     )
     app.state.shared = state
     inner = app.build_middleware_stack
@@ -96,7 +96,6 @@ def make_app(settings: ServerSettings, make_engine: Callable[[Any], WorkerEngine
 
 
 def _add_basics(app: FastAPI, state: State) -> None:
-    @app.head("/health", include_in_schema=False)
     @app.get("/health", tags=["server"])
     async def health() -> dict[str, str]:
         """The server answers."""
@@ -145,7 +144,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def by_status(request: Request, error: HTTPException) -> JSONResponse:
-        message = unreadable(error.__cause__) or str(error.detail)
+        message = unreadable(error.__cause__) or _said(app, request, error)
         return answer(request, error.status_code, message, **dict(error.headers or {}))
 
     @app.exception_handler(OSError)
@@ -159,3 +158,14 @@ def _add_errors(app: FastAPI) -> None:
     async def mistake(request: Request, error: Exception) -> JSONResponse:
         LOG.error("mistake in the server", exc_info=error, extra={"path": request.url.path})
         return answer(request, 500, "a mistake in the server; its log says more")
+
+
+def _said(app: FastAPI, request: Request, error: HTTPException) -> str:
+    """What an error says, with the path or the method where the router says neither."""
+    path = f"{request.url.path:.100}"
+    if (error.status_code, error.detail) == (404, "Not Found"):
+        hint = nearest(path, list(app.openapi()["paths"]))
+        return f"no such path: {path}{hint or '; /openapi.json lists them'}"
+    if error.status_code == 405 and (error.headers or {}).get("Allow"):
+        return f"{request.scope['asked']:.20} {path} is not taken; {(error.headers or {})['Allow']} is"
+    return str(error.detail)

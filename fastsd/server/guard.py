@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -58,14 +59,20 @@ class Guard:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
-            await _Exchange(self, self._without_root(scope), receive, send).run()
+            await _Exchange(self, self._as_routed(scope), receive, send).run()
         else:
             await send({"type": "websocket.close", "code": 1008})
 
-    def _without_root(self, scope: Scope) -> Scope:
-        """The scope with this server's own path; proxies leave theirs in front of it, or take it away."""
-        root, path = self.settings.root_path, scope["path"]
-        return {**scope, "path": path[len(root) :]} if root and path.startswith(f"{root}/") else scope
+    def _as_routed(self, scope: Scope) -> Scope:
+        """The scope with this server's own path; proxies leave theirs in front of it, or take it away.
+
+        Slashes that a base address and a path have both, and one at the end, are none. HEAD is GET here: uvicorn, which
+        keeps its own scope, leaves the body out.
+        """
+        root, path = self.settings.root_path, re.sub("//+", "/", scope["path"])
+        path = path[len(root) :] if root and path.startswith(f"{root}/") else path
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        return {**scope, "path": path.rstrip("/") or "/", "method": method, "asked": scope["method"]}
 
     def hold(self, size: int) -> None:
         """Count the bytes of a body in; negative: out.
@@ -192,7 +199,7 @@ class _Exchange:
         state = self.scope.get("state", {})
         extra = {
             "request": self.id,
-            "method": self.scope["method"],
+            "method": self.scope["asked"],
             "path": self.scope["path"],
             "status": self.status or 499,  # the client left
             "seconds": round(time.monotonic() - self.started, 4),

@@ -22,7 +22,6 @@ OF_ONE = {
     ("GET", "/jobs/"),
     ("DELETE", "/jobs/"),
     ("GET", "/"),
-    ("HEAD", "/"),
     ("GET", "/page/"),
 }
 

@@ -27,7 +27,6 @@ def page_routes(state: State) -> APIRouter:
         kind = f"{KINDS[Path(name).suffix]}; charset=utf-8"
         return Response(files[name], media_type=kind, headers={"Cache-Control": "no-cache"})
 
-    @router.head("/", include_in_schema=False)
     @router.get("/", include_in_schema=False)
     async def page() -> Response:
         """The page."""

@@ -163,7 +163,8 @@ def read(args: argparse.Namespace) -> ServerSettings:
     loading = {name: getattr(args, name) for name in LOADING if getattr(args, name) is not None}
     loading = {n: PARAMETERS[n].parse(value) if isinstance(value, str) else value for n, value in loading.items()}
     for name, variable in (("api_key", "FASTSD_API_KEY"), ("password", "FASTSD_PASSWORD")):
-        found[name] = found[name] or os.environ.get(variable) or None
+        found[name] = (os.environ.get(variable) or None) if found[name] is None else found[name]
+    found["host"] = found["host"].strip("[]")
     _check_access(found)
     found["root_path"] = _check_root_path(found["root_path"])
     _check_replicas(args, found)
@@ -175,7 +176,8 @@ def read(args: argparse.Namespace) -> ServerSettings:
         work=found.pop("max_work"),
         body=found.pop("max_body") * 2**20,
     )
-    cors, hosts = found.pop("cors") or (), found.pop("allow_host") or ()
+    cors = tuple(origin.rstrip("/").lower() for origin in found.pop("cors") or ())
+    hosts = tuple(name.lower() for name in found.pop("allow_host") or ())
     model, tiling = loading.pop("model", None), loading.pop("vae_tiling", None)
     return ServerSettings(**found, cors=cors, hosts=hosts, model=model, tiling=tiling, options=loading, limits=limits)
 
@@ -194,6 +196,10 @@ def _check_access(found: dict[str, Any]) -> None:
     for origin in found["cors"] or ():
         if not origin.startswith(("http://", "https://")) or origin.rstrip("/").count("/") != 2:
             raise FastsdError("it should be an origin, such as https://chat.example", argument="--cors", value=origin)
+    for name in found["allow_host"] or ():
+        if not re.fullmatch(r"[\w.-]+|\[[\da-fA-F:.]+\]", name, re.A):
+            message = "it should be a name alone, without scheme, port or path, such as images.example"
+            raise FastsdError(message, argument="--allow-host", value=name)
     if not is_loopback(found["host"]) and found["api_key"] is None and found["password"] is None:
         raise FastsdError(
             f"{found['host']} can be reached by other machines; it needs --api-key, or --user and --password",

@@ -136,3 +136,14 @@ def test_sillytavern(client: TestClient) -> None:
     (image,) = answers[0].json()["images"]
     assert opened(image).getpixel((0, 0)) == colour(3)
     client.post(f"{API}/options", json={"sd_model_checkpoint": "digits"})
+
+
+def test_an_unknown_path_and_a_wrong_method_are_named() -> None:
+    with called(ServerSettings()) as client:
+        answer = client.post("/images/generations", json={})  # an address without /v1
+        assert answer.status_code == 404
+        assert answer.json()["detail"] == "no such path: /images/generations; did you mean /v1/images/generations?"
+        assert client.get("/nothing").json()["detail"] == "no such path: /nothing; /openapi.json lists them"
+        answer = client.get("/v1/images/edits")
+        assert answer.status_code == 405
+        assert answer.json()["error"]["message"] == "GET /v1/images/edits is not taken; POST is"

@@ -9,6 +9,7 @@ import pytest
 from fastapi import Request
 from starlette.testclient import TestClient
 
+from fastsd.server.access import refusal_of_site
 from fastsd.server.app import make_app
 from fastsd.server.limits import Limits
 from fastsd.server.settings import ServerSettings
@@ -105,6 +106,7 @@ def test_every_route_but_health_needs_the_key(locked: TestClient) -> None:
         ({"Authorization": "Bearer "}, False),
         ({"Authorization": f"Bearer {KEY}x"}, False),
         ({"Authorization": "Basic %%%"}, False),
+        ({"Authorization": f"Basic {base64.b64encode(KEY.encode()).decode()}"}, False),
         ({"Authorization": "Basic /////w=="}, False),
         ({"Authorization": "Bearer sch\u00f6n".encode("latin-1")}, False),
         ({}, False),
@@ -114,6 +116,40 @@ def test_the_key_comes_in_the_ways_that_clients_have(locked: TestClient, headers
     answer = locked.get("/metrics", headers=headers)
     assert answer.status_code == (200 if right else 401)
     assert right or answer.headers["www-authenticate"].startswith("Basic ")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_a_key_and_a_password_may_hold_other_letters(encoding: str) -> None:
+    """requests for Python sends HTTP basic as Latin-1, browsers as UTF-8."""
+    own = client(ServerSettings(api_key="clé très secrète", user="zoë:x", password="pässwörter:lang"))
+    for sent in (
+        {"Authorization": "Bearer clé très secrète".encode(encoding)},
+        {"X-API-Key": "clé très secrète".encode(encoding)},
+        {"Authorization": b"Basic " + base64.b64encode("zoë:x:pässwörter:lang".encode(encoding))},
+    ):
+        assert own.get("/metrics", headers=sent).status_code == 200
+    assert own.get("/metrics", headers={"X-API-Key": "cl? tr?s secr?te"}).status_code == 401
+    other = client(ServerSettings(api_key="ключ " * 4))  # which Latin-1 has no letters for
+    assert other.get("/metrics", headers={"X-API-Key": " " * 4}).status_code == 401
+
+
+def test_a_client_of_http_1_0_may_leave_the_host_out() -> None:
+    """As the checks of balancers do; a browser never does."""
+    assert refusal_of_site(ServerSettings(), {}) is None
+    assert refusal_of_site(ServerSettings(), {"host": ""}) and refusal_of_site(ServerSettings(), {"origin": "http://x"})
+
+
+def test_slashes_that_an_address_and_a_path_have_both_are_none(own: TestClient) -> None:
+    for path in ("//sdapi/v1/samplers", "/sdapi/v1/samplers/", "/sdapi//v1/samplers//"):
+        answer = own.get(f"http://127.0.0.1:7860{path}", follow_redirects=False)
+        assert answer.status_code == 200 and answer.json()[0]["name"]
+    assert own.post("/echo/", content=b"12", follow_redirects=False).json() == 2
+
+
+def test_head_is_answered_wherever_get_is(own: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="fastsd.server"):
+        assert [own.head(path).status_code for path in ("/sdapi/v1/samplers", "/v1/models", "/echo")] == [200, 200, 405]
+    assert {vars(record)["method"] for record in caplog.records if record.name == "fastsd.server"} == {"HEAD"}
 
 
 def test_errors_are_in_the_words_of_the_api(locked: TestClient) -> None:

@@ -47,6 +47,12 @@ def test_the_root_path_has_no_slash_at_its_end_and_is_told_from_every_path_of_th
     assert {route.path.split("/")[1] for route in walk(app.routes)} == set(settings.OWN_PATHS)
 
 
+def test_names_are_compared_as_browsers_send_them() -> None:
+    own = read("--cors", "https://Chat.Example/", "--allow-host", "Images.Example", "--allow-host", "[::2]")
+    assert own.cors == ("https://chat.example",) and own.hosts == ("images.example", "[::2]")
+    assert read("--host", "[::1]").host == "::1"  # in brackets only where an address is written
+
+
 def test_a_key_may_be_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTSD_API_KEY", KEY)
     assert read("--host", "0.0.0.0").api_key == KEY
@@ -59,6 +65,9 @@ def test_a_key_may_be_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
         (("--host", "192.168.1.2"), "it needs --api-key"),
         (("--host", "example.com"), "it needs --api-key"),
         (("--api-key", "short"), "--api-key: 5 characters; it should have at least 12"),
+        (("--api-key", ""), "--api-key: 0 characters; it should have at least 12"),
+        (("--allow-host", "https://images.example/"), "it should be a name alone, without scheme, port or path"),
+        (("--allow-host", "images.example:7860"), "it should be a name alone"),
         (("--user", "ada"), "--user: given without --password"),
         (("--root-path", "fastsd"), "--root-path is 'fastsd'; it should be a path, such as /fastsd"),
         (("--root-path", "/a//b"), "--root-path is '/a//b'; it should be a path"),
