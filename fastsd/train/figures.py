@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -82,9 +83,7 @@ class Figures:
         """Take the figures of the step that `trainer` has just finished."""
         trainer, step = self.trainer, self.trainer.step
         line: dict[str, Any] = {"stage": self.name, "step": step, "minutes": round(trainer.minutes, 4)}
-        line |= {
-            name: value if value == value and abs(value) != float("inf") else None for name, value in metrics.items()
-        }
+        line |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps(line) + "\n")
         self.means.add(metrics)
         speed = trainer.fit.batch_size * (step - self.first) / max(time.monotonic() - self.started, 1e-9)
@@ -94,7 +93,8 @@ class Figures:
         due = step % LINE_EVERY == 0 or trainer.finished
         if self._events is not None and (due or any(name.startswith("val_") for name in metrics)):
             for name, value in metrics.items():
-                self._events.add_scalar(f"{self.name}/{name}", value, step)
+                if math.isfinite(value):
+                    self._events.add_scalar(f"{self.name}/{name}", value, step)
         if due:
             left = (trainer.fit.steps - step) * trainer.fit.batch_size / max(speed, 1e-9) / 60
             rest = "" if trainer.finished else f", {left:.0f} min left"

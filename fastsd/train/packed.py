@@ -19,7 +19,7 @@ from PIL import Image
 
 from fastsd.errors import FastsdError
 from fastsd.image.files import MAX_BYTES
-from fastsd.train.sources import IMAGE_ENDINGS, MAX_CAPTION_BYTES, Sample
+from fastsd.train.sources import IMAGE_ENDINGS, MAX_CAPTION_BYTES, Sample, caption_lines
 
 MAX_IDX_BYTES = 2**31
 
@@ -130,8 +130,8 @@ def _captions(shard: Path, parts: dict[str, tarfile.TarInfo]) -> tuple[str, ...]
     """Of the text file or the JSON of a sample; none where they cannot be read."""
     found: Any = []
     if ".txt" in parts and parts[".txt"].size <= MAX_CAPTION_BYTES:
-        found = _member(shard, parts[".txt"])().decode("utf-8", "replace").splitlines()
-    elif ".json" in parts and parts[".json"].size <= MAX_CAPTION_BYTES:
+        return caption_lines(_member(shard, parts[".txt"])(), shard, parts[".txt"].name)
+    if ".json" in parts and parts[".json"].size <= MAX_CAPTION_BYTES:
         try:
             entry = json.loads(_member(shard, parts[".json"])())
         except ValueError:

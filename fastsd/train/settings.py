@@ -9,6 +9,7 @@ from typing import Any
 
 from fastsd.errors import FastsdError, about
 from fastsd.train import tables
+from fastsd.train.limits import check_run, check_stage
 
 OPTIMISERS = ("adamw", "adamw8bit")
 SCHEDULES = ("cosine", "constant")
@@ -141,6 +142,7 @@ def read_settings(path: str | Path, kinds: Mapping[str, type], changes: Sequence
             raise FastsdError(f"{name} should be a table, [{name}]", path=file)
         stages[name] = tables.build(kinds[name], inner, file, name + ".")
         _check_fit(stages[name].fit, f"{name}.fit", file)
+        check_stage(name, stages[name], file)
         if hasattr(stages[name], "check"):
             with about(path=file):
                 stages[name].check()
@@ -148,6 +150,7 @@ def read_settings(path: str | Path, kinds: Mapping[str, type], changes: Sequence
         raise FastsdError(f"no stage; the config needs at least one of the tables {', '.join(kinds)}", path=file)
     settings = replace(tables.build(TrainingSettings, table, file), stages=stages)
     _check(settings, file)
+    check_run(settings, file)
     return settings
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -55,7 +56,11 @@ def entries(folder: Path) -> list[Entry]:
         raise FastsdError("no such folder", path=folder)
     if (folder / METADATA).is_file():
         return _listed(folder)
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.is_file())
+    files = sorted(
+        p
+        for p in folder.rglob("*")
+        if p.suffix.lower() in IMAGE_ENDINGS and not p.name.startswith(".") and p.is_file()  # ._a.png is macOS's own
+    )
     names = [(p.relative_to(folder).as_posix(), p) for p in files]
     return [Entry(name, path, _beside(path), {}, name) for name, path in names]
 
@@ -88,7 +93,7 @@ def _listed(folder: Path) -> list[Entry]:
     try:
         if path.stat().st_size > MAX_METADATA_BYTES:
             raise FastsdError(f"{METADATA} has more than {MAX_METADATA_BYTES // 2**20} MiB", path=path)
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold other ends of lines, such as U+2028
     except (OSError, UnicodeDecodeError) as error:
         why = reason(error) if isinstance(error, OSError) else "is not UTF-8"
         raise FastsdError(why, path=path) from error
@@ -118,8 +123,21 @@ def _beside(image: Path) -> tuple[str, ...]:
         return ()
     if path.stat().st_size > MAX_CAPTION_BYTES:
         raise FastsdError(f"has more than {MAX_CAPTION_BYTES} bytes", path=path)
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return tuple(line.strip() for line in lines if line.strip())
+    return caption_lines(path.read_bytes(), path)
+
+
+def caption_lines(data: bytes, path: Path, name: str = "") -> tuple[str, ...]:
+    """The captions in a text file's bytes, one a line: UTF-8, or UTF-16 with its mark.
+
+    Args:
+        path, name: the file, and its name within that one, for errors.
+    """
+    utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = data.decode("utf-16" if utf_16 else "utf-8-sig")
+    except UnicodeDecodeError:
+        raise FastsdError(f"{name and name + ': '}captions should be UTF-8; save it as that", path=path) from None
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 def _reader(path: Path) -> Callable[[], bytes]:

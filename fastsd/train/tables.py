@@ -31,7 +31,7 @@ def read_toml(path: Path) -> Table:
     if not path.is_file():
         raise FastsdError("no such file; configs/digits.toml trains the bundled model", argument="--config", path=path)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise FastsdError(f"not TOML: {error}", path=path) from None
 

@@ -79,6 +79,14 @@ def test_shards(tmp_path: Path) -> None:
     assert [s.name for s in list_shards(tmp_path / "1.tar")] == ["1.tar/2.png", "1.tar/3.png"]
 
 
+def test_captions_in_shards_are_utf_8(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", {"0.png": png(0), "0.txt": "\ufeffcaf\u00e9".encode()})
+    assert list_shards(tmp_path)[0].captions == ("caf\u00e9",)
+    write_tar(tmp_path / "0.tar", {"0.png": png(0), "0.txt": "caf\u00e9".encode("latin-1")})
+    with pytest.raises(FastsdError, match=r"0\.tar: 0\.txt: captions should be UTF-8"):
+        list_shards(tmp_path)
+
+
 def test_shards_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(FastsdError, match="no .tar file here"):
         list_shards(tmp_path)

@@ -29,6 +29,22 @@ def test_captions_beside_images(tmp_path: Path) -> None:
     assert samples[0].read() == (tmp_path / "b.png").read_bytes()
 
 
+def test_texts_of_other_encodings_and_files_of_the_system(tmp_path: Path) -> None:
+    make(tmp_path, "a.png", "b.png", "__MACOSX/c.png")
+    (tmp_path / "__MACOSX" / "c.png").rename(tmp_path / "__MACOSX" / "._a.png")
+    (tmp_path / "a.txt").write_text("a caf\u00e9\r\n", encoding="utf-8-sig")
+    (tmp_path / "b.txt").write_text("a caf\u00e9", encoding="utf-16")
+    assert [(s.name, s.captions) for s in list_folder(tmp_path)] == [
+        ("a.png", ("a caf\u00e9",)), ("b.png", ("a caf\u00e9",)),
+    ]  # fmt: skip
+    (tmp_path / "b.txt").write_text("a caf\u00e9", encoding="latin-1")
+    with pytest.raises(FastsdError, match=r"b\.txt: captions should be UTF-8"):
+        list_folder(tmp_path)
+    line = json.dumps({"file_name": "a.png", "text": "one\u2028line"}, ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_text(line, encoding="utf-8-sig")
+    assert list_folder(tmp_path)[0].captions == ("one\u2028line",)
+
+
 def test_metadata(tmp_path: Path) -> None:
     make(tmp_path, "a.png", "b.png", "unnamed.png")
     lines = [{"file_name": "a.png", "text": ["one", "two"], "more": 1}, {"file_name": "b.png", "text": "three"}]
