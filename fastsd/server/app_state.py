@@ -37,6 +37,11 @@ class State:
         self.current = self.catalogue.models[0]
         self.queue = GenerationQueue(make_engine, engine_settings, settings.queue, settings.max_batch, self.metrics)
 
+    async def listed(self) -> Catalogue:
+        """What the folders hold now, for the lists that clients choose from."""
+        await asyncio.to_thread(self.catalogue.refresh)
+        return self.catalogue
+
     async def switch(self, model: Listed) -> None:
         """Load a model and make it the one of requests that name none; requests go on meanwhile.
 

@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastsd.bundled import BUNDLED, DIGITS
@@ -32,7 +32,7 @@ class Listed:
     """A file or folder that may be chosen.
 
     Attributes:
-        name: its path in its folder without the ending: "sd15", "anime/sd15".
+        name: its path in its folder without the ending: "sd15", "anime/sd15"; see `_distinct`.
         path: None: the bundled model.
         sha256: of a file, where it is known by now.
     """
@@ -44,7 +44,8 @@ class Listed:
     @property
     def file_name(self) -> str:
         """With its ending."""
-        return self.name if self.path is None or self.path.is_dir() else f"{self.name}{self.path.suffix}"
+        whole = self.path is None or self.path.is_dir() or self.name.endswith(self.path.suffix)
+        return self.name if whole else f"{self.name}{self.path.suffix}"  # type: ignore[union-attr]
 
     @property
     def title(self) -> str:
@@ -67,15 +68,15 @@ class Catalogue:
 
     def __init__(self, settings: ServerSettings):
         self.settings = settings
-        self._hashes: dict[Path, str] = {}
+        self._hashes: dict[tuple[Path, int, int], str] = {}  # by path, size and time
         self.refresh()
 
     def refresh(self) -> None:
         """Look into the folders again."""
         own = self.settings
-        self.models = self._first() + [
-            one for one in self._files(own.models_dir, folders="model_index.json") if one.path != self._first()[0].path
-        ]
+        first, inside = self._first(), self._files(own.models_dir, folders="model_index.json")
+        others = [one for one in inside if one.path != first[0].path]
+        self.models = _distinct([*first, *others], own.models_dir)
         nets = self._files(own.controlnet_dir, folders="config.json")
         self.controlnets = [one for one in nets if one.name.rpartition("/")[2] != VISION]
         self.loras = self._files(own.lora_dir)
@@ -111,10 +112,13 @@ class Catalogue:
         for path in files:
             if path.suffix == SUFFIX and path.is_file() and not inside & set(path.parents):
                 found.append(Listed(path.relative_to(root).with_suffix("").as_posix(), path, self._sha256(path)))
-        return found
+        return _distinct(found, folder)
 
     def _sha256(self, path: Path) -> str | None:
-        return self._hashes.get(path) or (known_sha256(path) if path.is_file() else None)
+        try:
+            return self._hashes.get(_state(path)) or (known_sha256(path) if path.is_file() else None)
+        except OSError:  # it has gone meanwhile
+            return None
 
     def find_model(self, name: str, argument: str = "model") -> Listed:
         """The model that a client names.
@@ -166,7 +170,8 @@ class Catalogue:
         for listed in (*self.models, *self.loras):
             if listed.path is not None and listed.path.is_file() and listed.sha256 is None:
                 with contextlib.suppress(OSError):
-                    self._hashes[listed.path] = await asyncio.to_thread(_hash, listed.path)
+                    state = _state(listed.path)
+                    self._hashes[state] = await asyncio.to_thread(_hash, listed.path)
         self.refresh()
 
 
@@ -176,6 +181,27 @@ def _walk(root: Path) -> Iterator[Path]:
         above = {os.path.realpath(here), *(os.path.realpath(parent) for parent in Path(here).parents)}
         folders[:] = [name for name in folders if os.path.realpath(os.path.join(here, name)) not in above]
         yield from (Path(here, name) for name in names)
+
+
+def _distinct(listed: list[Listed], folder: str | None) -> list[Listed]:
+    """The list with a name of its own for each: of a folder and a file, or of two places, that are called alike the
+    second one has its ending, or its folder's name before it."""
+    found, taken = list[Listed](), set[str]()
+    for one in listed:
+        above = Path(folder or "").absolute().name
+        for name in (one.name, one.file_name, f"{above}/{one.name}", f"{above}/{one.file_name}"):
+            renamed = replace(one, name=name)
+            if not taken & {renamed.name, renamed.file_name}:
+                break
+        found.append(renamed)
+        taken |= {renamed.name, renamed.file_name}
+    return found
+
+
+def _state(path: Path) -> tuple[Path, int, int]:
+    """What another file of the same name has otherwise."""
+    own = path.stat()
+    return path, own.st_size, own.st_mtime_ns
 
 
 def _find(listed: list[Listed], name: str, argument: str, kind: str) -> Listed:

@@ -34,7 +34,7 @@ def decode_base64(text: str, argument: str) -> bytes:
     try:
         data = base64.b64decode("".join(text[found.end() if found else 0 :].split()), validate=True)
     except (binascii.Error, ValueError):
-        raise FastsdError("not base64", argument=argument) from None
+        raise FastsdError("not base64; send the image itself, as base64 or a data: URL", argument=argument) from None
     if not data:
         raise FastsdError("the image is empty", argument=argument)
     return data

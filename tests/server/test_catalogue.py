@@ -87,3 +87,33 @@ def test_folders_and_files_that_are_links_are_listed_and_a_circle_ends(tmp_path:
     (disk / "again").symlink_to(models)
     names = [one.name for one in Catalogue(ServerSettings(models_dir=str(models))).models]
     assert sorted(names) == ["digits", "disk/one", "disk/sd15", "two"]
+
+
+def test_models_that_are_called_alike_have_names_of_their_own(folder: Path) -> None:
+    """Beside the bundled one, a folder beside a file, and the first model from elsewhere."""
+    for name in ("digits", "anime/other"):
+        (folder / name).mkdir()
+        (folder / name / "model_index.json").write_text("{}")
+    above = folder.name
+    catalogue = Catalogue(ServerSettings(models_dir=str(folder)))
+    assert sorted(names(catalogue)) == sorted(
+        ["digits", f"{above}/digits", "anime/other", "anime/other.safetensors", "anime/sd15", "sd15", "xl"]
+    )
+    for one in catalogue.models:
+        assert catalogue.find_model(one.name) is one and catalogue.find_model(one.title) is one
+    assert catalogue.find_model("digits").path is None
+    outside = folder.parent / "sd15.safetensors"
+    outside.write_bytes(b"another")
+    catalogue = Catalogue(ServerSettings(models_dir=str(folder), model=str(outside)))
+    assert catalogue.find_model("sd15").path == outside
+    assert catalogue.find_model(f"{above}/sd15").path == folder / "sd15.safetensors"
+
+
+def test_a_file_that_is_replaced_has_another_hash(folder: Path) -> None:
+    catalogue = Catalogue(ServerSettings(models_dir=str(folder)))
+    asyncio.run(catalogue.hash_files())
+    (folder / "sd15.safetensors").write_bytes(b"other weights")
+    catalogue.refresh()
+    assert catalogue.find_model("sd15").sha256 is None
+    asyncio.run(catalogue.hash_files())
+    assert catalogue.find_model("sd15").sha256 == hashlib.sha256(b"other weights").hexdigest()

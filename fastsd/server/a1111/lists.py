@@ -129,7 +129,7 @@ def _add_names(router: APIRouter, state: State) -> None:
     async def upscalers() -> list[dict[str, Any]]:
         """What enlarges pixels. The scale is what A1111's page offers; a request names its own."""
         names = dict.fromkeys(("None", *(UPSCALERS[name] for name in RESAMPLING)))
-        files = names | {one.name: one.file_name for one in state.catalogue.upscalers}
+        files = names | {one.name: one.file_name for one in (await state.listed()).upscalers}
         return [
             {"name": name, "model_name": file and name, "model_path": file, "model_url": None, "scale": 4.0}
             for name, file in files.items()
@@ -169,21 +169,21 @@ def _add_files(router: APIRouter, state: State) -> None:
     @router.get("/sd-models")
     async def models() -> list[dict[str, Any]]:
         """The checkpoints that may be chosen."""
-        return [sd_model(one) for one in state.catalogue.models]
+        return [sd_model(one) for one in (await state.listed()).models]
 
     @router.get("/loras")
     async def loras() -> list[dict[str, Any]]:
         """The LoRAs that prompts may name."""
         return [
             {"name": one.name, "alias": one.name.rpartition("/")[2], "path": one.file_name, "metadata": {}}
-            for one in state.catalogue.loras
+            for one in (await state.listed()).loras
         ]
 
     @router.get("/embeddings")
     async def embeddings() -> dict[str, Any]:
         """The embeddings that prompts may name."""
         unknown = dict.fromkeys(("step", "sd_checkpoint", "sd_checkpoint_name", "shape", "vectors"))
-        return {"loaded": {one.name: unknown for one in state.catalogue.embeddings}, "skipped": {}}
+        return {"loaded": {one.name: unknown for one in (await state.listed()).embeddings}, "skipped": {}}
 
     async def refresh() -> dict[str, Any]:
         """Look into the folders again."""
@@ -271,7 +271,7 @@ def controlnet_routes(state: State) -> APIRouter:
     @router.get("/model_list")
     async def models() -> dict[str, list[str]]:
         """The ControlNets that may be chosen."""
-        return {"model_list": [one.name for one in state.catalogue.controlnets]}
+        return {"model_list": [one.name for one in (await state.listed()).controlnets]}
 
     @router.get("/module_list")
     async def modules() -> dict[str, list[str]]:
@@ -281,7 +281,7 @@ def controlnet_routes(state: State) -> APIRouter:
     @router.get("/control_types")
     async def types() -> dict[str, Any]:
         """Modules and ControlNets by kind; there is one kind."""
-        names = [one.name for one in state.catalogue.controlnets]
+        names = [one.name for one in (await state.listed()).controlnets]
         every = {"module_list": MODULES, "model_list": ["None", *names]}
         return {"control_types": {"All": every | {"default_option": "none", "default_model": "None"}}}
 

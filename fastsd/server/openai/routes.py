@@ -61,7 +61,7 @@ def openai_routes(state: State) -> APIRouter:
     @router.get("/models")
     async def models() -> dict[str, Any]:
         """The checkpoints that may be chosen."""
-        return {"object": "list", "data": [_model(one.name) for one in state.catalogue.models]}
+        return {"object": "list", "data": [_model(one.name) for one in (await state.listed()).models]}
 
     @router.get("/models/{name:path}")
     async def model(request: Request, name: str) -> dict[str, Any]:

@@ -48,6 +48,16 @@ def test_models_are_listed_with_hashes_and_without_their_folder(client: TestClie
     assert str(client.root) not in everything  # type: ignore[attr-defined]
 
 
+def test_the_lists_have_what_the_folders_hold_now(client: TestClient) -> None:
+    new = client.root / "models" / "new.safetensors"  # type: ignore[attr-defined]
+    new.write_bytes(b"new")
+    assert "new" in [one["model_name"] for one in client.get(f"{API}/sd-models").json()]
+    assert client.post(f"{API}/options", json={"sd_model_checkpoint": "new"}).status_code == 200
+    client.post(f"{API}/options", json={"sd_model_checkpoint": "digits"})
+    new.unlink()
+    assert "new" not in [one["id"] for one in client.get("/v1/models").json()["data"]]
+
+
 def test_options_switch_the_model(client: TestClient) -> None:
     before = client.get(f"{API}/options").json()
     assert {"samples_format", "sd_model_checkpoint", "CLIP_stop_at_last_layers"} <= before.keys()
