@@ -70,7 +70,7 @@ CLI: dict[str, Parameter] = {
             "lora",
             Text(metavar="FILE[:X]"),
             WHAT,
-            "a LoRA and its strength (default: 1); may be given again",
+            "a LoRA, its strength (default: 1); may be repeated",
             several=True,
         ),
         _row("lora_dir", FOLDER, WHAT, "a folder of them, for <lora:NAME:X> in the prompt"),

@@ -11,6 +11,8 @@ from fastsd.errors import FastsdError
 from fastsd.parameters import nearest
 
 OUTPUTS = ("out", "output")  # the flags that say where a command writes
+# How the metavars of paths begin. An empty one would be the current folder.
+PATHS = ("FILE", "PATH", "DIR", "FOLDER", "IMAGE", "IN", "OUT")
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,6 +42,14 @@ class Parser(argparse.ArgumentParser):
                     self._check_known(word.split("=")[0])
             raise FastsdError(f"{unknown[0]!r} belongs to no flag; a text of several words needs quotes around it")
         return found
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """argparse calls this with the words that an action is given."""
+        kind = action.metavar if isinstance(action.metavar, str) else ""
+        if "" in arg_strings and kind.split("[")[0] in PATHS:
+            flag = next((name for name in action.option_strings if name.startswith("--")), kind)
+            raise FastsdError("the path is empty; a variable of the shell may be unset", argument=flag)
+        return super()._get_values(action, arg_strings)
 
     def _check_known(self, flag: str) -> None:
         if flag in self._elsewhere:

@@ -71,6 +71,8 @@ def check_image(image: Any) -> None:
     """Refuse what is no PIL image; the caller adds the argument."""
     if not isinstance(image, Image.Image):
         raise FastsdError(f"should be a PIL image, not {type(image).__name__}{_HINTS.get(type(image).__name__, '')}")
+    if not image.width * image.height:
+        raise FastsdError(f"{image.width}x{image.height} pixels; it should have some")
 
 
 def own_size(argument: str, image: Any, factor: int) -> tuple[int, int]:

@@ -133,6 +133,12 @@ def test_an_opened_file_that_is_cut_short_is_an_error_of_its_argument(
         pipe("a cat", num_inference_steps=2, **arguments)
 
 
+@pytest.mark.parametrize("argument", ["image", "mask_image"])
+def test_an_image_without_pixels_is_none(pipe: Pipeline, argument: str) -> None:
+    with pytest.raises(FastsdError, match=f"{argument}: 0x4 pixels"):
+        pipe("a cat", **{"image": PHOTO, argument: Image.new("RGB", (0, 4))})
+
+
 @pytest.mark.parametrize("file", ["a.png", Path("a.png"), b"PNG"])
 def test_a_path_in_place_of_an_image_is_told_how_to_open_it(pipe: Pipeline, file: Any) -> None:
     with pytest.raises(FastsdError, match=r"image: should be a PIL image, not \w+; PIL.Image.open"):
