@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from fastsd.errors import FastsdError, nearest
 from fastsd.parameters import PARAMETERS, of_call
@@ -26,6 +26,7 @@ ALIASES = {
 }
 # Parameters that are not the client's to set: files, and what the server decides.
 OWN = ("prompt", "image", "mask_image", "depth_image", "controls", "batch_size", "num_images_per_prompt", "output_type")
+CHOICES = ("size", "response_format", "output_format", "output_compression", "quality", "style", "background", "n")
 HARMLESS = ("user", "safety_identifier", "moderation", "input_fidelity")
 
 
@@ -47,6 +48,14 @@ class ImageRequest(BaseModel):
     background: Literal["auto", "opaque"] | None = None
     stream: bool | None = False
     partial_images: Annotated[WholeField, Field(ge=0, le=3)] | None = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_boxes(cls, body: Any) -> Any:
+        """A page's empty box is a choice that was left out."""
+        if not isinstance(body, dict):
+            return body
+        return {field: value for field, value in body.items() if value != "" or field not in CHOICES}
 
     @property
     def suffix(self) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 from starlette.testclient import TestClient
 
 from fastsd.errors import FastsdError
@@ -52,6 +53,13 @@ def test_the_format_is_the_clients(client: TestClient, kind: str, name: str) -> 
     assert opened(answer["data"][0]["b64_json"]).format == name
     answer = client.post(GENERATIONS, json={"prompt": "a cat", "output_format": kind, "response_format": "url"}).json()
     assert answer["data"][0]["url"].startswith(f"data:image/{kind};base64,")
+
+
+def test_empty_boxes_are_choices_that_were_left_out() -> None:
+    empty = dict.fromkeys(("size", "response_format", "output_format", "quality", "style", "background", "n"), "")
+    assert ImageGeneration.model_validate({"prompt": "a cat", **empty}) == ImageGeneration(prompt="a cat")
+    with pytest.raises(ValidationError):
+        ImageGeneration.model_validate({"prompt": "", **empty})
 
 
 def test_parameters_of_a_call_stand_at_top_level() -> None:
