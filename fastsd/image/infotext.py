@@ -217,6 +217,8 @@ def _understand(key: str, value: str, pairs: Mapping[str, str]) -> dict[str, Any
                 return _second_pass(pairs)
             case "Denoising strength":
                 return {"strength": _finite(value)}
+            case "Sampler" if value == "Default" and "App" in pairs:  # SD.Next's name of the model's own
+                return {}
             case "Sampler":
                 return {"sampler": _by_label({name: entry.label for name, entry in SAMPLERS.items()}, value)}
             case "Schedule type":

@@ -58,6 +58,7 @@ SIGNS = (
     ("parameters", "sui_image_params", "SwarmUI"),
     ("XML:com.adobe.xmp", "DrawThings", "Draw Things"),
     ("Comment", '"sampler"', "NovelAI"),
+    ("use_stable_diffusion_model", "", "Easy Diffusion"),
 )
 
 

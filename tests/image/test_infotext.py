@@ -347,3 +347,10 @@ def test_the_second_passes_own_steps_all_run_by_the_rules_of(like: str) -> None:
     text = infotext.write_parameters(FULL | hires | {"like": like})
     assert "Hires steps: 10," in text
     assert infotext.parse_parameters(text)[0]["hires_steps"] == 10
+
+
+def test_sdnexts_default_sampler_is_the_models_own() -> None:
+    text = "a cat\nSteps: 9, Size: 64x64, Sampler: Default, Seed: 5, CFG scale: 6"
+    found, ignored = infotext.parse_parameters(f"{text}, App: SD.Next, Version: abc")
+    assert "sampler" not in found and "Sampler" not in ignored
+    assert infotext.parse_parameters(text)[0]["sampler"] == "Default"

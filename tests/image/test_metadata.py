@@ -77,6 +77,7 @@ def test_a_text_that_is_no_settings_counts_as_none(text: str) -> None:
     [
         ({"Software": "NovelAI", "Comment": '{"steps": 28}'}, "NovelAI"),
         ({"invokeai_metadata": "{}"}, "InvokeAI"),
+        ({"prompt": "a cat", "seed": "1", "use_stable_diffusion_model": "sd-v1-5"}, "Easy Diffusion"),
         ({"Dream": "a cat -s 50"}, "InvokeAI"),
         ({"parameters": '{"sui_image_params": {}}'}, "SwarmUI"),
         ({"parameters": '{"base_model": "x"}', "fooocus_scheme": "fooocus"}, "Fooocus"),
