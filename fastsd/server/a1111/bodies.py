@@ -30,6 +30,32 @@ Encoded = str  # an image: base64 or a data URI
 TaskId = Annotated[str, StringConstraints(max_length=64, pattern=r"^[\w():.-]*$")]
 
 
+# A1111's own always-on scripts, whose arguments are fields; they count where a request has both.
+OWN_SCRIPTS: dict[str, tuple[str | None, ...]] = {
+    "sampler": ("steps", "sampler_name", "scheduler"),
+    "seed": ("seed", None, "subseed", "subseed_strength", "seed_resize_from_w", "seed_resize_from_h"),
+    "refiner": (None, "refiner_checkpoint", "refiner_switch_at"),
+}
+
+
+def read_own_scripts(body: Any) -> Any:
+    """The body with the arguments of A1111's own scripts as fields."""
+    scripts = body.get("alwayson_scripts") if isinstance(body, dict) else None
+    if not isinstance(scripts, dict):
+        return body
+    found, others = dict[str, Any](), dict[str, Any]()
+    for name, script in scripts.items():
+        args = script.get("args") if isinstance(script, dict) else None
+        fields = OWN_SCRIPTS.get(str(name).lower(), ())
+        if not isinstance(args, list) or not 0 < len(args) <= len(fields) or args[0] is False:
+            others[name] = script
+            continue
+        if fields[0] == "seed" and not any(args[1:2]):  # the box for its other values is empty
+            args = args[:1]
+        found |= {field: value for field, value in zip(fields, args, strict=False) if field}
+    return {**body, **found, "alwayson_scripts": others}
+
+
 class Generation(BaseModel):
     """What txt2img and img2img share."""
 
@@ -65,7 +91,8 @@ class Generation(BaseModel):
     force_task_id: TaskId | None = None
     denoising_strength: Share | None = None
 
-    _depth = model_validator(mode="before")(check_depth)
+    _scripts = model_validator(mode="before")(read_own_scripts)
+    _depth = model_validator(mode="before")(check_depth)  # the later one runs first
 
     @property
     def unknown(self) -> list[str]:

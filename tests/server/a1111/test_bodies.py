@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from starlette.testclient import TestClient
 
 from fastsd.server.a1111.bodies import REFUSED, ImageToImage, TextToImage
@@ -87,3 +88,18 @@ def test_no_body_makes_a_mistake(path: str, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_no_body_of_a_thousand_makes_a_mistake(path: str, data: st.DataObject) -> None:
     check(path, data)
+
+
+def test_the_arguments_of_a1111s_own_scripts_are_fields() -> None:
+    scripts = {"Sampler": {"args": [7, "Euler a", "Karras"]}, "Seed": {"args": [5, False, 6, 0.5, 0, 0]}}
+    body = TextToImage.model_validate({"steps": 3, "alwayson_scripts": scripts | {"Other": {"args": [1]}}})
+    assert (body.steps, body.sampler_name, body.scheduler, body.seed) == (7, "Euler a", "Karras", 5)
+    assert body.subseed_strength == 0 and body.alwayson_scripts == {"Other": {"args": [1]}}
+    scripts = {"Seed": {"args": [5, True, 6, 0.5, 64, 48]}, "Refiner": {"args": [True, "second", 0.6]}}
+    body = TextToImage.model_validate({"alwayson_scripts": scripts})
+    assert (body.seed, body.subseed, body.subseed_strength, body.seed_resize_from_w) == (5, 6, 0.5, 64)
+    assert (body.refiner_checkpoint, body.refiner_switch_at) == ("second", 0.6)
+    off = {"Refiner": {"args": [False, "second", 0.6]}}
+    assert TextToImage.model_validate({"alwayson_scripts": off}).alwayson_scripts == off
+    with pytest.raises(ValidationError, match="steps"):
+        TextToImage.model_validate({"alwayson_scripts": {"sampler": {"args": ["many"]}}})
