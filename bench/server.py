@@ -192,7 +192,7 @@ def pipeline(steps: int) -> Iterator[Callable[[int, int], Turn]]:
 
 
 @dataclass(frozen=True)
-class Pair:
+class TurnPair:
     """A turn of the server and one of the pipeline alone, of as many images."""
 
     images: int
@@ -204,7 +204,7 @@ class Pair:
         return self.alone.seconds / self.served.seconds
 
 
-def row(clients: int, pairs: list[Pair]) -> str:
+def row(clients: int, pairs: list[TurnPair]) -> str:
     """The turns of a number of clients as a row of Markdown."""
     images = sum(pair.images for pair in pairs)
     served, alone = [pair.served for pair in pairs], [pair.alone for pair in pairs]
@@ -234,7 +234,7 @@ def quartiles(values: list[float]) -> tuple[float, float]:
     return low, high
 
 
-def table(pairs: dict[int, list[Pair]]) -> str:
+def table(pairs: dict[int, list[TurnPair]]) -> str:
     """A row of Markdown for each number of clients."""
     head = (
         "| clients | server, images/s | seconds of one | images of a batch | pipeline alone, images/s | share"
@@ -248,7 +248,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--turns", type=int, default=30, help="of each number of clients")
     parser.add_argument("--steps", type=int, default=25, help="of an image; the default is the model's own")
     args = parser.parse_args(arguments)
-    pairs: dict[int, list[Pair]] = {clients: [] for clients in CLIENTS}
+    pairs: dict[int, list[TurnPair]] = {clients: [] for clients in CLIENTS}
     with server() as (url, pid), pipeline(args.steps) as alone:
         warm_up(url, args.steps)
         for batch in (1, BATCH):
@@ -258,7 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
                 batch = min(clients, BATCH)
                 before = alone(images, batch) if turn % 2 else None  # each comes first in half of the turns
                 served = serve_images(url, pid, images, clients, args.steps)
-                pairs[clients].append(Pair(images, served, before or alone(images, batch)))
+                pairs[clients].append(TurnPair(images, served, before or alone(images, batch)))
     print(table(pairs))
 
 

@@ -6,13 +6,13 @@ import time
 import pytest
 
 from bench import server
-from bench.server import Pair, Turn, processor_seconds, table, worker_of
+from bench.server import Turn, TurnPair, processor_seconds, table, worker_of
 
 
 def test_the_table_has_sums_of_the_turns_and_the_range_of_the_share() -> None:
     alone = [Turn(2.0, 1.6, 0.2, 8), Turn(1.0, 0.8, 0.2, 8), Turn(1.0, 0.8, 0.2, 8)]
     served = [Turn(2.0, 2.0, 0.2, 4, 0.1), Turn(2.0, 2.0, 0.3, 4, 0.2), Turn(1.0, 1.0, 0.4, 8, 0.3)]
-    pairs = [Pair(8, mine, own) for mine, own in zip(served, alone, strict=True)]
+    pairs = [TurnPair(8, mine, own) for mine, own in zip(served, alone, strict=True)]
     assert table({4: pairs, 1: pairs[:1]}).splitlines()[2:] == [
         "| 4 | 4.8 | 0.300 | 1.5 | 6.0 | 0.800 (0.75 to 1.00) | 208 | 25 | 133 |",
         "| 1 | 4.0 | 0.200 | 2.0 | 4.0 | 1.000 (1.00 to 1.00) | 250 | 12 | 200 |",
