@@ -135,9 +135,9 @@ def is_finite(tensors: Any) -> bool:
     return all(bool(torch.isfinite(x).all()) for x in (tensors if isinstance(tensors, tuple) else (tensors,)))
 
 
-# The hires upscalers of latents: a mode of PyTorch's interpolation, and whether it is antialiased
-# (`latent_upscale_modes` in A1111's modules/shared_items.py).
-LATENT_UPSCALERS = {
+# The hires upscalers of latents (`fastsd.parameters.passes.LATENT_UPSCALERS`): a mode of PyTorch's interpolation, and
+# whether it is antialiased (`latent_upscale_modes` in A1111's modules/shared_items.py).
+INTERPOLATION = {
     "latent": ("bilinear", False),
     "latent-antialiased": ("bilinear", True),
     "latent-bicubic": ("bicubic", False),
@@ -148,7 +148,7 @@ LATENT_UPSCALERS = {
 
 
 def enlarge(latents: torch.Tensor, height: int, width: int, upscaler: str) -> torch.Tensor:
-    """`[n, h, w, C]` to `[n, height, width, C]` by one of `LATENT_UPSCALERS`, as A1111 does."""
-    mode, antialias = LATENT_UPSCALERS[upscaler]
+    """`[n, h, w, C]` to `[n, height, width, C]` by one of `INTERPOLATION`, as A1111 does."""
+    mode, antialias = INTERPOLATION[upscaler]
     maps = latents.permute(0, 3, 1, 2)
     return to_channels_last(torch.nn.functional.interpolate(maps, size=(height, width), mode=mode, antialias=antialias))

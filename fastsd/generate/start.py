@@ -11,7 +11,7 @@ from PIL import Image
 from fastsd.components import Components
 from fastsd.errors import about
 from fastsd.generate.beside import depth_latent, edited_latent
-from fastsd.generate.latents import LATENT_UPSCALERS, Codec, enlarge, image_tensor, to_channels_last
+from fastsd.generate.latents import INTERPOLATION, Codec, enlarge, image_tensor, to_channels_last
 from fastsd.generate.noise import Noise
 from fastsd.generate.request import Pass
 from fastsd.generate.sizes import RESAMPLING
@@ -126,7 +126,7 @@ def inpaint_by_unet(codec: Codec, stage: Pass, which: slice, noise: Noise) -> St
 def second_pass(codec: Codec, stage: Pass, noise: Noise, first: torch.Tensor) -> Start:
     """The first pass's latents, enlarged; or its decoded images, enlarged and encoded again."""
     upscaler, size = stage.settings.hires_upscaler, (stage.width, stage.height)
-    if upscaler in LATENT_UPSCALERS:
+    if upscaler in INTERPOLATION:
         return Start(noise.first(), enlarge(first, *noise.shape[1:], upscaler))
     images = [Image.fromarray(codec.decode(latent[None], stage.vae_tiling)[0]) for latent in first]
     if upscaler in RESAMPLING:

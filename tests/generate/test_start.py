@@ -12,7 +12,7 @@ from PIL import Image
 
 import fastsd
 from fastsd.errors import FastsdError
-from fastsd.generate.latents import LATENT_UPSCALERS, enlarge
+from fastsd.generate.latents import INTERPOLATION, enlarge
 from fastsd.generate.sizes import RESAMPLING
 from fastsd.image.infotext import UPSCALERS
 from fastsd.parameters import passes
@@ -64,8 +64,8 @@ def test_what_enlarges_nothing(wrong: Any) -> None:
 
 
 def test_every_way_to_enlarge_has_its_name_at_a1111() -> None:
-    assert passes.LATENT_UPSCALERS == tuple(LATENT_UPSCALERS) and passes.IMAGE_UPSCALERS == tuple(RESAMPLING)
-    assert list(UPSCALERS) == [*LATENT_UPSCALERS, *RESAMPLING]
+    assert passes.LATENT_UPSCALERS == tuple(INTERPOLATION) and passes.IMAGE_UPSCALERS == tuple(RESAMPLING)
+    assert list(UPSCALERS) == [*INTERPOLATION, *RESAMPLING]
 
 
 @pytest.mark.parametrize(
