@@ -58,6 +58,8 @@ def check_path(path: str | Path) -> None:
     Raises:
         FastsdError: it says why.
     """
+    if path == "":  # the current folder, as a `Path`
+        raise FastsdError("the path is empty")
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):

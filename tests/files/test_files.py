@@ -21,6 +21,8 @@ def test_paths_that_cannot_be_looked_up(tmp_path: Path) -> None:
     for name, message in (("a" * 300, "name too long"), ("a\0b", "null")):
         with pytest.raises(FastsdError, match=message):
             check_path(tmp_path / name)
+    with pytest.raises(FastsdError, match="the path is empty"):
+        check_path("")
 
 
 def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:

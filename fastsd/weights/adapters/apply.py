@@ -16,6 +16,7 @@ from torch import nn
 
 from fastsd.components import Components, TextualInversion
 from fastsd.errors import FastsdError, named_arguments
+from fastsd.files import check_path
 from fastsd.model.layers import Conv2d
 from fastsd.weights.adapters.arithmetic import adapted
 from fastsd.weights.adapters.embeddings import read_bundled
@@ -39,6 +40,7 @@ class Adapter:
     text: float = 1.0
 
     def __post_init__(self) -> None:
+        check_path(self.path)
         object.__setattr__(self, "path", Path(self.path))  # a text is a path too
 
 

@@ -56,6 +56,11 @@ def files(tmp_path: Path) -> list[Path]:
     return paths
 
 
+def test_an_adapter_has_a_path() -> None:
+    with pytest.raises(FastsdError, match="the path is empty"):
+        Adapter("")  # type: ignore[arg-type]
+
+
 def test_an_earlier_adapter_leaves_no_trace(components: Components, files: list[Path]) -> None:
     adapters = Adapters(components)
     before = snapshot(components)
